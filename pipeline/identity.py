@@ -1,0 +1,56 @@
+"""Content ids: short digests of everything an output depends on. No torch, so the main process makes them in seconds."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import MicrotomeError
+
+ID_LENGTH = 20  # hex digits: 80 bits
+
+
+def digest(value: Any) -> str:
+    """Return the content id of a JSON-able value: `ID_LENGTH` hex digits of the sha256 of its canonical JSON."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:ID_LENGTH]
+
+
+class FileDigests:
+    """sha256 of files, remembered by path, size, mtime_ns and inode, so that a checkpoint of gigabytes is read once.
+
+    The memory is a JSON file in the results folder; losing it costs a re-read and nothing else.
+    """
+
+    def __init__(self, memory: Path) -> None:
+        self.memory = memory
+        try:
+            self.known: dict[str, list] = json.loads(memory.read_text())
+        except (OSError, ValueError):
+            self.known = {}
+
+    def __call__(self, path: Path | str) -> str:
+        path = Path(path)
+        try:
+            stat = path.stat()
+            key = os.fspath(path.resolve())
+            stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+            entry = self.known.get(key)
+            if entry is not None and entry[:3] == stamp:
+                return entry[3]
+            with path.open("rb") as file:
+                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise MicrotomeError(f"cannot read {path}: {error.strerror or error}") from error
+        self.known[key] = [*stamp, sha256]
+        return sha256
+
+    def save(self) -> None:
+        """Keep what was learnt; a results folder that cannot be written only loses the memory."""
+        from pipeline.manifest import write_atomically
+
+        try:
+            write_atomically(self.memory, json.dumps(self.known))
+        except OSError:
+            return

@@ -1,0 +1,87 @@
+"""Manifests: the proof that a stage is finished, and of what its files were when it finished.
+
+A manifest is `done/<stage>.<id>.json` beside the stores it describes. Its name carries the content id of all that the
+output depends on; inside stand the output's digest, the manifests it was made from with *their* digests, and size and
+crc32c of every file. It is written last and atomically, and removed before anything it describes is rewritten.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import MicrotomeError
+
+Files = dict[str, tuple[int, int]]  # path relative to the manifest's base folder → (size, crc32c)
+
+
+def write_atomically(path: Path, data: str | bytes) -> None:
+    """Write a whole file or nothing: temporary file beside it, fsync, rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a finished stage says of itself.
+
+    `digest` is the identity of the *output* (equal outputs have equal digests, whatever they were made from);
+    `parents` maps manifest paths, relative to the results folder, to the output digests that were read;
+    `result` holds the small facts that later stages need without opening a store.
+    """
+
+    stage: str
+    id: str
+    digest: str
+    parents: Mapping[str, str] = field(default_factory=dict)
+    files: Files = field(default_factory=dict)
+    result: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def write(self, path: Path) -> None:
+        from pipeline.store import crc32c
+
+        body = json.dumps(self.__dict__, indent=1, sort_keys=True, ensure_ascii=False)
+        # The manifest guards everything else, so it carries its own checksum on the first line.
+        write_atomically(path, f'{{"crc32c": {crc32c(body.encode())},\n"manifest": {body}}}\n')
+
+    @staticmethod
+    def read(path: Path) -> "Manifest":
+        """Read a manifest; a damaged one raises `MicrotomeError` that names it, a missing one `FileNotFoundError`."""
+        from pipeline.store import crc32c
+
+        raw = path.read_text(encoding="utf-8", errors="replace")
+        try:
+            head, _, rest = raw.partition("\n")
+            body = rest.removeprefix('"manifest": ').rstrip("\n").removesuffix("}")
+            if crc32c(body.encode()) != int(head.removeprefix('{"crc32c": ').removesuffix(",")):
+                raise ValueError("checksum does not match")
+            value = json.loads(body)
+            value["files"] = {name: (size, crc) for name, (size, crc) in value["files"].items()}
+            return Manifest(**value)
+        except (ValueError, TypeError, KeyError) as error:
+            raise MicrotomeError(f"the manifest {path} is damaged ({error}): delete it and run again") from error
+
+
+def remove_others(done: Path, stage: str, keep: str | None = None) -> None:
+    """Remove the manifests of a stage in one `done` folder, except the one with id `keep`.
+
+    Called before a store with a plain name is rewritten: none of the old manifests describes it any longer.
+    """
+    for path in done.glob(f"{stage}.*.json"):
+        if path.name != f"{stage}.{keep}.json":
+            path.unlink(missing_ok=True)

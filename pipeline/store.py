@@ -1,0 +1,279 @@
+"""Zarr stores that know what they hold: every chunk file is recorded when written and verified when read.
+
+A store is a zarr v3 group whose arrays are written shard by shard, each shard by one task. `write` returns the size and
+crc32c of every file it wrote, taken from the bytes in memory; the `Ledger` beside the store keeps them; `Reader` refuses
+a chunk file that is missing, shorter, or other than what was written, naming store and file.
+"""
+
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+import zarr
+from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, SuffixByteRequest
+from zarr.codecs import Crc32cCodec, ZstdCodec
+from zarr.core.buffer import Buffer, BufferPrototype
+from zarr.storage import LocalStore
+
+from pipeline.errors import MicrotomeError
+from pipeline.manifest import Files
+
+# An absent all-zero chunk could not be told from a lost one, and the scan for such chunks is the write bottleneck.
+# One thread a process: Dask workers are the parallelism.
+zarr.config.set({"array.write_empty_chunks": True, "threading.max_workers": 1, "async.concurrency": 1})
+
+
+class DamagedStore(MicrotomeError):
+    """A chunk file is not what was written."""
+
+
+def crc32c(data: bytes) -> int:
+    return int(google_crc32c.value(data))
+
+
+@dataclass(frozen=True)
+class Array:
+    """Layout of one array: dimension names, shape, dtype, inner chunk and (optional) shard shape.
+
+    Without `shard`, every chunk is a file of its own.
+    """
+
+    dims: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: Any
+    chunk: tuple[int, ...]
+    shard: tuple[int, ...] | None = None
+    fill: Any = 0
+
+
+def create(path: Path, arrays: Mapping[str, Array], attrs: Mapping[str, Any], coordinates: Sequence[str] = ()) -> None:
+    """Create a store, or bring an existing one to this layout.
+
+    An array that differs only in shape is resized and keeps its chunks; any other difference (dtype, chunks, dimension
+    names) starts the array anew. Metadata is consolidated, so that `xarray.open_zarr` opens it without a warning.
+    """
+    attributes = dict(attrs)
+    if coordinates:
+        attributes["coordinates"] = " ".join(coordinates)
+    try:
+        group = zarr.open_group(LocalStore(path), mode="r+", use_consolidated=False)
+    except (FileNotFoundError, ValueError, KeyError):  # absent, or its zarr.json is damaged
+        shutil.rmtree(path, ignore_errors=True)
+        group = zarr.create_group(LocalStore(path), zarr_format=3)
+    for name, array in arrays.items():
+        _create_array(group, path / name, name, array)
+    group.update_attributes(attributes)
+    for stale in set(group.attrs) - set(attributes):
+        del group.attrs[stale]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # zarr: "consolidated metadata is not yet part of the v3 specification"
+        zarr.consolidate_metadata(group.store)
+
+
+def _create_array(group: zarr.Group, folder: Path, name: str, array: Array) -> None:
+    wanted: dict[str, Any] = {
+        "shape": array.shape,
+        "dtype": array.dtype,
+        "chunks": array.chunk,
+        "shards": array.shard,
+        "compressors": [ZstdCodec(level=1), Crc32cCodec()],
+        "fill_value": array.fill,
+        "dimension_names": list(array.dims),
+    }
+    if folder.exists():
+        try:
+            existing = group[name]
+        except (KeyError, ValueError):
+            existing = None
+        if isinstance(existing, zarr.Array):
+            same = (
+                existing.chunks == array.chunk
+                and existing.shards == array.shard
+                and existing.metadata.dimension_names == array.dims  # type: ignore[union-attr]
+                and (
+                    existing.dtype == np.dtype(array.dtype) if array.dtype is not str else existing.dtype.kind in "OTU"
+                )
+            )
+            if same:
+                if existing.shape != array.shape:
+                    existing.resize(array.shape)
+                return
+    shutil.rmtree(folder, ignore_errors=True)
+    group.create_array(name, **wanted)
+
+
+class _Recorder(LocalStore):
+    """A local store that notes size and crc32c of every chunk file it writes."""
+
+    files: Files
+
+    async def set(self, key: str, value: Buffer) -> None:
+        data = value.to_bytes()
+        self.files[key] = (len(data), crc32c(data))
+        await super().set(key, value)
+
+
+def write(path: Path, values: Mapping[str, tuple[tuple[int, ...], np.ndarray]]) -> Files:
+    """Write blocks that cover whole chunk files and return {file: (size, crc32c)}, relative to the store.
+
+    `values` maps an array's name to (offset in every dimension, block). Each file is written to a temporary name and
+    renamed. No two tasks may write one file: blocks must start at a chunk (or shard) boundary and end at one or at the
+    array's end, else `ValueError`.
+    """
+    store = _Recorder(path)
+    store.files = {}
+    group = zarr.open_group(store, mode="r+", use_consolidated=False)
+    for name, (offset, block) in values.items():
+        array = group[name]
+        assert isinstance(array, zarr.Array)
+        step = array.shards or array.chunks
+        for start, length, size, whole in zip(offset, block.shape, step, array.shape, strict=True):
+            if start % size or ((start + length) % size and start + length != whole):
+                raise ValueError(f"{path}/{name}: block {start}:{start + length} is not made of whole files of {size}")
+        array[tuple(slice(o, o + n) for o, n in zip(offset, block.shape, strict=True))] = block
+    return {key: value for key, value in store.files.items() if not key.endswith("zarr.json")}
+
+
+def metadata_files(path: Path) -> Files:
+    """Size and crc32c of the zarr.json files of a store (small, read back)."""
+    found: Files = {}
+    for file in sorted(path.rglob("zarr.json")):
+        data = file.read_bytes()
+        found[file.relative_to(path).as_posix()] = (len(data), crc32c(data))
+    return found
+
+
+class _Verifying(LocalStore):
+    """A local store that checks each chunk file against what was recorded, once, before serving any byte of it."""
+
+    expected: Mapping[str, tuple[int, int]]
+    held: tuple[str, bytes] = ("", b"")
+
+    async def get(
+        self, key: str, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
+    ) -> Buffer | None:
+        if key.endswith("zarr.json"):
+            return await super().get(key, prototype, byte_range)
+        if self.held[0] != key:
+            self.held = (key, verified_bytes(Path(self.root), key, self.expected))
+        data = self.held[1]
+        match byte_range:
+            case RangeByteRequest(start, end):
+                data = data[start:end]
+            case OffsetByteRequest(offset):
+                data = data[offset:]
+            case SuffixByteRequest(suffix):
+                data = data[-suffix:]
+        if prototype is None:
+            prototype = zarr.core.buffer.default_buffer_prototype()
+        return prototype.buffer.from_bytes(data)
+
+
+def verified_bytes(root: Path, key: str, expected: Mapping[str, tuple[int, int]]) -> bytes:
+    """Return the bytes of one chunk file, or raise `DamagedStore` naming store and file."""
+    advice = "run `make verify` to find all damage and `make repair` to make only these again"
+    if key not in expected:
+        raise DamagedStore(f"{root}: chunk {key} was never recorded as written; {advice}")
+    size, crc = expected[key]
+    try:
+        data = (root / key).read_bytes()
+    except OSError as error:
+        raise DamagedStore(f"{root}: chunk {key} cannot be read ({error.strerror}); {advice}") from error
+    if len(data) != size:
+        raise DamagedStore(f"{root}: chunk {key} has {len(data)} bytes, {size} were written; {advice}")
+    if crc32c(data) != crc:
+        raise DamagedStore(f"{root}: chunk {key} has checksum {crc32c(data):08x}, {crc:08x} was written; {advice}")
+    return data
+
+
+class Reader:
+    """Verified reading of a store: `reader["activation"][0:64]`.
+
+    `files` maps chunk files, relative to the store, to (size, crc32c), as a manifest or ledger holds them.
+    """
+
+    def __init__(self, path: Path, files: Mapping[str, tuple[int, int]]) -> None:
+        store = _Verifying(path, read_only=True)
+        store.expected = files
+        try:
+            self.group = zarr.open_group(store, mode="r", use_consolidated=False)
+        except (FileNotFoundError, ValueError, KeyError) as error:
+            raise DamagedStore(f"{path}: not a readable zarr store ({error})") from error
+        self.path = path
+
+    @property
+    def attrs(self) -> Mapping[str, Any]:
+        return self.group.attrs
+
+    def __getitem__(self, name: str) -> zarr.Array:
+        array = self.group[name]
+        assert isinstance(array, zarr.Array)
+        return array
+
+
+class Ledger:
+    """What has been written so far, shard by shard: one line a shard, appended when the shard's files are in place.
+
+    A line is JSON {shard, id, files, ...} and its crc32c. `id` is the digest of what the shard was made from: an entry
+    with another id is not this shard. A line cut short by a crash, or damaged, counts as absent: the shard is made again.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.entries: dict[str, dict] = {}
+        try:
+            lines = path.read_bytes().splitlines()
+        except FileNotFoundError:
+            return
+        for line in lines:
+            body, _, crc = line.rpartition(b"\t")
+            if crc.isdigit() and crc32c(body) == int(crc):
+                entry = json.loads(body)
+                self.entries[entry["shard"]] = entry
+
+    def get(self, shard: str, id: str, store: Path) -> dict | None:
+        """Return the entry of a finished shard: recorded with this id, and its files there with the right size."""
+        entry = self.entries.get(shard)
+        if entry is None or entry["id"] != id:
+            return None
+        for name, (size, _) in entry["files"].items():
+            try:
+                if (store / name).stat().st_size != size:
+                    return None
+            except OSError:
+                return None
+        return entry
+
+    def record(self, shard: str, id: str, files: Files, **facts: Any) -> dict:
+        entry = {"shard": shard, "id": id, "files": {k: list(v) for k, v in files.items()}, **facts}
+        body = json.dumps(entry, sort_keys=True).encode()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("ab") as file:
+            # A crash may have left half a line: start on a fresh one.
+            if file.tell() and not self._ends_with_newline():
+                file.write(b"\n")
+            file.write(body + b"\t" + str(crc32c(body)).encode() + b"\n")
+        self.entries[shard] = entry
+        return entry
+
+    def _ends_with_newline(self) -> bool:
+        with self.path.open("rb") as file:
+            file.seek(-1, os.SEEK_END)
+            return file.read(1) == b"\n"
+
+    def files(self, shards: Iterable[str]) -> Files:
+        """All chunk files of these shards with size and crc32c."""
+        return {name: (s[0], s[1]) for shard in shards for name, s in self.entries[shard]["files"].items()}
+
+
+def remove_partials(path: Path) -> None:
+    """Remove temporary files that a killed writer left in a store."""
+    for file in path.rglob("*.partial"):
+        file.unlink(missing_ok=True)
