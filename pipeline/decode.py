@@ -1,0 +1,275 @@
+"""One image file to one uint8 array: upright, RGB, resized and cropped as torchvision would, or refused with a reason.
+
+What a file may do to the process is bounded before any pixel is decoded: regular files only, a fixed list of formats, and
+an own pixel limit read from the header. Nothing is guessed in silence: a value range that a file does not state is a
+refusal, not a clip.
+"""
+
+import errno
+import os
+import re
+import stat
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from pipeline.errors import MicrotomeError
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+BACKGROUND = (255, 255, 255)  # what shows through transparent pixels
+ORIENTATION = 0x0112  # the EXIF tag
+BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262  # TIFF tags
+WHITE_IS_ZERO = 0
+
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+# What is wrong with this one path. Any other error (too many open files, a stale mount) is the machine's, and is raised.
+PATH_ERRORS = {
+    errno.ENOENT: "no such file",
+    errno.ENOTDIR: "no such file",
+    errno.EACCES: "permission denied",
+    errno.EPERM: "permission denied",
+    errno.ELOOP: "a loop of symbolic links",
+    errno.ENAMETOOLONG: "the name is too long",
+    errno.ENXIO: "not a regular file",
+    errno.EIO: "the disk cannot read it",
+}
+
+# Pillow's pixel limit and Python's warning filters belong to the whole process.
+_pillow = threading.Lock()
+
+
+class Refused(MicrotomeError):
+    """One input that cannot be used; `reason` is short, the same on every machine, and goes to quarantine.csv."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How an upright image becomes the array a network sees.
+
+    resize: int, the length of the shorter side (the longer one is int(resize * long / short)); or (height, width), to
+        which the image is squashed; or None. Antialiased bilinear, as torchvision's Resize on PIL images.
+    crop: side of the centred square that is kept, or None. Offsets are round((size - crop) / 2), halves to even, as
+        torchvision's CenterCrop. Where the image is smaller it is refused; torchvision pads with black, and black
+        borders are positions that no label map covers.
+    """
+
+    resize: int | tuple[int, int] | None = None
+    crop: int | None = None
+
+    def __post_init__(self) -> None:
+        sides = self.resize if isinstance(self.resize, tuple) else (self.resize,)
+        if isinstance(self.resize, tuple) and len(self.resize) != 2:
+            raise MicrotomeError(f"resize is {self.resize!r}; expected one length, or height and width")
+        for side in (*sides, self.crop):
+            if side is not None and (isinstance(side, bool) or not isinstance(side, int) or side < 1):
+                raise MicrotomeError(f"{self} has the length {side!r}; expected a whole number of pixels, 1 or more")
+        shorter = min(side for side in sides if side is not None) if self.resize is not None else None
+        if self.crop is not None and shorter is not None and self.crop > shorter:
+            raise MicrotomeError(f"crop {self.crop} is larger than the {shorter} pixels that resize leaves; lower it")
+
+    def resized(self, height: int, width: int) -> tuple[int, int]:
+        """Return (height, width) after the resize, before the crop."""
+        if self.resize is None:
+            return height, width
+        if isinstance(self.resize, tuple):
+            return self.resize
+        longer = int(self.resize * max(height, width) / min(height, width))
+        return (longer, self.resize) if height >= width else (self.resize, longer)
+
+    def offsets(self, height: int, width: int) -> tuple[int, int, int, int]:
+        """Return (top, left, height, width) of the part of a resized image that is kept; Refused where it is smaller."""
+        if self.crop is None:
+            return 0, 0, height, width
+        if self.crop > min(height, width):
+            raise Refused(f"{width}x{height} is smaller than the crop {self.crop}x{self.crop}")
+        return round((height - self.crop) / 2), round((width - self.crop) / 2), self.crop, self.crop
+
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        """Return (height, width) of the array made from an upright image of this size."""
+        return self.offsets(*self.resized(height, width))[2:]
+
+
+def decode(path: Path | str, geometry: Geometry, max_pixels: int) -> np.ndarray:
+    """Return the image in `path` as uint8 (3, height, width), in RGB.
+
+    The image is turned upright (EXIF) before anything else. Grey is repeated, palettes are looked up, CMYK and YCCK are
+    converted by Pillow's formula (colour profiles are not applied), transparency is composited over white, 16-bit
+    grey is divided by 257 and rounded (other depths by their own maximum). Of an animation the first frame is taken.
+
+    Raises `Refused`: not a regular file, not one of `FORMATS`, more than `max_pixels` before or after the resize,
+    truncated, or pixels whose range is not known (32-bit and float).
+    """
+    with opened(path, FORMATS, max_pixels) as image:
+        image.load()
+        upright = turn_upright(to_rgb(image), image)
+    return transform_image(upright, geometry, max_pixels)
+
+
+def size_of(path: Path | str, max_pixels: int) -> tuple[int, int]:
+    """Return (height, width) of the upright image, from the header (a PNG's EXIF may come last: then all of it is read).
+
+    Raises `Refused` as `decode`.
+    """
+    with opened(path, FORMATS, max_pixels) as image:
+        width, height = image.size
+        # Pillow has swapped the sides of a TIFF already
+        sideways = image.format != "TIFF" and orientation(image) >= 5
+        return (width, height) if sideways else (height, width)
+
+
+def transform_image(image: Image.Image, geometry: Geometry, max_pixels: int) -> np.ndarray:
+    """Return an upright RGB image, resized and cropped, as uint8 (3, height, width)."""
+    height, width = geometry.resized(image.height, image.width)
+    if height * width > max_pixels:  # a strip of 1 x 1,000,000 pixels grows to gigabytes
+        raise Refused(f"too many pixels after the resize: {width}x{height} > {max_pixels:,}")
+    top, left, rows, columns = geometry.offsets(height, width)
+    if (height, width) != (image.height, image.width):
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+    pixels = np.asarray(image)[top : top + rows, left : left + columns]
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def transform_label_map(
+    label_map: np.ndarray, geometry: Geometry, image_size: tuple[int, int] | None = None
+) -> np.ndarray:
+    """Return a label map (height, width) of any integer type, resized and cropped as its image; no label is invented.
+
+    Each pixel takes the label at its centre (half-pixel centres): pixel i of `n` takes source pixel
+    floor((i + 1/2) * m / n) of `m`; a centre on the border of two pixels takes the later one.
+
+    image_size: (height, width) of the upright image, where it may differ from the label map's (a map of half the
+        resolution, say). The map then covers the same area, so both must have one shape up to one pixel of rounding.
+
+    Raises `Refused` where the shapes differ, or the crop does not fit.
+    """
+    height, width = label_map.shape
+    image_height, image_width = image_size or (height, width)
+    if not _same_shape(height, width, image_height, image_width):
+        raise Refused(f"the label map is {width}x{height}, but its image is {image_width}x{image_height}")
+    target_height, target_width = geometry.resized(image_height, image_width)
+    top, left, rows, columns = geometry.offsets(target_height, target_width)
+    y = _nearest(height, target_height)[top : top + rows]
+    x = _nearest(width, target_width)[left : left + columns]
+    return label_map[y[:, None], x[None, :]]
+
+
+def _nearest(source: int, target: int) -> np.ndarray:
+    """Return int64 (target,): for each pixel the source pixel under its centre, in whole numbers (no rounding error)."""
+    return (2 * np.arange(target, dtype=np.int64) + 1) * source // (2 * target)
+
+
+def _same_shape(height: int, width: int, image_height: int, image_width: int) -> bool:
+    """Whether a label map has the shape of its image, up to less than one pixel of the map."""
+    difference = abs(height * image_width - width * image_height)
+    return difference < image_width or difference < image_height
+
+
+@contextmanager
+def opened(path: Path | str, formats: tuple[str, ...], max_pixels: int) -> Iterator[Image.Image]:
+    """Open an image with Pillow, its header read and its size within `max_pixels`; whatever goes wrong is `Refused`.
+
+    Pillow's own limits, which also guard a WebP canvas and a TIFF tile before they are allocated, are set to
+    `max_pixels`. That limit and the warning filters are global, so one thread of a process decodes at a time.
+    """
+    file = _open_regular(path)
+    with file, _pillow, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, max_pixels / 2  # type: ignore[assignment]  # errors at twice
+        try:
+            with Image.open(file, formats=formats) as image:
+                yield image
+        except (Refused, MemoryError):
+            raise
+        except Image.DecompressionBombError as error:
+            found = re.search(r"\((\d+) pixels\)", str(error))
+            raise Refused(f"too many pixels: {int(found[1]) if found else 'many':,} > {max_pixels:,}") from error
+        except UnidentifiedImageError as error:
+            raise Refused(f"not an image ({', '.join(formats)})") from error
+        except Exception as error:  # damage shows itself in Pillow as nearly every type of error
+            raise Refused(_reason(error)) from error
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+
+
+def _open_regular(path: Path | str):
+    """Open a regular file that is not empty; a named pipe or a device never blocks."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno not in PATH_ERRORS:
+            raise
+        raise Refused(PATH_ERRORS[error.errno]) from error
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode) or status.st_size == 0:
+        os.close(descriptor)
+        raise Refused("empty file" if stat.S_ISREG(status.st_mode) else "not a regular file")
+    return os.fdopen(descriptor, "rb")
+
+
+def _reason(error: Exception) -> str:
+    message = re.sub(r" at 0x[0-9a-fA-F]+", "", str(error))  # an address would differ from run to run
+    if "truncat" in message.lower():
+        return "truncated"
+    return f"unreadable: {message or type(error).__name__}"
+
+
+def orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation, 1 to 8; 1 where it is absent, out of range or damaged."""
+    try:
+        value = image.getexif().get(ORIENTATION, 1)
+    except Exception:  # broken EXIF does not make the pixels unusable
+        return 1
+    return value if isinstance(value, int) and value in UPRIGHT else 1
+
+
+def turn_upright(image: Image.Image, source: Image.Image) -> Image.Image:
+    """Return `image` turned as the EXIF of `source`, the loaded file it was converted from, says."""
+    turn = UPRIGHT.get(orientation(source))
+    return image if turn is None else image.transpose(turn)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Return a loaded image of any mode in RGB; `Refused` where the range of its values is not known."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        return _deep_grey_to_rgb(image)
+    if image.mode in ("I", "F"):
+        kind = "32-bit integer" if image.mode == "I" else "float"
+        raise Refused(f"{kind} pixels: their range is not known; save them with 8 or 16 bits")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        coloured = image.convert("RGBA")
+        background = Image.new("RGBA", coloured.size, (*BACKGROUND, 255))
+        return Image.alpha_composite(background, coloured).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _deep_grey_to_rgb(image: Image.Image) -> Image.Image:
+    """Return grey of more than 8 bits in RGB: 0 to the largest value becomes 0 to 255, rounded (16 bits: value / 257)."""
+    values = np.asarray(image).astype(np.int64)
+    tags = getattr(image, "tag_v2", {})
+    bits = tags.get(BITS_PER_SAMPLE, (16,))[0]
+    largest = 2**bits - 1
+    grey = (values * 255 + largest // 2) // largest
+    if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:  # Pillow leaves 16 bits as they are stored
+        grey = 255 - grey
+    if isinstance(image.info.get("transparency"), int):
+        grey[values == image.info["transparency"]] = BACKGROUND[0]
+    return Image.fromarray(np.repeat(grey[..., None].astype(np.uint8), 3, axis=2))
