@@ -1,0 +1,223 @@
+"""The report's figures. The same numbers give the same bytes: no dates, fixed ids, text as outlines of a bundled font.
+
+Every figure is written three times: `<name>.svg` and `<name>-dark.svg` with transparent ground for the page,
+`<name>.pdf` for a paper. Colours are those of Okabe and Ito, told apart with every common colour blindness.
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from pipeline.report.counts import LayerCount, categories
+
+CATEGORY_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#B8A800", "#8A8F98")
+HATCHES = ("", "////", "....", "xxxx")
+RUN_STYLES: dict[str, dict[str, Any]] = {
+    "trained": {"linestyle": "-", "linewidth": 1.8},
+    "untrained": {"linestyle": "--", "linewidth": 1.3},
+    "permuted": {"linestyle": ":", "linewidth": 1.5},
+}
+RUN_TITLES = {"trained": "trained", "untrained": "untrained", "permuted": "labels permuted"}
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours of one variant of a figure."""
+
+    ink: str
+    muted: str
+    grid: str
+    runs: Mapping[str, str]
+
+
+LIGHT = Theme("#1c2024", "#5b6470", "#d9dde2", {"trained": "#0072B2", "untrained": "#C25400", "permuted": "#6b7280"})
+DARK = Theme("#e8eaed", "#a3abb5", "#3a4048", {"trained": "#56B4E9", "untrained": "#F0A04B", "permuted": "#a3abb5"})
+
+
+def draw_detectors(
+    folder: Path, name: str, runs: Mapping[str, Sequence[LayerCount]], short: Mapping[str, str]
+) -> list[str]:
+    """Detectors per layer, stacked by category; one panel a run, the first layer on top. `short`: category -> label."""
+    names = categories(count for counts in runs.values() for count in counts)
+    layers = [count.layer for count in next(iter(runs.values()))]
+
+    def draw(theme: Theme) -> Figure:
+        height = 0.26 * len(layers) + 1.15
+        figure = Figure(figsize=(2.0 + 2.1 * len(runs), height), layout="constrained")
+        panels = figure.subplots(1, len(runs), sharex=True, sharey=True, squeeze=False)[0]
+        most = max((count.detectors for counts in runs.values() for count in counts), default=0)
+        for panel, (run, counts) in zip(panels, runs.items(), strict=True):
+            _stack(panel, counts, names, theme)
+            panel.set_title(RUN_TITLES[run], fontsize=9, color=theme.ink, loc="left", fontweight="bold")
+            panel.set_xlim(0, max(most, 1) * 1.45)  # room for the "12/64" at the longest bar's end
+            panel.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+            panel.grid(axis="x", color=theme.grid, linewidth=0.6)
+        panels[0].set_yticks(range(len(layers)), [shorten(layer, 30) for layer in layers])
+        panels[0].set_ylim(len(layers) - 0.4, -0.6)
+        figure.supxlabel("detectors (units)", fontsize=8, color=theme.muted)
+        _legend(figure, [short[name] for name in names], theme)
+        return figure
+
+    return _save(folder, name, draw)
+
+
+def draw_iou(
+    folder: Path, name: str, iou: Mapping[str, Mapping[str, Sequence[float]]], min_iou: float
+) -> list[str]:
+    """Share of a layer's units with an IoU above x, one panel a layer, one line a run. `iou`: run -> layer -> values."""
+    layers = list(next(iter(iou.values())))
+    finite = [value for of_layer in iou.values() for values in of_layer.values() for value in values if value == value]
+    right = max([*finite, min_iou if min_iou == min_iou else 0, 0.01]) * 1.05
+    grid = np.linspace(0, right, 201)
+
+    def draw(theme: Theme) -> Figure:
+        columns = min(len(layers), 3 if len(layers) <= 9 else 6)
+        rows = math.ceil(len(layers) / columns)
+        width = max(7.6 / columns, 1.7) if columns > 1 else 4.2
+        figure = Figure(figsize=(width * columns, 1.55 * rows + 0.6), layout="constrained")
+        panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+        for panel in panels.flat[len(layers) :]:
+            panel.set_visible(False)
+        for panel, layer in zip(panels.flat, layers, strict=False):
+            for run, of_layer in iou.items():
+                panel.plot(grid, share_above(of_layer[layer], grid), color=theme.runs[run], **RUN_STYLES[run])
+            if min_iou == min_iou:
+                panel.axvline(min_iou, color=theme.muted, linewidth=0.8)
+            panel.set_title(shorten(layer, 24), fontsize=8, color=theme.ink, loc="left")
+            panel.grid(color=theme.grid, linewidth=0.6)
+            _plain(panel, theme)
+        corner = panels[0, 0]
+        corner.set_xlim(0, right)
+        corner.set_ylim(0, 1.02)
+        corner.yaxis.set_major_formatter(PercentFormatter(1.0))
+        corner.xaxis.set_major_locator(MaxNLocator(4))
+        figure.supxlabel("IoU with the best concept", fontsize=8, color=theme.muted)
+        figure.supylabel("units above", fontsize=8, color=theme.muted)
+        lines = corner.get_lines()[: len(iou)]
+        figure.legend(
+            lines, [RUN_TITLES[run] for run in iou], loc="outside upper left", ncols=3, frameon=False, fontsize=8,
+            labelcolor=theme.ink, handlelength=2.8,
+        )  # fmt: skip
+        return figure
+
+    return _save(folder, name, draw)
+
+
+def draw_training(folder: Path, name: str, history: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Loss and accuracy over the training steps; entries without one of the two are left out of its line."""
+
+    def draw(theme: Theme) -> Figure:
+        figure = Figure(figsize=(6.2, 1.9), layout="constrained")
+        for panel, key in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
+            points = [(entry["step"], entry[key]) for entry in history if entry.get(key) is not None]
+            panel.plot(
+                [step for step, _ in points], [value for _, value in points], color=theme.runs["trained"],
+                linewidth=1.5, marker="o" if len(points) < 3 else "", markersize=3,
+            )  # fmt: skip
+            panel.set_title(key, fontsize=9, color=theme.ink, loc="left", fontweight="bold")
+            panel.set_xlabel("step", fontsize=8, color=theme.muted)
+            panel.grid(color=theme.grid, linewidth=0.6)
+            panel.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+            panel.yaxis.set_major_locator(MaxNLocator(4))
+            if key == "accuracy":
+                panel.set_ylim(0, 1)
+                panel.yaxis.set_major_formatter(PercentFormatter(1.0))
+            else:
+                panel.set_ylim(bottom=0)
+            _plain(panel, theme)
+        return figure
+
+    return _save(folder, name, draw)
+
+
+def share_above(values: Sequence[float], grid: np.ndarray) -> np.ndarray:
+    """Share of `values` that exceed each point of `grid`; NaN (no IoU) exceeds nothing. Zeros for no values."""
+    ordered = np.sort(np.asarray([value for value in values if value == value], dtype=np.float64))
+    above = len(ordered) - np.searchsorted(ordered, grid, side="right")
+    return above / max(len(values), 1)
+
+
+def shorten(text: str, limit: int) -> str:
+    """At most `limit` characters, cut in the middle: the ends tell layers apart."""
+    if len(text) <= limit:
+        return text
+    tail = (limit - 1) * 2 // 3
+    return f"{text[: limit - 1 - tail]}…{text[-tail:]}"
+
+
+def category_style(position: int) -> dict[str, Any]:
+    """Colour of the category at this position, with a hatch once the eight colours are used up."""
+    turn, colour = divmod(position, len(CATEGORY_COLOURS))
+    return {"facecolor": CATEGORY_COLOURS[colour], "hatch": HATCHES[turn % len(HATCHES)]}
+
+
+def _stack(panel: Axes, counts: Sequence[LayerCount], names: Sequence[str], theme: Theme) -> None:
+    rows = np.arange(len(counts))
+    left = np.zeros(len(counts))
+    for position, name in enumerate(names):
+        width = np.array([count.by_category.get(name, (0, 0))[0] for count in counts], dtype=float)
+        style = category_style(position)
+        panel.barh(rows, width, left=left, height=0.72, edgecolor=theme.grid if style["hatch"] else "none", **style)
+        left += width
+    for row, count in enumerate(counts):
+        panel.annotate(
+            f"{count.detectors}/{count.units}", (count.detectors, row), xytext=(3, 0), textcoords="offset points",
+            va="center", fontsize=7, color=theme.muted,
+        )  # fmt: skip
+    _plain(panel, theme)
+    panel.tick_params(axis="y", length=0, labelcolor=theme.ink)
+
+
+def _plain(panel: Axes, theme: Theme) -> None:
+    panel.set_facecolor("none")
+    panel.set_axisbelow(True)
+    panel.tick_params(colors=theme.muted, labelsize=7.5)
+    for side, spine in panel.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(theme.grid)
+
+
+def _legend(figure: Figure, labels: Sequence[str], theme: Theme) -> None:
+    if not labels:
+        return
+    handles = [Patch(**category_style(position)) for position in range(len(labels))]
+    # Labels are set afterwards: matplotlib drops those that start with an underscore, and these come from data.
+    legend = figure.legend(
+        handles, [str(position) for position in range(len(labels))], loc="outside upper left",
+        ncols=min(len(labels), 4), frameon=False, fontsize=8, labelcolor=theme.ink, handlelength=1.1, handleheight=1.1,
+    )  # fmt: skip
+    for text, label in zip(legend.get_texts(), labels, strict=True):
+        text.set_text(shorten(label, 28))
+
+
+def _save(folder: Path, name: str, draw: Callable[[Theme], Figure]) -> list[str]:
+    settings: dict[str, Any] = {
+        "svg.hashsalt": "microtome",
+        "svg.fonttype": "path",
+        "pdf.fonttype": 42,
+        "font.family": "DejaVu Sans",
+        "text.parse_math": False,
+        "hatch.linewidth": 0.6,
+    }
+    files = []
+    with matplotlib.rc_context(settings), warnings.catch_warnings():
+        # A category in a script that the bundled font lacks shows as boxes in figures; the page itself spells it out.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        for theme, suffix in ((LIGHT, ""), (DARK, "-dark")):
+            figure = draw(theme)
+            files.append(f"{name}{suffix}.svg")
+            figure.savefig(folder / files[-1], metadata={"Date": None}, transparent=True)
+            if theme is LIGHT:
+                files.append(f"{name}.pdf")
+                figure.savefig(folder / files[-1], metadata={"CreationDate": None})
+    return files

@@ -1,0 +1,58 @@
+"""The report's CSV files: units by IoU, and detectors per run, layer and category."""
+
+import csv
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from pipeline.report.counts import LayerCount
+from pipeline.report.results import COLUMNS, Unit
+
+UNIT_COLUMNS = (*COLUMNS[:6], "iou_over_ceiling", *COLUMNS[6:])
+DETECTOR_COLUMNS = ("run", "layer", "units", "category", "detectors", "unique_detectors")
+
+
+def write_units(file: Path, units: Iterable[Unit]) -> None:
+    """Write the units, highest IoU first, with IoU / ceiling as a column of its own. NaN is written as a blank cell."""
+    _write(file, UNIT_COLUMNS, ([_unit_cell(unit, column) for column in UNIT_COLUMNS] for unit in by_iou(units)))
+
+
+def write_detectors(file: Path, runs: Mapping[str, Sequence[LayerCount]]) -> None:
+    """Write detectors and unique detectors of every run (trained, untrained, permuted) and layer.
+
+    One row per layer with a blank category holds the layer's totals; one row per category that has detectors follows.
+    """
+    rows: list[list[object]] = []
+    for run, counts in runs.items():
+        for count in counts:
+            rows.append([run, safe(count.layer), count.units, "", count.detectors, count.unique])
+            for category, (detectors, unique) in count.by_category.items():
+                rows.append([run, safe(count.layer), count.units, safe(category), detectors, unique])
+    _write(file, DETECTOR_COLUMNS, rows)
+
+
+def by_iou(units: Iterable[Unit]) -> list[Unit]:
+    """Units sorted by IoU, highest first, units without one last; ties by their order in the network."""
+    return sorted(units, key=lambda unit: math.inf if math.isnan(unit.iou) else -unit.iou)
+
+
+def safe(text: str) -> str:
+    """A text from data as a CSV cell that no spreadsheet takes for a formula.
+
+    A leading =, +, -, @, tab or line break makes spreadsheets evaluate a cell; an apostrophe before it prevents that.
+    """
+    return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r", "\n") else text
+
+
+def _unit_cell(unit: Unit, column: str) -> object:
+    value = unit.share_of_ceiling if column == "iou_over_ceiling" else getattr(unit, column)
+    if isinstance(value, str):
+        return safe(value)
+    return "" if isinstance(value, float) and math.isnan(value) else value
+
+
+def _write(file: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    with file.open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)
