@@ -1,8 +1,8 @@
 """One image file to one uint8 array: upright, RGB, resized and cropped as torchvision would, or refused with a reason.
 
-What a file may do to the process is bounded before any pixel is decoded: regular files only, a fixed list of formats, and
-an own pixel limit read from the header. Nothing is guessed in silence: a value range that a file does not state is a
-refusal, not a clip.
+What a file may do to the process is bounded before any pixel is decoded: regular files only, a fixed list of formats,
+and an own pixel limit read from the header. Nothing is guessed in silence: a value range that a file does not state is
+a refusal, not a clip.
 """
 
 import errno
@@ -37,7 +37,7 @@ UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
-# What is wrong with this one path. Any other error (too many open files, a stale mount) is the machine's, and is raised.
+# What is wrong with this one path. Any other error (too many open files, say) is the machine's, and is raised.
 PATH_ERRORS = {
     errno.ENOENT: "no such file",
     errno.ENOTDIR: "no such file",
@@ -53,7 +53,7 @@ PATH_ERRORS = {
 _pillow = threading.Lock()
 
 
-class Refused(MicrotomeError):
+class Refused(MicrotomeError):  # noqa: N818 - an outcome that a stage records
     """One input that cannot be used; `reason` is short, the same on every machine, and goes to quarantine.csv."""
 
     def __init__(self, reason: str) -> None:
@@ -96,7 +96,7 @@ class Geometry:
         return (longer, self.resize) if height >= width else (self.resize, longer)
 
     def offsets(self, height: int, width: int) -> tuple[int, int, int, int]:
-        """Return (top, left, height, width) of the part of a resized image that is kept; Refused where it is smaller."""
+        """Return (top, left, height, width) of the part of a resized image that is kept; Refused where smaller."""
         if self.crop is None:
             return 0, 0, height, width
         if self.crop > min(height, width):
@@ -125,7 +125,7 @@ def decode(path: Path | str, geometry: Geometry, max_pixels: int) -> np.ndarray:
 
 
 def size_of(path: Path | str, max_pixels: int) -> tuple[int, int]:
-    """Return (height, width) of the upright image, from the header (a PNG's EXIF may come last: then all of it is read).
+    """Return (height, width) of the upright image, from the header (a PNG is read to its end: its EXIF may be there).
 
     Raises `Refused` as `decode`.
     """
@@ -173,7 +173,7 @@ def transform_label_map(
 
 
 def _nearest(source: int, target: int) -> np.ndarray:
-    """Return int64 (target,): for each pixel the source pixel under its centre, in whole numbers (no rounding error)."""
+    """Return int64 (target,): for each pixel the source pixel under its centre, in whole numbers: no rounding."""
     return (2 * np.arange(target, dtype=np.int64) + 1) * source // (2 * target)
 
 
@@ -262,7 +262,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _deep_grey_to_rgb(image: Image.Image) -> Image.Image:
-    """Return grey of more than 8 bits in RGB: 0 to the largest value becomes 0 to 255, rounded (16 bits: value / 257)."""
+    """Return grey of more than 8 bits in RGB: the largest value becomes 255, rounded (16 bits: value / 257)."""
     values = np.asarray(image).astype(np.int64)
     tags = getattr(image, "tag_v2", {})
     bits = tags.get(BITS_PER_SAMPLE, (16,))[0]
