@@ -91,7 +91,9 @@ def sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_safetensors(path: str | Path, state: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) -> None:
+def write_safetensors(
+    path: str | Path, state: Mapping[str, torch.Tensor], metadata: Mapping[str, Any] | None = None
+) -> None:
     """Write `state` and json-able `metadata` so that the file is there whole or not at all.
 
     The same content gives the same bytes. safetensors writes several metadata entries in random order, hence one
@@ -103,8 +105,9 @@ def write_safetensors(path: str | Path, state: Mapping[str, torch.Tensor], metad
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     # Clones: safetensors refuses tensors that share memory (tied weights) or are not contiguous (channels_last).
     own = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in state.items()}
+    entry = {"microtome": json.dumps(dict(metadata), sort_keys=True, allow_nan=False)} if metadata else None
     try:
-        save_file(own, partial, {"microtome": json.dumps(dict(metadata), sort_keys=True, allow_nan=False)})
+        save_file(own, partial, entry)
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         partial.replace(path)
@@ -124,8 +127,7 @@ def _tensors(path: Path, device: str) -> dict[str, torch.Tensor]:
     _check_file(path)
     content = _read_safetensors(path, device) if path.suffix == ".safetensors" else _read_torch(path, device)
     state = _state_dict(content, path)
-    allowed = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bool)
-    allowed += (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+    allowed = set(_dtypes().values())
     for key, tensor in state.items():
         if tensor.dtype not in allowed or tensor.layout is not torch.strided:
             kind = tensor.dtype if tensor.layout is torch.strided else tensor.layout
@@ -184,18 +186,7 @@ def _read_safetensors(path: Path, device: str) -> dict[str, torch.Tensor]:
     import torch
     from safetensors import SafetensorError, safe_open
 
-    dtypes = {
-        "F64": torch.float64,
-        "F32": torch.float32,
-        "F16": torch.float16,
-        "BF16": torch.bfloat16,
-        "I64": torch.int64,
-        "I32": torch.int32,
-        "I16": torch.int16,
-        "I8": torch.int8,
-        "U8": torch.uint8,
-        "BOOL": torch.bool,
-    }
+    dtypes = _dtypes()
     try:
         with safe_open(path, framework="pt") as file:
             state = {}
@@ -213,6 +204,24 @@ def _read_safetensors(path: Path, device: str) -> dict[str, torch.Tensor]:
             return state
     except (SafetensorError, OSError) as error:
         raise _unreadable(path, error) from error
+
+
+def _dtypes() -> dict[str, torch.dtype]:
+    """The dtypes of weights, by safetensors' names."""
+    import torch
+
+    return {
+        "F64": torch.float64,
+        "F32": torch.float32,
+        "F16": torch.float16,
+        "BF16": torch.bfloat16,
+        "I64": torch.int64,
+        "I32": torch.int32,
+        "I16": torch.int16,
+        "I8": torch.int8,
+        "U8": torch.uint8,
+        "BOOL": torch.bool,
+    }
 
 
 def _state_dict(content: object, path: Path) -> dict[str, torch.Tensor]:

@@ -14,7 +14,7 @@ import sys
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -27,6 +27,23 @@ UNTRAINED = "random"
 TRAINED_HERE = "train"
 # Arguments of torchvision's builders which fetch weights; a network's weights come from `weights` and nowhere else.
 _FETCHING_ARGUMENTS = ("weights", "weights_backbone", "pretrained", "pretrained_backbone")
+
+
+class Described(Protocol):
+    """Anything with the fields of a `NetworkSpec`."""
+
+    @property
+    def torchvision(self) -> str | None: ...
+    @property
+    def module(self) -> str | None: ...
+    @property
+    def arguments(self) -> dict[str, Any]: ...
+    @property
+    def weights(self) -> str: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def prefix(self) -> str | None: ...
 
 
 class NetworkSpec(BaseModel):
@@ -59,9 +76,14 @@ class NetworkSpec(BaseModel):
             file, colon, function = self.module.rpartition(":")
             if not (colon and file and function.isidentifier()):
                 raise ValueError(f"module {self.module!r} is not of the form path.py:function")
-        if self.prefix is not None and not self.weights_file:
-            raise ValueError(f"prefix {self.prefix!r} needs a checkpoint; weights are {self.weights!r}")
         return self
+
+    @classmethod
+    def of(cls, described: Described) -> NetworkSpec:
+        """The part of a larger description, a network of a configuration say, that builds the network."""
+        if isinstance(described, cls):
+            return described
+        return cls(**{name: getattr(described, name) for name in cls.model_fields})
 
     @property
     def architecture(self) -> str:
@@ -82,16 +104,17 @@ class NetworkSpec(BaseModel):
         return self.module.rpartition(":")[2] if self.module is not None else ""
 
 
-def load(spec: NetworkSpec, weights_path: str | Path | None = None) -> nn.Module:
+def load(described: Described, weights_path: str | Path | None = None) -> nn.Module:
     """The network with its weights, on the CPU, in eval mode.
 
     Parameters
     ----------
     weights_path : the checkpoint that the workflow made of this network (needed for `weights: train`). It replaces
-        `spec.weights`, and its keys are the network's own: `spec.prefix` does not apply to it.
+        `weights`, and its keys are the network's own: `prefix` does not apply to it.
     """
     from pipeline import checkpoint
 
+    spec = NetworkSpec.of(described)
     if weights_path is None and spec.weights == TRAINED_HERE:
         raise MicrotomeError(f"{spec.architecture} is trained by the workflow: run its network stage first")
     network = build(spec)
@@ -102,8 +125,8 @@ def load(spec: NetworkSpec, weights_path: str | Path | None = None) -> nn.Module
     return network
 
 
-def build(spec: NetworkSpec, device: str = "cpu") -> nn.Module:
-    """The network as its builder makes it, initialised from `spec.seed`, in eval mode.
+def build(described: Described, device: str = "cpu") -> nn.Module:
+    """The network as its builder makes it, initialised from its seed, in eval mode.
 
     `device="meta"` gives shapes without memory or weights. The global random state is left as it was. Builders are
     expected to draw initial weights from torch's generator, as `torch.nn.init` does.
@@ -116,6 +139,7 @@ def build(spec: NetworkSpec, device: str = "cpu") -> nn.Module:
     import torch
     from torch import nn
 
+    spec = NetworkSpec.of(described)
     builder = _torchvision_builder(spec) if spec.torchvision is not None else _file_builder(spec)
     with _seeded(spec.seed), torch.device(device):
         try:
