@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from pipeline.errors import MicrotomeError
 
@@ -184,7 +184,7 @@ def _same_shape(height: int, width: int, image_height: int, image_width: int) ->
 
 
 @contextmanager
-def opened(path: Path | str, formats: tuple[str, ...], max_pixels: int) -> Iterator[Image.Image]:
+def opened(path: Path | str, formats: tuple[str, ...], max_pixels: int) -> Iterator[ImageFile.ImageFile]:
     """Open an image with Pillow, its header read and its size within `max_pixels`; whatever goes wrong is `Refused`.
 
     Pillow's own limits, which also guard a WebP canvas and a TIFF tile before they are allocated, are set to
