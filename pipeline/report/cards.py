@@ -105,7 +105,7 @@ def thumbnail(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
     # Resampled smoothly and cut at one half, the outline follows the mask without its staircase.
     inside = np.asarray(region.resize((TILE, TILE), Image.Resampling.BILINEAR)) >= 128
     grey = colours.mean(axis=2, keepdims=True)
-    tile = np.where(inside[..., None], colours, 0.30 * (0.5 * colours + 0.5 * grey) + 18)
+    tile = np.where(inside[..., None], colours, 0.45 * (0.4 * colours + 0.6 * grey) + 15)
     near, wide = _grow(inside), _grow(_grow(inside))
     tile[wide & ~near] = (20, 20, 20)  # a dark line outside the yellow one: visible on snow as on asphalt
     tile[near & ~inside] = (255, 214, 10)
@@ -189,7 +189,7 @@ def _draw_layer(
     cards = {}
     for unit, images in zip(units, tops, strict=True):
         file = f"{prefix}-{unit.unit:04d}.png"
-        montage([tiles[unit, image] for image in images], count).save(folder / file, optimize=True)
+        montage([tiles[unit, image] for image in images], count).save(folder / file)
         cards[unit] = Card(unit, file, [(str(pictures.ids[image]), pictures.classes[image]) for image in images])
     return cards
 

@@ -7,7 +7,6 @@ Every figure is written three times: `<name>.svg` and `<name>-dark.svg` with tra
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,18 +29,26 @@ RUN_STYLES: dict[str, dict[str, Any]] = {
 RUN_TITLES = {"trained": "trained", "untrained": "untrained", "permuted": "labels permuted"}
 
 
-@dataclass(frozen=True)
-class Theme:
-    """Colours of one variant of a figure."""
-
-    ink: str
-    muted: str
-    grid: str
-    runs: Mapping[str, str]
-
-
-LIGHT = Theme("#1c2024", "#5b6470", "#d9dde2", {"trained": "#0072B2", "untrained": "#C25400", "permuted": "#6b7280"})
-DARK = Theme("#e8eaed", "#a3abb5", "#3a4048", {"trained": "#56B4E9", "untrained": "#F0A04B", "permuted": "#a3abb5"})
+INK, MUTED, GRID = "#1c2024", "#5b6470", "#d9dde2"
+RUN_COLOURS = {"trained": "#0a6fb0", "untrained": "#c25400", "permuted": "#6b7280"}
+ON_DARK = {
+    INK: "#e8eaed",
+    MUTED: "#a3abb5",
+    GRID: "#3a4048",
+    RUN_COLOURS["trained"]: "#56b4e9",
+    RUN_COLOURS["untrained"]: "#f0a04b",
+    RUN_COLOURS["permuted"]: "#a3abb6",
+}
+"""What replaces the colours of text and lines on a dark ground; as matplotlib writes them, in lower case. The colours
+of categories stay."""
+SETTINGS: Any = {
+    "svg.hashsalt": "microtome",
+    "svg.fonttype": "path",
+    "pdf.fonttype": 42,
+    "font.family": "DejaVu Sans",
+    "text.parse_math": False,
+    "hatch.linewidth": 0.6,
+}
 
 
 def draw_detectors(
@@ -51,36 +58,34 @@ def draw_detectors(
     names = categories(count for counts in runs.values() for count in counts)
     layers = [count.layer for count in next(iter(runs.values()))]
 
-    def draw(theme: Theme) -> Figure:
+    def draw() -> Figure:
         height = 0.26 * len(layers) + 1.15
         figure = Figure(figsize=(2.0 + 2.1 * len(runs), height), layout="constrained")
         panels = figure.subplots(1, len(runs), sharex=True, sharey=True, squeeze=False)[0]
         most = max((count.detectors for counts in runs.values() for count in counts), default=0)
         for panel, (run, counts) in zip(panels, runs.items(), strict=True):
-            _stack(panel, counts, names, theme)
-            panel.set_title(RUN_TITLES[run], fontsize=9, color=theme.ink, loc="left", fontweight="bold")
+            _stack(panel, counts, names)
+            panel.set_title(RUN_TITLES[run], fontsize=9, color=INK, loc="left")
             panel.set_xlim(0, max(most, 1) * 1.45)  # room for the "12/64" at the longest bar's end
             panel.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-            panel.grid(axis="x", color=theme.grid, linewidth=0.6)
+            panel.grid(axis="x", color=GRID, linewidth=0.6)
         panels[0].set_yticks(range(len(layers)), [shorten(layer, 30) for layer in layers])
         panels[0].set_ylim(len(layers) - 0.4, -0.6)
-        figure.supxlabel("detectors (units)", fontsize=8, color=theme.muted)
-        _legend(figure, [short[name] for name in names], theme)
+        figure.supxlabel("detectors (units)", fontsize=8, color=MUTED)
+        _legend(figure, [short[name] for name in names])
         return figure
 
     return _save(folder, name, draw)
 
 
-def draw_iou(
-    folder: Path, name: str, iou: Mapping[str, Mapping[str, Sequence[float]]], min_iou: float
-) -> list[str]:
-    """Share of a layer's units with an IoU above x, one panel a layer, one line a run. `iou`: run -> layer -> values."""
+def draw_iou(folder: Path, name: str, iou: Mapping[str, Mapping[str, Sequence[float]]], min_iou: float) -> list[str]:
+    """Share of a layer's units with an IoU above x, a panel a layer, a line a run. `iou`: run -> layer -> values."""
     layers = list(next(iter(iou.values())))
     finite = [value for of_layer in iou.values() for values in of_layer.values() for value in values if value == value]
     right = max([*finite, min_iou if min_iou == min_iou else 0, 0.01]) * 1.05
     grid = np.linspace(0, right, 201)
 
-    def draw(theme: Theme) -> Figure:
+    def draw() -> Figure:
         columns = min(len(layers), 3 if len(layers) <= 9 else 6)
         rows = math.ceil(len(layers) / columns)
         width = max(7.6 / columns, 1.7) if columns > 1 else 4.2
@@ -90,23 +95,25 @@ def draw_iou(
             panel.set_visible(False)
         for panel, layer in zip(panels.flat, layers, strict=False):
             for run, of_layer in iou.items():
-                panel.plot(grid, share_above(of_layer[layer], grid), color=theme.runs[run], **RUN_STYLES[run])
+                share = share_above(of_layer[layer], grid)
+                end = np.count_nonzero(share) + 1  # a line ends where it reaches zero
+                panel.plot(grid[:end], share[:end], color=RUN_COLOURS[run], **RUN_STYLES[run])
             if min_iou == min_iou:
-                panel.axvline(min_iou, color=theme.muted, linewidth=0.8)
-            panel.set_title(shorten(layer, 24), fontsize=8, color=theme.ink, loc="left")
-            panel.grid(color=theme.grid, linewidth=0.6)
-            _plain(panel, theme)
+                panel.axvline(min_iou, color=MUTED, linewidth=0.8)
+            panel.set_title(shorten(layer, 24), fontsize=8, color=INK, loc="left")
+            panel.grid(color=GRID, linewidth=0.6)
+            _plain(panel)
         corner = panels[0, 0]
         corner.set_xlim(0, right)
         corner.set_ylim(0, 1.02)
         corner.yaxis.set_major_formatter(PercentFormatter(1.0))
         corner.xaxis.set_major_locator(MaxNLocator(4))
-        figure.supxlabel("IoU with the best concept", fontsize=8, color=theme.muted)
-        figure.supylabel("units above", fontsize=8, color=theme.muted)
+        figure.supxlabel("IoU with the best concept", fontsize=8, color=MUTED)
+        figure.supylabel("units above", fontsize=8, color=MUTED)
         lines = corner.get_lines()[: len(iou)]
         figure.legend(
             lines, [RUN_TITLES[run] for run in iou], loc="outside upper left", ncols=3, frameon=False, fontsize=8,
-            labelcolor=theme.ink, handlelength=2.8,
+            labelcolor=INK, handlelength=2.8,
         )  # fmt: skip
         return figure
 
@@ -116,17 +123,17 @@ def draw_iou(
 def draw_training(folder: Path, name: str, history: Sequence[Mapping[str, Any]]) -> list[str]:
     """Loss and accuracy over the training steps; entries without one of the two are left out of its line."""
 
-    def draw(theme: Theme) -> Figure:
+    def draw() -> Figure:
         figure = Figure(figsize=(6.2, 1.9), layout="constrained")
         for panel, key in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
             points = [(entry["step"], entry[key]) for entry in history if entry.get(key) is not None]
             panel.plot(
-                [step for step, _ in points], [value for _, value in points], color=theme.runs["trained"],
+                [step for step, _ in points], [value for _, value in points], color=RUN_COLOURS["trained"],
                 linewidth=1.5, marker="o" if len(points) < 3 else "", markersize=3,
             )  # fmt: skip
-            panel.set_title(key, fontsize=9, color=theme.ink, loc="left", fontweight="bold")
-            panel.set_xlabel("step", fontsize=8, color=theme.muted)
-            panel.grid(color=theme.grid, linewidth=0.6)
+            panel.set_title(key, fontsize=9, color=INK, loc="left")
+            panel.set_xlabel("step", fontsize=8, color=MUTED)
+            panel.grid(color=GRID, linewidth=0.6)
             panel.xaxis.set_major_locator(MaxNLocator(5, integer=True))
             panel.yaxis.set_major_locator(MaxNLocator(4))
             if key == "accuracy":
@@ -134,7 +141,7 @@ def draw_training(folder: Path, name: str, history: Sequence[Mapping[str, Any]])
                 panel.yaxis.set_major_formatter(PercentFormatter(1.0))
             else:
                 panel.set_ylim(bottom=0)
-            _plain(panel, theme)
+            _plain(panel)
         return figure
 
     return _save(folder, name, draw)
@@ -161,63 +168,56 @@ def category_style(position: int) -> dict[str, Any]:
     return {"facecolor": CATEGORY_COLOURS[colour], "hatch": HATCHES[turn % len(HATCHES)]}
 
 
-def _stack(panel: Axes, counts: Sequence[LayerCount], names: Sequence[str], theme: Theme) -> None:
+def _stack(panel: Axes, counts: Sequence[LayerCount], names: Sequence[str]) -> None:
     rows = np.arange(len(counts))
     left = np.zeros(len(counts))
     for position, name in enumerate(names):
         width = np.array([count.by_category.get(name, (0, 0))[0] for count in counts], dtype=float)
         style = category_style(position)
-        panel.barh(rows, width, left=left, height=0.72, edgecolor=theme.grid if style["hatch"] else "none", **style)
+        panel.barh(rows, width, left=left, height=0.72, edgecolor=GRID if style["hatch"] else "none", **style)
         left += width
     for row, count in enumerate(counts):
         panel.annotate(
             f"{count.detectors}/{count.units}", (count.detectors, row), xytext=(3, 0), textcoords="offset points",
-            va="center", fontsize=7, color=theme.muted,
+            va="center", fontsize=7, color=MUTED,
         )  # fmt: skip
-    _plain(panel, theme)
-    panel.tick_params(axis="y", length=0, labelcolor=theme.ink)
+    _plain(panel)
+    panel.tick_params(axis="y", length=0, labelcolor=INK)
 
 
-def _plain(panel: Axes, theme: Theme) -> None:
+def _plain(panel: Axes) -> None:
     panel.set_facecolor("none")
     panel.set_axisbelow(True)
-    panel.tick_params(colors=theme.muted, labelsize=7.5)
+    panel.tick_params(colors=MUTED, labelsize=7.5)
     for side, spine in panel.spines.items():
         spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(theme.grid)
+        spine.set_color(GRID)
 
 
-def _legend(figure: Figure, labels: Sequence[str], theme: Theme) -> None:
+def _legend(figure: Figure, labels: Sequence[str]) -> None:
     if not labels:
         return
     handles = [Patch(**category_style(position)) for position in range(len(labels))]
     # Labels are set afterwards: matplotlib drops those that start with an underscore, and these come from data.
     legend = figure.legend(
         handles, [str(position) for position in range(len(labels))], loc="outside upper left",
-        ncols=min(len(labels), 4), frameon=False, fontsize=8, labelcolor=theme.ink, handlelength=1.1, handleheight=1.1,
+        ncols=min(len(labels), 4), frameon=False, fontsize=8, labelcolor=INK, handlelength=1.1, handleheight=1.1,
     )  # fmt: skip
     for text, label in zip(legend.get_texts(), labels, strict=True):
         text.set_text(shorten(label, 28))
 
 
-def _save(folder: Path, name: str, draw: Callable[[Theme], Figure]) -> list[str]:
-    settings: dict[str, Any] = {
-        "svg.hashsalt": "microtome",
-        "svg.fonttype": "path",
-        "pdf.fonttype": 42,
-        "font.family": "DejaVu Sans",
-        "text.parse_math": False,
-        "hatch.linewidth": 0.6,
-    }
-    files = []
-    with matplotlib.rc_context(settings), warnings.catch_warnings():
+def _save(folder: Path, name: str, figure: Callable[[], Figure]) -> list[str]:
+    files = [f"{name}.svg", f"{name}-dark.svg", f"{name}.pdf"]
+    with matplotlib.rc_context(SETTINGS), warnings.catch_warnings():
         # A category in a script that the bundled font lacks shows as boxes in figures; the page itself spells it out.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        for theme, suffix in ((LIGHT, ""), (DARK, "-dark")):
-            figure = draw(theme)
-            files.append(f"{name}{suffix}.svg")
-            figure.savefig(folder / files[-1], metadata={"Date": None}, transparent=True)
-            if theme is LIGHT:
-                files.append(f"{name}.pdf")
-                figure.savefig(folder / files[-1], metadata={"CreationDate": None})
+        drawn = figure()
+        drawn.savefig(folder / files[0], metadata={"Date": None}, transparent=True)
+        drawn.set_layout_engine("none")  # the layout is done: not twice
+        drawn.savefig(folder / files[2], metadata={"CreationDate": None})
+    svg = (folder / files[0]).read_text(encoding="utf-8")
+    for light, dark in ON_DARK.items():
+        svg = svg.replace(light, dark)
+    (folder / files[1]).write_text(svg, encoding="utf-8")
     return files

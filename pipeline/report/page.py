@@ -59,9 +59,7 @@ class Section:
         return list(self.category_names).index(category) % len(CATEGORY_COLOURS)
 
 
-def section(
-    results: Path, figures: Path, tables: Path, comparison: Comparison, top_images: int, cards: int
-) -> Section:
+def section(results: Path, figures: Path, tables: Path, comparison: Comparison, top_images: int, cards: int) -> Section:
     """Read one network and its controls, and write its figures and tables."""
     trained = read_dissection(results, comparison.dataset, comparison.network)
     layers = trained.layer_names

@@ -109,7 +109,9 @@ def read_layers(dataset_folder: Path, file: Path) -> list[Layer]:
     for name, paths in _read_json(file).items():
         missing = {"id", "activations", "thresholds", "iou"} - set(paths)
         if missing:
-            raise MicrotomeError(f"{file}: layer {name!r} lacks {', '.join(sorted(missing))}; dissect the network again")
+            raise MicrotomeError(
+                f"{file}: layer {name!r} lacks {', '.join(sorted(missing))}; dissect the network again"
+            )
         iou = open_store(dataset_folder / paths["iou"])
         layers.append(
             Layer(

@@ -21,16 +21,17 @@ def lead(sections: Sequence["Section"]) -> str:
     images = layer.settings.get("images")
     where = f" whose place in {plural(images, 'image')} is known" if isinstance(images, int) else ""
     text = (
-        f"Which unit of a network sees what? Each unit was compared with {plural(layer.concepts, 'concept')}{where}: "
-        f"of the {plural(count.units, 'unit')} in {layer.name}, the last layer cut from {first.trained.network}, "
-        f"{number(count.detectors)} {_detect(count.detectors)} one"
+        f"Each unit of {first.trained.network} was compared with {plural(layer.concepts, 'concept')}{where}: "
+        f"of the {plural(count.units, 'unit')} in {layer.name}, the last layer, {number(count.detectors)} "
+        f"{'responds' if count.detectors == 1 else 'respond'} where one of them is "
+        f"(intersection over union above {decimal(first.trained.min_iou, 2)})"
     )
-    controls = []
+    others = []
     if "untrained" in first.last:
-        controls.append(f"{number(first.last['untrained'].detectors)} in the same network untrained")
+        others.append(f"{number(first.last['untrained'].detectors)} in the same network untrained")
     if "permuted" in first.last:
-        controls.append(f"{number(first.last['permuted'].detectors)} when the label maps are swapped between images")
-    return f"{text}; {' and '.join(controls)}." if controls else f"{text}."
+        others.append(f"{number(first.last['permuted'].detectors)} when the label maps are permuted over the images")
+    return f"{text}, against {' and '.join(others)}." if others else f"{text}."
 
 
 def categories_of_last_layer(section: "Section") -> str:
@@ -42,7 +43,7 @@ def categories_of_last_layer(section: "Section") -> str:
     parts = sorted(count.by_category.items(), key=lambda item: (-item[1][0], item[0]))
     listed = ", ".join(f"{section.category_names[name]} {number(detectors)}" for name, (detectors, _) in parts)
     return (
-        f"The {plural(count.detectors, 'detector')} of {layer} stand for {plural(count.unique, 'different concept')}. "
+        f"{layer} has {plural(count.detectors, 'detector')}, of {plural(count.unique, 'different concept')}. "
         f"By category: {listed}."
     )
 
@@ -76,12 +77,22 @@ def controls(section: "Section") -> str:
         images = section.untrained.layers[-1].settings.get("images")
         trained = section.trained.layers[-1].settings.get("images")
         if isinstance(images, int) and isinstance(trained, int):
-            parts.append(
-                f"The network was measured on {plural(trained, 'image')}, the untrained one on {number(images)}."
-            )
+            untrained = "the same" if images == trained else number(images)
+            parts.append(f"The network was measured on {plural(trained, 'image')}, the untrained one on {untrained}.")
     if absent:
         parts.append(f"Not measured here: {' and '.join(absent)}.")
     return " ".join(parts)
+
+
+def choice_of_cards(section: "Section") -> str:
+    """Which detectors have a card: all of them, or the best of each concept and then the next."""
+    shown = len(section.cards)
+    detectors = sum(count.detectors for count in section.counts["trained"])
+    if shown == detectors:
+        return f"All {plural(shown, 'detector')}, highest IoU first." if shown > 1 else "The only detector."
+    concepts = len({(card.unit.category, card.unit.concept) for card in section.cards})
+    chosen = "the best of each concept" if concepts == shown else "the best of each concept and then the next best"
+    return f"{number(shown)} of the {plural(detectors, 'detector')} in all layers: {chosen}, highest IoU first."
 
 
 def accuracy(model: dict[str, Any]) -> dict[str, float]:
@@ -117,7 +128,3 @@ def percent(value: float, digits: int = 0) -> str:
 def plural(count: Any, noun: str) -> str:
     """`1 unit`, `2 units`."""
     return f"{number(count)} {noun}{'' if count == 1 else 's'}"
-
-
-def _detect(count: int) -> str:
-    return "detects" if count == 1 else "detect"

@@ -52,7 +52,7 @@ def write_results(
         rows, permuted_rows, paths = [], [], {}
         for depth, (layer, units) in enumerate(layers):
             layer_id = f"{name}{depth:02d}"
-            maps, threshold = _write_layer(folder, layer_id, random, images, units, len(concepts), not_extracted)
+            threshold = _write_layer(folder, layer_id, random, images, units, len(concepts), not_extracted)
             paths[layer] = {
                 "id": layer_id,
                 "activations": f"layers/{layer_id}/activations.zarr",
@@ -109,7 +109,7 @@ def _write_images(
 
 def _write_layer(
     folder: Path, layer_id: str, random: np.random.Generator, images: int, units: int, concepts: int, missing: int
-) -> tuple[np.ndarray, np.ndarray]:
+) -> np.ndarray:
     maps = random.normal(size=(images, units, 4, 4)).astype(np.float16)
     maps[:, :, 1:3, 1:3] += 3  # a region in the middle, so that masks look like masks
     maximum = maps.max(axis=(2, 3)).astype(np.float32) * SCALE
@@ -133,4 +133,4 @@ def _write_layer(
     store.update_attributes(
         settings | {"images": images - 2, "pixels": 1024, "union": "all", "min_iou": 0.04, "labels": "true"}
     )
-    return maps, threshold
+    return threshold

@@ -1,0 +1,51 @@
+"""The stage `report`: the page of one configuration, from what is in the results folder.
+
+Writes report/<config name>/ index.html, figures/*.svg|png|pdf, tables/*.csv.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from pipeline import report, stage
+from pipeline.config import UNTRAINED, Config
+from pipeline.identity import crc32c, digest
+
+if TYPE_CHECKING:
+    from pipeline.plan import Plan, Step
+
+VERSION = 1
+
+
+def settings(wanted: Config) -> dict[str, Any]:
+    return {"report": wanted.report.model_dump(), "name": wanted.name}
+
+
+def run(plan: Plan, step: Step) -> None:
+    began = stage.begin(plan, step)
+    out = (plan.results / step.manifest).parent.parent
+    comparisons = []
+    for dissected in plan.of_stage("dissect"):
+        assert dissected.dataset is not None and dissected.network is not None
+        if not dissected.network.endswith(UNTRAINED):
+            control = dissected.network + UNTRAINED
+            comparisons.append(
+                report.Comparison(dissected.dataset, dissected.network, control if control in plan.networks else None)
+            )
+    ids = {other.name: other.id for other in plan.steps.values() if other.stage != "report"}
+    configuration = json.loads(plan.config.model_dump_json(exclude_defaults=True))
+    report.build(
+        plan.results,
+        out,
+        plan.config.report.title or plan.config.name,
+        comparisons,
+        stage.provenance() | {"ids": ids, "configuration": configuration},
+        top_images=plan.config.report.top_images,
+        cards=plan.config.report.cards,
+    )
+    files = {}
+    for path in [out / "index.html", *sorted((out / "figures").iterdir()), *sorted((out / "tables").iterdir())]:
+        data = path.read_bytes()
+        files[path.relative_to(out).as_posix()] = (len(data), crc32c(data))
+    stage.finish(plan, step, began, digest(files), files)
