@@ -80,7 +80,7 @@ def layer_ids(
         ]
         if reached.open_ended:
             parts.append(sorted({_source(type(module)) for module in entered}))
-            parts.append([_settings(module) for module in entered])
+            parts.append([_settings(module, digests) for module in entered])
         text = json.dumps(parts, sort_keys=True, separators=(",", ":"), allow_nan=False)
         ids[layer.name] = hashlib.sha256(text.encode()).hexdigest()[:_ID_LENGTH]
     return ids
@@ -282,19 +282,20 @@ class _Digests:
 
 def _content(tensor: torch.Tensor) -> str:
     """sha256 of dtype, shape and values."""
-    if tensor.layout is not torch.strided or tensor.is_quantized:
-        raise NotImplementedError(f"a tensor of layout {tensor.layout}, {tensor.dtype}")
+    if tensor.is_quantized:
+        raise MicrotomeError(f"the network holds quantised values ({tensor.dtype}), expected floating-point ones")
+    if tensor.layout is not torch.strided:
+        tensor = tensor.to_dense()
     made = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
     values = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
-    made.update(memoryview(values.view(torch.uint8).numpy()))
+    made.update(values.view(torch.uint8).numpy().data)
     return made.hexdigest()
 
 
 def _source(kind: type) -> str:
-    """Digest of the source file of a module's class."""
+    """A module's class: its name, and the digest of the file that it stands in with all that it calls there."""
     try:
-        path = Path(inspect.getfile(kind))
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        return f"{kind.__qualname__} {hashlib.sha256(Path(inspect.getfile(kind)).read_bytes()).hexdigest()}"
     except (OSError, TypeError) as error:
         raise MicrotomeError(
             f"the forward of {kind.__name__} can be identified neither by its operations nor by its source: "
@@ -302,13 +303,11 @@ def _source(kind: type) -> str:
         ) from error
 
 
-def _settings(module: nn.Module) -> list[str]:
-    """The plain numbers and words that a module holds: they steer its forward beside its state."""
-    return [
-        f"{name}={value!r}"
-        for name, value in sorted(vars(module).items())
-        if not name.startswith("_") and _is_plain(value)
-    ]
+def _settings(module: nn.Module, digests: _Digests) -> list[str]:
+    """The plain values and tensors that a module holds beside its state: they steer its forward."""
+    held = [(name, value) for name, value in sorted(vars(module).items()) if not name.startswith("_")]
+    plain = [f"{name}={value!r}" for name, value in held if _is_plain(value)]
+    return plain + [f"{name}={digests(value)}" for name, value in held if isinstance(value, torch.Tensor)]
 
 
 def _is_plain(value: object) -> bool:

@@ -314,7 +314,9 @@ def _blocks(module: nn.Module, name: str) -> Iterator[str]:
     without such elements is a block when it holds one convolution (conv, norm, activation); one with several (VGG)
     gives the last activation or norm after each.
     """
-    composites = [(_join(name, key), child) for key, child in module.named_children() if next(child.children(), None)]
+    composites = [
+        (_join(name, key), child) for key, child in module.named_children() if any(True for _ in child.children())
+    ]
     if _is_chain(module) and not composites:
         yield from _plain_blocks(module, name)
         return

@@ -81,7 +81,7 @@ class NetworkSpec(BaseModel):
     @classmethod
     def of(cls, described: Described) -> NetworkSpec:
         """The part of a larger description, a network of a configuration say, that builds the network."""
-        if isinstance(described, cls):
+        if type(described) is cls:
             return described
         return cls(**{name: getattr(described, name) for name in cls.model_fields})
 

@@ -1,0 +1,156 @@
+"""What can be refused or planned about networks without work: layers, shapes, bytes, checkpoint keys, classes.
+
+    python -m pipeline.inspection request.json response.json
+
+answers a list of requests in one process, since importing torch and torchvision costs seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import nn
+
+from pipeline import checkpoint
+from pipeline.errors import MicrotomeError
+from pipeline.layers import LayerInfo, Survey, choose, survey
+from pipeline.networks import Described, NetworkSpec, build
+
+_HALF_BYTES = 2
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a network is, without its weights.
+
+    Attributes
+    ----------
+    layers : the wanted ones, in execution order.
+    activation_bytes : per layer, of its float16 activations for all images, before compression.
+    parameters : number of trainable values.
+    output : shape of the network's output for one image; (classes,) for a classifier.
+    """
+
+    architecture: str
+    layers: list[LayerInfo]
+    activation_bytes: dict[str, int]
+    parameters: int
+    output: tuple[int, ...]
+
+    @property
+    def classes(self) -> int | None:
+        """Number of logits, or None when the network is no classifier."""
+        return self.output[0] if len(self.output) == 1 else None
+
+    def json(self) -> dict[str, Any]:
+        return asdict(self) | {"classes": self.classes}
+
+
+class Request(BaseModel):
+    """One network to inspect; the fields are the arguments of `inspect`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    network: NetworkSpec
+    input_shape: tuple[int, int, int]
+    layers: str | list[str] = "auto"
+    images: int = 0
+    special_tokens: int | None = None
+    weights_path: str | None = None
+
+
+def inspect(
+    network: Described,
+    input_shape: tuple[int, int, int],
+    layers: str | Sequence[str] = "auto",
+    images: int = 0,
+    special_tokens: int | None = None,
+    weights_path: str | Path | None = None,
+) -> Inspection:
+    """Build the network on the meta device, check its checkpoint's names and shapes, and find the wanted layers.
+
+    A network that cannot be built or run there is built on the CPU instead.
+
+    Parameters
+    ----------
+    input_shape : (channels, height, width) of the images.
+    layers, special_tokens : as in `layers.resolve`.
+    images : how many images the activations are wanted for.
+    weights_path : checkpoint made by the workflow, which replaces the network's own.
+
+    Raises
+    ------
+    MicrotomeError
+        For everything that a stage would refuse later: architecture, checkpoint, image size, layers.
+    """
+    spec = NetworkSpec.of(network)
+    built, surveyed = _surveyed(spec, input_shape, special_tokens)
+    if weights_path is not None:
+        checkpoint.load_state(built, checkpoint.shapes(weights_path), weights_path)
+    elif spec.weights_file is not None:
+        checkpoint.load_state(built, checkpoint.shapes(spec.weights_file, spec.prefix), spec.weights_file)
+    chosen = choose(built, surveyed, layers, spec.architecture)
+    return Inspection(
+        architecture=spec.architecture,
+        layers=chosen,
+        activation_bytes={layer.name: _bytes(layer, images) for layer in chosen},
+        parameters=sum(parameter.numel() for parameter in built.parameters()),
+        output=surveyed.output,
+    )
+
+
+def answer(requests: Sequence[Any]) -> list[dict[str, Any]]:
+    """Each request (the json form of a `Request`) with its `result` or the `error` to show."""
+    answers: list[dict[str, Any]] = []
+    for each in requests:
+        try:
+            request = Request.model_validate(each)
+            found = inspect(**{name: getattr(request, name) for name in Request.model_fields})
+            answers.append({"result": found.json()})
+        except ValidationError as error:
+            first = error.errors()[0]
+            answers.append({"error": f"request: {'.'.join(map(str, first['loc']))}: {first['msg']}"})
+        except MicrotomeError as error:
+            answers.append({"error": str(error)})
+    return answers
+
+
+def main(request_path: str, response_path: str) -> None:
+    """Read a JSON list of requests; write the JSON list of answers, in their order."""
+    requests = json.loads(Path(request_path).read_text())
+    Path(response_path).write_text(json.dumps(answer(requests), indent=1))
+
+
+def _surveyed(spec: NetworkSpec, input_shape: tuple[int, int, int], special: int | None) -> tuple[nn.Module, Survey]:
+    """The network on the meta device and what its forward shows; on the CPU for those that need values for that."""
+    try:
+        network = build(spec, device="meta")
+        if not all(tensor.is_meta for tensor in (*network.parameters(), *network.buffers())):
+            raise NotImplementedError("the builder places tensors itself")
+        return network, survey(network, input_shape, special)
+    # Reading a value (`.item()`), a device named in a forward, numpy: each fails on the meta device in its own way.
+    except Exception:
+        network = build(spec)
+    try:
+        surveyed = survey(network, input_shape, special)
+    except Exception as error:
+        raise MicrotomeError(
+            f"{spec.architecture} cannot take images of shape {tuple(input_shape)}: {type(error).__name__}: {error}"
+        ) from error
+    # Loading shapes into a meta network checks names and shapes and copies nothing.
+    return network.to("meta"), surveyed
+
+
+def _bytes(layer: LayerInfo, images: int) -> int:
+    units, height, width = layer.shape
+    return images * units * (height * width + layer.special) * _HALF_BYTES
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
