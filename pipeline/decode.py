@@ -200,8 +200,9 @@ def opened(path: Path | str, formats: tuple[str, ...], max_pixels: int) -> Itera
         except (Refused, MemoryError):
             raise
         except Image.DecompressionBombError as error:
-            found = re.search(r"\((\d+) pixels\)", str(error))
-            raise Refused(f"too many pixels: {int(found[1]) if found else 'many':,} > {max_pixels:,}") from error
+            pixels = re.search(r"\((\d+) pixels\)", str(error))
+            found = f"{int(pixels[1]):,} > " if pixels else "more than "
+            raise Refused(f"too many pixels: {found}{max_pixels:,}") from error
         except UnidentifiedImageError as error:
             raise Refused(f"not an image ({', '.join(formats)})") from error
         except Exception as error:  # damage shows itself in Pillow as nearly every type of error
