@@ -228,7 +228,9 @@ class _Run:
                 f"training checkpoint {path} cannot be read ({type(error).__name__}); delete it to train anew"
             ) from error
         if key != self.key:
-            raise MicrotomeError(f"training checkpoint {path} is of another recipe or data set; delete it to train anew")
+            raise MicrotomeError(
+                f"training checkpoint {path} is of another recipe or data set; delete it to train anew"
+            )
 
 
 class _Scale:

@@ -46,6 +46,4 @@ def vit(num_classes: int = 12, image_size: int = 64) -> nn.Module:
 
 
 def _block(channels: int, units: int, stride: int = 1) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(channels, units, 3, stride, padding=1, bias=False), nn.BatchNorm2d(units), nn.ReLU()
-    )
+    return nn.Sequential(nn.Conv2d(channels, units, 3, stride, padding=1, bias=False), nn.BatchNorm2d(units), nn.ReLU())

@@ -3,4 +3,6 @@
 from pipeline.scenes.render import SPLITS, Scenes, generate
 from pipeline.scenes.vocabulary import CATEGORIES, CLASSES, CONCEPTS
 
-__all__ = ["CATEGORIES", "CLASSES", "CONCEPTS", "SPLITS", "Scenes", "generate"]
+VERSION = 1  # of the pictures and label maps: part of the data set's id
+
+__all__ = ["CATEGORIES", "CLASSES", "CONCEPTS", "SPLITS", "VERSION", "Scenes", "generate"]

@@ -40,13 +40,11 @@ class Draw(random.Random):
 
     def near(self, colour: Colour, spread: float = 0.06) -> Colour:
         """A colour up to `spread` away in every channel."""
-        red, green, blue = colour
-        low, width = -spread, 2 * spread
-        return (
-            min(max(red + low + width * self.random(), 0.02), 1.0),
-            min(max(green + low + width * self.random(), 0.02), 1.0),
-            min(max(blue + low + width * self.random(), 0.02), 1.0),
-        )
+        draw, width = self.random, 2 * spread
+        red, green, blue = (channel - spread + width * draw() for channel in colour)
+        if 0.02 <= red <= 1 and 0.02 <= green <= 1 and 0.02 <= blue <= 1:
+            return red, green, blue
+        return min(max(red, 0.02), 1.0), min(max(green, 0.02), 1.0), min(max(blue, 0.02), 1.0)
 
 
 class Surface(NamedTuple):

@@ -37,94 +37,95 @@ class Rule(NamedTuple):
     mountains: float = 0.35  # probability
 
 
-GROUNDS = ("snow", "grass", "autumn", "sand", "soil", "pavement")
-STRIPS = ("", "", "road", "path", "field")
+GROUNDS = ("snow", "snow", "grass", "grass", "autumn", "sand", "soil", "pavement")
+OPEN_GROUNDS = GROUNDS[:-1]
+STRIPS = ("", "road", "road", "path", "field")
 POND = (0.3, 0.15, 0.4)
 
 RULES: dict[str, Rule] = {
     "ski slope": Rule(
-        ("snow",), ("",), (0.0, 0.0, 0.0),
-        (Cast(objects.skier, (2, 2, 3, 4), 15, 22), Cast(objects.tree, (0, 1, 2, 3), 14, 26)),
+        ("snow",), ("", "", "path", "road"), (0.15, 0.15, 0.3),
+        (Cast(objects.skier, (2, 3, 3, 4), 17, 24), Cast(objects.tree, (0, 1, 2, 3), 14, 26)),
         tilt=0.3, mountains=0.5,
     ),
     "snowy village": Rule(
         ("snow",), STRIPS, POND,
         (
-            Cast(objects.house, (3, 3, 4, 5), 15, 23), Cast(objects.tree, (0, 1, 2), 14, 26),
+            Cast(objects.house, (3, 4, 4, 5), 17, 24), Cast(objects.tree, (0, 1, 2), 14, 26),
             Cast(objects.person, (0, 0, 1), 12, 17), Cast(objects.lamp, (0, 0, 1), 18, 26),
         ),
     ),
     "forest": Rule(
-        GROUNDS[:5], STRIPS, POND,
+        OPEN_GROUNDS, STRIPS, POND,
         (
             Cast(objects.tree, (7, 8, 9, 11), 20, 34), Cast(objects.bush, (0, 1, 2), 5, 8),
             Cast(objects.rock, (0, 0, 1), 4, 7), Cast(objects.person, (0, 0, 1), 12, 17),
         ),
     ),
     "farm": Rule(
-        GROUNDS[:5], (*STRIPS, "field"), POND,
+        OPEN_GROUNDS, (*STRIPS, "field"), POND,
         (
-            Cast(objects.cow, (2, 2, 3, 4), 9, 14), Cast(objects.fence, (0, 1, 1), 7, 10),
+            Cast(objects.cow, (2, 3, 3, 4), 12, 17), Cast(objects.fence, (0, 1, 1), 7, 10),
             Cast(objects.house, (0, 1, 1), 15, 23), Cast(objects.tree, (0, 1, 2), 14, 26),
         ),
     ),
     "park": Rule(
         GROUNDS, (*STRIPS, "path"), POND,
         (
-            Cast(objects.bench, (2, 2, 3), 7, 10), Cast(objects.person, (0, 1, 2), 12, 18),
+            Cast(objects.bench, (2, 3, 3), 9, 12), Cast(objects.person, (0, 1, 2), 12, 18),
             Cast(objects.tree, (0, 1, 2, 3), 16, 28), Cast(objects.lamp, (0, 1), 20, 28),
             Cast(objects.swan, (0, 0, 0, 1), 6, 9, "water"),
         ),
     ),
     "beach": Rule(
-        ("sand", "sand", "sand", "grass", "pavement", "soil"), ("", "", "path", "road"), (0.8, 0.2, 0.45),
+        ("sand", "sand", "sand", "sand", "grass", "pavement"), ("", "path", "road", "road"), (0.8, 0.2, 0.45),
         (
-            Cast(objects.parasol, (2, 2, 3), 14, 21), Cast(objects.person, (0, 1, 2), 12, 18),
+            Cast(objects.parasol, (2, 3, 3), 17, 24), Cast(objects.person, (0, 1, 2), 12, 18),
             Cast(objects.boat, (0, 0, 0, 1), 9, 14, "water"), Cast(objects.rock, (0, 0, 1), 4, 8),
         ),
     ),
     "desert": Rule(
-        ("sand", "sand", "sand", "soil", "soil", "autumn"), ("", "", "road", "path"), (0.1, 0.15, 0.3),
+        ("sand", "sand", "sand", "soil", "autumn", "grass"), STRIPS, POND,
         (
-            Cast(objects.cactus, (2, 3, 4), 15, 25), Cast(objects.rock, (0, 1, 2), 4, 9),
+            Cast(objects.cactus, (2, 3, 4), 18, 28), Cast(objects.rock, (0, 1, 2), 4, 9),
             Cast(objects.bush, (0, 0, 1), 4, 6), Cast(objects.person, (0, 0, 1), 12, 17),
         ),
     ),
     "harbour": Rule(
-        GROUNDS, ("", "", "path", "road"), (1.0, 0.4, 0.8),
+        GROUNDS, ("", "path", "road", "road"), (1.0, 0.4, 0.8),
         (
-            Cast(objects.boat, (2, 3, 4), 14, 24, "water"), Cast(objects.pier, (0, 1, 1), 5, 7, "water"),
+            Cast(objects.boat, (2, 3, 4), 17, 27, "water"), Cast(objects.pier, (0, 1, 1), 5, 7, "water"),
             Cast(objects.house, (0, 1, 2), 14, 20, "horizon"), Cast(objects.person, (0, 0, 1), 12, 17),
         ),
     ),
     "lake": Rule(
-        GROUNDS, ("", "", "path", "road"), (1.0, 0.4, 0.8),
+        GROUNDS, ("", "path", "road", "road"), (1.0, 0.4, 0.8),
         (
-            Cast(objects.swan, (2, 3, 4), 8, 13, "water"), Cast(objects.tree, (0, 1, 2), 14, 24),
+            Cast(objects.swan, (2, 3, 4), 11, 16, "water"), Cast(objects.tree, (0, 1, 2), 14, 24),
             Cast(objects.bush, (0, 1, 2), 4, 7), Cast(objects.bench, (0, 0, 0, 1), 6, 8),
             Cast(objects.boat, (0, 0, 0, 1), 10, 15, "water"),
         ),
         mountains=0.5,
     ),
     "city street": Rule(
-        ("pavement", "pavement", "pavement", "snow", "soil", "grass"), ("road", "road", "road", "path"), (0.0, 0.0, 0.0),
+        ("pavement", "pavement", "snow", "snow", "grass", "sand"), ("", "road", "road", "path"), POND,
         (
-            Cast(objects.building, (2, 3, 4), 20, 34, "horizon"), Cast(objects.lamp, (1, 1, 2), 20, 28),
-            Cast(objects.car, (0, 0, 1, 2), 9, 13, "road"), Cast(objects.person, (0, 1, 2), 13, 19),
+            Cast(objects.building, (2, 3, 4), 20, 34, "horizon"), Cast(objects.lamp, (1, 2, 2), 22, 30),
+            Cast(objects.car, (0, 1, 1, 2), 10, 14, "road"), Cast(objects.person, (0, 1, 2), 13, 19),
             Cast(objects.tree, (0, 0, 1), 14, 24),
         ),
     ),
     "road": Rule(
         GROUNDS, ("road",), POND,
         (
-            Cast(objects.car, (2, 3, 3), 9, 14, "road"), Cast(objects.sign, (0, 1, 2), 14, 20),
+            Cast(objects.car, (2, 3, 3), 11, 16, "road"), Cast(objects.sign, (0, 1, 2), 14, 20),
             Cast(objects.tree, (0, 1, 2), 14, 26), Cast(objects.house, (0, 0, 0, 1), 14, 20),
         ),
     ),
     "airport": Rule(
         GROUNDS, ("road", "road", "", "path"), POND,
         (
-            Cast(objects.plane, (2, 2, 3), 12, 18), Cast(objects.car, (0, 0, 1), 7, 11),
+            Cast(objects.plane, (2, 3, 3), 14, 20), Cast(objects.car, (0, 0, 1), 7, 11),
             Cast(objects.building, (0, 0, 1), 9, 16, "horizon"), Cast(objects.person, (0, 0, 1), 12, 17),
             Cast(objects.lamp, (0, 0, 1), 18, 26),
         ),
@@ -136,8 +137,8 @@ STRAYS = (
     Cast(objects.tree, (1,), 14, 24), Cast(objects.bush, (1,), 4, 8), Cast(objects.rock, (1,), 4, 8),
     Cast(objects.cactus, (1,), 14, 20), Cast(objects.house, (1,), 14, 20), Cast(objects.person, (1,), 12, 18),
     Cast(objects.skier, (1,), 14, 18), Cast(objects.boat, (1,), 12, 18), Cast(objects.car, (1,), 8, 12),
-    Cast(objects.plane, (1,), 10, 14), Cast(objects.parasol, (1,), 13, 18), Cast(objects.fence, (1,), 6, 9),
-    Cast(objects.cow, (1,), 8, 12), Cast(objects.swan, (1,), 7, 10), Cast(objects.bench, (1,), 6, 9),
+    Cast(objects.plane, (1,), 11, 16), Cast(objects.parasol, (1,), 14, 20), Cast(objects.fence, (1,), 6, 9),
+    Cast(objects.cow, (1,), 9, 13), Cast(objects.swan, (1,), 8, 12), Cast(objects.bench, (1,), 7, 10),
     Cast(objects.lamp, (1,), 18, 26), Cast(objects.sign, (1,), 13, 18),
 )  # fmt: skip
 """Things that stand in the wrong scene: one in STRAY of the pictures, never as many as their own class has."""
@@ -155,7 +156,8 @@ WATERS: tuple[Colour, ...] = ((0.20, 0.42, 0.64), (0.18, 0.50, 0.54), (0.32, 0.4
 ASPHALTS: tuple[Colour, ...] = ((0.36, 0.36, 0.38), (0.27, 0.27, 0.30), (0.46, 0.45, 0.46))
 PATHS: tuple[Colour, ...] = ((0.72, 0.64, 0.50), (0.60, 0.56, 0.52), (0.54, 0.40, 0.28))
 
-CROWDED = 8.0  # horizontal distance in scene units that two objects of a scene keep where there is room
+LAND_HAZE = 0.1
+CROWDED = 9.0  # horizontal distance in scene units that two objects of a scene keep where there is room
 
 
 class Hour(NamedTuple):
@@ -213,7 +215,7 @@ def _paint_horizon(canvas: Canvas, rule: Rule, horizon: float) -> None:
             objects.tree(canvas, draw.between(2, 62), horizon + 2, draw.between(7, 11))
     elif backdrop < 0.35:
         for _ in range(draw.pick((1, 2, 3))):
-            objects.building(canvas, draw.between(2, 62), horizon + 2, draw.between(8, 15))
+            objects.building(canvas, draw.between(2, 62), horizon + 2, draw.between(9, 19))
 
 
 class _Land:
@@ -224,6 +226,7 @@ class _Land:
         self.horizon = horizon
         self.tilt = draw.between(-rule.tilt, rule.tilt)
         self.road: tuple[float, float] | None = None
+        canvas.haze = LAND_HAZE
         self._paint_band(canvas, ground, 0.0, 1.5)
         chance, least, most = rule.water
         self.shore = draw.between(least, most) if draw.chance(chance) else 0.0

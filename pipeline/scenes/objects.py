@@ -69,7 +69,7 @@ def bush(canvas: Canvas, x: float, y: float, h: float) -> None:
 
 def cactus(canvas: Canvas, x: float, y: float, h: float) -> None:
     draw = canvas.draw
-    flesh = canvas.surface("cactus", "", "foliage", draw.near((0.26, 0.46, 0.26), 0.08))
+    flesh = canvas.surface("cactus", "", "foliage", draw.near(draw.pick(GREENS)))
     half = h * 0.1
     canvas.shadow(x, y, half * 3, h * 0.06)
     canvas.rectangle(flesh, x - half, y - h + half, x + half, y)
@@ -194,7 +194,9 @@ def car(canvas: Canvas, x: float, y: float, h: float) -> None:
     wheel = canvas.surface("car", "car wheel", "rubber", draw.near((0.08, 0.08, 0.09), 0.03))
     canvas.shadow(x, y, width * 0.55, h * 0.12)
     canvas.trapezoid(body, y - h, x - width * 0.25, x + width * 0.22, y - h * 0.5, x - width * 0.4, x + width * 0.36)
-    canvas.trapezoid(pane, y - h * 0.9, x - width * 0.2, x + width * 0.17, y - h * 0.56, x - width * 0.3, x + width * 0.27)
+    canvas.trapezoid(
+        pane, y - h * 0.9, x - width * 0.2, x + width * 0.17, y - h * 0.56, x - width * 0.3, x + width * 0.27
+    )
     canvas.rectangle(body, x - width * 0.03, y - h * 0.9, x + width * 0.03, y - h * 0.5)
     canvas.rectangle(body, x - width / 2, y - h * 0.56, x + width / 2, y - h * 0.16)
     canvas.ellipse(wheel, x - width * 0.29, y - h * 0.22, h * 0.23, h * 0.23)
@@ -207,7 +209,9 @@ def plane(canvas: Canvas, x: float, y: float, h: float) -> None:
     length = h * 1.25
     body = canvas.surface("plane", "plane body", "metal", draw.near(draw.pick(PAINTS)))
     tail = canvas.surface("plane", "plane tail", "metal", draw.near(draw.pick(PAINTS)))
-    wing = canvas.surface("plane", "plane wing", "metal", draw.near(draw.pick(((0.62, 0.64, 0.68), (0.35, 0.37, 0.42)))))
+    wing = canvas.surface(
+        "plane", "plane wing", "metal", draw.near(draw.pick(((0.62, 0.64, 0.68), (0.35, 0.37, 0.42))))
+    )
     pane = canvas.surface("plane", "plane window", "glass", draw.near((0.2, 0.27, 0.36)))
     canvas.shadow(x, y, length * 0.9, h * 0.1)
     end = x - side * length
@@ -327,7 +331,9 @@ def mountain(canvas: Canvas, x: float, y: float, h: float) -> None:
     canvas.triangle(side, peak, y - h, y, x - half, x + half)
     if draw.chance(0.5):
         shoulder = x + half * draw.pick((-0.5, 0.5))
-        canvas.triangle(side, shoulder, y - h * draw.between(0.55, 0.75), y, shoulder - half * 0.7, shoulder + half * 0.7)
+        canvas.triangle(
+            side, shoulder, y - h * draw.between(0.55, 0.75), y, shoulder - half * 0.7, shoulder + half * 0.7
+        )
     if draw.chance(0.6):
         cap = canvas.surface("mountain", "mountain cap", "snow", draw.near(SNOW, 0.04))
         share = draw.between(0.22, 0.42)

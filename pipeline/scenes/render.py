@@ -11,11 +11,11 @@ from kernels.colour import colour_names
 from pipeline.errors import MicrotomeError
 from pipeline.scenes.canvas import Canvas, Colour, Draw
 from pipeline.scenes.composition import paint_scene
-from pipeline.scenes.textures import LARGEST, NOISE_PERIOD, PERIOD, noise_table, textures
+from pipeline.scenes.textures import NOISE_PERIOD, PERIOD, noise_table, textures
 from pipeline.scenes.vocabulary import CATEGORIES, CLASSES
 
 SPLITS = ("train", "validation")
-SMALLEST = 16
+SMALLEST, LARGEST = 16, 1024
 
 
 class Scenes(NamedTuple):
@@ -23,7 +23,9 @@ class Scenes(NamedTuple):
 
     image: NDArray[np.uint8]  # (n, 3, size, size) sRGB; n = 0 when not asked for
     label: NDArray[np.int64]  # (n,) index into CLASSES
-    label_map: NDArray[np.uint8]  # (n, 4, size, size) concept numbers by category, 0 = nothing; n = 0 when not asked for
+    label_map: NDArray[
+        np.uint8
+    ]  # (n, 4, size, size) concept numbers by category, 0 = nothing; n = 0 when not asked for
 
 
 def generate(
@@ -46,7 +48,7 @@ def generate(
     seed, start, count : int
         Any seed; the first image's index and the number of images, both at least 0.
     size : int
-        Side of the square pictures in pixels, 16 to 256.
+        Side of the square pictures in pixels, 16 to 1024.
     split : {"train", "validation"}
         The splits share no scene.
     image, label_map : bool
@@ -92,13 +94,15 @@ def _shade(canvas: Canvas, light: Colour, draw: Draw, out: NDArray[np.uint8]) ->
     seen = _lit(canvas, light, draw.between(0.8, 1.12))
     material = np.array([surface.material * PERIOD * PERIOD for surface in canvas.surfaces], np.int32)
     down, across = int(draw.random() * PERIOD), int(draw.random() * PERIOD)
-    grain = textures().reshape(-1).take(material.take(canvas.map) + _tile(size)[down : down + size, across : across + size])
+    grain = (
+        textures().reshape(-1).take(material.take(canvas.map) + _tile(size)[down : down + size, across : across + size])
+    )
     grain += 1
-    ramp = np.linspace(-1, 1, size, dtype=np.float32)
+    ramp = _ramp(size)
     grain *= (1 + draw.between(-0.1, 0.1) * ramp)[:, None] + draw.between(-0.12, 0.12) * ramp
-    strength = np.float32(255 * draw.between(0.012, 0.05))
+    strength = np.float32(255 * draw.between(0.01, 0.04))
     top, left = int(draw.random() * NOISE_PERIOD), int(draw.random() * NOISE_PERIOD)
-    noise = noise_table()[:, top : top + size, left : left + size]
+    noise = noise_table(size)[:, top : top + size, left : left + size]
     for channel in range(3):
         plane = seen[channel].take(canvas.map)
         plane *= grain
@@ -109,17 +113,20 @@ def _shade(canvas: Canvas, light: Colour, draw: Draw, out: NDArray[np.uint8]) ->
 
 def _lit(canvas: Canvas, light: Colour, exposure: float) -> NDArray[np.float32]:
     """Colour of every surface as it is seen, shape (3, surfaces), 0 to 255: lit, shaded, and hazy in the distance."""
-    surfaces = canvas.surfaces
-    colour = np.array([surface.colour for surface in surfaces], np.float64)
-    lit = np.array([surface.light for surface in surfaces])
-    glow = np.array([surface.glow for surface in surfaces])[:, None]
-    haze = np.array([surface.haze for surface in surfaces])[:, None]
-    shone = colour * (lit[:, None] * np.array(light) * exposure)
+    table = np.array([(*surface.colour, *surface[4:]) for surface in canvas.surfaces])
+    colour, (lit, glow, haze) = table[:, :3], table[:, 3:, None].swapaxes(0, 1)
+    shone = colour * (lit * (np.array(light) * exposure))
     sky = colour[0]  # seen as it is: the sky's palette belongs to the hour already
     seen = (1 - haze) * shone + haze * sky
     seen = (1 - glow) * seen + glow * colour
     seen[0] = sky
     return (255 * seen.T).astype(np.float32)
+
+
+@lru_cache(maxsize=4)
+def _ramp(size: int) -> NDArray[np.float32]:
+    """From -1 to 1 across the picture."""
+    return np.linspace(-1, 1, size, dtype=np.float32)
 
 
 @lru_cache(maxsize=4)

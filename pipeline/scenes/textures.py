@@ -9,7 +9,6 @@ from pipeline.scenes.vocabulary import MATERIAL_NUMBER, MATERIALS
 
 PERIOD = 128  # pixels after which a texture repeats
 NOISE_PERIOD = 256
-LARGEST = NOISE_PERIOD  # largest picture: the noise must not repeat inside one
 STEPS = 1024  # values are multiples of 1 / STEPS: the last bits of sine and FFT differ between machines, these do not
 
 
@@ -60,13 +59,14 @@ def textures() -> NDArray[np.float32]:
     return table
 
 
-@lru_cache(maxsize=1)
-def noise_table() -> NDArray[np.float32]:
-    """Gaussian noise of variance 1 for three channels, shape (3, 2 * NOISE_PERIOD, 2 * NOISE_PERIOD).
+@lru_cache(maxsize=2)
+def noise_table(size: int) -> NDArray[np.float32]:
+    """Gaussian noise of variance 1 for three channels, shape (3, side, side) with side = NOISE_PERIOD + size.
 
-    Twice the period a side, so that every window of a picture's size at an offset below the period is one slice.
+    Every window of a picture's size at an offset below the period is one slice.
     """
     tile = np.random.default_rng(8).standard_normal((3, NOISE_PERIOD, NOISE_PERIOD))
-    table = np.tile(np.round(tile * STEPS) / STEPS, (1, 2, 2)).astype(np.float32)
+    place = np.arange(NOISE_PERIOD + size) % NOISE_PERIOD
+    table = (np.round(tile * STEPS) / STEPS).astype(np.float32)[:, place[:, None], place]
     table.setflags(write=False)
     return table
