@@ -60,7 +60,7 @@ def draw_detectors(
 
     def draw() -> Figure:
         height = 0.26 * len(layers) + 1.15
-        figure = Figure(figsize=(2.0 + 2.1 * len(runs), height), layout="constrained")
+        figure = Figure(figsize=(1.9 + 1.8 * len(runs), height), layout="constrained")
         panels = figure.subplots(1, len(runs), sharex=True, sharey=True, squeeze=False)[0]
         most = max((count.detectors for counts in runs.values() for count in counts), default=0)
         for panel, (run, counts) in zip(panels, runs.items(), strict=True):
@@ -82,38 +82,45 @@ def draw_iou(folder: Path, name: str, iou: Mapping[str, Mapping[str, Sequence[fl
     """Share of a layer's units with an IoU above x, a panel a layer, a line a run. `iou`: run -> layer -> values."""
     layers = list(next(iter(iou.values())))
     finite = [value for of_layer in iou.values() for values in of_layer.values() for value in values if value == value]
-    right = max([*finite, min_iou if min_iou == min_iou else 0, 0.01]) * 1.05
+    right = max([*finite, min_iou, 0.01]) * 1.05
     grid = np.linspace(0, right, 201)
+    columns = min(len(layers), 3 if len(layers) <= 9 else 5)
+    rows = math.ceil(len(layers) / columns)
 
     def draw() -> Figure:
-        columns = min(len(layers), 3 if len(layers) <= 9 else 6)
-        rows = math.ceil(len(layers) / columns)
-        width = max(7.6 / columns, 1.7) if columns > 1 else 4.2
-        figure = Figure(figsize=(width * columns, 1.55 * rows + 0.6), layout="constrained")
+        # Laid out in inches by hand: matplotlib's own layout takes seconds with forty panels.
+        width, height = max(7.4, 1.5 * columns) if columns > 2 else 0.8 + 2.2 * columns, 1.35 * rows + 0.95
+        figure = Figure(figsize=(width, height))
         panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-        for panel in panels.flat[len(layers) :]:
-            panel.set_visible(False)
+        figure.subplots_adjust(
+            left=0.68 / width, right=1 - 0.12 / width, bottom=0.5 / height, top=1 - 0.55 / height,
+            wspace=0.12, hspace=0.38,
+        )  # fmt: skip
+        x_ticks = MaxNLocator(3).tick_values(0, right)
         for panel, layer in zip(panels.flat, layers, strict=False):
             for run, of_layer in iou.items():
                 share = share_above(of_layer[layer], grid)
                 end = np.count_nonzero(share) + 1  # a line ends where it reaches zero
                 panel.plot(grid[:end], share[:end], color=RUN_COLOURS[run], **RUN_STYLES[run])
-            if min_iou == min_iou:
-                panel.axvline(min_iou, color=MUTED, linewidth=0.8)
-            panel.set_title(shorten(layer, 24), fontsize=8, color=INK, loc="left")
+            panel.axvline(min_iou, color=MUTED, linewidth=0.8)
+            panel.set_title(shorten(layer, 24 if columns < 4 else 18), fontsize=8, color=INK, loc="left")
             panel.grid(color=GRID, linewidth=0.6)
             _plain(panel)
+        for panel in panels.flat[len(layers) :]:
+            panel.set_axis_off()
+        for panel in panels.flat[max(len(layers) - columns, 0) : len(layers)]:
+            panel.tick_params(labelbottom=True)  # the lowest of its column, also above an empty place
         corner = panels[0, 0]
+        corner.set_xticks(x_ticks, [f"{tick:g}" for tick in x_ticks.round(6)])
+        corner.set_yticks([0, 0.5, 1], ["0 %", "50 %", "100 %"])
         corner.set_xlim(0, right)
-        corner.set_ylim(0, 1.02)
-        corner.yaxis.set_major_formatter(PercentFormatter(1.0))
-        corner.xaxis.set_major_locator(MaxNLocator(4))
-        figure.supxlabel("IoU with the best concept", fontsize=8, color=MUTED)
-        figure.supylabel("units above", fontsize=8, color=MUTED)
-        lines = corner.get_lines()[: len(iou)]
+        corner.set_ylim(0, 1.03)
+        style: dict[str, Any] = {"fontsize": 8, "color": MUTED}
+        figure.text(0.5, 0.08 / height, "IoU with the best concept", ha="center", va="bottom", **style)
+        figure.text(0.06 / width, 0.5, "units above", ha="left", va="center", rotation="vertical", **style)
         figure.legend(
-            lines, [RUN_TITLES[run] for run in iou], loc="outside upper left", ncols=3, frameon=False, fontsize=8,
-            labelcolor=INK, handlelength=2.8,
+            corner.get_lines()[: len(iou)], [RUN_TITLES[run] for run in iou], loc="upper left", ncols=3, frameon=False,
+            fontsize=8, labelcolor=INK, handlelength=2.8, borderaxespad=0.2,
         )  # fmt: skip
         return figure
 
@@ -173,8 +180,11 @@ def _stack(panel: Axes, counts: Sequence[LayerCount], names: Sequence[str]) -> N
     left = np.zeros(len(counts))
     for position, name in enumerate(names):
         width = np.array([count.by_category.get(name, (0, 0))[0] for count in counts], dtype=float)
+        some = width > 0
         style = category_style(position)
-        panel.barh(rows, width, left=left, height=0.72, edgecolor=GRID if style["hatch"] else "none", **style)
+        panel.barh(
+            rows[some], width[some], left=left[some], height=0.72, edgecolor=GRID if style["hatch"] else "none", **style
+        )
         left += width
     for row, count in enumerate(counts):
         panel.annotate(
@@ -214,7 +224,7 @@ def _save(folder: Path, name: str, figure: Callable[[], Figure]) -> list[str]:
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         drawn = figure()
         drawn.savefig(folder / files[0], metadata={"Date": None}, transparent=True)
-        drawn.set_layout_engine("none")  # the layout is done: not twice
+        drawn.set_layout_engine("none")  # where matplotlib made a layout, once is enough
         drawn.savefig(folder / files[2], metadata={"CreationDate": None})
     svg = (folder / files[0]).read_text(encoding="utf-8")
     for light, dark in ON_DARK.items():

@@ -84,7 +84,7 @@ class Dissection:
 
     @property
     def min_iou(self) -> float:
-        return float(self.layers[-1].settings.get("min_iou", math.nan))
+        return float(self.layers[-1].settings["min_iou"])
 
 
 def read_dissection(results: Path, dataset: str, network: str) -> Dissection:
@@ -113,6 +113,10 @@ def read_layers(dataset_folder: Path, file: Path) -> list[Layer]:
                 f"{file}: layer {name!r} lacks {', '.join(sorted(missing))}; dissect the network again"
             )
         iou = open_store(dataset_folder / paths["iou"])
+        if "min_iou" not in iou.attrs:
+            raise MicrotomeError(
+                f"{dataset_folder / paths['iou']} does not say its `min_iou`; dissect the network again"
+            )
         layers.append(
             Layer(
                 name=name,
