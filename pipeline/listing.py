@@ -528,7 +528,7 @@ def unchanged(root: Path | str, cache: Path | None) -> str | None:
     It reads the folders' times and no names: a listing's digest can be remembered under it, so that starting is quick.
     """
     try:
-        with np.load(_cache_path(root, cache), allow_pickle=False) as stored:
+        with _cache_path(root, cache).open("rb") as file, np.load(file, allow_pickle=False) as stored:
             header = json.loads(stored["header"].tobytes())
         same = header["version"] == CACHE_VERSION and all(
             _folder_stamp(root, name) == tuple(stamp) for name, stamp in header["folders"].items()
@@ -555,14 +555,14 @@ def scan(root: Path | str) -> Files:
         folder = waiting.pop()
         try:
             status = Path(base, folder).stat()
+            first = seen.setdefault((status.st_dev, status.st_ino), folder)
+            if first != folder:
+                raise MicrotomeError(
+                    f"links in {base} lead to one folder twice: {first!r} and {folder!r}; remove one of them"
+                )
             entries = os.scandir(f"{base}/{folder}")
         except OSError as error:
             raise MicrotomeError(f"cannot read the folder {base}/{folder}: {error.strerror or error}") from error
-        first = seen.setdefault((status.st_dev, status.st_ino), folder)
-        if first != folder:
-            raise MicrotomeError(
-                f"links in {base} lead to one folder twice: {first!r} and {folder!r}; remove one of them"
-            )
         folders[folder] = (status.st_mtime_ns, status.st_ino)
         prefix = f"{folder}/" if folder else ""
         with entries:
@@ -632,7 +632,7 @@ def _write_cache(path: Path, files: Files) -> None:
 
 def _read_cache(path: Path) -> Files | None:
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             header = json.loads(stored["header"].tobytes())
             names = json.loads(stored["names"].tobytes())
             size, mtime_ns = stored["size"], stored["mtime_ns"]
