@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from kernels.upsample import upsample
+from kernels.iou import mask
 from pipeline.report.results import Dissection, Layer, Store, Unit, open_store
 from pipeline.report.tables import by_iou
 
@@ -85,25 +85,25 @@ def top_images(maximum: Store, units: Sequence[int], shown: np.ndarray, count: i
     return [[image for _, image in found[unit]] for unit in units]
 
 
-def thumbnail(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """A square cut around the mask, everything outside the mask dimmed, its edge drawn as a line.
+def thumbnail(image: np.ndarray, region: np.ndarray) -> np.ndarray:
+    """A square cut around the region, everything outside the region dimmed, its edge drawn as a line.
 
     Parameters
     ----------
     image : (channel, y, x) uint8, one or three channels
-    mask : (y, x) bool
+    region : (y, x) bool
 
     Returns
     -------
     (TILE, TILE, 3) uint8
     """
-    top, left, side = square_around(mask)
+    top, left, side = square_around(region)
     cut = np.moveaxis(image[:, top : top + side, left : left + side], 0, -1)
     picture = Image.fromarray(np.repeat(cut, 3, axis=2) if cut.shape[2] == 1 else np.ascontiguousarray(cut[..., :3]))
     colours = np.asarray(picture.resize((TILE, TILE), Image.Resampling.BICUBIC), dtype=np.float32)
-    region = Image.fromarray(mask[top : top + side, left : left + side].astype(np.uint8) * 255)
-    # Resampled smoothly and cut at one half, the outline follows the mask without its staircase.
-    inside = np.asarray(region.resize((TILE, TILE), Image.Resampling.BILINEAR)) >= 128
+    small = Image.fromarray(region[top : top + side, left : left + side].astype(np.uint8) * 255)
+    # Resampled smoothly and cut at one half, the outline follows the region without its staircase.
+    inside = np.asarray(small.resize((TILE, TILE), Image.Resampling.BILINEAR)) >= 128
     grey = colours.mean(axis=2, keepdims=True)
     tile = np.where(inside[..., None], colours, 0.45 * (0.4 * colours + 0.6 * grey) + 15)
     near, wide = _grow(inside), _grow(_grow(inside))
@@ -112,14 +112,14 @@ def thumbnail(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return tile.round().clip(0, 255).astype(np.uint8)
 
 
-def square_around(mask: np.ndarray) -> tuple[int, int, int]:
-    """Top, left and side of the square that shows a mask: 1.5 times its extent, at least half the image, inside it.
+def square_around(region: np.ndarray) -> tuple[int, int, int]:
+    """Top, left and side of the square that shows a region: 1.5 times its extent, at least half the image, inside it.
 
-    A mask without any pixel gives the largest square at the image's centre.
+    A region without any pixel gives the largest square at the image's centre.
     """
-    height, width = mask.shape
+    height, width = region.shape
     largest = min(height, width)
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    rows, columns = np.flatnonzero(region.any(axis=1)), np.flatnonzero(region.any(axis=0))
     if not len(rows):
         return (height - largest) // 2, (width - largest) // 2, largest
     extent = max(rows[-1] - rows[0], columns[-1] - columns[0]) + 1
@@ -184,8 +184,9 @@ def _draw_layer(
         pixels = np.asarray(pictures.pixels[image])
         for unit in wanted[image]:
             stored = np.asarray(activations["activation"][image, unit.unit])
-            mask = upsample(stored, (pixels.shape[1], pixels.shape[2]), border) > threshold[unit.unit] / scale
-            tiles[unit, image] = thumbnail(pixels, mask)
+            size = pixels.shape[1], pixels.shape[2]
+            active = mask(stored, threshold[unit.unit] / scale, size, border)
+            tiles[unit, image] = thumbnail(pixels, active)
     cards = {}
     for unit, images in zip(units, tops, strict=True):
         file = f"{prefix}-{unit.unit:04d}.png"

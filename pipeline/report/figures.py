@@ -96,7 +96,7 @@ def draw_iou(folder: Path, name: str, iou: Mapping[str, Mapping[str, Sequence[fl
             left=0.68 / width, right=1 - 0.12 / width, bottom=0.5 / height, top=1 - 0.55 / height,
             wspace=0.12, hspace=0.38,
         )  # fmt: skip
-        x_ticks = MaxNLocator(3).tick_values(0, right)
+        x_ticks = np.asarray(MaxNLocator(3).tick_values(0, right))
         for panel, layer in zip(panels.flat, layers, strict=False):
             for run, of_layer in iou.items():
                 share = share_above(of_layer[layer], grid)
@@ -127,13 +127,13 @@ def draw_iou(folder: Path, name: str, iou: Mapping[str, Mapping[str, Sequence[fl
     return _save(folder, name, draw)
 
 
-def draw_training(folder: Path, name: str, history: Sequence[Mapping[str, Any]]) -> list[str]:
+def draw_training(folder: Path, name: str, curve: Sequence[Mapping[str, Any]]) -> list[str]:
     """Loss and accuracy over the training steps; entries without one of the two are left out of its line."""
 
     def draw() -> Figure:
         figure = Figure(figsize=(6.2, 1.9), layout="constrained")
         for panel, key in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
-            points = [(entry["step"], entry[key]) for entry in history if entry.get(key) is not None]
+            points = [(entry["step"], entry[key]) for entry in curve if entry.get(key) is not None]
             panel.plot(
                 [step for step, _ in points], [value for _, value in points], color=RUN_COLOURS["trained"],
                 linewidth=1.5, marker="o" if len(points) < 3 else "", markersize=3,

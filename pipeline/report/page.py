@@ -54,6 +54,13 @@ class Section:
             if all(other.get(key) == first[key] for other in others) and key != "coordinates"
         }
 
+    @property
+    def model(self) -> list[tuple[str, str]]:
+        """What `model.json` says, but for the curve, which is drawn."""
+        return flatten(
+            {key: value for key, value in self.trained.model.items() if key != "curve" and value is not None}
+        )
+
     def colour(self, category: str) -> int:
         """Number of the category's colour class, the same as in the figures."""
         return list(self.category_names).index(category) % len(CATEGORY_COLOURS)
@@ -81,9 +88,9 @@ def section(results: Path, figures: Path, tables: Path, comparison: Comparison, 
         *draw_detectors(figures, f"detectors-{name}", counts, short),
         *draw_iou(figures, f"iou-{name}", iou, trained.min_iou),
     ]
-    history = trained.model.get("history") or []
-    if history:
-        files += draw_training(figures, f"training-{name}", history)
+    curve = trained.model.get("curve") or []
+    if curve:
+        files += draw_training(figures, f"training-{name}", curve)
     drawn = draw_cards(trained, results / comparison.dataset / "images.zarr", figures, cards, top_images)
     write_units(tables / f"units-{name}.csv", trained.units)
     write_detectors(tables / f"detectors-{name}.csv", counts)
@@ -96,7 +103,7 @@ def section(results: Path, figures: Path, tables: Path, comparison: Comparison, 
         cards=drawn,
         top_images=top_images,
         category_names=short,
-        has_training=bool(history),
+        has_training=bool(curve),
         files=[
             *(f"figures/{file}" for file in files),
             *(f"figures/{card.file}" for card in drawn),
@@ -151,7 +158,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]
         elif isinstance(value, list | tuple):
             rows.append((name, json.dumps(value, ensure_ascii=False, default=str)))
         else:
-            rows.append((name, str(value)))
+            rows.append((name, sentences.number(value)))
     return rows
 
 

@@ -96,10 +96,10 @@ def choice_of_cards(section: "Section") -> str:
 
 
 def accuracy(model: dict[str, Any]) -> dict[str, float]:
-    """Accuracies of a `model.json` that are numbers, by split."""
+    """Accuracies of a `model.json` by split; a single number is that of the validation images."""
     found = model.get("accuracy")
     if not isinstance(found, dict):
-        return {}
+        found = {"validation": found}
     return {str(split): float(value) for split, value in found.items() if isinstance(value, int | float)}
 
 

@@ -97,12 +97,11 @@ def _write_images(
     store.create_array("image", data=pixels, chunks=(4, 3, side, side), dimension_names=["image", "channel", "y", "x"])
     store.create_array("label", data=np.arange(images) % len(classes), dimension_names=["image"])
     store.create_array("valid", data=np.arange(images) != 1, dimension_names=["image"])
-    text = zarr.dtype.VariableLengthUTF8()
     for name, values in (
         ("split", ["train" if number == 0 else "validation" for number in range(images)]),
         ("image_id", list(ids) or [f"{number:06d}" for number in range(images)]),
     ):
-        array = store.create_array(name, shape=(images,), dtype=text, dimension_names=["image"])
+        array = store.create_array(name, shape=(images,), dtype=str, dimension_names=["image"])
         array[:] = np.array(values, dtype=np.dtypes.StringDType())
     store.update_attributes({"classes": list(classes)})
 

@@ -19,7 +19,7 @@ MODEL = {
     "architecture": f"cnn {HOSTILE}",
     "parameters": 1234567,
     "accuracy": {"train": 0.99, "validation": 0.977},
-    "history": [{"step": 0, "loss": 2.5, "accuracy": 0.1}, {"step": 10, "loss": 1.0, "accuracy": None}],
+    "curve": [{"step": 0, "loss": 2.5, "accuracy": 0.1}, {"step": 10, "loss": 1.0, "accuracy": None}],
 }
 
 

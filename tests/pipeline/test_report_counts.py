@@ -114,6 +114,7 @@ def test_number_and_plural() -> None:
     assert sentences.number(True) == "True" and sentences.number("x") == "x"
     assert [sentences.plural(n, "unit") for n in (0, 1, 2)] == ["0 units", "1 unit", "2 units"]
     assert sentences.accuracy({"accuracy": {"train": None, "validation": 0.5}}) == {"validation": 0.5}
+    assert sentences.accuracy({"accuracy": 0.5}) == {"validation": 0.5}
     assert sentences.accuracy({}) == {}
 
 
