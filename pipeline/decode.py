@@ -204,7 +204,7 @@ def opened(path: Path | str, formats: tuple[str, ...], max_pixels: int) -> Itera
             found = f"{int(pixels[1]):,} > " if pixels else "more than "
             raise Refused(f"too many pixels: {found}{max_pixels:,}") from error
         except UnidentifiedImageError as error:
-            raise Refused(f"not an image ({', '.join(formats)})") from error
+            raise Refused(f"not an image; expected {', '.join(formats)}") from error
         except Exception as error:  # damage shows itself in Pillow as nearly every type of error
             raise Refused(_reason(error)) from error
         finally:
