@@ -147,7 +147,7 @@ class Share:
             if not 0 < share <= 1:
                 raise MicrotomeError(f"the share of split {name!r} is {share}; expected a number over 0, at most 1")
         total = sum(self.shares.values())
-        if abs(total - 1) > 1e-9:
+        if abs(total - 1) > 1e-6:
             raise MicrotomeError(f"the shares {dict(self.shares)} add up to {total}; expected 1")
 
 
