@@ -43,8 +43,10 @@ def load_state(network: nn.Module, state: dict[str, torch.Tensor], path: str | P
     """
     own = network.state_dict()
     _check_kinds(state, own, path)
+    # Explicit, though torch does the same: on the meta device it warns that its own counters have values.
+    counters = {key: tensor for key, tensor in own.items() if key.endswith("num_batches_tracked")}
     try:
-        network.load_state_dict(state, strict=True)
+        network.load_state_dict(counters | state, strict=True)
     except RuntimeError as error:
         raise MicrotomeError(f"checkpoint {path} does not fit the network: {_misfit(state, own) or error}") from error
 
@@ -155,13 +157,14 @@ def _read_torch(path: Path, device: str) -> object:
 
     with path.open("rb") as file:
         # Only the zip format can be mapped; files of before PyTorch 1.6 are a plain pickle.
-        mapped = file.read(4) == b"PK\x03\x04"
+        start = file.read(4)
+    mapped = start == b"PK\x03\x04"
+    if not mapped and start[:1] != b"\x80":
+        raise _unreadable(path, ValueError("neither a zip archive nor a pickle"))
     try:
         return torch.load(path, map_location=device, weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
-        named = re.search(r"GLOBAL ([\w.]+)", str(error)) or re.search(
-            r"Unsupported (?:global|class):? ?([\w.]+)", str(error)
-        )
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
         if named is None and "Weights only" not in str(error):
             raise _unreadable(path, error) from error
         what = f" ({named.group(1)})" if named else ""

@@ -217,6 +217,11 @@ class _Operations(TorchDispatchMode):
         self._count = 0
         self._results = WeakTensorKeyDictionary()
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Otherwise torch imports its compiler (6 s) to keep itself from compiling `__torch_dispatch__`.
+        return False
+
     def name_input(self, image: torch.Tensor) -> None:
         self._results[image] = "image"
 
@@ -328,7 +333,6 @@ def _fixed_conditions(network: nn.Module) -> Iterator[None]:
             torch.inference_mode(False),
             torch.no_grad(),
             torch.autocast("cpu", enabled=False),
-            torch.device("cpu"),
             sdpa_kernel(SDPBackend.MATH),
             one_attention_path(),
         ):
