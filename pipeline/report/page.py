@@ -55,6 +55,11 @@ class Section:
         }
 
     @property
+    def detectors(self) -> int:
+        """Detectors of the trained network in all layers."""
+        return sum(count.detectors for count in self.counts["trained"])
+
+    @property
     def model(self) -> list[tuple[str, str]]:
         """What `model.json` says, but for the curve, which is drawn."""
         return flatten(
@@ -144,7 +149,7 @@ def render(title: str, sections: Sequence[Section], provenance: Mapping[str, Any
 
 def short_names(names: Sequence[str]) -> dict[str, str]:
     """Categories without their source (`truth/object` -> `object`) where that leaves no two alike."""
-    tails = [name.rpartition("/")[2] for name in names]
+    tails = [name.partition("/")[2] or name for name in names]
     return dict(zip(names, tails if len(set(tails)) == len(tails) else names, strict=True))
 
 

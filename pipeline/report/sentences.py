@@ -87,12 +87,11 @@ def controls(section: "Section") -> str:
 def choice_of_cards(section: "Section") -> str:
     """Which detectors have a card: all of them, or the best of each concept and then the next."""
     shown = len(section.cards)
-    detectors = sum(count.detectors for count in section.counts["trained"])
-    if shown == detectors:
+    if shown == section.detectors:
         return f"All {plural(shown, 'detector')}, highest IoU first." if shown > 1 else "The only detector."
     concepts = len({(card.unit.category, card.unit.concept) for card in section.cards})
     chosen = "the best of each concept" if concepts == shown else "the best of each concept and then the next best"
-    return f"{number(shown)} of the {plural(detectors, 'detector')} in all layers: {chosen}, highest IoU first."
+    return f"{number(shown)} of the {plural(section.detectors, 'detector')} in all layers: {chosen}, highest IoU first."
 
 
 def accuracy(model: dict[str, Any]) -> dict[str, float]:

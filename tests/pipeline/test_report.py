@@ -160,7 +160,7 @@ def test_odd_results_work(tmp_path: Path, case: str) -> None:
         case "no controls":
             assert "Not measured here: the same network untrained and label maps permuted over the images." in text
         case _:
-            assert not list((out / "figures").glob("card-*"))
+            assert not list((out / "figures").glob("card-*")) and "Best units" not in text
 
 
 def test_many_layers_and_long_names(tmp_path: Path) -> None:

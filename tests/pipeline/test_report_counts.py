@@ -120,6 +120,7 @@ def test_number_and_plural() -> None:
 
 def test_short_names_stay_distinct() -> None:
     assert short_names(["gt/object", "colour/name"]) == {"gt/object": "object", "colour/name": "name"}
+    assert short_names(["gt/a/b", "plain"]) == {"gt/a/b": "a/b", "plain": "plain"}
     assert short_names(["gt/object", "seg/object"]) == {"gt/object": "gt/object", "seg/object": "seg/object"}
 
 
