@@ -42,6 +42,15 @@ def reason(path: Path, geometry: Geometry = AS_IS, limit: int = LIMIT) -> str:
     return error.value.reason
 
 
+def png(header: bytes, pixels: bytes) -> bytes:
+    """A PNG written by hand: what IHDR and IDAT hold."""
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(pixels)), (b"IEND", b""))
+    packed = (
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
+
+
 # Modes
 
 
@@ -151,6 +160,13 @@ def tiff(values: bytes, width: int, bits: int, photometric: int = 1, sample_form
     return header + values + directory + bytes(4)
 
 
+def test_sixteen_bit_colours_keep_their_upper_byte(tmp_path):
+    values = rng.integers(0, 65536, (2, 3, 3))
+    rows_of_png = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    (tmp_path / "a.png").write_bytes(png(struct.pack(">IIBBBBB", 3, 2, 16, 2, 0, 0, 0), rows_of_png))
+    np.testing.assert_array_equal(rows(decode(tmp_path / "a.png", AS_IS, LIMIT)), values >> 8)
+
+
 def test_tiffs_of_other_depths(tmp_path):
     path = tmp_path / "a.tif"
     path.write_bytes(tiff(DEEP.astype(">u2").tobytes(), 11, 16, order=">"))
@@ -226,13 +242,7 @@ def test_damaged_exif_does_not_matter(tmp_path):
 
 def png_header(width: int, height: int) -> bytes:
     """A PNG of a few hundred bytes that says it is this large."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    pixels = zlib.compress(bytes(10_000))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+    return png(struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0), bytes(10_000))
 
 
 def bombs() -> dict[str, bytes]:
