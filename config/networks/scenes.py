@@ -16,9 +16,9 @@ def cnn(num_classes: int = 12) -> nn.Module:
         conv2=_block(32, 32),
         pool2=nn.MaxPool2d(2),
         conv3=_block(32, 64),
-        conv4=_block(64, 96),
-        conv5=_block(96, 96),
-        conv6=_block(96, 64),
+        conv4=_block(64, 64),
+        conv5=_block(64, 64),
+        conv6=_block(64, 64),
     )
     return nn.Sequential(
         OrderedDict(
