@@ -146,6 +146,8 @@ def _check_file(path: Path) -> None:
         raise MicrotomeError(f"checkpoint {path} does not exist{nearest(path.name, beside)}")
     if not path.is_file():
         raise MicrotomeError(f"checkpoint {path} is not a file: name the {', '.join(SUFFIXES)} file itself")
+    if not os.access(path, os.R_OK):
+        raise MicrotomeError(f"checkpoint {path} cannot be read: permission denied")
     if path.suffix not in SUFFIXES:
         raise MicrotomeError(f"checkpoint {path}: expected a file ending in {', '.join(SUFFIXES)}")
     if path.stat().st_size == 0:

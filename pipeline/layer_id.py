@@ -3,13 +3,13 @@
 Two networks whose layers have one id have the same activations there, so the store of that layer is shared; a new
 head or a block fine-tuned further on leaves the ids before it as they are. Names of modules do not matter.
 
-The network runs once on one blank image on the CPU, with every operation that reaches torch's dispatcher noted: its
+The network runs on single made-up images on the CPU, with every operation that reaches torch's dispatcher noted: its
 name, its constants, and for each tensor which earlier result it is or, when it is none, the digest of its content. On
 the CPU rather than on the meta device because of that digest: a tensor that is no parameter or buffer (a plain
 attribute, a closure's, a constant made in the forward) then counts by its values.
 
-Where a forward takes decisions from tensors (`if x.sum() > 0`), or cannot be traced, the operations seen do not say
-all: the source files of the modules entered count too.
+Where values steer a forward (`if x.sum() > 0`, a detour through numpy), or it cannot be traced, the operations seen do
+not say all: the source files of the modules entered count too.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ import contextlib
 import hashlib
 import inspect
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,6 @@ from pipeline.layers import LayerInfo, first_tensor, one_attention_path
 _ID_LENGTH = 20  # hex digits: 80 bits
 # Raise when the same network should get another id than before, since its activations are stored differently.
 _VERSION = 1
-# A network that fills caches in its first forwards is traced until two traces agree.
-_MOST_TRACES = 4
 
 
 def layer_ids(
@@ -63,6 +62,8 @@ def layer_ids(
     """
     if any(tensor.device.type != "cpu" for tensor in (*network.parameters(), *network.buffers())):
         raise ValueError("layer ids are made from a network on the CPU")
+    if network.training:
+        raise ValueError("layer ids are made from a network in eval mode")
     names = [layer.name for layer in layers]
     digests = _Digests()
     with _fixed_conditions(network):
@@ -113,39 +114,51 @@ class _Trace:
 
 
 def _settled_trace(network: nn.Module, names: Sequence[str], shape: tuple[int, int, int], digests: _Digests) -> _Trace:
-    """The trace of the network once two in a row agree; caches filled by the first forward settle like this."""
-    traces: list[_Trace] = []
-    for _ in range(_MOST_TRACES):
-        traces.append(_traced(network, names, shape, digests))
-        if len(traces) > 1 and traces[-1].reached == traces[-2].reached:
-            return traces[-1]
-    differing = next(name for name in names if traces[-1].reached.get(name) != traces[-2].reached.get(name))
-    raise MicrotomeError(
-        f"{type(network).__name__}: layer {differing!r} is computed differently in each of {_MOST_TRACES} forwards of "
-        f"the same image; a layer must depend on the image and the weights alone: remove random numbers and counters "
-        f"from its forward"
-    )
+    """The trace of the network once it is the same for two unlike images.
+
+    The first forward may fill caches, so two pairs are tried. Where the images still differ but the same image gives
+    the same trace, values steer the forward past the dispatcher (through numpy, say): it is open-ended.
+    """
+    blank, ramp = torch.zeros(shape), torch.linspace(-2, 2, math.prod(shape)).reshape(shape)
+    for _ in range(2):
+        trace = _traced(network, names, blank, digests)
+        other = _traced(network, names, ramp, digests)
+        if trace.reached == other.reached:
+            return trace
+    again = _traced(network, names, blank, digests)
+    differing = [name for name in names if trace.reached[name] != again.reached[name]]
+    if differing:
+        raise MicrotomeError(
+            f"{type(network).__name__}: layer {differing[0]!r} is computed differently in each forward of the same "
+            f"image; a layer must depend on the image and the weights alone: remove random numbers and counters from "
+            f"its forward"
+        )
+    for name, reached in trace.reached.items():
+        if reached != other.reached[name]:
+            trace.reached[name] = replace(reached, open_ended=True)
+    return trace
 
 
-def _traced(network: nn.Module, names: Sequence[str], shape: tuple[int, int, int], digests: _Digests) -> _Trace:
+def _traced(network: nn.Module, names: Sequence[str], image: torch.Tensor, digests: _Digests) -> _Trace:
+    """One traced forward, or a plain one where tracing fails."""
     try:
         with _Operations(digests) as log:
-            return _forward(network, names, shape, log)
+            return _forward(network, names, image, log)
     except MicrotomeError:
         raise
     # Whatever keeps a forward from being traced (compiled code, subclasses of tensors), its sources still identify it.
     except Exception:
         try:
-            return _forward(network, names, shape, None)
+            return _forward(network, names, image, None)
         except Exception as error:
             raise MicrotomeError(
-                f"the forward of {type(network).__name__} fails on an image of shape {shape}: "
+                f"the forward of {type(network).__name__} fails on an image of shape {tuple(image.shape)}: "
                 f"{type(error).__name__}: {error}"
             ) from error
 
 
-def _forward(network: nn.Module, names: Sequence[str], shape: tuple[int, int, int], log: _Operations | None) -> _Trace:
-    """One forward of a blank image; without a log, every layer reached is open-ended."""
+def _forward(network: nn.Module, names: Sequence[str], image: torch.Tensor, log: _Operations | None) -> _Trace:
+    """One forward of an image (channel, y, x); without a log, every layer reached is open-ended."""
     trace = _Trace()
     seen: set[nn.Module] = set()
 
@@ -169,10 +182,10 @@ def _forward(network: nn.Module, names: Sequence[str], shape: tuple[int, int, in
     hooks = [module.register_forward_pre_hook(enter) for module in network.modules()]
     hooks += [network.get_submodule(name).register_forward_hook(reach(name)) for name in names]
     try:
-        image = torch.zeros((1, *shape))
+        batch = image[None].clone()
         if log is not None:
-            log.name_input(image)
-        network(image)
+            log.start(batch)
+        network(batch)
     finally:
         for handle in hooks:
             handle.remove()
@@ -211,7 +224,7 @@ class _Operations(TorchDispatchMode):
     def __init__(self, digests: _Digests) -> None:
         super().__init__()
         self.open_ended = False
-        self.finished = False
+        self.finished = True
         self._digests = digests
         self._hash = hashlib.sha256()
         self._count = 0
@@ -222,8 +235,10 @@ class _Operations(TorchDispatchMode):
         # Otherwise torch imports its compiler (6 s) to keep itself from compiling `__torch_dispatch__`.
         return False
 
-    def name_input(self, image: torch.Tensor) -> None:
-        self._results[image] = "image"
+    def start(self, images: torch.Tensor) -> None:
+        """Note operations from here on, of a forward that is given `images`."""
+        self._results[images] = "images"
+        self.finished = False
 
     def upto(self, output: torch.Tensor | None) -> str:
         """Digest of the operations so far and of which of their results the output is."""

@@ -320,6 +320,27 @@ def test_sources_count_where_a_forward_decides_by_values():
     assert changed(ids_of(networks[0], BLOCKS), ids_of(networks[1], BLOCKS)) == BLOCKS[1:]
 
 
+class ByNumpy(Block):
+    def forward(self, x):
+        return torch.from_numpy(np.maximum(super().forward(x).numpy(), 0))
+
+
+class ByNumpyOtherwise(Block):
+    def forward(self, x):
+        return torch.from_numpy(np.abs(super().forward(x).numpy()))
+
+
+def test_sources_count_where_values_leave_torch():
+    networks = [Net(), Net()]
+    for network, kind in zip(networks, (ByNumpy, ByNumpyOtherwise), strict=True):
+        block = kind()
+        block.load_state_dict(network.blocks[1].state_dict())
+        network.blocks[1] = block
+    before = ids_of(networks[0], BLOCKS)
+    assert ids_of(networks[0], BLOCKS) == before
+    assert changed(before, ids_of(networks[1], BLOCKS)) == BLOCKS[1:]
+
+
 class Untraceable(Block):
     """A forward that refuses to run while operations are noted."""
 
