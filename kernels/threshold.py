@@ -152,6 +152,7 @@ def sample_bracket(activation: NDArray[np.float16], size: Size, border: Border, 
     columns are taken, at phases of the golden ratio, so that they fall on all parts of the cells. A ceiling lies one
     code above the sample's value, so that a unit that is zero at most positions is certified at once.
     """
+    allowed(quantile, activation.shape[0] * size[0] * size[1])  # refuses what is no quantile, and no images
     grid = geometry((activation.shape[2], activation.shape[3]), size)
     part = Geometry(_thinned(grid.rows), _thinned(grid.columns))
     codes = sample_codes(activation, part, border)
@@ -227,13 +228,13 @@ def _reach(codes: NDArray[np.uint16], quantile: float) -> tuple[NDArray[np.int64
     units, images, positions = codes.shape
     total = images * positions
     ordered = np.sort(codes.reshape(units, total), axis=1)
-    floor = ordered[:, total - 1 - allowed(min(MARGINS[-1] * quantile, 0.5), total)].astype(np.int64)
-    ceiling = ordered[:, -1].astype(np.int64) + 1
+    floor, ceiling = ordered[:, 0].astype(np.int64), ordered[:, -1].astype(np.int64) + 1
     for margin in reversed(MARGINS):
-        if margin * quantile < 0.5:
+        if margin * quantile < 1:
             candidate = ordered[:, total - 1 - allowed(margin * quantile, total)]
             mean, error = _rate(codes >= candidate[:, None, None])
-            floor = np.where(mean - ERRORS * error > quantile, candidate, floor)
+            reached = (mean - ERRORS * error > quantile) | (margin == MARGINS[-1])
+            floor = np.where(reached, candidate, floor)
         candidate = ordered[:, total - 1 - allowed(quantile / margin, total)] + 1
         mean, error = _rate(codes >= candidate[:, None, None])
         ceiling = np.where(mean + ERRORS * error < quantile, candidate, ceiling)

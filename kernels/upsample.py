@@ -107,7 +107,8 @@ def bits_of(activation: NDArray[np.float16]) -> NDArray[np.int16]:
         raise ValueError(
             f"activations are {activation.dtype} of shape {activation.shape}; expected float16 (image, unit, y, x)"
         )
-    return frozen(activation.reshape(*activation.shape[:2], -1)).view(np.int16)
+    images, units, h, w = activation.shape
+    return frozen(activation.reshape(images, units, h * w)).view(np.int16)
 
 
 def frozen(array: NDArray) -> NDArray:
