@@ -83,11 +83,8 @@ class Canvas:
 
     def surface(self, object_: str, part: str, material: str, colour: Colour, glow: float = 0.0) -> int:
         """Register a surface and return its number."""
-        self.surfaces.append(
-            Surface(
-                OBJECT_NUMBER[object_], PART_NUMBER[part], MATERIAL_NUMBER[material], colour, 1.0, glow, self.haze
-            )  # fmt: skip
-        )
+        numbers = OBJECT_NUMBER[object_], PART_NUMBER[part], MATERIAL_NUMBER[material]
+        self.surfaces.append(Surface(*numbers, colour, 1.0, glow, self.haze))
         return len(self.surfaces) - 1
 
     def stand_at(self, depth: float) -> None:

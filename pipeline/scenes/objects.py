@@ -215,9 +215,7 @@ def plane(canvas: Canvas, x: float, y: float, h: float) -> None:
     pane = canvas.surface("plane", "plane window", "glass", draw.near((0.2, 0.27, 0.36)))
     canvas.shadow(x, y, length * 0.9, h * 0.1)
     end = x - side * length
-    canvas.trapezoid(
-        tail, y - h, end - h * 0.16, end + h * 0.1, y - h * 0.36, end - h * 0.05 - h * 0.2, end + h * 0.2 + side * h * 0.2
-    )  # fmt: skip
+    canvas.trapezoid(tail, y - h, end - h * 0.16, end + h * 0.1, y - h * 0.36, end - h * 0.2, end + h * 0.2)
     canvas.ellipse(body, x, y - h * 0.36, length, h * 0.22)
     for window in (-0.55, -0.3, -0.05, 0.2, 0.45, 0.7):
         middle = x + side * window * length
