@@ -88,8 +88,11 @@ def fit(
         optimiser = torch.optim.AdamW(_groups(network, recipe.weight_decay), lr=recipe.learning_rate, fused=True)
         run = _Run(network, optimiser, f"{recipe_key(recipe)} {images.shape} {crc32c(labels[kept].tobytes()):08x}")
         checkpoint = folder / CHECKPOINT if folder else None
-        if checkpoint and checkpoint.exists():
-            run.load(checkpoint)
+        if folder and checkpoint:
+            for leftover in folder.glob(f".{CHECKPOINT}.*.partial"):  # of a run killed while it saved
+                leftover.unlink()
+            if checkpoint.exists():
+                run.load(checkpoint)
         scale = _Scale(mean, std, device)
         classes = _count_classes(network, scale(torch.from_numpy(_take(images, kept[:2]))))
         _check_classes(labels[kept], classes, "training")
