@@ -1,10 +1,12 @@
-"""Content ids: short digests of everything an output depends on. No torch, so the main process makes them in seconds."""
+"""Content ids: short digests of everything an output depends on. No torch: the main process makes them in seconds."""
 
 import hashlib
 import json
 import os
 from pathlib import Path
 from typing import Any
+
+import google_crc32c
 
 from pipeline.errors import MicrotomeError
 
@@ -15,6 +17,10 @@ def digest(value: Any) -> str:
     """Return the content id of a JSON-able value: `ID_LENGTH` hex digits of the sha256 of its canonical JSON."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:ID_LENGTH]
+
+
+def crc32c(data: bytes) -> int:
+    return int(google_crc32c.value(data))
 
 
 class FileDigests:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import MicrotomeError
+from pipeline.identity import crc32c
 
 Files = dict[str, tuple[int, int]]  # path relative to the manifest's base folder → (size, crc32c)
 
@@ -53,8 +54,6 @@ class Manifest:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def write(self, path: Path) -> None:
-        from pipeline.store import crc32c
-
         body = json.dumps(self.__dict__, indent=1, sort_keys=True, ensure_ascii=False)
         # The manifest guards everything else, so it carries its own checksum on the first line.
         write_atomically(path, f'{{"crc32c": {crc32c(body.encode())},\n"manifest": {body}}}\n')
@@ -62,8 +61,6 @@ class Manifest:
     @staticmethod
     def read(path: Path) -> "Manifest":
         """Read a manifest; a damaged one raises `MicrotomeError` that names it, a missing one `FileNotFoundError`."""
-        from pipeline.store import crc32c
-
         raw = path.read_text(encoding="utf-8", errors="replace")
         try:
             head, _, rest = raw.partition("\n")

@@ -1,8 +1,8 @@
 """Zarr stores that know what they hold: every chunk file is recorded when written and verified when read.
 
-A store is a zarr v3 group whose arrays are written shard by shard, each shard by one task. `write` returns the size and
-crc32c of every file it wrote, taken from the bytes in memory; the `Ledger` beside the store keeps them; `Reader` refuses
-a chunk file that is missing, shorter, or other than what was written, naming store and file.
+A store is a zarr v3 group whose arrays are written shard by shard, each shard by one task. `write` returns the size
+and crc32c of every file it wrote, taken from the bytes in memory; the `Ledger` beside the store keeps them; `Reader`
+refuses a chunk file that is missing, shorter, or other than what was written, naming store and file.
 """
 
 import json
@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import numpy as np
 import zarr
 from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, SuffixByteRequest
@@ -23,6 +22,7 @@ from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import LocalStore
 
 from pipeline.errors import MicrotomeError
+from pipeline.identity import crc32c
 from pipeline.manifest import Files
 
 # An absent all-zero chunk could not be told from a lost one, and the scan for such chunks is the write bottleneck.
@@ -30,19 +30,15 @@ from pipeline.manifest import Files
 zarr.config.set({"array.write_empty_chunks": True, "threading.max_workers": 1, "async.concurrency": 1})
 
 
-class DamagedStore(MicrotomeError):
+class DamagedStoreError(MicrotomeError):
     """A chunk file is not what was written."""
-
-
-def crc32c(data: bytes) -> int:
-    return int(google_crc32c.value(data))
 
 
 @dataclass(frozen=True)
 class Array:
     """Layout of one array: dimension names, shape, dtype, inner chunk and (optional) shard shape.
 
-    Without `shard`, every chunk is a file of its own.
+    Without `shard`, every chunk is a file of its own. `fill` None: zarr's default for the dtype.
     """
 
     dims: tuple[str, ...]
@@ -63,7 +59,7 @@ def create(path: Path, arrays: Mapping[str, Array], attrs: Mapping[str, Any], co
     if coordinates:
         attributes["coordinates"] = " ".join(coordinates)
     try:
-        group = zarr.open_group(LocalStore(path), mode="r+", use_consolidated=False)
+        group = zarr.open_group(LocalStore(path), mode="r+", zarr_format=3, use_consolidated=False)
     except (FileNotFoundError, ValueError, KeyError):  # absent, or its zarr.json is damaged
         shutil.rmtree(path, ignore_errors=True)
         group = zarr.create_group(LocalStore(path), zarr_format=3)
@@ -129,7 +125,7 @@ def write(path: Path, values: Mapping[str, tuple[tuple[int, ...], np.ndarray]]) 
     """
     store = _Recorder(path)
     store.files = {}
-    group = zarr.open_group(store, mode="r+", use_consolidated=False)
+    group = zarr.open_group(store, mode="r+", zarr_format=3, use_consolidated=False)
     for name, (offset, block) in values.items():
         array = group[name]
         assert isinstance(array, zarr.Array)
@@ -139,6 +135,34 @@ def write(path: Path, values: Mapping[str, tuple[tuple[int, ...], np.ndarray]]) 
                 raise ValueError(f"{path}/{name}: block {start}:{start + length} is not made of whole files of {size}")
         array[tuple(slice(o, o + n) for o, n in zip(offset, block.shape, strict=True))] = block
     return {key: value for key, value in store.files.items() if not key.endswith("zarr.json")}
+
+
+def write_whole(
+    path: Path,
+    arrays: Mapping[str, tuple[tuple[str, ...], np.ndarray]],
+    attrs: Mapping[str, Any],
+    coordinates: Sequence[str] = (),
+) -> Files:
+    """Write a small store at once, anew, one chunk an array; return all its files with size and crc32c.
+
+    `arrays` maps a name to (dimension names, values); values of dtype object are text.
+    """
+    shutil.rmtree(path, ignore_errors=True)
+    layout = {
+        name: Array(dims, values.shape, str if values.dtype == object else values.dtype, values.shape, fill=None)
+        for name, (dims, values) in arrays.items()
+    }
+    create(path, layout, attrs, coordinates)
+    files = write(path, {name: ((0,) * values.ndim, values) for name, (_, values) in arrays.items()})
+    return files | metadata_files(path)
+
+
+def attributes(path: Path) -> Mapping[str, Any]:
+    """Return the attributes of a store; empty where there is none or its zarr.json is damaged."""
+    try:
+        return json.loads((path / "zarr.json").read_text())["attributes"]
+    except (OSError, ValueError, KeyError):
+        return {}
 
 
 def metadata_files(path: Path) -> Files:
@@ -177,19 +201,19 @@ class _Verifying(LocalStore):
 
 
 def verified_bytes(root: Path, key: str, expected: Mapping[str, tuple[int, int]]) -> bytes:
-    """Return the bytes of one chunk file, or raise `DamagedStore` naming store and file."""
+    """Return the bytes of one chunk file, or raise `DamagedStoreError` naming store and file."""
     advice = "run `make verify` to find all damage and `make repair` to make only these again"
     if key not in expected:
-        raise DamagedStore(f"{root}: chunk {key} was never recorded as written; {advice}")
+        raise DamagedStoreError(f"{root}: chunk {key} was never recorded as written; {advice}")
     size, crc = expected[key]
     try:
         data = (root / key).read_bytes()
     except OSError as error:
-        raise DamagedStore(f"{root}: chunk {key} cannot be read ({error.strerror}); {advice}") from error
+        raise DamagedStoreError(f"{root}: chunk {key} cannot be read ({error.strerror}); {advice}") from error
     if len(data) != size:
-        raise DamagedStore(f"{root}: chunk {key} has {len(data)} bytes, {size} were written; {advice}")
+        raise DamagedStoreError(f"{root}: chunk {key} has {len(data)} bytes, {size} were written; {advice}")
     if crc32c(data) != crc:
-        raise DamagedStore(f"{root}: chunk {key} has checksum {crc32c(data):08x}, {crc:08x} was written; {advice}")
+        raise DamagedStoreError(f"{root}: chunk {key} has checksum {crc32c(data):08x}, {crc:08x} was written; {advice}")
     return data
 
 
@@ -203,9 +227,9 @@ class Reader:
         store = _Verifying(path, read_only=True)
         store.expected = files
         try:
-            self.group = zarr.open_group(store, mode="r", use_consolidated=False)
+            self.group = zarr.open_group(store, mode="r", zarr_format=3, use_consolidated=False)
         except (FileNotFoundError, ValueError, KeyError) as error:
-            raise DamagedStore(f"{path}: not a readable zarr store ({error})") from error
+            raise DamagedStoreError(f"{path}: not a readable zarr store ({error})") from error
         self.path = path
 
     @property
@@ -222,7 +246,8 @@ class Ledger:
     """What has been written so far, shard by shard: one line a shard, appended when the shard's files are in place.
 
     A line is JSON {shard, id, files, ...} and its crc32c. `id` is the digest of what the shard was made from: an entry
-    with another id is not this shard. A line cut short by a crash, or damaged, counts as absent: the shard is made again.
+    with another id is not this shard. A line cut short by a crash, or damaged, counts as absent: the shard is made
+    again.
     """
 
     def __init__(self, path: Path) -> None:

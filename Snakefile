@@ -1,0 +1,71 @@
+"""Microtome: images → activations → labelled units. The rules are in workflow/rules, the stages in pipeline/."""
+
+import os
+import sys
+
+from snakemake.exceptions import WorkflowError
+
+# Jobs and workers import the same code as this file, from any working directory.
+sys.path.insert(0, workflow.basedir)
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [workflow.basedir, os.environ.get("PYTHONPATH")]))
+
+from pipeline.errors import MicrotomeError
+from pipeline.run import Run
+
+
+if not workflow.overwrite_configfiles:
+
+    configfile: f"{workflow.basedir}/config/config.yaml"
+
+
+try:
+    RUN = Run(config, main=workflow.is_main_process, dry=workflow.dryrun)
+except MicrotomeError as error:
+    raise WorkflowError(str(error)) from None
+RESULTS = RUN.plan.results
+
+
+def parents(stage):
+    """The manifests that a job of this stage reads. Their existence alone counts, so they are ancient."""
+    return lambda wildcards: [ancient(path) for path in RUN.parents(stage, wildcards)]
+
+
+wildcard_constraints:
+    dataset=r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}",
+    network=r"[A-Za-z0-9][A-Za-z0-9._-]{0,80}",
+    id=r"[0-9a-f]{20}",
+
+
+localrules:
+    report,
+    dissect,
+
+
+rule report:
+    input:
+        RUN.targets("report"),
+    default_target: True
+
+
+rule dissect:
+    input:
+        RUN.targets("dissect"),
+
+
+include: "workflow/rules/data.smk"
+include: "workflow/rules/networks.smk"
+include: "workflow/rules/dissection.smk"
+include: "workflow/rules/report.smk"
+
+
+onstart:
+    RUN.start()
+
+
+onsuccess:
+    RUN.stop()
+    print(RUN.account(), file=sys.stderr)
+
+
+onerror:
+    RUN.stop()

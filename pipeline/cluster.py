@@ -1,0 +1,229 @@
+"""Dask workers for the stages: one client, one context manager, one thread a worker.
+
+A run of the workflow starts one pool of workers (`python -m pipeline.cluster`), which serves all its jobs one after the
+other, so that torch is imported once and not once a job. A stage used without Snakemake starts its own pool. The pool
+holds a pipe to the process that started it: when that process is gone, however it went, the pipe closes and the pool
+ends within a second, workers included.
+"""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import Cluster
+from pipeline.errors import MicrotomeError
+
+ADDRESS = "MICROTOME_POOL"  # environment variable: the file that holds the pool's address
+THREADS = {
+    name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
+}
+
+
+@contextlib.contextmanager
+def client(cluster: Cluster, scratch: Path) -> Iterator[Any]:
+    """Yield a `distributed.Client` on the run's pool, or on a pool of its own where there is none.
+
+    `scratch` is a folder for the pool's address file and the workers' local files.
+    """
+    from distributed import Client
+
+    with contextlib.ExitStack() as stack:
+        address_file = Path(os.environ[ADDRESS]) if ADDRESS in os.environ else stack.enter_context(pool(cluster, scratch))
+        found = stack.enter_context(Client(_wait_for(address_file), timeout=60, set_as_default=False))
+        found.wait_for_workers(1, timeout=120)
+        yield found
+
+
+@contextlib.contextmanager
+def pool(cluster: Cluster, scratch: Path) -> Iterator[Path]:
+    """Start a pool in a process of its own; yield the file that will hold its address; end it on leaving."""
+    process, address_file = start_pool(cluster, scratch)
+    try:
+        yield address_file
+    finally:
+        stop_pool(process)
+
+
+def start_pool(cluster: Cluster, scratch: Path) -> tuple[subprocess.Popen, Path]:
+    """Start a pool without waiting for it. Closing the process's stdin, or dying, ends it."""
+    scratch.mkdir(parents=True, exist_ok=True)
+    address_file = scratch / f"pool-{os.getpid()}-{time.time_ns()}.json"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pipeline.cluster", str(address_file), cluster.model_dump_json()],
+        stdin=subprocess.PIPE,
+        env=os.environ | THREADS | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+        # Ctrl-C in the terminal reaches the stages; the pool ends when they have closed their clients.
+        start_new_session=True,
+    )
+    return process, address_file
+
+
+def stop_pool(process: subprocess.Popen) -> None:
+    assert process.stdin is not None
+    process.stdin.close()
+    try:
+        process.wait(10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+
+
+def _wait_for(address_file: Path, seconds: float = 120) -> str:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        with contextlib.suppress(OSError, ValueError):
+            return json.loads(address_file.read_text())["address"]
+        time.sleep(0.02)
+    raise MicrotomeError(f"the pool of workers did not start within {seconds:.0f} s (no {address_file})")
+
+
+def workers(cluster: Cluster) -> int:
+    """Return how many workers the pool has: as configured, else one a GPU or one a core."""
+    if cluster.workers is not None:
+        return cluster.workers
+    if cluster.kind == "gpu":
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        if visible:
+            return len(visible.split(","))
+        import torch
+
+        if not torch.cuda.is_available():
+            raise MicrotomeError("cluster.kind is gpu, but torch sees no GPU: use `kind: local`")
+        return torch.cuda.device_count()
+    return len(os.sched_getaffinity(0))
+
+
+def serve(address_file: Path, cluster: Cluster) -> None:
+    """Run the pool until stdin closes."""
+    import dask
+    from distributed import Nanny, Scheduler, SpecCluster
+
+    count = workers(cluster)
+    dask.config.set(
+        {
+            "distributed.worker.memory.target": False,
+            "distributed.worker.memory.spill": False,
+            "distributed.admin.low-level-log-length": 0,
+            "distributed.comm.timeouts.connect": "60s",
+        }
+    )
+    devices = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
+    options = {
+        "nthreads": 1,
+        "host": "127.0.0.1",
+        "local_directory": str(address_file.parent / "dask"),
+        "silence_logs": 50,  # a task's error is raised where its result is wanted
+        "dashboard": False,
+    }
+    local = SpecCluster(
+        workers={
+            index: {
+                "cls": Nanny,
+                "options": options
+                | ({"env": {"CUDA_VISIBLE_DEVICES": devices[index]}} if cluster.kind == "gpu" else {}),
+            }
+            for index in range(count)
+        },
+        scheduler={
+            "cls": Scheduler,
+            "options": {
+                "host": "127.0.0.1",
+                "dashboard": cluster.dashboard,
+                "dashboard_address": "127.0.0.1:8787" if cluster.dashboard else None,
+            },
+        },
+        silence_logs=50,
+    )
+    from pipeline.manifest import write_atomically
+
+    write_atomically(address_file, json.dumps({"address": local.scheduler_address, "pid": os.getpid()}))
+    sys.stdin.buffer.read()
+    address_file.unlink(missing_ok=True)
+    # Closing in good order removes the workers' folders. If it hangs the pool still goes: workers end with their nannies.
+    threading.Timer(3, lambda: os._exit(0)).start()
+    with contextlib.suppress(TimeoutError):
+        local.close(timeout=2)
+    os._exit(0)
+
+
+def run_tasks(
+    client: Any,
+    function: Callable[..., Any],
+    tasks: Iterable[tuple],
+    total: int,
+    label: str,
+) -> Iterator[Any]:
+    """Run `function(*task)` for every task on the workers and yield the results as they come, in any order.
+
+    Only a few tasks a worker are in flight at a time, so neither the scheduler nor the results pile up. The first error
+    cancels what is left and is raised here.
+    """
+    from distributed import as_completed
+
+    tasks = iter(tasks)
+    ahead = 4 * workers_of(client)
+    bar = Progress(label, total)
+    queue: Any = as_completed(loop=client.loop)
+    pending = 0
+
+    def submit() -> int:
+        task = next(tasks, None)
+        if task is None:
+            return 0
+        queue.add(client.submit(function, *task, pure=False))
+        return 1
+
+    try:
+        for _ in range(ahead):
+            pending += submit()
+        while pending:
+            future = next(queue)
+            result = future.result()
+            future.release()
+            pending += submit() - 1
+            bar.step()
+            yield result
+    finally:
+        bar.close()
+        for future in list(queue.futures):
+            future.cancel()
+
+
+def workers_of(client: Any) -> int:
+    """How many workers a client has, at least 1."""
+    return max(1, len(client.scheduler_info(n_workers=-1)["workers"]))
+
+
+class Progress:
+    """A progress line on stderr: redrawn in a terminal, a few lines elsewhere."""
+
+    def __init__(self, label: str, total: int) -> None:
+        self.label, self.total, self.done = label, total, 0
+        self.start = self.shown = time.monotonic()
+        self.live = sys.stderr.isatty()
+
+    def step(self, count: int = 1) -> None:
+        self.done += count
+        now = time.monotonic()
+        if now - self.shown > (0.2 if self.live else 10):
+            self.shown = now
+            self._show("\r" if self.live else "", "" if self.live else "\n")
+
+    def close(self) -> None:
+        if self.total and (self.live or self.done):
+            self._show("\r" if self.live else "", "\n")
+
+    def _show(self, head: str, tail: str) -> None:
+        spent = time.monotonic() - self.start
+        sys.stderr.write(f"{head}  {self.label}: {self.done}/{self.total}, {spent:.0f} s{tail}")
+        sys.stderr.flush()
+
+
+if __name__ == "__main__":
+    serve(Path(sys.argv[1]), Cluster.model_validate_json(sys.argv[2]))

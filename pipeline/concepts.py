@@ -1,0 +1,255 @@
+"""The stage `concepts`: label maps of every source, at the size of the images, into `concepts.zarr`.
+
+Writes
+    concepts.zarr            label_map (image, category, y, x) uint16, 0 = nothing · coords category "<source>/<category>" ·
+                             attrs concepts {number: {name, category}}
+    concepts-quarantine.csv  image_id, path, reason: images whose label maps were refused; they count nowhere
+
+Concept numbers are unique over the categories and only ever appended: another source leaves the label maps of those that
+are there as they are.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipeline import datasets, stage
+from pipeline.cluster import client, run_tasks
+from pipeline.config import AnyDataset, Segmentation
+from pipeline.errors import MicrotomeError
+from pipeline.identity import FileDigests, crc32c, digest
+from pipeline.manifest import Files, write_atomically
+
+if TYPE_CHECKING:
+    from pipeline.images import Images
+    from pipeline.plan import Plan, Step
+
+VERSION = 1
+CODE = ("kernels/colour.py", "pipeline/concepts.py", "pipeline/label_maps.py", "pipeline/scenes")
+PIXELS = "pixels/colour"  # the category computed from the pixels
+UINT16 = 65535
+
+
+def settings(dataset: AnyDataset, digests: FileDigests) -> dict[str, Any]:
+    """What the label maps' id is made of beside the images: the sources, in order, and the class lists."""
+    made_of: dict[str, Any] = {"sources": list(dataset.concepts), "split": dataset.dissect.split}
+    if isinstance(dataset, Segmentation) and datasets.TRUTH in dataset.concepts:
+        made_of["classes"] = {
+            name: {"list": digests(maps.classes), "void": maps.void} for name, maps in dataset.label_maps.items()
+        }
+    return made_of
+
+
+@dataclass(frozen=True)
+class Category:
+    """One category as tasks name it: its place on the category axis and the number of each of its concepts."""
+
+    name: str
+    place: int
+    numbers: tuple[int, ...]  # of the concepts, in the order of the source's own numbers 1, 2, ...
+
+
+@dataclass
+class Shard:
+    shard: int
+    files: dict[str, Files]  # by category
+    contents: dict[str, str]
+    refused: dict[str, str] = field(default_factory=dict)
+
+
+def run(plan: Plan, step: Step) -> None:
+    from pipeline.images import Images
+    from pipeline.store import Ledger, metadata_files, write
+
+    assert step.dataset is not None
+    began = stage.begin(plan, step)
+    dataset = plan.config.datasets[step.dataset]
+    images = Images.of(plan, step)
+    _, ingest = plan.parent(step, "ingest")
+    folder = plan.results / step.dataset
+    store = folder / "concepts.zarr"
+    ledger = Ledger(store.with_suffix(".ledger"))
+    categories = open_store(store, images, wanted_categories(dataset))
+    shards = images.shards(step.settings["split"])
+    image_id = images.image_ids()
+    listed = datasets.listing(dataset, plan.scratch)
+    index_of = {str(name): index for index, name in enumerate(listed.image_id)}
+
+    def id_of(shard: int, category: Category) -> str:
+        made_of = images.contents[shard] if category.name == PIXELS else ingest.result["records"][shard]
+        return digest([VERSION, made_of, step.settings.get("classes"), category.name, category.numbers])
+
+    tasks = []
+    for shard in shards:
+        missing = [c for c in categories if not ledger.get(f"{shard} {c.name}", id_of(shard, c), store)]
+        if missing:
+            start, stop = images.range(shard)
+            items = []
+            for name in map(str, image_id[start:stop]):
+                index = index_of.get(name)
+                paths = {c: listed.label_map(index, c) for c in listed.label_map_path} if index is not None else {}
+                items.append((name if index is not None else None, paths))
+            tasks.append((dataset, store, images.store, images.files_of(shard), shard, start, items, missing, images.size))
+    with client(plan.config.cluster, plan.scratch) as workers:
+        for done in run_tasks(workers, label_shard, tasks, len(tasks), step.name):
+            for category in categories:
+                if category.name in done.files:
+                    ledger.record(
+                        f"{done.shard} {category.name}",
+                        id_of(done.shard, category),
+                        done.files[category.name],
+                        content=done.contents[category.name],
+                        refused=done.refused if category.name != PIXELS else {},
+                    )
+
+    entries = {c.name: [ledger.entries[f"{shard} {c.name}"] for shard in shards] for c in categories}
+    refused = {k: v for row in entries.values() for entry in row for k, v in entry["refused"].items()}
+    allowed = getattr(dataset, "max_bad_fraction", 0.0)
+    counted = images.counted(step.settings["split"])
+    if len(refused) > allowed * counted.sum():
+        shown = "; ".join(f"{name!r}: {reason}" for name, reason in sorted(refused.items())[:5])
+        raise MicrotomeError(
+            f"data set {step.dataset!r}: the label maps of {len(refused)} of {counted.sum()} images were refused, more "
+            f"than max_bad_fraction = {allowed:g} allows: {shown}"
+        )
+    files = ledger.files(f"{shard} {c.name}" for c in categories for shard in shards)
+    output = digest({"files": files, "refused": sorted(refused), "categories": [[c.name, c.numbers] for c in categories]})
+    quarantine = quarantine_csv(refused, Path(getattr(dataset, "root", "")))
+    write_atomically(folder / "concepts-quarantine.csv", quarantine)
+    files |= write(store, {"category": ((0,), np.array([name for name, _ in _places(store)], dtype=object))})
+    files = stage.within("concepts.zarr", files | metadata_files(store))
+    files["concepts-quarantine.csv"] = (len(quarantine), crc32c(quarantine))
+    result = {
+        "shards": shards,
+        "categories": [
+            {
+                "name": c.name,
+                "place": c.place,
+                "numbers": c.numbers,
+                "concepts": wanted_categories(dataset)[c.name],
+                "contents": [entry["content"] for entry in entries[c.name]],
+            }
+            for c in categories
+        ],
+        "refused": sorted(refused),
+    }
+    stage.finish(plan, step, began, output, files, result)
+
+
+def wanted_categories(dataset: AnyDataset) -> dict[str, Sequence[str]]:
+    """Concept names by category, of the sources the configuration names, in its order."""
+    from kernels.colour import COLOURS
+
+    found: dict[str, Sequence[str]] = {}
+    for source in dataset.concepts:
+        if source == datasets.TRUTH:
+            found |= {f"{source}/{name}": list(names) for name, names in datasets.truth_categories(dataset).items()}
+        else:
+            found[PIXELS] = list(COLOURS)
+    return found
+
+
+def open_store(store: Path, images: Images, wanted: Mapping[str, Sequence[str]]) -> list[Category]:
+    """Create the store or take it up; categories and concepts that are new to it are appended."""
+    from pipeline.store import Array, attributes, create, remove_partials
+
+    table = {int(number): entry for number, entry in attributes(store).get("concepts", {}).items()}
+    places = [name for name, _ in _places(store)]
+    number_of = {(entry["category"], entry["name"]): number for number, entry in table.items()}
+    for category, names in wanted.items():
+        if category not in places:
+            places.append(category)
+        for name in names:
+            if (category, name) not in number_of:
+                number = max(table, default=0) + 1
+                table[number] = {"name": name, "category": category}
+                number_of[category, name] = number
+    if max(table, default=0) > UINT16:
+        raise MicrotomeError(f"{store}: {len(table)} concepts, a label map can hold {UINT16}")
+    shape = (images.count, len(places), *images.size)
+    arrays = {
+        "label_map": Array(
+            ("image", "category", "y", "x"), shape, np.uint16, (images.shard_images, 1, *images.size)
+        ),
+        "category": Array(("category",), (len(places),), str, (len(places),), fill=""),
+    }
+    create(store, arrays, {"concepts": {str(k): v for k, v in sorted(table.items())}, "categories": places})
+    remove_partials(store)
+    return [
+        Category(name, places.index(name), tuple(number_of[name, concept] for concept in concepts))
+        for name, concepts in wanted.items()
+    ]
+
+
+def _places(store: Path) -> list[tuple[str, int]]:
+    from pipeline.store import attributes
+
+    return [(name, place) for place, name in enumerate(attributes(store).get("categories", []))]
+
+
+def label_shard(
+    dataset: AnyDataset,
+    store: Path,
+    images: Path,
+    image_files: Files,
+    shard: int,
+    start: int,
+    items: list[tuple[str | None, dict[str, Path | None]]],
+    categories: list[Category],
+    size: tuple[int, int],
+) -> Shard:
+    """On a worker: the label maps of one shard, in the given categories, numbered and written."""
+    from pipeline.decode import Refused
+    from pipeline.store import write
+
+    maps = np.zeros((len(items), len(categories), *size), np.uint16)
+    refused: dict[str, str] = {}
+    truth = [(i, c) for i, c in enumerate(categories) if c.name != PIXELS]
+    if truth:
+        for at, (image_id, paths) in enumerate(items):
+            if image_id is None:
+                continue
+            try:
+                own = datasets.read_label_maps(dataset, image_id, paths, size)
+            except Refused as error:
+                refused[image_id] = error.reason
+                continue
+            for i, category in truth:
+                number_of = np.array([0, *category.numbers], np.uint16)
+                maps[at, i] = number_of[own[category.name.partition("/")[2]]]
+    for i, category in enumerate(categories):
+        if category.name == PIXELS:
+            maps[:, i] = _colours(images, image_files, start, len(items), category)
+    files, contents = {}, {}
+    for i, category in enumerate(categories):
+        block = maps[:, i : i + 1]
+        files[category.name] = write(store, {"label_map": ((start, category.place, 0, 0), block)})
+        contents[category.name] = hashlib.blake2b(
+            block.tobytes() + repr(sorted(refused)).encode(), digest_size=16
+        ).hexdigest()
+    return Shard(shard, files, contents, refused)
+
+
+def _colours(images: Path, files: Files, start: int, count: int, category: Category) -> np.ndarray:
+    """The colour name of every pixel of a shard: uint16 (image, y, x)."""
+    from kernels.colour import colour_names
+    from pipeline.store import Reader
+
+    pixels = Reader(images, files)["image"][start : start + count]
+    return np.array(category.numbers, np.uint16)[colour_names(np.moveaxis(np.asarray(pixels), 1, -1))]
+
+
+def quarantine_csv(refused: Mapping[str, str], root: Path) -> bytes:
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["image_id", "path", "reason"])
+    table.writerows([image_id, str(root / image_id), reason] for image_id, reason in sorted(refused.items()))
+    return text.getvalue().encode("utf-8", "surrogateescape")

@@ -1,0 +1,297 @@
+"""The configuration: one strict model; an unknown key or a wrong value is refused with the nearest names.
+
+The defaults written in `config/README.md` and the JSON schema in `config/schema.json` are generated from these classes.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
+
+from pipeline.errors import MicrotomeError, nearest
+from pipeline.networks import NetworkSpec
+from pipeline.recipe import Recipe
+
+RESERVED = ("networks", "layers", "done", "similarity", "randomization", "report")
+UNTRAINED = "-untrained"  # suffix of the control network that stands beside every network
+
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+Share = Annotated[float, Field(gt=0, le=1)]
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Dissect(Strict):
+    """Settings of the dissection. `method` is a preset; a key given beside it overrides the preset."""
+
+    method: Literal["standard", "pnas2020", "cvpr2017"] = "standard"
+    quantile: Annotated[float, Field(gt=0, lt=1)] | None = Field(None, description="share of positions above t_u")
+    positions: Literal["upsampled", "native"] | None = None
+    border: Literal["edge", "zeros"] | None = None
+    union: Literal["all", "category"] | None = Field(None, description="pixels in the union: all, or of images with it")
+    min_iou: Annotated[float, Field(ge=0, lt=1)] = Field(0.04, description="a unit is a detector above this IoU")
+    split: str = Field("validation", description="the images that thresholds and IoU are counted over")
+
+    def resolved(self) -> dict[str, Any]:
+        """Every setting with its value, the preset's where none is given."""
+        preset = PRESETS[self.method]
+        own = self.model_dump()
+        return own | {key: value for key, value in preset.items() if own[key] is None}
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "standard": {"quantile": 0.01, "positions": "upsampled", "border": "edge", "union": "all"},
+    "pnas2020": {"quantile": 0.01, "positions": "upsampled", "border": "zeros", "union": "all"},
+    "cvpr2017": {"quantile": 0.005, "positions": "native", "border": "edge", "union": "category"},
+}
+
+
+class Squash(Strict):
+    squash: tuple[PositiveInt, PositiveInt] = Field(description="height, width; the aspect ratio is not kept")
+
+
+class Dataset(Strict):
+    """What every kind of data set has."""
+
+    shard_images: PositiveInt = Field(64, description="images of one shard, the unit of work")
+    concepts: list[Literal["truth", "pixels"]] = Field(
+        ["truth"], description="sources of label maps: ground truth; colour names computed from the pixels"
+    )
+    dissect: Dissect = Dissect()
+
+
+class SceneCounts(Strict):
+    train: NonNegativeInt = 8000
+    validation: NonNegativeInt = 1600
+
+
+class Scenes(Dataset):
+    """The embedded procedural scenes."""
+
+    kind: Literal["scenes"]
+    seed: NonNegativeInt = 0
+    size: Annotated[int, Field(ge=16, le=1024)] = 64
+    images: SceneCounts = SceneCounts()
+
+
+class Split(Strict):
+    """Exactly one way to give every image a split."""
+
+    folders: bool = Field(False, description="root/<split>/<class>/image")
+    csv: str | None = Field(None, description="CSV with columns image,split")
+    share: dict[Name, Share] | None = Field(None, description="shares by a hash of the image id")
+    all: Name | None = Field(None, description="one split for all images")
+
+    @model_validator(mode="after")
+    def one(self) -> "Split":
+        given = [self.folders, self.csv is not None, self.share is not None, self.all is not None]
+        if sum(given) != 1:
+            raise ValueError("give exactly one of folders, csv, share, all")
+        if self.share is not None and abs(sum(self.share.values()) - 1) > 1e-6:
+            raise ValueError(f"the shares add up to {sum(self.share.values())}, not 1")
+        return self
+
+
+class Files(Dataset):
+    """What data sets of image files have."""
+
+    resize: PositiveInt | Squash | None = Field(None, description="length of the short side, or squash, or none")
+    crop: PositiveInt | None = Field(None, description="centre crop after the resize")
+    split: Split = Split(all="validation")
+    max_pixels: PositiveInt = Field(64_000_000, description="a file with more pixels is refused before decoding")
+    max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
+
+
+class ImageFolder(Files):
+    """Images in one folder a class."""
+
+    kind: Literal["imagefolder"]
+    root: str
+    labels: str | None = Field(None, description="CSV with columns image,label, for folders without classes")
+    concepts: list[Literal["pixels"]] = ["pixels"]  # type: ignore[assignment]
+
+
+class LabelMaps(Strict):
+    """The index maps of one category."""
+
+    folder: str
+    classes: str = Field(description="class list: one name a line, `id name` lines, or a CSV with columns id,name")
+    void: list[NonNegativeInt] = Field([], description="values that mean nothing is known")
+
+
+class Segmentation(Files):
+    """Images with index label maps, one folder a category."""
+
+    kind: Literal["segmentation"]
+    root: str = Field(description="folder of the images")
+    label_maps: Annotated[dict[Name, LabelMaps], Field(min_length=1)]
+    labels: str | None = Field(None, description="CSV with columns image,label")
+
+
+AnyDataset = Annotated[Scenes | ImageFolder | Segmentation, Field(discriminator="kind")]
+
+
+class Preprocessing(Strict):
+    """x in [0, 1] → (x - mean) / std, for the channels red, green, blue."""
+
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (
+        0.229,
+        0.224,
+        0.225,
+    )
+
+
+class Numerics(Strict):
+    """Fixed per network: another value gives other activations in the last bits."""
+
+    micro_batch: PositiveInt = Field(32, description="images of one forward pass; the last one is padded")
+    channels_last: bool = True
+
+
+class Train(Strict):
+    """Where and how a network is trained."""
+
+    dataset: Name
+    split: str = "train"
+    recipe: Recipe = Recipe()
+
+
+class Network(NetworkSpec):
+    """A network: how to build it, its weights, and the layers to look at."""
+
+    weights: str = Field(description="a .pt, .pth or .safetensors file, or `train`, or `random`")
+    layers: Literal["auto"] | Annotated[list[str], Field(min_length=1)] = "auto"
+    special_tokens: NonNegativeInt | None = Field(None, description="class and register tokens, when not found alone")
+    preprocessing: Preprocessing = Preprocessing()
+    numerics: Numerics = Numerics()
+    train: Train | None = None
+    datasets: list[Name] | None = Field(None, description="the data sets to dissect it on; default: all")
+
+    @model_validator(mode="after")
+    def _training_together(self) -> "Network":
+        if (self.weights == "train") != (self.train is not None):
+            raise ValueError("`weights: train` and a section `train:` go together")
+        return self
+
+
+class Controls(Strict):
+    """The two controls that stand beside every network: untrained, and label maps permuted over the images."""
+
+    images: PositiveInt | None = Field(None, description="bound on the images of each control; default: all")
+
+
+class Cluster(Strict):
+    kind: Literal["local", "gpu"] = "local"
+    workers: PositiveInt | None = Field(None, description="default: one a core, or one a GPU")
+    dashboard: bool = Field(False, description="on 127.0.0.1")
+
+
+class Report(Strict):
+    title: str | None = None
+    top_images: PositiveInt = 5
+    cards: NonNegativeInt = 24
+
+
+class Config(Strict):
+    """One experiment."""
+
+    name: Name = Field(description="the report is written to report/<name>")
+    results: str = "results"
+    datasets: Annotated[dict[Name, AnyDataset], Field(min_length=1)]
+    networks: Annotated[dict[Name, Network], Field(min_length=1)]
+    controls: Controls = Controls()
+    cluster: Cluster = Cluster()
+    report: Report = Report()
+
+    @model_validator(mode="after")
+    def names(self) -> "Config":
+        for name in (*self.datasets, *self.networks, self.name):
+            if name in RESERVED:
+                raise ValueError(f"the name {name!r} is reserved (as are {', '.join(RESERVED)})")
+        for name, network in self.networks.items():
+            if name.endswith(UNTRAINED):
+                raise ValueError(f"network {name!r}: the suffix {UNTRAINED!r} is for the untrained control")
+            wanted = [*(network.datasets or []), *([network.train.dataset] if network.train else [])]
+            for dataset in wanted:
+                if dataset not in self.datasets:
+                    raise ValueError(f"network {name!r}: no data set {dataset!r}{nearest(dataset, self.datasets)}")
+        return self
+
+
+def parse(raw: Mapping[str, Any]) -> Config:
+    """Validate a configuration; every error names the key, what was found and the nearest known key.
+
+    The key `only` (a name, or several with commas) keeps just these networks or data sets, and what they need.
+    """
+    raw = dict(raw)
+    only = raw.pop("only", None)
+    try:
+        config = Config.model_validate(raw)
+    except ValidationError as error:
+        lines = [_explain(item) for item in error.errors(include_url=False)]
+        raise MicrotomeError("the configuration is refused:\n  " + "\n  ".join(lines)) from None
+    return select(config, only) if only is not None else config
+
+
+def load(path: Path) -> Config:
+    """Read a YAML file (data only) and validate it."""
+    import yaml
+
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise MicrotomeError(f"cannot read the configuration {path}: {error}") from error
+    if not isinstance(raw, dict):
+        raise MicrotomeError(f"the configuration {path} is not a mapping of keys")
+    return parse(raw)
+
+
+def select(config: Config, only: str | list[str]) -> Config:
+    """Keep the named networks and data sets; where only one of the two is named, all of the other kind stay."""
+    names = [name.strip() for name in (only.split(",") if isinstance(only, str) else map(str, only))]
+    known = [*config.networks, *config.datasets]
+    for name in names:
+        if name not in known:
+            raise MicrotomeError(f"only={name}: no network or data set has this name{nearest(name, known, 5)}")
+    networks = {k: v for k, v in config.networks.items() if k in names} or dict(config.networks)
+    chosen = [name for name in config.datasets if name in names] or list(config.datasets)
+    networks = {
+        name: network.model_copy(update={"datasets": [d for d in (network.datasets or chosen) if d in chosen]})
+        for name, network in networks.items()
+    }
+    return config.model_copy(update={"networks": networks})
+
+
+def _explain(item: Any) -> str:
+    location = [str(part) for part in item["loc"]]
+    where = ".".join(location) or "the top level"
+    if item["type"] == "extra_forbidden":
+        return f"{where}: unknown key{nearest(location[-1], known_keys())}"
+    if item["type"] == "missing":
+        return f"{where}: missing"
+    found = "" if item["type"] == "value_error" else f" (found {item['input']!r})"
+    return f"{where}: {item['msg'].removeprefix('Value error, ')}{found}"
+
+
+def known_keys() -> set[str]:
+    """Every key of every section."""
+    sections: list[type[BaseModel]] = [Strict, NetworkSpec]
+    keys: set[str] = set()
+    while sections:
+        section = sections.pop()
+        keys |= set(section.model_fields)
+        sections += section.__subclasses__()
+    return keys | set(Recipe.model_fields)

@@ -1,0 +1,568 @@
+"""The stage `dissect`: thresholds of units, IoU with every concept, labels; beside them the permuted control.
+
+Writes, for every layer, shared by all networks with that layer,
+    layers/<layer id>/dissect-<id>/thresholds.zarr  threshold (unit) float32, active (unit) int64: positions above it
+    layers/<layer id>/dissect-<id>/iou.zarr         intersection (unit, concept) int64 · unit_area (unit) ·
+                                                    concept_area (concept) · iou (unit, concept) float32
+    layers/<layer id>/dissect-<id>/counts.zarr      the same counts by jackknife group and category
+and for the network
+    <network>/layers.json          where these are, by layer name, in execution order
+    <network>/units.csv            the label of every unit
+    <network>/units-permuted.csv   the same, with the label maps permuted over the images of each shard
+
+Definitions: Bau et al., "Network Dissection" (CVPR 2017) and "Understanding the role of individual units in a deep neural
+network" (PNAS 2020). See docs/dissection.md.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipeline import stage
+from pipeline.cluster import client, run_tasks, workers_of
+from pipeline.config import AnyDataset
+from pipeline.errors import MicrotomeError
+from pipeline.identity import crc32c, digest
+from pipeline.manifest import Files, Manifest, write_atomically
+
+if TYPE_CHECKING:
+    from kernels.iou import Counts
+    from kernels.threshold import Bracket, Tail
+    from pipeline.images import Images
+    from pipeline.plan import Plan, Step
+
+VERSION = 1
+CODE = ("kernels", "pipeline/dissect.py")
+SAMPLE_SHARDS = 4  # the first shards are a random sample of the images: where the thresholds probably lie
+ACCUMULATOR_BYTES = 2 << 30  # counts held at once; layers beyond that go through the images in another pass
+UNIT_COLUMNS = (
+    "layer",
+    "unit",
+    "concept",
+    "category",
+    "iou",
+    "iou_ceiling",
+    "iou_held_out",
+    "ci_low",
+    "ci_high",
+    "threshold",
+    "activation_rate",
+)
+
+
+def settings(dataset: AnyDataset, permuted: bool, control_images: int | None) -> dict[str, Any]:
+    return {"dissect": dataset.dissect.resolved(), "permuted": permuted, "control_images": control_images}
+
+
+@dataclass(frozen=True)
+class Concepts:
+    """The concepts that are counted, in columns, and where their label maps are.
+
+    `numbers`, `names` and `place` have one entry a column; `place` is the index into `categories`, and `axis` that of
+    each category on the store's category axis.
+    """
+
+    store: Path
+    files: Files
+    categories: tuple[str, ...]
+    axis: tuple[int, ...]
+    names: tuple[str, ...]
+    numbers: tuple[int, ...]
+    place: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Counted:
+    """The images of one shard that count: their rows in the shard, jackknife groups, and whose labels each meets in
+    the permuted control."""
+
+    shard: int
+    rows: np.ndarray
+    group: np.ndarray
+    partner: np.ndarray
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer as tasks name it."""
+
+    name: str
+    id: str
+    store: Path
+    files: Files
+    shape: tuple[int, int, int]
+    scale: float
+    digest: str
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One result per layer: true labels or permuted ones, over these shards, under this id."""
+
+    layer: Layer
+    permuted: bool
+    counted: tuple[Counted, ...]
+    id: str
+
+
+def run(plan: Plan, step: Step) -> None:
+    from pipeline.images import Images
+
+    assert step.dataset is not None and step.network is not None
+    began = stage.begin(plan, step)
+    images = Images.of(plan, step)
+    how = step.settings["dissect"]
+    _, extracted = plan.parent(step, "extract")
+    _, labelled = plan.parent(step, "concepts")
+    folder = plan.results / step.dataset
+    concepts = concepts_of(folder, labelled)
+    layers = [layer_of(plan, folder, entry) for entry in extracted.result["layers"]]
+    counted = counted_images(images, how["split"], extracted.result["shards"], labelled.result["refused"])
+    bound = step.settings["control_images"]
+    few = counted[: -(-bound // images.shard_images)] if bound else counted
+
+    wanted = [want(layer, False, counted, how, labelled, images) for layer in layers]
+    if step.settings["permuted"]:
+        wanted += [want(layer, True, few, how, labelled, images) for layer in layers]
+    missing = [one for one in wanted if not finished(one)]
+    if missing:
+        with client(plan.config.cluster, plan.scratch) as workers:
+            thresholds = find_thresholds(workers, step.name, {w.layer.id: w.layer for w in missing}, counted, how, images)
+            count_and_write(workers, step.name, missing, thresholds, concepts, how)
+
+    entries = {}
+    files: Files = {}
+    digests = []
+    for permuted, name in ((False, "units.csv"), (True, "units-permuted.csv")):
+        rows: list[list[Any]] = []
+        for one in wanted:
+            if one.permuted == permuted:
+                manifest = Manifest.read(manifest_of(one))
+                digests.append(manifest.digest)
+                rows += unit_rows(one, manifest, how)
+                if not permuted:
+                    entries[one.layer.name] = paths_of(one, folder)
+        if rows:
+            files |= write_file(folder / step.network, name, csv_bytes(UNIT_COLUMNS, rows))
+    files |= write_file(folder / step.network, "layers.json", json.dumps(entries, indent=1).encode())
+    result = {"images": sum(len(c.rows) for c in counted), "control_images": sum(len(c.rows) for c in few)}
+    stage.finish(plan, step, began, digest({"layers": digests, "files": files}), files, result)
+
+
+def concepts_of(folder: Path, labelled: Manifest) -> Concepts:
+    columns = [
+        (name, number, place)
+        for place, category in enumerate(labelled.result["categories"])
+        for name, number in zip(category["concepts"], category["numbers"], strict=True)
+    ]
+    return Concepts(
+        store=folder / "concepts.zarr",
+        files=stage.below("concepts.zarr", labelled.files),
+        categories=tuple(category["name"] for category in labelled.result["categories"]),
+        axis=tuple(category["place"] for category in labelled.result["categories"]),
+        names=tuple(name for name, _, _ in columns),
+        numbers=tuple(number for _, number, _ in columns),
+        place=tuple(place for _, _, place in columns),
+    )
+
+
+def layer_of(plan: Plan, folder: Path, entry: Mapping[str, Any]) -> Layer:
+    manifest = Manifest.read(plan.results / entry["manifest"])
+    return Layer(
+        name=entry["name"],
+        id=entry["id"],
+        store=folder / "layers" / entry["id"] / "activations.zarr",
+        files=stage.below("activations.zarr", manifest.files),
+        shape=tuple(entry["shape"]),
+        scale=entry["scale"],
+        digest=manifest.digest,
+    )
+
+
+def counted_images(images: Images, split: str, shards: Iterable[int], refused: Iterable[str]) -> list[Counted]:
+    """The images that count in each shard: valid, of the split, with label maps that were not refused."""
+    from pipeline.listing import group
+
+    image_id = images.image_ids()
+    counts = images.counted(split) & ~np.isin(image_id.astype(object), list(refused))
+    found = []
+    for shard in shards:
+        start, stop = images.range(shard)
+        rows = np.flatnonzero(counts[start:stop])
+        if len(rows):
+            ids = image_id[start:stop][rows]
+            found.append(Counted(shard, rows, group(ids), derangement(ids)))
+    if not found:
+        raise MicrotomeError(f"{images.store.parent.name}: no image of split {split!r} is left to dissect")
+    return found
+
+
+def derangement(image_ids: Iterable[str]) -> np.ndarray:
+    """Whose label maps each image meets in the permuted control: the next image in the order of a hash of the ids.
+
+    One cycle through all images of a shard, so no image meets its own; a single image has no partner but itself.
+    """
+    keys = [hashlib.blake2b(str(name).encode("utf-8", "surrogateescape"), person=b"derange").digest() for name in image_ids]
+    order = np.array(sorted(range(len(keys)), key=keys.__getitem__))
+    partner = np.empty(len(order), np.int64)
+    partner[order] = np.roll(order, -1)
+    return partner
+
+
+def want(
+    layer: Layer, permuted: bool, counted: Iterable[Counted], how: Mapping[str, Any], labelled: Manifest, images: Images
+) -> Wanted:
+    """The result for a layer, with the id of all it depends on: activations, images, label maps, settings."""
+    if permuted:
+        counted = [one for one in counted if len(one.rows) > 1]
+    counted = tuple(counted)
+    id = digest(
+        {
+            "version": VERSION,
+            "activations": layer.digest,
+            "images": [[one.shard, one.rows.tolist()] for one in counted],
+            "groups": hashlib.sha256(b"".join(one.group.tobytes() + one.partner.tobytes() for one in counted)).hexdigest(),
+            "labels": [[c["name"], c["numbers"], c["contents"]] for c in labelled.result["categories"]],
+            "permuted": permuted,
+            "settings": {key: how[key] for key in ("quantile", "positions", "border", "union", "split")},
+        }
+    )
+    return Wanted(layer, permuted, counted, id)
+
+
+def manifest_of(one: Wanted) -> Path:
+    return one.layer.store.parent / "done" / f"dissect.{one.id}.json"
+
+
+def finished(one: Wanted) -> bool:
+    return manifest_of(one).exists()
+
+
+def paths_of(one: Wanted, folder: Path) -> dict[str, str]:
+    """An entry of layers.json: paths relative to the data set's folder."""
+    own = one.layer.store.parent / f"dissect-{one.id}"
+    return {
+        "id": one.layer.id,
+        "activations": one.layer.store.relative_to(folder).as_posix(),
+        "thresholds": (own / "thresholds.zarr").relative_to(folder).as_posix(),
+        "iou": (own / "iou.zarr").relative_to(folder).as_posix(),
+    }
+
+
+# Thresholds -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """Thresholds of a layer's units as stored (float16, before the scale), and positions above them of how many."""
+
+    threshold: np.ndarray
+    active: np.ndarray
+    positions: int
+
+
+def find_thresholds(
+    client: Any, label: str, layers: Mapping[str, Layer], counted: list[Counted], how: Mapping[str, Any], images: Images
+) -> dict[str, Threshold]:
+    """Find the exact top quantile of every unit: brackets from a sample, counts in them, again where they missed."""
+    quantile, border = how["quantile"], how["border"]
+
+    def size(layer: Layer) -> tuple[int, int]:
+        return images.size if how["positions"] == "upsampled" else layer.shape[1:]
+
+    found: dict[str, Threshold] = {}
+    sample = counted[:SAMPLE_SHARDS]
+    tasks = [(layer, sample, size(layer), border, quantile) for layer in layers.values()]
+    brackets: dict[str, tuple[Bracket, np.ndarray]] = {}
+    for id, bracket in run_tasks(client, sample_layer, tasks, len(tasks), f"{label}: samples"):
+        brackets[id] = (bracket, np.arange(len(bracket.floor)))
+        units = len(bracket.floor)
+        found[id] = Threshold(np.full(units, np.nan, np.float16), np.zeros(units, np.int64), 0)
+    while brackets:
+        tasks = [
+            (layers[id], units, bracket, part, size(layers[id]), border)
+            for id, (bracket, units) in brackets.items()
+            for part in runs(counted, client)
+        ]
+        tails: dict[str, Tail] = {}
+        for id, tail in run_tasks(client, tail_layer, tasks, len(tasks), f"{label}: thresholds"):
+            tails[id] = tails[id].merge(tail) if id in tails else tail
+        for id, tail in tails.items():
+            _, units = brackets.pop(id)
+            result = tail.result(quantile)
+            done = units[result.certified]
+            found[id].threshold[done] = result.threshold[result.certified]
+            found[id].active[done] = result.active[result.certified]
+            found[id] = replace(found[id], positions=tail.positions)
+            if not result.certified.all():
+                brackets[id] = (tail.refine(quantile)[~result.certified], units[~result.certified])
+    return found
+
+
+def runs(counted: list[Counted], client: Any) -> Iterator[list[Counted]]:
+    """Cut the shards into runs, some for every worker: one task merges the counts of its run before it sends them."""
+    length = max(1, -(-len(counted) // (4 * workers_of(client))))
+    return (counted[at : at + length] for at in range(0, len(counted), length))
+
+
+def sample_layer(
+    layer: Layer, sample: list[Counted], size: tuple[int, int], border: Any, quantile: float
+) -> tuple[str, Bracket]:
+    from kernels.threshold import sample_bracket
+
+    maps = np.concatenate([activation(layer, one) for one in sample])
+    return layer.id, sample_bracket(maps, size, border, quantile)
+
+
+def tail_layer(
+    layer: Layer, units: np.ndarray, bracket: Bracket, part: list[Counted], size: tuple[int, int], border: Any
+) -> tuple[str, Tail]:
+    from kernels.threshold import count_tail
+
+    total = None
+    for one in part:
+        maps = activation(layer, one)
+        if len(units) < maps.shape[1]:
+            maps = np.ascontiguousarray(maps[:, units])
+        tail = count_tail(maps, bracket, size, border, device=device())
+        total = tail if total is None else total.merge(tail)
+    assert total is not None
+    return layer.id, total
+
+
+def activation(layer: Layer, one: Counted) -> np.ndarray:
+    """The maps (image, unit, y, x) float16 of the images of a shard that count."""
+    from pipeline.store import Reader
+
+    array = Reader(layer.store, layer.files)["activation"]
+    start = one.shard * array.chunks[0]
+    maps = np.asarray(array[start : start + array.chunks[0]])
+    return maps if len(one.rows) == len(maps) else maps[one.rows]
+
+
+def device() -> str:
+    """Where the kernels count: the GPU that this worker was given, if any; torch is not imported to find out."""
+    import os
+
+    return "cuda" if os.environ.get("CUDA_VISIBLE_DEVICES") else "cpu"
+
+
+# IoU ------------------------------------------------------------------------------------------------------------------
+
+
+def count_and_write(
+    client: Any,
+    label: str,
+    missing: list[Wanted],
+    thresholds: Mapping[str, Threshold],
+    concepts: Concepts,
+    how: Mapping[str, Any],
+) -> None:
+    """Count intersections for every wanted result, a batch of layers at a time, and write each layer when it is done."""
+    for batch in batches(missing, len(concepts.names)):
+        shards = {one.shard: one for wanted in batch for one in wanted.counted}
+        tasks = [
+            (
+                [(w.layer, w.permuted, {one.shard for one in w.counted}, thresholds[w.layer.id].threshold) for w in batch],
+                part,
+                concepts,
+                how["border"],
+            )
+            for part in runs(list(shards.values()), client)
+        ]
+        totals: dict[tuple[str, bool], Counts] = {}
+        for counts in run_tasks(client, count_run, tasks, len(tasks), f"{label}: IoU"):
+            for key, part in counts.items():
+                totals[key] = add(totals[key], part) if key in totals else part
+        for wanted in batch:
+            found = thresholds[wanted.layer.id]
+            write_layer(wanted, found, totals[wanted.layer.id, wanted.permuted], concepts, how)
+
+
+def batches(missing: list[Wanted], concepts: int) -> Iterator[list[Wanted]]:
+    from kernels.iou import GROUPS
+
+    batch: list[Wanted] = []
+    held = 0
+    for wanted in missing:
+        size = 8 * GROUPS * wanted.layer.shape[0] * concepts
+        if batch and held + size > ACCUMULATOR_BYTES:
+            yield batch
+            batch, held = [], 0
+        batch.append(wanted)
+        held += size
+    yield batch
+
+
+def count_run(
+    wanted: list[tuple[Layer, bool, set[int], np.ndarray]], part: list[Counted], concepts: Concepts, border: Any
+) -> dict[tuple[str, bool], Counts]:
+    """On a worker: the counts of some shards, merged, by (layer id, permuted)."""
+    from kernels.iou import GROUPS, Counts, count_shard, label_columns
+    from pipeline.store import Reader
+
+    label_maps = Reader(concepts.store, concepts.files)["label_map"]
+    step = label_maps.chunks[0]
+    totals: dict[tuple[str, bool], Counts] = {}
+    for one in part:
+        start = one.shard * step
+        maps = np.stack([np.asarray(label_maps[start : start + step, axis]) for axis in concepts.axis], axis=1)
+        labels = label_columns(maps[one.rows], concepts.numbers, concepts.place)
+        read: dict[str, np.ndarray] = {}
+        for layer, permuted, shards, threshold in wanted:
+            if one.shard not in shards:
+                continue
+            if layer.id not in read:
+                read = {layer.id: activation(layer, one)}
+            shard = count_shard(
+                read[layer.id],
+                threshold,
+                labels,
+                one.group,
+                border,
+                permutation=one.partner if permuted else None,
+                device=device(),
+            )
+            key = layer.id, permuted
+            if key not in totals:
+                totals[key] = Counts.zeros(GROUPS, len(threshold), len(concepts.names), len(concepts.categories))
+            totals[key].add(shard)
+    return totals
+
+
+def add(total: Counts, part: Counts) -> Counts:
+    for one in fields(total):
+        mine = getattr(total, one.name)
+        mine += getattr(part, one.name)
+    return total
+
+
+def write_layer(
+    wanted: Wanted, found: Threshold, counts: Counts, concepts: Concepts, how: Mapping[str, Any]
+) -> None:
+    from kernels.iou import iou
+    from pipeline.store import write_whole
+
+    layer = wanted.layer
+    folder = layer.store.parent / f"dissect-{wanted.id}"
+    attrs = {key: how[key] for key in ("method", "quantile", "positions", "border", "union", "split")} | {
+        "labels": "permuted" if wanted.permuted else "true",
+        "images": sum(len(one.rows) for one in wanted.counted),
+        "shards": len(wanted.counted),
+    }
+    category = np.array([concepts.categories[place] for place in concepts.place], dtype=object)
+    unit, concept, group = ("unit",), ("concept",), ("group",)
+    files = stage.within(
+        f"{folder.name}/thresholds.zarr",
+        write_whole(
+            folder / "thresholds.zarr",
+            {
+                "threshold": (unit, found.threshold.astype(np.float32) * np.float32(layer.scale)),
+                "active": (unit, found.active),
+            },
+            attrs | {"scale": layer.scale, "positions_counted": found.positions},
+        ),
+    )
+    files |= stage.within(
+        f"{folder.name}/iou.zarr",
+        write_whole(
+            folder / "iou.zarr",
+            {
+                "intersection": (unit + concept, counts.intersection.sum(0)),
+                "unit_area": (unit, counts.unit_area.sum(0)),
+                "concept_area": (concept, counts.concept_area.sum(0)),
+                "iou": (unit + concept, iou(counts, concepts.place, how["union"]).astype(np.float32)),
+                "concept": (concept, np.array(concepts.names, dtype=object)),
+                "concept_id": (concept, np.array(concepts.numbers, np.int64)),
+                "category": (concept, category),
+            },
+            attrs | {"pixels": int(counts.pixels.sum())},
+            coordinates=["concept_id", "category"],
+        ),
+    )
+    files |= stage.within(
+        f"{folder.name}/counts.zarr",
+        write_whole(
+            folder / "counts.zarr",
+            {
+                "intersection": (group + unit + concept, counts.intersection),
+                "unit_area": (group + unit, counts.unit_area),
+                "unit_area_in_category": ((*group, *unit, "category"), counts.unit_area_in_category),
+                "concept_area": (group + concept, counts.concept_area),
+                "pixels": (group, counts.pixels),
+                "pixels_in_category": ((*group, "category"), counts.pixels_in_category),
+            },
+            attrs | {"categories": list(concepts.categories), "category_of_concept": list(concepts.place)},
+        ),
+    )
+    Manifest(
+        stage="dissect",
+        id=wanted.id,
+        digest=digest(files),
+        files=files,
+        result={"layer": layer.id, "permuted": wanted.permuted},
+        provenance=stage.provenance(),
+    ).write(manifest_of(wanted))
+
+
+# Labels of units ------------------------------------------------------------------------------------------------------
+
+
+def unit_rows(one: Wanted, manifest: Manifest, how: Mapping[str, Any]) -> list[list[Any]]:
+    """The rows of units.csv for one layer, read back from its verified stores."""
+    from kernels.iou import Counts
+    from kernels.labels import label_units
+    from pipeline.store import Reader
+
+    folder = one.layer.store.parent / f"dissect-{one.id}"
+
+    def reader(name: str) -> Reader:
+        return Reader(folder / name, stage.below(f"{folder.name}/{name}", manifest.files))
+
+    thresholds, stored, result = reader("thresholds.zarr"), reader("counts.zarr"), reader("iou.zarr")
+    counts = Counts(**{item.name: np.asarray(stored[item.name][:]) for item in fields(Counts)})
+    labels = label_units(counts, np.asarray(stored.attrs["category_of_concept"]), how["union"])
+    names, categories = result["concept"][:], result["category"][:]
+    threshold = thresholds["threshold"][:]
+    rows = []
+    for unit in range(len(threshold)):
+        kept = labels.iou[unit] > how["min_iou"]
+        best = labels.concept[unit]
+        rows.append(
+            [
+                one.layer.name,
+                unit,
+                names[best] if kept else "",
+                categories[best] if kept else "",
+                *map(number, (labels.iou[unit], labels.ceiling[unit], labels.held_out[unit])),
+                *map(number, (labels.low[unit], labels.high[unit], threshold[unit], labels.rate[unit])),
+            ]
+        )
+    return rows
+
+
+def number(value: float) -> str:
+    """A number as tables show it: seven significant digits, empty where it is not defined."""
+    return "" if np.isnan(value) else f"{value:.7g}"
+
+
+def csv_bytes(columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> bytes:
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(columns)
+    table.writerows(rows)
+    return text.getvalue().encode()
+
+
+def write_file(folder: Path, name: str, data: bytes) -> Files:
+    write_atomically(folder / name, data)
+    return {name: (len(data), crc32c(data))}

@@ -1,0 +1,386 @@
+"""The stage `extract`: one forward pass per (data set, network) fills the stores of all its layers.
+
+Writes, for whole shards that hold images of the wanted split,
+    layers/<layer id>/activations.zarr  activation (image, unit, y, x) float16 = value / attrs["scale"] ·
+                                        maximum, mean (image, unit) float32 · special (image, token, unit) float16 for
+                                        class and register tokens
+    <network>/logits.zarr               logits (image, class) float32
+A shard that was not extracted is absent and reads as NaN.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipeline import stage
+from pipeline.cluster import client, run_tasks
+from pipeline.config import AnyDataset, Network
+from pipeline.errors import MicrotomeError
+from pipeline.identity import digest
+from pipeline.manifest import Files, Manifest
+
+if TYPE_CHECKING:
+    import torch
+
+    from pipeline.images import Images
+    from pipeline.layers import LayerInfo
+    from pipeline.plan import Plan, Step
+    from pipeline.store import Ledger
+
+VERSION = 1
+CODE = ("pipeline/extract.py", "pipeline/layers.py", "pipeline/layer_id.py", "pipeline/networks.py")
+HALF_MAX = 65504.0
+UNIT_BLOCK = 64  # units of one chunk inside a shard
+
+
+def settings(spec: Network, dataset: AnyDataset, limit: int | None) -> dict[str, Any]:
+    return {
+        "layers": spec.layers,
+        "special_tokens": spec.special_tokens,
+        "preprocessing": spec.preprocessing.model_dump(),
+        "numerics": spec.numerics.model_dump(),
+        "split": dataset.dissect.split,
+        "images": limit,
+    }
+
+
+@dataclass(frozen=True)
+class Model:
+    """A network as tasks name it: small, picklable, and equal only for equal networks and weights."""
+
+    name: str
+    spec_json: str
+    weights: Path
+    sha256: str
+
+    @property
+    def spec(self) -> Network:
+        return Network.model_validate_json(self.spec_json)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer as tasks name it: where its store is and how its output becomes maps."""
+
+    id: str
+    store: Path
+    info: LayerInfo
+    scale: float
+
+    @property
+    def name(self) -> str:
+        return self.info.name
+
+
+@dataclass
+class Shard:
+    """What one task says of its shard: the files written per layer (logits under ""), or the largest value of a layer
+    that did not fit float16, whose shard is then not written."""
+
+    shard: int
+    files: dict[str, Files] = field(default_factory=dict)
+    overflow: dict[str, float] = field(default_factory=dict)
+
+
+class NonFiniteError(Exception):
+    """A layer's output holds a NaN or an infinity; args: layer, image index."""
+
+
+def run(plan: Plan, step: Step) -> None:
+    from pipeline.images import Images
+    from pipeline.store import Ledger, metadata_files
+
+    assert step.dataset is not None and step.network is not None
+    began = stage.begin(plan, step)
+    images = Images.of(plan, step)
+    shards = images.shards(step.settings["split"], step.settings["images"])
+    model = model_of(plan, step)
+    folder = plan.results / step.dataset
+    logits = folder / step.network / "logits.zarr"
+    with client(plan.config.cluster, plan.scratch) as workers:
+        (prepared,) = run_tasks(workers, prepare, [(model, images.size)], 1, f"{step.name}: layers")
+        layers = [Layer(id, folder / "layers" / id / "activations.zarr", info, scale) for id, info, scale in prepared.layers]
+        layers = [open_layer(layer, images) for layer in layers]
+        open_logits(logits, images, prepared.classes)
+        logits_ledger = Ledger(logits.with_suffix(".ledger"))
+        while True:
+            ledgers = {layer.name: Ledger(layer.store.with_suffix(".ledger")) for layer in layers}
+            tasks = []
+            for shard in shards:
+                missing = [x for x in layers if not ledgers[x.name].get(str(shard), shard_id(images, shard, x), x.store)]
+                head = logits if not logits_ledger.get(str(shard), logits_id(images, shard, model), logits) else None
+                if missing or head:
+                    tasks.append((model, images.store, images.files_of(shard), shard, images.range(shard), missing, head))
+            overflow: dict[str, float] = {}
+            try:
+                for done in run_tasks(workers, extract_shard, tasks, len(tasks), step.name):
+                    for layer in layers:
+                        if layer.name in done.files:
+                            id = shard_id(images, done.shard, layer)
+                            ledgers[layer.name].record(str(done.shard), id, done.files[layer.name])
+                    for name, value in done.overflow.items():
+                        overflow[name] = max(overflow.get(name, 0.0), value)
+                    if "" in done.files:
+                        logits_ledger.record(str(done.shard), logits_id(images, done.shard, model), done.files[""])
+            except NonFiniteError as error:
+                name, index = error.args
+                raise MicrotomeError(
+                    f"network {step.network!r}, layer {name!r}: the output for image {images.image_ids()[index]!r} of "
+                    f"data set {step.dataset!r} is not finite (NaN or infinity)"
+                ) from None
+            if not overflow:
+                break
+            # The values of some image are beyond the headroom: those layers again, at a scale that holds all of them.
+            layers = [
+                open_layer(replace(layer, scale=scale_for(overflow[layer.name])), images)
+                if layer.name in overflow
+                else layer
+                for layer in layers
+            ]
+    described = [finish_layer(plan, step, layer, images, shards, ledgers[layer.name]) for layer in layers]
+    files = stage.within("logits.zarr", logits_ledger.files(map(str, shards)))
+    output = digest({"layers": [[entry["name"], entry["digest"]] for entry in described], "logits": files})
+    files |= stage.within("logits.zarr", metadata_files(logits))
+    stage.finish(plan, step, began, output, files, {"layers": described, "shards": shards})
+
+
+def model_of(plan: Plan, step: Step) -> Model:
+    """The network that a step reads, as tasks name it."""
+    network, manifest = plan.parent(step, "network")
+    assert network.network is not None
+    return Model(
+        network.network,
+        plan.networks[network.network].model_dump_json(),
+        plan.results / "networks" / network.network / "model.safetensors",
+        manifest.result["weights_sha256"],
+    )
+
+
+def shard_id(images: Images, shard: int, layer: Layer) -> str:
+    """What a shard of a layer's store was made from; the layer id, the store's folder, says the rest."""
+    return digest([images.contents[shard], layer.scale])
+
+
+def logits_id(images: Images, shard: int, model: Model) -> str:
+    spec = model.spec
+    return digest(
+        [VERSION, images.contents[shard], model.sha256, spec.preprocessing.model_dump(), spec.numerics.model_dump()]
+    )
+
+
+def open_layer(layer: Layer, images: Images) -> Layer:
+    """Create a layer's store, or take up the one that is there, at the larger of the two scales."""
+    from pipeline.store import Array, attributes, create, remove_partials
+
+    scale = max(layer.scale, attributes(layer.store).get("scale", 0.0))
+    layer = replace(layer, scale=scale)
+    units, height, width = layer.info.shape
+    step, block = images.shard_images, min(units, UNIT_BLOCK)
+    whole = -(-units // block) * block
+    arrays = {
+        "activation": Array(
+            ("image", "unit", "y", "x"),
+            (images.count, units, height, width),
+            np.float16,
+            chunk=(step, block, height, width),
+            shard=(step, whole, height, width),
+            fill=np.nan,
+        ),
+        "maximum": Array(("image", "unit"), (images.count, units), np.float32, (step, units), fill=np.nan),
+        "mean": Array(("image", "unit"), (images.count, units), np.float32, (step, units), fill=np.nan),
+    }
+    if layer.info.special:
+        shape = (images.count, layer.info.special, units)
+        arrays["special"] = Array(("image", "token", "unit"), shape, np.float16, (step, *shape[1:]), fill=np.nan)
+    create(layer.store, arrays, {"scale": scale})
+    remove_partials(layer.store)
+    return layer
+
+
+def open_logits(path: Path, images: Images, classes: int) -> None:
+    from pipeline.store import Array, create, remove_partials
+
+    shape = (images.count, classes)
+    create(path, {"logits": Array(("image", "class"), shape, np.float32, (images.shard_images, classes), fill=np.nan)}, {})
+    remove_partials(path)
+
+
+def finish_layer(
+    plan: Plan, step: Step, layer: Layer, images: Images, shards: list[int], ledger: Ledger
+) -> dict[str, Any]:
+    """Write the manifest of a layer's store, which all networks with this prefix share; return what says where it is."""
+    from pipeline.store import metadata_files
+
+    files = ledger.files(map(str, shards))
+    output = digest({"layer": layer.id, "files": files})
+    id = digest([layer.id, images.count, {shard: shard_id(images, shard, layer) for shard in shards}])
+    path = layer.store.parent / "done" / f"activations.{id}.json"
+    Manifest(
+        stage="activations",
+        id=id,
+        digest=output,
+        files=stage.within("activations.zarr", files | metadata_files(layer.store)),
+        result={"shards": shards, "scale": layer.scale},
+        provenance=stage.provenance(),
+    ).write(path)
+    return {
+        "name": layer.name,
+        "id": layer.id,
+        "shape": list(layer.info.shape),
+        "scale": layer.scale,
+        "manifest": path.relative_to(plan.results).as_posix(),
+        "digest": output,
+    }
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a network says of itself before any image: layers in execution order with id and scale, and its classes."""
+
+    layers: list[tuple[str, LayerInfo, float]]
+    classes: int
+
+
+def prepare(model: Model, size: tuple[int, int]) -> Prepared:
+    """On a worker: load the network, resolve its layers, compute their ids, and find each layer's scale.
+
+    The scale comes from a forward pass over fixed noise, so it belongs to the layer alone and not to the images.
+    """
+    import torch
+
+    from pipeline.layer_id import layer_ids
+    from pipeline.layers import Recorder, resolve
+    from pipeline.networks import load
+
+    spec, shape = model.spec, (3, *size)
+    as_loaded = load(spec, model.weights)
+    infos = resolve(as_loaded, spec.layers, shape, spec.special_tokens, model.name)
+    numerics = spec.numerics.model_dump() | {"version": VERSION, "dtype": "float32"} | platform_numerics()
+    preprocessing = spec.preprocessing.model_dump() | {"size": list(size)}
+    ids = layer_ids(as_loaded, infos, preprocessing, numerics, shape)
+    noise = torch.randint(0, 256, (4, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    with Recorder(_network(model), ids) as record:
+        logits, outputs = record(normalise(noise, spec))
+    if logits is None or logits.ndim != 2:
+        raise MicrotomeError(f"network {model.name!r} does not return logits (image, class)")
+    layers = [(ids[info.name], info, scale_for(float(outputs[info.name].abs().amax()), headroom=True)) for info in infos]
+    return Prepared(layers, logits.shape[1])
+
+
+def platform_numerics() -> dict[str, str]:
+    """Device kind and torch's minor version: other ones may differ in the last bits."""
+    import torch
+
+    return {"device": device().type, "torch": ".".join(torch.__version__.split(".")[:2])}
+
+
+def device() -> torch.device:
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def scale_for(largest: float, headroom: bool = False) -> float:
+    """The power of two to divide by, so that `largest` is well inside float16.
+
+    1 for layers of ordinary size (largest value between 2^-6 and 2^9); otherwise `largest` comes to lie below 2^5 with
+    `headroom` (2^11 above it for images unlike the noise), or below 2^15 where it is the maximum over the data.
+    """
+    if headroom and (2.0**-6 <= largest <= 2.0**9 or not math.isfinite(largest) or largest == 0):
+        return 1.0
+    return 2.0 ** (math.frexp(largest)[1] - (5 if headroom else 15))
+
+
+def normalise(pixels: torch.Tensor, spec: Network) -> torch.Tensor:
+    """uint8 (image, 3, y, x) → float32 on the device: (x / 255 - mean) / std, in the network's memory format."""
+    import torch
+
+    x = pixels.to(device()).float().div_(255)
+    mean = torch.tensor(spec.preprocessing.mean, device=x.device).view(1, 3, 1, 1)
+    std = torch.tensor(spec.preprocessing.std, device=x.device).view(1, 3, 1, 1)
+    x = x.sub_(mean).div_(std)
+    return x.contiguous(memory_format=torch.channels_last) if spec.numerics.channels_last else x
+
+
+@functools.lru_cache(maxsize=2)
+def _network(model: Model) -> torch.nn.Module:
+    """A worker's copy of a network, loaded once."""
+    import torch
+
+    from pipeline.networks import load
+
+    torch.set_num_threads(1)
+    network = load(model.spec, model.weights).to(device())
+    return network.to(memory_format=torch.channels_last) if model.spec.numerics.channels_last else network
+
+
+def extract_shard(
+    model: Model,
+    images: Path,
+    files: Files,
+    shard: int,
+    bounds: tuple[int, int],
+    layers: list[Layer],
+    logits: Path | None,
+) -> Shard:
+    """On a worker: one shard through the network, in micro-batches of fixed size, and its files written.
+
+    Every image of the shard goes through, so the micro-batches are the same whichever images count; slots without a
+    valid image are black.
+    """
+    import torch
+
+    from pipeline.layers import Recorder, to_maps
+    from pipeline.store import Reader, write
+
+    start, stop = bounds
+    spec, network = model.spec, _network(model)
+    pixels = torch.from_numpy(Reader(images, files)["image"][start:stop])
+    size = spec.numerics.micro_batch
+    outputs: dict[str, list[torch.Tensor]] = {layer.name: [] for layer in layers}
+    heads = []
+    for at in range(0, len(pixels), size):
+        batch = pixels[at : at + size]
+        count = len(batch)
+        if count < size:
+            batch = torch.cat([batch, batch.new_zeros((size - count, *batch.shape[1:]))])
+        with Recorder(network, outputs) as record:
+            head, recorded = record(normalise(batch, spec))
+        heads.append(head[:count].float().cpu())
+        for name, output in recorded.items():
+            outputs[name].append(output[:count])
+    done = Shard(shard)
+    for layer in layers:
+        output = torch.cat(outputs.pop(layer.name))
+        _refuse_non_finite(output, layer.name, start)
+        largest = float(output.abs().amax())
+        if largest > HALF_MAX * layer.scale:
+            done.overflow[layer.name] = largest
+            continue
+        maps, special = to_maps(output, layer.info)
+        half = (maps / layer.scale).half()
+        values = {
+            "activation": ((start, 0, 0, 0), half.contiguous().cpu().numpy()),
+            "maximum": ((start, 0), maps.amax((2, 3)).cpu().numpy()),
+            "mean": ((start, 0), maps.mean((2, 3)).cpu().numpy()),
+        }
+        if special is not None:
+            values["special"] = ((start, 0, 0), (special / layer.scale).half().contiguous().cpu().numpy())
+        done.files[layer.name] = write(layer.store, values)
+    if logits is not None:
+        head = torch.cat(heads)
+        _refuse_non_finite(head, "logits", start)
+        done.files[""] = write(logits, {"logits": ((start, 0), head.numpy())})
+    return done
+
+
+def _refuse_non_finite(output: torch.Tensor, layer: str, start: int) -> None:
+    good = output.flatten(1).isfinite().all(1)
+    if not bool(good.all()):
+        raise NonFiniteError(layer, start + int((~good).nonzero()[0]))

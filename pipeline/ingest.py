@@ -1,0 +1,194 @@
+"""The stage `ingest`: every image is decoded once, into `images.zarr`; no later pass opens an image file.
+
+Writes
+    images.zarr     image (image, channel, y, x) uint8 · label (image) int64, -1: none · split (image) · valid (image) ·
+                    coords image_id · attrs classes
+    quarantine.csv  image_id, path, reason: every input that was refused. It keeps its slot, with valid = False
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pipeline import datasets, stage
+from pipeline.cluster import client, run_tasks
+from pipeline.config import AnyDataset, Scenes
+from pipeline.errors import MicrotomeError
+from pipeline.identity import crc32c, digest
+from pipeline.manifest import Files, write_atomically
+
+if TYPE_CHECKING:
+    from pipeline.listing import Listing
+    from pipeline.plan import Plan, Step
+
+VERSION = 1
+CODE = ("pipeline/decode.py", "pipeline/ingest.py", "pipeline/scenes")
+
+
+@dataclass
+class Shard:
+    """What a task says of its shard: the files it wrote, the digest of its pixels, and what it refused and why."""
+
+    shard: int
+    files: Files
+    content: str
+    refused: dict[str, str] = field(default_factory=dict)
+
+
+def run(plan: Plan, step: Step) -> None:
+    from pipeline.listing import slots
+    from pipeline.store import Ledger, metadata_files, write
+
+    assert step.dataset is not None
+    began = stage.begin(plan, step)
+    dataset = plan.config.datasets[step.dataset]
+    folder = plan.results / step.dataset
+    store = folder / "images.zarr"
+    listed = datasets.listing(dataset, plan.scratch)
+    if listed.digest() != step.settings["listing"]:
+        raise MicrotomeError(f"data set {step.dataset!r} changed while this run began: run again")
+    image_id, at = slots(listed, known_ids(store, step.settings["source"]))
+    size = (step.settings["size"][0], step.settings["size"][1])
+    per_shard = dataset.shard_images
+    open_store(store, dataset, len(image_id), size, listed.classes, step.settings["source"])
+    ledger = Ledger(store.with_suffix(".ledger"))
+
+    records = listed.record_digests()
+    common = {key: value for key, value in step.settings.items() if key not in ("listing", "images")}
+    tasks, ids = [], {}
+    shards = range(-(-len(image_id) // per_shard))
+    for shard in shards:
+        part = slice(shard * per_shard, (shard + 1) * per_shard)
+        ids[shard] = digest([common, [records[i].tobytes().hex() if i >= 0 else "" for i in at[part]]])
+        if not ledger.get(str(shard), ids[shard], store):
+            items = [str(name) if i >= 0 else None for name, i in zip(image_id[part], at[part], strict=True)]
+            known = {name: listed.refused[name] for name in items if name in listed.refused}
+            tasks.append((dataset, store, shard, part.start, items, known, size))
+    with client(plan.config.cluster, plan.scratch) as workers:
+        for done in run_tasks(workers, ingest_shard, tasks, len(tasks), step.name):
+            ledger.record(
+                str(done.shard), ids[done.shard], done.files, content=done.content, refused=done.refused
+            )
+
+    entries = [ledger.entries[str(shard)] for shard in shards]
+    refused = {name: reason for entry in entries for name, reason in entry["refused"].items()}
+    files = ledger.files(map(str, shards))
+    if dataset.shard_images and not isinstance(dataset, Scenes):
+        _check_refused(step.dataset, refused, len(listed), dataset.max_bad_fraction)
+    valid = (at >= 0) & ~np.isin(image_id.astype(object), list(refused))
+    if not valid.any():
+        raise MicrotomeError(f"data set {step.dataset!r}: not one of {len(listed)} images can be used: {_some(refused)}")
+    label = np.where(at >= 0, listed.label[at], -1)
+    split = np.where(at >= 0, listed.split[at], "")
+    files |= write(
+        store,
+        {"label": ((0,), label), "split": ((0,), split), "valid": ((0,), valid), "image_id": ((0,), image_id)},
+    )
+    quarantine = quarantine_csv(refused, listed)
+    write_atomically(folder / "quarantine.csv", quarantine)
+
+    shard_of = np.arange(len(image_id)) // per_shard
+    result = {
+        "images": len(image_id),
+        "size": list(size),
+        "shard_images": per_shard,
+        "classes": listed.classes,
+        "splits": {
+            str(name): np.unique(shard_of[valid & (split == name)]).tolist() for name in np.unique(split[valid])
+        },
+        "contents": [entry["content"] for entry in entries],
+        "records": [ids[shard] for shard in shards],
+        "refused": len(refused),
+        "ignored": listed.ignored,
+    }
+    output = digest({"files": files, "classes": listed.classes})
+    files = stage.within("images.zarr", files | metadata_files(store))
+    files["quarantine.csv"] = (len(quarantine), crc32c(quarantine))
+    stage.finish(plan, step, began, output, files, result)
+
+
+def known_ids(store: Path, source: str) -> np.ndarray | None:
+    """Return the image ids of the store in slot order, if it holds this data set already."""
+    import zarr
+
+    from pipeline.store import attributes
+
+    if attributes(store).get("source") != source:
+        return None
+    try:
+        return np.asarray(zarr.open_group(store, mode="r", zarr_format=3, use_consolidated=False)["image_id"][:])
+    except (FileNotFoundError, ValueError, KeyError):
+        return None
+
+
+def open_store(
+    store: Path, dataset: AnyDataset, count: int, size: tuple[int, int], classes: list[str], source: str
+) -> None:
+    from pipeline.store import Array, create, remove_partials
+
+    block = (dataset.shard_images, 3, *size)
+    arrays = {
+        "image": Array(("image", "channel", "y", "x"), (count, 3, *size), np.uint8, block),
+        "label": Array(("image",), (count,), np.int64, (count,), fill=-1),
+        "split": Array(("image",), (count,), str, (count,), fill=""),
+        "valid": Array(("image",), (count,), bool, (count,), fill=False),
+        "image_id": Array(("image",), (count,), str, (count,), fill=""),
+    }
+    create(store, arrays, {"classes": classes, "source": source}, coordinates=["image_id"])
+    remove_partials(store)
+
+
+def ingest_shard(
+    dataset: AnyDataset,
+    store: Path,
+    shard: int,
+    start: int,
+    items: list[str | None],
+    known_refused: dict[str, str],
+    size: tuple[int, int],
+) -> Shard:
+    """On a worker: decode the images of one shard and write them. A refused or vanished image leaves black pixels."""
+    from pipeline.decode import Refused
+    from pipeline.store import write
+
+    pixels = np.zeros((len(items), 3, *size), np.uint8)
+    refused = dict(known_refused)
+    usable = np.zeros(len(items), bool)
+    for i, image_id in enumerate(items):
+        if image_id is None or image_id in refused:
+            continue
+        try:
+            pixels[i] = datasets.read_image(dataset, image_id, size)
+            usable[i] = True
+        except Refused as error:
+            refused[image_id] = error.reason
+    content = hashlib.blake2b(pixels.tobytes() + usable.tobytes(), digest_size=16).hexdigest()
+    return Shard(shard, write(store, {"image": ((start, 0, 0, 0), pixels)}), content, refused)
+
+
+def _check_refused(name: str, refused: dict[str, str], count: int, allowed: float) -> None:
+    if len(refused) > allowed * count:
+        raise MicrotomeError(
+            f"data set {name!r}: {len(refused)} of {count} images were refused, more than max_bad_fraction = {allowed:g} "
+            f"allows: {_some(refused)}"
+        )
+
+
+def _some(refused: dict[str, str], shown: int = 5) -> str:
+    lines = [f"{image_id!r}: {reason}" for image_id, reason in sorted(refused.items())[:shown]]
+    return "; ".join(lines) + ("; ..." if len(refused) > shown else "")
+
+
+def quarantine_csv(refused: dict[str, str], listed: Listing) -> bytes:
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["image_id", "path", "reason"])
+    table.writerows([image_id, str(listed.root / image_id), reason] for image_id, reason in sorted(refused.items()))
+    return text.getvalue().encode("utf-8", "surrogateescape")

@@ -1,0 +1,51 @@
+"""One run at a time on a results folder, by a kernel lock that no crash leaves behind."""
+
+import fcntl
+import json
+import os
+import socket
+import time
+from pathlib import Path
+from typing import IO
+
+from pipeline.errors import MicrotomeError
+
+
+class RunLock:
+    """The lock on a results folder: `acquire` it, or learn who holds it; it goes with the process."""
+
+    def __init__(self, results: Path) -> None:
+        self.path = results / ".microtome" / "lock"
+        self.file: IO[str] | None = None
+
+    def acquire(self) -> None:
+        """Take the lock, or raise `MicrotomeError` that names host, pid and start of the run that holds it."""
+        if self.file is not None:
+            return
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            file = self.path.open("a+")
+        except OSError as error:
+            raise MicrotomeError(
+                f"the results folder {self.path.parent.parent} cannot be written: {error.strerror}"
+            ) from error
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read()
+            file.close()
+            raise MicrotomeError(f"another run works on {self.path.parent.parent}: {_describe(holder)}") from None
+        file.truncate(0)
+        json.dump({"host": socket.gethostname(), "pid": os.getpid(), "since": time.time(), "folder": os.getcwd()}, file)
+        file.flush()
+        self.file = file
+
+
+def _describe(holder: str) -> str:
+    try:
+        value = json.loads(holder)
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(value["since"]))
+        return f"pid {value['pid']} on {value['host']}, in {value['folder']}, since {since}"
+    except (ValueError, KeyError, TypeError):
+        return "it has not said who it is"

@@ -1,0 +1,212 @@
+"""The plan of a run: which stages are wanted, the id of each, and the manifest that proves each finished.
+
+Made by the main process from the configuration alone (no torch, no store is opened), saved as one JSON file, and read
+by every job: ids are computed once.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline import concepts, config, datasets, dissect, extract, ingest, network
+from pipeline.config import UNTRAINED, Config, Network
+from pipeline.errors import MicrotomeError
+from pipeline.identity import FileDigests, digest
+from pipeline.manifest import Manifest
+from pipeline.report import stage as report
+
+STAGES: dict[str, Any] = {
+    "ingest": ingest,
+    "concepts": concepts,
+    "network": network,
+    "extract": extract,
+    "dissect": dissect,
+    "report": report,
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One job of the workflow: a stage, for a data set and a network where it has these.
+
+    `settings` is everything the id is made of, by name; `parents` are the manifests (relative to the results folder)
+    whose outputs it reads.
+    """
+
+    stage: str
+    id: str
+    manifest: str
+    dataset: str | None = None
+    network: str | None = None
+    parents: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return " ".join(part for part in (self.stage, self.dataset, self.network) if part)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The configuration and its steps, parents before children."""
+
+    config: Config
+    steps: dict[str, Step]  # by manifest path
+
+    @property
+    def results(self) -> Path:
+        return Path(self.config.results)
+
+    @property
+    def networks(self) -> dict[str, Network]:
+        """Every network, followed by its untrained control; one that is random already is its own."""
+        found = {}
+        for name, network in self.config.networks.items():
+            found[name] = network
+            if network.weights != "random":
+                found[name + UNTRAINED] = network.model_copy(update={"weights": "random", "train": None, "prefix": None})
+        return found
+
+    @property
+    def scratch(self) -> Path:
+        """Folder for what may be lost at any time: caches, pool addresses, plans."""
+        return self.results / ".microtome"
+
+    def step(self, stage: str, dataset: str | None = None, network: str | None = None) -> Step:
+        for step in self.steps.values():
+            if (step.stage, step.dataset, step.network) == (stage, dataset, network):
+                return step
+        raise MicrotomeError(f"the configuration has no step {stage} {dataset or ''} {network or ''}")
+
+    def of_stage(self, stage: str) -> Iterator[Step]:
+        return (step for step in self.steps.values() if step.stage == stage)
+
+    def wanted(self, stage: str, id: str, dataset: str | None = None, network: str | None = None) -> Step:
+        """The step, if its id is this one: a job for any other id is refused."""
+        step = self.step(stage, dataset, network)
+        if step.id != id:
+            raise MicrotomeError(f"{step.name}: the configuration makes {step.id}, not {id}; ask for it by its word")
+        return step
+
+    def manifest(self, step: Step) -> Manifest:
+        return Manifest.read(self.results / step.manifest)
+
+    def parent(self, step: Step, stage: str) -> tuple[Step, Manifest]:
+        """The parent of a step that is of this stage, with its manifest."""
+        for path in step.parents:
+            if self.steps[path].stage == stage:
+                return self.steps[path], self.manifest(self.steps[path])
+        raise KeyError(f"{step.name} has no parent of stage {stage}")
+
+    def save(self) -> Path:
+        from pipeline.manifest import write_atomically
+
+        body = json.dumps({"config": self.config.model_dump(), "steps": [asdict(step) for step in self.steps.values()]})
+        path = self.scratch / "plans" / f"{self.config.name}.{digest(body)}.json"
+        if not path.exists():
+            write_atomically(path, body)
+        return path
+
+    @staticmethod
+    def read(path: Path) -> "Plan":
+        value = json.loads(path.read_text())
+        steps = [Step(**{**step, "parents": tuple(step["parents"])}) for step in value["steps"]]
+        return Plan(config.parse(value["config"]), {step.manifest: step for step in steps})
+
+
+def make(wanted: Config, rescan: bool = False) -> Plan:
+    """Compute every step of a configuration. Reads listings, checkpoints and module files (through memories)."""
+    plan = Plan(wanted, {})
+    digests = FileDigests(plan.scratch / "files.json")
+
+    def add(stage: str, settings: dict, parents: list[Step], dataset: str = "", network: str = "") -> Step:
+        settings = settings | {"version": STAGES[stage].VERSION, "parents": [parent.id for parent in parents]}
+        id = digest(settings)
+        folder = "/".join(filter(None, ("networks" if network and not dataset else dataset, network)))
+        folder = folder or f"report/{wanted.name}"
+        step = Step(
+            stage=stage,
+            id=id,
+            manifest=f"{folder}/done/{stage}.{id}.json",
+            dataset=dataset or None,
+            network=network or None,
+            parents=tuple(parent.manifest for parent in parents),
+            settings=settings,
+        )
+        plan.steps[step.manifest] = step
+        return step
+
+    ingests: dict[str, Step] = {}
+    labelled: dict[str, Step] = {}
+    for name, dataset in wanted.datasets.items():
+        ingests[name] = add("ingest", datasets.settings(dataset, plan.scratch, rescan), [], name)
+    used = {d for n in wanted.networks.values() for d in datasets_of(wanted, n)}
+    for name in sorted(used):
+        labelled[name] = add("concepts", concepts.settings(wanted.datasets[name], digests), [ingests[name]], name)
+
+    dissected: list[Step] = []
+    loaded = {}
+    for name, spec in plan.networks.items():
+        parents = [ingests[spec.train.dataset]] if spec.train else []
+        loaded[name] = add("network", network.settings(spec, digests), parents, network=name)
+    for name, spec in plan.networks.items():
+        untrained = name.endswith(UNTRAINED)
+        for data in datasets_of(wanted, spec):
+            dataset = wanted.datasets[data]
+            limit = wanted.controls.images if untrained else None
+            extracted = add(
+                "extract", extract.settings(spec, dataset, limit), [ingests[data], loaded[name]], data, name
+            )
+            settings = dissect.settings(dataset, permuted=not untrained, control_images=wanted.controls.images)
+            dissected.append(add("dissect", settings, [ingests[data], labelled[data], extracted], data, name))
+    add("report", report.settings(wanted), [*loaded.values(), *dissected])
+
+    digests.save()
+    return plan
+
+
+def datasets_of(wanted: Config, spec: Network) -> list[str]:
+    return spec.datasets if spec.datasets is not None else list(wanted.datasets)
+
+
+def settle(plan: Plan, dry: bool = False) -> list[str]:
+    """Set aside every wanted manifest that was made from other parents than those that stand there now.
+
+    A parent that is missing, damaged, set aside, or has another output digest than the one recorded (a network trained
+    again, say) takes its children with it. No store is touched: the shard ledgers decide what is done again. Returns
+    one line a manifest; with `dry` nothing is moved.
+    """
+    gone: set[str] = set()
+    digests: dict[str, str] = {}
+    said = []
+    for step in plan.steps.values():
+        path = plan.results / step.manifest
+        try:
+            manifest = Manifest.read(path)
+            reason = next((why for parent in step.parents if (why := _outdated(parent, manifest, digests, gone))), None)
+        except FileNotFoundError:
+            gone.add(step.manifest)
+            continue
+        except MicrotomeError as error:
+            reason = str(error)
+        if reason is None:
+            digests[step.manifest] = manifest.digest
+            continue
+        gone.add(step.manifest)
+        said.append(f"{step.name}: {reason}")
+        if not dry:
+            aside = plan.scratch / "aside" / step.manifest
+            aside.parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(path, aside)
+    return said
+
+
+def _outdated(parent: str, manifest: Manifest, digests: Mapping[str, str], gone: set[str]) -> str | None:
+    if parent in gone:
+        return f"{parent} is not there"
+    if manifest.parents.get(parent) != digests[parent]:
+        return f"{parent} has another output than the one that was read"
+    return None

@@ -1,0 +1,107 @@
+"""What the Snakefile does around its rules: plan, settle, inspect, lock, pool of workers, and the account of time."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline import cluster, config, plan, preflight
+from pipeline.errors import MicrotomeError
+from pipeline.lock import RunLock
+from pipeline.manifest import Manifest
+from pipeline.plan import Plan
+
+PLAN = "MICROTOME_PLAN"  # environment variable: the plan that the main process made, for its jobs
+
+
+class Run:
+    """One invocation of the workflow.
+
+    In the main process it makes the plan, checks the networks on the meta device, and sets outdated manifests aside
+    (unless `dry`, or another run holds the lock: then `start` says so). In a job's process it reads the plan.
+    """
+
+    def __init__(self, raw: Mapping[str, Any], main: bool, dry: bool) -> None:
+        self.pool: subprocess.Popen | None = None
+        if not main and PLAN in os.environ:
+            self.plan = Plan.read(Path(os.environ[PLAN]))
+            return
+        wanted = config.parse({key: value for key, value in raw.items() if key != "rescan"})
+        self.plan = plan.make(wanted, rescan=bool(raw.get("rescan")))
+        self.lock = RunLock(self.plan.results)
+        preflight.check(self.plan)
+        if dry:
+            for line in plan.settle(self.plan, dry=True):
+                print(f"would be made again: {line}", file=sys.stderr)
+            return
+        try:
+            self.lock.acquire()
+        except MicrotomeError:
+            return
+        for line in plan.settle(self.plan):
+            print(f"made again: {line}", file=sys.stderr)
+        os.environ[PLAN] = str(self.plan.save().absolute())
+
+    def targets(self, stage: str) -> list[str]:
+        """The manifests of a stage, as Snakemake names them."""
+        return [str(self.plan.results / step.manifest) for step in self.plan.of_stage(stage)]
+
+    def parents(self, stage: str, wildcards: Any) -> list[str]:
+        """The manifests that a job reads; a job whose id is not the wanted one is refused."""
+        step = self.plan.wanted(
+            stage, wildcards.id, getattr(wildcards, "dataset", None), getattr(wildcards, "network", None)
+        )
+        return [str(self.plan.results / parent) for parent in step.parents]
+
+    def start(self) -> None:
+        """Before the first job: hold the lock and start the workers."""
+        self.began = time.time()
+        self.lock.acquire()
+        self.pool, address = cluster.start_pool(self.plan.config.cluster, self.plan.scratch)
+        os.environ[cluster.ADDRESS] = str(address.absolute())
+        atexit.register(self.stop)
+
+    def stop(self) -> None:
+        if self.pool is not None:
+            cluster.stop_pool(self.pool)
+            self.pool = None
+
+    def account(self) -> str:
+        """How the time of this run was spent, a line a job, and where the report is."""
+        lines, total = [], 0.0
+        for step in self.plan.steps.values():
+            manifest = _read(self.plan.results / step.manifest)
+            if manifest is not None and manifest.provenance["began"] >= self.began:
+                seconds = manifest.provenance["seconds"]
+                total += seconds
+                lines.append(f"{seconds:8.1f} s  {step.name}")
+        elapsed = time.time() - self.began
+        lines += [f"{elapsed - total:8.1f} s  starting jobs and workers", f"{elapsed:8.1f} s  in all"]
+        report = self.plan.results / "report" / self.plan.config.name / "index.html"
+        if report.exists():
+            lines.append(f"The report: {report.resolve()}")
+        return "\n".join(lines)
+
+
+def _read(path: Path) -> Manifest | None:
+    try:
+        return Manifest.read(path)
+    except (FileNotFoundError, MicrotomeError):
+        return None
+
+
+def job(stage: str, wildcards: Any) -> None:
+    """Run one stage as a job of the workflow; an error a user can act on is printed without a traceback."""
+    wanted = Plan.read(Path(os.environ[PLAN]))
+    step = wanted.wanted(stage, wildcards["id"], wildcards.get("dataset"), wildcards.get("network"))
+    try:
+        plan.STAGES[stage].run(wanted, step)
+    except MicrotomeError as error:
+        print(f"error: {step.name}: {error}", file=sys.stderr)
+        sys.exit(1)

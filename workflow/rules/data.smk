@@ -1,0 +1,29 @@
+# Images and label maps, once per data set.
+
+
+rule make_ingest:
+    input:
+        parents("ingest"),
+    output:
+        RESULTS / "{dataset}/done/ingest.{id}.json",
+    benchmark:
+        RESULTS / "{dataset}/logs/ingest.{id}.tsv"
+    threads: workflow.cores
+    message:
+        "Decode {wildcards.dataset}"
+    script:
+        "../scripts/stage.py"
+
+
+rule make_concepts:
+    input:
+        parents("concepts"),
+    output:
+        RESULTS / "{dataset}/done/concepts.{id}.json",
+    benchmark:
+        RESULTS / "{dataset}/logs/concepts.{id}.tsv"
+    threads: workflow.cores
+    message:
+        "Label maps of {wildcards.dataset}"
+    script:
+        "../scripts/stage.py"

@@ -1,0 +1,29 @@
+# Activations, then thresholds, IoU and labels of units, per data set and network.
+
+
+rule make_extract:
+    input:
+        parents("extract"),
+    output:
+        RESULTS / "{dataset}/{network}/done/extract.{id}.json",
+    benchmark:
+        RESULTS / "{dataset}/{network}/logs/extract.{id}.tsv"
+    threads: workflow.cores
+    message:
+        "Activations of {wildcards.network} on {wildcards.dataset}"
+    script:
+        "../scripts/stage.py"
+
+
+rule make_dissect:
+    input:
+        parents("dissect"),
+    output:
+        RESULTS / "{dataset}/{network}/done/dissect.{id}.json",
+    benchmark:
+        RESULTS / "{dataset}/{network}/logs/dissect.{id}.tsv"
+    threads: workflow.cores
+    message:
+        "Dissect {wildcards.network} on {wildcards.dataset}"
+    script:
+        "../scripts/stage.py"

@@ -1,0 +1,15 @@
+# Weights: read, drawn or trained.
+
+
+rule make_network:
+    input:
+        parents("network"),
+    output:
+        RESULTS / "networks/{network}/done/network.{id}.json",
+    benchmark:
+        RESULTS / "networks/{network}/logs/network.{id}.tsv"
+    threads: workflow.cores
+    message:
+        "Weights of {wildcards.network}"
+    script:
+        "../scripts/stage.py"

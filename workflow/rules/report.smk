@@ -1,0 +1,15 @@
+# The pages that people read.
+
+
+rule make_report:
+    input:
+        parents("report"),
+    output:
+        RESULTS / "report" / RUN.plan.config.name / "done/report.{id}.json",
+    benchmark:
+        RESULTS / "report" / RUN.plan.config.name / "logs/report.{id}.tsv"
+    threads: workflow.cores
+    message:
+        "Report"
+    script:
+        "../scripts/stage.py"

@@ -1,0 +1,5 @@
+"""One job: the stage named by the rule, `make_<stage>`, for the wildcards of its output."""
+
+from pipeline.run import job
+
+job(snakemake.rule.removeprefix("make_"), dict(snakemake.wildcards))  # noqa: F821 (given by Snakemake)
