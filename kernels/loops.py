@@ -99,14 +99,16 @@ def scan(  # type: ignore[no-untyped-def]
     by side in one stretch; each value is written and kept by moving on, which costs less than to branch.
     """
     rows, columns = padded.shape[0] - 1, padded.shape[1] - 1
+    wanted = np.empty(columns + 1, np.bool_)
+    wanted[columns] = False
     kept = 0
     for i in range(rows):
-        if row_start[i] == row_start[i + 1]:
+        if row_start[i] == row_start[i + 1] or choose(padded, i, least, flat, wanted) == 0:
             continue
         start = 0
         while start < columns:
             end = start
-            while end < columns and is_wanted(padded, i, end, least, flat):
+            while wanted[end]:
                 end += 1
             if end > start:
                 width = edges(padded, i, start, end, column_start, column_fraction, upper, fall)
@@ -124,10 +126,21 @@ def scan(  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True)
-def is_wanted(padded, i, j, least, flat):  # type: ignore[no-untyped-def]
-    """Whether to interpolate in the cell (i, j), where no value exceeds its highest corner."""
-    highest = max(max(padded[i, j], padded[i, j + 1]), max(padded[i + 1, j], padded[i + 1, j + 1]))
-    return highest > least and not (flat and is_flat(padded, i, j))
+def choose(padded, i, least, flat, wanted):  # type: ignore[no-untyped-def]
+    """Write which cells of row i to interpolate, and return how many: no value in a cell exceeds its highest corner."""
+    top, bottom = padded[i], padded[i + 1]
+    columns = len(top) - 1
+    left = (top[0] > least) | (bottom[0] > least)
+    chosen = 0
+    for j in range(columns):
+        right = (top[j + 1] > least) | (bottom[j + 1] > least)
+        wanted[j] = left | right
+        chosen += left | right
+        left = right
+    if flat:
+        for j in range(columns):
+            wanted[j] &= not is_flat(padded, i, j)
+    return chosen
 
 
 @njit(nogil=True)
