@@ -233,7 +233,7 @@ def want(
             "groups": hashlib.sha256(b"".join(one.group.tobytes() + one.partner.tobytes() for one in counted)).hexdigest(),
             "labels": [[c["name"], c["numbers"], c["contents"]] for c in labelled.result["categories"]],
             "permuted": permuted,
-            "settings": {key: how[key] for key in ("quantile", "positions", "border", "union", "split")},
+            "settings": dict(how),
         }
     )
     return Wanted(layer, permuted, counted, id)
@@ -454,7 +454,7 @@ def write_layer(
 
     layer = wanted.layer
     folder = layer.store.parent / f"dissect-{wanted.id}"
-    attrs = {key: how[key] for key in ("method", "quantile", "positions", "border", "union", "split")} | {
+    attrs = dict(how) | {
         "labels": "permuted" if wanted.permuted else "true",
         "images": sum(len(one.rows) for one in wanted.counted),
         "shards": len(wanted.counted),
@@ -520,7 +520,7 @@ def write_layer(
 def unit_rows(one: Wanted, manifest: Manifest, how: Mapping[str, Any]) -> list[list[Any]]:
     """The rows of units.csv for one layer, read back from its verified stores."""
     from kernels.iou import Counts
-    from kernels.labels import label_units
+    from kernels.jackknife import label_units
     from pipeline.store import Reader
 
     folder = one.layer.store.parent / f"dissect-{one.id}"
@@ -533,10 +533,11 @@ def unit_rows(one: Wanted, manifest: Manifest, how: Mapping[str, Any]) -> list[l
     labels = label_units(counts, np.asarray(stored.attrs["category_of_concept"]), how["union"])
     names, categories = result["concept"][:], result["category"][:]
     threshold = thresholds["threshold"][:]
+    rate = counts.unit_area.sum(0) / counts.pixels.sum()
     rows = []
     for unit in range(len(threshold)):
         kept = labels.iou[unit] > how["min_iou"]
-        best = labels.concept[unit]
+        best = labels.column[unit]
         rows.append(
             [
                 one.layer.name,
@@ -544,7 +545,7 @@ def unit_rows(one: Wanted, manifest: Manifest, how: Mapping[str, Any]) -> list[l
                 names[best] if kept else "",
                 categories[best] if kept else "",
                 *map(number, (labels.iou[unit], labels.ceiling[unit], labels.held_out[unit])),
-                *map(number, (labels.low[unit], labels.high[unit], threshold[unit], labels.rate[unit])),
+                *map(number, (labels.low[unit], labels.high[unit], threshold[unit], rate[unit])),
             ]
         )
     return rows
