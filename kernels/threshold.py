@@ -6,8 +6,8 @@ rates that do not exceed the quantile, the realised one is the largest that ties
 
 Only values near the threshold matter. A `Bracket` says where to look, from a sample of the images; a `Tail` counts
 each value inside it, and in one number all that lie above; the counts themselves prove afterwards whether the threshold
-is inside. Where it is not, `refine` gives a bracket for another pass over those units: a step towards the threshold
-that is at least four times as wide, or, inside a bin of several codes, that bin.
+is inside. Where it is not, `refine` gives a bracket for another pass over those units: the next `BINS` codes towards
+the threshold, then ever wider steps, or, inside a bin of several codes, that bin.
 
     bracket = sample_bracket(sample, size, border, quantile)
     units = np.arange(activation.shape[1])
@@ -42,7 +42,6 @@ from kernels.upsample import (
 BINS = 2048  # of a unit, at most: wider brackets get bins of several codes, and another pass inside one of them
 MARGINS = (1.25, 1.5, 2.0, 3.0, 5.0, 10.0)  # a sampled bracket reaches from one of these times the quantile to one part
 ERRORS = 3.0  # standard errors by which a sampled bracket must hold the quantile
-STEP = 1024  # codes, a binary order of magnitude: the least by which `refine` moves a bracket that missed
 SAMPLED_ROWS = 16  # and as many columns: the positions of each sampled map that the bracket is taken from
 
 
@@ -113,7 +112,8 @@ class Tail:
     def refine(self, quantile: float) -> Bracket:
         """Where each unit's threshold lies by these counts: below the floor, above the ceiling, or in one bin."""
         low, high, _ = self._locate(quantile)
-        step = np.maximum(4 * (self.bracket.ceiling - self.bracket.floor), STEP)
+        width = self.bracket.ceiling - self.bracket.floor
+        step = np.where(width < BINS, BINS, 4 * width)
         low = np.where(low < 0, np.maximum(high - step, LOWEST), low)
         return Bracket(low, np.where(high > HIGHEST, np.minimum(low + step, HIGHEST + 1), high))
 

@@ -223,4 +223,4 @@ def test_results_say_what_is_not_certified() -> None:
     assert found.active.tolist() == [10, -1]
     assert np.isnan(found.threshold[1])
     assert tail.result(0.05).certified.tolist() == [False, False]
-    assert tail.refine(0.05).floor.tolist() == [ZERO + 1, ZERO + 10 - 1024]
+    assert tail.refine(0.05).floor.tolist() == [ZERO + 1, ZERO + 10 - BINS]
