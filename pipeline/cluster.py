@@ -21,9 +21,7 @@ from pipeline.config import Cluster
 from pipeline.errors import MicrotomeError
 
 ADDRESS = "MICROTOME_POOL"  # environment variable: the file that holds the pool's address
-THREADS = {
-    name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
-}
+THREADS = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"), "1")
 
 
 @contextlib.contextmanager
@@ -35,7 +33,9 @@ def client(cluster: Cluster, scratch: Path) -> Iterator[Any]:
     from distributed import Client
 
     with contextlib.ExitStack() as stack:
-        address_file = Path(os.environ[ADDRESS]) if ADDRESS in os.environ else stack.enter_context(pool(cluster, scratch))
+        address_file = (
+            Path(os.environ[ADDRESS]) if ADDRESS in os.environ else stack.enter_context(pool(cluster, scratch))
+        )
         found = stack.enter_context(Client(_wait_for(address_file), timeout=60, set_as_default=False))
         found.wait_for_workers(1, timeout=120)
         yield found
@@ -145,7 +145,7 @@ def serve(address_file: Path, cluster: Cluster) -> None:
     write_atomically(address_file, json.dumps({"address": local.scheduler_address, "pid": os.getpid()}))
     sys.stdin.buffer.read()
     address_file.unlink(missing_ok=True)
-    # Closing in good order removes the workers' folders. If it hangs the pool still goes: workers end with their nannies.
+    # Closing in good order removes the workers' folders. If it hangs, the pool still goes, and the workers with it.
     threading.Timer(3, lambda: os._exit(0)).start()
     with contextlib.suppress(TimeoutError):
         local.close(timeout=2)

@@ -1,12 +1,12 @@
 """The stage `concepts`: label maps of every source, at the size of the images, into `concepts.zarr`.
 
 Writes
-    concepts.zarr            label_map (image, category, y, x) uint16, 0 = nothing · coords category "<source>/<category>" ·
-                             attrs concepts {number: {name, category}}
+    concepts.zarr            label_map (image, category, y, x) uint16, 0 = nothing ·
+                             coords category "<source>/<category>" · attrs concepts {number: {name, category}}
     concepts-quarantine.csv  image_id, path, reason: images whose label maps were refused; they count nowhere
 
-Concept numbers are unique over the categories and only ever appended: another source leaves the label maps of those that
-are there as they are.
+Concept numbers are unique over the categories and only ever appended: another source leaves the label maps of those
+that are there as they are.
 """
 
 from __future__ import annotations
@@ -97,7 +97,9 @@ def run(plan: Plan, step: Step) -> None:
                 index = index_of.get(name)
                 paths = {c: listed.label_map(index, c) for c in listed.label_map_path} if index is not None else {}
                 items.append((name if index is not None else None, paths))
-            tasks.append((dataset, store, images.store, images.files_of(shard), shard, start, items, missing, images.size))
+            tasks.append(
+                (dataset, store, images.store, images.files_of(shard), shard, start, items, missing, images.size)
+            )
     with client(plan.config.cluster, plan.scratch) as workers:
         for done in run_tasks(workers, label_shard, tasks, len(tasks), step.name):
             for category in categories:
@@ -121,7 +123,9 @@ def run(plan: Plan, step: Step) -> None:
             f"than max_bad_fraction = {allowed:g} allows: {shown}"
         )
     files = ledger.files(f"{shard} {c.name}" for c in categories for shard in shards)
-    output = digest({"files": files, "refused": sorted(refused), "categories": [[c.name, c.numbers] for c in categories]})
+    output = digest(
+        {"files": files, "refused": sorted(refused), "categories": [[c.name, c.numbers] for c in categories]}
+    )
     quarantine = quarantine_csv(refused, Path(getattr(dataset, "root", "")))
     write_atomically(folder / "concepts-quarantine.csv", quarantine)
     files |= write(store, {"category": ((0,), np.array([name for name, _ in _places(store)], dtype=object))})
@@ -176,9 +180,7 @@ def open_store(store: Path, images: Images, wanted: Mapping[str, Sequence[str]])
         raise MicrotomeError(f"{store}: {len(table)} concepts, a label map can hold {UINT16}")
     shape = (images.count, len(places), *images.size)
     arrays = {
-        "label_map": Array(
-            ("image", "category", "y", "x"), shape, np.uint16, (images.shard_images, 1, *images.size)
-        ),
+        "label_map": Array(("image", "category", "y", "x"), shape, np.uint16, (images.shard_images, 1, *images.size)),
         "category": Array(("category",), (len(places),), str, (len(places),), fill=""),
     }
     create(store, arrays, {"concepts": {str(k): v for k, v in sorted(table.items())}, "categories": places})

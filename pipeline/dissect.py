@@ -10,8 +10,8 @@ and for the network
     <network>/units.csv            the label of every unit
     <network>/units-permuted.csv   the same, with the label maps permuted over the images of each shard
 
-Definitions: Bau et al., "Network Dissection" (CVPR 2017) and "Understanding the role of individual units in a deep neural
-network" (PNAS 2020). See docs/dissection.md.
+Definitions: Bau et al., "Network Dissection" (CVPR 2017) and "Understanding the role of individual units in a deep
+neural network" (PNAS 2020). See docs/dissection.md.
 """
 
 from __future__ import annotations
@@ -136,7 +136,9 @@ def run(plan: Plan, step: Step) -> None:
     missing = [one for one in wanted if not finished(one)]
     if missing:
         with client(plan.config.cluster, plan.scratch) as workers:
-            thresholds = find_thresholds(workers, step.name, {w.layer.id: w.layer for w in missing}, counted, how, images)
+            thresholds = find_thresholds(
+                workers, step.name, {w.layer.id: w.layer for w in missing}, counted, how, images
+            )
             count_and_write(workers, step.name, missing, thresholds, concepts, how)
 
     entries = {}
@@ -211,7 +213,9 @@ def derangement(image_ids: Iterable[str]) -> np.ndarray:
 
     One cycle through all images of a shard, so no image meets its own; a single image has no partner but itself.
     """
-    keys = [hashlib.blake2b(str(name).encode("utf-8", "surrogateescape"), person=b"derange").digest() for name in image_ids]
+    keys = [
+        hashlib.blake2b(str(name).encode("utf-8", "surrogateescape"), person=b"derange").digest() for name in image_ids
+    ]
     order = np.array(sorted(range(len(keys)), key=keys.__getitem__))
     partner = np.empty(len(order), np.int64)
     partner[order] = np.roll(order, -1)
@@ -230,7 +234,9 @@ def want(
             "version": VERSION,
             "activations": layer.digest,
             "images": [[one.shard, one.rows.tolist()] for one in counted],
-            "groups": hashlib.sha256(b"".join(one.group.tobytes() + one.partner.tobytes() for one in counted)).hexdigest(),
+            "groups": hashlib.sha256(
+                b"".join(one.group.tobytes() + one.partner.tobytes() for one in counted)
+            ).hexdigest(),
             "labels": [[c["name"], c["numbers"], c["contents"]] for c in labelled.result["categories"]],
             "permuted": permuted,
             "settings": dict(how),
@@ -281,12 +287,12 @@ def find_thresholds(
 
     found: dict[str, Threshold] = {}
     sample = counted[:SAMPLE_SHARDS]
-    tasks = [(layer, sample, size(layer), border, quantile) for layer in layers.values()]
+    tasks: list[tuple] = [(layer, sample, size(layer), border, quantile) for layer in layers.values()]
     brackets: dict[str, tuple[Bracket, np.ndarray]] = {}
     for id, bracket in run_tasks(client, sample_layer, tasks, len(tasks), f"{label}: samples"):
-        brackets[id] = (bracket, np.arange(len(bracket.floor)))
-        units = len(bracket.floor)
-        found[id] = Threshold(np.full(units, np.nan, np.float16), np.zeros(units, np.int64), 0)
+        count = len(bracket.floor)
+        brackets[id] = (bracket, np.arange(count))
+        found[id] = Threshold(np.full(count, np.nan, np.float16), np.zeros(count, np.int64), 0)
     while brackets:
         tasks = [
             (layers[id], units, bracket, part, size(layers[id]), border)
@@ -367,12 +373,15 @@ def count_and_write(
     concepts: Concepts,
     how: Mapping[str, Any],
 ) -> None:
-    """Count intersections for every wanted result, a batch of layers at a time, and write each layer when it is done."""
+    """Count intersections for every wanted result, a batch of layers at a time; write each when it is done."""
     for batch in batches(missing, len(concepts.names)):
         shards = {one.shard: one for wanted in batch for one in wanted.counted}
         tasks = [
             (
-                [(w.layer, w.permuted, {one.shard for one in w.counted}, thresholds[w.layer.id].threshold) for w in batch],
+                [
+                    (w.layer, w.permuted, {one.shard for one in w.counted}, thresholds[w.layer.id].threshold)
+                    for w in batch
+                ],
                 part,
                 concepts,
                 how["border"],
@@ -446,9 +455,7 @@ def add(total: Counts, part: Counts) -> Counts:
     return total
 
 
-def write_layer(
-    wanted: Wanted, found: Threshold, counts: Counts, concepts: Concepts, how: Mapping[str, Any]
-) -> None:
+def write_layer(wanted: Wanted, found: Threshold, counts: Counts, concepts: Concepts, how: Mapping[str, Any]) -> None:
     from kernels.iou import iou
     from pipeline.store import write_whole
 

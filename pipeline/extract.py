@@ -105,7 +105,9 @@ def run(plan: Plan, step: Step) -> None:
     logits = folder / step.network / "logits.zarr"
     with client(plan.config.cluster, plan.scratch) as workers:
         (prepared,) = run_tasks(workers, prepare, [(model, images.size)], 1, f"{step.name}: layers")
-        layers = [Layer(id, folder / "layers" / id / "activations.zarr", info, scale) for id, info, scale in prepared.layers]
+        layers = [
+            Layer(id, folder / "layers" / id / "activations.zarr", info, scale) for id, info, scale in prepared.layers
+        ]
         layers = [open_layer(layer, images) for layer in layers]
         open_logits(logits, images, prepared.classes)
         logits_ledger = Ledger(logits.with_suffix(".ledger"))
@@ -113,10 +115,14 @@ def run(plan: Plan, step: Step) -> None:
             ledgers = {layer.name: Ledger(layer.store.with_suffix(".ledger")) for layer in layers}
             tasks = []
             for shard in shards:
-                missing = [x for x in layers if not ledgers[x.name].get(str(shard), shard_id(images, shard, x), x.store)]
+                missing = [
+                    x for x in layers if not ledgers[x.name].get(str(shard), shard_id(images, shard, x), x.store)
+                ]
                 head = logits if not logits_ledger.get(str(shard), logits_id(images, shard, model), logits) else None
                 if missing or head:
-                    tasks.append((model, images.store, images.files_of(shard), shard, images.range(shard), missing, head))
+                    tasks.append(
+                        (model, images.store, images.files_of(shard), shard, images.range(shard), missing, head)
+                    )
             overflow: dict[str, float] = {}
             try:
                 for done in run_tasks(workers, extract_shard, tasks, len(tasks), step.name):
@@ -207,14 +213,16 @@ def open_logits(path: Path, images: Images, classes: int) -> None:
     from pipeline.store import Array, create, remove_partials
 
     shape = (images.count, classes)
-    create(path, {"logits": Array(("image", "class"), shape, np.float32, (images.shard_images, classes), fill=np.nan)}, {})
+    create(
+        path, {"logits": Array(("image", "class"), shape, np.float32, (images.shard_images, classes), fill=np.nan)}, {}
+    )
     remove_partials(path)
 
 
 def finish_layer(
     plan: Plan, step: Step, layer: Layer, images: Images, shards: list[int], ledger: Ledger
 ) -> dict[str, Any]:
-    """Write the manifest of a layer's store, which all networks with this prefix share; return what says where it is."""
+    """Write the manifest of a layer's store, which all networks with this prefix share; return its entry."""
     from pipeline.store import metadata_files
 
     files = ledger.files(map(str, shards))
@@ -269,7 +277,9 @@ def prepare(model: Model, size: tuple[int, int]) -> Prepared:
         logits, outputs = record(normalise(noise, spec))
     if logits is None or logits.ndim != 2:
         raise MicrotomeError(f"network {model.name!r} does not return logits (image, class)")
-    layers = [(ids[info.name], info, scale_for(float(outputs[info.name].abs().amax()), headroom=True)) for info in infos]
+    layers = [
+        (ids[info.name], info, scale_for(float(outputs[info.name].abs().amax()), headroom=True)) for info in infos
+    ]
     return Prepared(layers, logits.shape[1])
 
 
@@ -352,6 +362,7 @@ def extract_shard(
             batch = torch.cat([batch, batch.new_zeros((size - count, *batch.shape[1:]))])
         with Recorder(network, outputs) as record:
             head, recorded = record(normalise(batch, spec))
+        assert head is not None
         heads.append(head[:count].float().cpu())
         for name, output in recorded.items():
             outputs[name].append(output[:count])

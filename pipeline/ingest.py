@@ -73,9 +73,7 @@ def run(plan: Plan, step: Step) -> None:
             tasks.append((dataset, store, shard, part.start, items, known, size))
     with client(plan.config.cluster, plan.scratch) as workers:
         for done in run_tasks(workers, ingest_shard, tasks, len(tasks), step.name):
-            ledger.record(
-                str(done.shard), ids[done.shard], done.files, content=done.content, refused=done.refused
-            )
+            ledger.record(str(done.shard), ids[done.shard], done.files, content=done.content, refused=done.refused)
 
     entries = [ledger.entries[str(shard)] for shard in shards]
     refused = {name: reason for entry in entries for name, reason in entry["refused"].items()}
@@ -84,7 +82,9 @@ def run(plan: Plan, step: Step) -> None:
         _check_refused(step.dataset, refused, len(listed), dataset.max_bad_fraction)
     valid = (at >= 0) & ~np.isin(image_id.astype(object), list(refused))
     if not valid.any():
-        raise MicrotomeError(f"data set {step.dataset!r}: not one of {len(listed)} images can be used: {_some(refused)}")
+        raise MicrotomeError(
+            f"data set {step.dataset!r}: not one of {len(listed)} images can be used: {_some(refused)}"
+        )
     label = np.where(at >= 0, listed.label[at], -1)
     split = np.where(at >= 0, listed.split[at], "")
     files |= write(
@@ -123,7 +123,7 @@ def known_ids(store: Path, source: str) -> np.ndarray | None:
     if attributes(store).get("source") != source:
         return None
     try:
-        return np.asarray(zarr.open_group(store, mode="r", zarr_format=3, use_consolidated=False)["image_id"][:])
+        return np.asarray(zarr.open_group(store, mode="r", zarr_format=3, use_consolidated=False)["image_id"][:])  # type: ignore[index]
     except (FileNotFoundError, ValueError, KeyError):
         return None
 
@@ -176,8 +176,8 @@ def ingest_shard(
 def _check_refused(name: str, refused: dict[str, str], count: int, allowed: float) -> None:
     if len(refused) > allowed * count:
         raise MicrotomeError(
-            f"data set {name!r}: {len(refused)} of {count} images were refused, more than max_bad_fraction = {allowed:g} "
-            f"allows: {_some(refused)}"
+            f"data set {name!r}: {len(refused)} of {count} images were refused, more than max_bad_fraction = "
+            f"{allowed:g} allows: {_some(refused)}"
         )
 
 

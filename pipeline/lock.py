@@ -37,7 +37,9 @@ class RunLock:
             file.close()
             raise MicrotomeError(f"another run works on {self.path.parent.parent}: {_describe(holder)}") from None
         file.truncate(0)
-        json.dump({"host": socket.gethostname(), "pid": os.getpid(), "since": time.time(), "folder": os.getcwd()}, file)
+        json.dump(
+            {"host": socket.gethostname(), "pid": os.getpid(), "since": time.time(), "folder": str(Path.cwd())}, file
+        )
         file.flush()
         self.file = file
 

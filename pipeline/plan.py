@@ -64,10 +64,11 @@ class Plan:
     def networks(self) -> dict[str, Network]:
         """Every network, followed by its untrained control; one that is random already is its own."""
         found = {}
-        for name, network in self.config.networks.items():
-            found[name] = network
-            if network.weights != "random":
-                found[name + UNTRAINED] = network.model_copy(update={"weights": "random", "train": None, "prefix": None})
+        untrained = {"weights": "random", "train": None, "prefix": None}
+        for name, spec in self.config.networks.items():
+            found[name] = spec
+            if spec.weights != "random":
+                found[name + UNTRAINED] = spec.model_copy(update=untrained)
         return found
 
     @property

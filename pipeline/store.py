@@ -236,10 +236,9 @@ class Reader:
     def attrs(self) -> Mapping[str, Any]:
         return self.group.attrs
 
-    def __getitem__(self, name: str) -> zarr.Array:
-        array = self.group[name]
-        assert isinstance(array, zarr.Array)
-        return array
+    def __getitem__(self, name: str) -> Any:
+        """An array of the store (`zarr.Array`); a slice of it is a numpy array."""
+        return self.group[name]
 
 
 class Ledger:

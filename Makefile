@@ -1,0 +1,50 @@
+# make demo   install, run config/config.yaml, say where the report is     make test   the whole test suite
+# make lint   format, lint, types, snakemake --lint                        make bench  speed of the kernels, as ratios
+PYTHON ?= python3
+CONFIG ?= config/config.yaml
+RESULTS ?= results
+VENV := .venv
+BIN := $(VENV)/bin
+UV_VERSION := 0.13.9
+
+.PHONY: demo test lint plan rescan bench lock clean
+demo: $(VENV)/installed
+	@$(BIN)/snakemake --configfile $(CONFIG)
+
+test: $(VENV)/installed
+	@$(BIN)/python -m pytest
+
+lint: $(VENV)/installed
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/snakefmt --check Snakefile workflow
+	@$(BIN)/mypy
+	@$(BIN)/snakemake --lint
+
+# What would run, and why, without running it.
+plan: $(VENV)/installed
+	@$(BIN)/snakemake --configfile $(CONFIG) --dry-run --quiet rules
+
+# List data sets anew even where no folder changed: finds files written in place.
+rescan: $(VENV)/installed
+	@$(BIN)/snakemake --configfile $(CONFIG) --config rescan=true
+
+bench: $(VENV)/installed
+	@for script in tests/bench/bench_*.py; do echo "== $$script"; OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python $$script || exit 1; done
+
+# uv installs in seconds what takes pip minutes. The kernels are compiled once here, and found compiled later.
+$(VENV)/installed: requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.x")'
+	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+	@$(BIN)/uv pip sync --quiet --python $(BIN)/python --require-hashes requirements.lock
+	@$(BIN)/python -m kernels.compile
+	@touch $@
+
+# Pin the newest versions that pyproject.toml allows.
+lock: $(VENV)/installed
+	@$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
+	  --group dev pyproject.toml --output-file requirements.lock
+
+clean:
+	rm -rf $(VENV) .snakemake
