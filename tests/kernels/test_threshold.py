@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from kernels import dissection_torch
-from kernels.half import HIGHEST, LOWEST, ZERO, code
+from kernels.half import HIGHEST, LOWEST, ZERO, code, value
 from kernels.threshold import (
     BINS,
     Bracket,
@@ -154,6 +154,14 @@ def test_tails_stay_small_however_wide_the_bracket() -> None:
     assert np.diff(bracket.offset).max() <= BINS + 1
     assert bracket.shift.tolist() == [5, 0, 0]
     assert np.diff(bracket.offset).tolist()[1:] == [2, BINS + 1]
+
+
+def test_a_value_at_the_ceiling_of_a_coarse_bracket_is_above_it() -> None:
+    bracket = Bracket(np.array([ZERO]), np.array([ZERO + 4097]))
+    assert bracket.shift.tolist() == [2]
+    for at, expected in ((ZERO + 4096, -2), (ZERO + 4097, -1)):
+        count = count_tail(np.full((1, 1, 2, 2), value(at)), bracket, (4, 4), "edge").count
+        assert count[expected] == count.sum() == 16
 
 
 def test_what_does_not_fit_is_refused() -> None:
