@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from kernels import dissection_torch
 from kernels.half import HIGHEST, LOWEST, value
 from kernels.iou import Counts, Labels, ShardCounts, count_shard, iou, label_columns, mask
 from kernels.upsample import Border, Size, upsample
@@ -17,6 +18,7 @@ NUMBERS = np.array([[3, 700, 9], [40, 41, 65535]])  # of the concepts in two cat
 CONCEPT = np.array([700, 3, 65535, 40])  # those that are counted, in the order of their columns
 CATEGORY = np.array([0, 0, 1, 1])
 GROUPS = 4
+TORCH = "cpu:0"  # a device for torch; plain "cpu" is numba's
 
 
 def label_maps(seed: int, images: int, size: Size) -> NDArray[np.uint16]:
@@ -163,30 +165,31 @@ def test_a_permutation_counts_as_permuted_labels_do() -> None:
 def test_torch_counts_the_same_integers(
     shape: tuple[int, int, int, int], size: Size, border: Border, kind: str, seed: int
 ) -> None:
-    from kernels import dissection_torch
-    from kernels.iou import _intersections
-
     activation = activations(seed, shape, kind)
     labels = label_columns(label_maps(seed, shape[0], size), CONCEPT, CATEGORY)
     threshold = thresholds(seed, activation, size, border)
     group, partner = np.arange(shape[0]) % GROUPS, np.roll(np.arange(shape[0]), 1)
-    mine = _intersections(activation, threshold, labels, group, border, partner, GROUPS)
-    its = dissection_torch.intersections(activation, threshold, labels, group, border, partner, GROUPS, "cpu")
-    for one, other in zip(mine, its, strict=True):
-        assert np.array_equal(one, other)
-        assert one.dtype == other.dtype
+    mine, its = (
+        count_shard(activation, threshold, labels, group, border, partner, GROUPS, device) for device in ("cpu", TORCH)
+    )
+    assert_same(mine, its)
 
 
 def test_torch_works_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    from kernels import dissection_torch
-    from kernels.iou import _intersections
-
     activation, labels = activations(7, (5, 6, 4, 4), "normal"), label_maps(7, 5, (8, 8))
     prepared, group = label_columns(labels, CONCEPT, CATEGORY), np.arange(5) % GROUPS
-    args = (activation, np.full(6, 0.5, np.float16), prepared, group, "edge", np.arange(5), GROUPS)
     monkeypatch.setattr(dissection_torch, "BLOCK", 3 * 64)
-    for one, other in zip(_intersections(*args), dissection_torch.intersections(*args, "cpu"), strict=True):  # type: ignore[arg-type]
-        assert np.array_equal(one, other)
+    mine, its = (
+        count_shard(activation, np.full(6, 0.5, np.float16), prepared, group, "edge", None, GROUPS, device)
+        for device in ("cpu", TORCH)
+    )
+    assert_same(mine, its)
+
+
+def assert_same(one: ShardCounts, other: ShardCounts) -> None:
+    for name, array in vars(one).items():
+        assert np.array_equal(array, getattr(other, name)), name
+        assert array.dtype == getattr(other, name).dtype, name
 
 
 def test_many_concepts_and_units_that_never_fire() -> None:
