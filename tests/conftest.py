@@ -1,0 +1,18 @@
+"""What all tests share: one pool of workers, started by the first test that needs one."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from pipeline import cluster
+from pipeline.config import Cluster
+
+
+@pytest.fixture(scope="session")
+def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Stages run on one pool for the whole session, so that its worker imports torch and compiles kernels once."""
+    with cluster.pool(Cluster(workers=1), tmp_path_factory.mktemp("pool")) as address:
+        os.environ[cluster.ADDRESS] = str(address)
+        yield
+        del os.environ[cluster.ADDRESS]
