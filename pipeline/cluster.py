@@ -58,7 +58,13 @@ def start_pool(cluster: Cluster, scratch: Path) -> tuple[subprocess.Popen, Path]
     process = subprocess.Popen(
         [sys.executable, "-m", "pipeline.cluster", str(address_file), cluster.model_dump_json()],
         stdin=subprocess.PIPE,
-        env=os.environ | THREADS | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+        env=os.environ
+        | THREADS
+        | {
+            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+            # The pool ends at once when it is not needed; what it leaves the operating system clears.
+            "PYTHONWARNINGS": "ignore:resource_tracker",
+        },
         # Ctrl-C in the terminal reaches the stages; the pool ends when they have closed their clients.
         start_new_session=True,
     )
@@ -135,7 +141,7 @@ def serve(address_file: Path, cluster: Cluster) -> None:
             "options": {
                 "host": "127.0.0.1",
                 "dashboard": cluster.dashboard,
-                "dashboard_address": "127.0.0.1:8787" if cluster.dashboard else None,
+                "dashboard_address": "127.0.0.1:8787" if cluster.dashboard else "127.0.0.1:0",
             },
         },
         silence_logs=50,

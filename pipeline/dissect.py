@@ -32,6 +32,7 @@ from pipeline.cluster import client, run_tasks, workers_of
 from pipeline.config import AnyDataset
 from pipeline.errors import MicrotomeError
 from pipeline.identity import crc32c, digest
+from pipeline.lock import one_at_a_time
 from pipeline.manifest import Files, Manifest, write_atomically
 
 if TYPE_CHECKING:
@@ -133,13 +134,13 @@ def run(plan: Plan, step: Step) -> None:
     wanted = [want(layer, False, counted, how, labelled, images) for layer in layers]
     if step.settings["permuted"]:
         wanted += [want(layer, True, few, how, labelled, images) for layer in layers]
-    missing = [one for one in wanted if not finished(one)]
-    if missing:
-        with client(plan.config.cluster, plan.scratch) as workers:
-            thresholds = find_thresholds(
-                workers, step.name, {w.layer.id: w.layer for w in missing}, counted, how, images
-            )
-            count_and_write(workers, step.name, missing, thresholds, concepts, how)
+    with one_at_a_time(plan.scratch / f"{step.dataset}.dissect.lock"):
+        missing = [one for one in wanted if not finished(one)]
+        if missing:
+            with client(plan.config.cluster, plan.scratch) as workers:
+                lacking = {one.layer.id: one.layer for one in missing}
+                thresholds = find_thresholds(workers, step.name, lacking, counted, how, images)
+                count_and_write(workers, step.name, missing, thresholds, concepts, how)
 
     entries = {}
     files: Files = {}

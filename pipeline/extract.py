@@ -23,6 +23,7 @@ from pipeline.cluster import client, run_tasks
 from pipeline.config import AnyDataset, Network
 from pipeline.errors import MicrotomeError
 from pipeline.identity import digest
+from pipeline.lock import one_at_a_time
 from pipeline.manifest import Files, Manifest
 
 if TYPE_CHECKING:
@@ -103,7 +104,10 @@ def run(plan: Plan, step: Step) -> None:
     model = model_of(plan, step)
     folder = plan.results / step.dataset
     logits = folder / step.network / "logits.zarr"
-    with client(plan.config.cluster, plan.scratch) as workers:
+    with (
+        one_at_a_time(plan.scratch / f"{step.dataset}.extract.lock"),
+        client(plan.config.cluster, plan.scratch) as workers,
+    ):
         (prepared,) = run_tasks(workers, prepare, [(model, images.size)], 1, f"{step.name}: layers")
         layers = [
             Layer(id, folder / "layers" / id / "activations.zarr", info, scale) for id, info, scale in prepared.layers

@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 VERSION = 1
 CODE = ("pipeline/decode.py", "pipeline/ingest.py", "pipeline/scenes")
+COLUMN = (65536,)  # chunk of what has one value an image: the same for any number, so that a longer store keeps its ids
 
 
 @dataclass
@@ -115,7 +117,10 @@ def run(plan: Plan, step: Step) -> None:
 
 
 def known_ids(store: Path, source: str) -> np.ndarray | None:
-    """Return the image ids of the store in slot order, if it holds this data set already."""
+    """Return the image ids of the store in slot order, if it holds this data set already.
+
+    Slots at the end without an id are those of an ingest that was cut short: they are given out again.
+    """
     import zarr
 
     from pipeline.store import attributes
@@ -123,23 +128,28 @@ def known_ids(store: Path, source: str) -> np.ndarray | None:
     if attributes(store).get("source") != source:
         return None
     try:
-        return np.asarray(zarr.open_group(store, mode="r", zarr_format=3, use_consolidated=False)["image_id"][:])  # type: ignore[index]
+        group = zarr.open_group(store, mode="r", zarr_format=3, use_consolidated=False)
+        ids = np.asarray(group["image_id"][:], dtype=object)
     except (FileNotFoundError, ValueError, KeyError):
         return None
+    return ids[: np.flatnonzero(ids != "").max(initial=-1) + 1]
 
 
 def open_store(
     store: Path, dataset: AnyDataset, count: int, size: tuple[int, int], classes: list[str], source: str
 ) -> None:
-    from pipeline.store import Array, create, remove_partials
+    """Create the store, or bring the one that holds this data set to more slots; another data set's makes way."""
+    from pipeline.store import Array, attributes, create, remove_partials
 
+    if attributes(store).get("source") != source:
+        shutil.rmtree(store, ignore_errors=True)
     block = (dataset.shard_images, 3, *size)
     arrays = {
         "image": Array(("image", "channel", "y", "x"), (count, 3, *size), np.uint8, block),
-        "label": Array(("image",), (count,), np.int64, (count,), fill=-1),
-        "split": Array(("image",), (count,), str, (count,), fill=""),
-        "valid": Array(("image",), (count,), bool, (count,), fill=False),
-        "image_id": Array(("image",), (count,), str, (count,), fill=""),
+        "label": Array(("image",), (count,), np.int64, COLUMN, fill=-1),
+        "split": Array(("image",), (count,), str, COLUMN, fill=""),
+        "valid": Array(("image",), (count,), bool, COLUMN, fill=False),
+        "image_id": Array(("image",), (count,), str, COLUMN, fill=""),
     }
     create(store, arrays, {"classes": classes, "source": source}, coordinates=["image_id"])
     remove_partials(store)

@@ -1,10 +1,12 @@
-"""One run at a time on a results folder, by a kernel lock that no crash leaves behind."""
+"""Kernel locks, which no crash leaves behind: one run at a time on a results folder, one job on shared layers."""
 
+import contextlib
 import fcntl
 import json
 import os
 import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
@@ -42,6 +44,15 @@ class RunLock:
         )
         file.flush()
         self.file = file
+
+
+@contextlib.contextmanager
+def one_at_a_time(path: Path) -> Iterator[None]:
+    """Wait for the lock `path` and hold it: for what jobs of one run write together, the stores of shared layers."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _describe(holder: str) -> str:

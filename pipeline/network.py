@@ -8,6 +8,7 @@ Writes
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,7 +84,7 @@ def make(spec: Network, folder: Path, training: dict[str, Any] | None) -> dict[s
 
     if spec.train is not None:
         assert training is not None
-        network, facts = _train(spec, **training)
+        network, facts = _train(spec, f"network {folder.name}", **training)
     else:
         network, facts = load(spec), {}
     path = folder / "model.safetensors"
@@ -104,23 +105,28 @@ def make(spec: Network, folder: Path, training: dict[str, Any] | None) -> dict[s
     return {key: facts[key] for key in ("weights_sha256", "parameters", "accuracy") if key in facts}
 
 
-def _train(spec: Network, store: Path, files: dict, folder: Path) -> tuple[Any, dict[str, Any]]:
+def _train(spec: Network, name: str, store: Path, files: dict, folder: Path) -> tuple[Any, dict[str, Any]]:
     """Train, or take up a training that was cut short; the finished weights stay in `folder` for the same recipe."""
     from pipeline.networks import load
     from pipeline.store import Reader
-    from pipeline.training import fit
+    from pipeline.training import CURVE_POINTS, fit
 
     assert spec.train is not None
     reader = Reader(store, files)
     split, valid, label = reader["split"][:], reader["valid"][:], reader["label"][:]
-    chosen = {name: (split == name) & valid for name in (spec.train.split, "validation")}
+    chosen = {part: (split == part) & valid for part in (spec.train.split, "validation")}
     if not chosen[spec.train.split].any():
         raise MicrotomeError(
             f"data set {spec.train.dataset!r} has no valid images in split {spec.train.split!r} to train on"
         )
     images = reader["image"][:]
+
+    def progress(done: int, steps: int, loss: float, accuracy: float) -> None:
+        if done % max(1, steps // 10) < max(1, steps // CURVE_POINTS):
+            print(f"  {name}: step {done}/{steps}, loss {loss:.2f}, accuracy {accuracy:.0%}", file=sys.stderr)
+
     network = load(spec.model_copy(update={"weights": "random"}))
-    parts = {name: (images[mask], label[mask]) for name, mask in chosen.items() if mask.any()}
+    parts = {part: (images[mask], label[mask]) for part, mask in chosen.items() if mask.any()}
     facts = fit(
         network,
         train=parts[spec.train.split],
@@ -129,5 +135,6 @@ def _train(spec: Network, store: Path, files: dict, folder: Path) -> tuple[Any, 
         std=spec.preprocessing.std,
         recipe=spec.train.recipe,
         folder=folder,
+        progress=progress,
     )
     return network, facts

@@ -1,4 +1,4 @@
-# Images and label maps, once per data set.
+# Images and label maps, once per data set. The work is done by the run's pool of workers: a job itself is one thread.
 
 
 rule make_ingest:
@@ -8,7 +8,7 @@ rule make_ingest:
         RESULTS / "{dataset}/done/ingest.{id}.json",
     benchmark:
         RESULTS / "{dataset}/logs/ingest.{id}.tsv"
-    threads: workflow.cores
+    threads: 1
     message:
         "Decode {wildcards.dataset}"
     script:
@@ -22,7 +22,7 @@ rule make_concepts:
         RESULTS / "{dataset}/done/concepts.{id}.json",
     benchmark:
         RESULTS / "{dataset}/logs/concepts.{id}.tsv"
-    threads: workflow.cores
+    threads: 1
     message:
         "Label maps of {wildcards.dataset}"
     script:

@@ -8,7 +8,7 @@ rule make_extract:
         RESULTS / "{dataset}/{network}/done/extract.{id}.json",
     benchmark:
         RESULTS / "{dataset}/{network}/logs/extract.{id}.tsv"
-    threads: workflow.cores
+    threads: 1
     message:
         "Activations of {wildcards.network} on {wildcards.dataset}"
     script:
@@ -22,7 +22,7 @@ rule make_dissect:
         RESULTS / "{dataset}/{network}/done/dissect.{id}.json",
     benchmark:
         RESULTS / "{dataset}/{network}/logs/dissect.{id}.tsv"
-    threads: workflow.cores
+    threads: 1
     message:
         "Dissect {wildcards.network} on {wildcards.dataset}"
     script:

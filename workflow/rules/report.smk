@@ -8,7 +8,7 @@ rule make_report:
         RESULTS / "report" / RUN.plan.config.name / "done/report.{id}.json",
     benchmark:
         RESULTS / "report" / RUN.plan.config.name / "logs/report.{id}.tsv"
-    threads: workflow.cores
+    threads: 1
     message:
         "Report"
     script:
