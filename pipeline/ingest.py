@@ -129,7 +129,7 @@ def known_ids(store: Path, source: str) -> np.ndarray | None:
         return None
     try:
         group = zarr.open_group(store, mode="r", zarr_format=3, use_consolidated=False)
-        ids = np.asarray(group["image_id"][:], dtype=object)
+        ids = np.asarray(group["image_id"][:], dtype=object)  # type: ignore[index]
     except (FileNotFoundError, ValueError, KeyError):
         return None
     return ids[: np.flatnonzero(ids != "").max(initial=-1) + 1]
