@@ -210,7 +210,7 @@ class Progress:
     """A progress line on stderr: redrawn in a terminal, a few lines elsewhere."""
 
     def __init__(self, label: str, total: int) -> None:
-        self.label, self.total, self.done = label, total, 0
+        self.label, self.total, self.done, self.last = label, total, 0, -1
         self.start = self.shown = time.monotonic()
         self.live = sys.stderr.isatty()
 
@@ -222,10 +222,11 @@ class Progress:
             self._show("\r" if self.live else "", "" if self.live else "\n")
 
     def close(self) -> None:
-        if self.total and (self.live or self.done):
+        if self.done and (self.live or self.last < self.done):
             self._show("\r" if self.live else "", "\n")
 
     def _show(self, head: str, tail: str) -> None:
+        self.last = self.done
         spent = time.monotonic() - self.start
         sys.stderr.write(f"{head}  {self.label}: {self.done}/{self.total}, {spent:.0f} s{tail}")
         sys.stderr.flush()
