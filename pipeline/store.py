@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import zarr
 from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, SuffixByteRequest
-from zarr.codecs import Crc32cCodec, ZstdCodec
+from zarr.codecs import ZstdCodec
 from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import LocalStore
 
@@ -28,6 +28,10 @@ from pipeline.manifest import Files
 # An absent all-zero chunk could not be told from a lost one, and the scan for such chunks is the write bottleneck.
 # One thread a process: Dask workers are the parallelism.
 zarr.config.set({"array.write_empty_chunks": True, "threading.max_workers": 1, "async.concurrency": 1})
+
+# zstd's own checksum lets any reader notice damage. It must not be the codec crc32c: a file that ends in its own crc32c
+# has the same crc32c whatever it holds, and the recorded checksums, and all ids made from them, would say nothing.
+COMPRESSOR = ZstdCodec(level=1, checksum=True)
 
 
 class DamagedStoreError(MicrotomeError):
@@ -79,7 +83,7 @@ def _create_array(group: zarr.Group, folder: Path, name: str, array: Array) -> N
         "dtype": array.dtype,
         "chunks": array.chunk,
         "shards": array.shard,
-        "compressors": [ZstdCodec(level=1), Crc32cCodec()],
+        "compressors": [COMPRESSOR],
         "fill_value": array.fill,
         "dimension_names": list(array.dims),
     }
