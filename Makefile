@@ -7,9 +7,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 UV_VERSION := 0.13.9
 
-.PHONY: demo test lint plan rescan bench lock clean
+.PHONY: demo test lint plan why verify repair gc rescan bench lock clean
 demo: $(VENV)/installed
-	@$(BIN)/snakemake --configfile $(CONFIG)
+	@$(BIN)/snakemake --configfile $(CONFIG) --quiet reason host
 
 test: $(VENV)/installed
 	@$(BIN)/python -m pytest
@@ -21,9 +21,24 @@ lint: $(VENV)/installed
 	@$(BIN)/mypy
 	@$(BIN)/snakemake --lint
 
-# What would run, and why, without running it.
+# What would run, without running it; and why: which part of which id changed.
 plan: $(VENV)/installed
 	@$(BIN)/snakemake --configfile $(CONFIG) --dry-run --quiet rules
+
+why: $(VENV)/installed
+	@$(BIN)/python -m pipeline.upkeep why $(CONFIG)
+
+# Every chunk file of a results folder against its manifest; have only the damaged ones made again.
+verify: $(VENV)/installed
+	@$(BIN)/python -m pipeline.upkeep verify $(RESULTS)
+
+repair: $(VENV)/installed
+	@$(BIN)/python -m pipeline.upkeep repair $(RESULTS)
+	@$(BIN)/snakemake --configfile $(CONFIG) --quiet reason host
+
+# What no network of the results folder refers to; YES=1 removes it.
+gc: $(VENV)/installed
+	@$(BIN)/python -m pipeline.upkeep gc $(RESULTS) $(if $(YES),--yes)
 
 # List data sets anew even where no folder changed: finds files written in place.
 rescan: $(VENV)/installed

@@ -1,6 +1,7 @@
 """The configuration: one strict model; an unknown key or a wrong value is refused with the nearest names.
 
-The defaults written in `config/README.md` and the JSON schema in `config/schema.json` are generated from these classes.
+`config/README.md` and the JSON schema `config/schema.json` are generated from these classes by
+`python -m pipeline.config`.
 """
 
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ from pipeline.networks import NetworkSpec
 from pipeline.recipe import Recipe
 
 RESERVED = ("networks", "layers", "done", "similarity", "randomization", "report")
+ENDINGS = (".zarr", ".ledger", ".csv", ".json")  # of files that stand beside the folders of networks
 UNTRAINED = "-untrained"  # suffix of the control network that stands beside every network
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
@@ -36,10 +38,16 @@ class Strict(BaseModel):
 class Dissect(Strict):
     """Settings of the dissection. `method` is a preset; a key given beside it overrides the preset."""
 
-    method: Literal["standard", "pnas2020", "cvpr2017"] = "standard"
+    method: Literal["standard", "pnas2020", "cvpr2017"] = Field(
+        "standard", description="preset of the four keys below; the other two are those of the papers' code"
+    )
     quantile: Annotated[float, Field(gt=0, lt=1)] | None = Field(None, description="share of positions above t_u")
-    positions: Literal["upsampled", "native"] | None = None
-    border: Literal["edge", "zeros"] | None = None
+    positions: Literal["upsampled", "native"] | None = Field(
+        None, description="where the threshold is counted: maps upsampled to the label maps' size, or as they are"
+    )
+    border: Literal["edge", "zeros"] | None = Field(
+        None, description="what lies outside a map when it is upsampled: its edge values, or zeros that blend in"
+    )
     union: Literal["all", "category"] | None = Field(None, description="pixels in the union: all, or of images with it")
     min_iou: Annotated[float, Field(ge=0, lt=1)] = Field(0.04, description="a unit is a detector above this IoU")
     split: str = Field("validation", description="the images that thresholds and IoU are counted over")
@@ -59,6 +67,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 class Squash(Strict):
+    """Every image to one size."""
+
     squash: tuple[PositiveInt, PositiveInt] = Field(description="height, width; the aspect ratio is not kept")
 
 
@@ -69,27 +79,29 @@ class Dataset(Strict):
     concepts: list[Literal["truth", "pixels"]] = Field(
         ["truth"], description="sources of label maps: ground truth; colour names computed from the pixels"
     )
-    dissect: Dissect = Dissect()
+    dissect: Dissect = Field(Dissect(), description="how units are compared with concepts")
 
 
 class SceneCounts(Strict):
-    train: NonNegativeInt = 8000
-    validation: NonNegativeInt = 1600
+    """How many scenes are drawn for each split."""
+
+    train: NonNegativeInt = Field(8000, description="images to train on")
+    validation: NonNegativeInt = Field(1600, description="images to dissect and to measure accuracy on")
 
 
 class Scenes(Dataset):
-    """The embedded procedural scenes."""
+    """The embedded procedural scenes: twelve classes, with label maps of objects, parts, materials and colours."""
 
-    kind: Literal["scenes"]
-    seed: NonNegativeInt = 0
-    size: Annotated[int, Field(ge=16, le=1024)] = 64
-    images: SceneCounts = SceneCounts()
+    kind: Literal["scenes"] = Field(description="this kind")
+    seed: NonNegativeInt = Field(0, description="other scenes for another seed")
+    size: Annotated[int, Field(ge=16, le=1024)] = Field(64, description="height and width in pixels")
+    images: SceneCounts = Field(SceneCounts(), description="how many, by split")
 
 
 class Split(Strict):
     """Exactly one way to give every image a split."""
 
-    folders: bool = Field(False, description="root/<split>/<class>/image")
+    folders: bool = Field(False, description="the first folder names the split: root/<split>/<class>/image")
     csv: str | None = Field(None, description="CSV with columns image,split")
     share: dict[Name, Share] | None = Field(None, description="shares by a hash of the image id")
     all: Name | None = Field(None, description="one split for all images")
@@ -109,24 +121,28 @@ class Files(Dataset):
 
     resize: PositiveInt | Squash | None = Field(None, description="length of the short side, or squash, or none")
     crop: PositiveInt | None = Field(None, description="centre crop after the resize")
-    split: Split = Split(all="validation")
+    split: Split = Field(Split(all="validation"), description="which split each image belongs to")
     max_pixels: PositiveInt = Field(64_000_000, description="a file with more pixels is refused before decoding")
-    max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
+    max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.01, description="a larger share of refused images stops the stage"
+    )
 
 
 class ImageFolder(Files):
     """Images in one folder a class."""
 
-    kind: Literal["imagefolder"]
-    root: str
+    kind: Literal["imagefolder"] = Field(description="this kind")
+    root: str = Field(description="folder of the images")
     labels: str | None = Field(None, description="CSV with columns image,label, for folders without classes")
-    concepts: list[Literal["pixels"]] = ["pixels"]  # type: ignore[assignment]
+    concepts: list[Literal["pixels"]] = Field(  # type: ignore[assignment]
+        ["pixels"], description="sources of label maps: colour names computed from the pixels"
+    )
 
 
 class LabelMaps(Strict):
     """The index maps of one category."""
 
-    folder: str
+    folder: str = Field(description="folder of the label maps, laid out as that of the images")
     classes: str = Field(description="class list: one name a line, `id name` lines, or a CSV with columns id,name")
     void: list[NonNegativeInt] = Field([], description="values that mean nothing is known")
 
@@ -134,9 +150,9 @@ class LabelMaps(Strict):
 class Segmentation(Files):
     """Images with index label maps, one folder a category."""
 
-    kind: Literal["segmentation"]
+    kind: Literal["segmentation"] = Field(description="this kind")
     root: str = Field(description="folder of the images")
-    label_maps: Annotated[dict[Name, LabelMaps], Field(min_length=1)]
+    label_maps: Annotated[dict[Name, LabelMaps], Field(min_length=1)] = Field(description="by name of the category")
     labels: str | None = Field(None, description="CSV with columns image,label")
 
 
@@ -146,11 +162,9 @@ AnyDataset = Annotated[Scenes | ImageFolder | Segmentation, Field(discriminator=
 class Preprocessing(Strict):
     """x in [0, 1] → (x - mean) / std, for the channels red, green, blue."""
 
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (
-        0.229,
-        0.224,
-        0.225,
+    mean: tuple[float, float, float] = Field((0.485, 0.456, 0.406), description="those of ImageNet")
+    std: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = Field(
+        (0.229, 0.224, 0.225), description="those of ImageNet"
     )
 
 
@@ -158,26 +172,28 @@ class Numerics(Strict):
     """Fixed per network: another value gives other activations in the last bits."""
 
     micro_batch: PositiveInt = Field(32, description="images of one forward pass; the last one is padded")
-    channels_last: bool = True
+    channels_last: bool = Field(True, description="torch's memory format, the faster one for convolutions")
 
 
 class Train(Strict):
     """Where and how a network is trained."""
 
-    dataset: Name
-    split: str = "train"
-    recipe: Recipe = Recipe()
+    dataset: Name = Field(description="the data set to train on")
+    split: str = Field("train", description="its images to train on")
+    recipe: Recipe = Field(Recipe(), description="how it is trained")
 
 
 class Network(NetworkSpec):
     """A network: how to build it, its weights, and the layers to look at."""
 
     weights: str = Field(description="a .pt, .pth or .safetensors file, or `train`, or `random`")
-    layers: Literal["auto"] | Annotated[list[str], Field(min_length=1)] = "auto"
+    layers: Literal["auto"] | Annotated[list[str], Field(min_length=1)] = Field(
+        "auto", description="names of modules, or patterns such as `layer*`; `auto`: the blocks"
+    )
     special_tokens: NonNegativeInt | None = Field(None, description="class and register tokens, when not found alone")
-    preprocessing: Preprocessing = Preprocessing()
-    numerics: Numerics = Numerics()
-    train: Train | None = None
+    preprocessing: Preprocessing = Field(Preprocessing(), description="what the network expects of pixels")
+    numerics: Numerics = Field(Numerics(), description="how it is computed")
+    train: Train | None = Field(None, description="with `weights: train`, how")
     datasets: list[Name] | None = Field(None, description="the data sets to dissect it on; default: all")
 
     @model_validator(mode="after")
@@ -194,33 +210,39 @@ class Controls(Strict):
 
 
 class Cluster(Strict):
-    kind: Literal["local", "gpu"] = "local"
+    """The workers of a run: processes with one thread each, on this machine."""
+
+    kind: Literal["local", "gpu"] = Field("local", description="on the cores, or on the visible GPUs")
     workers: PositiveInt | None = Field(None, description="default: one a core, or one a GPU")
-    dashboard: bool = Field(False, description="on 127.0.0.1")
+    dashboard: bool = Field(False, description="that of Dask, on 127.0.0.1:8787")
 
 
 class Report(Strict):
-    title: str | None = None
-    top_images: PositiveInt = 5
-    cards: NonNegativeInt = 24
+    """The page that a run ends in."""
+
+    title: str | None = Field(None, description="default: the experiment's name")
+    top_images: PositiveInt = Field(5, description="images of a card")
+    cards: NonNegativeInt = Field(24, description="units of each network that get a card")
 
 
 class Config(Strict):
     """One experiment."""
 
     name: Name = Field(description="the report is written to report/<name>")
-    results: str = "results"
-    datasets: Annotated[dict[Name, AnyDataset], Field(min_length=1)]
-    networks: Annotated[dict[Name, Network], Field(min_length=1)]
-    controls: Controls = Controls()
-    cluster: Cluster = Cluster()
-    report: Report = Report()
+    results: str = Field("results", description="folder of all results; several experiments may share it")
+    datasets: Annotated[dict[Name, AnyDataset], Field(min_length=1)] = Field(description="by name")
+    networks: Annotated[dict[Name, Network], Field(min_length=1)] = Field(description="by name")
+    controls: Controls = Field(Controls(), description="what the units are compared with")
+    cluster: Cluster = Field(Cluster(), description="the workers")
+    report: Report = Field(Report(), description="the page at the end")
 
     @model_validator(mode="after")
     def names(self) -> "Config":
         for name in (*self.datasets, *self.networks, self.name):
             if name in RESERVED:
                 raise ValueError(f"the name {name!r} is reserved (as are {', '.join(RESERVED)})")
+            if name.endswith(ENDINGS):
+                raise ValueError(f"the name {name!r} ends as a file of the results folder does ({', '.join(ENDINGS)})")
         for name, network in self.networks.items():
             if name.endswith(UNTRAINED):
                 raise ValueError(f"network {name!r}: the suffix {UNTRAINED!r} is for the untrained control")
@@ -269,7 +291,7 @@ def select(config: Config, only: str | list[str]) -> Config:
     networks = {k: v for k, v in config.networks.items() if k in names} or dict(config.networks)
     chosen = [name for name in config.datasets if name in names] or list(config.datasets)
     networks = {
-        name: network.model_copy(update={"datasets": [d for d in (network.datasets or chosen) if d in chosen]})
+        name: network.model_copy(update={"datasets": [d for d in (chosen if network.datasets is None else network.datasets) if d in chosen]})
         for name, network in networks.items()
     }
     return config.model_copy(update={"networks": networks})
@@ -295,3 +317,9 @@ def known_keys() -> set[str]:
         keys |= set(section.model_fields)
         sections += section.__subclasses__()
     return keys | set(Recipe.model_fields)
+
+
+if __name__ == "__main__":
+    from pipeline.config_docs import write
+
+    write()

@@ -144,13 +144,13 @@ def run(plan: Plan, step: Step) -> None:
 
     entries = {}
     files: Files = {}
-    digests = []
+    includes = {}
     for permuted, name in ((False, "units.csv"), (True, "units-permuted.csv")):
         rows: list[list[Any]] = []
         for one in wanted:
             if one.permuted == permuted:
                 manifest = Manifest.read(manifest_of(one))
-                digests.append(manifest.digest)
+                includes[manifest_of(one).relative_to(plan.results).as_posix()] = manifest.digest
                 rows += unit_rows(one, manifest, how)
                 if not permuted:
                     entries[one.layer.name] = paths_of(one, folder)
@@ -158,7 +158,8 @@ def run(plan: Plan, step: Step) -> None:
             files |= write_file(folder / step.network, name, csv_bytes(UNIT_COLUMNS, rows))
     files |= write_file(folder / step.network, "layers.json", json.dumps(entries, indent=1).encode())
     result = {"images": sum(len(c.rows) for c in counted), "control_images": sum(len(c.rows) for c in few)}
-    stage.finish(plan, step, began, digest({"layers": digests, "files": files}), files, result)
+    output = digest({"layers": list(includes.values()), "files": files})
+    stage.finish(plan, step, began, output, files, result, includes)
 
 
 def concepts_of(folder: Path, labelled: Manifest) -> Concepts:

@@ -24,7 +24,7 @@ from pipeline.config import AnyDataset, Network
 from pipeline.errors import MicrotomeError
 from pipeline.identity import digest
 from pipeline.lock import one_at_a_time
-from pipeline.manifest import Files, Manifest
+from pipeline.manifest import Files, Manifest, remove_others
 
 if TYPE_CHECKING:
     import torch
@@ -157,7 +157,8 @@ def run(plan: Plan, step: Step) -> None:
     files = stage.within("logits.zarr", logits_ledger.files(map(str, shards)))
     output = digest({"layers": [[entry["name"], entry["digest"]] for entry in described], "logits": files})
     files |= stage.within("logits.zarr", metadata_files(logits))
-    stage.finish(plan, step, began, output, files, {"layers": described, "shards": shards})
+    result = {"layers": described, "shards": shards}
+    stage.finish(plan, step, began, output, files, result, {entry["manifest"]: entry["digest"] for entry in described})
 
 
 def model_of(plan: Plan, step: Step) -> Model:
@@ -186,7 +187,7 @@ def logits_id(images: Images, shard: int, model: Model) -> str:
 
 def open_layer(layer: Layer, images: Images) -> Layer:
     """Create a layer's store, or take up the one that is there, at the larger of the two scales."""
-    from pipeline.store import Array, attributes, create, remove_partials
+    from pipeline.store import Array, attributes, create, metadata_files, remove_partials
 
     scale = max(layer.scale, attributes(layer.store).get("scale", 0.0))
     layer = replace(layer, scale=scale)
@@ -208,7 +209,10 @@ def open_layer(layer: Layer, images: Images) -> Layer:
     if layer.info.special:
         shape = (images.count, layer.info.special, units)
         arrays["special"] = Array(("image", "token", "unit"), shape, np.float16, (step, *shape[1:]), fill=np.nan)
+    before = metadata_files(layer.store)
     create(layer.store, arrays, {"scale": scale})
+    if metadata_files(layer.store) != before:
+        remove_others(layer.store.parent / "done", "activations")
     remove_partials(layer.store)
     return layer
 

@@ -32,9 +32,10 @@ class FileDigests:
     def __init__(self, memory: Path) -> None:
         self.memory = memory
         try:
-            self.known: dict[str, list] = json.loads(memory.read_text())
+            known = json.loads(memory.read_bytes())
         except (OSError, ValueError):
-            self.known = {}
+            known = None
+        self.known: dict[str, list] = known if isinstance(known, dict) else {}
 
     def __call__(self, path: Path | str) -> str:
         path = Path(path)
@@ -43,8 +44,8 @@ class FileDigests:
             key = os.fspath(path.resolve())
             stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
             entry = self.known.get(key)
-            if entry is not None and entry[:3] == stamp:
-                return entry[3]
+            if isinstance(entry, list) and entry[:-1] == stamp:
+                return entry[-1]
             with path.open("rb") as file:
                 sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:

@@ -40,7 +40,8 @@ class Manifest:
     """What a finished stage says of itself.
 
     `digest` is the identity of the *output* (equal outputs have equal digests, whatever they were made from);
-    `parents` maps manifest paths, relative to the results folder, to the output digests that were read;
+    `parents` maps manifest paths, relative to the results folder, to the output digests that were read; `includes`
+    does the same for the manifests of shared layers that the output refers to;
     `result` holds the small facts that later stages need without opening a store.
     """
 
@@ -49,6 +50,7 @@ class Manifest:
     digest: str
     parents: Mapping[str, str] = field(default_factory=dict)
     files: Files = field(default_factory=dict)
+    includes: Mapping[str, str] = field(default_factory=dict)
     result: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)

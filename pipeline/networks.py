@@ -47,26 +47,18 @@ class Described(Protocol):
 
 
 class NetworkSpec(BaseModel):
-    """What has to be known to build one network.
-
-    Attributes
-    ----------
-    torchvision : a name that `torchvision.models.get_model` knows; exactly one of this and `module` is given.
-    module : `path.py:function`; the function returns the network as an `nn.Module`.
-    arguments : keyword arguments of the builder.
-    weights : path of a checkpoint, `random` (the untrained control) or `train` (made by the workflow).
-    seed : of the initial weights; the same seed gives the same weights.
-    prefix : what every key of the checkpoint starts with and the network's own keys do not, `module.` say.
-    """
+    """What has to be known to build one network. Exactly one of `torchvision` and `module` is given."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    torchvision: str | None = None
-    module: str | None = None
-    arguments: dict[str, Any] = Field(default_factory=dict)
-    weights: str = UNTRAINED
-    seed: int = Field(default=0, ge=0, lt=2**63)
-    prefix: str | None = None
+    torchvision: str | None = Field(None, description="a name that `torchvision.models.get_model` knows")
+    module: str | None = Field(None, description="`path.py:function`; the function returns the network")
+    arguments: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the builder")
+    weights: str = Field(UNTRAINED, description="a checkpoint, `random` (the untrained control) or `train` (made here)")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="of the initial weights")
+    prefix: str | None = Field(
+        None, description="what every key of the checkpoint starts with and the network's keys do not, `module.` say"
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> NetworkSpec:

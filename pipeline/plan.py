@@ -125,6 +125,7 @@ def make(wanted: Config, rescan: bool = False) -> Plan:
 
     def add(stage: str, settings: dict, parents: list[Step], dataset: str = "", network: str = "") -> Step:
         settings = settings | {"version": STAGES[stage].VERSION, "parents": [parent.id for parent in parents]}
+        settings = json.loads(json.dumps(settings))  # as a manifest will hold it
         id = digest(settings)
         folder = "/".join(filter(None, ("networks" if network and not dataset else dataset, network)))
         folder = folder or f"report/{wanted.name}"
@@ -187,7 +188,7 @@ def settle(plan: Plan, dry: bool = False) -> list[str]:
         path = plan.results / step.manifest
         try:
             manifest = Manifest.read(path)
-            reason = next((why for parent in step.parents if (why := _outdated(parent, manifest, digests, gone))), None)
+            reason = _outdated(plan.results, step, manifest, digests, gone)
         except FileNotFoundError:
             gone.add(step.manifest)
             continue
@@ -205,9 +206,17 @@ def settle(plan: Plan, dry: bool = False) -> list[str]:
     return said
 
 
-def _outdated(parent: str, manifest: Manifest, digests: Mapping[str, str], gone: set[str]) -> str | None:
-    if parent in gone:
-        return f"{parent} is not there"
-    if manifest.parents.get(parent) != digests[parent]:
-        return f"{parent} has another output than the one that was read"
+def _outdated(results: Path, step: Step, manifest: Manifest, digests: Mapping[str, str], gone: set[str]) -> str | None:
+    """Why a manifest no longer stands for what a run would make now; None where it does."""
+    for parent in step.parents:
+        if parent in gone:
+            return f"{parent} is not there"
+        if manifest.parents.get(parent) != digests[parent]:
+            return f"{parent} has another output than the one that was read"
+    for path, output in manifest.includes.items():
+        try:
+            if Manifest.read(results / path).digest != output:
+                return f"{path} has another output than the one that was written"
+        except FileNotFoundError:
+            return f"{path} is not there"
     return None

@@ -26,7 +26,13 @@ def begin(plan: Plan, step: Step) -> float:
 
 
 def finish(
-    plan: Plan, step: Step, began: float, digest: str, files: Files, result: Mapping[str, Any] | None = None
+    plan: Plan,
+    step: Step,
+    began: float,
+    digest: str,
+    files: Files,
+    result: Mapping[str, Any] | None = None,
+    includes: Mapping[str, str] | None = None,
 ) -> Manifest:
     """Write the manifest of a finished step. `files` are relative to the folder that holds `done/`."""
     manifest = Manifest(
@@ -35,6 +41,7 @@ def finish(
         digest=digest,
         parents={path: plan.manifest(plan.steps[path]).digest for path in step.parents},
         files=files,
+        includes=includes or {},
         result=result or {},
         settings=step.settings,
         provenance=provenance() | {"began": began, "seconds": round(time.time() - began, 3)},

@@ -45,13 +45,13 @@ POND = (0.3, 0.15, 0.4)
 RULES: dict[str, Rule] = {
     "ski slope": Rule(
         ("snow",), ("", "", "path", "road"), (0.15, 0.15, 0.3),
-        (Cast(objects.skier, (2, 3, 3, 4), 17, 24), Cast(objects.tree, (0, 1, 2, 3), 14, 26)),
+        (Cast(objects.skier, (2, 3, 3, 4), 18, 25), Cast(objects.tree, (0, 1, 2, 3), 14, 26)),
         tilt=0.3, mountains=0.5,
     ),
     "snowy village": Rule(
         ("snow",), STRIPS, POND,
         (
-            Cast(objects.house, (3, 4, 4, 5), 17, 24), Cast(objects.tree, (0, 1, 2), 14, 26),
+            Cast(objects.house, (3, 4, 4, 5), 18, 25), Cast(objects.tree, (0, 1, 2), 14, 26),
             Cast(objects.person, (0, 0, 1), 12, 17), Cast(objects.lamp, (0, 0, 1), 18, 26),
         ),
     ),
@@ -65,14 +65,14 @@ RULES: dict[str, Rule] = {
     "farm": Rule(
         OPEN_GROUNDS, (*STRIPS, "field"), POND,
         (
-            Cast(objects.cow, (2, 3, 3, 4), 12, 17), Cast(objects.fence, (0, 1, 1), 7, 10),
+            Cast(objects.cow, (3, 3, 4), 13, 18), Cast(objects.fence, (0, 1, 1), 7, 10),
             Cast(objects.house, (0, 1, 1), 15, 23), Cast(objects.tree, (0, 1, 2), 14, 26),
         ),
     ),
     "park": Rule(
         GROUNDS, (*STRIPS, "path"), POND,
         (
-            Cast(objects.bench, (2, 3, 3), 9, 12), Cast(objects.person, (0, 1, 2), 12, 18),
+            Cast(objects.bench, (3, 3, 4), 11, 14), Cast(objects.person, (0, 1, 2), 12, 18),
             Cast(objects.tree, (0, 1, 2, 3), 16, 28), Cast(objects.lamp, (0, 1), 20, 28),
             Cast(objects.swan, (0, 0, 0, 1), 6, 9, "water"),
         ),
@@ -80,28 +80,28 @@ RULES: dict[str, Rule] = {
     "beach": Rule(
         ("sand", "sand", "sand", "sand", "grass", "pavement"), ("", "path", "road", "road"), (0.8, 0.2, 0.45),
         (
-            Cast(objects.parasol, (2, 3, 3), 17, 24), Cast(objects.person, (0, 1, 2), 12, 18),
+            Cast(objects.parasol, (3, 3, 4), 18, 25), Cast(objects.person, (0, 1, 2), 12, 18),
             Cast(objects.boat, (0, 0, 0, 1), 9, 14, "water"), Cast(objects.rock, (0, 0, 1), 4, 8),
         ),
     ),
     "desert": Rule(
         ("sand", "sand", "sand", "soil", "autumn", "grass"), STRIPS, POND,
         (
-            Cast(objects.cactus, (2, 3, 4), 18, 28), Cast(objects.rock, (0, 1, 2), 4, 9),
+            Cast(objects.cactus, (3, 3, 4), 20, 29), Cast(objects.rock, (0, 1, 2), 4, 9),
             Cast(objects.bush, (0, 0, 1), 4, 6), Cast(objects.person, (0, 0, 1), 12, 17),
         ),
     ),
     "harbour": Rule(
         GROUNDS, ("", "path", "road", "road"), (1.0, 0.4, 0.8),
         (
-            Cast(objects.boat, (2, 3, 4), 17, 27, "water"), Cast(objects.pier, (0, 1, 1), 5, 7, "water"),
+            Cast(objects.boat, (3, 3, 4), 19, 28, "water"), Cast(objects.pier, (0, 1, 1), 5, 7, "water"),
             Cast(objects.house, (0, 1, 2), 14, 20, "horizon"), Cast(objects.person, (0, 0, 1), 12, 17),
         ),
     ),
     "lake": Rule(
         GROUNDS, ("", "path", "road", "road"), (1.0, 0.4, 0.8),
         (
-            Cast(objects.swan, (2, 3, 4), 11, 16, "water"), Cast(objects.tree, (0, 1, 2), 14, 24),
+            Cast(objects.swan, (3, 3, 4), 13, 18, "water"), Cast(objects.tree, (0, 1, 2), 14, 24),
             Cast(objects.bush, (0, 1, 2), 4, 7), Cast(objects.bench, (0, 0, 0, 1), 6, 8),
             Cast(objects.boat, (0, 0, 0, 1), 10, 15, "water"),
         ),
@@ -110,22 +110,22 @@ RULES: dict[str, Rule] = {
     "city street": Rule(
         ("pavement", "pavement", "snow", "snow", "grass", "sand"), ("", "road", "road", "path"), POND,
         (
-            Cast(objects.building, (2, 3, 4), 20, 34, "horizon"), Cast(objects.lamp, (1, 2, 2), 22, 30),
-            Cast(objects.car, (0, 1, 1, 2), 10, 14, "road"), Cast(objects.person, (0, 1, 2), 13, 19),
+            Cast(objects.building, (3, 4, 4), 21, 34, "horizon"), Cast(objects.lamp, (1, 2, 2), 22, 30),
+            Cast(objects.car, (0, 0, 1, 2), 10, 14, "road"), Cast(objects.person, (0, 1, 2), 13, 19),
             Cast(objects.tree, (0, 0, 1), 14, 24),
         ),
     ),
     "road": Rule(
         GROUNDS, ("road",), POND,
         (
-            Cast(objects.car, (2, 3, 3), 11, 16, "road"), Cast(objects.sign, (0, 1, 2), 14, 20),
+            Cast(objects.car, (3, 3, 4), 12, 17, "road"), Cast(objects.sign, (0, 1, 2), 14, 20),
             Cast(objects.tree, (0, 1, 2), 14, 26), Cast(objects.house, (0, 0, 0, 1), 14, 20),
         ),
     ),
     "airport": Rule(
         GROUNDS, ("road", "road", "", "path"), POND,
         (
-            Cast(objects.plane, (2, 3, 3), 14, 20), Cast(objects.car, (0, 0, 1), 7, 11),
+            Cast(objects.plane, (3, 3, 4), 16, 21), Cast(objects.car, (0, 0, 1), 7, 11),
             Cast(objects.building, (0, 0, 1), 9, 16, "horizon"), Cast(objects.person, (0, 0, 1), 12, 17),
             Cast(objects.lamp, (0, 0, 1), 18, 26),
         ),
@@ -142,7 +142,7 @@ STRAYS = (
     Cast(objects.lamp, (1,), 18, 26), Cast(objects.sign, (1,), 13, 18),
 )  # fmt: skip
 """Things that stand in the wrong scene: one in STRAY of the pictures, never as many as their own class has."""
-STRAY = 0.35
+STRAY = 0.3
 
 GROUND_LOOKS: dict[str, tuple[tuple[str, str], tuple[Colour, ...]]] = {
     "snow": (("snow", "snow"), ((0.92, 0.93, 0.97), (0.82, 0.86, 0.94))),
@@ -213,9 +213,9 @@ def _paint_horizon(canvas: Canvas, rule: Rule, horizon: float) -> None:
     if backdrop < 0.2:
         for _ in range(draw.pick((2, 3, 4))):
             objects.tree(canvas, draw.between(2, 62), horizon + 2, draw.between(7, 11))
-    elif backdrop < 0.35:
+    elif backdrop < 0.32:
         for _ in range(draw.pick((1, 2, 3))):
-            objects.building(canvas, draw.between(2, 62), horizon + 2, draw.between(9, 19))
+            objects.building(canvas, draw.between(2, 62), horizon + 2, draw.between(8, 15))
 
 
 class _Land:
@@ -312,7 +312,7 @@ def _place(canvas: Canvas, land: _Land, rule: Rule) -> None:
             placed.append((depth, x, draw.between(member.low, member.high), member.painter))
     for depth, x, height, painter in sorted(placed, key=lambda one: one[0]):
         canvas.stand_at(depth)
-        painter(canvas, x, land.y(x, depth), height * (0.62 + 0.38 * depth))
+        painter(canvas, x, land.y(x, depth), height * (0.72 + 0.28 * depth))
 
 
 def _free_spot(draw: Draw, taken: list[float]) -> float:

@@ -100,7 +100,7 @@ def _shade(canvas: Canvas, light: Colour, draw: Draw, out: NDArray[np.uint8]) ->
     grain += 1
     ramp = _ramp(size)
     grain *= (1 + draw.between(-0.1, 0.1) * ramp)[:, None] + draw.between(-0.12, 0.12) * ramp
-    strength = np.float32(255 * draw.between(0.01, 0.04))
+    strength = np.float32(255 * draw.between(0.01, 0.035))
     top, left = int(draw.random() * NOISE_PERIOD), int(draw.random() * NOISE_PERIOD)
     noise = noise_table(size)[:, top : top + size, left : left + size]
     for channel in range(3):
