@@ -132,7 +132,7 @@ def serve(address_file: Path, cluster: Cluster) -> None:
             index: {
                 "cls": Nanny,
                 "options": options
-                | ({"env": {"CUDA_VISIBLE_DEVICES": devices[index]}} if cluster.kind == "gpu" else {}),
+                | {"env": {"CUDA_VISIBLE_DEVICES": devices[index] if cluster.kind == "gpu" else ""}},
             }
             for index in range(count)
         },
@@ -199,6 +199,11 @@ def run_tasks(
         bar.close()
         for future in list(queue.futures):
             future.cancel()
+
+
+def device() -> str:
+    """On a worker: `cuda` when it was given a GPU, else `cpu`; torch is not imported to find out."""
+    return "cuda" if os.environ.get("CUDA_VISIBLE_DEVICES") else "cpu"
 
 
 def workers_of(client: Any) -> int:

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline import stage
-from pipeline.cluster import client, run_tasks, workers_of
+from pipeline.cluster import client, device, run_tasks, workers_of
 from pipeline.config import AnyDataset
 from pipeline.errors import MicrotomeError
 from pipeline.identity import crc32c, digest
@@ -355,13 +355,6 @@ def activation(layer: Layer, one: Counted) -> np.ndarray:
     start = one.shard * array.chunks[0]
     maps = np.asarray(array[start : start + array.chunks[0]])
     return maps if len(one.rows) == len(maps) else maps[one.rows]
-
-
-def device() -> str:
-    """Where the kernels count: the GPU that this worker was given, if any; torch is not imported to find out."""
-    import os
-
-    return "cuda" if os.environ.get("CUDA_VISIBLE_DEVICES") else "cpu"
 
 
 # IoU ------------------------------------------------------------------------------------------------------------------

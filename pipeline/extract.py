@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline import stage
-from pipeline.cluster import client, run_tasks
+from pipeline.cluster import client, device, run_tasks
 from pipeline.config import AnyDataset, Network
 from pipeline.errors import MicrotomeError
 from pipeline.identity import digest
@@ -295,13 +295,7 @@ def platform_numerics() -> dict[str, str]:
     """Device kind and torch's minor version: other ones may differ in the last bits."""
     import torch
 
-    return {"device": device().type, "torch": ".".join(torch.__version__.split(".")[:2])}
-
-
-def device() -> torch.device:
-    import torch
-
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return {"device": device(), "torch": ".".join(torch.__version__.split(".")[:2])}
 
 
 def scale_for(largest: float, headroom: bool = False) -> float:
@@ -334,6 +328,8 @@ def _network(model: Model) -> torch.nn.Module:
     from pipeline.networks import load
 
     torch.set_num_threads(1)
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.deterministic = True
     network = load(model.spec, model.weights).to(device())
     return network.to(memory_format=torch.channels_last) if model.spec.numerics.channels_last else network
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline import stage
-from pipeline.cluster import client, run_tasks
+from pipeline.cluster import client, device, run_tasks
 from pipeline.config import Network
 from pipeline.errors import MicrotomeError
 from pipeline.identity import FileDigests, crc32c
@@ -136,5 +136,6 @@ def _train(spec: Network, name: str, store: Path, files: dict, folder: Path) -> 
         recipe=spec.train.recipe,
         folder=folder,
         progress=progress,
+        device=device(),
     )
     return network, facts
