@@ -271,7 +271,7 @@ def swan(canvas: Canvas, x: float, y: float, h: float) -> None:
     """A swan or a duck: a low body, a neck, a head with a beak."""
     draw = canvas.draw
     side = draw.pick((-1, 1))
-    plumage = draw.near(draw.pick(((0.94, 0.94, 0.92), (0.94, 0.94, 0.92), (0.42, 0.32, 0.24), (0.16, 0.16, 0.18))))
+    plumage = draw.near(draw.pick(((0.94, 0.94, 0.92), (0.42, 0.32, 0.24), (0.16, 0.16, 0.18), (0.62, 0.60, 0.58))))
     body = canvas.surface("swan", "swan body", "feathers", plumage)
     head = canvas.surface("swan", "swan head", "feathers", draw.near(plumage, 0.04))
     neck = x + side * h * 0.5

@@ -16,6 +16,7 @@ from pipeline.scenes.vocabulary import CATEGORIES, CLASSES
 
 SPLITS = ("train", "validation")
 SMALLEST, LARGEST = 16, 1024
+WHITE_BALANCE = 0.12  # of the camera: the most that a channel is off
 
 
 class Scenes(NamedTuple):
@@ -89,9 +90,11 @@ def _label(canvas: Canvas, out: NDArray[np.uint8]) -> None:
 
 
 def _shade(canvas: Canvas, light: Colour, draw: Draw, out: NDArray[np.uint8]) -> None:
-    """Fill the picture (3, size, size): surface colour x light x texture x gradient + noise."""
+    """Fill the picture (3, size, size): surface colour x light x texture x gradient + noise, as a camera sees it."""
     size = canvas.size
-    seen = _lit(canvas, light, draw.between(0.8, 1.12))
+    exposure = draw.between(0.7, 1.15)
+    camera = [exposure * draw.between(1 - WHITE_BALANCE, 1 + WHITE_BALANCE) for _ in range(3)]
+    seen = _lit(canvas, light) * np.array(camera, np.float32)[:, None]
     material = np.array([surface.material * PERIOD * PERIOD for surface in canvas.surfaces], np.int32)
     down, across = int(draw.random() * PERIOD), int(draw.random() * PERIOD)
     grain = (
@@ -111,11 +114,11 @@ def _shade(canvas: Canvas, light: Colour, draw: Draw, out: NDArray[np.uint8]) ->
         out[channel] = plane
 
 
-def _lit(canvas: Canvas, light: Colour, exposure: float) -> NDArray[np.float32]:
+def _lit(canvas: Canvas, light: Colour) -> NDArray[np.float32]:
     """Colour of every surface as it is seen, shape (3, surfaces), 0 to 255: lit, shaded, and hazy in the distance."""
     table = np.array([(*surface.colour, *surface[4:]) for surface in canvas.surfaces])
     colour, (lit, glow, haze) = table[:, :3], table[:, 3:, None].swapaxes(0, 1)
-    shone = colour * (lit * (np.array(light) * exposure))
+    shone = colour * (lit * np.array(light))
     sky = colour[0]  # seen as it is: the sky's palette belongs to the hour already
     seen = (1 - haze) * shone + haze * sky
     seen = (1 - glow) * seen + glow * colour
