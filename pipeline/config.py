@@ -291,7 +291,9 @@ def select(config: Config, only: str | list[str]) -> Config:
     networks = {k: v for k, v in config.networks.items() if k in names} or dict(config.networks)
     chosen = [name for name in config.datasets if name in names] or list(config.datasets)
     networks = {
-        name: network.model_copy(update={"datasets": [d for d in (chosen if network.datasets is None else network.datasets) if d in chosen]})
+        name: network.model_copy(
+            update={"datasets": [d for d in (chosen if network.datasets is None else network.datasets) if d in chosen]}
+        )
         for name, network in networks.items()
     }
     return config.model_copy(update={"networks": networks})

@@ -17,7 +17,9 @@ class Recipe(BaseModel):
     warmup: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.1, description="share of the steps in which the learning rate rises; after it a cosine takes it to zero"
     )
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="share of the target that goes to all classes")
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="share of the target that goes to all classes"
+    )
     flip: bool = Field(True, description="mirror half of the images")
     shift: NonNegativeInt = Field(0, description="move images by up to so many pixels; the border is repeated")
     seed: NonNegativeInt = Field(0, description="of the order of the images and their augmentation")

@@ -37,7 +37,9 @@ def store(tmp_path):
     files = {}
     for start in (0, 4, 8):
         block = values[start : start + 4]
-        files |= write(path, {"activation": ((start, 0, 0, 0), block), "label": ((start,), start + np.arange(len(block)))})
+        files |= write(
+            path, {"activation": ((start, 0, 0, 0), block), "label": ((start,), start + np.arange(len(block)))}
+        )
     return path, files, values
 
 

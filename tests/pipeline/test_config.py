@@ -1,0 +1,231 @@
+"""The configuration: what is accepted, what is refused, and that the refusal says where and what is near."""
+
+import copy
+
+import pytest
+import yaml
+from experiments import scenes
+
+from pipeline.config import PRESETS, RESERVED, Config, Dissect, known_keys, load, parse, select
+from pipeline.errors import MicrotomeError
+
+
+def full(folder):
+    """A configuration with every section written out."""
+    raw = scenes(folder)
+    raw["datasets"]["scenes"]["dissect"] = {"method": "standard"}
+    raw["datasets"]["photos"] = {
+        "kind": "segmentation",
+        "root": "images",
+        "label_maps": {"part": {"folder": "maps", "classes": "classes.txt"}},
+        "split": {"all": "validation"},
+        "resize": {"squash": [32, 48]},
+    }
+    raw["datasets"]["folder"] = {"kind": "imagefolder", "root": "images", "split": {"share": {"a": 0.5, "b": 0.5}}}
+    raw["networks"]["tiny"] |= {"weights": "train", "train": {"dataset": "scenes", "recipe": {"steps": 3}}}
+    raw["networks"]["tiny"] |= {"preprocessing": {"mean": [0, 0, 0]}}
+    return raw | {"controls": {"images": 5}, "cluster": {"workers": 1}, "report": {"title": "T"}}
+
+
+def at(raw, path):
+    for key in path:
+        raw = raw[key]
+    return raw
+
+
+SECTIONS = {
+    (): "dataset",
+    ("datasets", "scenes"): "shard_image",
+    ("datasets", "scenes", "images"): "training",
+    ("datasets", "scenes", "dissect"): "quantil",
+    ("datasets", "photos"): "labelmaps",
+    ("datasets", "photos", "label_maps", "part"): "class",
+    ("datasets", "photos", "split"): "folder",
+    ("datasets", "photos", "resize"): "sqash",
+    ("datasets", "folder"): "max_bad_fractions",
+    ("networks", "tiny"): "layer",
+    ("networks", "tiny", "numerics"): "microbatch",
+    ("networks", "tiny", "preprocessing"): "means",
+    ("networks", "tiny", "train"): "recipes",
+    ("networks", "tiny", "train", "recipe"): "learning_rat",
+    ("controls",): "image",
+    ("cluster",): "worker",
+    ("report",): "top_image",
+}
+NEAREST = {
+    "dataset": "datasets",
+    "training": "train",
+    "labelmaps": "label_maps",
+    "class": "classes",
+    "means": "mean",
+    "sqash": "squash",
+}
+
+
+@pytest.mark.parametrize("path", SECTIONS, ids=".".join)
+def test_an_unknown_key_is_refused_in_every_section_with_the_nearest(tmp_path, path):
+    raw = full(tmp_path)
+    parse(raw)
+    wrong = SECTIONS[path]
+    at(raw, path)[wrong] = 1
+    with pytest.raises(MicrotomeError) as error:
+        parse(raw)
+    line = next(line for line in str(error.value).splitlines() if "unknown key" in line)
+    assert ".".join(path) in line.replace(".segmentation.", ".").replace(".scenes.scenes", ".scenes") or path
+    assert line.strip().split(":")[0].endswith(wrong)
+    near = NEAREST.get(wrong) or next(key for key in known_keys() if key.startswith(wrong[:4]))
+    assert near in line.partition("nearest: ")[2]
+
+
+def test_every_error_is_said_at_once(tmp_path):
+    raw = full(tmp_path)
+    raw["datasets"]["scenes"]["size"] = 8
+    raw["networks"]["tiny"]["numerics"] = {"micro_batch": 0}
+    del raw["name"]
+    with pytest.raises(MicrotomeError) as error:
+        parse(raw)
+    text = str(error.value)
+    assert "name: missing" in text and "found 8" in text and "micro_batch" in text and len(text.splitlines()) == 4
+
+
+@pytest.mark.parametrize("where", ["datasets", "networks", "name"])
+@pytest.mark.parametrize("name", RESERVED)
+def test_reserved_names(tmp_path, where, name):
+    raw = scenes(tmp_path)
+    if where == "name":
+        raw["name"] = name
+    else:
+        (raw[where][name],) = raw[where].values()
+    with pytest.raises(MicrotomeError, match=f"'{name}' is reserved"):
+        parse(raw)
+
+
+HOSTILE = [
+    "",
+    ".",
+    "..",
+    "../x",
+    "a/b",
+    "a b",
+    "$(id)",
+    "a;b",
+    "-x",
+    "a\n",
+    "ä",
+    "x" * 65,
+    "<b>",
+    "a\x00",
+    "`id`",
+    "{x}",
+]
+
+
+@pytest.mark.parametrize("where", ["datasets", "networks", "name"])
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_names(tmp_path, where, name):
+    raw = scenes(tmp_path)
+    if where == "name":
+        raw["name"] = name
+    else:
+        (raw[where][name],) = raw[where].values()
+    with pytest.raises(MicrotomeError, match="refused"):
+        parse(raw)
+
+
+@pytest.mark.parametrize("name", ["images.zarr", "layers.json", "quarantine.csv", "concepts.ledger"])
+def test_names_of_files_of_the_results_folder(tmp_path, name):
+    raw = scenes(tmp_path)
+    (raw["networks"][name],) = raw["networks"].values()
+    with pytest.raises(MicrotomeError, match="ends as a file of the results folder"):
+        parse(raw)
+
+
+def test_the_name_of_the_control_is_taken(tmp_path):
+    raw = scenes(tmp_path)
+    raw["networks"]["tiny-untrained"] = raw["networks"]["tiny"]
+    with pytest.raises(MicrotomeError, match="untrained control"):
+        parse(raw)
+
+
+def test_references_to_data_sets(tmp_path):
+    raw = full(tmp_path)
+    raw["networks"]["tiny"]["datasets"] = ["photo"]
+    with pytest.raises(MicrotomeError, match="no data set 'photo'; nearest: photos"):
+        parse(raw)
+    raw = full(tmp_path)
+    raw["networks"]["tiny"]["train"]["dataset"] = "scene"
+    with pytest.raises(MicrotomeError, match="no data set 'scene'; nearest: scenes"):
+        parse(raw)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("networks", "tiny", "weights"), "random", "go together"),
+        (("networks", "tiny", "train"), None, "go together"),
+        (("networks", "tiny", "torchvision"), "resnet18", "exactly one of `torchvision: name` and `module"),
+        (("networks", "tiny", "module"), "no function", "path.py:function"),
+        (("datasets", "folder", "split"), {"share": {"a": 0.5, "b": 0.4}}, "add up to 0.9"),
+        (("datasets", "folder", "split"), {"all": "a", "folders": True}, "exactly one"),
+        (("datasets", "folder", "split"), {}, "exactly one"),
+        (("datasets", "folder", "concepts"), ["truth"], "pixels"),
+        (("datasets", "photos", "label_maps"), {}, "at least 1"),
+        (("datasets", "photos", "kind"), "segments", "segments"),
+        (("datasets", "scenes", "dissect", "quantile"), 1.0, "less than 1"),
+        (("datasets",), {}, "at least 1"),
+        (("networks",), {}, "at least 1"),
+        (("datasets",), "many", "dictionary"),
+    ],
+)
+def test_wrong_values(tmp_path, path, value, message):
+    raw = full(tmp_path)
+    at(raw, path[:-1])[path[-1]] = value
+    with pytest.raises(MicrotomeError, match=message):
+        parse(raw)
+
+
+def test_presets_and_what_overrides_them():
+    assert Dissect().resolved() == PRESETS["standard"] | {
+        "method": "standard",
+        "min_iou": 0.04,
+        "split": "validation",
+    }
+    for method, preset in PRESETS.items():
+        assert preset.items() <= Dissect(method=method).resolved().items()
+    own = Dissect(method="cvpr2017", quantile=0.02, border="zeros").resolved()
+    assert own["quantile"] == 0.02 and own["border"] == "zeros"
+    assert own["positions"] == "native" and own["union"] == "category"
+
+
+def test_the_same_again_from_what_is_written_down(tmp_path):
+    config = parse(full(tmp_path))
+    assert parse(config.model_dump()) == config
+    assert Config.model_validate_json(config.model_dump_json()) == config
+
+
+def test_only(tmp_path):
+    raw = full(tmp_path)
+    raw["networks"]["other"] = copy.deepcopy(raw["networks"]["tiny"]) | {"datasets": ["photos"]}
+    both = parse(raw)
+    assert list(select(both, "tiny").networks) == ["tiny"]
+    assert select(both, "tiny").networks["tiny"].datasets == ["scenes", "photos", "folder"]
+    assert select(both, "scenes").networks["tiny"].datasets == ["scenes"]
+    assert select(both, "scenes").networks["other"].datasets == []
+    assert select(both, "tiny, photos").networks["tiny"].datasets == ["photos"]
+    assert parse(raw | {"only": "other"}).networks.keys() == {"other"}
+    assert parse(raw | {"only": ["tiny", "other"]}).networks.keys() == {"tiny", "other"}
+    for wrong, near in [("tinny", "tiny"), ("tiny,scene", "scenes"), (["foto"], "photos")]:
+        with pytest.raises(MicrotomeError, match=f"no network or data set has this name; nearest: .*{near}"):
+            parse(raw | {"only": wrong})
+
+
+def test_files(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text(yaml.safe_dump(full(tmp_path)))
+    assert load(file) == parse(full(tmp_path))
+    for text in ["", "- a\n", "a: [", "x: !!python/object/apply:os.system ['touch /nowhere']", "text"]:
+        file.write_text(text)
+        with pytest.raises(MicrotomeError, match=r"c\.yaml"):
+            load(file)
+    with pytest.raises(MicrotomeError, match="cannot read the configuration"):
+        load(tmp_path / "absent.yaml")
