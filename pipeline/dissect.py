@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from kernels.threshold import Bracket, Tail
     from pipeline.images import Images
     from pipeline.plan import Plan, Step
+    from pipeline.store import Reader
 
 VERSION = 1
 CODE = ("kernels", "pipeline/dissect.py")
@@ -107,11 +108,17 @@ class Layer:
 
 @dataclass(frozen=True)
 class Wanted:
-    """One result per layer: true labels or permuted ones, over these shards, under this id."""
+    """One result per layer: true labels or permuted ones, over these shards, under this id.
+
+    `thresholds` is the id of the thresholds alone, and `labels` that of what was counted for each category: what an
+    earlier result with the same ones holds is taken from there.
+    """
 
     layer: Layer
     permuted: bool
     counted: tuple[Counted, ...]
+    thresholds: str
+    labels: Mapping[str, str]
     id: str
 
 
@@ -131,16 +138,20 @@ def run(plan: Plan, step: Step) -> None:
     bound = step.settings["control_images"]
     few = counted[: -(-bound // images.shard_images)] if bound else counted
 
-    wanted = [want(layer, False, counted, how, labelled, images) for layer in layers]
-    if step.settings["permuted"]:
-        wanted += [want(layer, True, few, how, labelled, images) for layer in layers]
+    wanted = []
+    for layer in layers:
+        thresholds = digest([VERSION, layer.digest, basis(counted), threshold_settings(layer, how, images)])
+        wanted.append(want(layer, False, counted, thresholds, labelled, how))
+        if step.settings["permuted"]:
+            wanted.append(want(layer, True, few, thresholds, labelled, how))
     with one_at_a_time(plan.scratch / f"{step.dataset}.dissect.lock"):
         missing = [one for one in wanted if not finished(one)]
         if missing:
             with client(plan.config.cluster, plan.scratch) as workers:
-                lacking = {one.layer.id: one.layer for one in missing}
-                thresholds = find_thresholds(workers, step.name, lacking, counted, how, images)
-                count_and_write(workers, step.name, missing, thresholds, concepts, how)
+                known = {one.layer.id: found for one in missing if (found := earlier_threshold(one))}
+                lacking = {one.layer.id: one.layer for one in missing if one.layer.id not in known}
+                known |= find_thresholds(workers, step.name, lacking, counted, how, images)
+                count_and_write(workers, step.name, missing, known, concepts, how)
 
     entries = {}
     files: Files = {}
@@ -224,27 +235,33 @@ def derangement(image_ids: Iterable[str]) -> np.ndarray:
     return partner
 
 
+def basis(counted: Iterable[Counted]) -> str:
+    """The id of a choice of images, with their groups and partners."""
+    return digest([[one.shard, *(part.tolist() for part in (one.rows, one.group, one.partner))] for one in counted])
+
+
+def threshold_settings(layer: Layer, how: Mapping[str, Any], images: Images) -> list[Any]:
+    return [how["quantile"], how["border"], list(counted_size(layer, how, images))]
+
+
+def counted_size(layer: Layer, how: Mapping[str, Any], images: Images) -> tuple[int, int]:
+    """The size at which positions are counted for thresholds: that of the label maps, or the layer's own."""
+    return images.size if how["positions"] == "upsampled" else layer.shape[1:]
+
+
 def want(
-    layer: Layer, permuted: bool, counted: Iterable[Counted], how: Mapping[str, Any], labelled: Manifest, images: Images
+    layer: Layer,
+    permuted: bool,
+    counted: Iterable[Counted],
+    thresholds: str,
+    labelled: Manifest,
+    how: Mapping[str, Any],
 ) -> Wanted:
     """The result for a layer, with the id of all it depends on: activations, images, label maps, settings."""
-    if permuted:
-        counted = [one for one in counted if len(one.rows) > 1]
-    counted = tuple(counted)
-    id = digest(
-        {
-            "version": VERSION,
-            "activations": layer.digest,
-            "images": [[one.shard, one.rows.tolist()] for one in counted],
-            "groups": hashlib.sha256(
-                b"".join(one.group.tobytes() + one.partner.tobytes() for one in counted)
-            ).hexdigest(),
-            "labels": [[c["name"], c["numbers"], c["contents"]] for c in labelled.result["categories"]],
-            "permuted": permuted,
-            "settings": dict(how),
-        }
-    )
-    return Wanted(layer, permuted, counted, id)
+    counted = tuple(one for one in counted if len(one.rows) > 1 or not permuted)
+    common = [VERSION, thresholds, basis(counted), permuted]
+    labels = {c["name"]: digest([*common, c["numbers"], c["contents"]]) for c in labelled.result["categories"]}
+    return Wanted(layer, permuted, counted, thresholds, labels, digest([*common, list(labels.items()), dict(how)]))
 
 
 def manifest_of(one: Wanted) -> Path:
@@ -283,13 +300,10 @@ def find_thresholds(
 ) -> dict[str, Threshold]:
     """Find the exact top quantile of every unit: brackets from a sample, counts in them, again where they missed."""
     quantile, border = how["quantile"], how["border"]
-
-    def size(layer: Layer) -> tuple[int, int]:
-        return images.size if how["positions"] == "upsampled" else layer.shape[1:]
-
+    size = {id: counted_size(layer, how, images) for id, layer in layers.items()}
     found: dict[str, Threshold] = {}
     sample = counted[:SAMPLE_SHARDS]
-    tasks: list[tuple] = [(layer, sample, size(layer), border, quantile) for layer in layers.values()]
+    tasks: list[tuple] = [(layer, sample, size[id], border, quantile) for id, layer in layers.items()]
     brackets: dict[str, tuple[Bracket, np.ndarray]] = {}
     for id, bracket in run_tasks(client, sample_layer, tasks, len(tasks), f"{label}: samples"):
         count = len(bracket.floor)
@@ -297,7 +311,7 @@ def find_thresholds(
         found[id] = Threshold(np.full(count, np.nan, np.float16), np.zeros(count, np.int64), 0)
     while brackets:
         tasks = [
-            (layers[id], units, bracket, part, size(layers[id]), border)
+            (layers[id], units, bracket, part, size[id], border)
             for id, (bracket, units) in brackets.items()
             for part in runs(counted, client)
         ]
@@ -314,6 +328,30 @@ def find_thresholds(
             if not result.certified.all():
                 brackets[id] = (tail.refine(quantile)[~result.certified], units[~result.certified])
     return found
+
+
+def earlier_results(one: Wanted) -> Iterator[tuple[Path, Manifest]]:
+    """Finished results for the same layer with the same thresholds: folder and manifest."""
+    for path in sorted((one.layer.store.parent / "done").glob("dissect.*.json")):
+        manifest = Manifest.read(path)
+        if manifest.result["thresholds"] == one.thresholds:
+            yield one.layer.store.parent / f"dissect-{manifest.id}", manifest
+
+
+def earlier_threshold(one: Wanted) -> Threshold | None:
+    """The thresholds of an earlier result, if there is one with these."""
+    for folder, manifest in earlier_results(one):
+        stored = result_store(folder, "thresholds.zarr", manifest)
+        half = (stored["threshold"][:] / np.float32(stored.attrs["scale"])).astype(np.float16)
+        return Threshold(half, stored["active"][:], stored.attrs["positions_counted"])
+    return None
+
+
+def result_store(folder: Path, name: str, manifest: Manifest) -> Reader:
+    """One store of a dissect-<id> folder, to be read verified."""
+    from pipeline.store import Reader
+
+    return Reader(folder / name, stage.below(f"{folder.name}/{name}", manifest.files))
 
 
 def runs(counted: list[Counted], client: Any) -> Iterator[list[Counted]]:
@@ -370,26 +408,79 @@ def count_and_write(
 ) -> None:
     """Count intersections for every wanted result, a batch of layers at a time; write each when it is done."""
     for batch in batches(missing, len(concepts.names)):
-        shards = {one.shard: one for wanted in batch for one in wanted.counted}
-        tasks = [
-            (
-                [
-                    (w.layer, w.permuted, {one.shard for one in w.counted}, thresholds[w.layer.id].threshold)
-                    for w in batch
-                ],
-                part,
-                concepts,
-                how["border"],
-            )
-            for part in runs(list(shards.values()), client)
+        known = {(one.layer.id, one.permuted): earlier_counts(one, concepts) for one in batch}
+        rest = {name for one in batch for name in set(one.labels) - set(known[one.layer.id, one.permuted])}
+        chosen = only(concepts, [name for name in concepts.categories if name in rest])
+        # Areas come with any count; where all categories are known there is nothing to count.
+        shards = {one.shard: one for wanted in batch for one in wanted.counted} if rest else {}
+        layers = [
+            (w.layer, w.permuted, {one.shard for one in w.counted}, thresholds[w.layer.id].threshold) for w in batch
         ]
+        tasks = [(layers, part, chosen, how["border"]) for part in runs(list(shards.values()), client)]
         totals: dict[tuple[str, bool], Counts] = {}
         for counts in run_tasks(client, count_run, tasks, len(tasks), f"{label}: IoU"):
             for key, part in counts.items():
                 totals[key] = add(totals[key], part) if key in totals else part
         for wanted in batch:
-            found = thresholds[wanted.layer.id]
-            write_layer(wanted, found, totals[wanted.layer.id, wanted.permuted], concepts, how)
+            key = wanted.layer.id, wanted.permuted
+            sources = known[key] | (dict.fromkeys(chosen.categories, (totals[key], chosen)) if rest else {})
+            write_layer(wanted, thresholds[wanted.layer.id], joined(concepts, sources), concepts, how)
+
+
+def only(concepts: Concepts, categories: list[str]) -> Concepts:
+    """The concepts of some categories."""
+    places = [concepts.categories.index(name) for name in categories]
+    columns = [at for at, place in enumerate(concepts.place) if place in places]
+    return replace(
+        concepts,
+        categories=tuple(categories),
+        axis=tuple(concepts.axis[place] for place in places),
+        names=tuple(concepts.names[at] for at in columns),
+        numbers=tuple(concepts.numbers[at] for at in columns),
+        place=tuple(places.index(concepts.place[at]) for at in columns),
+    )
+
+
+def earlier_counts(one: Wanted, concepts: Concepts) -> dict[str, tuple[Counts, Concepts]]:
+    """Counts of earlier results, by category, for the categories that were counted there on the same label maps."""
+    found: dict[str, tuple[Counts, Concepts]] = {}
+    for folder, manifest in earlier_results(one):
+        there = manifest.result["labels"]
+        names = [name for name, id in one.labels.items() if there.get(name) == id and name not in found]
+        if names:
+            source = replace(concepts, categories=tuple(there), axis=(), names=(), numbers=(), place=())
+            stored = result_store(folder, "counts.zarr", manifest)
+            source = replace(source, place=tuple(stored.attrs["category_of_concept"]))
+            found |= dict.fromkeys(names, (read_counts(stored), source))
+    return found
+
+
+def read_counts(stored: Reader) -> Counts:
+    from kernels.iou import Counts
+
+    return Counts(**{item.name: np.asarray(stored[item.name][:]) for item in fields(Counts)})
+
+
+def joined(concepts: Concepts, sources: Mapping[str, tuple[Counts, Concepts]]) -> Counts:
+    """Counts with all concepts in order, each category from its source; areas and pixels are in every source."""
+    from kernels.iou import Counts
+
+    columns, places = [], []
+    for name in concepts.categories:
+        counts, source = sources[name]
+        place = source.categories.index(name)
+        own = np.flatnonzero(np.asarray(source.place) == place)
+        columns.append((counts.intersection[:, :, own], counts.concept_area[:, own]))
+        places.append((counts.unit_area_in_category[:, :, place], counts.pixels_in_category[:, place]))
+    counts, _ = next(iter(sources.values()))
+    return Counts(
+        intersection=np.concatenate([part for part, _ in columns], axis=2),
+        unit_area=counts.unit_area,
+        unit_area_in_category=np.stack([part for part, _ in places], axis=2),
+        concept_area=np.concatenate([part for _, part in columns], axis=1),
+        pixels=counts.pixels,
+        pixels_in_category=np.stack([part for _, part in places], axis=1),
+    )
 
 
 def batches(missing: list[Wanted], concepts: int) -> Iterator[list[Wanted]]:
@@ -511,7 +602,7 @@ def write_layer(wanted: Wanted, found: Threshold, counts: Counts, concepts: Conc
         id=wanted.id,
         digest=digest(files),
         files=files,
-        result={"layer": layer.id, "permuted": wanted.permuted},
+        result={"thresholds": wanted.thresholds, "labels": dict(wanted.labels)},
         provenance=stage.provenance(),
     ).write(manifest_of(wanted))
 
@@ -521,17 +612,12 @@ def write_layer(wanted: Wanted, found: Threshold, counts: Counts, concepts: Conc
 
 def unit_rows(one: Wanted, manifest: Manifest, how: Mapping[str, Any]) -> list[list[Any]]:
     """The rows of units.csv for one layer, read back from its verified stores."""
-    from kernels.iou import Counts
     from kernels.jackknife import label_units
-    from pipeline.store import Reader
 
     folder = one.layer.store.parent / f"dissect-{one.id}"
-
-    def reader(name: str) -> Reader:
-        return Reader(folder / name, stage.below(f"{folder.name}/{name}", manifest.files))
-
-    thresholds, stored, result = reader("thresholds.zarr"), reader("counts.zarr"), reader("iou.zarr")
-    counts = Counts(**{item.name: np.asarray(stored[item.name][:]) for item in fields(Counts)})
+    names_of = ("thresholds.zarr", "counts.zarr", "iou.zarr")
+    thresholds, stored, result = (result_store(folder, name, manifest) for name in names_of)
+    counts = read_counts(stored)
     labels = label_units(counts, np.asarray(stored.attrs["category_of_concept"]), how["union"])
     names, categories = result["concept"][:], result["category"][:]
     threshold = thresholds["threshold"][:]
