@@ -113,9 +113,10 @@ def run(plan: Plan, step: Step) -> None:
                     )
 
     entries = {c.name: [ledger.entries[f"{shard} {c.name}"] for shard in shards] for c in categories}
-    refused = {k: v for row in entries.values() for entry in row for k, v in entry["refused"].items()}
-    allowed = getattr(dataset, "max_bad_fraction", 0.0)
     counted = images.counted(step.settings["split"])
+    wanted = set(map(str, image_id[counted]))
+    refused = {k: v for row in entries.values() for entry in row for k, v in entry["refused"].items() if k in wanted}
+    allowed = getattr(dataset, "max_bad_fraction", 0.0)
     if len(refused) > allowed * counted.sum():
         shown = "; ".join(f"{name!r}: {reason}" for name, reason in sorted(refused.items())[:5])
         raise MicrotomeError(

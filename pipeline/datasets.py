@@ -196,7 +196,7 @@ def read_label_maps(
                 path = paths.get(category)
                 if path is None:
                     raise Refused(f"no label map of category {category!r}")
-                classes, lookup = _lookup(maps.model_dump_json())
+                classes, lookup = _lookup(maps.model_dump_json(), Path(maps.classes).stat().st_mtime_ns)
                 label_map = decode_label_map(path, classes, lookup, geometry(dataset), image_size, dataset.max_pixels)
                 if label_map.shape != size:
                     raise Refused(f"label map {path} gives {label_map.shape}, expected {size}")
@@ -207,8 +207,8 @@ def read_label_maps(
 
 
 @functools.lru_cache(maxsize=64)
-def _lookup(maps: str) -> tuple[ClassList, np.ndarray]:
-    """Class list and look-up table of a category (by its configuration): made once a worker."""
+def _lookup(maps: str, mtime_ns: int) -> tuple[ClassList, np.ndarray]:
+    """Class list and look-up table of a category, by its configuration and the list's time: made once a worker."""
     classes = _class_list(LabelMaps.model_validate_json(maps))
     return classes, classes.lookup({name: at + 1 for at, name in enumerate(classes.concepts().values())})
 
