@@ -39,11 +39,14 @@ class Times(nn.Module):
         return x * self.factor
 
 
-def wide(huge=1e6, minute=1e-8):
+def headed(**layers):
     return nn.Sequential(OrderedDict(
-        huge=Times(huge), back=Times(minute / huge), half=nn.Conv2d(3, 2, 1), pool=nn.AdaptiveAvgPool2d(1),
-        flatten=nn.Flatten(),
+        **layers, plain=nn.Conv2d(3, 2, 1), pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(),
     ))
+
+
+def wide(huge, minute):
+    return headed(huge=Times(huge), back=Times(minute / huge))
 
 
 class Bright(nn.Module):
@@ -58,11 +61,7 @@ class Bright(nn.Module):
 
 
 def bright(value):
-    return nn.Sequential(OrderedDict(
-        plain=nn.Conv2d(3, 2, 1), pick=nn.Identity(), pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(),
-    )) if value is None else nn.Sequential(OrderedDict(
-        bright=Bright(float(value)), plain=nn.Conv2d(3, 2, 1), pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(),
-    ))
+    return headed(bright=Bright(float(value)))
 """
 
 
