@@ -138,11 +138,13 @@ def run(plan: Plan, step: Step) -> None:
     bound = step.settings["control_images"]
     few = counted[: -(-bound // images.shard_images)] if bound else counted
 
+    # Alone in its shard, an image has no other label map to meet.
+    with_control = step.settings["permuted"] and any(len(one.rows) > 1 for one in few)
     wanted = []
     for layer in layers:
         thresholds = digest([VERSION, layer.digest, basis(counted), threshold_settings(layer, how, images)])
         wanted.append(want(layer, False, counted, thresholds, labelled, how))
-        if step.settings["permuted"]:
+        if with_control:
             wanted.append(want(layer, True, few, thresholds, labelled, how))
     with one_at_a_time(plan.scratch / f"{step.dataset}.dissect.lock"):
         missing = [one for one in wanted if not finished(one)]
@@ -167,6 +169,8 @@ def run(plan: Plan, step: Step) -> None:
                     entries[one.layer.name] = paths_of(one, folder)
         if rows:
             files |= write_file(folder / step.network, name, csv_bytes(UNIT_COLUMNS, rows))
+        else:
+            (folder / step.network / name).unlink(missing_ok=True)
     files |= write_file(folder / step.network, "layers.json", json.dumps(entries, indent=1).encode())
     result = {"images": sum(len(c.rows) for c in counted), "control_images": sum(len(c.rows) for c in few)}
     output = digest({"layers": list(includes.values()), "files": files})
