@@ -147,7 +147,8 @@ def run(plan: Plan, step: Step) -> None:
         if with_control:
             wanted.append(want(layer, True, few, thresholds, labelled, how))
     with one_at_a_time(plan.scratch / f"{step.dataset}.dissect.lock"):
-        missing = [one for one in wanted if not finished(one)]
+        # Two names of one output, a block and its last part say, are one layer with one result.
+        missing = list({one.id: one for one in wanted if not finished(one)}.values())
         if missing:
             with client(plan.config.cluster, plan.scratch) as workers:
                 known = {one.layer.id: found for one in missing if (found := earlier_threshold(one))}

@@ -81,8 +81,8 @@ class Layer:
 
 @dataclass
 class Shard:
-    """What one task says of its shard: the files written per layer (logits under ""), or the largest value of a layer
-    that did not fit float16, whose shard is then not written."""
+    """What one task says of its shard, by layer id: the files written (logits under ""), or the largest value of a
+    layer that did not fit float16, whose shard is then not written."""
 
     shard: int
     files: dict[str, Files] = field(default_factory=dict)
@@ -116,11 +116,15 @@ def run(plan: Plan, step: Step) -> None:
         open_logits(logits, images, prepared.classes)
         logits_ledger = Ledger(logits.with_suffix(".ledger"))
         while True:
-            ledgers = {layer.name: Ledger(layer.store.with_suffix(".ledger")) for layer in layers}
+            # Two names of one output, a block and its last part say, have one id and one store.
+            distinct = {layer.id: layer for layer in layers}
+            ledgers = {id: Ledger(layer.store.with_suffix(".ledger")) for id, layer in distinct.items()}
             tasks = []
             for shard in shards:
                 missing = [
-                    x for x in layers if not ledgers[x.name].get(str(shard), shard_id(images, shard, x), x.store)
+                    layer
+                    for id, layer in distinct.items()
+                    if not ledgers[id].get(str(shard), shard_id(images, shard, layer), layer.store)
                 ]
                 head = logits if not logits_ledger.get(str(shard), logits_id(images, shard, model), logits) else None
                 if missing or head:
@@ -130,12 +134,11 @@ def run(plan: Plan, step: Step) -> None:
             overflow: dict[str, float] = {}
             try:
                 for done in run_tasks(workers, extract_shard, tasks, len(tasks), step.name):
-                    for layer in layers:
-                        if layer.name in done.files:
-                            id = shard_id(images, done.shard, layer)
-                            ledgers[layer.name].record(str(done.shard), id, done.files[layer.name])
-                    for name, value in done.overflow.items():
-                        overflow[name] = max(overflow.get(name, 0.0), value)
+                    for id, layer in distinct.items():
+                        if id in done.files:
+                            ledgers[id].record(str(done.shard), shard_id(images, done.shard, layer), done.files[id])
+                    for id, value in done.overflow.items():
+                        overflow[id] = max(overflow.get(id, 0.0), value)
                     if "" in done.files:
                         logits_ledger.record(str(done.shard), logits_id(images, done.shard, model), done.files[""])
             except NonFiniteError as error:
@@ -148,12 +151,12 @@ def run(plan: Plan, step: Step) -> None:
                 break
             # The values of some image are beyond the headroom: those layers again, at a scale that holds all of them.
             layers = [
-                open_layer(replace(layer, scale=scale_for(overflow[layer.name])), images)
-                if layer.name in overflow
+                open_layer(replace(layer, scale=scale_for(overflow[layer.id])), images)
+                if layer.id in overflow
                 else layer
                 for layer in layers
             ]
-    described = [finish_layer(plan, step, layer, images, shards, ledgers[layer.name]) for layer in layers]
+    described = [finish_layer(plan, step, layer, images, shards, ledgers[layer.id]) for layer in layers]
     files = stage.within("logits.zarr", logits_ledger.files(map(str, shards)))
     output = digest({"layers": [[entry["name"], entry["digest"]] for entry in described], "logits": files})
     files |= stage.within("logits.zarr", metadata_files(logits))
@@ -376,7 +379,7 @@ def extract_shard(
         _refuse_non_finite(output, layer.name, start)
         largest = float(output.abs().amax())
         if largest > HALF_MAX * layer.scale:
-            done.overflow[layer.name] = largest
+            done.overflow[layer.id] = largest
             continue
         maps, special = to_maps(output, layer.info)
         half = (maps / layer.scale).half()
@@ -387,7 +390,7 @@ def extract_shard(
         }
         if special is not None:
             values["special"] = ((start, 0, 0), (special / layer.scale).half().contiguous().cpu().numpy())
-        done.files[layer.name] = write(layer.store, values)
+        done.files[layer.id] = write(layer.store, values)
     if logits is not None:
         head = torch.cat(heads)
         _refuse_non_finite(head, "logits", start)

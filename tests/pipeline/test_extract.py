@@ -100,7 +100,7 @@ def test_the_same_bits_in_any_order_and_on_any_number_of_workers(tmp_path):
                 extract._network.cache_clear()  # another worker takes over
             done = extract.extract_shard(*tasks[k])
             for layer in tasks[k][5]:
-                written = {name: list(value) for name, value in done.files[layer.name].items()}
+                written = {name: list(value) for name, value in done.files[layer.id].items()}
                 assert written == by_the_pool[layer.id, str(k)]
 
 
