@@ -126,6 +126,9 @@ def run(plan: Plan, step: Step) -> None:
                     for id, layer in distinct.items()
                     if not ledgers[id].get(str(shard), shard_id(images, shard, layer), layer.store)
                 ]
+                for layer in missing:
+                    if str(shard) in ledgers[layer.id].entries:  # its files are about to become others
+                        remove_others(layer.store.parent / "done", "activations")
                 head = logits if not logits_ledger.get(str(shard), logits_id(images, shard, model), logits) else None
                 if missing or head:
                     tasks.append(

@@ -76,6 +76,20 @@ class Manifest:
             raise MicrotomeError(f"the manifest {path} is damaged ({error}): delete it and run again") from error
 
 
+def recorded_files(store: Path) -> Files:
+    """Size and crc32c of the files of a store, by name within it, as the manifests say that describe it.
+
+    Manifests stand in `done/` beside the store or one folder further up; none is no error, and the result is empty.
+    """
+    found: Files = {}
+    for base in (store.parent, store.parent.parent):
+        inside = store.relative_to(base).as_posix() + "/"
+        for path in sorted((base / "done").glob("*.json")):
+            files = Manifest.read(path).files
+            found |= {name.removeprefix(inside): files[name] for name in files if name.startswith(inside)}
+    return found
+
+
 def remove_others(done: Path, stage: str, keep: str | None = None) -> None:
     """Remove the manifests of a stage in one `done` folder, except the one with id `keep`.
 

@@ -15,12 +15,13 @@ class Comparison:
     """A network and the same network untrained, by their names in the results folder; None without that control.
 
     The other control, label maps permuted over the images, is shown when `units-permuted.csv` stands beside
-    `units.csv`.
+    `units.csv`; `permuted_images` is how many images it was counted on, where that is known.
     """
 
     dataset: str
     network: str
     control: str | None = None
+    permuted_images: int | None = None
 
 
 def build(

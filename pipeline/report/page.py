@@ -35,6 +35,7 @@ class Section:
     units: list[Unit]
     cards: list[Card]
     top_images: int
+    permuted_images: int | None
     category_names: dict[str, str]
     has_training: bool
     files: list[str]
@@ -107,6 +108,7 @@ def section(results: Path, figures: Path, tables: Path, comparison: Comparison, 
         units=by_iou(trained.units),
         cards=drawn,
         top_images=top_images,
+        permuted_images=comparison.permuted_images,
         category_names=short,
         has_training=bool(curve),
         files=[

@@ -11,6 +11,8 @@ from typing import IO, Any, Protocol
 import zarr
 
 from pipeline.errors import MicrotomeError
+from pipeline.manifest import recorded_files
+from pipeline.store import Reader
 
 COLUMNS = (
     "layer",
@@ -166,7 +168,13 @@ class Store(Protocol):
 
 
 def open_store(path: Path) -> Store:
-    """Open a zarr store for reading: the one place through which the report reaches stores."""
+    """Open a zarr store for reading: the one place through which the report reaches stores.
+
+    Its chunks are verified where a manifest says what was written.
+    """
+    recorded = recorded_files(path)
+    if recorded:
+        return Reader(path, recorded)
     try:
         return zarr.open_group(path, mode="r", use_consolidated=False)
     except FileNotFoundError:

@@ -78,7 +78,11 @@ def controls(section: "Section") -> str:
         trained = section.trained.layers[-1].settings.get("images")
         if isinstance(images, int) and isinstance(trained, int):
             untrained = "the same" if images == trained else number(images)
-            parts.append(f"The network was measured on {plural(trained, 'image')}, the untrained one on {untrained}.")
+            sentence = f"The network was measured on {plural(trained, 'image')}, the untrained one on {untrained}"
+            if section.permuted_images is not None:
+                permuted = "the same" if section.permuted_images == trained else number(section.permuted_images)
+                sentence += f", permuted labels on {permuted}"
+            parts.append(sentence + ".")
     if absent:
         parts.append(f"Not measured here: {' and '.join(absent)}.")
     return " ".join(parts)

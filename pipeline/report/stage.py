@@ -29,10 +29,10 @@ def run(plan: Plan, step: Step) -> None:
     for dissected in plan.of_stage("dissect"):
         assert dissected.dataset is not None and dissected.network is not None
         if not dissected.network.endswith(UNTRAINED):
-            control = dissected.network + UNTRAINED
-            comparisons.append(
-                report.Comparison(dissected.dataset, dissected.network, control if control in plan.networks else None)
-            )
+            permuted = plan.manifest(dissected).result["control_images"]
+            known = dissected.network + UNTRAINED
+            control = known if known in plan.networks else None
+            comparisons.append(report.Comparison(dissected.dataset, dissected.network, control, permuted))
     ids = {other.name: other.id for other in plan.steps.values() if other.stage != "report"}
     configuration = json.loads(plan.config.model_dump_json(exclude_defaults=True))
     report.build(
