@@ -31,17 +31,27 @@ def cnn(num_classes: int = 12) -> nn.Module:
 
 
 def vit(num_classes: int = 12, image_size: int = 64) -> nn.Module:
-    """A vision transformer of four blocks, width 128, on patches of 8 x 8 pixels and a class token."""
-    from torchvision.models import VisionTransformer
+    """A vision transformer of three blocks, width 96, on a grid of one token for 8 x 8 pixels and a class token.
+
+    The tokens come from a stem of four convolutions (Xiao et al., "Early convolutions help transformers see better",
+    NeurIPS 2021), without which it learns several times as slowly.
+    """
+    from torchvision.models.vision_transformer import ConvStemConfig, VisionTransformer
 
     return VisionTransformer(
         image_size=image_size,
         patch_size=8,
-        num_layers=4,
+        num_layers=3,
         num_heads=4,
-        hidden_dim=128,
-        mlp_dim=256,
+        hidden_dim=96,
+        mlp_dim=192,
         num_classes=num_classes,
+        conv_stem_configs=[
+            ConvStemConfig(out_channels=24, kernel_size=3, stride=2),
+            ConvStemConfig(out_channels=48, kernel_size=3, stride=2),
+            ConvStemConfig(out_channels=64, kernel_size=3, stride=1),
+            ConvStemConfig(out_channels=96, kernel_size=3, stride=2),
+        ],
     )
 
 
