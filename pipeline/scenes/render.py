@@ -16,7 +16,7 @@ from pipeline.scenes.vocabulary import CATEGORIES, CLASSES
 
 SPLITS = ("train", "validation")
 SMALLEST, LARGEST = 16, 1024
-WHITE_BALANCE = 0.12  # of the camera: the most that a channel is off
+WHITE_BALANCE = 0.06  # of the camera: the most that a channel is off
 
 
 class Scenes(NamedTuple):
@@ -92,7 +92,7 @@ def _label(canvas: Canvas, out: NDArray[np.uint8]) -> None:
 def _shade(canvas: Canvas, light: Colour, draw: Draw, out: NDArray[np.uint8]) -> None:
     """Fill the picture (3, size, size): surface colour x light x texture x gradient + noise, as a camera sees it."""
     size = canvas.size
-    exposure = draw.between(0.7, 1.15)
+    exposure = draw.between(0.75, 1.15)
     camera = [exposure * draw.between(1 - WHITE_BALANCE, 1 + WHITE_BALANCE) for _ in range(3)]
     seen = _lit(canvas, light) * np.array(camera, np.float32)[:, None]
     material = np.array([surface.material * PERIOD * PERIOD for surface in canvas.surfaces], np.int32)
