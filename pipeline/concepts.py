@@ -33,7 +33,13 @@ if TYPE_CHECKING:
     from pipeline.plan import Plan, Step
 
 VERSION = 1
-CODE = ("kernels/colour.py", "pipeline/concepts.py", "pipeline/label_maps.py", "pipeline/scenes")
+CODE = (
+    "kernels/colour.py",
+    "pipeline/concepts.py",
+    "pipeline/datasets.py",
+    "pipeline/label_maps.py",
+    "pipeline/scenes",
+)
 PIXELS = "pixels/colour"  # the category computed from the pixels
 UINT16 = 65535
 

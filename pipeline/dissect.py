@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from pipeline.store import Reader
 
 VERSION = 1
-CODE = ("kernels", "pipeline/dissect.py")
+CODE = ("kernels", "pipeline/dissect.py", "pipeline/listing.py")
 SAMPLE_SHARDS = 4  # the first shards are a random sample of the images: where the thresholds probably lie
 ACCUMULATOR_BYTES = 2 << 30  # counts held at once; layers beyond that go through the images in another pass
 UNIT_COLUMNS = (

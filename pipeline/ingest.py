@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from pipeline.plan import Plan, Step
 
 VERSION = 1
-CODE = ("pipeline/decode.py", "pipeline/ingest.py", "pipeline/scenes")
+CODE = ("pipeline/datasets.py", "pipeline/decode.py", "pipeline/ingest.py", "pipeline/listing.py", "pipeline/scenes")
 COLUMN = (65536,)  # chunk of what has one value an image: the same for any number, so that a longer store keeps its ids
 
 

@@ -140,27 +140,35 @@ def test_against_the_definitions(tmp_path, settings):
     plan = run(segmentation(tmp_path, **hard_images(tmp_path), dissect=settings), *STAGES)
     how = plan.config.datasets["photos"].dissect.resolved()
     for name, layer in layers_of(plan).items():
-        brute = Brute(plan, how, layer)
-        found = opened(layer["iou"])
-        thresholds = opened(layer["thresholds"])
-        np.testing.assert_array_equal(thresholds["threshold"][:], brute.threshold.astype(np.float32))
-        assert thresholds["active"][:].tolist() == brute.active_count
-        assert how.items() <= dict(thresholds.attrs).items() and how.items() <= dict(found.attrs).items()
-        assert found.attrs["images"] == len(brute.rows) and found.attrs["labels"] == "true"
-        assert found.attrs["pixels"] == len(brute.rows) * SIZE * SIZE
-        numbers = found["concept_id"][:].tolist()
-        assert sorted(numbers) == sorted(brute.table)
-        assert text(found["concept"]) == [brute.table[number]["name"] for number in numbers]
-        assert text(found["category"]) == [brute.table[number]["category"] for number in numbers]
-        rows = [row for row in units_of(plan) if row["layer"] == name]
-        for unit, row in enumerate(rows):
-            plain = [brute.counts(unit, number) for number in numbers]
-            assert found["intersection"][unit].tolist() == [both for both, *_ in plain]
-            assert found["unit_area"][unit] == plain[0][1]
-            assert found["concept_area"][:].tolist() == [area for _, _, area, _ in plain]
-            iou = np.array([value for *_, value in plain])
-            np.testing.assert_allclose(found["iou"][unit], iou, rtol=1e-6)
-            check_row(row, brute, unit, numbers, iou, how)
+        check_layer(plan, how, layer, layer["iou"].parent, [row for row in units_of(plan) if row["layer"] == name])
+        (permuted,) = set(layer["iou"].parent.parent.glob("dissect-*")) - {layer["iou"].parent}
+        rows = [row for row in units_of(plan, "units-permuted.csv") if row["layer"] == name]
+        check_layer(plan, how, layer, permuted, rows, permuted=True)
+
+
+def check_layer(plan, how, layer, folder, rows, permuted=False):
+    """Compare the stores in one folder and rows of a table with the definitions."""
+    brute = Brute(plan, how, layer, permuted)
+    found, thresholds = opened(folder / "iou.zarr"), opened(folder / "thresholds.zarr")
+    np.testing.assert_array_equal(thresholds["threshold"][:], brute.threshold.astype(np.float32))
+    assert thresholds["active"][:].tolist() == brute.active_count
+    assert how.items() <= dict(thresholds.attrs).items() and how.items() <= dict(found.attrs).items()
+    assert found.attrs["images"] == len(brute.rows)
+    assert found.attrs["labels"] == ("permuted" if permuted else "true")
+    assert found.attrs["pixels"] == len(brute.rows) * SIZE * SIZE
+    numbers = found["concept_id"][:].tolist()
+    assert sorted(numbers) == sorted(brute.table)
+    assert text(found["concept"]) == [brute.table[number]["name"] for number in numbers]
+    assert text(found["category"]) == [brute.table[number]["category"] for number in numbers]
+    for unit, row in enumerate(rows):
+        plain = [brute.counts(unit, number) for number in numbers]
+        assert found["intersection"][unit].tolist() == [both for both, *_ in plain]
+        assert found["unit_area"][unit] == plain[0][1]
+        assert found["concept_area"][:].tolist() == [area for _, _, area, _ in plain]
+        iou = np.array([value for *_, value in plain])
+        np.testing.assert_allclose(found["iou"][unit], iou, rtol=1e-6)
+        check_row(row, brute, unit, numbers, iou, how)
+    assert len(rows) == len(brute.threshold)
 
 
 def check_row(row, brute, unit, numbers, iou, how):
@@ -182,27 +190,6 @@ def check_row(row, brute, unit, numbers, iou, how):
     if iou[best] > 0 and len(set(brute.group)) > 1:
         assert 0 <= float(row["ci_low"]) <= iou[best] * (1 + 1e-6) and float(row["ci_high"]) >= iou[best] * (1 - 1e-6)
         assert iou[best] <= float(row["iou_ceiling"]) * (1 + 1e-6) <= 1 + 1e-6
-
-
-@pytest.mark.parametrize("method", PRESETS)
-def test_the_permuted_control_against_the_definitions(tmp_path, method):
-    plan = run(segmentation(tmp_path, **hard_images(tmp_path), dissect={"method": method, "quantile": 0.1}), *STAGES)
-    how = plan.config.datasets["photos"].dissect.resolved()
-    rows = units_of(plan, "units-permuted.csv")
-    for name, layer in layers_of(plan).items():
-        brute = Brute(plan, how, layer, permuted=True)
-        (folder,) = [
-            path
-            for path in layer["iou"].parent.parent.glob("dissect-*")
-            if opened(path / "iou.zarr").attrs["labels"] == "permuted"
-        ]
-        found = opened(folder / "iou.zarr")
-        numbers = found["concept_id"][:].tolist()
-        np.testing.assert_array_equal(opened(folder / "thresholds.zarr")["threshold"][:], brute.threshold)
-        for unit, row in enumerate(row for row in rows if row["layer"] == name):
-            plain = [brute.counts(unit, number) for number in numbers]
-            assert found["intersection"][unit].tolist() == [both for both, *_ in plain]
-            check_row(row, brute, unit, numbers, np.array([value for *_, value in plain]), how)
 
 
 def test_a_derangement_is_one():

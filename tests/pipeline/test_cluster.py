@@ -1,0 +1,154 @@
+"""The pool of workers: results and errors of tasks, and that nothing outlives the run that started it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline import cluster
+from pipeline.config import Cluster
+from pipeline.errors import MicrotomeError
+
+ROOT = Path(__file__).parents[2]
+START = """
+import sys, time
+from pathlib import Path
+from pipeline import cluster
+from pipeline.config import Cluster
+process, address_file = cluster.start_pool(Cluster(workers=1), Path(sys.argv[1]))
+cluster._wait_for(address_file)
+print(address_file.read_text(), flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def client(workers, tmp_path):
+    with cluster.client(Cluster(workers=1), tmp_path) as found:
+        yield found
+
+
+def square(value):
+    return value * value
+
+
+def fail(value):
+    raise MicrotomeError(f"task {value} failed")
+
+
+def slow(folder, value):
+    time.sleep(0.02)
+    Path(folder, str(value)).touch()
+    if value == 3:
+        fail(value)
+
+
+def environment():
+    return {name: os.environ.get(name) for name in (*cluster.THREADS, "CUDA_VISIBLE_DEVICES")}
+
+
+def test_results_of_all_tasks(client):
+    tasks = ((value,) for value in range(50))
+    assert sorted(cluster.run_tasks(client, square, tasks, 50, "squares")) == [value * value for value in range(50)]
+    assert list(cluster.run_tasks(client, square, [], 0, "nothing")) == []
+
+
+def test_the_first_error_is_raised_and_the_rest_is_not_done(client, tmp_path):
+    tasks = ((str(tmp_path), value) for value in range(1000))
+    with pytest.raises(MicrotomeError, match="task 3 failed"):
+        list(cluster.run_tasks(client, slow, tasks, 1000, "slow"))
+    assert 4 <= len(list(tmp_path.glob("[0-9]*"))) < 30
+
+
+def test_tasks_are_drawn_a_few_at_a_time(client):
+    drawn = []
+
+    def tasks():
+        for value in range(100):
+            drawn.append(value)
+            yield (value,)
+
+    results = cluster.run_tasks(client, square, tasks(), 100, "few")
+    for _ in range(10):
+        next(results)
+    assert len(drawn) <= 10 + 4 * cluster.workers_of(client)
+    results.close()
+
+
+def test_a_worker_has_one_thread_and_no_gpu(client):
+    (found,) = cluster.run_tasks(client, environment, [()], 1, "environment")
+    assert found == dict.fromkeys(cluster.THREADS, "1") | {"CUDA_VISIBLE_DEVICES": ""}
+    assert cluster.workers_of(client) == 1
+
+
+def test_only_this_machine_is_listened_to(client):
+    info = client.scheduler_info(n_workers=-1)
+    addresses = [info["address"], *info["workers"], *(worker["nanny"] for worker in info["workers"].values())]
+    assert len(addresses) == 3
+    assert all(address.startswith("tcp://127.0.0.1:") for address in addresses)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def gone(pids, seconds=20) -> bool:
+    end = time.monotonic() + seconds
+    while any(map(alive, pids)) and time.monotonic() < end:
+        time.sleep(0.05)
+    return not any(map(alive, pids))
+
+
+def descendants(pid: int) -> list[int]:
+    children = [child for file in Path(f"/proc/{pid}/task").glob("*/children") for child in file.read_text().split()]
+    return [pid, *(one for child in children for one in descendants(int(child)))]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
+def test_the_pool_ends_with_the_process_that_started_it(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-c", START, str(tmp_path)],
+        stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    try:
+        pids = descendants(json.loads(process.stdout.readline())["pid"])
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+    assert len(pids) >= 2  # the pool itself and its worker
+    assert gone(pids)
+    assert not list(tmp_path.glob("pool-*"))
+
+
+def test_a_pool_that_does_not_start(tmp_path):
+    with pytest.raises(MicrotomeError, match="did not start within 0 s"):
+        cluster._wait_for(tmp_path / "absent.json", seconds=0.1)
+
+
+def test_the_number_of_workers(monkeypatch):
+    assert cluster.workers(Cluster(workers=3)) == 3
+    assert cluster.workers(Cluster()) == len(os.sched_getaffinity(0))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,2")
+    assert cluster.workers(Cluster(kind="gpu")) == 2
+    assert cluster.device() == "cuda"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert cluster.device() == "cpu"
+
+
+def test_progress_says_where_it_is(capsys):
+    bar = cluster.Progress("shards", 3)
+    bar.step(2)
+    bar.shown -= 11
+    bar.step()
+    bar.close()
+    assert capsys.readouterr().err == "  shards: 3/3, 0 s\n"

@@ -1,0 +1,110 @@
+"""No stage's numerical code changes without its author saying whether the numbers change."""
+
+import pytest
+import stage_versions
+from stage_versions import complaint, digest_of, files, main, read_record, versioned
+
+from pipeline.plan import STAGES
+
+
+@pytest.mark.parametrize("name", sorted(versioned()))
+def test_the_code_is_that_of_the_recorded_version(name):
+    one = versioned()[name]
+    said = complaint(name, read_record().get(name), one.now(), one.module, one.attribute)
+    assert said is None, said
+
+
+def test_every_stage_has_a_version_and_names_its_own_code():
+    for name, stage in STAGES.items():
+        assert isinstance(stage.VERSION, int) and stage.VERSION >= 1
+        if hasattr(stage, "CODE"):
+            assert stage.__name__.replace(".", "/") + ".py" in files(stage.CODE), name
+    assert {"ingest", "concepts", "network", "extract", "dissect", "scenes", "layer_id"} <= set(versioned())
+
+
+SOURCE = '''
+"""Module."""
+def f(x: int, y=2) -> int:
+    """Doc."""
+    for i in range(x):
+        y += i  # comment
+    return f"{y!r:>{x}}" + 'text'
+'''
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("  # comment", ""),
+        ('"""Doc."""', '"""Other words."""'),
+        ('"""Module."""\n', ""),
+        ("x: int", "x: float"),
+        (" -> int", ""),
+        ("range(x):", "range(\n        x,\n    ):"),
+        ("'text'", '"text"'),
+        ("y += i", "y  +=  (i)"),
+        ("    return", "\n\n    return"),
+    ],
+)
+def test_what_does_not_count(old, new):
+    assert old in SOURCE
+    assert digest_of(SOURCE.replace(old, new)) == digest_of(SOURCE)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("y=2", "y=3"),
+        ("y=2", "y=2.0"),
+        ("y += i", "y -= i"),
+        ("    return", "        return"),
+        ("'text'", "'Text'"),
+        ("!r", "!s"),
+        ("range(x)", "range(y)"),
+        ("def f", "def g"),
+    ],
+)
+def test_what_counts(old, new):
+    assert old in SOURCE
+    assert digest_of(SOURCE.replace(old, new)) != digest_of(SOURCE)
+
+
+def test_what_an_author_is_told():
+    before = {"version": 2, "code": {"a.py": "1", "b.py": "2"}}
+
+    def said(**changes):
+        return complaint("extract", before, before | changes, "pipeline.extract", "VERSION")
+
+    assert said() is None
+    assert "extract: b.py changed" in said(code={"a.py": "1", "b.py": "3"})
+    assert "raise VERSION in pipeline.extract" in said(code={"a.py": "1"})
+    assert "--same-numbers extract" in said(code={"a.py": "1", "b.py": "2", "c.py": "3"})
+    assert "record it" in said(version=3, code={})
+    assert "versions only rise" in said(version=1)
+
+
+def test_recording(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(stage_versions, "RECORD", tmp_path / "versions.json")
+    assert main([]) == 0
+    recorded = read_record()
+    assert set(recorded) == set(versioned())
+    original = stage_versions.syntax_digest
+    monkeypatch.setattr(
+        stage_versions, "syntax_digest", lambda path: "new" if path.name == "colour.py" else original(path)
+    )
+    assert main([]) == 1 and "concepts: kernels/colour.py changed" in capsys.readouterr().out
+    assert read_record() == recorded
+    assert main(["--same-numbers", "concepts"]) == 1
+    assert read_record()["concepts"]["code"]["kernels/colour.py"] == "new"
+    assert read_record()["dissect"] == recorded["dissect"]
+    assert main(["--same-numbers", "concepts", "dissect"]) == 0
+    with monkeypatch.context() as raised:
+        raised.setattr("pipeline.concepts.VERSION", 99)
+        assert main([]) == 0
+    assert read_record()["concepts"]["version"] == 99
+    assert main([]) == 1 and "versions only rise" in capsys.readouterr().out
+
+
+def test_code_that_is_not_there():
+    with pytest.raises(FileNotFoundError, match=r"CODE names 'pipeline/absent\.py'"):
+        files(("pipeline/absent.py",))
