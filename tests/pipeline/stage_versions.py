@@ -113,8 +113,8 @@ def complaint(
     old, new = recorded["code"], now["code"]
     changed = sorted(file for file in set(old) | set(new) if old.get(file) != new.get(file))
     return (
-        f"{name}: {', '.join(changed)} changed. If stored results change with it, raise {attribute} in {module} and run "
-        f"`{command}`; if the numbers are the same, run `{command} --same-numbers {name}`"
+        f"{name}: {', '.join(changed)} changed. If stored results change with it, raise {attribute} in {module} and "
+        f"run `{command}`; if the numbers are the same, run `{command} --same-numbers {name}`"
     )
 
 
