@@ -72,11 +72,15 @@ def top_images(maximum: Store, units: Sequence[int], shown: np.ndarray, count: i
     array = maximum["maximum"]
     columns = np.unique(np.asarray(units))
     found: dict[int, list[tuple[float, int]]] = {int(unit): [] for unit in columns}
-    for start in range(0, min(array.shape[0], len(shown)), ROWS_AT_ONCE):
-        rows = np.flatnonzero(shown[start : start + ROWS_AT_ONCE])
-        block = array[start : start + ROWS_AT_ONCE, int(columns[0]) : int(columns[-1]) + 1]
+    count_of_rows = min(array.shape[0], len(shown))
+    for start in range(0, count_of_rows, ROWS_AT_ONCE):
+        rows = np.flatnonzero(shown[start : min(start + ROWS_AT_ONCE, count_of_rows)])
+        if not len(rows):
+            continue
+        # By row: a shard that holds none of them may not have been extracted.
+        block = array[start + rows, int(columns[0]) : int(columns[-1]) + 1]
         for unit in columns:
-            values = block[rows[rows < len(block)], unit - columns[0]]
+            values = block[:, unit - columns[0]]
             candidates = np.flatnonzero(~np.isnan(values))
             # The sort is stable, so that equal maxima stay in image order.
             best = candidates[np.argsort(-values[candidates], kind="stable")[:count]]
