@@ -299,6 +299,23 @@ def test_the_same_settings_again_count_nothing(tmp_path, monkeypatch):
     assert everything(plan) == before
 
 
+def test_another_least_iou_costs_no_pass_over_the_activations(tmp_path, monkeypatch):
+    labelled_images(tmp_path, NAMES)
+    before = units_of(run(segmentation(tmp_path, dissect={"quantile": 0.2, "min_iou": 0.0}), *STAGES))
+    original, tasks = dissect.run_tasks, []
+
+    def noted(client, function, todo, total, label):
+        tasks.extend(todo := list(todo))
+        return original(client, function, todo, total, label)
+
+    monkeypatch.setattr(dissect, "run_tasks", noted)
+    after = units_of(run(segmentation(tmp_path, dissect={"quantile": 0.2, "min_iou": 0.2}), *STAGES))
+    assert tasks == []
+    assert [row["iou"] for row in after] == [row["iou"] for row in before]
+    assert all(bool(row["concept"]) == (float(row["iou"]) > 0.2) for row in after)
+    assert {row["concept"] for row in before} != {row["concept"] for row in after}
+
+
 def test_another_source_of_concepts_is_counted_beside_the_first(tmp_path):
     labelled_images(tmp_path, NAMES)
     before = run(segmentation(tmp_path, dissect={"quantile": 0.2}), *STAGES)
