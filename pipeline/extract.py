@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import torch
 
     from pipeline.images import Images
-    from pipeline.layers import LayerInfo
+    from pipeline.layer_info import LayerInfo
     from pipeline.plan import Plan, Step
     from pipeline.store import Ledger
 

@@ -19,7 +19,8 @@ from torch import nn
 
 from pipeline import checkpoint
 from pipeline.errors import MicrotomeError
-from pipeline.layers import LayerInfo, Survey, choose, survey
+from pipeline.layer_info import LayerInfo
+from pipeline.layers import Survey, choose, survey
 from pipeline.networks import Described, NetworkSpec, build
 
 _HALF_BYTES = 2

@@ -31,7 +31,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from pipeline.errors import MicrotomeError
-from pipeline.layers import LayerInfo, first_tensor, one_attention_path
+from pipeline.layer_info import LayerInfo
+from pipeline.layers import first_tensor, one_attention_path
 
 _ID_LENGTH = 20  # hex digits: 80 bits
 # Raise when the same network should get another id than before, since its activations are stored differently.

@@ -13,47 +13,20 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 from torch import nn
 
 from pipeline.errors import MicrotomeError, nearest
+from pipeline.layer_info import LayerInfo, Layout
 
-Layout = Literal["map", "channels_last", "tokens", "vector"]
 # Class, distillation and register tokens of published transformers are at most a dozen. A larger rest means that the
 # grid was guessed wrong.
 _MOST_SPECIAL = 16
 # Convolutions round and cut borders: a map may be this many positions off the image's proportions.
 _ROUNDING = 2
 _SHOWN = 8
-
-
-@dataclass(frozen=True)
-class LayerInfo:
-    """One layer, without the batch.
-
-    Attributes
-    ----------
-    name : the module's name in the network.
-    shape : (units, y, x); a vector has one position.
-    layout : how the output is laid out: `map` (unit, y, x), `channels_last` (y, x, unit), `tokens` (token, unit),
-        `vector` (unit).
-    special : class and register tokens, which come before the tokens of the grid.
-    dtype : of the output, as torch names it without `torch.`.
-    kind : the module's class.
-    """
-
-    name: str
-    shape: tuple[int, int, int]
-    layout: Layout
-    special: int
-    dtype: str
-    kind: str
-
-    @property
-    def spatial(self) -> bool:
-        return self.shape[1] * self.shape[2] > 1
 
 
 @dataclass

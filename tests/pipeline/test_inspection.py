@@ -11,7 +11,7 @@ import torch
 from pipeline.checkpoint import write_safetensors
 from pipeline.errors import MicrotomeError
 from pipeline.inspection import answer, inspect, main
-from pipeline.layers import LayerInfo
+from pipeline.layer_info import LayerInfo
 from pipeline.networks import NetworkSpec, build
 
 ROOT = Path(__file__).parents[2]

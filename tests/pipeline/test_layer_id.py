@@ -17,7 +17,8 @@ from torch.nn import functional
 
 from pipeline.errors import MicrotomeError
 from pipeline.layer_id import layer_ids
-from pipeline.layers import LayerInfo, candidates
+from pipeline.layer_info import LayerInfo
+from pipeline.layers import candidates
 
 SHAPE = (3, 8, 8)
 

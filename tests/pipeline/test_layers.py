@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from pipeline.errors import MicrotomeError
-from pipeline.layers import LayerInfo, Recorder, candidates, resolve, survey, to_maps
+from pipeline.layer_info import LayerInfo
+from pipeline.layers import Recorder, candidates, resolve, survey, to_maps
 
 
 class Residual(nn.Module):
