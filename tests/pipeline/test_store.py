@@ -61,7 +61,7 @@ def test_a_chunk_of_zeros_is_a_file(tmp_path):
     assert (tmp_path / "s/x/c/0").exists()
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=60)
 @given(data=st.data())
 def test_a_flipped_bit_is_refused_wherever_it_is(tmp_path_factory, data):
     path = tmp_path_factory.mktemp("flip") / "s"
