@@ -23,6 +23,10 @@ from pipeline.errors import MicrotomeError
 ADDRESS = "MICROTOME_POOL"  # environment variable: the file that holds the pool's address
 THREADS = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"), "1")
 
+# Dask has workers give freed memory back to the system at once; torch takes it again in every step, and a training costs
+# twice the CPU time (13.0 s against 26.9 s for 60 steps of the demo's ViT).
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 31)}
+
 
 @contextlib.contextmanager
 def client(cluster: Cluster, scratch: Path) -> Iterator[Any]:
@@ -113,6 +117,7 @@ def serve(address_file: Path, cluster: Cluster) -> None:
     count = workers(cluster)
     dask.config.set(
         {
+            "distributed.nanny.pre-spawn-environ": THREADS | ALLOCATOR,
             "distributed.worker.memory.target": False,
             "distributed.worker.memory.spill": False,
             "distributed.admin.low-level-log-length": 0,
@@ -131,8 +136,7 @@ def serve(address_file: Path, cluster: Cluster) -> None:
         workers={
             index: {
                 "cls": Nanny,
-                "options": options
-                | {"env": {"CUDA_VISIBLE_DEVICES": devices[index] if cluster.kind == "gpu" else ""}},
+                "options": options | {"env": {"CUDA_VISIBLE_DEVICES": devices[index] if cluster.kind == "gpu" else ""}},
             }
             for index in range(count)
         },
