@@ -23,8 +23,8 @@ from pipeline.errors import MicrotomeError
 ADDRESS = "MICROTOME_POOL"  # environment variable: the file that holds the pool's address
 THREADS = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"), "1")
 
-# Dask has workers give freed memory back to the system at once; torch takes it again in every step, and a training costs
-# twice the CPU time (13.0 s against 26.9 s for 60 steps of the demo's ViT).
+# Dask has workers give freed memory back to the system at once; torch takes it again in every step, and a training
+# costs twice the CPU time (26.9 s against 13.0 s for 60 steps of the demo's ViT).
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 31)}
 
 
