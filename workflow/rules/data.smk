@@ -9,6 +9,8 @@ rule make_ingest:
     benchmark:
         RESULTS / "{dataset}/logs/ingest.{id}.tsv"
     threads: 1
+    # Training waits for it.
+    priority: 2
     message:
         "Decode {wildcards.dataset}"
     script:
