@@ -1,0 +1,175 @@
+"""A miniature experiment end to end; then another one in the same folder, and the first again.
+
+The same runs say whether the number of workers can be seen in a result: 1, 4 and 2 of them.
+"""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xarray
+from workflow_run import TINY, contents, jobs_run, ledger_shards, snakemake, states, written
+
+from pipeline import config, plan
+
+
+@pytest.fixture
+def first(tmp_path):
+    """A network that is trained here, so its untrained control stands beside it."""
+    return {
+        "name": "first",
+        "results": "results",
+        "datasets": {
+            "scenes": {
+                "kind": "scenes",
+                "size": 32,
+                "shard_images": 16,
+                "images": {"train": 24, "validation": 40},
+                "concepts": ["truth", "pixels"],
+            }
+        },
+        "networks": {
+            "net": {
+                "module": f"{TINY}:tiny",
+                "arguments": {"classes": 12},
+                "weights": "train",
+                "layers": ["0.1", "0.3"],
+                "numerics": {"micro_batch": 8},
+                "train": {"dataset": "scenes", "recipe": {"steps": 4, "batch_size": 8}},
+            }
+        },
+        "cluster": {"workers": 1},
+        "report": {"title": "The first", "cards": 2},
+    }
+
+
+@pytest.fixture
+def second(first):
+    """Another data set, other settings and another network, all under the names of the first."""
+    scenes = first["datasets"]["scenes"] | {"seed": 1, "dissect": {"method": "cvpr2017", "min_iou": 0.001}}
+    net = first["networks"]["net"] | {"weights": "random", "seed": 3, "layers": ["0.3"]}
+    del net["train"]
+    return first | {"name": "second", "datasets": {"scenes": scenes}, "networks": {"net": net}}
+
+
+@pytest.mark.usefixtures("workers")
+def test_two_experiments_in_one_folder(tmp_path, first, second):
+    results = tmp_path / "results"
+    said = snakemake(tmp_path, first, "--dry-run")
+    assert "make_extract" in said
+    assert not results.exists() or not written(results), "a dry run writes nothing but caches"
+
+    said = snakemake(tmp_path, first)
+    assert jobs_run(said) == {
+        "make_ingest": 1,
+        "make_concepts": 1,
+        "make_network": 2,
+        "make_extract": 2,
+        "make_dissect": 2,
+        "make_report": 1,
+    }
+    assert f"The report: {results / 'report/first/index.html'}" in said
+    assert "ingest scenes" in said.rpartition("Finished jobid")[2], "the account of time"
+    _check_contract(results)
+    once = contents(results)
+    before = states(results)
+
+    said = snakemake(tmp_path, first)
+    assert "Nothing to be done" in said
+    assert states(results) == before, "a second run writes nothing"
+
+    said = snakemake(tmp_path, second | {"cluster": {"workers": 4}})
+    assert set(jobs_run(said)) == {
+        "make_ingest",
+        "make_concepts",
+        "make_network",
+        "make_extract",
+        "make_dissect",
+        "make_report",
+    }
+    other = contents(results)
+    alone = _in_a_fresh_folder(tmp_path / "fresh", second)
+    assert {name: other.get(name) for name in alone} == alone, "as in a folder of its own, with one worker"
+    assert (results / "report/first/index.html").exists(), "the report of the first stays"
+
+    said = snakemake(tmp_path, first | {"cluster": {"workers": 2}})
+    assert jobs_run(said)["make_ingest"] == 1
+    again = contents(results)
+    assert {name: again.get(name) for name in once} == once, "the first again, with two workers"
+    assert "Nothing to be done" in snakemake(tmp_path, first)
+
+
+def _in_a_fresh_folder(results: Path, wanted: dict) -> dict[str, str]:
+    """The results of a configuration, made by the stages as a library."""
+    made = plan.make(config.parse(wanted | {"results": str(results)}))
+    for step in made.steps.values():
+        if step.stage != "report":
+            plan.STAGES[step.stage].run(made, step)
+    return contents(results)
+
+
+def _check_contract(results: Path) -> None:
+    """What an outside program may rely on, read with xarray alone."""
+    data = results / "scenes"
+    images = xarray.open_zarr(data / "images.zarr")
+    assert images.image.dims == ("image", "channel", "y", "x")
+    assert images.image.shape == (64, 3, 32, 32)
+    assert images.image.dtype == np.uint8
+    assert bool(images.valid.all())
+    assert "image_id" in images.coords
+    assert len(images.attrs["classes"]) == 12
+    assert sorted(set(images.split.values.tolist())) == ["train", "validation"]
+    assert (data / "quarantine.csv").read_text() == "image_id,path,reason\n"
+
+    concepts = xarray.open_zarr(data / "concepts.zarr")
+    assert concepts.label_map.dims == ("image", "category", "y", "x")
+    assert set(concepts.category.values.tolist()) == {
+        "truth/object",
+        "truth/part",
+        "truth/material",
+        "truth/colour",
+        "pixels/colour",
+    }
+    validation = images.split.values == "validation"
+    numbers = set(np.unique(concepts.label_map.values[validation]).tolist())
+    assert len(numbers) > 20
+    assert numbers - {0} <= {int(number) for number in concepts.attrs["concepts"]}
+
+    for network in ("net", "net-untrained"):
+        layers = json.loads((data / network / "layers.json").read_text())
+        assert list(layers) == ["0.1", "0.3"]
+        with (data / network / "units.csv").open(newline="") as file:
+            units = list(csv.DictReader(file))
+        assert [(row["layer"], int(row["unit"])) for row in units] == [("0.1", u) for u in range(6)] + [
+            ("0.3", u) for u in range(5)
+        ]
+        for name, layer in layers.items():
+            stored = xarray.open_zarr(data / layer["activations"])
+            assert stored.activation.dims == ("image", "unit", "y", "x")
+            assert stored.activation.dtype == np.float16
+            maps = stored.activation.values[validation].astype(np.float32) * stored.attrs["scale"]
+            assert np.isfinite(maps).all()
+            np.testing.assert_allclose(stored.maximum.values[validation], maps.max((2, 3)), rtol=1e-3)
+            np.testing.assert_allclose(stored["mean"].values[validation], maps.mean((2, 3)), rtol=2e-3, atol=1e-4)
+            thresholds = xarray.open_zarr(data / layer["thresholds"])
+            assert {"quantile", "positions", "border", "split"} <= set(thresholds.attrs)
+            iou = xarray.open_zarr(data / layer["iou"])
+            assert iou.intersection.dims == iou.iou.dims == ("unit", "concept")
+            union = iou.unit_area + iou.concept_area - iou.intersection
+            np.testing.assert_allclose(
+                iou.iou.values, (iou.intersection / union).transpose("unit", "concept").values, 1e-6
+            )
+            assert iou.sizes["unit"] == sum(row["layer"] == name for row in units)
+            assert {"concept", "concept_id", "category"} <= set(iou.coords)
+            assert 0 not in iou.concept_id.values
+            shards = ledger_shards((data / layer["activations"]).with_suffix(".ledger"))
+            assert sorted(shards) == ["1", "2", "3"], "only the shards that hold images of the split, each once"
+        logits = xarray.open_zarr(data / network / "logits.zarr").logits
+        assert logits.dims == ("image", "class")
+        assert np.isfinite(logits.values[validation]).all()
+    assert (data / "net" / "units-permuted.csv").exists()
+    model = json.loads((results / "networks/net/model.json").read_text())
+    assert model["recipe"]["steps"] == 4
+    assert len(model["weights_sha256"]) == 64
