@@ -7,11 +7,12 @@ from snakemake.exceptions import WorkflowError
 
 # Jobs and workers import the same code as this file, from any working directory.
 sys.path.insert(0, workflow.basedir)
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [workflow.basedir, os.environ.get("PYTHONPATH")]))
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, [workflow.basedir, os.environ.get("PYTHONPATH")])
+)
 
 from pipeline.errors import MicrotomeError
 from pipeline.run import Run
-
 
 if not workflow.overwrite_configfiles:
 
@@ -42,9 +43,9 @@ localrules:
 
 
 rule report:
+    default_target: True
     input:
         RUN.targets("report"),
-    default_target: True
 
 
 rule dissect:

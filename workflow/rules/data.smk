@@ -8,9 +8,9 @@ rule make_ingest:
         RESULTS / "{dataset}/done/ingest.{id}.json",
     benchmark:
         RESULTS / "{dataset}/logs/ingest.{id}.tsv"
-    threads: 1
     # Training waits for it.
     priority: 2
+    threads: 1
     message:
         "Decode {wildcards.dataset}"
     script:

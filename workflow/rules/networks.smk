@@ -8,9 +8,9 @@ rule make_network:
         RESULTS / "networks/{network}/done/network.{id}.json",
     benchmark:
         RESULTS / "networks/{network}/logs/network.{id}.tsv"
-    threads: 1
     # Training is the longest chain: first.
     priority: 1
+    threads: 1
     message:
         "Weights of {wildcards.network}"
     script:
