@@ -19,7 +19,7 @@ lint: $(VENV)/installed
 	@$(BIN)/ruff format --check .
 	@$(BIN)/snakefmt --check Snakefile workflow
 	@$(BIN)/mypy
-	@$(BIN)/snakemake --lint
+	@$(BIN)/python workflow/lint.py
 
 # What would run, without running it; and why: which part of which id changed.
 plan: $(VENV)/installed

@@ -1,15 +1,10 @@
 """Microtome: images → activations → labelled units. The rules are in workflow/rules, the stages in pipeline/."""
 
-import os
 import sys
 
 from snakemake.exceptions import WorkflowError
 
-# Jobs and workers import the same code as this file, from any working directory.
 sys.path.insert(0, workflow.basedir)
-os.environ["PYTHONPATH"] = os.pathsep.join(
-    filter(None, [workflow.basedir, os.environ.get("PYTHONPATH")])
-)
 
 from pipeline.errors import MicrotomeError
 from pipeline.run import Run
@@ -24,11 +19,6 @@ try:
 except MicrotomeError as error:
     raise WorkflowError(str(error)) from None
 RESULTS = RUN.plan.results
-
-
-def parents(stage):
-    """The manifests that a job of this stage reads. Their existence alone counts, so they are ancient."""
-    return lambda wildcards: [ancient(path) for path in RUN.parents(stage, wildcards)]
 
 
 wildcard_constraints:
@@ -53,6 +43,7 @@ rule dissect:
         RUN.targets("dissect"),
 
 
+include: "workflow/rules/common.smk"
 include: "workflow/rules/data.smk"
 include: "workflow/rules/networks.smk"
 include: "workflow/rules/dissection.smk"

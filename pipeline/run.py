@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
+import io
 import os
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from pipeline import cluster, config, plan, preflight
 from pipeline.errors import MicrotomeError
@@ -29,6 +32,9 @@ class Run:
 
     def __init__(self, raw: Mapping[str, Any], main: bool, dry: bool) -> None:
         self.pool: subprocess.Popen | None = None
+        # Jobs and workers import this same code, from any working directory.
+        own = str(Path(__file__).parent.parent)
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [own, os.environ.get("PYTHONPATH")]))
         if not main and PLAN in os.environ:
             self.plan = Plan.read(Path(os.environ[PLAN]))
             return
@@ -93,12 +99,38 @@ def _read(path: Path) -> Manifest | None:
         return None
 
 
-def job(stage: str, wildcards: Any) -> None:
-    """Run one stage as a job of the workflow; an error a user can act on is printed without a traceback."""
+def job(stage: str, wildcards: Any, log: str) -> None:
+    """Run one stage as a job of the workflow; an error a user can act on is printed without a traceback.
+
+    What is printed goes to the terminal and to `log`, whose folder exists.
+    """
     wanted = Plan.read(Path(os.environ[PLAN]))
     step = wanted.wanted(stage, wildcards["id"], wildcards.get("dataset"), wildcards.get("network"))
-    try:
-        plan.STAGES[stage].run(wanted, step)
-    except MicrotomeError as error:
-        print(f"error: {step.name}: {error}", file=sys.stderr)
-        sys.exit(1)
+    with Path(log).open("w", encoding="utf-8") as file, contextlib.redirect_stderr(_Both(sys.stderr, file)):
+        try:
+            plan.STAGES[stage].run(wanted, step)
+        except MicrotomeError as error:
+            print(f"error: {step.name}: {error}", file=sys.stderr)
+        except Exception:
+            traceback.print_exc()
+        else:
+            return
+    sys.exit(1)
+
+
+class _Both(io.TextIOBase):
+    """Writes to the terminal and to a file."""
+
+    def __init__(self, terminal: TextIO, file: TextIO) -> None:
+        self.terminal, self.file = terminal, file
+
+    def write(self, text: str) -> int:
+        self.file.write(text)
+        return self.terminal.write(text)
+
+    def flush(self) -> None:
+        self.file.flush()
+        self.terminal.flush()
+
+    def isatty(self) -> bool:
+        return self.terminal.isatty()

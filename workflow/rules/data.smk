@@ -6,6 +6,8 @@ rule make_ingest:
         parents("ingest"),
     output:
         RESULTS / "{dataset}/done/ingest.{id}.json",
+    log:
+        RESULTS / "{dataset}/logs/ingest.{id}.log",
     benchmark:
         RESULTS / "{dataset}/logs/ingest.{id}.tsv"
     # Training waits for it.
@@ -22,6 +24,8 @@ rule make_concepts:
         parents("concepts"),
     output:
         RESULTS / "{dataset}/done/concepts.{id}.json",
+    log:
+        RESULTS / "{dataset}/logs/concepts.{id}.log",
     benchmark:
         RESULTS / "{dataset}/logs/concepts.{id}.tsv"
     threads: 1

@@ -6,6 +6,8 @@ rule make_extract:
         parents("extract"),
     output:
         RESULTS / "{dataset}/{network}/done/extract.{id}.json",
+    log:
+        RESULTS / "{dataset}/{network}/logs/extract.{id}.log",
     benchmark:
         RESULTS / "{dataset}/{network}/logs/extract.{id}.tsv"
     threads: 1
@@ -20,6 +22,8 @@ rule make_dissect:
         parents("dissect"),
     output:
         RESULTS / "{dataset}/{network}/done/dissect.{id}.json",
+    log:
+        RESULTS / "{dataset}/{network}/logs/dissect.{id}.log",
     benchmark:
         RESULTS / "{dataset}/{network}/logs/dissect.{id}.tsv"
     threads: 1

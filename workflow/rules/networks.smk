@@ -6,6 +6,8 @@ rule make_network:
         parents("network"),
     output:
         RESULTS / "networks/{network}/done/network.{id}.json",
+    log:
+        RESULTS / "networks/{network}/logs/network.{id}.log",
     benchmark:
         RESULTS / "networks/{network}/logs/network.{id}.tsv"
     # Training is the longest chain: first.

@@ -6,6 +6,8 @@ rule make_report:
         parents("report"),
     output:
         RESULTS / "report" / RUN.plan.config.name / "done/report.{id}.json",
+    log:
+        RESULTS / "report" / RUN.plan.config.name / "logs/report.{id}.log",
     benchmark:
         RESULTS / "report" / RUN.plan.config.name / "logs/report.{id}.tsv"
     threads: 1

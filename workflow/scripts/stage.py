@@ -2,4 +2,4 @@
 
 from pipeline.run import job
 
-job(snakemake.rule.removeprefix("make_"), dict(snakemake.wildcards))  # noqa: F821 (given by Snakemake)
+job(snakemake.rule.removeprefix("make_"), dict(snakemake.wildcards), snakemake.log[0])  # noqa: F821 (given by Snakemake)
