@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from pipeline.plan import Plan, Step
     from pipeline.store import Reader
 
-VERSION = 1
+VERSION = 2
 CODE = ("kernels", "pipeline/dissect.py", "pipeline/listing.py")
 SAMPLE_SHARDS = 4  # the first shards are a random sample of the images: where the thresholds probably lie
 ACCUMULATOR_BYTES = 2 << 30  # counts held at once; layers beyond that go through the images in another pass
@@ -453,9 +453,10 @@ def earlier_counts(one: Wanted, concepts: Concepts) -> dict[str, tuple[Counts, C
         there = manifest.result["labels"]
         names = [name for name, id in one.labels.items() if there.get(name) == id and name not in found]
         if names:
-            source = replace(concepts, categories=tuple(there), axis=(), names=(), numbers=(), place=())
             stored = result_store(folder, "counts.zarr", manifest)
-            source = replace(source, place=tuple(stored.attrs["category_of_concept"]))
+            # The store's own order: a manifest gives its entries sorted by name.
+            categories, place = tuple(stored.attrs["categories"]), tuple(stored.attrs["category_of_concept"])
+            source = replace(concepts, categories=categories, axis=(), names=(), numbers=(), place=place)
             found |= dict.fromkeys(names, (read_counts(stored), source))
     return found
 

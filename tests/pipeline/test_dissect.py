@@ -11,9 +11,20 @@ import xarray as xr
 import zarr
 from experiments import SIZE, labelled_images, lines, run, scenes, segmentation, tiny, write_image, write_label_map
 
+from kernels.iou import Counts
 from pipeline import dissect, upkeep
 from pipeline.config import PRESETS
-from pipeline.dissect import UNIT_COLUMNS, derangement
+from pipeline.dissect import (
+    UNIT_COLUMNS,
+    Concepts,
+    Layer,
+    Threshold,
+    Wanted,
+    derangement,
+    earlier_counts,
+    joined,
+    write_layer,
+)
 from pipeline.errors import MicrotomeError
 from pipeline.listing import group
 
@@ -314,6 +325,20 @@ def test_another_least_iou_costs_no_pass_over_the_activations(tmp_path, monkeypa
     assert [row["iou"] for row in after] == [row["iou"] for row in before]
     assert all(bool(row["concept"]) == (float(row["iou"]) > 0.2) for row in after)
     assert {row["concept"] for row in before} != {row["concept"] for row in after}
+
+
+def test_earlier_counts_are_taken_over_whatever_the_order_of_the_categories(tmp_path):
+    random = np.random.default_rng(0)
+    concepts = Concepts(tmp_path, {}, ("truth/part", "truth/object"), (0, 1), ("a", "b", "c"), (1, 2, 3), (0, 0, 1))
+    shapes = ((2, 4, 3), (2, 4), (2, 4, 2), (2, 3), (2,), (2, 2))
+    counts = Counts(*(random.integers(1, 99, shape) for shape in shapes))
+    layer = Layer("conv", "id", tmp_path / "activations.zarr", {}, (4, 1, 1), 1.0, "digest")
+    one = Wanted(layer, False, (), "thresholds", {"truth/part": "p", "truth/object": "o"}, "id")
+    how = PRESETS["standard"] | {"min_iou": 0.04}
+    write_layer(one, Threshold(np.zeros(4, np.float16), np.zeros(4, np.int64), 1), counts, concepts, how)
+    again = joined(concepts, earlier_counts(one, concepts))
+    for name in vars(counts):
+        np.testing.assert_array_equal(getattr(again, name), getattr(counts, name), err_msg=name)
 
 
 def test_another_source_of_concepts_is_counted_beside_the_first(tmp_path):
