@@ -80,7 +80,7 @@ def run(plan: Plan, step: Step) -> None:
     entries = [ledger.entries[str(shard)] for shard in shards]
     refused = {name: reason for entry in entries for name, reason in entry["refused"].items()}
     files = ledger.files(map(str, shards))
-    if dataset.shard_images and not isinstance(dataset, Scenes):
+    if not isinstance(dataset, Scenes):
         _check_refused(step.dataset, refused, len(listed), dataset.max_bad_fraction)
     valid = (at >= 0) & ~np.isin(image_id.astype(object), list(refused))
     if not valid.any():
