@@ -177,7 +177,6 @@ def run_tasks(
     from distributed import as_completed
 
     tasks = iter(tasks)
-    ahead = 4 * workers_of(client)
     bar = Progress(label, total)
     queue: Any = as_completed(loop=client.loop)
     pending = 0
@@ -190,13 +189,15 @@ def run_tasks(
         return 1
 
     try:
-        for _ in range(ahead):
-            pending += submit()
-        while pending:
+        while True:
+            # Counted each time: the first tasks of a run begin when one worker is there, and others join.
+            pending += sum(submit() for _ in range(4 * workers_of(client) - pending))
+            if not pending:
+                break
             future = next(queue)
             result = future.result()
             future.release()
-            pending += submit() - 1
+            pending -= 1
             bar.step()
             yield result
     finally:
