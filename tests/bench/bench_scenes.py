@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import yaml
 
 from kernels.colour import COLOURS, colour_names
 from pipeline.recipe import Recipe
@@ -20,11 +21,7 @@ from pipeline.scenes import CLASSES, CONCEPTS, generate
 
 NETWORKS = Path(__file__).parents[2] / "config" / "networks" / "scenes.py"
 TRAIN, VALIDATION, SIZE = 10_000, 1600, 64
-MEAN, STD = (0.45, 0.45, 0.45), (0.25, 0.25, 0.25)
-RECIPES = {
-    "cnn": Recipe(steps=1300, batch_size=32, learning_rate=4e-3, warmup=0.1),
-    "vit": Recipe(steps=1800, batch_size=32, learning_rate=1.2e-3, warmup=0.1),
-}
+DEMO = Path(__file__).parents[2] / "config" / "config.yaml"
 
 
 def main() -> None:
@@ -127,12 +124,13 @@ def train(name: str, steps: int | None) -> None:
     spec.loader.exec_module(module)
     torch.manual_seed(0)
     network = getattr(module, name)()
-    recipe = RECIPES[name].model_copy(update={"steps": steps} if steps else {})
+    demo = yaml.safe_load(DEMO.read_text())["networks"][name]
+    recipe = Recipe(**demo["train"]["recipe"] | ({"steps": steps} if steps else {}))
     train_set = generate(0, 0, TRAIN, SIZE, label_map=False)
     test_set = generate(0, 0, VALIDATION, SIZE, "validation", label_map=False)
     cpu, wall = time.process_time(), time.monotonic()
     result = fit(
-        network, train_set[:2], test_set[:2], MEAN, STD, recipe,
+        network, train_set[:2], test_set[:2], demo["preprocessing"]["mean"], demo["preprocessing"]["std"], recipe,
         progress=lambda step, steps, loss, accuracy: print(
             f"\r{step}/{steps} loss {loss:.3f} accuracy {accuracy:.3f}", end="", flush=True
         ),
