@@ -5,6 +5,7 @@ The same runs say whether the number of workers can be seen in a result: 1, 4 an
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import xarray
 from workflow_run import TINY, contents, jobs_run, ledger_shards, snakemake, states, written
 
 from pipeline import config, plan
+from pipeline.lock import RunLock
 
 
 @pytest.fixture
@@ -73,6 +75,7 @@ def test_two_experiments_in_one_folder(tmp_path, first, second):
     assert f"The report: {results / 'report/first/index.html'}" in said
     assert "ingest scenes" in said.rpartition("Finished jobid")[2], "the account of time"
     _check_contract(results)
+    layers = json.loads((results / "scenes/net/layers.json").read_text())
     once = contents(results)
     before = states(results)
 
@@ -80,25 +83,33 @@ def test_two_experiments_in_one_folder(tmp_path, first, second):
     assert "Nothing to be done" in said
     assert states(results) == before, "a second run writes nothing"
 
-    said = snakemake(tmp_path, second | {"cluster": {"workers": 4}})
-    assert set(jobs_run(said)) == {
-        "make_ingest",
-        "make_concepts",
-        "make_network",
-        "make_extract",
-        "make_dissect",
-        "make_report",
-    }
+    lock = RunLock(results)
+    lock.acquire()
+    assert lock.file is not None
+    with lock.file:
+        said = snakemake(tmp_path, second, code=1)
+    assert "another run works on results: pid" in said
+    assert "Traceback" not in said
+    assert states(results) == before
+
+    said = snakemake(tmp_path, second | {"cluster": {"workers": 4}}, "dissect")
+    assert set(jobs_run(said)) == {"make_ingest", "make_concepts", "make_network", "make_extract", "make_dissect"}
     other = contents(results)
     alone = _in_a_fresh_folder(tmp_path / "fresh", second)
     assert {name: other.get(name) for name in alone} == alone, "as in a folder of its own, with one worker"
     assert (results / "report/first/index.html").exists(), "the report of the first stays"
 
-    said = snakemake(tmp_path, first | {"cluster": {"workers": 2}})
-    assert jobs_run(said)["make_ingest"] == 1
+    kept, lost = (results / "scenes/layers" / layer["id"] for layer in layers.values())
+    shutil.rmtree(lost)
+    before = states(kept)
+    said = snakemake(tmp_path, first | {"cluster": {"workers": 2}}, "dissect")
+    assert jobs_run(said)["make_extract"] == 2
     again = contents(results)
     assert {name: again.get(name) for name in once} == once, "the first again, with two workers"
-    assert "Nothing to be done" in snakemake(tmp_path, first)
+    after = states(kept)
+    chunks = [name for name in before if "/c/" in name]
+    assert chunks
+    assert [after[name] for name in chunks] == [before[name] for name in chunks], "a layer that stayed is as it was"
 
 
 def _in_a_fresh_folder(results: Path, wanted: dict) -> dict[str, str]:

@@ -9,7 +9,6 @@ from workflow_run import TINY, snakemake, written
 
 from pipeline import config, plan
 from pipeline.errors import MicrotomeError
-from pipeline.lock import RunLock
 
 WEIGHTS = {
     "0.0.weight": (6, 3, 3, 3),
@@ -131,14 +130,3 @@ def test_data_and_networks_that_are_not_there(tmp_path, experiment, monkeypatch)
     assert "nosuch.pt" in refused(networks={"tiny": tiny | {"weights": "nosuch.pt"}})
     assert "nosuch.py" in refused(networks={"tiny": tiny | {"module": "nosuch.py:tiny"}})
     assert "nearest: scenes" in refused(networks={"tiny": tiny | {"datasets": ["scene"]}})
-
-
-def test_a_folder_that_another_run_holds(tmp_path, experiment):
-    lock = RunLock(tmp_path / "results")
-    lock.acquire()
-    assert lock.file is not None
-    with lock.file:
-        said = snakemake(tmp_path, experiment, code=1)
-    assert "another run works on results: pid" in said
-    assert "Traceback" not in said
-    assert not written(tmp_path / "results")
