@@ -23,7 +23,7 @@ from pipeline.errors import MicrotomeError, nearest
 from pipeline.networks import NetworkSpec
 from pipeline.recipe import Recipe
 
-RESERVED = ("networks", "layers", "done", "similarity", "randomization", "report")
+RESERVED = ("networks", "layers", "done", "logs", "similarity", "randomization", "report")
 ENDINGS = (".zarr", ".ledger", ".csv", ".json")  # of files that stand beside the folders of networks
 UNTRAINED = "-untrained"  # suffix of the control network that stands beside every network
 

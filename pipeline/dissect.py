@@ -136,7 +136,7 @@ def run(plan: Plan, step: Step) -> None:
     layers = [layer_of(plan, folder, entry) for entry in extracted.result["layers"]]
     counted = counted_images(images, how["split"], extracted.result["shards"], labelled.result["refused"])
     bound = step.settings["control_images"]
-    few = counted[: -(-bound // images.shard_images)] if bound else counted
+    few = [one for one in counted if one.shard in images.shards(how["split"], bound)] if bound else counted
 
     # Alone in its shard, an image has no other label map to meet.
     with_control = step.settings["permuted"] and any(len(one.rows) > 1 for one in few)

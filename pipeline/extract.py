@@ -129,7 +129,11 @@ def run(plan: Plan, step: Step) -> None:
                 for layer in missing:
                     if str(shard) in ledgers[layer.id].entries:  # its files are about to become others
                         remove_others(layer.store.parent / "done", "activations")
-                head = logits if not logits_ledger.get(str(shard), logits_id(images, shard, model), logits) else None
+                head = (
+                    logits
+                    if not logits_ledger.get(str(shard), logits_id(images, shard, model, prepared), logits)
+                    else None
+                )
                 if missing or head:
                     tasks.append(
                         (model, images.store, images.files_of(shard), shard, images.range(shard), missing, head)
@@ -143,7 +147,9 @@ def run(plan: Plan, step: Step) -> None:
                     for id, value in done.overflow.items():
                         overflow[id] = max(overflow.get(id, 0.0), value)
                     if "" in done.files:
-                        logits_ledger.record(str(done.shard), logits_id(images, done.shard, model), done.files[""])
+                        logits_ledger.record(
+                            str(done.shard), logits_id(images, done.shard, model, prepared), done.files[""]
+                        )
             except NonFiniteError as error:
                 name, index = error.args
                 raise MicrotomeError(
@@ -184,11 +190,9 @@ def shard_id(images: Images, shard: int, layer: Layer) -> str:
     return digest([images.contents[shard], layer.scale])
 
 
-def logits_id(images: Images, shard: int, model: Model) -> str:
-    spec = model.spec
-    return digest(
-        [VERSION, images.contents[shard], model.sha256, spec.preprocessing.model_dump(), spec.numerics.model_dump()]
-    )
+def logits_id(images: Images, shard: int, model: Model, prepared: Prepared) -> str:
+    """What a shard of the logits was made from: they have a plain name, so all of it."""
+    return digest([images.contents[shard], model.sha256, model.spec.preprocessing.model_dump(), prepared.numerics])
 
 
 def open_layer(layer: Layer, images: Images) -> Layer:
@@ -263,10 +267,11 @@ def finish_layer(
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a network says of itself before any image: layers in execution order with id and scale, and its classes."""
+    """What a network says of itself before any image: layers in order with id and scale, classes, its numerics."""
 
     layers: list[tuple[str, LayerInfo, float]]
     classes: int
+    numerics: dict[str, Any]
 
 
 def prepare(model: Model, size: tuple[int, int]) -> Prepared:
@@ -278,12 +283,11 @@ def prepare(model: Model, size: tuple[int, int]) -> Prepared:
 
     from pipeline.layer_id import layer_ids
     from pipeline.layers import Recorder, resolve
-    from pipeline.networks import load
 
     spec, shape = model.spec, (3, *size)
-    as_loaded = load(spec, model.weights)
+    as_loaded = _loaded(model)
     infos = resolve(as_loaded, spec.layers, shape, spec.special_tokens, model.name)
-    numerics = spec.numerics.model_dump() | {"version": VERSION, "dtype": "float32"} | platform_numerics()
+    numerics = spec.numerics.model_dump() | platform_numerics()
     preprocessing = spec.preprocessing.model_dump() | {"size": list(size)}
     ids = layer_ids(as_loaded, infos, preprocessing, numerics, shape)
     noise = torch.randint(0, 256, (4, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -294,14 +298,19 @@ def prepare(model: Model, size: tuple[int, int]) -> Prepared:
     layers = [
         (ids[info.name], info, scale_for(float(outputs[info.name].abs().amax()), headroom=True)) for info in infos
     ]
-    return Prepared(layers, logits.shape[1])
+    return Prepared(layers, logits.shape[1], numerics)
 
 
 def platform_numerics() -> dict[str, str]:
-    """Device kind and torch's minor version: other ones may differ in the last bits."""
+    """What else decides the last bits: this module, the device kind and torch's minor version."""
     import torch
 
-    return {"device": device(), "torch": ".".join(torch.__version__.split(".")[:2])}
+    return {
+        "version": str(VERSION),
+        "dtype": "float32",
+        "device": device(),
+        "torch": ".".join(torch.__version__.split(".")[:2]),
+    }
 
 
 def scale_for(largest: float, headroom: bool = False) -> float:
@@ -326,17 +335,27 @@ def normalise(pixels: torch.Tensor, spec: Network) -> torch.Tensor:
     return x.contiguous(memory_format=torch.channels_last) if spec.numerics.channels_last else x
 
 
+def _loaded(model: Model) -> torch.nn.Module:
+    """The network with its weights, if the file still is what the stage `network` wrote."""
+    from pipeline.checkpoint import sha256
+    from pipeline.networks import load
+
+    if sha256(model.weights) != model.sha256:
+        raise MicrotomeError(
+            f"{model.weights} is not what was written (another sha256): run `make repair` to have it made again"
+        )
+    return load(model.spec, model.weights)
+
+
 @functools.lru_cache(maxsize=2)
 def _network(model: Model) -> torch.nn.Module:
     """A worker's copy of a network, loaded once."""
     import torch
 
-    from pipeline.networks import load
-
     torch.set_num_threads(1)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.deterministic = True
-    network = load(model.spec, model.weights).to(device())
+    network = _loaded(model).to(device())
     return network.to(memory_format=torch.channels_last) if model.spec.numerics.channels_last else network
 
 

@@ -32,7 +32,7 @@ class Images:
     size: tuple[int, int]
     shard_images: int
     contents: Sequence[str]
-    splits: dict[str, list[int]]
+    splits: dict[str, dict[str, int]]  # valid images by split and shard
 
     @staticmethod
     def of(plan: Plan, step: Step) -> Images:
@@ -73,8 +73,12 @@ class Images:
             raise MicrotomeError(
                 f"{self.store.parent.name}: no valid image has split {split!r} (there are: {', '.join(self.splits)})"
             )
-        found = self.splits[split]
-        return found if limit is None else found[: -(-limit // self.shard_images)]
+        images = {int(shard): count for shard, count in self.splits[split].items()}
+        shards = sorted(images)
+        if limit is None:
+            return shards
+        held = np.cumsum([images[shard] for shard in shards])
+        return shards[: int(np.searchsorted(held, limit)) + 1]
 
     def counted(self, split: str) -> np.ndarray:
         """Boolean (image,): the images that count, valid and of the split."""

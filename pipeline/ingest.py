@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from pipeline.listing import Listing
     from pipeline.plan import Plan, Step
 
-VERSION = 1
+VERSION = 2
 CODE = ("pipeline/datasets.py", "pipeline/decode.py", "pipeline/ingest.py", "pipeline/listing.py", "pipeline/scenes")
 COLUMN = (65536,)  # chunk of what has one value an image: the same for any number, so that a longer store keeps its ids
 
@@ -102,9 +102,7 @@ def run(plan: Plan, step: Step) -> None:
         "size": list(size),
         "shard_images": per_shard,
         "classes": listed.classes,
-        "splits": {
-            str(name): np.unique(shard_of[valid & (split == name)]).tolist() for name in np.unique(split[valid])
-        },
+        "splits": {str(name): shards_of(shard_of[valid & (split == name)]) for name in np.unique(split[valid])},
         "contents": [entry["content"] for entry in entries],
         "records": [ids[shard] for shard in shards],
         "refused": len(refused),
@@ -114,6 +112,12 @@ def run(plan: Plan, step: Step) -> None:
     files = stage.within("images.zarr", files | metadata_files(store))
     files["quarantine.csv"] = (len(quarantine), crc32c(quarantine))
     stage.finish(plan, step, began, output, files, result)
+
+
+def shards_of(shard: np.ndarray) -> dict[str, int]:
+    """How many images each shard holds, from the shard of every image; shards in order, as JSON names them."""
+    found, count = np.unique(shard, return_counts=True)
+    return {str(name): int(images) for name, images in zip(found, count, strict=True)}
 
 
 def known_ids(store: Path, source: str) -> np.ndarray | None:

@@ -32,7 +32,8 @@ def settings(spec: Network, digests: FileDigests) -> dict[str, Any]:
     match spec.weights:
         case "train":
             assert spec.train is not None
-            made_of["train"] = spec.train.model_dump() | {
+            # How often it is saved changes no weight.
+            made_of["train"] = spec.train.model_dump(exclude={"recipe": {"checkpoint_every"}}) | {
                 "preprocessing": spec.preprocessing.model_dump(),
                 "seed": spec.seed,
             }

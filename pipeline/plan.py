@@ -152,6 +152,8 @@ def make(wanted: Config, rescan: bool = False) -> Plan:
     dissected: list[Step] = []
     loaded = {}
     for name, spec in plan.networks.items():
+        if not datasets_of(wanted, spec):  # `only` left it none
+            continue
         parents = [ingests[spec.train.dataset]] if spec.train else []
         loaded[name] = add("network", network.settings(spec, digests), parents, network=name)
     for name, spec in plan.networks.items():

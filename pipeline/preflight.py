@@ -7,6 +7,7 @@ was found is kept by that id.
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -50,9 +51,21 @@ def check(plan: Plan) -> None:
         raise MicrotomeError("\n  ".join(errors))
 
 
-def inspected(plan: Plan, step: Step) -> dict[str, Any]:
-    """What the inspection of a network found: layers with shapes and bytes, parameters, classes."""
-    return json.loads(_kept(plan, step).read_text())
+def sizes(plan: Plan) -> list[str]:
+    """One line a network and data set: layers, parameters, and the bytes of its activations before compression."""
+    lines = []
+    for step in _steps(plan):
+        found = json.loads(_kept(plan, step).read_text())
+        count = len(found["layers"])
+        layers = [layer["name"] for layer in found["layers"]]
+        named = ", ".join(layers if count <= 4 else [*layers[:2], "...", layers[-1]])
+        values = sum(math.prod(layer["shape"]) for layer in found["layers"])
+        images = plan.steps[step.parents[0]].settings["images"]
+        lines.append(
+            f"{step.network} on {step.dataset}: {found['parameters']:,} parameters, {count} layers ({named}), "
+            f"at most {2 * values * images / 1e9:.3f} GB of activations for {images:,} images"
+        )
+    return lines
 
 
 def _steps(plan: Plan) -> list[Step]:

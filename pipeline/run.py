@@ -43,12 +43,14 @@ class Run:
         self.lock = RunLock(self.plan.results)
         preflight.check(self.plan)
         if dry:
-            for line in plan.settle(self.plan, dry=True):
-                print(f"would be made again: {line}", file=sys.stderr)
+            for line in (*preflight.sizes(self.plan), *plan.settle(self.plan, dry=True)):
+                print(line, file=sys.stderr)
             return
+        self.refused: MicrotomeError | None = None
         try:
             self.lock.acquire()
-        except MicrotomeError:
+        except MicrotomeError as error:
+            self.refused = error
             return
         for line in plan.settle(self.plan):
             print(f"made again: {line}", file=sys.stderr)
@@ -66,9 +68,10 @@ class Run:
         return [str(self.plan.results / parent) for parent in step.parents]
 
     def start(self) -> None:
-        """Before the first job: hold the lock and start the workers."""
+        """Before the first job: no other run holds the results folder; start the workers."""
+        if self.refused is not None:
+            raise self.refused
         self.began = time.time()
-        self.lock.acquire()
         self.pool, address = cluster.start_pool(self.plan.config.cluster, self.plan.scratch)
         os.environ[cluster.ADDRESS] = str(address.absolute())
         atexit.register(self.stop)

@@ -5,7 +5,9 @@ Writes report/<config name>/ index.html, figures/*.svg|png|pdf, tables/*.csv.
 
 from __future__ import annotations
 
+import hashlib
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline import report, stage
@@ -19,7 +21,13 @@ VERSION = 1
 
 
 def settings(wanted: Config) -> dict[str, Any]:
-    return {"report": wanted.report.model_dump(), "name": wanted.name}
+    """A page is cheap: another title, template or line of code makes it again."""
+    code = sorted(path for path in Path(__file__).parent.rglob("*") if path.suffix in (".py", ".j2", ".css"))
+    return {
+        "report": wanted.report.model_dump(),
+        "name": wanted.name,
+        "code": hashlib.sha256(b"".join(path.read_bytes() for path in code)).hexdigest(),
+    }
 
 
 def run(plan: Plan, step: Step) -> None:

@@ -50,7 +50,7 @@ def test_scenes_as_they_are_drawn(tmp_path):
         np.testing.assert_array_equal(group["image"][slot], read_image(dataset, ids[slot], (SIZE, SIZE)))
     assert group["valid"][:].all()
     assert (group["split"][:] == [name.split("/")[0] for name in ids]).all()
-    assert facts["splits"] == {"train": [0], "validation": [0, 1, 2, 3]}
+    assert facts["splits"] == {"train": {"0": 6}, "validation": {"0": 2, "1": 8, "2": 8, "3": 2}}
     assert group.attrs["classes"] == facts["classes"]
     assert group["label"][:].min() >= 0 and group["label"][:].max() < len(facts["classes"])
 
