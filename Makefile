@@ -12,7 +12,7 @@ demo: $(VENV)/installed
 	@$(BIN)/snakemake --configfile $(CONFIG) --quiet reason host
 
 test: $(VENV)/installed
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(VENV)/installed
 	@$(BIN)/ruff check .
