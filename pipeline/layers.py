@@ -249,7 +249,8 @@ def _matches(entry: str, known: Mapping[str, LayerInfo], refused: Mapping[str, s
     if entry in refused:
         raise MicrotomeError(f"layer {entry!r} of {network} {refused[entry]}")
     if not any(sign in entry for sign in "*?["):
-        raise MicrotomeError(f"layer {entry!r} is not in {network}{nearest(entry, known)}")
+        known_ones = nearest(entry, known) or f"; it has {_some(known)}"
+        raise MicrotomeError(f"layer {entry!r} is not in {network}{known_ones}")
     parts = entry.split(".")
     found = [
         name

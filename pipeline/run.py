@@ -114,6 +114,8 @@ def job(stage: str, wildcards: Any, log: str) -> None:
             plan.STAGES[stage].run(wanted, step)
         except MicrotomeError as error:
             print(f"error: {step.name}: {error}", file=sys.stderr)
+        except KeyboardInterrupt:
+            print(f"interrupted: {step.name}; finished shards are kept, run again to go on", file=sys.stderr)
         except Exception:
             traceback.print_exc()
         else:
