@@ -10,23 +10,10 @@ from typing import IO, Any, Protocol
 
 import zarr
 
+from pipeline.dissect import UNIT_COLUMNS as COLUMNS
 from pipeline.errors import MicrotomeError
 from pipeline.manifest import recorded_files
 from pipeline.store import Reader
-
-COLUMNS = (
-    "layer",
-    "unit",
-    "concept",
-    "category",
-    "iou",
-    "iou_ceiling",
-    "iou_held_out",
-    "ci_low",
-    "ci_high",
-    "threshold",
-    "activation_rate",
-)
 
 
 @dataclass(frozen=True)

@@ -287,3 +287,24 @@ def test_a_split_without_images(tmp_path):
     raw["datasets"]["scenes"]["images"] = {"train": 4, "validation": 0}
     with pytest.raises(MicrotomeError, match=r"scenes: no valid image has split 'validation' \(there are: train\)"):
         run(raw, *STAGES)
+
+
+def test_weights_that_are_not_what_was_written_are_refused(tmp_path):
+    labelled_images(tmp_path, NAMES)
+    plan = run(segmentation(tmp_path), "ingest", "network")
+    file = plan.results / "networks" / "tiny" / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1  # the last bit of a weight: still a finite number
+    file.write_bytes(data)
+    step = next(step for step in plan.of_stage("extract") if step.network == "tiny")
+    with pytest.raises(MicrotomeError, match=r"model\.safetensors is not what was written"):
+        extract.run(plan, step)
+
+
+def test_a_bound_counts_images_and_not_shards():
+    images = Images(None, {}, 24, (4, 4), 8, [], {"validation": {"0": 1, "1": 8, "2": 8}})
+    assert images.shards("validation") == [0, 1, 2]
+    assert images.shards("validation", 1) == [0]
+    assert images.shards("validation", 2) == [0, 1]
+    assert images.shards("validation", 9) == [0, 1]
+    assert images.shards("validation", 99) == [0, 1, 2]
