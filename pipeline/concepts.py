@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline import datasets, stage
-from pipeline.cluster import client, run_tasks
+from pipeline.cluster import check_memory, client, run_tasks
 from pipeline.config import AnyDataset, Segmentation
 from pipeline.errors import MicrotomeError
 from pipeline.identity import FileDigests, crc32c, digest
@@ -108,6 +108,10 @@ def run(plan: Plan, step: Step) -> None:
             tasks.append(
                 (dataset, store, images.store, images.files_of(shard), shard, start, items, missing, images.size)
             )
+    if tasks:
+        # Label maps as read, numbered and compressed, and the pixels that colours come from.
+        pixels = images.shard_images * images.size[0] * images.size[1]
+        check_memory(plan.config.cluster, pixels * (6 * len(categories) + 12), step.name, "lower `shard_images`")
     with client(plan.config.cluster, plan.scratch) as workers:
         for done in run_tasks(workers, label_shard, tasks, len(tasks), step.name):
             for category in categories:

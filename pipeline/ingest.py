@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pipeline import datasets, stage
-from pipeline.cluster import client, run_tasks
+from pipeline.cluster import check_memory, client, run_tasks
 from pipeline.config import AnyDataset, Scenes
 from pipeline.errors import MicrotomeError
 from pipeline.identity import crc32c, digest
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 VERSION = 2
 CODE = ("pipeline/datasets.py", "pipeline/decode.py", "pipeline/ingest.py", "pipeline/listing.py", "pipeline/scenes")
+REMEDY = "lower `shard_images` or `max_pixels` of the data set"
 COLUMN = (65536,)  # chunk of what has one value an image: the same for any number, so that a longer store keeps its ids
 
 
@@ -73,8 +74,10 @@ def run(plan: Plan, step: Step) -> None:
             items = [str(name) if i >= 0 else None for name, i in zip(image_id[part], at[part], strict=True)]
             known = {name: listed.refused[name] for name in items if name in listed.refused}
             tasks.append((dataset, store, shard, part.start, items, known, size))
+    if tasks:
+        check_memory(plan.config.cluster, memory_need(dataset, size), step.name, REMEDY)
     with client(plan.config.cluster, plan.scratch) as workers:
-        for done in run_tasks(workers, ingest_shard, tasks, len(tasks), step.name):
+        for done in run_tasks(workers, ingest_shard, tasks, len(tasks), step.name, REMEDY):
             ledger.record(str(done.shard), ids[done.shard], done.files, content=done.content, refused=done.refused)
 
     entries = [ledger.entries[str(shard)] for shard in shards]
@@ -112,6 +115,12 @@ def run(plan: Plan, step: Step) -> None:
     files = stage.within("images.zarr", files | metadata_files(store))
     files["quarantine.csv"] = (len(quarantine), crc32c(quarantine))
     stage.finish(plan, step, began, output, files, result)
+
+
+def memory_need(dataset: AnyDataset, size: tuple[int, int]) -> int:
+    """Bytes of a task: the pixels of a shard, as they are and compressed, and the largest file while it is decoded."""
+    decoding = 0 if isinstance(dataset, Scenes) else 2 * 4 * dataset.max_pixels
+    return 2 * 3 * dataset.shard_images * size[0] * size[1] + decoding
 
 
 def shards_of(shard: np.ndarray) -> dict[str, int]:
