@@ -243,7 +243,7 @@ def run_tasks(
                 result = future.result()
             except KilledWorker as error:
                 raise MicrotomeError(
-                    f"{label}: of {error.allowed_failures + 1} workers each died while it computed one task: this needs "
+                    f"{label}: of {error.allowed_failures + 1} workers each died while computing one task: it needs "
                     f"more memory than a worker may use ({remedy}, or raise `cluster.memory`), or native code crashes"
                 ) from None
             except Exception as error:

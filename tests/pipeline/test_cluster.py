@@ -111,7 +111,7 @@ def test_a_task_that_kills_its_workers():
         LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None, silence_logs=50) as local,
         Client(local) as found,
     ):
-        with pytest.raises(MicrotomeError, match="deadly: of 1 workers each died while it computed one task"):
+        with pytest.raises(MicrotomeError, match="deadly: of 1 workers each died while computing one task"):
             list(cluster.run_tasks(found, die, [()], 1, "deadly"))
         assert list(cluster.run_tasks(found, square, [(3,)], 1, "after")) == [9]
 
