@@ -108,8 +108,4 @@ def _changes(before: Any, now: Any, parents: list[str], name: str = "") -> Itera
 
 
 def _is_digest(value: Any) -> bool:
-    return isinstance(value, str) and len(value) in DOES = {
-    "network": "weights read, drawn or trained; trained only where recipe or training images are others",
-    "dissect": "counted from the stores, without a forward",
-}
-DIGEST_LENGTHS and not set(value) - set("0123456789abcdef")
+    return isinstance(value, str) and len(value) in DIGEST_LENGTHS and not set(value) - set("0123456789abcdef")
