@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import pipeline.listing as listing_module
+import pipeline.snapshot as snapshot_module
 from pipeline.errors import MicrotomeError
 from pipeline.listing import (
     Fixed,
@@ -23,11 +23,9 @@ from pipeline.listing import (
     list_imagefolder,
     list_segmentation,
     read_labels,
-    scan,
     slots,
-    snapshot,
-    unchanged,
 )
+from pipeline.snapshot import scan, snapshot, unchanged
 
 SHARED = Path(os.environ.get("MICROTOME_SHARED", Path(__file__).parents[3] / "shared"))
 real_data = pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="the shared real data are not on this machine")
@@ -394,7 +392,7 @@ def test_the_digest_does_not_depend_on_the_order_of_the_file_system(tmp_path, mo
             pass
 
     scandir = os.scandir
-    monkeypatch.setattr(listing_module.os, "scandir", lambda path: Reversed(reversed(list(scandir(path)))))
+    monkeypatch.setattr(snapshot_module.os, "scandir", lambda path: Reversed(reversed(list(scandir(path)))))
     again = list_imagefolder(tmp_path, ALL)
     assert again.digest() == expected.digest()
     assert (again.record_digests() == expected.record_digests()).all()
@@ -512,7 +510,7 @@ def test_segmentations_that_are_refused(scenes):
 @pytest.fixture
 def cached(tmp_path, monkeypatch) -> tuple[Path, Path]:
     """A root and a cache folder; the root is large enough for the cache and was left alone for a while."""
-    monkeypatch.setattr(listing_module, "CACHE_FROM", 3)
+    monkeypatch.setattr(snapshot_module, "CACHE_FROM", 3)
     root = make(tmp_path / "d", "a/1.png", "a/2.png", "b/3.png", "b/4.png")
     settle(root)
     return root, tmp_path / "cache"
@@ -530,7 +528,7 @@ def test_an_unchanged_data_set_is_not_walked_again(cached, monkeypatch):
     files = snapshot(root, cache)
     stamp = unchanged(root, cache)
     assert stamp is not None
-    monkeypatch.setattr(listing_module, "scan", lambda root: pytest.fail("walked again"))
+    monkeypatch.setattr(snapshot_module, "scan", lambda root: pytest.fail("walked again"))
     again = snapshot(root, cache)
     assert again.names == files.names and again.folders == files.folders and again.hidden == files.hidden
     assert (again.size == files.size).all() and (again.mtime_ns == files.mtime_ns).all()
@@ -564,7 +562,7 @@ def test_a_folder_that_has_just_changed_is_not_trusted(cached):
 
 def test_small_data_sets_are_listed_every_time(cached, monkeypatch):
     root, cache = cached
-    monkeypatch.setattr(listing_module, "CACHE_FROM", 20_000)
+    monkeypatch.setattr(snapshot_module, "CACHE_FROM", 20_000)
     snapshot(root, cache)
     assert unchanged(root, cache) is None and not cache.exists()
 
