@@ -12,15 +12,16 @@ import csv
 import hashlib
 import io
 import shutil
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pipeline import datasets, stage
 from pipeline.cluster import client, run_tasks
-from pipeline.config import AnyDataset, Scenes
+from pipeline.config import AnyDataset
 from pipeline.errors import MicrotomeError
 from pipeline.identity import crc32c, digest
 from pipeline.manifest import Files, write_atomically
@@ -30,7 +31,19 @@ if TYPE_CHECKING:
     from pipeline.plan import Plan, Step
 
 VERSION = 2
-CODE = ("pipeline/datasets.py", "pipeline/decode.py", "pipeline/ingest.py", "pipeline/listing.py", "pipeline/scenes")
+CODE = (
+    "pipeline/arrays.py",
+    "pipeline/datasets.py",
+    "pipeline/decode.py",
+    "pipeline/ingest.py",
+    "pipeline/listing.py",
+    "pipeline/plain_pickle.py",
+    "pipeline/published.py",
+    "pipeline/scenes",
+    "pipeline/snapshot.py",
+    "pipeline/tables.py",
+    "pipeline/torchvision_data.py",
+)
 COLUMN = (65536,)  # chunk of what has one value an image: the same for any number, so that a longer store keeps its ids
 
 
@@ -62,33 +75,36 @@ def run(plan: Plan, step: Step) -> None:
     open_store(store, dataset, len(image_id), size, listed.classes, step.settings["source"])
     ledger = Ledger(store.with_suffix(".ledger"))
 
-    records = listed.record_digests()
+    used = is_used(listed, at)
     common = {key: value for key, value in step.settings.items() if key not in ("listing", "images")}
-    tasks, ids = [], {}
-    shards = range(-(-len(image_id) // per_shard))
-    for shard in shards:
-        part = slice(shard * per_shard, (shard + 1) * per_shard)
-        ids[shard] = digest([common, [records[i].tobytes().hex() if i >= 0 else "" for i in at[part]]])
-        if not ledger.get(str(shard), ids[shard], store):
+    ids = shard_ids(listed, at, wanted_shards(at, used, per_shard), per_shard, common)
+    missing = [shard for shard, id in ids.items() if not ledger.get(str(shard), id, store)]
+
+    def tasks() -> Iterator[tuple]:
+        """Made as they are handed out: a million names are not held twice."""
+        for shard in missing:
+            part = slice(shard * per_shard, (shard + 1) * per_shard)
             items = [str(name) if i >= 0 else None for name, i in zip(image_id[part], at[part], strict=True)]
             known = {name: listed.refused[name] for name in items if name in listed.refused}
-            tasks.append((dataset, store, shard, part.start, items, known, size))
+            yield (dataset, store, shard, part.start, items, known, size)
+
     with client(plan.config.cluster, plan.scratch) as workers:
-        for done in run_tasks(workers, ingest_shard, tasks, len(tasks), step.name):
+        for done in run_tasks(workers, ingest_shard, tasks(), len(missing), step.name):
             ledger.record(str(done.shard), ids[done.shard], done.files, content=done.content, refused=done.refused)
 
-    entries = [ledger.entries[str(shard)] for shard in shards]
-    refused = {name: reason for entry in entries for name, reason in entry["refused"].items()}
-    files = ledger.files(map(str, shards))
-    if not isinstance(dataset, Scenes):
-        _check_refused(step.dataset, refused, len(listed), dataset.max_bad_fraction)
-    valid = (at >= 0) & ~np.isin(image_id.astype(object), list(refused))
+    entries = {shard: ledger.entries[str(shard)] for shard in ids}
+    refused = {name: reason for entry in entries.values() for name, reason in entry["refused"].items()}
+    is_refused = np.fromiter((name in refused for name in image_id), bool, len(image_id))
+    valid = used & ~is_refused
+    refused = {str(name): refused[name] for name in image_id[used & is_refused]}
+    files = ledger.files(map(str, ids))
+    _check_refused(step.dataset, refused, len(listed.images), getattr(dataset, "max_bad_fraction", 1.0))
     if not valid.any():
         raise MicrotomeError(
-            f"data set {step.dataset!r}: not one of {len(listed)} images can be used: {_some(refused)}"
+            f"data set {step.dataset!r}: not one of {len(listed.images)} images can be used: {_some(refused)}"
         )
-    label = np.where(at >= 0, listed.label[at], -1)
-    split = np.where(at >= 0, listed.split[at], "")
+    label = np.where(used, listed.label[at], -1)
+    split = np.where(used, listed.split[at], "")
     files |= write(
         store,
         {"label": ((0,), label), "split": ((0,), split), "valid": ((0,), valid), "image_id": ((0,), image_id)},
@@ -103,8 +119,9 @@ def run(plan: Plan, step: Step) -> None:
         "shard_images": per_shard,
         "classes": listed.classes,
         "splits": {str(name): shards_of(shard_of[valid & (split == name)]) for name in np.unique(split[valid])},
-        "contents": [entry["content"] for entry in entries],
-        "records": [ids[shard] for shard in shards],
+        # None: no image of the shard is used
+        "contents": [entries[shard]["content"] if shard in entries else None for shard in range(shard_of[-1] + 1)],
+        "records": [ids.get(shard) for shard in range(shard_of[-1] + 1)],
         "refused": len(refused),
         "ignored": listed.ignored,
     }
@@ -112,6 +129,37 @@ def run(plan: Plan, step: Step) -> None:
     files = stage.within("images.zarr", files | metadata_files(store))
     files["quarantine.csv"] = (len(quarantine), crc32c(quarantine))
     stage.finish(plan, step, began, output, files, result)
+
+
+def is_used(listed: Listing, at: np.ndarray) -> np.ndarray:
+    """Boolean (slot,): the image of the slot is listed and within the data set's bound."""
+    used = at >= 0
+    if listed.chosen is not None:
+        used[used] = listed.chosen[at[used]]
+    return used
+
+
+def wanted_shards(at: np.ndarray, used: np.ndarray, per_shard: int) -> list[int]:
+    """The shards to make: all but those whose images are only beyond the bound, which stay as they are.
+
+    A shard with one image that is gone is made, so that nothing of it stays.
+    """
+    return np.unique(np.flatnonzero(used | (at < 0)) // per_shard).tolist()
+
+
+def shard_ids(
+    listed: Listing, at: np.ndarray, shards: list[int], per_shard: int, common: Mapping[str, Any]
+) -> dict[int, str]:
+    """What each shard is made of: the records of all its images, whether within the bound or not."""
+    known = (at >= 0) & np.isin(np.arange(len(at)) // per_shard, shards)
+    records = np.zeros((len(at), 16), np.uint8)
+    records[known] = listed.record_digests(at[known])
+    ids = {}
+    for shard in shards:
+        part = slice(shard * per_shard, (shard + 1) * per_shard)
+        made_of = [record.tobytes().hex() if i >= 0 else "" for record, i in zip(records[part], at[part], strict=True)]
+        ids[shard] = digest([common, made_of])
+    return ids
 
 
 def shards_of(shard: np.ndarray) -> dict[str, int]:

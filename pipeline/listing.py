@@ -252,7 +252,7 @@ def list_named(
     rescan: bool,
 ) -> Listing:
     """List files by their names below `root`, sorted, with all that is known of them beside their sizes and times."""
-    _check_names(list(named.names), named.table)
+    check_names(list(named.names), named.table)
     files = snapshot(root, cache, rescan, named)
     return Listing(
         root=root,
@@ -306,13 +306,13 @@ def list_segmentation(
 
 def _list_images(root: Path | str, files: Files, split_rule: SplitRule, labels: Path | str | None) -> Listing:
     """Return the images among `files` with their splits, without labels and label maps."""
-    extensions = [_extension(name) for name in files.names]
+    extensions = [extension_of(name) for name in files.names]
     kept = [i for i, extension in enumerate(extensions) if extension in IMAGE_EXTENSIONS]
     if not kept:
         expected = ", ".join(sorted(IMAGE_EXTENSIONS))
         raise MicrotomeError(f"no images in {root}: found {_count(extensions)}; expected files that end in {expected}")
     image_ids = [files.names[i] for i in kept]
-    _check_names(image_ids, root)
+    check_names(image_ids, root)
     ignored = Counter(extension for extension in extensions if extension not in IMAGE_EXTENSIONS)
     if files.hidden:
         ignored["hidden"] = files.hidden
@@ -332,10 +332,10 @@ def _list_images(root: Path | str, files: Files, split_rule: SplitRule, labels: 
 
 def _pair(listing: Listing, stems: list[str], category: str, folder: Path, files: Files) -> None:
     """Add the label maps of one category to a listing."""
-    extensions = [_extension(name) for name in files.names]
+    extensions = [extension_of(name) for name in files.names]
     maps = [i for i, extension in enumerate(extensions) if extension in LABEL_MAP_EXTENSIONS]
     names = [files.names[i] for i in maps]
-    _check_names(names, folder)
+    check_names(names, folder)
     map_of = dict(zip(_stems(names, folder), maps, strict=True))
     index = np.array([map_of.get(stem, -1) for stem in stems], np.int64)
     paired = index >= 0
@@ -531,7 +531,7 @@ def _hash(image_ids: Iterable[str], person: bytes) -> np.ndarray:
 # Names
 
 
-def _check_names(names: list[str], folder: Path | str) -> None:
+def check_names(names: list[str], folder: Path | str) -> None:
     """Refuse names that are not UTF-8: they cannot be an image id, which every result stores as text."""
     if "".join(names).isascii():
         return
@@ -567,7 +567,7 @@ def _count(extensions: Iterable[str]) -> str:
     return ", ".join(f"{counts[extension]:,} {extension}" for extension in sorted(counts)) or "no files"
 
 
-def _extension(name: str) -> str:
+def extension_of(name: str) -> str:
     """Return the extension in lower case, with its dot."""
     dot = name.rfind(".")
     if dot <= name.rfind("/"):

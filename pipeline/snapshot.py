@@ -89,6 +89,15 @@ def unchanged(root: Path | str, cache: Path | None, table: Path | None = None) -
         return None
 
 
+def stamp(path: Path) -> list[int] | None:
+    """Size, time and inode of a file; None where it is not there. While it stays, so does the content."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return [status.st_size, status.st_mtime_ns, status.st_ino]
+
+
 def look_up(root: Path | str, names: Sequence[str]) -> Files:
     """Return the named files below `root`, whatever their type; one that is not there has size and time -1.
 
