@@ -102,7 +102,7 @@ def member(path: Path, name: str) -> Member:
     """Find an array of an npz and read its header."""
     try:
         with zipfile.ZipFile(path) as archive:
-            names = [entry.removesuffix(".npy") for entry in archive.namelist()]
+            names = [entry[:-4] for entry in archive.namelist() if entry.endswith(".npy")]
             if name not in names:
                 there = ", ".join(sorted(names)[:20]) or "(none)"
                 raise MicrotomeError(f"{path} has the arrays {there}; expected {name!r}{nearest(name, names)}")
@@ -115,7 +115,7 @@ def member(path: Path, name: str) -> Member:
                 begins = file.tell()
         if dtype.hasobject:
             raise MicrotomeError(f"{path}: array {name!r} holds Python objects, which are not read; save plain numbers")
-        if begins + math.prod(shape) * dtype.itemsize != info.file_size:
+        if min(shape, default=0) < 0 or begins + math.prod(shape) * dtype.itemsize != info.file_size:
             raise MicrotomeError(f"{path}: array {name!r} of shape {shape} does not have the bytes for it; damaged?")
         offset = None
         if info.compress_type == zipfile.ZIP_STORED:

@@ -162,7 +162,14 @@ def _without_letter(name: str) -> str:
 def list_published_cifar10(root: Path, splits: Sequence[str], verify: bool, download: bool, scratch: Path) -> Listing:
     """List CIFAR-10, after torchvision has compared its files with the published ones, or downloaded them."""
     names = [CIFAR10_META, *(batch for split in sorted(splits) for batch in CIFAR10_BATCHES[split])]
+    folder = root / CIFAR10_FOLDER
+    absent = [name for name in names if not (folder / name).is_file()]
+    if absent and not download:
+        raise MicrotomeError(
+            f"{folder} has no {', '.join(absent)}; unpack the archive of CIFAR-10 in {root}, or give the data set "
+            "`download: true` to have torchvision do so"
+        )
     if verify or download:
         request = {"kind": "cifar10", "root": str(root), "files": names, "verify": verify, "download": download}
-        torchvision_data.ask(request, [root / CIFAR10_FOLDER / name for name in names], scratch)
+        torchvision_data.ask(request, [folder / name for name in names], scratch)
     return list_cifar10(root, splits)

@@ -109,8 +109,21 @@ def imagenet(root: str, splits: list[str], verify: bool, unpack: bool) -> dict[s
     """
     from torchvision.datasets import imagenet as known
 
-    if not verify:
-        known.ARCHIVE_META = {name: (file, None) for name, (file, _) in known.ARCHIVE_META.items()}
+    published = known.ARCHIVE_META
+    try:
+        if not verify:
+            known.ARCHIVE_META = {name: (file, None) for name, (file, _) in published.items()}
+        words, validation = _imagenet_meta(known, root)
+        if unpack:
+            for split in splits:
+                _unpack_imagenet(known, root, split, validation)
+    finally:
+        known.ARCHIVE_META = published
+    return {"words": {str(wnid): [str(word) for word in words[wnid]] for wnid in sorted(words)}}
+
+
+def _imagenet_meta(known: Any, root: str) -> tuple[dict[str, tuple[str, ...]], list[str]]:
+    """Words by WordNet id, and the WordNet id of each validation image."""
     with tempfile.TemporaryDirectory() as folder:
         meta = root
         if not Path(root, known.META_FILE).exists():
@@ -128,11 +141,7 @@ def imagenet(root: str, splits: list[str], verify: bool, unpack: bool) -> dict[s
                 raise MicrotomeError(
                     f"{archive} is read with scipy, which is not installed: pip install scipy"
                 ) from error
-        words, validation = known.load_meta_file(meta)
-    if unpack:
-        for split in splits:
-            _unpack_imagenet(known, root, split, validation)
-    return {"words": {str(wnid): [str(word) for word in words[wnid]] for wnid in sorted(words)}}
+        return known.load_meta_file(meta)
 
 
 def _unpack_imagenet(known: Any, root: str, split: str, validation: list[str]) -> None:
@@ -192,8 +201,8 @@ def cifar10(root: str, files: list[str], verify: bool, download: bool) -> dict[s
         utils.download_and_extract_archive(CIFAR10.url, root, filename=CIFAR10.filename, md5=CIFAR10.tgz_md5)
     if wrong():
         raise MicrotomeError(
-            f"{folder}: {', '.join(wrong())} not there, or not the published files (by their md5). Give the data set "
-            "`download: true` to have torchvision get what is missing, or `verify: false` for batches of your own"
+            f"{folder}: not the published files (by their md5): {', '.join(wrong())}. Give the data set "
+            "`download: true` to have torchvision get them, or `verify: false` for batches of your own"
         )
     return {}
 
