@@ -32,6 +32,7 @@ CIFAR10_BATCHES = {"train": tuple(f"data_batch_{number}" for number in range(1, 
 CIFAR10_META = "batches.meta"
 CIFAR10_SIZE = (32, 32)
 CIFAR10_VALUES = 3 * 32 * 32
+CIFAR10_BYTES = 60_000 * CIFAR10_VALUES
 
 
 # npz ------------------------------------------------------------------------------------------------------------------
@@ -157,6 +158,12 @@ def values(found: Member) -> np.ndarray:
         raise MicrotomeError(f"{found.path}: array {found.name!r} is damaged: {error}") from error
     flat = np.frombuffer(data, found.dtype, found.count, len(data) - found.nbytes)
     return flat.reshape(found.shape, order=order)
+
+
+def held(path: Path, name: str) -> int:
+    """Bytes that a worker holds of an array while it reads images from it."""
+    found = member(path, name)
+    return 2 * found.nbytes if found.offset is None else 0
 
 
 def layout(found: Member) -> str:

@@ -22,15 +22,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline import datasets, stage
-from pipeline.cluster import client, run_tasks
+from pipeline.cluster import check_memory, client, run_tasks
 from pipeline.config import AnyDataset, Segmentation
 from pipeline.errors import MicrotomeError
 from pipeline.identity import FileDigests, crc32c, digest
-from pipeline.manifest import Files, write_atomically
+from pipeline.manifest import Files, Manifest, write_atomically
 
 if TYPE_CHECKING:
     from pipeline.images import Images
     from pipeline.plan import Plan, Step
+    from pipeline.store import Ledger
 
 VERSION = 1
 CODE = (
@@ -43,6 +44,7 @@ CODE = (
 )
 PIXELS = "pixels/colour"  # the category computed from the pixels
 UINT16 = 65535
+TABLE = "table"  # the entry of the ledger that holds the concepts with their numbers, and the categories
 
 
 def settings(dataset: AnyDataset, digests: FileDigests) -> dict[str, Any]:
@@ -85,15 +87,14 @@ def run(plan: Plan, step: Step) -> None:
     store = folder / "concepts.zarr"
     ledger = Ledger(store.with_suffix(".ledger"))
     wanted = wanted_categories(dataset)
-    categories = open_store(store, images, wanted)
+    categories = open_store(store, ledger, images, wanted)
     shards = images.shards(step.settings["split"])
     image_id = images.image_ids()
     listed = datasets.listing(dataset, plan.scratch)
     index_of = {str(name): index for index, name in enumerate(listed.image_id)}
 
     def id_of(shard: int, category: Category) -> str:
-        made_of = images.contents[shard] if category.name == PIXELS else ingest.result["records"][shard]
-        return digest([VERSION, made_of, step.settings.get("classes"), category.name, category.numbers])
+        return shard_id(step, images, ingest, shard, category.name, category.numbers)
 
     tasks = []
     for shard in shards:
@@ -108,6 +109,10 @@ def run(plan: Plan, step: Step) -> None:
             tasks.append(
                 (dataset, store, images.store, images.files_of(shard), shard, start, items, missing, images.size)
             )
+    if tasks:
+        # Label maps as read, numbered and compressed, and the pixels that colours come from.
+        pixels = images.shard_images * images.size[0] * images.size[1]
+        check_memory(plan.config.cluster, pixels * (6 * len(categories) + 12), step.name, "lower `shard_images`")
     with client(plan.config.cluster, plan.scratch) as workers:
         for done in run_tasks(workers, label_shard, tasks, len(tasks), step.name):
             for category in categories:
@@ -154,7 +159,48 @@ def run(plan: Plan, step: Step) -> None:
         ],
         "refused": sorted(refused),
     }
-    stage.finish(plan, step, began, output, files, result)
+    stage.finish(plan, step, began, output, files, result, made=(len(tasks), len(shards)))
+
+
+def shard_id(step: Step, images: Images, ingest: Manifest, shard: int, category: str, numbers: Sequence[int]) -> str:
+    """What the label maps of one shard and category are made from."""
+    made_of = images.contents[shard] if category == PIXELS else ingest.result["records"][shard]
+    return digest([VERSION, made_of, step.settings.get("classes"), category, numbers])
+
+
+def pending(plan: Plan, step: Step) -> tuple[int, int]:
+    """How many shards a run would label now, of how many, with the images that are ingested."""
+    from pipeline.images import Images
+    from pipeline.store import Ledger
+
+    assert step.dataset is not None
+    images = Images.of(plan, step)
+    _, ingest = plan.parent(step, "ingest")
+    store = plan.results / step.dataset / "concepts.zarr"
+    ledger = Ledger(store.with_suffix(".ledger"))
+    known = ledger.entries.get(TABLE, {}).get("concepts", {})
+    number_of = {(entry["category"], entry["name"]): int(number) for number, entry in known.items()}
+    wanted = {
+        category: [number_of.get((category, name), 0) for name in names]
+        for category, names in wanted_categories(plan.config.datasets[step.dataset]).items()
+    }
+    shards = images.shards(step.settings["split"])
+    missing = [
+        shard
+        for shard in shards
+        if not all(
+            ledger.get(f"{shard} {name}", shard_id(step, images, ingest, shard, name, numbers), store)
+            for name, numbers in wanted.items()
+        )
+    ]
+    return len(missing), len(shards)
+
+
+def discard(plan: Plan, step: Step) -> list[Path]:
+    """The files and folders that this step made."""
+    assert step.dataset is not None
+    folder = plan.results / step.dataset
+    return [folder / "concepts.zarr", folder / "concepts.ledger"]
 
 
 def wanted_categories(dataset: AnyDataset) -> dict[str, Sequence[str]]:
@@ -170,12 +216,16 @@ def wanted_categories(dataset: AnyDataset) -> dict[str, Sequence[str]]:
     return found
 
 
-def open_store(store: Path, images: Images, wanted: Mapping[str, Sequence[str]]) -> list[Category]:
-    """Create the store or take it up; categories and concepts that are new to it are appended."""
+def open_store(store: Path, ledger: Ledger, images: Images, wanted: Mapping[str, Sequence[str]]) -> list[Category]:
+    """Create the store or take it up; categories and concepts that are new to it are appended.
+
+    Where the store's zarr.json is damaged, its ledger knows the numbers that were given out.
+    """
     from pipeline.store import Array, attributes, create, remove_partials
 
-    table = {int(number): entry for number, entry in attributes(store).get("concepts", {}).items()}
-    places = list(attributes(store).get("categories", []))
+    known = attributes(store) or ledger.entries.get(TABLE, {})
+    table = {int(number): entry for number, entry in known.get("concepts", {}).items()}
+    places = list(known.get("categories", []))
     number_of = {(entry["category"], entry["name"]): number for number, entry in table.items()}
     for category, names in wanted.items():
         if category not in places:
@@ -192,7 +242,10 @@ def open_store(store: Path, images: Images, wanted: Mapping[str, Sequence[str]])
         "label_map": Array(("image", "category", "y", "x"), shape, np.uint16, (images.shard_images, 1, *images.size)),
         "category": Array(("category",), (len(places),), str, (len(places),), fill=""),
     }
-    create(store, arrays, {"concepts": {str(k): v for k, v in sorted(table.items())}, "categories": places})
+    attrs = {"concepts": {str(k): v for k, v in sorted(table.items())}, "categories": places}
+    create(store, arrays, attrs)
+    if ledger.entries.get(TABLE, {}).get("id") != digest(attrs):
+        ledger.record(TABLE, digest(attrs), {}, **attrs)
     remove_partials(store)
     return [
         Category(name, places.index(name), tuple(number_of[name, concept] for concept in concepts))

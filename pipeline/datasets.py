@@ -298,6 +298,24 @@ def read_image(dataset: AnyDataset, image_id: str, size: tuple[int, int]) -> np.
     return image
 
 
+def memory_need(dataset: AnyDataset) -> int:
+    """Bytes that a worker needs to read images, beside the images it has read: the largest file, or the arrays held."""
+    match dataset:
+        case Scenes():
+            return 0
+        case Npz():
+            from pipeline.arrays import held
+
+            parts = {"": dataset.file} if isinstance(dataset.file, str) else dataset.file
+            return sum(held(Path(file), dataset.x.replace("{split}", split)) for split, file in parts.items())
+        case Cifar10():
+            from pipeline.arrays import CIFAR10_BYTES
+
+            return 2 * CIFAR10_BYTES
+        case _:
+            return 2 * 4 * dataset.max_pixels
+
+
 def _npz_place(dataset: Npz, image_id: str) -> tuple[Path, str, int]:
     """The file, the array and the index of an image of a npz."""
     split, _, index = image_id.rpartition("/")
