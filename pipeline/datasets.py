@@ -151,7 +151,7 @@ def listing(dataset: AnyDataset, scratch: Path, rescan: bool = False) -> Listing
 
 
 def _all_images(dataset: AnyDataset, scratch: Path, rescan: bool) -> Listing:
-    from pipeline import arrays, published
+    from pipeline import arrays, known_datasets
     from pipeline import listing as files
 
     match dataset:
@@ -174,15 +174,15 @@ def _all_images(dataset: AnyDataset, scratch: Path, rescan: bool) -> Listing:
             rule = split_rule(dataset.split) if dataset.split is not None else None
             return files.list_table(dataset.root, dataset.table, rule, scratch, rescan)
         case ImageNet():
-            return published.list_imagenet(
+            return known_datasets.list_imagenet(
                 Path(dataset.root), dataset.splits, dataset.verify, dataset.unpack, scratch, rescan
             )
         case Places365():
-            return published.list_places365(
+            return known_datasets.list_places365(
                 Path(dataset.root), dataset.splits, dataset.small, dataset.verify, dataset.download, scratch, rescan
             )
         case Cifar10():
-            return published.list_published_cifar10(
+            return known_datasets.list_verified_cifar10(
                 Path(dataset.root), dataset.splits, dataset.verify, dataset.download, scratch
             )
         case Npz():

@@ -39,7 +39,7 @@ CODE = (
     "pipeline/ingest.py",
     "pipeline/listing.py",
     "pipeline/plain_pickle.py",
-    "pipeline/published.py",
+    "pipeline/known_datasets.py",
     "pipeline/scenes",
     "pipeline/snapshot.py",
     "pipeline/tables.py",

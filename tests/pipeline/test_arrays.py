@@ -6,8 +6,8 @@ import pickle
 import zipfile
 from pathlib import Path
 
+import miniatures
 import numpy as np
-import published_data
 import pytest
 import zarr
 from experiments import run, segmentation
@@ -189,7 +189,7 @@ def test_batches_are_read_as_torchvision_does(tmp_path, protocol, monkeypatch):
     """With torchvision's own class as the oracle, which unpickles."""
     from torchvision.datasets import CIFAR10
 
-    published_data.cifar10(tmp_path, protocol=protocol)
+    miniatures.cifar10(tmp_path, protocol=protocol)
     monkeypatch.setattr(CIFAR10, "_check_integrity", lambda self: True)
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *arguments: True)
     listing = list_cifar10(tmp_path, ["train", "test"])
@@ -215,13 +215,13 @@ def test_names_are_those_of_torchvision():
 
 @pytest.mark.usefixtures("workers")
 def test_cifar10_from_a_config_to_the_store(tmp_path):
-    published_data.cifar10(tmp_path / "d")
+    miniatures.cifar10(tmp_path / "d")
     raw = experiment(
         tmp_path, kind="cifar10", root=str(tmp_path / "d"), verify=False, dissect={"split": "test"}, resize=16
     )
     run(raw, "ingest")
     group = stored(tmp_path)
-    assert group["image"].shape == (24, 3, 16, 16) and group.attrs["classes"] == published_data.CIFAR10_CLASSES
+    assert group["image"].shape == (24, 3, 16, 16) and group.attrs["classes"] == miniatures.CIFAR10_CLASSES
     at = group["image_id"][:].astype(object).tolist().index("train/0000005")
     images, labels = cifar10_batch(tmp_path / "d/cifar-10-batches-py/data_batch_2")
     expected = Image.fromarray(images[1].transpose(1, 2, 0)).resize((16, 16), Image.Resampling.BILINEAR)
@@ -243,7 +243,7 @@ class Runs:
 @pytest.mark.parametrize("where", ["data", "labels", "elsewhere"])
 def test_a_malicious_batch_is_refused_and_nothing_runs(tmp_path, protocol, where):
     mark = tmp_path / "ran"
-    published_data.cifar10(tmp_path)
+    miniatures.cifar10(tmp_path)
     batch = {"data": np.zeros((1, 3072), np.uint8), "labels": [0]} | {where: Runs(os.system, f"touch {mark}")}
     path = tmp_path / "cifar-10-batches-py/test_batch"
     path.write_bytes(pickle.dumps(batch, protocol))
@@ -305,7 +305,7 @@ def test_pickles_that_are_too_large_are_not_read(tmp_path, monkeypatch):
     ],
 )
 def test_batches_with_other_things_in_them(tmp_path, change, message):
-    published_data.cifar10(tmp_path)
+    miniatures.cifar10(tmp_path)
     batch = {"data": np.zeros((2, 3072), np.uint8), "labels": [0, 1]} | change
     (tmp_path / "cifar-10-batches-py/test_batch").write_bytes(pickle.dumps(batch))
     with pytest.raises(MicrotomeError, match=message):
@@ -313,7 +313,7 @@ def test_batches_with_other_things_in_them(tmp_path, change, message):
 
 
 def test_a_missing_batch_is_named(tmp_path):
-    published_data.cifar10(tmp_path)
+    miniatures.cifar10(tmp_path)
     (tmp_path / "cifar-10-batches-py/data_batch_3").unlink()
     with pytest.raises(MicrotomeError, match=r"cannot read .*data_batch_3: No such file"):
         list_cifar10(tmp_path, ["train"])

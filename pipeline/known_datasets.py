@@ -159,7 +159,7 @@ def _without_letter(name: str) -> str:
     return rest if slash and len(letter) == 1 else name
 
 
-def list_published_cifar10(root: Path, splits: Sequence[str], verify: bool, download: bool, scratch: Path) -> Listing:
+def list_verified_cifar10(root: Path, splits: Sequence[str], verify: bool, download: bool, scratch: Path) -> Listing:
     """List CIFAR-10, after torchvision has compared its files with the published ones, or downloaded them."""
     names = [CIFAR10_META, *(batch for split in sorted(splits) for batch in CIFAR10_BATCHES[split])]
     folder = root / CIFAR10_FOLDER

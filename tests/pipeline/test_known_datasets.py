@@ -1,40 +1,22 @@
 """ImageNet and Places365 in miniature, in their true layouts, with torchvision's own classes as the oracle."""
 
-import json
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import miniatures
 import numpy as np
-import published_data
 import pytest
 import zarr
 from experiments import run, segmentation
-from published_data import PLACES, SYNSETS, VALIDATION, old
+from miniatures import PLACES, SYNSETS, VALIDATION, old
 
 from pipeline import config, datasets, plan, torchvision_data
 from pipeline.errors import MicrotomeError
 
 WNIDS = sorted(wnid for _, wnid, _, children in SYNSETS if not children)
 NAMES = ["tench", "crane (n02012849)", "kit fox", "crane (n03126707)"]
-
-
-@pytest.fixture
-def in_process(monkeypatch) -> list[dict]:
-    """Torchvision answers in this process, which has imported it; returns the requests that were made."""
-    asked: list[dict] = []
-
-    def run(command, **_):
-        assert command[:3] == [sys.executable, "-m", "pipeline.torchvision_data"]
-        asked.append(json.loads(Path(command[3]).read_text()))
-        torchvision_data.main(*command[3:])
-        return subprocess.CompletedProcess(command, 0)
-
-    monkeypatch.setattr(torchvision_data.subprocess, "run", run)
-    return asked
 
 
 @pytest.fixture
@@ -69,7 +51,7 @@ def listing(folder: Path, kind: str, **dataset):
 @pytest.mark.usefixtures("workers")
 def test_imagenet_from_a_config_to_the_store(tmp_path):
     """In the process of its own, as it runs."""
-    published_data.imagenet_folders(tmp_path / "d")
+    miniatures.imagenet_folders(tmp_path / "d")
     run(experiment(tmp_path, "imagenet", resize=16, crop=16), "ingest")
     group = zarr.open_group(tmp_path / "results/photos/images.zarr", mode="r", use_consolidated=False)
     assert group.attrs["classes"] == NAMES
@@ -86,7 +68,7 @@ def test_imagenet_from_a_config_to_the_store(tmp_path):
 def test_archives_are_unpacked_and_read_as_torchvision_does(tmp_path, in_process, published):
     from torchvision.datasets import ImageNet
 
-    published_data.imagenet_archives(tmp_path / "d")
+    miniatures.imagenet_archives(tmp_path / "d")
     listed = listing(tmp_path, "imagenet", splits=["train", "validation"], unpack=True)
     assert len(listed) == 2 * len(WNIDS) + len(VALIDATION) and listed.classes == NAMES
     for split, folder in (("train", "train"), ("validation", "val")):
@@ -103,12 +85,12 @@ def test_archives_are_unpacked_and_read_as_torchvision_does(tmp_path, in_process
 
 
 def test_torchvision_is_asked_once(tmp_path, in_process):
-    published_data.imagenet_folders(tmp_path / "d")
+    miniatures.imagenet_folders(tmp_path / "d")
     first = listing(tmp_path, "imagenet")
     assert listing(tmp_path, "imagenet").digest() == first.digest() and len(in_process) == 1
-    (tmp_path / "d/val" / WNIDS[0] / "new.JPEG").write_bytes(published_data.jpeg(3))
+    (tmp_path / "d/val" / WNIDS[0] / "new.JPEG").write_bytes(miniatures.jpeg(3))
     assert len(listing(tmp_path, "imagenet")) == len(first) + 1 and len(in_process) == 1
-    published_data.imagenet_devkit(tmp_path / "d")
+    miniatures.imagenet_devkit(tmp_path / "d")
     listing(tmp_path, "imagenet")
     assert len(in_process) == 2
     for kept in (tmp_path / "scratch/torchvision").iterdir():
@@ -117,7 +99,7 @@ def test_torchvision_is_asked_once(tmp_path, in_process):
 
 
 def test_fewer_classes_keep_the_numbers_of_the_devkit(tmp_path, in_process):
-    published_data.imagenet_folders(tmp_path / "d")
+    miniatures.imagenet_folders(tmp_path / "d")
     shutil.rmtree(tmp_path / "d/val" / WNIDS[0])
     assert set(listing(tmp_path, "imagenet").label.tolist()) == {1, 2, 3}
 
@@ -131,7 +113,7 @@ def test_imagenets_that_are_refused(tmp_path, in_process):
 
     root.mkdir()
     refused(r"has neither meta.bin, which torchvision writes, nor ILSVRC2012_devkit_t12.tar.gz; put one of them there")
-    published_data.imagenet_folders(root)
+    miniatures.imagenet_folders(root)
     refused(r"archive ILSVRC2012_devkit_t12.tar.gz is not present in the root directory or is corrupted", verify=True)
     refused(
         r"has no folder 'train' with the train images; unpack its archive there, or .* `unpack: true`", splits=["train"]
@@ -141,7 +123,7 @@ def test_imagenets_that_are_refused(tmp_path, in_process):
     (root / "val/tench").rename(root / "val/n0144076")
     refused("folder 'n0144076' in .* is not a WordNet id of the devkit; nearest: n01440764")
     (root / "val/n0144076").rmdir()
-    (root / "val/ILSVRC2012_val_00000009.JPEG").write_bytes(published_data.jpeg(1))
+    (root / "val/ILSVRC2012_val_00000009.JPEG").write_bytes(miniatures.jpeg(1))
     refused(r"1 images in .*val lie beside class folders, the first is 'ILSVRC2012_val_00000009.JPEG'; expected")
     (root / "val/ILSVRC2012_val_00000009.JPEG").unlink()
     for path in (root / "val" / WNIDS[0]).iterdir():
@@ -158,14 +140,14 @@ def test_imagenets_that_are_refused(tmp_path, in_process):
 def test_an_archive_that_leads_out_of_its_folder_is_refused(tmp_path, in_process, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
-    published_data.imagenet_devkit(tmp_path / "d", extra=("../../evil",))
+    miniatures.imagenet_devkit(tmp_path / "d", extra=("../../evil",))
     with pytest.raises(MicrotomeError, match=r"torchvision cannot read .*: OutsideDestinationError"):
         listing(tmp_path, "imagenet")
     assert not list(tmp_path.rglob("evil"))
 
 
 def test_meta_data_that_would_run_is_refused(tmp_path, in_process):
-    published_data.imagenet_folders(tmp_path / "d")
+    miniatures.imagenet_folders(tmp_path / "d")
 
     class Runs:
         def __reduce__(self):
@@ -182,7 +164,7 @@ def test_meta_data_that_would_run_is_refused(tmp_path, in_process):
 
 @pytest.mark.usefixtures("workers")
 def test_places365_from_a_config_to_the_store(tmp_path, in_process):
-    published_data.places365(tmp_path / "d")
+    miniatures.places365(tmp_path / "d")
     (tmp_path / "d/val_256/Places365_val_00000003.jpg").unlink()  # listed, and not there
     raw = experiment(tmp_path, "places365", resize={"squash": [16, 16]}, max_bad_fraction=0.2)
     run(raw, "ingest")
@@ -201,7 +183,7 @@ def test_every_split_of_places365_is_read_as_torchvision_does(tmp_path, in_proce
     from torchvision.datasets import Places365
 
     root = tmp_path / "d"
-    published_data.places365(root)
+    miniatures.places365(root)
     (root / "test_256").mkdir()
     (root / "data_256_challenge").mkdir()
     splits = ["train", "train-challenge", "validation", "test"]
@@ -225,7 +207,7 @@ def test_places365s_that_are_refused(tmp_path, in_process):
 
     root.mkdir()
     refused(r"categories_places365.txt does not exist or is corrupted. Give .* `download: true`", verify=True)
-    published_data.places365(root)
+    miniatures.places365(root)
     refused(r"categories_places365.txt does not exist or is corrupted. Give .* or `verify: false`", verify=True)
     refused(r"has no folder 'val_large' with the validation images; .* `small: true for those of", small=False)
     refused(r"has no folder 'test_256' with the test images", splits=["test"])
@@ -253,9 +235,9 @@ def test_nothing_is_downloaded_unless_asked(tmp_path, in_process, monkeypatch, k
     def download(url, root, **_):
         got.append(url)
         if kind == "cifar10":
-            published_data.cifar10(Path(root))
+            miniatures.cifar10(Path(root))
         elif "filelist" in url:
-            published_data.places365(Path(root))
+            miniatures.places365(Path(root))
             shutil.rmtree(Path(root, "val_256"))
         else:
             Path(root, "val_256").mkdir()
@@ -276,7 +258,7 @@ def test_nothing_is_downloaded_unless_asked(tmp_path, in_process, monkeypatch, k
 def test_batches_that_are_not_the_published_ones(tmp_path, in_process, published, monkeypatch):
     from torchvision.datasets import CIFAR10
 
-    published_data.cifar10(tmp_path / "d")
+    miniatures.cifar10(tmp_path / "d")
     assert len(listing(tmp_path, "cifar10", verify=True)) == 24
     monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", "40351d587109b95175f43aff81a1287e"]])
     old(tmp_path / "d")  # another time: they are compared again
@@ -286,7 +268,7 @@ def test_batches_that_are_not_the_published_ones(tmp_path, in_process, published
 
 
 def test_a_start_asks_neither_torchvision_nor_the_files(tmp_path, in_process, monkeypatch):
-    published_data.cifar10(tmp_path / "d")
+    miniatures.cifar10(tmp_path / "d")
     old(tmp_path / "d")
     raw = config.parse(experiment(tmp_path, "cifar10", verify=False, dissect={"split": "test"}))
     first = plan.make(raw)
