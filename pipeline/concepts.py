@@ -14,7 +14,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,25 +96,29 @@ def run(plan: Plan, step: Step) -> None:
     def id_of(shard: int, category: Category) -> str:
         return shard_id(step, images, ingest, shard, category.name, category.numbers)
 
-    tasks = []
+    lacking = {}
     for shard in shards:
         missing = [c for c in categories if not ledger.get(f"{shard} {c.name}", id_of(shard, c), store)]
         if missing:
+            lacking[shard] = missing
+
+    def tasks() -> Iterator[tuple]:
+        """Made as they are handed out: the paths of a million label maps are not held at once."""
+        for shard, missing in lacking.items():
             start, stop = images.range(shard)
             items = []
             for name in map(str, image_id[start:stop]):
                 index = index_of.get(name)
                 paths = {c: listed.label_map(index, c) for c in listed.label_map_path} if index is not None else {}
                 items.append((name if index is not None else None, paths))
-            tasks.append(
-                (dataset, store, images.store, images.files_of(shard), shard, start, items, missing, images.size)
-            )
-    if tasks:
+            yield (dataset, store, images.store, images.files_of(shard), shard, start, items, missing, images.size)
+
+    if lacking:
         # Label maps as read, numbered and compressed, and the pixels that colours come from.
         pixels = images.shard_images * images.size[0] * images.size[1]
         check_memory(plan.config.cluster, pixels * (6 * len(categories) + 12), step.name, "lower `shard_images`")
     with client(plan.config.cluster, plan.scratch) as workers:
-        for done in run_tasks(workers, label_shard, tasks, len(tasks), step.name):
+        for done in run_tasks(workers, label_shard, tasks(), len(lacking), step.name):
             for category in categories:
                 if category.name in done.files:
                     ledger.record(
@@ -159,7 +163,7 @@ def run(plan: Plan, step: Step) -> None:
         ],
         "refused": sorted(refused),
     }
-    stage.finish(plan, step, began, output, files, result, made=(len(tasks), len(shards)))
+    stage.finish(plan, step, began, output, files, result, made=(len(lacking), len(shards)))
 
 
 def shard_id(step: Step, images: Images, ingest: Manifest, shard: int, category: str, numbers: Sequence[int]) -> str:

@@ -76,6 +76,9 @@ class Dataset(Strict):
     """What every kind of data set has."""
 
     shard_images: PositiveInt = Field(64, description="images of one shard, the unit of work")
+    max_images: PositiveInt | None = Field(
+        None, description="the first so many images of each split, in the order of a hash of their ids; default: all"
+    )
     concepts: list[Literal["truth", "pixels"]] = Field(
         ["truth"], description="sources of label maps: ground truth; colour names computed from the pixels"
     )
@@ -116,27 +119,97 @@ class Split(Strict):
         return self
 
 
-class Files(Dataset):
-    """What data sets of image files have."""
+class Images(Dataset):
+    """What data sets of images have, in files of their own or not."""
 
     resize: PositiveInt | Squash | None = Field(None, description="length of the short side, or squash, or none")
     crop: PositiveInt | None = Field(None, description="centre crop after the resize")
-    split: Split = Field(Split(all="validation"), description="which split each image belongs to")
     max_pixels: PositiveInt = Field(64_000_000, description="a file with more pixels is refused before decoding")
+
+
+class Files(Images):
+    """What data sets of image files have."""
+
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = Field(
         0.01, description="a larger share of refused images stops the stage"
     )
 
 
-class ImageFolder(Files):
+class Labelled(Dataset):
+    """What data sets have that come with classes and no label maps."""
+
+    concepts: list[Literal["pixels"]] = Field(  # type: ignore[assignment]
+        ["pixels"], description="sources of label maps: colour names computed from the pixels"
+    )
+
+
+class ImageFolder(Labelled, Files):
     """Images in one folder a class."""
 
     kind: Literal["imagefolder"] = Field(description="this kind")
     root: str = Field(description="folder of the images")
+    split: Split = Field(Split(all="validation"), description="which split each image belongs to")
     labels: str | None = Field(None, description="CSV with columns image,label, for folders without classes")
-    concepts: list[Literal["pixels"]] = Field(  # type: ignore[assignment]
-        ["pixels"], description="sources of label maps: colour names computed from the pixels"
+
+
+class Csv(Labelled, Files):
+    """Images that a table names."""
+
+    kind: Literal["csv"] = Field(description="this kind")
+    root: str = Field(description="folder that the paths are below")
+    table: str = Field(description="CSV with the columns path, label and split; the last two may be absent")
+    split: Split | None = Field(
+        None, description="which split each image belongs to; default: the column `split`, without one all `validation`"
     )
+
+
+class ImageNet(Labelled, Files):
+    """ImageNet of 2012, as torchvision lays it out."""
+
+    kind: Literal["imagenet"] = Field(description="this kind")
+    root: str = Field(description="folder with val/, train/ and meta.bin or the archive of the devkit")
+    splits: Annotated[list[Literal["train", "validation"]], Field(min_length=1)] = Field(
+        ["validation"], description="the splits to take"
+    )
+    unpack: bool = Field(False, description="let torchvision unpack the archives in `root` where folders are missing")
+    verify: bool = Field(True, description="archives must be the published ones, by their md5")
+
+
+class Places365(Labelled, Files):
+    """Places365, as torchvision lays it out."""
+
+    kind: Literal["places365"] = Field(description="this kind")
+    root: str = Field(description="folder with the lists and val_256/, data_256_standard/ and so on")
+    splits: Annotated[list[Literal["train", "train-challenge", "validation", "test"]], Field(min_length=1)] = Field(
+        ["validation"], description="the splits to take"
+    )
+    small: bool = Field(True, description="the images of 256 x 256 pixels; false: the large ones")
+    download: bool = Field(False, description="let torchvision download to `root` what is missing")
+    verify: bool = Field(True, description="the lists must be the published ones, by their md5")
+
+
+class Cifar10(Labelled, Images):
+    """CIFAR-10, in the batches that torchvision reads."""
+
+    kind: Literal["cifar10"] = Field(description="this kind")
+    root: str = Field(description="folder with cifar-10-batches-py/")
+    splits: Annotated[list[Literal["train", "test"]], Field(min_length=1)] = Field(
+        ["train", "test"], description="the splits to take"
+    )
+    download: bool = Field(False, description="let torchvision download to `root` what is missing")
+    verify: bool = Field(True, description="the batches must be the published ones, by their md5")
+
+
+class Npz(Labelled, Images):
+    """Images that are an array in a file of numpy."""
+
+    kind: Literal["npz"] = Field(description="this kind")
+    file: str | Annotated[dict[Name, str], Field(min_length=1)] = Field(
+        description="an npz, with splits in its array `split` if it has one; or one npz for each split"
+    )
+    x: str = Field("x", description="array of the images, uint8; `{split}` in it becomes the name of the split")
+    y: str | None = Field("y", description="array of the labels, whole numbers; null: there are none")
+    classes: list[str] | None = Field(None, description="names of the classes; default: their numbers")
 
 
 class LabelMaps(Strict):
@@ -152,11 +225,14 @@ class Segmentation(Files):
 
     kind: Literal["segmentation"] = Field(description="this kind")
     root: str = Field(description="folder of the images")
+    split: Split = Field(Split(all="validation"), description="which split each image belongs to")
     label_maps: Annotated[dict[Name, LabelMaps], Field(min_length=1)] = Field(description="by name of the category")
     labels: str | None = Field(None, description="CSV with columns image,label")
 
 
-AnyDataset = Annotated[Scenes | ImageFolder | Segmentation, Field(discriminator="kind")]
+AnyDataset = Annotated[
+    Scenes | ImageFolder | Segmentation | Csv | ImageNet | Places365 | Cifar10 | Npz, Field(discriminator="kind")
+]
 
 
 class Preprocessing(Strict):

@@ -82,6 +82,12 @@ class Concepts:
     numbers: tuple[int, ...]
     place: tuple[int, ...]
 
+    def at(self, part: Iterable[Counted]) -> Concepts:
+        """The same concepts with the files of some shards alone: a task carries no more."""
+        chunks = (f"label_map/c/{one.shard}/{axis}/0/0" for one in part for axis in self.axis)
+        names = ("zarr.json", "label_map/zarr.json", *chunks)
+        return replace(self, files={name: self.files[name] for name in names if name in self.files})
+
 
 @dataclass(frozen=True)
 class Counted:
@@ -105,6 +111,11 @@ class Layer:
     shape: tuple[int, int, int]
     scale: float
     digest: str
+
+    def at(self, part: Iterable[Counted]) -> Layer:
+        """The same layer with the files of some shards alone: a task carries no more."""
+        names = ("zarr.json", "activation/zarr.json", *(f"activation/c/{one.shard}/0/0/0" for one in part))
+        return replace(self, files={name: self.files[name] for name in names if name in self.files})
 
 
 @dataclass(frozen=True)
@@ -231,7 +242,8 @@ def counted_images(images: Images, split: str, shards: Iterable[int], refused: I
     from pipeline.listing import group
 
     image_id = images.image_ids()
-    counts = images.counted(split) & ~np.isin(image_id.astype(object), list(refused))
+    without = set(refused)
+    counts = images.counted(split) & ~np.fromiter((name in without for name in image_id), bool, len(image_id))
     found = []
     for shard in shards:
         start, stop = images.range(shard)
@@ -326,7 +338,7 @@ def find_thresholds(
     size = {id: counted_size(layer, how, images) for id, layer in layers.items()}
     found: dict[str, Threshold] = {}
     sample = counted[:SAMPLE_SHARDS]
-    tasks: list[tuple] = [(layer, sample, size[id], border, quantile) for id, layer in layers.items()]
+    tasks: list[tuple] = [(layer.at(sample), sample, size[id], border, quantile) for id, layer in layers.items()]
     brackets: dict[str, tuple[Bracket, np.ndarray]] = {}
     for id, bracket in run_tasks(client, sample_layer, tasks, len(tasks), f"{label}: samples"):
         count = len(bracket.floor)
@@ -334,7 +346,7 @@ def find_thresholds(
         found[id] = Threshold(np.full(count, np.nan, np.float16), np.zeros(count, np.int64), 0)
     while brackets:
         tasks = [
-            (layers[id], units, bracket, part, size[id], border)
+            (layers[id].at(part), units, bracket, part, size[id], border)
             for id, (bracket, units) in brackets.items()
             for part in runs(counted, client)
         ]
@@ -437,19 +449,27 @@ def count_and_write(
         chosen = only(concepts, [name for name in concepts.categories if name in rest])
         # Areas come with any count; where all categories are known there is nothing to count.
         shards = {one.shard: one for wanted in batch for one in wanted.counted} if rest else {}
-        layers = [
-            (w.layer, w.permuted, {one.shard for one in w.counted}, thresholds[w.layer.id].threshold) for w in batch
-        ]
-        tasks = [(layers, part, chosen, how["border"]) for part in runs(list(shards.values()), client)]
+        tasks = []
+        for part in runs(list(shards.values()), client):
+            wanted = [
+                (
+                    w.layer.at(part),
+                    w.permuted,
+                    {one.shard for one in w.counted} & {one.shard for one in part},
+                    thresholds[w.layer.id].threshold,
+                )
+                for w in batch
+            ]
+            tasks.append((wanted, part, chosen.at(part), how["border"]))
         totals: dict[tuple[str, bool], Counts] = {}
         for counts in run_tasks(client, count_run, tasks, len(tasks), f"{label}: IoU"):
             for key, part in counts.items():
                 totals[key] = add(totals[key], part) if key in totals else part
-        for wanted in batch:
-            key = wanted.layer.id, wanted.permuted
+        for w in batch:
+            key = w.layer.id, w.permuted
             sources = known[key] | (dict.fromkeys(chosen.categories, (totals[key], chosen)) if rest else {})
-            counted = [name for name in wanted.labels if name not in known[key]]
-            write_layer(wanted, thresholds[wanted.layer.id], joined(concepts, sources), concepts, how, counted)
+            counted = [name for name in w.labels if name not in known[key]]
+            write_layer(w, thresholds[w.layer.id], joined(concepts, sources), concepts, how, counted)
 
 
 def only(concepts: Concepts, categories: list[str]) -> Concepts:

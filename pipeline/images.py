@@ -23,7 +23,7 @@ class Images:
     """`images.zarr` and the facts of its manifest.
 
     `contents[i]` is the digest of the pixels of shard i: two shards with equal contents need no second forward pass,
-    whatever happened to the files they were decoded from.
+    whatever happened to the files they were decoded from. None: no image of the shard is used.
     """
 
     store: Path
@@ -31,7 +31,7 @@ class Images:
     count: int
     size: tuple[int, int]
     shard_images: int
-    contents: Sequence[str]
+    contents: Sequence[str | None]
     splits: dict[str, dict[str, int]]  # valid images by split and shard
 
     @staticmethod

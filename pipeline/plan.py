@@ -143,10 +143,15 @@ def make(wanted: Config, rescan: bool = False) -> Plan:
 
     ingests: dict[str, Step] = {}
     labelled: dict[str, Step] = {}
-    for name, dataset in wanted.datasets.items():
-        ingests[name] = add("ingest", datasets.settings(dataset, plan.scratch, rescan), [], name)
+    found = {
+        name: datasets.summary(dataset, plan.scratch, ingest.VERSION, rescan)
+        for name, dataset in wanted.datasets.items()
+    }
+    for name in wanted.datasets:
+        ingests[name] = add("ingest", found[name].settings, [], name)
     used = {d for n in wanted.networks.values() for d in datasets_of(wanted, n)}
     for name in sorted(used):
+        found[name].require(name, wanted.datasets[name].dissect.split)
         labelled[name] = add("concepts", concepts.settings(wanted.datasets[name], digests), [ingests[name]], name)
 
     dissected: list[Step] = []
@@ -154,6 +159,8 @@ def make(wanted: Config, rescan: bool = False) -> Plan:
     for name, spec in plan.networks.items():
         if not datasets_of(wanted, spec):  # `only` left it none
             continue
+        if spec.train:
+            found[spec.train.dataset].require(spec.train.dataset, spec.train.split)
         parents = [ingests[spec.train.dataset]] if spec.train else []
         loaded[name] = add("network", network.settings(spec, digests), parents, network=name)
     for name, spec in plan.networks.items():
