@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline import datasets, stage
-from pipeline.cluster import client, run_tasks
+from pipeline.cluster import check_memory, client, run_tasks
 from pipeline.config import AnyDataset, Segmentation
 from pipeline.errors import MicrotomeError
 from pipeline.identity import FileDigests, crc32c, digest
@@ -31,6 +31,7 @@ from pipeline.manifest import Files, write_atomically
 if TYPE_CHECKING:
     from pipeline.images import Images
     from pipeline.plan import Plan, Step
+    from pipeline.store import Ledger
 
 VERSION = 1
 CODE = (
@@ -43,6 +44,7 @@ CODE = (
 )
 PIXELS = "pixels/colour"  # the category computed from the pixels
 UINT16 = 65535
+TABLE = "table"  # the entry of the ledger that holds the concepts with their numbers, and the categories
 
 
 def settings(dataset: AnyDataset, digests: FileDigests) -> dict[str, Any]:
@@ -85,7 +87,7 @@ def run(plan: Plan, step: Step) -> None:
     store = folder / "concepts.zarr"
     ledger = Ledger(store.with_suffix(".ledger"))
     wanted = wanted_categories(dataset)
-    categories = open_store(store, images, wanted)
+    categories = open_store(store, ledger, images, wanted)
     shards = images.shards(step.settings["split"])
     image_id = images.image_ids()
     listed = datasets.listing(dataset, plan.scratch)
@@ -108,6 +110,10 @@ def run(plan: Plan, step: Step) -> None:
             tasks.append(
                 (dataset, store, images.store, images.files_of(shard), shard, start, items, missing, images.size)
             )
+    if tasks:
+        # Label maps as read, numbered and compressed, and the pixels that colours come from.
+        pixels = images.shard_images * images.size[0] * images.size[1]
+        check_memory(plan.config.cluster, pixels * (6 * len(categories) + 12), step.name, "lower `shard_images`")
     with client(plan.config.cluster, plan.scratch) as workers:
         for done in run_tasks(workers, label_shard, tasks, len(tasks), step.name):
             for category in categories:
@@ -170,12 +176,16 @@ def wanted_categories(dataset: AnyDataset) -> dict[str, Sequence[str]]:
     return found
 
 
-def open_store(store: Path, images: Images, wanted: Mapping[str, Sequence[str]]) -> list[Category]:
-    """Create the store or take it up; categories and concepts that are new to it are appended."""
+def open_store(store: Path, ledger: Ledger, images: Images, wanted: Mapping[str, Sequence[str]]) -> list[Category]:
+    """Create the store or take it up; categories and concepts that are new to it are appended.
+
+    Where the store's zarr.json is damaged, its ledger knows the numbers that were given out.
+    """
     from pipeline.store import Array, attributes, create, remove_partials
 
-    table = {int(number): entry for number, entry in attributes(store).get("concepts", {}).items()}
-    places = list(attributes(store).get("categories", []))
+    known = attributes(store) or ledger.entries.get(TABLE, {})
+    table = {int(number): entry for number, entry in known.get("concepts", {}).items()}
+    places = list(known.get("categories", []))
     number_of = {(entry["category"], entry["name"]): number for number, entry in table.items()}
     for category, names in wanted.items():
         if category not in places:
@@ -192,7 +202,10 @@ def open_store(store: Path, images: Images, wanted: Mapping[str, Sequence[str]])
         "label_map": Array(("image", "category", "y", "x"), shape, np.uint16, (images.shard_images, 1, *images.size)),
         "category": Array(("category",), (len(places),), str, (len(places),), fill=""),
     }
-    create(store, arrays, {"concepts": {str(k): v for k, v in sorted(table.items())}, "categories": places})
+    attrs = {"concepts": {str(k): v for k, v in sorted(table.items())}, "categories": places}
+    create(store, arrays, attrs)
+    if ledger.entries.get(TABLE, {}).get("id") != digest(attrs):
+        ledger.record(TABLE, digest(attrs), {}, **attrs)
     remove_partials(store)
     return [
         Category(name, places.index(name), tuple(number_of[name, concept] for concept in concepts))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline import stage
-from pipeline.cluster import client, device, run_tasks
+from pipeline.cluster import check_memory, client, device, run_tasks
 from pipeline.config import AnyDataset, Network
 from pipeline.errors import MicrotomeError
 from pipeline.identity import digest
@@ -38,6 +39,7 @@ VERSION = 1
 CODE = ("pipeline/extract.py", "pipeline/layers.py", "pipeline/layer_id.py", "pipeline/networks.py")
 HALF_MAX = 65504.0
 UNIT_BLOCK = 64  # units of one chunk inside a shard
+REMEDY = "lower `shard_images` of the data set or `numerics.micro_batch` of the network, or name fewer layers"
 
 
 def settings(spec: Network, dataset: AnyDataset, limit: int | None) -> dict[str, Any]:
@@ -138,9 +140,12 @@ def run(plan: Plan, step: Step) -> None:
                     tasks.append(
                         (model, images.store, images.files_of(shard), shard, images.range(shard), missing, head)
                     )
+            if tasks:
+                need = memory_need(distinct.values(), prepared, model.spec, images)
+                check_memory(plan.config.cluster, need, step.name, REMEDY)
             overflow: dict[str, float] = {}
             try:
-                for done in run_tasks(workers, extract_shard, tasks, len(tasks), step.name):
+                for done in run_tasks(workers, extract_shard, tasks, len(tasks), step.name, REMEDY):
                     for id, layer in distinct.items():
                         if id in done.files:
                             ledgers[id].record(str(done.shard), shard_id(images, done.shard, layer), done.files[id])
@@ -272,6 +277,8 @@ class Prepared:
     layers: list[tuple[str, LayerInfo, float]]
     classes: int
     numerics: dict[str, Any]
+    parameters: int
+    largest: int  # values of the largest output of any module, for one image
 
 
 def prepare(model: Model, size: tuple[int, int]) -> Prepared:
@@ -282,7 +289,7 @@ def prepare(model: Model, size: tuple[int, int]) -> Prepared:
     import torch
 
     from pipeline.layer_id import layer_ids
-    from pipeline.layers import Recorder, resolve
+    from pipeline.layers import Recorder, largest_output, resolve
 
     spec, shape = model.spec, (3, *size)
     as_loaded = _loaded(model)
@@ -298,7 +305,21 @@ def prepare(model: Model, size: tuple[int, int]) -> Prepared:
     layers = [
         (ids[info.name], info, scale_for(float(outputs[info.name].abs().amax()), headroom=True)) for info in infos
     ]
-    return Prepared(layers, logits.shape[1], numerics)
+    parameters = sum(parameter.numel() for parameter in as_loaded.parameters())
+    return Prepared(layers, logits.shape[1], numerics, parameters, largest_output(as_loaded, shape))
+
+
+def memory_need(layers: Iterable[Layer], prepared: Prepared, spec: Network, images: Images) -> int:
+    """Bytes of a task: the weights as loaded and as used, a forward, and the outputs of a shard.
+
+    In a forward without gradients an operation's input, output and workspace live; outputs are recorded in float32 and
+    each is joined and halved when it is written.
+    """
+    values = [math.prod(layer.info.shape) + layer.info.special * layer.info.shape[0] for layer in layers]
+    pixels = 3 * images.size[0] * images.size[1]
+    forward = 4 * spec.numerics.micro_batch * (pixels + 3 * prepared.largest)
+    outputs = images.shard_images * (pixels + 4 * sum(values) + 10 * max(values, default=0))
+    return 3 * 4 * prepared.parameters + forward + outputs
 
 
 def platform_numerics() -> dict[str, str]:

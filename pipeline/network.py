@@ -8,21 +8,26 @@ Writes
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline import stage
-from pipeline.cluster import client, device, run_tasks
+from pipeline.cluster import check_memory, client, device, run_tasks
 from pipeline.config import Network
 from pipeline.errors import MicrotomeError
 from pipeline.identity import FileDigests, crc32c
 from pipeline.manifest import write_atomically
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from pipeline.plan import Plan, Step
+    from pipeline.store import Reader
 
 VERSION = 1
+REMEDY = "lower `batch_size` of the recipe, or the number of images"
 CODE = ("pipeline/checkpoint.py", "pipeline/network.py", "pipeline/networks.py", "pipeline/training.py")
 
 
@@ -69,8 +74,11 @@ def run(plan: Plan, step: Step) -> None:
             "files": stage.below("images.zarr", manifest.files),
             "folder": folder / f"training-{step.id}",
         }
+        held = manifest.result["images"] * 3 * math.prod(manifest.result["size"])
+        what = f"{step.name}, which holds all images,"
+        check_memory(plan.config.cluster, held, what, "give the data set fewer images")
     with client(plan.config.cluster, plan.scratch) as workers:
-        (facts,) = run_tasks(workers, make, [(spec, folder, training)], 1, step.name)
+        (facts,) = run_tasks(workers, make, [(spec, folder, training)], 1, step.name, REMEDY)
     files = {}
     for name in ("model.safetensors", "model.json"):
         data = (folder / name).read_bytes()
@@ -120,14 +128,13 @@ def _train(spec: Network, name: str, store: Path, files: dict, folder: Path) -> 
         raise MicrotomeError(
             f"data set {spec.train.dataset!r} has no valid images in split {spec.train.split!r} to train on"
         )
-    images = reader["image"][:]
 
     def progress(done: int, steps: int, loss: float, accuracy: float) -> None:
         if done % max(1, steps // 10) < max(1, steps // CURVE_POINTS):
             print(f"  {name}: step {done}/{steps}, loss {loss:.2f}, accuracy {accuracy:.0%}", file=sys.stderr)
 
     network = load(spec.model_copy(update={"weights": "random"}))
-    parts = {part: (images[mask], label[mask]) for part, mask in chosen.items() if mask.any()}
+    parts = {part: (_pixels(reader, mask), label[mask]) for part, mask in chosen.items() if mask.any()}
     facts = fit(
         network,
         train=parts[spec.train.split],
@@ -140,3 +147,17 @@ def _train(spec: Network, name: str, store: Path, files: dict, folder: Path) -> 
         device=device(),
     )
     return network, facts
+
+
+def _pixels(reader: Reader, mask: np.ndarray) -> np.ndarray:
+    """The images of a mask, uint8 (image, channel, y, x), read a shard at a time: none is held twice."""
+    import numpy as np
+
+    array = reader["image"]
+    step, found, at = array.chunks[0], np.empty((int(mask.sum()), *array.shape[1:]), np.uint8), 0
+    for start in range(0, len(mask), step):
+        rows = np.flatnonzero(mask[start : start + step])
+        if len(rows):
+            found[at : at + len(rows)] = array[start : start + step][rows]
+            at += len(rows)
+    return found
