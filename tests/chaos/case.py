@@ -49,7 +49,7 @@ class Case:
 
     def __post_init__(self) -> None:
         self.truth = folder.contents(self.undisturbed)
-        self.began = 0
+        self.started: list[Running] = []
         self.duration = sum(folder.seconds(self.undisturbed, stage) for stage in folder.steps(self.undisturbed))
         self.patience = 120 + 10 * self.duration
         self.temporary = self.scratch / "tmp"
@@ -70,14 +70,20 @@ class Case:
     def start(
         self, *more: str, cwd: Path | None = None, command: Sequence[str] = (), open_files: int | None = None
     ) -> Running:
-        self.began += 1
-        return Running(
+        running = Running(
             [*(command or self.command), *more],
             cwd or self.cwd,
-            self.scratch / f"output-{self.began}.txt",
+            self.scratch / f"output-{len(self.started)}.txt",
             environment={"TMPDIR": str(self.temporary)},
             open_files=open_files,
         )
+        self.started.append(running)
+        return running
+
+    def end_all(self) -> None:
+        """Whatever is left of the runs that were started."""
+        for running in self.started:
+            running.kill_all()
 
     def end(self, running: Running, *codes: int) -> str:
         """Wait for a run that must end with one of these exit statuses; return what it said."""

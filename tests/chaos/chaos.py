@@ -11,6 +11,7 @@ import argparse
 import fnmatch
 import random
 import shlex
+import signal
 import sys
 import tempfile
 import time
@@ -69,9 +70,8 @@ def faults(undisturbed: Path, seed: int = 0) -> dict[str, Fault]:
     add("ulimit", resources.few_open_files, "256")
     for mode in ("sys.exit", "graceful", "segfault"):
         add("workers-die", resources.workers_die, mode)
-    kinds = [*damage.KINDS, damage.SWAPPED]
-    for at, group in enumerate(damage.groups(undisturbed)):
-        add("damage", damage.refused, group, kinds[at % len(kinds)])
+    for at, (group, files) in enumerate(damage.groups(undisturbed).items()):
+        add("damage", damage.refused, group, damage.kind_for(undisturbed, files, at))
     for at, stage in enumerate(sorted({found["stage"] for found in folder.manifests(undisturbed).values()})):
         add("manifest", damage.manifest, stage, list(damage.KINDS)[at % len(damage.KINDS)])
     for at, name in enumerate(sorted({path.stem for path in undisturbed.rglob("*.ledger")})):
@@ -126,6 +126,8 @@ def run(
                 end = error
             except Exception:
                 end = BrokenPromiseError(f"the fault itself failed:\n{traceback.format_exc()}")
+            finally:
+                case.end_all()
             if isinstance(end, BrokenPromiseError) and results.exists():
                 folder.copy(results, results.with_name(f"{results.name}.{own.name}"))
             rows.append((name, describe(found[name]), end))
@@ -170,6 +172,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--seed", type=int, default=0, help="decides moments and bits")
     parser.add_argument("command", nargs="+", help="after --")
     given = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     with tempfile.TemporaryDirectory(prefix="chaos-") as scratch:
         rows = run(given.command, Path.cwd(), given.results, given.only, given.seed, Path(scratch))
     broken = [name for name, _, end in rows if isinstance(end, BrokenPromiseError)]

@@ -66,8 +66,11 @@ def groups(results: Path) -> dict[str, list[str]]:
 
 
 def damage(case: Case, kind: str, files: Sequence[str]) -> list[str]:
-    """Damage one of these files, or exchange two of them; return which."""
-    chosen = case.random.sample(files, 2 if kind == SWAPPED else 1)
+    """Damage one of these files, or exchange two of them that differ; return which."""
+    chosen = [case.random.choice(files)]
+    if kind == SWAPPED:
+        own = (case.results / chosen[0]).read_bytes()
+        chosen.append(case.random.choice([name for name in files if (case.results / name).read_bytes() != own]))
     paths = [case.results / name for name in chosen]
     if kind == SWAPPED:
         first, second = (path.read_bytes() for path in paths)
@@ -75,26 +78,34 @@ def damage(case: Case, kind: str, files: Sequence[str]) -> list[str]:
         _replace(paths[1], first)
     else:
         KINDS[kind](paths[0], case.random)
-    return [name for name in chosen if (case.results / name).exists() is False or _differs(case, name)]
+    return [name for name in chosen if _differs(case, name)]
 
 
 def _differs(case: Case, name: str) -> bool:
-    return (case.results / name).read_bytes() != (case.undisturbed / name).read_bytes()
+    """Whether a file is not there or holds other bytes than the undisturbed one."""
+    path = case.results / name
+    return not path.exists() or path.read_bytes() != (case.undisturbed / name).read_bytes()
+
+
+def kind_for(results: Path, files: Sequence[str], number: int) -> str:
+    """One kind of damage after another; files are only exchanged where two of them differ."""
+    kinds = [*KINDS, SWAPPED]
+    kind = kinds[number % len(kinds)]
+    if kind == SWAPPED and len({(results / name).read_bytes() for name in files}) == 1:
+        return kinds[0]
+    return kind
 
 
 def refused(case: Case, group: str, kind: str) -> Outcome:
     """A damaged file, when what reads it runs again"""
     files = groups(case.undisturbed)[group]
-    if kind == SWAPPED and len(files) < 2:
-        kind = "flipped"
     folder.copy(case.undisturbed, case.results)
     readers = _forget_readers(case, files[0])
     damaged = damage(case, kind, files)
-    if not damaged:
-        return Outcome("equal files were exchanged: no damage", "", "")
     running = case.start()
     said = case.end(running)
-    _verified(case, damaged)
+    left = [name for name in damaged if _differs(case, name)]
+    _verified(case, left)
     if running.process.returncode:
         if "Traceback" in said:
             raise BrokenPromiseError(f"a traceback in place of an error:\n{said[-3000:]}")
@@ -102,12 +113,14 @@ def refused(case: Case, group: str, kind: str) -> Outcome:
         words = [_store_and_chunk(name) for name in damaged]
         if not any(all(word in said for word in pair) for pair in words):
             raise BrokenPromiseError(f"the error names none of {words}:\n{said[-3000:]}")
-        happened = f"{readers} refused it by name"
+        happened = f"refused by name when {readers} ran again"
     else:
         found = folder.contents(case.results)
         other = sorted(name for name in case.truth if found.get(name) != case.truth[name] and name not in damaged)
         if other:
             raise BrokenPromiseError(f"damage in {damaged} was used in silence: {some(other)} differ")
+        if not left:
+            return Outcome(f"written again when {readers} ran again", "", case.same())
         happened = "nothing reads it"
     return Outcome(f"{happened}; verify found {', '.join(map(_short, damaged))} and nothing else", "", "see `repair`")
 
@@ -158,9 +171,7 @@ def _repair(case: Case, chosen: Sequence[Sequence[str]]) -> Outcome:
     folder.copy(case.undisturbed, case.results)
     damaged = []
     for at, files in enumerate(chosen):
-        kinds = [*KINDS, SWAPPED]
-        kind = kinds[at % len(kinds)]
-        damaged += damage(case, kind if len(files) > 1 or kind != SWAPPED else "flipped", files)
+        damaged += damage(case, kind_for(case.undisturbed, files, at), files)
     _verified(case, damaged)
     before = folder.Finished.of(case.results)
     case.upkeep("repair")

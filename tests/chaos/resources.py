@@ -21,14 +21,14 @@ def disk_full(case: Case, share: str) -> Outcome:
     room = int(float(share) * size)
     case.empty()
     with _mounted(case.results, "-t", "tmpfs", "-o", f"size={room}", "tmpfs"):
-        said = case.fails(case.start(), "no space left")
+        said = case.fails(case.start(), "disk is full")
         code, lines = case.upkeep("verify")
         if code:
             raise BrokenPromiseError(f"something that is not whole is called finished: {lines}")
         kept = folder.Finished.of(case.results)
         _mount("-o", f"remount,size={20 * size + (64 << 20)}", str(case.results))
         outcome = case.goes_on(kept)
-    line = next((line.strip() for line in said.splitlines() if "no space left" in line.lower()), "")
+    line = next((line.strip() for line in said.splitlines() if "disk is full" in line.lower()), "")
     outcome.happened = f"“{line[:150]}”; with space, the next run went on"
     return outcome
 
