@@ -26,7 +26,7 @@ from pipeline.cluster import check_memory, client, run_tasks
 from pipeline.config import AnyDataset, Segmentation
 from pipeline.errors import MicrotomeError
 from pipeline.identity import FileDigests, crc32c, digest
-from pipeline.manifest import Files, write_atomically
+from pipeline.manifest import Files, Manifest, write_atomically
 
 if TYPE_CHECKING:
     from pipeline.images import Images
@@ -94,8 +94,7 @@ def run(plan: Plan, step: Step) -> None:
     index_of = {str(name): index for index, name in enumerate(listed.image_id)}
 
     def id_of(shard: int, category: Category) -> str:
-        made_of = images.contents[shard] if category.name == PIXELS else ingest.result["records"][shard]
-        return digest([VERSION, made_of, step.settings.get("classes"), category.name, category.numbers])
+        return shard_id(step, images, ingest, shard, category.name, category.numbers)
 
     tasks = []
     for shard in shards:
@@ -160,7 +159,48 @@ def run(plan: Plan, step: Step) -> None:
         ],
         "refused": sorted(refused),
     }
-    stage.finish(plan, step, began, output, files, result)
+    stage.finish(plan, step, began, output, files, result, made=(len(tasks), len(shards)))
+
+
+def shard_id(step: Step, images: Images, ingest: Manifest, shard: int, category: str, numbers: Sequence[int]) -> str:
+    """What the label maps of one shard and category are made from."""
+    made_of = images.contents[shard] if category == PIXELS else ingest.result["records"][shard]
+    return digest([VERSION, made_of, step.settings.get("classes"), category, numbers])
+
+
+def pending(plan: Plan, step: Step) -> tuple[int, int]:
+    """How many shards a run would label now, of how many, with the images that are ingested."""
+    from pipeline.images import Images
+    from pipeline.store import Ledger
+
+    assert step.dataset is not None
+    images = Images.of(plan, step)
+    _, ingest = plan.parent(step, "ingest")
+    store = plan.results / step.dataset / "concepts.zarr"
+    ledger = Ledger(store.with_suffix(".ledger"))
+    known = ledger.entries.get(TABLE, {}).get("concepts", {})
+    number_of = {(entry["category"], entry["name"]): int(number) for number, entry in known.items()}
+    wanted = {
+        category: [number_of.get((category, name), 0) for name in names]
+        for category, names in wanted_categories(plan.config.datasets[step.dataset]).items()
+    }
+    shards = images.shards(step.settings["split"])
+    missing = [
+        shard
+        for shard in shards
+        if not all(
+            ledger.get(f"{shard} {name}", shard_id(step, images, ingest, shard, name, numbers), store)
+            for name, numbers in wanted.items()
+        )
+    ]
+    return len(missing), len(shards)
+
+
+def discard(plan: Plan, step: Step) -> list[Path]:
+    """The files and folders that this step made."""
+    assert step.dataset is not None
+    folder = plan.results / step.dataset
+    return [folder / "concepts.zarr", folder / "concepts.ledger"]
 
 
 def wanted_categories(dataset: AnyDataset) -> dict[str, Sequence[str]]:

@@ -33,7 +33,7 @@ from pipeline.config import AnyDataset
 from pipeline.errors import MicrotomeError
 from pipeline.identity import crc32c, digest
 from pipeline.lock import one_at_a_time
-from pipeline.manifest import Files, Manifest, write_atomically
+from pipeline.manifest import Files, Manifest, latest, write_atomically
 
 if TYPE_CHECKING:
     from kernels.iou import Counts
@@ -180,7 +180,20 @@ def run(plan: Plan, step: Step) -> None:
     files |= write_file(folder / step.network, "layers.json", json.dumps(entries, indent=1).encode())
     result = {"images": sum(len(c.rows) for c in counted), "control_images": sum(len(c.rows) for c in few)}
     output = digest({"layers": list(includes.values()), "files": files})
-    stage.finish(plan, step, began, output, files, result, includes)
+    counted_now = {one.layer.id for one in missing}
+    made = len(counted_now), len({layer.id for layer in layers})
+    stage.finish(plan, step, began, output, files, result, includes, made=made)
+
+
+def discard(plan: Plan, step: Step) -> list[Path]:
+    """The files and folders that this step made, shared results of layers included."""
+    assert step.dataset is not None and step.network is not None
+    found = []
+    before = latest((plan.results / step.manifest).parent, step.stage)
+    for name in before.includes if before else ():
+        path = plan.results / name
+        found += [path, path.parent.parent / path.stem.replace(".", "-", 1)]
+    return found
 
 
 def concepts_of(folder: Path, labelled: Manifest) -> Concepts:

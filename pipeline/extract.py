@@ -25,7 +25,7 @@ from pipeline.config import AnyDataset, Network
 from pipeline.errors import MicrotomeError
 from pipeline.identity import digest
 from pipeline.lock import one_at_a_time
-from pipeline.manifest import Files, Manifest, remove_others
+from pipeline.manifest import Files, Manifest, latest, remove_others
 
 if TYPE_CHECKING:
     import torch
@@ -114,9 +114,11 @@ def run(plan: Plan, step: Step) -> None:
         layers = [
             Layer(id, folder / "layers" / id / "activations.zarr", info, scale) for id, info, scale in prepared.layers
         ]
+        stage.refers_to(plan, step, [layer.store.parent for layer in layers])
         layers = [open_layer(layer, images) for layer in layers]
         open_logits(logits, images, prepared.classes)
         logits_ledger = Ledger(logits.with_suffix(".ledger"))
+        made: set[int] = set()
         while True:
             # Two names of one output, a block and its last part say, have one id and one store.
             distinct = {layer.id: layer for layer in layers}
@@ -146,6 +148,7 @@ def run(plan: Plan, step: Step) -> None:
             overflow: dict[str, float] = {}
             try:
                 for done in run_tasks(workers, extract_shard, tasks, len(tasks), step.name, REMEDY):
+                    made.add(done.shard)
                     for id, layer in distinct.items():
                         if id in done.files:
                             ledgers[id].record(str(done.shard), shard_id(images, done.shard, layer), done.files[id])
@@ -175,7 +178,57 @@ def run(plan: Plan, step: Step) -> None:
     output = digest({"layers": [[entry["name"], entry["digest"]] for entry in described], "logits": files})
     files |= stage.within("logits.zarr", metadata_files(logits))
     result = {"layers": described, "shards": shards}
-    stage.finish(plan, step, began, output, files, result, {entry["manifest"]: entry["digest"] for entry in described})
+    includes = {entry["manifest"]: entry["digest"] for entry in described}
+    stage.finish(plan, step, began, output, files, result, includes, made=(len(made), len(shards)))
+
+
+def pending(plan: Plan, step: Step) -> tuple[int, int]:
+    """How many shards a run would put through the network now, of how many, with the images that are ingested.
+
+    Layers are known where the last extraction read the same weights in the same way; else it is all shards at most.
+    """
+    from pipeline.images import Images
+    from pipeline.store import Ledger
+
+    assert step.dataset is not None and step.network is not None
+    images = Images.of(plan, step)
+    model = model_of(plan, step)
+    shards = images.shards(step.settings["split"], step.settings["images"])
+    before = latest((plan.results / step.manifest).parent, step.stage)
+    if before is None or not _same_layers(before, step, model):
+        return len(shards), len(shards)
+    known = []
+    for layer in before.result["layers"]:
+        store = plan.results / step.dataset / "layers" / layer["id"] / "activations.zarr"
+        known.append((layer["scale"], store, Ledger(store.with_suffix(".ledger"))))
+    missing = [
+        shard
+        for shard in shards
+        if not all(
+            ledger.get(str(shard), digest([images.contents[shard], scale]), store) for scale, store, ledger in known
+        )
+    ]
+    return len(missing), len(shards)
+
+
+def _same_layers(before: Manifest, step: Step, model: Model) -> bool:
+    """Whether an earlier extraction had the layers that this one will have."""
+    decisive = ("version", "layers", "special_tokens", "preprocessing", "numerics")
+    return model.sha256 in before.parents.values() and all(
+        before.settings.get(key) == step.settings[key] for key in decisive
+    )
+
+
+def discard(plan: Plan, step: Step) -> list[Path]:
+    """The files and folders that this step made, shared layers included."""
+    assert step.dataset is not None and step.network is not None
+    folder = plan.results / step.dataset
+    found = [folder / step.network / "logits.zarr", folder / step.network / "logits.ledger"]
+    before = latest((plan.results / step.manifest).parent, step.stage)
+    for layer in before.result["layers"] if before else ():
+        own = folder / "layers" / layer["id"]
+        found += [own / "activations.zarr", own / "activations.ledger", *(own / "done").glob("activations.*.json")]
+    return found
 
 
 def model_of(plan: Plan, step: Step) -> Model:

@@ -48,7 +48,6 @@ class Shard:
 
 
 def run(plan: Plan, step: Step) -> None:
-    from pipeline.listing import slots
     from pipeline.store import Ledger, metadata_files, write
 
     assert step.dataset is not None
@@ -61,18 +60,16 @@ def run(plan: Plan, step: Step) -> None:
         raise MicrotomeError(f"data set {step.dataset!r} changed while this run began: run again")
     source = step.settings["source"]
     ledger = Ledger(store.with_suffix(".ledger"))
-    image_id, at = slots(listed, known_ids(store) if source_of(store, ledger) == source else None)
+    image_id, at = slots_of(listed, store, ledger, source)
     size = (step.settings["size"][0], step.settings["size"][1])
     per_shard = dataset.shard_images
     open_store(store, dataset, len(image_id), size, listed.classes, source, ledger)
 
-    records = listed.record_digests()
-    common = {key: value for key, value in step.settings.items() if key not in ("listing", "images")}
-    tasks, ids = [], {}
-    shards = range(-(-len(image_id) // per_shard))
+    tasks = []
+    ids = shard_ids(step, listed, at, per_shard)
+    shards = range(len(ids))
     for shard in shards:
         part = slice(shard * per_shard, (shard + 1) * per_shard)
-        ids[shard] = digest([common, [records[i].tobytes().hex() if i >= 0 else "" for i in at[part]]])
         if not ledger.get(str(shard), ids[shard], store):
             items = [str(name) if i >= 0 else None for name, i in zip(image_id[part], at[part], strict=True)]
             known = {name: listed.refused[name] for name in items if name in listed.refused}
@@ -110,14 +107,52 @@ def run(plan: Plan, step: Step) -> None:
         "classes": listed.classes,
         "splits": {str(name): shards_of(shard_of[valid & (split == name)]) for name in np.unique(split[valid])},
         "contents": [entry["content"] for entry in entries],
-        "records": [ids[shard] for shard in shards],
+        "records": ids,
         "refused": len(refused),
         "ignored": listed.ignored,
     }
     output = digest({"files": files, "classes": listed.classes})
     files = stage.within("images.zarr", files | metadata_files(store))
     files["quarantine.csv"] = (len(quarantine), crc32c(quarantine))
-    stage.finish(plan, step, began, output, files, result)
+    stage.finish(plan, step, began, output, files, result, made=(len(tasks), len(ids)))
+
+
+def pending(plan: Plan, step: Step) -> tuple[int, int]:
+    """How many shards a run would decode now, of how many."""
+    from pipeline.store import Ledger
+
+    assert step.dataset is not None
+    dataset = plan.config.datasets[step.dataset]
+    store = plan.results / step.dataset / "images.zarr"
+    listed = datasets.listing(dataset, plan.scratch)
+    ledger = Ledger(store.with_suffix(".ledger"))
+    _, at = slots_of(listed, store, ledger, step.settings["source"])
+    ids = shard_ids(step, listed, at, dataset.shard_images)
+    return sum(not ledger.get(str(shard), id, store) for shard, id in enumerate(ids)), len(ids)
+
+
+def discard(plan: Plan, step: Step) -> list[Path]:
+    """The files and folders that this step made."""
+    assert step.dataset is not None
+    folder = plan.results / step.dataset
+    return [folder / "images.zarr", folder / "images.ledger"]
+
+
+def slots_of(listed: Listing, store: Path, ledger: Ledger, source: str) -> tuple[np.ndarray, np.ndarray]:
+    """Image id of every slot, and its place in the listing (-1: gone); known images keep their slots."""
+    from pipeline.listing import slots
+
+    return slots(listed, known_ids(store) if source_of(store, ledger) == source else None)
+
+
+def shard_ids(step: Step, listed: Listing, at: np.ndarray, per_shard: int) -> list[str]:
+    """What each shard is made from: the records of its images, and how they are decoded."""
+    records = listed.record_digests()
+    common = {key: value for key, value in step.settings.items() if key not in ("listing", "images")}
+    return [
+        digest([common, [records[i].tobytes().hex() if i >= 0 else "" for i in at[start : start + per_shard]]])
+        for start in range(0, len(at), per_shard)
+    ]
 
 
 def memory_need(dataset: AnyDataset, size: tuple[int, int]) -> int:
