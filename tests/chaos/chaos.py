@@ -38,13 +38,17 @@ def faults(undisturbed: Path, seed: int = 0) -> dict[str, Fault]:
     found: dict[str, Fault] = {}
 
     def add(name: str, function: Callable[..., Outcome], *arguments: str) -> None:
-        found["-".join(filter(None, [name, *arguments])).replace(" ", "-")] = partial(_call, function, arguments)
+        found["-".join(filter(None, [name, *arguments])).replace(" ", "-").replace("/", "-")] = partial(
+            _call, function, arguments
+        )
 
     for stage in stages:
         add("kill-all", kills.everything, stage)
     for number in range(3):
         add("kill-all-any-time", kills.everything_at_any_time, str(number))
     add("kill-all-twice", kills.everything_twice, "")
+    if len(stages) > 2:
+        add("in-sequence", kills.in_sequence, *(stages[len(stages) * part // 3] for part in range(3)))
     for name, function, count in (
         ("kill-snakemake", kills.snakemake_alone, 3),
         ("sigterm", kills.sigterm, 2),
@@ -65,8 +69,8 @@ def faults(undisturbed: Path, seed: int = 0) -> dict[str, Fault]:
         for stage in draw.sample(stages, min(count, len(stages))):
             add(name, function, stage)
     add("two-runs-same-moment", two_runs.same_moment, "")
-    for share in ("0.1", "0.4", "0.8"):
-        add("disk-full", resources.disk_full, share)
+    for stage in stages:
+        add("disk-full", resources.disk_full, stage)
     add("ulimit", resources.few_open_files, "256")
     for mode in ("sys.exit", "graceful", "segfault"):
         add("workers-die", resources.workers_die, mode)
@@ -115,7 +119,7 @@ def run(
         if not chosen:
             raise SystemExit(f"no fault is called {' or '.join(only)}; there are: {', '.join(found)}")
         for name in chosen:
-            own = scratch / name.replace("/", "-")
+            own = scratch / name
             own.mkdir()
             case = Case(command, cwd, results, undisturbed, own, random.Random(f"{seed} {name}"))
             began = time.monotonic()

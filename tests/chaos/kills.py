@@ -3,6 +3,7 @@
 import shutil
 import signal
 import time
+from collections.abc import Callable
 
 import folder
 from case import BrokenPromiseError, Case, Outcome
@@ -37,6 +38,29 @@ def everything_twice(case: Case, _: str) -> Outcome:
     if lost := first.lost(folder.Finished.of(case.results)):
         raise BrokenPromiseError(f"the second run made finished work again: {lost[:4]}")
     return _goes_on(case, f"everything gone at once, {first} finished; then again")
+
+
+def in_sequence(case: Case, first: str, second: str, third: str) -> Outcome:
+    """kill -9 of all processes; of Snakemake alone in the next run; SIGTERM in the one after"""
+    case.empty()
+    kept = folder.Finished()
+    took = []
+    for stage, end in (
+        (first, Running.kill_all),
+        (second, lambda running: running.send("snakemake", signal.SIGKILL)),
+        (third, lambda running: running.send("snakemake", signal.SIGTERM)),
+    ):
+        running = case.start()
+        if not case.moment(running, stage):
+            raise BrokenPromiseError(f"the run ended before {stage}:\n{running.said[-3000:]}")
+        end(running)
+        took.append(_gone(running))
+        _no_traceback(running)
+        after = folder.Finished.of(case.results)
+        if lost := kept.lost(after):
+            raise BrokenPromiseError(f"finished work was made again: {lost[:4]}")
+        kept = after
+    return _goes_on(case, f"no process left after {took[1]:.1f} s and {took[2]:.1f} s")
 
 
 def snakemake_alone(case: Case, stage: str) -> Outcome:
@@ -106,19 +130,24 @@ def _kill_at(case: Case, share: float) -> None:
     running.kill_all()
 
 
-def _end_by(case: Case, stage: str, signal_it: object) -> Outcome:
+def _end_by(case: Case, stage: str, end: Callable[[Running], object]) -> Outcome:
     """A signal that must end the whole run within seconds."""
     case.without(stage)
     running = case.start()
     case.moment(running, stage)
-    signal_it(running)  # type: ignore[operator]
+    end(running)
+    spent = _gone(running)
+    _no_traceback(running)
+    return _goes_on(case, f"no process left after {spent:.1f} s")
+
+
+def _gone(running: Running) -> float:
+    """After how many seconds no process of a run was left; too many are a broken promise."""
     spent = running.gone_within(GONE)
     if spent is None:
         left = [" ".join(process.cmdline())[:120] for process in running.processes()]
-        running.kill_all()
         raise BrokenPromiseError(f"after {GONE:.0f} s these processes are still there: {left}")
-    _no_traceback(running)
-    return _goes_on(case, f"no process left after {spent:.1f} s")
+    return spent
 
 
 def _some_part(case: Case, stage: str, role: str, number: int) -> Outcome:
@@ -129,8 +158,7 @@ def _some_part(case: Case, stage: str, role: str, number: int) -> Outcome:
     running.send(role, number)
     case.end(running)
     code = running.process.returncode
-    if (spent := running.gone_within(GONE)) is None:
-        raise BrokenPromiseError("processes are left after the command ended")
+    spent = _gone(running)
     _no_traceback(running)
     return _goes_on(case, f"the run ended with exit status {code}, all processes {spent:.1f} s later")
 

@@ -15,19 +15,20 @@ from processes import Running
 PAGE = 4096
 
 
-def disk_full(case: Case, share: str) -> Outcome:
+def disk_full(case: Case, stage: str) -> Outcome:
     """The disk is full, later it is not"""
-    size = sum(-(-path.stat().st_size // PAGE) * PAGE for path in case.undisturbed.rglob("*"))
-    room = int(float(share) * size)
-    case.empty()
-    with _mounted(case.results, "-t", "tmpfs", "-o", f"size={room}", "tmpfs"):
+    whole = sum(path.stat().st_size // PAGE + 1 for path in case.undisturbed.rglob("*")) * PAGE
+    with _mounted(case.results, "-t", "tmpfs", "-o", f"size={2 * whole}", "tmpfs"):
+        case.without(stage)
+        used = shutil.disk_usage(case.results).used
+        room = used + int(case.random.uniform(0.05, 0.6) * (whole - used))
+        _mount("-o", f"remount,size={room}", str(case.results))
         said = case.fails(case.start(), "disk is full")
         code, lines = case.upkeep("verify")
         if code:
             raise BrokenPromiseError(f"something that is not whole is called finished: {lines}")
-        kept = folder.Finished.of(case.results)
-        _mount("-o", f"remount,size={20 * size + (64 << 20)}", str(case.results))
-        outcome = case.goes_on(kept)
+        _mount("-o", f"remount,size={20 * whole + (64 << 20)}", str(case.results))
+        outcome = case.goes_on(folder.Finished.of(case.results))
     line = next((line.strip() for line in said.splitlines() if "disk is full" in line.lower()), "")
     outcome.happened = f"“{line[:150]}”; with space, the next run went on"
     return outcome

@@ -1,4 +1,4 @@
-"""The most telling faults, on the miniature with weights that are drawn and not trained; `make chaos` runs all."""
+"""The most telling faults, on the miniature with one worker, no training and no report; `make chaos` runs all."""
 
 import random
 import sys
@@ -9,7 +9,6 @@ import damage
 import kills
 import pytest
 import resources
-import two_runs
 import yaml
 from case import ROOT, Case, NotPossibleError
 
@@ -26,8 +25,18 @@ def undisturbed(tmp_path_factory):
     net = wanted["networks"]["net"]
     net |= {"module": f"{ROOT}/tests/workflow/networks/tiny.py:tiny", "weights": "random"}
     del net["train"]
+    wanted["cluster"]["workers"] = 1
     (cwd / "miniature.yaml").write_text(yaml.safe_dump(wanted))
-    command = [sys.executable, "-m", "snakemake", "--snakefile", f"{ROOT}/Snakefile", "--configfile", "miniature.yaml"]
+    command = [
+        sys.executable,
+        "-m",
+        "snakemake",
+        "dissect",
+        "--snakefile",
+        f"{ROOT}/Snakefile",
+        "--configfile",
+        "miniature.yaml",
+    ]
     chaos.undisturbed_run(command, cwd, cwd)
     (cwd / "results").rename(cwd / "undisturbed")
     return command, cwd
@@ -42,32 +51,24 @@ def case(undisturbed, tmp_path, monkeypatch):
     made.end_all()
 
 
-def test_killed_twice(case):
-    outcome = kills.everything_twice(case, "")
+def test_killed_interrupted_and_gone_on(case):
+    outcome = kills.in_sequence(case, "concepts", "extract", "dissect")
+    assert "shards: all" in outcome.kept
     assert outcome.compared == f"same, {len(case.truth)} files"
 
 
-def test_snakemake_alone_is_killed(case):
-    assert "shards: all" in kills.snakemake_alone(case, "extract").kept
-
-
-def test_sigterm(case):
-    assert "no process left" in kills.sigterm(case, "dissect").happened
-
-
-def test_damage_is_refused_found_and_repaired(case):
+def test_damage_is_refused(case):
     (images,) = (group for group in damage.groups(case.undisturbed) if group == "images.zarr/image")
-    assert "concepts, extract" in damage.refused(case, images, "flipped").happened
+    assert "refused by name when concepts, extract" in damage.refused(case, images, "flipped").happened
+
+
+def test_only_damage_is_made_again(case):
     assert damage.repair(case, "").compared == f"same, {len(case.truth)} files"
 
 
 def test_a_full_disk(case):
     try:
-        outcome = resources.disk_full(case, "0.4")
+        outcome = resources.disk_full(case, "extract")
     except NotPossibleError as reason:
         pytest.skip(str(reason))
     assert "the disk is full" in outcome.happened
-
-
-def test_two_runs_of_which_none_holds_the_lock(case):
-    assert "third run" in two_runs.without_lock(case, "extract").happened
