@@ -1,6 +1,7 @@
 """What every fault needs: the command, its undisturbed results, and how to end a disturbed run and compare."""
 
 import contextlib
+import os
 import random
 import subprocess
 import sys
@@ -106,19 +107,27 @@ class Case:
             raise BrokenPromiseError(f"the error does not say {missing}:\n{tail(said)}")
         return said
 
-    def upkeep(self, command: str) -> tuple[int, list[str]]:
-        """`python -m pipeline.upkeep` on the results folder: exit status and lines."""
+    def upkeep(self, command: str, path: Path | None = None) -> tuple[int, list[str]]:
+        """`python -m pipeline.upkeep` on the results folder, or on a path: exit status and lines."""
         done = subprocess.run(
-            [sys.executable, "-m", "pipeline.upkeep", command, self.results],
-            cwd=ROOT,
+            [sys.executable, "-m", "pipeline.upkeep", command, path or self.results],
+            cwd=self.cwd,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             timeout=self.patience,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
         )
         if "Traceback" in done.stdout:
             raise BrokenPromiseError(f"{command} ends in a traceback:\n{tail(done.stdout)}")
         return done.returncode, done.stdout.splitlines()
+
+    def configuration(self) -> Path:
+        """The configuration file of the command."""
+        words = list(self.command)
+        if "--configfile" not in words:
+            raise NotPossibleError("the command names no --configfile")
+        return self.cwd / words[words.index("--configfile") + 1]
 
     # Moments
 

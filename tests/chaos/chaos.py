@@ -59,6 +59,7 @@ def faults(undisturbed: Path, seed: int = 0) -> dict[str, Fault]:
         ("kill-job", kills.job, 2),
         ("kill-pool", kills.pool, 2),
         ("sigterm-pool", kills.pool_sigterm, 1),
+        ("why", kills.asked_why, 1),
         ("power-cut", damage.after_power_cut, 2),
         ("scratch-deleted", two_runs.scratch_deleted, 1),
         ("two-runs", two_runs.second_is_refused, 1),

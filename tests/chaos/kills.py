@@ -63,6 +63,25 @@ def in_sequence(case: Case, first: str, second: str, third: str) -> Outcome:
     return _goes_on(case, f"no process left after {took[1]:.1f} s and {took[2]:.1f} s")
 
 
+def asked_why(case: Case, stage: str) -> Outcome:
+    """kill -9 of all processes, then `make why` and a dry run, twice each"""
+    case.without(stage)
+    running = case.start()
+    case.moment(running, stage)
+    running.kill_all()
+    kept, before = folder.Finished.of(case.results), folder.contents(case.results)
+    said = []
+    for _ in range(2):
+        code, lines = case.upkeep("why", case.configuration())
+        case.end(case.start("--dry-run"), 0)
+        said.append((code, lines))
+    if said[0] != said[1] or said[0][0] or not any(stage in line for line in said[0][1]):
+        raise BrokenPromiseError(f"`why` says {said[0]}, then {said[1]}")
+    if folder.Finished.of(case.results) != kept or folder.contents(case.results) != before:
+        raise BrokenPromiseError("asking changed files")
+    return _goes_on(case, "both named what a run would do, twice the same, and changed nothing")
+
+
 def snakemake_alone(case: Case, stage: str) -> Outcome:
     """kill -9 of the Snakemake process alone"""
     return _end_by(case, stage, lambda running: running.send("snakemake", signal.SIGKILL))

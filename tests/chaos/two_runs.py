@@ -64,7 +64,9 @@ def _checkout(case: Case) -> tuple[Path, list[str]]:
         if (ROOT / name).is_file():
             (clone / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, clone / name)
-    return clone, [word.replace(f"{ROOT}/Snakefile", f"{clone}/Snakefile") for word in case.command]
+    program = case.cwd / case.command[0]
+    words = [str(program) if program.exists() else case.command[0], *case.command[1:]]
+    return clone, [word.replace(f"{ROOT}/Snakefile", f"{clone}/Snakefile") for word in words]
 
 
 def _first_ends(case: Case, first: object, pid: int, said: str) -> Outcome:
