@@ -66,12 +66,14 @@ def faults(undisturbed: Path, seed: int = 0) -> dict[str, Fault]:
         ("two-checkouts", two_runs.other_checkout, 1),
         ("two-runs-without-lock", two_runs.without_lock, 2),
         ("read-only", resources.read_only, 1),
+        ("no-worker-survives", resources.no_worker_survives, 1),
     ):
         for stage in draw.sample(stages, min(count, len(stages))):
             add(name, function, stage)
     add("two-runs-same-moment", two_runs.same_moment, "")
     for stage in stages:
         add("disk-full", resources.disk_full, stage)
+    add("little-memory", resources.little_memory, "extract" if "extract" in stages else stages[-1])
     add("ulimit", resources.few_open_files, "256")
     for mode in ("sys.exit", "graceful", "segfault"):
         add("workers-die", resources.workers_die, mode)

@@ -66,10 +66,11 @@ def entries(ledger: Path) -> dict[str, dict]:
 class Finished:
     """The work that is finished at one moment: manifests and shards, each with what shows that it was not made again.
 
-    `shards` maps (ledger, shard) to the state of every file of it, `manifests` a path to its state.
+    `shards` maps (ledger, shard) to inode and time of every file of it. `manifests` maps a path to its digest: it holds
+    when its step began, and Snakemake changes its time once more when the job has ended.
     """
 
-    manifests: dict[str, tuple] = field(default_factory=dict)
+    manifests: dict[str, str] = field(default_factory=dict)
     shards: dict[tuple[str, str], tuple] = field(default_factory=dict)
 
     @staticmethod
@@ -82,7 +83,7 @@ class Finished:
                 for shard, entry in entries(path).items():
                     found.shards[name, shard] = tuple(_state(store / file) for file in sorted(entry["files"]))
             elif path.parent.name == "done" and path.suffix == ".json":
-                found.manifests[name] = _state(path)
+                found.manifests[name] = hashlib.sha256(path.read_bytes()).hexdigest()
         return found
 
     def lost(self, later: "Finished") -> list[str]:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import folder
+import psutil
 from case import BrokenPromiseError, Case, NotPossibleError, Outcome
 from processes import Running
 
@@ -28,10 +29,7 @@ def disk_full(case: Case, stage: str) -> Outcome:
         if code:
             raise BrokenPromiseError(f"something that is not whole is called finished: {lines}")
         _mount("-o", f"remount,size={20 * whole + (64 << 20)}", str(case.results))
-        outcome = case.goes_on(folder.Finished.of(case.results))
-    line = next((line.strip() for line in said.splitlines() if "disk is full" in line.lower()), "")
-    outcome.happened = f"“{line[:150]}”; with space, the next run went on"
-    return outcome
+        return _went_on(case, said, "disk is full", "with space")
 
 
 def read_only(case: Case, stage: str) -> Outcome:
@@ -39,12 +37,9 @@ def read_only(case: Case, stage: str) -> Outcome:
     case.without(stage)
     with _mounted(case.results, "--bind", str(case.results)):
         _mount("-o", "remount,ro,bind", str(case.results))
-        said = case.fails(case.start(), str(case.results.name))
+        said = case.fails(case.start(), "read-only")
         _mount("-o", "remount,rw,bind", str(case.results))
-        outcome = case.goes_on(folder.Finished.of(case.results))
-    line = next((line.strip() for line in said.splitlines() if case.results.name in line), "")
-    outcome.happened = f"“{line[:150]}”; when it could be written, the next run went on"
-    return outcome
+        return _went_on(case, said, "read-only", "when it could be written")
 
 
 def few_open_files(case: Case, count: str) -> Outcome:
@@ -97,6 +92,40 @@ def _kill_workers(case: Case, running: Running, mode: str, life: float = 6.0) ->
         with contextlib.suppress(Exception):
             client.close(timeout=1)
     return seen
+
+
+def little_memory(case: Case, stage: str) -> Outcome:
+    """`cluster.memory` below what a task needs"""
+    if "--config" in case.command:
+        raise NotPossibleError("the command has a --config of its own")
+    case.without(stage)
+    said = case.fails(case.start("--config", "cluster={memory: 600MB}"), "cluster.memory")
+    return _went_on(case, said, "cluster.memory", "with more")
+
+
+def no_worker_survives(case: Case, stage: str) -> Outcome:
+    """Every worker killed after a second, as the system does where memory lacks"""
+    case.without(stage)
+    running = case.start()
+    case.moment(running, stage)
+    end = time.monotonic() + case.patience
+    while running.process.poll() is None and time.monotonic() < end:
+        for process in running.processes("worker"):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if time.time() - process.create_time() > 1:
+                    process.kill()
+        time.sleep(0.2)
+    said = case.fails(running, "workers died", "cluster.memory")
+    return _went_on(case, said, "workers died", "with workers that live")
+
+
+def _went_on(case: Case, said: str, words: str, then: str) -> Outcome:
+    """Go on after an error, with the line that said it."""
+    line = next((line.strip() for line in said.splitlines() if words in line.lower()), "")
+    shown = line.replace(str(case.results), case.results.name)[:160]
+    outcome = case.goes_on(folder.Finished.of(case.results))
+    outcome.happened = f"“{shown}”; {then}, the next run went on"
+    return outcome
 
 
 @contextlib.contextmanager
