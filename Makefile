@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 UV_VERSION := 0.13.9
 
-.PHONY: demo test lint plan why recompute verify repair gc rescan bench lock clean
+.PHONY: demo test lint plan why recompute verify repair gc rescan bench chaos lock clean
 demo: $(VENV)/installed
 	@$(BIN)/snakemake --configfile $(CONFIG) --quiet reason host
 
@@ -51,6 +51,12 @@ rescan: $(VENV)/installed
 
 bench: $(VENV)/installed
 	@for script in tests/bench/bench_*.py; do echo "== $$script"; OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python $$script || exit 1; done
+
+# Kill, damage and starve a miniature experiment in every way, and compare its results: minutes. ONLY='kill-* repair'
+chaos: $(VENV)/installed
+	@mkdir -p build/chaos
+	@cd build/chaos && ../../$(BIN)/python ../../tests/chaos/chaos.py --results results $(foreach one,$(ONLY),--only '$(one)') -- \
+	  ../../$(BIN)/snakemake --snakefile ../../Snakefile --configfile ../../tests/chaos/miniature.yaml
 
 # uv installs in seconds what takes pip minutes. The kernels are compiled once here, and found compiled later.
 $(VENV)/installed: requirements.lock

@@ -227,6 +227,7 @@ def open_store(
 
     if source_of(store, ledger) != source:
         shutil.rmtree(store, ignore_errors=True)
+        ledger.clear()
     block = (dataset.shard_images, 3, *size)
     arrays = {
         "image": Array(("image", "channel", "y", "x"), (count, 3, *size), np.uint8, block),

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Self
 
 from pipeline.errors import MicrotomeError, explained
 
@@ -75,6 +75,18 @@ class RunLock:
         self.file.truncate(0)
         self.file.close()
         self.file = None
+
+    def __enter__(self) -> Self:
+        self.acquire()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Give the lock back, as it was found: what an earlier run left to clear up is still to be cleared up."""
+        if self.left_open and self.file is not None:
+            self._released.set()
+            self.file.close()
+            self.file = None
+        self.release()
 
     def _refuse(self, file: IO[str]) -> None:
         file.seek(0)

@@ -300,6 +300,11 @@ class Ledger:
         self.entries[shard] = entry
         return entry
 
+    def clear(self) -> None:
+        """Forget everything: the store is gone."""
+        self.path.unlink(missing_ok=True)
+        self.entries.clear()
+
     def _ends_with_newline(self) -> bool:
         with self.path.open("rb") as file:
             file.seek(-1, os.SEEK_END)

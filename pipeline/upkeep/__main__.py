@@ -50,20 +50,20 @@ def verify(given: argparse.Namespace) -> int:
 
 
 def repair(given: argparse.Namespace) -> int:
-    RunLock(given.results).acquire()
-    found = damage.repair(given.results)
+    with RunLock(given.results):
+        found = damage.repair(given.results)
     print("\n".join(map(str, found)) or "every file is what was written")
     return 0
 
 
 def gc(given: argparse.Namespace) -> int:
-    RunLock(given.results).acquire()
     total = 0
-    for folder in unreferenced.folders(given.results):
-        total += (size := unreferenced.size_of(folder))
-        print(f"{size / 1e9:8.3f} GB  {folder}")
-        if given.yes:
-            unreferenced.remove(folder)
+    with RunLock(given.results):
+        for folder in unreferenced.folders(given.results):
+            total += (size := unreferenced.size_of(folder))
+            print(f"{size / 1e9:8.3f} GB  {folder}")
+            if given.yes:
+                unreferenced.remove(folder)
     print(f"{total / 1e9:8.3f} GB in all {'removed' if given.yes else '(add --yes, or YES=1 with make, to remove)'}")
     return 0
 
@@ -79,8 +79,9 @@ def recompute(given: argparse.Namespace) -> int:
     from pipeline.upkeep.recompute import discard
 
     wanted = _wanted(given)
-    RunLock(Path(wanted.results)).acquire()
-    print("\n".join(discard(wanted, given.stage)) or "nothing of it is there")
+    with RunLock(Path(wanted.results)):
+        removed = discard(wanted, given.stage)
+    print("\n".join(removed) or "nothing of it is there")
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,14 +63,32 @@ def verify(results: Path) -> list[Damage]:
         except MicrotomeError as error:
             found[path] = Damage(path, path, str(error))
     for path in ledgers(results):
-        ledger = Ledger(path)
-        compare(path, path.with_suffix(".zarr"), ledger.files(ledger.entries))
+        ledger, store = Ledger(path), path.with_suffix(".zarr")
+        compare(path, store, _inside(store, ledger.files(ledger.entries)))
     return list(found.values())
 
 
 def ledgers(results: Path) -> Iterator[Path]:
     """Every ledger of a results folder that stands beside a store."""
     return (path for path in sorted(results.rglob("*.ledger")) if path.with_suffix(".zarr").is_dir())
+
+
+def _inside(store: Path, files: Files) -> Files:
+    """The chunk files inside the present shapes of their arrays: a ledger also knows shards of a larger store before."""
+    shapes: dict[str, list[tuple[int, int]]] = {}
+    found: Files = {}
+    for name, recorded in files.items():
+        array, _, place = name.partition("/c/")
+        if array not in shapes:
+            try:
+                layout = json.loads((store / array / "zarr.json").read_text())
+                steps = layout["chunk_grid"]["configuration"]["chunk_shape"]
+                shapes[array] = list(zip(layout["shape"], steps, strict=True))
+            except (OSError, ValueError, KeyError):  # damaged itself: then every chunk is looked at
+                shapes[array] = []
+        if all(int(at) * step < length for at, (length, step) in zip(place.split("/"), shapes[array], strict=False)):
+            found[name] = recorded
+    return found
 
 
 def _compare(file: Path, size: int, crc: int) -> str | None:

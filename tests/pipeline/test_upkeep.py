@@ -8,6 +8,7 @@ from experiments import labelled_images, lines, run, scenes, segmentation, tiny
 
 from pipeline import config, plan, stage
 from pipeline.errors import MicrotomeError
+from pipeline.lock import RunLock
 from pipeline.upkeep import damage, unreferenced
 from pipeline.upkeep.__main__ import main
 from pipeline.upkeep.recompute import discard
@@ -124,6 +125,36 @@ def test_shards_of_an_unfinished_step_are_verified_too(experiment):
     flip(store / "activation/c/1/0/0/0")
     (found,) = damage.verify(results)
     assert found.file == store / "activation/c/1/0/0/0" and found.record.suffix == ".ledger"
+
+
+def test_a_smaller_data_set_under_the_same_name_is_no_damage(tmp_path):
+    """Ledgers remember shards of the larger one, whose chunks went with it."""
+    for count in (20, 9):
+        raw = scenes(tmp_path)
+        raw["datasets"]["scenes"] |= {"images": {"train": 0, "validation": count}, "seed": count}
+        made = run(raw, "ingest", "concepts")
+        assert damage.verify(made.results) == []
+    flip(made.results / "scenes/concepts.zarr/label_map/c/1/0/0/0")
+    assert len(damage.verify(made.results)) == 1
+
+
+def test_upkeep_holds_the_lock(experiment, capsys):
+    """And leaves no sign of a run that was cut short, unless one was there."""
+    _, results = experiment
+    lock = RunLock(results)
+    with lock:
+        for command in ("repair", "gc"):
+            with pytest.raises(MicrotomeError, match="another run works on"):
+                main([command, str(results)])
+    assert main(["gc", str(results)]) == main(["repair", str(results)]) == 0
+    lock.acquire()
+    assert not lock.left_open
+    lock.file.close()  # as a killed run leaves it
+    assert main(["repair", str(results)]) == 0
+    after = RunLock(results)
+    after.acquire()
+    assert after.left_open
+    after.release()
 
 
 def test_nothing_is_swept_up_that_is_referred_to(experiment):
