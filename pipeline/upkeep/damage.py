@@ -74,7 +74,7 @@ def ledgers(results: Path) -> Iterator[Path]:
 
 
 def _inside(store: Path, files: Files) -> Files:
-    """The chunk files inside the present shapes of their arrays: a ledger also knows shards of a larger store before."""
+    """The chunk files inside the present shapes of their arrays: a ledger also knows shards of a larger store."""
     shapes: dict[str, list[tuple[int, int]]] = {}
     found: Files = {}
     for name, recorded in files.items():
