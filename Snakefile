@@ -15,7 +15,13 @@ if not workflow.overwrite_configfiles:
 
 
 try:
-    RUN = Run(config, main=workflow.is_main_process, dry=workflow.dryrun)
+    RUN = Run(
+        config,
+        main=workflow.is_main_process,
+        dry=workflow.dryrun,
+        files=workflow.configfiles,
+        overrides=workflow.config_settings.config,
+    )
 except MicrotomeError as error:
     raise WorkflowError(str(error)) from None
 RESULTS = RUN.plan.results
