@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import quote
 
 from pipeline.config import UNTRAINED, Figures, Report
 
@@ -110,8 +111,12 @@ class Experiment:
         return f"{network} on {dataset}" if several else network
 
     def page_of(self, dataset: str, network: str) -> str:
-        """File of a network's page; `#unit=<layer>/<unit>` behind it opens a unit there."""
+        """File of a network's page."""
         return f"network-{self.name(dataset, network)}.html"
+
+    def link_to(self, dataset: str, network: str, layer: str, unit: int) -> str:
+        """Address of a unit in the browser of its network."""
+        return f"{self.page_of(dataset, network)}#unit={quote(layer, safe='')}/{unit}"
 
     def map(self, function: Callable[..., Result], tasks: Iterable[tuple], label: str) -> Iterator[Result]:
         """`function(*task)` for every task, on the workers where there are any, in any order."""

@@ -31,7 +31,7 @@ def detectors(width: float, runs: Mapping[str, Sequence[LayerCount]], short: Map
     layers = [count.layer for count in next(iter(runs.values()))]
     rows, columns = (1, len(runs)) if width > 5 else (len(runs), 1)
     legend_rows = math.ceil(len(names) / _legend_columns(width)) if names else 0
-    height = rows * (0.185 * len(layers) + 0.32) + 0.25 + 0.17 * legend_rows
+    height = rows * (0.2 * len(layers) + 0.36) + 0.3 + 0.2 * legend_rows
     figure = Figure(figsize=(width, height), layout="constrained")
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
     most = max((count.detectors for counts in runs.values() for count in counts), default=0)
@@ -41,9 +41,9 @@ def detectors(width: float, runs: Mapping[str, Sequence[LayerCount]], short: Map
         panel.set_xlim(0, max(most, 1) * (1.4 if columns > 1 else 1.2))  # room for "12/64" at the longest bar's end
         panel.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         panel.grid(axis="x")
-    panels[0].set_yticks(range(len(layers)), [shorten(layer, 26) for layer in layers])
+    panels[0].set_yticks(range(len(layers)), [shorten(layer, 24) for layer in layers])
     panels[0].set_ylim(len(layers) - 0.4, -0.6)
-    figure.supxlabel("detectors (units)", fontsize=7, color=MUTED)
+    figure.supxlabel("detectors (units)", fontsize=8, color=MUTED)
     _legend(figure, [short[name] for name in names], width)
     return figure
 
@@ -55,7 +55,7 @@ def concepts(width: float, counts: Sequence[ConceptCount], short: Mapping[str, s
     columns = 1 if width <= 5 or len(shown) <= 8 else 2
     rows = max(math.ceil(len(shown) / columns), 1)
     legend_rows = math.ceil(len(names) / _legend_columns(width)) if names else 0
-    figure = Figure(figsize=(width, 0.15 * rows + 0.5 + 0.17 * legend_rows), layout="constrained")
+    figure = Figure(figsize=(width, 0.165 * rows + 0.5 + 0.2 * legend_rows), layout="constrained")
     panels = figure.subplots(1, columns, sharex=True, squeeze=False)[0]
     for number, panel in enumerate(panels):
         part = shown[number * rows : (number + 1) * rows]
@@ -63,13 +63,13 @@ def concepts(width: float, counts: Sequence[ConceptCount], short: Mapping[str, s
             style = colour_style(names.index(count.category))
             panel.barh(row, count.last, height=0.72, linewidth=0, **style)
             panel.barh(row, count.units - count.last, left=count.last, height=0.72, linewidth=0, alpha=0.35, **style)
-        panel.set_yticks(range(len(part)), [shorten(count.concept, 30) for count in part])
+        panel.set_yticks(range(len(part)), [shorten(count.concept, 28) for count in part])
         panel.set_ylim(rows - 0.4, -0.6)
         panel.tick_params(axis="y", labelcolor=INK)
         panel.grid(axis="x")
         panel.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         bare(panel, "left")
-    figure.supxlabel("units", fontsize=7, color=MUTED)
+    figure.supxlabel("units", fontsize=8, color=MUTED)
     _legend(figure, [short[name] for name in names], width)
     return figure
 
@@ -81,11 +81,11 @@ def iou(width: float, values: Mapping[str, Mapping[str, Sequence[float]]], min_i
     grid = np.linspace(0, right, 201)
     rows, columns = grid_of(len(layers), width, 6 if len(layers) > 8 else 4)
     # Laid out in inches by hand: matplotlib's own layout takes seconds with forty panels.
-    height = 0.98 * rows + 0.62
+    height = 1.05 * rows + 0.66
     figure = Figure(figsize=(width, height))
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     figure.subplots_adjust(
-        left=0.55 / width, right=1 - 0.1 / width, bottom=0.4 / height, top=1 - 0.42 / height, wspace=0.12, hspace=0.42,
+        left=0.55 / width, right=1 - 0.1 / width, bottom=0.44 / height, top=1 - 0.45 / height, wspace=0.12, hspace=0.42,
     )  # fmt: skip
     x_ticks = np.asarray(MaxNLocator(3).tick_values(0, right))
     for panel, layer in zip(panels.flat, layers, strict=False):
@@ -94,7 +94,7 @@ def iou(width: float, values: Mapping[str, Mapping[str, Sequence[float]]], min_i
             end = np.count_nonzero(share) + 1  # a line ends where it reaches zero
             panel.plot(grid[:end], share[:end], color=RUN_COLOURS[run], **RUN_STYLES[run])
         panel.axvline(min_iou, color=MUTED, linewidth=0.7)
-        panel.set_title(shorten(layer, int(11 * width / columns)), fontsize=6.5)
+        panel.set_title(shorten(layer, int(9.5 * width / columns)), fontsize=7.5)
         panel.grid()
     for panel in panels.flat[len(layers) :]:
         panel.set_axis_off()
@@ -164,7 +164,7 @@ def _stack(panel: Axes, counts: Sequence[LayerCount], names: Sequence[str]) -> N
     for row, count in enumerate(counts):
         panel.annotate(
             f"{count.detectors}/{count.units}", (count.detectors, row), xytext=(3, 0), textcoords="offset points",
-            va="center", fontsize=6, color=MUTED,
+            va="center", fontsize=7, color=MUTED,
         )  # fmt: skip
     panel.tick_params(axis="y", labelcolor=INK)
     bare(panel, "left")

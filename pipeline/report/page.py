@@ -29,6 +29,18 @@ class Figure:
 
 
 @dataclass(frozen=True)
+class Picture:
+    """Images of a unit, say, for the overview: `file` holds `images` squares side by side, `link` leads to the whole."""
+
+    file: str
+    images: int
+    alt: str
+    title: str
+    text: str
+    link: str
+
+
+@dataclass(frozen=True)
 class Page:
     """One page of the report.
 
@@ -40,7 +52,8 @@ class Page:
     values : what the template shows, by name.
     summary : one sentence for the overview: what this page is about.
     findings : sentences for the overview, computed from the numbers and true whatever these are.
-    figures : all figures of the page.
+    figures : all figures of the page; the first is on the overview too.
+    pictures : a few for the overview.
     files : other files that were written for it, relative to the report's folder.
     methods : template with the stage's definitions, shown on the page of methods; empty: none.
     script : a script of ours in `templates/`, allowed by its digest; empty: none.
@@ -53,6 +66,7 @@ class Page:
     summary: str = ""
     findings: Sequence[str] = ()
     figures: Sequence[Figure] = ()
+    pictures: Sequence[Picture] = ()
     files: Sequence[str] = ()
     methods: str = ""
     script: str = ""

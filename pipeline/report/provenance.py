@@ -15,6 +15,7 @@ def page(experiment: Experiment) -> Page:
         file="provenance.html",
         title="Provenance",
         template="provenance.html.j2",
+        summary="What these results were made from and with.",
         values={
             "networks": networks,
             "models": [model_facts(network.trained.model) for network in networks],

@@ -26,6 +26,9 @@ FOLDERS = ("figures", "tables", "units")
 """What a report owns besides its pages: a file in here that this report did not write is an earlier one's."""
 
 
+METHODS = "What the words and numbers of these pages mean, how they were computed, and where they come from."
+
+
 def build(experiment: Experiment) -> list[Page]:
     """Write the report into `experiment.out` and return its pages, the overview first.
 
@@ -40,7 +43,7 @@ def build(experiment: Experiment) -> list[Page]:
     for folder in FOLDERS:
         (experiment.out / folder).mkdir(parents=True, exist_ok=True)
     of_stages = pages(experiment)
-    methods = Page("methods.html", "Methods", "methods.html.j2", {"parts": of_parts(of_stages)})
+    methods = Page("methods.html", "Methods", "methods.html.j2", {"parts": of_parts(of_stages)}, METHODS)
     last = [methods, provenance.page(experiment)]
     site = [overview(experiment, [*of_stages, *last]), *of_stages, *last]
     _different_files(site)

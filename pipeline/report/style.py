@@ -7,11 +7,15 @@ Colours are those of Okabe and Ito, told apart with every common colour blindnes
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import matplotlib
 import matplotlib.figure
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_pdf import FigureCanvasPdf
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 
 from pipeline.report.experiment import Experiment
 from pipeline.report.page import Figure
@@ -44,13 +48,13 @@ SETTINGS: Any = {
     "svg.fonttype": "path",
     "pdf.fonttype": 42,
     "font.family": "DejaVu Sans",
-    "font.size": 7,
+    "font.size": 8,
     "text.parse_math": False,
     "text.color": INK,
-    "axes.titlesize": 7.5,
+    "axes.titlesize": 8.5,
     "axes.titlecolor": INK,
     "axes.titlelocation": "left",
-    "axes.labelsize": 7,
+    "axes.labelsize": 8,
     "axes.labelcolor": MUTED,
     "axes.edgecolor": GRID,
     "axes.facecolor": "none",
@@ -62,14 +66,14 @@ SETTINGS: Any = {
     "grid.linewidth": 0.5,
     "xtick.color": MUTED,
     "ytick.color": MUTED,
-    "xtick.labelsize": 6.5,
-    "ytick.labelsize": 6.5,
+    "xtick.labelsize": 7.5,
+    "ytick.labelsize": 7.5,
     "xtick.major.size": 2.5,
     "ytick.major.size": 2.5,
     "xtick.major.width": 0.6,
     "ytick.major.width": 0.6,
     "legend.frameon": False,
-    "legend.fontsize": 7,
+    "legend.fontsize": 8,
     "legend.handlelength": 1.2,
     "legend.handleheight": 1.0,
     "hatch.linewidth": 0.6,
@@ -113,21 +117,11 @@ def draw(
             figure = drawing(width)
             on_page |= {shape: f"figures/{name}{ending}.svg", f"{shape}-dark": f"figures/{name}{ending}-dark.svg"}
             size[shape] = round(96 * figure.get_figwidth()), round(96 * figure.get_figheight())
-            figure.savefig(experiment.out / on_page[shape], metadata={"Date": None}, transparent=True)
-            svg = (experiment.out / on_page[shape]).read_text(encoding="utf-8")
-            for light, dark in ON_DARK.items():
-                svg = svg.replace(light, dark)
-            (experiment.out / on_page[f"{shape}-dark"]).write_text(svg, encoding="utf-8")
+            _write_svg(figure, experiment.out / on_page[shape], experiment.out / on_page[f"{shape}-dark"])
             if shape == "wide":
-                figure.set_layout_engine("none")  # where matplotlib made a layout, once is enough
-                if "pdf" in experiment.figures.formats:
-                    files["pdf"] = f"figures/{name}.pdf"
-                    figure.savefig(experiment.out / files["pdf"], metadata={"CreationDate": None})
-                if "png" in experiment.figures.formats:
-                    files["png"] = f"figures/{name}.png"
-                    figure.savefig(
-                        experiment.out / files["png"], dpi=experiment.figures.dpi, metadata={"Software": None}
-                    )
+                for ending in experiment.figures.formats:
+                    files[ending] = f"figures/{name}.{ending}"
+                    _WRITE[ending](figure, experiment.out / files[ending], experiment.figures.dpi)
     files["csv"] = f"tables/{name}.csv"
     write_table(experiment.out / files["csv"], header, rows)
     return Figure(kind, alt, caption, files, on_page, size, labels or {})
@@ -158,3 +152,30 @@ def bare(panel: Axes, *sides: str) -> None:
     for side in sides:
         panel.spines[side].set_visible(False)
         panel.tick_params(axis="y" if side in ("left", "right") else "x", length=0)
+
+
+# The canvases are asked to write, not the figure: that would draw everything twice, the first time for the layout.
+
+
+def _write_svg(figure: matplotlib.figure.Figure, file: Path, dark: Path) -> None:
+    """The figure without a ground, and once more in the colours for a dark one."""
+    figure.patch.set_alpha(0)
+    FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None})
+    figure.patch.set_alpha(1)
+    figure.set_layout_engine("none")  # where matplotlib made a layout, once is enough
+    svg = file.read_text(encoding="utf-8")
+    for light, other in ON_DARK.items():
+        svg = svg.replace(light, other)
+    dark.write_text(svg, encoding="utf-8")
+
+
+def _write_pdf(figure: matplotlib.figure.Figure, file: Path, dpi: int) -> None:
+    FigureCanvasPdf(figure).print_pdf(file, metadata={"CreationDate": None})
+
+
+def _write_png(figure: matplotlib.figure.Figure, file: Path, dpi: int) -> None:
+    figure.dpi = dpi
+    FigureCanvasAgg(figure).print_png(file, metadata={"Software": None})
+
+
+_WRITE = {"pdf": _write_pdf, "png": _write_png}

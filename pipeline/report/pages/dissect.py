@@ -1,13 +1,20 @@
 """The page of each dissected network: detectors by layer and concept beside the controls, and a browser of its units."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from pipeline.report import figures, sentences
+from pipeline.report.cards import Card, best_units, draw_cards
 from pipeline.report.experiment import Experiment
 from pipeline.report.network import Network
-from pipeline.report.page import Figure, Page
+from pipeline.report.page import Figure, Page, Picture
 from pipeline.report.style import draw
-from pipeline.report.tables import DETECTOR_COLUMNS, detector_rows, write_units
+from pipeline.report.tables import DETECTOR_COLUMNS, by_iou, detector_rows, write_units
+from pipeline.report.units import browser_data
+
+ROWS_WITHOUT_SCRIPT = 50
+"""Rows of the table that stands in for the browser of units where no script runs."""
+PICTURES = 6
+"""Units of a network that the overview shows."""
 
 
 def pages(experiment: Experiment) -> list[Page]:
@@ -18,19 +25,46 @@ def page(experiment: Experiment, network: Network) -> Page:
     dataset, of = network.trained.dataset, network.trained.network
     name = experiment.name(dataset, of)
     drawn = {figure.kind: figure for figure in draw_all(experiment, network, name)}
+    cards = draw_cards(experiment, network.trained)
     table = f"tables/units-{name}.csv"
     write_units(experiment.out / table, network.trained.units)
     return Page(
         file=experiment.page_of(dataset, of),
         title=experiment.label(dataset, of),
         template="network.html.j2",
-        values={"network": network, "drawn": drawn, "table": table},
+        values={
+            "network": network,
+            "drawn": drawn,
+            "table": table,
+            "units": browser_data(experiment, network, cards),
+            "best": by_iou(network.trained.units)[:ROWS_WITHOUT_SCRIPT],
+        },
         summary=sentences.what_was_compared(network),
         findings=sentences.findings(network),
         figures=list(drawn.values()),
-        files=[table],
+        pictures=list(best_pictures(experiment, network, cards)),
+        files=[table, *(card.file for card in cards.values() if card.images)],
         methods="methods-dissect.html.j2",
+        script="browser.js",
     )
+
+
+def best_pictures(
+    experiment: Experiment, network: Network, cards: Mapping[tuple[str, int], Card]
+) -> Iterator[Picture]:
+    """The best unit of each of a few concepts."""
+    of = network.trained
+    for unit in best_units(of.units, PICTURES):
+        card = cards.get((unit.layer, unit.unit))
+        if unit.detector and card is not None and card.images:
+            yield Picture(
+                file=card.file,
+                images=len(card.images),
+                alt=f"{sentences.plural(len(card.images), 'image')} on which unit {unit.unit} of {unit.layer} responds most",
+                title=unit.concept,
+                text=f"{unit.layer}, unit {unit.unit} · IoU {sentences.decimal(unit.iou)}",
+                link=experiment.link_to(of.dataset, of.network, unit.layer, unit.unit),
+            )
 
 
 def draw_all(experiment: Experiment, network: Network, name: str) -> Iterator[Figure]:
