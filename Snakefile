@@ -38,10 +38,15 @@ localrules:
     dissect,
 
 
+include: "workflow/rules/common.smk"
+
+
 rule report:
     default_target: True
     input:
         RUN.targets("report"),
+        # What `snakemake --report` shows; none before there is a report.
+        figures(),
 
 
 rule dissect:
@@ -49,7 +54,6 @@ rule dissect:
         RUN.targets("dissect"),
 
 
-include: "workflow/rules/common.smk"
 include: "workflow/rules/data.smk"
 include: "workflow/rules/networks.smk"
 include: "workflow/rules/dissection.smk"

@@ -228,7 +228,7 @@ class Report(Strict):
 
 
 class Figures(Strict):
-    """The figures of the report, as files for a paper. Each is also written as SVG, which the page shows, and as CSV."""
+    """The figures of the report, as files for a paper. Each is also there as SVG, which the page shows, and as CSV."""
 
     width: Literal["one", "two"] | Annotated[float, Field(ge=2, le=20)] = Field(
         "two", description="one or two columns of a journal, 3.5 and 7.1 inches; or inches"

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -74,6 +74,15 @@ class Run:
             stage, wildcards.id, getattr(wildcards, "dataset", None), getattr(wildcards, "network", None)
         )
         return [str(self.plan.results / parent) for parent in step.parents]
+
+    def figures(self) -> Iterator[tuple[str, str, dict[str, str]]]:
+        """Path, kind and labels of every figure of the finished report; none where it is still to be made."""
+        for step in self.plan.of_stage("report"):
+            manifest = _read(self.plan.results / step.manifest)
+            for figure in manifest.result["figures"] if manifest else []:
+                path = (self.plan.results / step.manifest).parent.parent / figure["file"]
+                if path.exists():
+                    yield str(path), figure["kind"], figure["labels"]
 
     def start(self) -> None:
         """Before the first job: no other run holds the results folder; start the workers."""

@@ -5,7 +5,7 @@ the activation.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -215,7 +215,7 @@ def histogram(
             found.append(([], math.nan, math.nan))
             continue
         low, high = values.min(), max(values.max(), np.float32(highest[place]))
-        bins = ((values - low) * (BINS / max(high - low, np.finfo(np.float32).tiny))).astype(np.int64)
+        bins = ((values - low) * (BINS / (high - low or np.float32(1)))).astype(np.int64)
         found.append((np.bincount(bins.clip(0, BINS - 1), minlength=BINS).tolist(), float(low), float(high)))
     return found
 

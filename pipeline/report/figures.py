@@ -139,8 +139,8 @@ def training(width: float, curve: Sequence[Mapping[str, Any]]) -> Figure:
 
 def upper_end(values: Mapping[str, Mapping[str, Sequence[float]]], min_iou: float) -> float:
     """Where the axis of IoU ends: a little beyond the highest."""
-    finite = [value for layers in values.values() for of_layer in layers.values() for value in of_layer if value == value]
-    return max([*finite, min_iou, 0.01]) * 1.05
+    every = (value for layers in values.values() for of_layer in layers.values() for value in of_layer)
+    return max([*(value for value in every if value == value), min_iou, 0.01]) * 1.05
 
 
 def share_above(values: Sequence[float], grid: np.ndarray) -> np.ndarray:

@@ -30,7 +30,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Picture:
-    """Images of a unit, say, for the overview: `file` holds `images` squares side by side, `link` leads to the whole."""
+    """Images of a unit, say, for the overview: `file` holds `images` squares side by side, `link` leads to it."""
 
     file: str
     images: int

@@ -66,7 +66,9 @@ def best_unit(network: "Network") -> str:
     if not detectors:
         return ""
     best = max(detectors, key=lambda unit: unit.iou)
-    interval = f", 95 % interval {decimal(best.ci_low)} to {decimal(best.ci_high)}" if best.ci_low == best.ci_low else ""
+    interval = (
+        f", 95 % interval {decimal(best.ci_low)} to {decimal(best.ci_high)}" if best.ci_low == best.ci_low else ""
+    )
     return f"The highest IoU is that of unit {best.unit} of {best.layer} with {best.concept}: {decimal(best.iou)}{interval}."
 
 

@@ -22,6 +22,7 @@ from pipeline.report.page import Page
 from pipeline.report.pages import pages
 
 TEMPLATES = Path(__file__).parent / "templates"
+FOLDERS_OF_TEMPLATES = (TEMPLATES,)
 FOLDERS = ("figures", "tables", "units")
 """What a report owns besides its pages: a file in here that this report did not write is an earlier one's."""
 
@@ -73,23 +74,27 @@ def of_parts(of_stages: Sequence[Page]) -> list[str]:
 def render(experiment: Experiment, page: Page, site: Sequence[Page]) -> str:
     """The HTML of one page."""
     style, script = (_ours(name) if name else "" for name in ("style.css", page.script))
-    return environment().get_template(page.template).render(
-        dict(page.values)
-        | {
-            "experiment": experiment,
-            "page": page,
-            "site": site,
-            "style": Markup(style),
-            "style_digest": digest(style),
-            "script": Markup(script),
-            "script_digest": digest(script),
-        }
+    return (
+        environment()
+        .get_template(page.template)
+        .render(
+            dict(page.values)
+            | {
+                "experiment": experiment,
+                "page": page,
+                "site": site,
+                "style": Markup(style),
+                "style_digest": digest(style),
+                "script": Markup(script),
+                "script_digest": digest(script),
+            }
+        )
     )
 
 
 def environment() -> jinja2.Environment:
     found = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
+        loader=jinja2.FileSystemLoader(FOLDERS_OF_TEMPLATES),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

@@ -18,7 +18,5 @@ STAGES = ("dissect",)
 def pages(experiment: Experiment) -> list[Page]:
     """The pages of all stages, in order."""
     return [
-        page
-        for stage in STAGES
-        for page in importlib.import_module(f"pipeline.report.pages.{stage}").pages(experiment)
+        page for stage in STAGES for page in importlib.import_module(f"pipeline.report.pages.{stage}").pages(experiment)
     ]

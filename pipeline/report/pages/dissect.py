@@ -1,4 +1,4 @@
-"""The page of each dissected network: detectors by layer and concept beside the controls, and a browser of its units."""
+"""The page of each dissected network: its detectors beside those of the controls, and a browser of its units."""
 
 from collections.abc import Iterator, Mapping
 
@@ -49,9 +49,7 @@ def page(experiment: Experiment, network: Network) -> Page:
     )
 
 
-def best_pictures(
-    experiment: Experiment, network: Network, cards: Mapping[tuple[str, int], Card]
-) -> Iterator[Picture]:
+def best_pictures(experiment: Experiment, network: Network, cards: Mapping[tuple[str, int], Card]) -> Iterator[Picture]:
     """The best unit of each of a few concepts."""
     of = network.trained
     for unit in best_units(of.units, PICTURES):
@@ -60,7 +58,7 @@ def best_pictures(
             yield Picture(
                 file=card.file,
                 images=len(card.images),
-                alt=f"{sentences.plural(len(card.images), 'image')} on which unit {unit.unit} of {unit.layer} responds most",
+                alt=f"Images on which unit {unit.unit} of {unit.layer} responds most",
                 title=unit.concept,
                 text=f"{unit.layer}, unit {unit.unit} · IoU {sentences.decimal(unit.iou)}",
                 link=experiment.link_to(of.dataset, of.network, unit.layer, unit.unit),

@@ -76,11 +76,12 @@
     const at = Math.min(Math.max((row[THRESHOLD] - row[FROM]) / range, 0), 1) * 320, step = 320 / counts.length;
     const made = draw("svg", { class: "histogram", viewBox: `0 0 320 ${height}`, preserveAspectRatio: "none", role: "img",
       "aria-label": `Histogram of the activation from ${short(row[FROM])} to ${short(row[TO])}, threshold ${short(row[THRESHOLD])}` });
+    const bars = ["", ""];
     counts.forEach((count, index) => {
       const tall = count ? Math.max(Math.log1p(count) / most * (height - 2), 1) : 0;
-      made.append(draw("rect", { class: (index + 0.5) * step > at ? "above" : "below", x: index * step, y: height - tall,
-        width: step - 1, height: tall }));
+      bars[(index + 0.5) * step > at ? 1 : 0] += `M${index * step} ${height}v${-tall.toFixed(1)}h${step - 1}v${tall.toFixed(1)}z`;
     });
+    made.append(draw("path", { class: "below", d: bars[0] }), draw("path", { class: "above", d: bars[1] }));
     made.append(draw("line", { x1: at, x2: at, y1: 0, y2: height }));
     return made;
   }
