@@ -141,6 +141,7 @@ def draw_tiles(
     for unit, images in zip(units, tops, strict=True):
         for image in images:
             wanted.setdefault((image // images_a_chunk, unit // units_a_chunk), []).append((image, unit))
+    size = pictures.pixels.shape[2], pictures.pixels.shape[3]
     tiles = {}
     shard, pixels = -1, np.empty(0)
     for (row, column), pairs in sorted(wanted.items()):  # in the order of the files, so that each is read once
@@ -149,9 +150,7 @@ def draw_tiles(
             shard, pixels = row, np.asarray(pictures.pixels[first : first + images_a_chunk])
         block = np.asarray(array[first : first + images_a_chunk, start : start + units_a_chunk])
         of_image, of_unit = (np.array(column) for column in zip(*pairs, strict=True))
-        active = mask(
-            block[of_image - first, of_unit - start], threshold[of_unit, None, None], pixels.shape[2:], border
-        )
+        active = mask(block[of_image - first, of_unit - start], threshold[of_unit, None, None], size, border)
         for region, (image, unit) in zip(active, pairs, strict=True):
             tiles[unit, image] = tile(pixels[image - first], region)
     return tiles
@@ -207,7 +206,7 @@ def histogram(
     for shard in np.unique(rows // step):
         block = np.asarray(array[shard * step : (shard + 1) * step, units[0] : units[-1] + 1])
         blocks.append(block[rows[rows // step == shard] - shard * step][:, np.asarray(units) - units[0]])
-    found = []
+    found: list[tuple[list[int], float, float]] = []
     for place in range(len(units)):
         values = np.concatenate([block[:, place].ravel() for block in blocks] or [np.empty(0)]).astype(np.float32)
         values = values[~np.isnan(values)]

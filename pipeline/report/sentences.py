@@ -20,10 +20,10 @@ def lead(experiment: "Experiment") -> str:
         return "This report shows no network."
     layers = sum(len(network.trained.layers) for network in networks)
     units = sum(len(network.trained.units) for network in networks)
-    one = len(networks) == 1
+    were, their = ("was", "its") if len(networks) == 1 else ("were", "their")
     return (
-        f"{plural(len(networks), 'network')} {'was' if one else 'were'} cut into {plural(layers, 'layer')}, and each of "
-        f"{'its' if one else 'their'} {plural(units, 'unit')} compared with concepts whose place in the images is known."
+        f"{plural(len(networks), 'network')} {were} cut into {plural(layers, 'layer')}, and each of {their} "
+        f"{plural(units, 'unit')} compared with concepts whose place in the images is known."
     )
 
 
@@ -66,10 +66,10 @@ def best_unit(network: "Network") -> str:
     if not detectors:
         return ""
     best = max(detectors, key=lambda unit: unit.iou)
-    interval = (
-        f", 95 % interval {decimal(best.ci_low)} to {decimal(best.ci_high)}" if best.ci_low == best.ci_low else ""
-    )
-    return f"The highest IoU is that of unit {best.unit} of {best.layer} with {best.concept}: {decimal(best.iou)}{interval}."
+    text = f"The highest IoU is that of unit {best.unit} of {best.layer} with {best.concept}: {decimal(best.iou)}"
+    if math.isnan(best.ci_low):
+        return f"{text}."
+    return f"{text}, 95 % interval {decimal(best.ci_low)} to {decimal(best.ci_high)}."
 
 
 def categories_of_last_layer(network: "Network") -> str:

@@ -105,7 +105,8 @@ def draw(
     header, rows : the numbers it shows, as `tables/<name>.csv`. Text in them is made safe for spreadsheets.
     """
     files = {"svg": f"figures/{name}.svg"}
-    on_page, size = {}, {}
+    on_page: dict[str, str] = {}
+    size: dict[str, tuple[int, int]] = {}
     inches = {"wide": experiment.figures.inches}
     if inches["wide"] > NARROW:
         inches["narrow"] = NARROW

@@ -298,7 +298,7 @@ def test_files_of_an_earlier_report_are_removed_and_other_files_kept(tmp_path: P
 
 
 def test_a_stage_adds_its_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What docs/report.md promises a stage: its page is listed, its findings are on the overview, its files are kept."""
+    """As docs/report.md promises: the page is listed, its findings are on the overview, its files are kept."""
     results = write_results(tmp_path, {"cnn": [("stem", 2)]})
     (tmp_path / "templates").mkdir()
     (tmp_path / "templates/mine.html.j2").write_text(

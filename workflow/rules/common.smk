@@ -14,5 +14,12 @@ def figures():
         if not Path(workflow.basedir, caption).exists():
             caption = "workflow/report/figure.rst"
         category = labels.get("network", kind)
-        flagged.append(report(path, caption=caption, category=category, labels={"figure": kind} | labels))
+        flagged.append(
+            report(
+                path,
+                caption=caption,
+                category=category,
+                labels={"figure": kind} | labels,
+            )
+        )
     return flagged
