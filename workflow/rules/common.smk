@@ -13,13 +13,8 @@ def figures():
         caption = f"workflow/report/{kind}.rst"
         if not Path(workflow.basedir, caption).exists():
             caption = "workflow/report/figure.rst"
-        category = labels.get("network", kind)
-        flagged.append(
-            report(
-                path,
-                caption=caption,
-                category=category,
-                labels={"figure": kind} | labels,
-            )
-        )
+        shown = {"category": labels.get("network", kind), "labels": {"figure": kind}}
+        shown["labels"] |= labels
+        # In one line: at the start of one, `report` is a directive.
+        flagged.append(report(path, caption=caption, **shown))
     return flagged

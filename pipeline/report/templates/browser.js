@@ -29,7 +29,11 @@
 
   const text = units.map((row) =>
     [concept(row[CONCEPT]), category(row[CONCEPT]) < 0 ? "" : data.categories[category(row[CONCEPT])],
-      `${data.layers[row[LAYER]]}/${row[UNIT]}`].join("\n").toLowerCase());
+      data.layers[row[LAYER]]].join("\n").toLowerCase());
+  const address = units.map((row) => `${data.layers[row[LAYER]]}/${row[UNIT]}`.toLowerCase());
+  // A number is that of a unit, or part of a name; with a slash it is the end of layer/unit.
+  const says = (index, word) => text[index].includes(word) || String(units[index][UNIT]) === word
+    || (word.includes("/") && address[index].endsWith(word));
 
   // Elements ---------------------------------------------------------------------------------------------------------
 
@@ -133,7 +137,7 @@
     const counts = wanted.map(() => new Map());
     units.forEach((row, index) => {
       if (row[CONCEPT] < 0 && !fields.all.checked) return;
-      if (!words.every((word) => text[index].includes(word))) return;
+      if (!words.every((word) => says(index, word))) return;
       const missed = wanted.filter(([of, value]) => value !== "" && of(row) !== Number(value));
       wanted.forEach(([of], facet) => {
         if (missed.length === 0 || (missed.length === 1 && missed[0][0] === of)) {
@@ -287,7 +291,7 @@
 
   // The address --------------------------------------------------------------------------------------------------------
 
-  function address() {
+  function filters() {
     const words = new URLSearchParams();
     if (fields.q.value) words.set("q", fields.q.value);
     for (const name of Object.keys(facets)) {
@@ -329,10 +333,11 @@
   // A network without detectors still has units to look at.
   fields.all.checked = fields.all.defaultChecked = units.every((row) => row[CONCEPT] < 0);
   const changed = () => {
-    history.replaceState(null, "", address());
+    history.replaceState(null, "", filters());
     update();
   };
-  form.addEventListener("input", changed);
+  form.addEventListener("input", (event) => event.target === fields.q && changed());
+  form.addEventListener("change", (event) => event.target !== fields.q && changed());
   form.addEventListener("reset", () => setTimeout(changed));
   form.addEventListener("submit", (event) => event.preventDefault());
   more.addEventListener("click", () => showMore()?.querySelector("a").focus({ preventScroll: true }));
@@ -347,7 +352,7 @@
   });
   dialog.addEventListener("close", () => {
     open = -1;
-    if (location.hash.startsWith("#unit=")) history.replaceState(null, "", address());
+    if (location.hash.startsWith("#unit=")) history.replaceState(null, "", filters());
   });
   dialog.addEventListener("click", (event) => {
     if (event.target === dialog) dialog.close(); // on the ground around it
