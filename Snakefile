@@ -15,7 +15,13 @@ if not workflow.overwrite_configfiles:
 
 
 try:
-    RUN = Run(config, main=workflow.is_main_process, dry=workflow.dryrun)
+    RUN = Run(
+        config,
+        main=workflow.is_main_process,
+        dry=workflow.dryrun,
+        files=workflow.configfiles,
+        overrides=workflow.config_settings.config,
+    )
 except MicrotomeError as error:
     raise WorkflowError(str(error)) from None
 RESULTS = RUN.plan.results
@@ -32,10 +38,15 @@ localrules:
     dissect,
 
 
+include: "workflow/rules/common.smk"
+
+
 rule report:
     default_target: True
     input:
         RUN.targets("report"),
+        # What `snakemake --report` shows; none before there is a report.
+        figures(),
 
 
 rule dissect:
@@ -43,7 +54,6 @@ rule dissect:
         RUN.targets("dissect"),
 
 
-include: "workflow/rules/common.smk"
 include: "workflow/rules/data.smk"
 include: "workflow/rules/networks.smk"
 include: "workflow/rules/dissection.smk"
