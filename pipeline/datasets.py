@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from pipeline.label_maps import ClassList
     from pipeline.listing import Listing, SplitRule
 
-TRUTH = "truth"  # source of the label maps that come with a data set
-
 
 def settings(dataset: AnyDataset, scratch: Path, rescan: bool = False) -> dict[str, Any]:
     """What the data set's id is made of: the snapshot of its listing, and how an image becomes an array."""
