@@ -7,8 +7,8 @@ those of a concept.
 
 `cvpr2017`: Bau et al., "Network Dissection" (CVPR 2017), and CSAILVision/NetDissect. The threshold is the 0.995
 quantile of the maps as they are; maps are resized with Pillow; the union of a concept runs over images in which its
-category occurs. There are two readings of "occurs": the paper's, that the category is labelled anywhere in the image, and the
-code's, that it is labelled at an active pixel of the unit.
+category occurs. There are two readings of "occurs": the paper's, that the category is labelled anywhere in the image,
+and the code's, that it is labelled at an active pixel of the unit.
 
 Both codes take quantiles from a sketch: `Sketch` below, after Karnin, Lang and Liberty (FOCS 2016). With `sketch=None`
 quantiles are exact.
