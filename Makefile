@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 UV_VERSION := 0.13.9
 
-.PHONY: demo test lint plan why verify repair gc rescan bench lock clean
+.PHONY: demo test lint plan why recompute verify repair gc rescan bench lock clean
 demo: $(VENV)/installed
 	@$(BIN)/snakemake --configfile $(CONFIG) --quiet reason host
 
@@ -26,7 +26,12 @@ plan: $(VENV)/installed
 	@$(BIN)/snakemake --configfile $(CONFIG) --dry-run --quiet rules
 
 why: $(VENV)/installed
-	@$(BIN)/python -m pipeline.upkeep why $(CONFIG)
+	@$(BIN)/python -m pipeline.upkeep why $(CONFIG) $(if $(ONLY),--only $(ONLY))
+
+# Throw away what a stage made, and make it again: make recompute STAGE=extract ONLY=cnn
+recompute: $(VENV)/installed
+	@$(BIN)/python -m pipeline.upkeep recompute $(CONFIG) $(STAGE) $(if $(ONLY),--only $(ONLY))
+	@$(BIN)/snakemake --configfile $(CONFIG) --quiet reason host $(if $(ONLY),--config only=$(ONLY))
 
 # Every chunk file of a results folder against its manifest; have only the damaged ones made again.
 verify: $(VENV)/installed

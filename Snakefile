@@ -60,4 +60,4 @@ onsuccess:
 
 
 onerror:
-    RUN.stop()
+    RUN.stop(failed=True)

@@ -23,15 +23,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline import datasets, segmenters, stage
-from pipeline.cluster import client, run_tasks
-from pipeline.config import PIXELS, TRUTH, AnyDataset, Segmentation, Segmenter
+from pipeline.cluster import check_memory, client, run_tasks
+from pipeline.config import PIXELS, TRUTH, AnyDataset, Config, Segmentation, Segmenter
 from pipeline.errors import MicrotomeError
 from pipeline.identity import FileDigests, crc32c, digest
-from pipeline.manifest import Files, write_atomically
+from pipeline.manifest import Files, Manifest, write_atomically
 
 if TYPE_CHECKING:
     from pipeline.images import Images
     from pipeline.plan import Plan, Step
+    from pipeline.store import Ledger
 
 VERSION = 2
 CODE = (
@@ -47,6 +48,7 @@ CODE = (
 )
 COLOUR = f"{PIXELS}/colour"  # the category computed from the pixels
 UINT16 = 65535
+TABLE = "table"  # the entry of the ledger that holds the concepts with their numbers, and the categories
 
 
 def settings(dataset: AnyDataset, known: Mapping[str, Segmenter], digests: FileDigests) -> dict[str, Any]:
@@ -100,25 +102,16 @@ def run(plan: Plan, step: Step) -> None:
     folder = plan.results / step.dataset
     store = folder / "concepts.zarr"
     ledger = Ledger(store.with_suffix(".ledger"))
-    described = describe(plan, step, images)
-    wanted = wanted_categories(dataset, described)
-    categories = open_store(store, images, wanted)
+    networks = models(plan, step)
+    wanted = wanted_categories(dataset, plan.config)
+    categories = open_store(store, ledger, images, wanted)
     shards = images.shards(step.settings["split"])
     image_id = images.image_ids()
     listed = datasets.listing(dataset, plan.scratch)
     index_of = {str(name): index for index, name in enumerate(listed.image_id)}
 
     def id_of(shard: int, category: Category) -> str:
-        if category.source in described:
-            made_of: list[Any] = [
-                images.contents[shard],
-                described[category.source].numerics,
-                segmenter_of(step, category),
-            ]
-        else:
-            content = images.contents[shard] if category.name == COLOUR else ingest.result["records"][shard]
-            made_of = [content, step.settings.get("classes")]
-        return digest([VERSION, *made_of, category.name, category.numbers])
+        return shard_id(plan, step, images, ingest, shard, category.name, category.numbers)
 
     tasks = []
     for shard in shards:
@@ -130,9 +123,13 @@ def run(plan: Plan, step: Step) -> None:
                 index = index_of.get(name)
                 paths = {c: listed.label_map(index, c) for c in listed.label_map_path} if index is not None else {}
                 items.append((name if index is not None else None, paths))
-            networks = {c.source: described[c.source].model for c in missing if c.source in described}
-            pixels = images.files_of(shard)
-            tasks.append((dataset, store, images.store, pixels, shard, start, items, missing, networks, images.size))
+            used = {c.source: networks[c.source] for c in missing if c.source in networks}
+            files = images.files_of(shard)
+            tasks.append((dataset, store, images.store, files, shard, start, items, missing, used, images.size))
+    if tasks:
+        # Label maps as read, numbered and compressed, and the pixels that colours come from.
+        pixels = images.shard_images * images.size[0] * images.size[1]
+        check_memory(plan.config.cluster, pixels * (6 * len(categories) + 12), step.name, "lower `shard_images`")
     with client(plan.config.cluster, plan.scratch) as workers:
         for done in run_tasks(workers, label_shard, tasks, len(tasks), step.name):
             for category in categories:
@@ -179,30 +176,69 @@ def run(plan: Plan, step: Step) -> None:
         ],
         "refused": sorted(refused),
     }
-    stage.finish(plan, step, began, output, files, result)
+    stage.finish(plan, step, began, output, files, result, made=(len(tasks), len(shards)))
 
 
-def describe(plan: Plan, step: Step, images: Images) -> dict[str, segmenters.Described]:
-    """What the segmenters of a data set say of themselves, by name; their checkpoints are those of the plan."""
-    models = [
-        segmenters.Model(name, plan.config.segmenters[name].model_dump_json(), made_of["checkpoint"])
+def models(plan: Plan, step: Step) -> dict[str, segmenters.Model]:
+    """The segmenters of a data set as tasks name them, with the checkpoints that the plan was made with."""
+    return {
+        name: segmenters.Model(name, plan.config.segmenters[name].model_dump_json(), made_of["checkpoint"])
         for name, made_of in step.settings.get("segmenters", {}).items()
+    }
+
+
+def shard_id(
+    plan: Plan, step: Step, images: Images, ingest: Manifest, shard: int, category: str, numbers: Sequence[int]
+) -> str:
+    """What the label maps of one shard and category are made from. Of a segmenter, other categories do not matter."""
+    source, _, name = category.partition("/")
+    made_of: list[Any]
+    if source in plan.config.segmenters:
+        own = step.settings["segmenters"][source]
+        own = own | {"categories": own["categories"][name]} | segmenters.platform(plan.config.cluster.kind)
+        made_of = [images.contents[shard], own]
+    else:
+        content = images.contents[shard] if source == PIXELS else ingest.result["records"][shard]
+        made_of = [content, step.settings.get("classes")]
+    return digest([VERSION, *made_of, category, numbers])
+
+
+def pending(plan: Plan, step: Step) -> tuple[int, int]:
+    """How many shards a run would label now, of how many, with the images that are ingested."""
+    from pipeline.images import Images
+    from pipeline.store import Ledger
+
+    assert step.dataset is not None
+    images = Images.of(plan, step)
+    _, ingest = plan.parent(step, "ingest")
+    store = plan.results / step.dataset / "concepts.zarr"
+    ledger = Ledger(store.with_suffix(".ledger"))
+    known = ledger.entries.get(TABLE, {}).get("concepts", {})
+    number_of = {(entry["category"], entry["name"]): int(number) for number, entry in known.items()}
+    wanted = {
+        category: [number_of.get((category, name), 0) for name in names]
+        for category, names in wanted_categories(plan.config.datasets[step.dataset], plan.config).items()
+    }
+    shards = images.shards(step.settings["split"])
+    missing = [
+        shard
+        for shard in shards
+        if not all(
+            ledger.get(f"{shard} {name}", shard_id(plan, step, images, ingest, shard, name, numbers), store)
+            for name, numbers in wanted.items()
+        )
     ]
-    if not models:
-        return {}
-    with client(plan.config.cluster, plan.scratch) as workers:
-        tasks = [(model, images.size) for model in models]
-        said = run_tasks(workers, segmenters.describe, tasks, len(tasks), f"{step.name}: segmenters")
-        return {one.model.name: one for one in said}
+    return len(missing), len(shards)
 
 
-def segmenter_of(step: Step, category: Category) -> dict[str, Any]:
-    """What the label maps of one category of a segmenter are made of: other categories of it do not matter."""
-    made_of = step.settings["segmenters"][category.source]
-    return made_of | {"categories": made_of["categories"][category.own_name]}
+def discard(plan: Plan, step: Step) -> list[Path]:
+    """The files and folders that this step made."""
+    assert step.dataset is not None
+    folder = plan.results / step.dataset
+    return [folder / "concepts.zarr", folder / "concepts.ledger"]
 
 
-def wanted_categories(dataset: AnyDataset, described: Mapping[str, segmenters.Described]) -> dict[str, Sequence[str]]:
+def wanted_categories(dataset: AnyDataset, wanted: Config) -> dict[str, Sequence[str]]:
     """Concept names by category, of the sources the configuration names, in its order."""
     from kernels.colour import COLOURS
 
@@ -211,17 +247,22 @@ def wanted_categories(dataset: AnyDataset, described: Mapping[str, segmenters.De
         if source == PIXELS:
             found[COLOUR] = list(COLOURS)
         else:
-            own = datasets.truth_categories(dataset) if source == TRUTH else described[source].concepts
+            truth = source == TRUTH
+            own = datasets.truth_categories(dataset) if truth else segmenters.concepts(wanted.segmenters[source])
             found |= {f"{source}/{name}": list(names) for name, names in own.items()}
     return found
 
 
-def open_store(store: Path, images: Images, wanted: Mapping[str, Sequence[str]]) -> list[Category]:
-    """Create the store or take it up; categories and concepts that are new to it are appended."""
+def open_store(store: Path, ledger: Ledger, images: Images, wanted: Mapping[str, Sequence[str]]) -> list[Category]:
+    """Create the store or take it up; categories and concepts that are new to it are appended.
+
+    Where the store's zarr.json is damaged, its ledger knows the numbers that were given out.
+    """
     from pipeline.store import Array, attributes, create, remove_partials
 
-    table = {int(number): entry for number, entry in attributes(store).get("concepts", {}).items()}
-    places = list(attributes(store).get("categories", []))
+    known = attributes(store) or ledger.entries.get(TABLE, {})
+    table = {int(number): entry for number, entry in known.get("concepts", {}).items()}
+    places = list(known.get("categories", []))
     number_of = {(entry["category"], entry["name"]): number for number, entry in table.items()}
     for category, names in wanted.items():
         if category not in places:
@@ -238,7 +279,10 @@ def open_store(store: Path, images: Images, wanted: Mapping[str, Sequence[str]])
         "label_map": Array(("image", "category", "y", "x"), shape, np.uint16, (images.shard_images, 1, *images.size)),
         "category": Array(("category",), (len(places),), str, (len(places),), fill=""),
     }
-    create(store, arrays, {"concepts": {str(k): v for k, v in sorted(table.items())}, "categories": places})
+    attrs = {"concepts": {str(k): v for k, v in sorted(table.items())}, "categories": places}
+    create(store, arrays, attrs)
+    if ledger.entries.get(TABLE, {}).get("id") != digest(attrs):
+        ledger.record(TABLE, digest(attrs), {}, **attrs)
     remove_partials(store)
     return [
         Category(name, places.index(name), tuple(number_of[name, concept] for concept in concepts))

@@ -264,6 +264,9 @@ class Cluster(Strict):
 
     kind: Literal["local", "gpu"] = Field("local", description="on the cores, or on the visible GPUs")
     workers: PositiveInt | None = Field(None, description="default: one a core, or one a GPU")
+    memory: Annotated[str, StringConstraints(pattern=r"^[0-9]+(\.[0-9]+)? ?[kMGT]i?B$")] | None = Field(
+        None, description="that a worker may use, `4 GB` say; default: its share of the machine's"
+    )
     dashboard: bool = Field(False, description="that of Dask, on 127.0.0.1:8787")
 
 

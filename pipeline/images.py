@@ -63,9 +63,8 @@ class Images:
         return start, min(start + self.shard_images, self.count)
 
     def files_of(self, shard: int) -> Files:
-        """The chunk file that holds the pixels of a shard."""
-        name = f"image/c/{shard}/0/0/0"
-        return {name: self.files[name]}
+        """The chunk file that holds the pixels of a shard, and what describes it."""
+        return {name: self.files[name] for name in ("zarr.json", "image/zarr.json", f"image/c/{shard}/0/0/0")}
 
     def shards(self, split: str, limit: int | None = None) -> list[int]:
         """Shards that hold a valid image of the split; with `limit`, the first that together hold that many images."""

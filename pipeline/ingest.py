@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pipeline import datasets, stage
-from pipeline.cluster import client, run_tasks
+from pipeline.cluster import check_memory, client, run_tasks
 from pipeline.config import AnyDataset, Scenes
 from pipeline.errors import MicrotomeError
 from pipeline.identity import crc32c, digest
@@ -28,9 +28,12 @@ from pipeline.manifest import Files, write_atomically
 if TYPE_CHECKING:
     from pipeline.listing import Listing
     from pipeline.plan import Plan, Step
+    from pipeline.store import Ledger
 
 VERSION = 2
 CODE = ("pipeline/datasets.py", "pipeline/decode.py", "pipeline/ingest.py", "pipeline/listing.py", "pipeline/scenes")
+SOURCE = "source"  # the entry of the ledger that says where the images come from
+REMEDY = "lower `shard_images` or `max_pixels` of the data set"
 COLUMN = (65536,)  # chunk of what has one value an image: the same for any number, so that a longer store keeps its ids
 
 
@@ -45,7 +48,6 @@ class Shard:
 
 
 def run(plan: Plan, step: Step) -> None:
-    from pipeline.listing import slots
     from pipeline.store import Ledger, metadata_files, write
 
     assert step.dataset is not None
@@ -56,25 +58,26 @@ def run(plan: Plan, step: Step) -> None:
     listed = datasets.listing(dataset, plan.scratch)
     if listed.digest() != step.settings["listing"]:
         raise MicrotomeError(f"data set {step.dataset!r} changed while this run began: run again")
-    image_id, at = slots(listed, known_ids(store, step.settings["source"]))
+    source = step.settings["source"]
+    ledger = Ledger(store.with_suffix(".ledger"))
+    image_id, at = slots_of(listed, store, ledger, source)
     size = (step.settings["size"][0], step.settings["size"][1])
     per_shard = dataset.shard_images
-    open_store(store, dataset, len(image_id), size, listed.classes, step.settings["source"])
-    ledger = Ledger(store.with_suffix(".ledger"))
+    open_store(store, dataset, len(image_id), size, listed.classes, source, ledger)
 
-    records = listed.record_digests()
-    common = {key: value for key, value in step.settings.items() if key not in ("listing", "images")}
-    tasks, ids = [], {}
-    shards = range(-(-len(image_id) // per_shard))
+    tasks = []
+    ids = shard_ids(step, listed, at, per_shard)
+    shards = range(len(ids))
     for shard in shards:
         part = slice(shard * per_shard, (shard + 1) * per_shard)
-        ids[shard] = digest([common, [records[i].tobytes().hex() if i >= 0 else "" for i in at[part]]])
         if not ledger.get(str(shard), ids[shard], store):
             items = [str(name) if i >= 0 else None for name, i in zip(image_id[part], at[part], strict=True)]
             known = {name: listed.refused[name] for name in items if name in listed.refused}
             tasks.append((dataset, store, shard, part.start, items, known, size))
+    if tasks:
+        check_memory(plan.config.cluster, memory_need(dataset, size), step.name, REMEDY)
     with client(plan.config.cluster, plan.scratch) as workers:
-        for done in run_tasks(workers, ingest_shard, tasks, len(tasks), step.name):
+        for done in run_tasks(workers, ingest_shard, tasks, len(tasks), step.name, REMEDY):
             ledger.record(str(done.shard), ids[done.shard], done.files, content=done.content, refused=done.refused)
 
     entries = [ledger.entries[str(shard)] for shard in shards]
@@ -104,14 +107,58 @@ def run(plan: Plan, step: Step) -> None:
         "classes": listed.classes,
         "splits": {str(name): shards_of(shard_of[valid & (split == name)]) for name in np.unique(split[valid])},
         "contents": [entry["content"] for entry in entries],
-        "records": [ids[shard] for shard in shards],
+        "records": ids,
         "refused": len(refused),
         "ignored": listed.ignored,
     }
     output = digest({"files": files, "classes": listed.classes})
     files = stage.within("images.zarr", files | metadata_files(store))
     files["quarantine.csv"] = (len(quarantine), crc32c(quarantine))
-    stage.finish(plan, step, began, output, files, result)
+    stage.finish(plan, step, began, output, files, result, made=(len(tasks), len(ids)))
+
+
+def pending(plan: Plan, step: Step) -> tuple[int, int]:
+    """How many shards a run would decode now, of how many."""
+    from pipeline.store import Ledger
+
+    assert step.dataset is not None
+    dataset = plan.config.datasets[step.dataset]
+    store = plan.results / step.dataset / "images.zarr"
+    listed = datasets.listing(dataset, plan.scratch)
+    ledger = Ledger(store.with_suffix(".ledger"))
+    _, at = slots_of(listed, store, ledger, step.settings["source"])
+    ids = shard_ids(step, listed, at, dataset.shard_images)
+    return sum(not ledger.get(str(shard), id, store) for shard, id in enumerate(ids)), len(ids)
+
+
+def discard(plan: Plan, step: Step) -> list[Path]:
+    """The files and folders that this step made."""
+    assert step.dataset is not None
+    folder = plan.results / step.dataset
+    return [folder / "images.zarr", folder / "images.ledger"]
+
+
+def slots_of(listed: Listing, store: Path, ledger: Ledger, source: str) -> tuple[np.ndarray, np.ndarray]:
+    """Image id of every slot, and its place in the listing (-1: gone); known images keep their slots."""
+    from pipeline.listing import slots
+
+    return slots(listed, known_ids(store) if source_of(store, ledger) == source else None)
+
+
+def shard_ids(step: Step, listed: Listing, at: np.ndarray, per_shard: int) -> list[str]:
+    """What each shard is made from: the records of its images, and how they are decoded."""
+    records = listed.record_digests()
+    common = {key: value for key, value in step.settings.items() if key not in ("listing", "images")}
+    return [
+        digest([common, [records[i].tobytes().hex() if i >= 0 else "" for i in at[start : start + per_shard]]])
+        for start in range(0, len(at), per_shard)
+    ]
+
+
+def memory_need(dataset: AnyDataset, size: tuple[int, int]) -> int:
+    """Bytes of a task: the pixels of a shard, as they are and compressed, and the largest file while it is decoded."""
+    decoding = 0 if isinstance(dataset, Scenes) else 2 * 4 * dataset.max_pixels
+    return 2 * 3 * dataset.shard_images * size[0] * size[1] + decoding
 
 
 def shards_of(shard: np.ndarray) -> dict[str, int]:
@@ -120,32 +167,35 @@ def shards_of(shard: np.ndarray) -> dict[str, int]:
     return {str(name): int(images) for name, images in zip(found, count, strict=True)}
 
 
-def known_ids(store: Path, source: str) -> np.ndarray | None:
-    """Return the image ids of the store in slot order, if it holds this data set already.
+def source_of(store: Path, ledger: Ledger) -> str | None:
+    """Return the source of the images that a store holds: as it says or, where its zarr.json is damaged, its ledger."""
+    from pipeline.store import attributes
+
+    return attributes(store).get("source") or ledger.entries.get(SOURCE, {}).get("id")
+
+
+def known_ids(store: Path) -> np.ndarray | None:
+    """Return the image ids of the store in slot order.
 
     Slots at the end without an id are those of an ingest that was cut short: they are given out again.
     """
     import zarr
 
-    from pipeline.store import attributes
-
-    if attributes(store).get("source") != source:
-        return None
     try:
-        group = zarr.open_group(store, mode="r", zarr_format=3, use_consolidated=False)
-        ids = np.asarray(group["image_id"][:], dtype=object)  # type: ignore[index]
+        array = zarr.open_array(store / "image_id", mode="r", zarr_format=3)
+        ids = np.asarray(array[:], dtype=object)
     except (FileNotFoundError, ValueError, KeyError):
         return None
     return ids[: np.flatnonzero(ids != "").max(initial=-1) + 1]
 
 
 def open_store(
-    store: Path, dataset: AnyDataset, count: int, size: tuple[int, int], classes: list[str], source: str
+    store: Path, dataset: AnyDataset, count: int, size: tuple[int, int], classes: list[str], source: str, ledger: Ledger
 ) -> None:
     """Create the store, or bring the one that holds this data set to more slots; another data set's makes way."""
-    from pipeline.store import Array, attributes, create, remove_partials
+    from pipeline.store import Array, create, remove_partials
 
-    if attributes(store).get("source") != source:
+    if source_of(store, ledger) != source:
         shutil.rmtree(store, ignore_errors=True)
     block = (dataset.shard_images, 3, *size)
     arrays = {
@@ -156,6 +206,8 @@ def open_store(
         "image_id": Array(("image",), (count,), str, COLUMN, fill=""),
     }
     create(store, arrays, {"classes": classes, "source": source}, coordinates=["image_id"])
+    if ledger.entries.get(SOURCE, {}).get("id") != source:
+        ledger.record(SOURCE, source, {})
     remove_partials(store)
 
 

@@ -180,13 +180,26 @@ def datasets_of(wanted: Config, spec: Network) -> list[str]:
 def settle(plan: Plan, dry: bool = False) -> list[str]:
     """Set aside every wanted manifest that was made from other parents than those that stand there now.
 
-    A parent that is missing, damaged, set aside, or has another output digest than the one recorded (a network trained
-    again, say) takes its children with it. No store is touched: the shard ledgers decide what is done again. Returns
-    one line a manifest; with `dry` nothing is moved.
+    No store is touched: the shard ledgers decide what is done again. Returns one line a manifest; with `dry` nothing is
+    moved.
+    """
+    found = outdated(plan)
+    for path in found if not dry else ():
+        aside = plan.scratch / "aside" / path
+        aside.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(plan.results / path, aside)
+    return [f"{plan.steps[path].name}: {reason}" for path, reason in found.items()]
+
+
+def outdated(plan: Plan) -> dict[str, str]:
+    """The wanted manifests that are there and no longer stand for what a run would make now, and why.
+
+    A parent that is missing, damaged, outdated, or has another output digest than the one recorded (a network trained
+    again, say) takes its children with it.
     """
     gone: set[str] = set()
     digests: dict[str, str] = {}
-    said = []
+    found: dict[str, str] = {}
     for step in plan.steps.values():
         path = plan.results / step.manifest
         try:
@@ -201,12 +214,8 @@ def settle(plan: Plan, dry: bool = False) -> list[str]:
             digests[step.manifest] = manifest.digest
             continue
         gone.add(step.manifest)
-        said.append(f"{step.name}: {reason}")
-        if not dry:
-            aside = plan.scratch / "aside" / step.manifest
-            aside.parent.mkdir(parents=True, exist_ok=True)
-            shutil.move(path, aside)
-    return said
+        found[step.manifest] = reason
+    return found
 
 
 def _outdated(results: Path, step: Step, manifest: Manifest, digests: Mapping[str, str], gone: set[str]) -> str | None:

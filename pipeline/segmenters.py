@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +22,8 @@ from pipeline.identity import FileDigests
 
 if TYPE_CHECKING:
     import torch
+
+    from pipeline.label_maps import ClassList
 
 DEFAULT_OUTPUTS = ("out", "logits")  # torchvision's and transformers' names of the scores that count
 
@@ -68,21 +71,25 @@ class Channels:
     number: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Described:
-    """What a segmenter says of itself: concept names by category, and what decides the last bits of its scores."""
-
-    model: Model
-    concepts: dict[str, tuple[str, ...]]
-    numerics: dict[str, str]
+def concepts(spec: Segmenter) -> dict[str, list[str]]:
+    """Concept names by category, without building the network."""
+    return {name: list(class_list(name, head).concepts().values()) for name, head in spec.categories.items()}
 
 
-def describe(model: Model, size: tuple[int, int]) -> Described:
-    """On a worker: the concepts of a segmenter, and the numerics there."""
-    from pipeline.extract import platform_numerics
+def class_list(category: str, head: Head) -> ClassList:
+    from pipeline.label_maps import read_class_list
 
-    found = inspect(model.spec, size)
-    return Described(model, {name: channels.concepts for name, channels in found.items()}, platform_numerics())
+    return read_class_list(head.classes, head.void, category)
+
+
+@functools.cache
+def platform(cluster: str) -> dict[str, str]:
+    """What else decides the last bits of scores: the kind of device, and torch's minor version, found without torch."""
+    return {
+        "dtype": "float32",
+        "device": "cuda" if cluster == "gpu" else "cpu",
+        "torch": ".".join(version("torch").split(".")[:2]),
+    }
 
 
 def inspect(spec: Segmenter, size: tuple[int, int]) -> dict[str, Channels]:
@@ -148,8 +155,6 @@ def scores(output: Any) -> dict[str, torch.Tensor]:
 
 def channels(category: str, head: Head, outputs: Mapping[str, torch.Tensor]) -> Channels:
     """Find a category in the outputs of a network."""
-    from pipeline.label_maps import read_class_list
-
     key = _output(category, head, outputs)
     count = outputs[key].shape[1]
     start, last = head.channels or (0, count - 1)
@@ -157,7 +162,7 @@ def channels(category: str, head: Head, outputs: Mapping[str, torch.Tensor]) -> 
         raise MicrotomeError(
             f"category {category!r}: channels {start} to {last} of output {key!r}, which has {count} (0 to {count - 1})"
         )
-    classes = read_class_list(head.classes, head.void, category)
+    classes = class_list(category, head)
     concepts = classes.concepts()
     wanted = range(head.first, head.first + last + 1 - start)
     lacking = [id for id in wanted if id not in classes.names and id not in head.void]

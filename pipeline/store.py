@@ -57,7 +57,9 @@ def create(path: Path, arrays: Mapping[str, Array], attrs: Mapping[str, Any], co
     """Create a store, or bring an existing one to this layout.
 
     An array that differs only in shape is resized and keeps its chunks; any other difference (dtype, chunks, dimension
-    names) starts the array anew. Metadata is consolidated, so that `xarray.open_zarr` opens it without a warning.
+    names) starts the array anew. A zarr.json that is lost or damaged is written again beside the chunks that are there:
+    the ledger knows which of them are good. Metadata is consolidated, so that `xarray.open_zarr` opens it without a
+    warning.
     """
     attributes = dict(attrs)
     if coordinates:
@@ -65,7 +67,7 @@ def create(path: Path, arrays: Mapping[str, Array], attrs: Mapping[str, Any], co
     try:
         group = zarr.open_group(LocalStore(path), mode="r+", zarr_format=3, use_consolidated=False)
     except (FileNotFoundError, ValueError, KeyError):  # absent, or its zarr.json is damaged
-        shutil.rmtree(path, ignore_errors=True)
+        (path / "zarr.json").unlink(missing_ok=True)
         group = zarr.create_group(LocalStore(path), zarr_format=3)
     for name, array in arrays.items():
         _create_array(group, path / name, name, array)
@@ -92,6 +94,7 @@ def _create_array(group: zarr.Group, folder: Path, name: str, array: Array) -> N
             existing = group[name]
         except (KeyError, ValueError):
             existing = None
+            (folder / "zarr.json").unlink(missing_ok=True)
         if isinstance(existing, zarr.Array):
             same = (
                 existing.chunks == array.chunk
@@ -105,7 +108,7 @@ def _create_array(group: zarr.Group, folder: Path, name: str, array: Array) -> N
                 if existing.shape != array.shape:
                     existing.resize(array.shape)
                 return
-    shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(folder)
     group.create_array(name, **wanted)
 
 
@@ -188,10 +191,14 @@ class _Verifying(LocalStore):
         self, key: str, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
     ) -> Buffer | None:
         if key.endswith("zarr.json"):
-            return await super().get(key, prototype, byte_range)
-        if self.held[0] != key:
-            self.held = (key, verified_bytes(Path(self.root), key, self.expected))
-        data = self.held[1]
+            # Asked for whether it is there or not; one that was recorded has to be what was written.
+            if key not in self.expected:
+                return await super().get(key, prototype, byte_range)
+            data = verified_bytes(Path(self.root), key, self.expected)
+        else:
+            if self.held[0] != key:
+                self.held = (key, verified_bytes(Path(self.root), key, self.expected))
+            data = self.held[1]
         match byte_range:
             case RangeByteRequest(start, end):
                 data = data[start:end]

@@ -57,3 +57,9 @@ def run(plan: Plan, step: Step) -> None:
         data = path.read_bytes()
         files[path.relative_to(out).as_posix()] = (len(data), crc32c(data))
     stage.finish(plan, step, began, digest(files), files)
+
+
+def discard(plan: Plan, step: Step) -> list[Path]:
+    """The files and folders that this step made."""
+    out = (plan.results / step.manifest).parent.parent
+    return [out / "index.html", out / "figures", out / "tables"]

@@ -80,7 +80,8 @@ def digest_of(path: Path) -> str:
 
 def ledger_shards(ledger: Path) -> list[str]:
     """The shards a ledger records, one entry for each time a shard was made."""
-    return [json.loads(line.rpartition("\t")[0])["shard"] for line in ledger.read_text().splitlines()]
+    entries = [json.loads(line.rpartition("\t")[0]) for line in ledger.read_text().splitlines()]
+    return [entry["shard"] for entry in entries if entry["files"]]
 
 
 def jobs_run(said: str) -> dict[str, int]:
