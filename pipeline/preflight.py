@@ -38,11 +38,7 @@ class Question:
 
 def check(plan: Plan) -> None:
     """Inspect what has not been inspected yet; raise `MicrotomeError` that says everything that is wrong."""
-    networks = [
-        Question(f"network {step.network!r} on {step.dataset!r}", _kept(plan, step), _request(plan, step))
-        for step in _steps(plan)
-    ]
-    unknown = [question for question in [*networks, *_segmenters(plan)] if not question.kept.exists()]
+    unknown = [question for question in questions(plan) if not question.kept.exists()]
     if not unknown:
         return
     print(f"inspecting {', '.join(question.name for question in unknown)}", file=sys.stderr)
@@ -64,6 +60,15 @@ def check(plan: Plan) -> None:
             write_atomically(question.kept, json.dumps(answer["result"], indent=1))
     if errors:
         raise MicrotomeError("\n  ".join(errors))
+
+
+def questions(plan: Plan) -> list[Question]:
+    """What has to be inspected for a plan: networks, then segmenters, each with every data set that it sees."""
+    networks = [
+        Question(f"network {step.network!r} on {step.dataset!r}", _kept(plan, step), _request(plan, step))
+        for step in _steps(plan)
+    ]
+    return [*networks, *_segmenters(plan)]
 
 
 def sizes(plan: Plan) -> list[str]:
@@ -93,7 +98,6 @@ def _steps(plan: Plan) -> list[Step]:
 
 
 def _segmenters(plan: Plan) -> list[Question]:
-    """Every segmenter with every data set that it labels."""
     found = []
     for step in plan.of_stage("concepts"):
         size = next(plan.steps[path] for path in step.parents).settings["size"]

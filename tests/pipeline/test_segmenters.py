@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 
 import numpy as np
 import pytest
@@ -11,10 +10,11 @@ import zarr
 from experiments import SIZE, labelled_images, lines, run, segmentation, write_image
 from torch.nn.functional import interpolate
 
-from pipeline import cluster, config, dissect, extract, plan, preflight
+from pipeline import config, dissect, extract, inspection, plan, preflight
 from pipeline.checkpoint import write_safetensors
-from pipeline.config import Cluster, Head, Segmenter
+from pipeline.config import Head, Segmenter
 from pipeline.errors import MicrotomeError
+from pipeline.manifest import write_atomically
 from pipeline.networks import build, load
 from pipeline.segmenters import channels, inspect, scores
 
@@ -256,18 +256,6 @@ def units(made) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_two_workers_write_the_bytes_of_one(tmp_path, parsing, workers, monkeypatch):
-    labelled_images(tmp_path, NAMES)
-    raw = described(tmp_path, parsing())
-    one = run(raw, "ingest", "concepts")
-    with cluster.pool(Cluster(workers=2), tmp_path / "two") as address:
-        monkeypatch.setitem(os.environ, cluster.ADDRESS, str(address))
-        two = run(raw | {"results": str(tmp_path / "other")}, "ingest", "concepts")
-    contents = [{name: data for name, (_, _, data) in chunks(done.results).items()} for done in (one, two)]
-    assert contents[0] == contents[1]
-    assert len(contents[0]) == 9
-
-
 # What is refused before work ------------------------------------------------------------------------------------------
 
 
@@ -337,7 +325,14 @@ def test_a_run_is_refused_before_any_work(tmp_path, parsing):
     wanted = plan.make(config.parse(raw))
     with pytest.raises(MicrotomeError, match=r"segmenter 'ours' on 'photos': category 'object': no output 'objekt'"):
         preflight.check(wanted)
+
+
+def test_what_is_told_before_a_run(tmp_path, parsing):
+    labelled_images(tmp_path, NAMES[:2])
     wanted = plan.make(config.parse(described(tmp_path, parsing())))
+    for question in preflight.questions(wanted):
+        (answered,) = inspection.answer([question.request])
+        write_atomically(question.kept, json.dumps(answered["result"]))
     preflight.check(wanted)
     assert preflight.sizes(wanted)[-1] == "segmenter 'ours' on 'photos': concepts, 3 of object, 2 of part"
 
