@@ -261,7 +261,10 @@ def open_store(store: Path, ledger: Ledger, images: Images, wanted: Mapping[str,
     from pipeline.store import Array, attributes, create, remove_partials
 
     known = attributes(store) or ledger.entries.get(TABLE, {})
-    table = {int(number): entry for number, entry in known.get("concepts", {}).items()}
+    table = {
+        int(number): {"name": entry["name"], "category": entry["category"]}
+        for number, entry in known.get("concepts", {}).items()
+    }
     places = list(known.get("categories", []))
     number_of = {(entry["category"], entry["name"]): number for number, entry in table.items()}
     for category, names in wanted.items():

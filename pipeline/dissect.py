@@ -448,7 +448,8 @@ def count_and_write(
         for wanted in batch:
             key = wanted.layer.id, wanted.permuted
             sources = known[key] | (dict.fromkeys(chosen.categories, (totals[key], chosen)) if rest else {})
-            write_layer(wanted, thresholds[wanted.layer.id], joined(concepts, sources), concepts, how)
+            counted = [name for name in wanted.labels if name not in known[key]]
+            write_layer(wanted, thresholds[wanted.layer.id], joined(concepts, sources), concepts, how, counted)
 
 
 def only(concepts: Concepts, categories: list[str]) -> Concepts:
@@ -577,7 +578,15 @@ def add(total: Counts, part: Counts) -> Counts:
     return total
 
 
-def write_layer(wanted: Wanted, found: Threshold, counts: Counts, concepts: Concepts, how: Mapping[str, Any]) -> None:
+def write_layer(
+    wanted: Wanted,
+    found: Threshold,
+    counts: Counts,
+    concepts: Concepts,
+    how: Mapping[str, Any],
+    counted: list[str],
+) -> None:
+    """Write the result of one layer; `counted` are the categories that were counted now, for its provenance."""
     from kernels.iou import iou
     from pipeline.store import write_whole
 
@@ -639,7 +648,7 @@ def write_layer(wanted: Wanted, found: Threshold, counts: Counts, concepts: Conc
         digest=digest(files),
         files=files,
         result={"thresholds": wanted.thresholds, "labels": dict(wanted.labels)},
-        provenance=stage.provenance(),
+        provenance=stage.provenance() | {"counted": counted},
     ).write(manifest_of(wanted))
 
 

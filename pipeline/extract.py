@@ -110,7 +110,7 @@ def run(plan: Plan, step: Step) -> None:
         one_at_a_time(plan.scratch / f"{step.dataset}.extract.lock"),
         client(plan.config.cluster, plan.scratch) as workers,
     ):
-        (prepared,) = run_tasks(workers, prepare, [(model, images.size)], 1, f"{step.name}: layers")
+        (prepared,) = run_tasks(workers, prepare, [(model, images.size, VERSION)], 1, f"{step.name}: layers")
         layers = [
             Layer(id, folder / "layers" / id / "activations.zarr", info, scale) for id, info, scale in prepared.layers
         ]
@@ -334,7 +334,7 @@ class Prepared:
     largest: int  # values of the largest output of any module, for one image
 
 
-def prepare(model: Model, size: tuple[int, int]) -> Prepared:
+def prepare(model: Model, size: tuple[int, int], version: int) -> Prepared:
     """On a worker: load the network, resolve its layers, compute their ids, and find each layer's scale.
 
     The scale comes from a forward pass over fixed noise, so it belongs to the layer alone and not to the images.
@@ -347,7 +347,7 @@ def prepare(model: Model, size: tuple[int, int]) -> Prepared:
     spec, shape = model.spec, (3, *size)
     as_loaded = _loaded(model)
     infos = resolve(as_loaded, spec.layers, shape, spec.special_tokens, model.name)
-    numerics = spec.numerics.model_dump() | platform_numerics()
+    numerics = spec.numerics.model_dump() | platform_numerics(version)
     preprocessing = spec.preprocessing.model_dump() | {"size": list(size)}
     ids = layer_ids(as_loaded, infos, preprocessing, numerics, shape)
     noise = torch.randint(0, 256, (4, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -375,12 +375,12 @@ def memory_need(layers: Iterable[Layer], prepared: Prepared, spec: Network, imag
     return 3 * 4 * prepared.parameters + forward + outputs
 
 
-def platform_numerics() -> dict[str, str]:
+def platform_numerics(version: int) -> dict[str, str]:
     """What else decides the last bits: this module, the device kind and torch's minor version."""
     import torch
 
     return {
-        "version": str(VERSION),
+        "version": str(version),
         "dtype": "float32",
         "device": device(),
         "torch": ".".join(torch.__version__.split(".")[:2]),

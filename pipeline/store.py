@@ -23,7 +23,7 @@ from zarr.storage import LocalStore
 
 from pipeline.errors import MicrotomeError
 from pipeline.identity import crc32c
-from pipeline.manifest import Files
+from pipeline.manifest import Files, write_atomically
 
 # An absent all-zero chunk could not be told from a lost one, and the scan for such chunks is the write bottleneck.
 # One thread a process: Dask workers are the parallelism.
@@ -71,12 +71,14 @@ def create(path: Path, arrays: Mapping[str, Array], attrs: Mapping[str, Any], co
         group = zarr.create_group(LocalStore(path), zarr_format=3)
     for name, array in arrays.items():
         _create_array(group, path / name, name, array)
-    group.update_attributes(attributes)
-    for stale in set(group.attrs) - set(attributes):
-        del group.attrs[stale]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # zarr: "consolidated metadata is not yet part of the v3 specification"
         zarr.consolidate_metadata(group.store)
+    # zarr names the arrays in the order of the file system, which is not the same everywhere.
+    layout = json.loads((path / "zarr.json").read_text())
+    layout["attributes"] = attributes
+    layout["consolidated_metadata"]["metadata"] = dict(sorted(layout["consolidated_metadata"]["metadata"].items()))
+    write_atomically(path / "zarr.json", json.dumps(layout, indent=2))
 
 
 def _create_array(group: zarr.Group, folder: Path, name: str, array: Array) -> None:

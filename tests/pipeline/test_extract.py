@@ -70,7 +70,7 @@ def tasks_of(plan):
     """The tasks of an extraction, as `run` makes them, into stores of their own."""
     step = next(plan.of_stage("extract"))
     images, model = Images.of(plan, step), extract.model_of(plan, step)
-    prepared = extract.prepare(model, images.size)
+    prepared = extract.prepare(model, images.size, extract.VERSION)
 
     def into(folder):
         layers = [extract.Layer(id, folder / id / "activations.zarr", *rest) for id, *rest in prepared.layers]
