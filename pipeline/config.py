@@ -6,7 +6,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
@@ -26,6 +26,8 @@ from pipeline.recipe import Recipe
 RESERVED = ("networks", "layers", "done", "logs", "similarity", "randomization", "report")
 ENDINGS = (".zarr", ".ledger", ".csv", ".json")  # of files that stand beside the folders of networks
 UNTRAINED = "-untrained"  # suffix of the control network that stands beside every network
+TRUTH = "truth"  # concept source: the label maps that come with a data set
+PIXELS = "pixels"  # concept source: colour names of the pixels
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -72,16 +74,22 @@ class Squash(Strict):
     squash: tuple[PositiveInt, PositiveInt] = Field(description="height, width; the aspect ratio is not kept")
 
 
+CONCEPTS = (
+    "sources of label maps: `truth` (where it comes with label maps), `pixels` (colour names computed from the "
+    "pixels), names of segmenters"
+)
+
+
 class Dataset(Strict):
     """What every kind of data set has."""
+
+    has_truth: ClassVar[bool] = False  # whether it comes with label maps
 
     shard_images: PositiveInt = Field(64, description="images of one shard, the unit of work")
     max_images: PositiveInt | None = Field(
         None, description="the first so many images of each split, in the order of a hash of their ids; default: all"
     )
-    concepts: list[Literal["truth", "pixels"]] = Field(
-        ["truth"], description="sources of label maps: ground truth; colour names computed from the pixels"
-    )
+    concepts: list[Name] = Field([PIXELS], description=CONCEPTS)
     dissect: Dissect = Field(Dissect(), description="how units are compared with concepts")
 
 
@@ -95,7 +103,10 @@ class SceneCounts(Strict):
 class Scenes(Dataset):
     """The embedded procedural scenes: twelve classes, with label maps of objects, parts, materials and colours."""
 
+    has_truth: ClassVar[bool] = True
+
     kind: Literal["scenes"] = Field(description="this kind")
+    concepts: list[Name] = Field([TRUTH], description=CONCEPTS)
     seed: NonNegativeInt = Field(0, description="other scenes for another seed")
     size: Annotated[int, Field(ge=16, le=1024)] = Field(64, description="height and width in pixels")
     images: SceneCounts = Field(SceneCounts(), description="how many, by split")
@@ -135,15 +146,7 @@ class Files(Images):
     )
 
 
-class Labelled(Dataset):
-    """What data sets have that come with classes and no label maps."""
-
-    concepts: list[Literal["pixels"]] = Field(  # type: ignore[assignment]
-        ["pixels"], description="sources of label maps: colour names computed from the pixels"
-    )
-
-
-class ImageFolder(Labelled, Files):
+class ImageFolder(Files):
     """Images in one folder a class."""
 
     kind: Literal["imagefolder"] = Field(description="this kind")
@@ -152,7 +155,7 @@ class ImageFolder(Labelled, Files):
     labels: str | None = Field(None, description="CSV with columns image,label, for folders without classes")
 
 
-class Csv(Labelled, Files):
+class Csv(Files):
     """Images that a table names."""
 
     kind: Literal["csv"] = Field(description="this kind")
@@ -163,7 +166,7 @@ class Csv(Labelled, Files):
     )
 
 
-class ImageNet(Labelled, Files):
+class ImageNet(Files):
     """ImageNet of 2012, as torchvision lays it out."""
 
     kind: Literal["imagenet"] = Field(description="this kind")
@@ -175,7 +178,7 @@ class ImageNet(Labelled, Files):
     verify: bool = Field(True, description="archives must be the published ones, by their md5")
 
 
-class Places365(Labelled, Files):
+class Places365(Files):
     """Places365, as torchvision lays it out."""
 
     kind: Literal["places365"] = Field(description="this kind")
@@ -188,7 +191,7 @@ class Places365(Labelled, Files):
     verify: bool = Field(True, description="the lists must be the published ones, by their md5")
 
 
-class Cifar10(Labelled, Images):
+class Cifar10(Images):
     """CIFAR-10, in the batches that torchvision reads."""
 
     kind: Literal["cifar10"] = Field(description="this kind")
@@ -200,7 +203,7 @@ class Cifar10(Labelled, Images):
     verify: bool = Field(True, description="the batches must be the published ones, by their md5")
 
 
-class Npz(Labelled, Images):
+class Npz(Images):
     """Images that are an array in a file of numpy."""
 
     kind: Literal["npz"] = Field(description="this kind")
@@ -223,7 +226,10 @@ class LabelMaps(Strict):
 class Segmentation(Files):
     """Images with index label maps, one folder a category."""
 
+    has_truth: ClassVar[bool] = True
+
     kind: Literal["segmentation"] = Field(description="this kind")
+    concepts: list[Name] = Field([TRUTH], description=CONCEPTS)
     root: str = Field(description="folder of the images")
     split: Split = Field(Split(all="validation"), description="which split each image belongs to")
     label_maps: Annotated[dict[Name, LabelMaps], Field(min_length=1)] = Field(description="by name of the category")
@@ -279,6 +285,45 @@ class Network(NetworkSpec):
         return self
 
 
+class Head(Strict):
+    """Which output of a segmentation network gives the classes of a category, and what its channels are called."""
+
+    output: str | None = Field(None, description="key of the network's output; default: `out`, or the only one")
+    channels: tuple[NonNegativeInt, NonNegativeInt] | None = Field(
+        None, description="first and last channel of that output, from 0; default: all"
+    )
+    classes: str = Field(
+        description="class list: one name a line, `id name` lines, or a CSV with columns id,name and, if it names the "
+        "classes of several categories, category"
+    )
+    first: NonNegativeInt = Field(0, description="id, in the class list, of the first channel: 1 for ADE20K's 150")
+    void: list[NonNegativeInt] = Field([], description="ids that mean nothing: background, unlabelled")
+
+    @model_validator(mode="after")
+    def in_order(self) -> "Head":
+        if self.channels is not None and self.channels[0] > self.channels[1]:
+            raise ValueError(f"channels: the first, {self.channels[0]}, comes after the last, {self.channels[1]}")
+        return self
+
+
+class Segmenter(NetworkSpec):
+    """A segmentation network as a source of concepts; data sets name it in `concepts`."""
+
+    weights: str = Field(description="a .pt, .pth or .safetensors file")
+    preprocessing: Preprocessing = Field(Preprocessing(), description="what the network expects of pixels")
+    resize: tuple[PositiveInt, PositiveInt] | None = Field(
+        None, description="height, width that images are resized to for it (bilinear); default: as they are stored"
+    )
+    numerics: Numerics = Field(Numerics(micro_batch=8), description="how it is computed")
+    categories: Annotated[dict[Name, Head], Field(min_length=1)] = Field(description="by name of the category")
+
+    @model_validator(mode="after")
+    def _trained(self) -> "Segmenter":
+        if self.weights_file is None:
+            raise ValueError(f"weights: {self.weights!r}: a segmenter needs those of a trained network, a file")
+        return self
+
+
 class Controls(Strict):
     """The two controls that stand beside every network: untrained, and label maps permuted over the images."""
 
@@ -327,6 +372,7 @@ class Config(Strict):
     results: str = Field("results", description="folder of all results; several experiments may share it")
     datasets: Annotated[dict[Name, AnyDataset], Field(min_length=1)] = Field(description="by name")
     networks: Annotated[dict[Name, Network], Field(min_length=1)] = Field(description="by name")
+    segmenters: dict[Name, Segmenter] = Field({}, description="by name")
     controls: Controls = Field(Controls(), description="what the units are compared with")
     cluster: Cluster = Field(Cluster(), description="the workers")
     report: Report = Field(Report(), description="the pages at the end")
@@ -346,6 +392,21 @@ class Config(Strict):
             for dataset in wanted:
                 if dataset not in self.datasets:
                     raise ValueError(f"network {name!r}: no data set {dataset!r}{nearest(dataset, self.datasets)}")
+        return self
+
+    @model_validator(mode="after")
+    def sources(self) -> "Config":
+        for name in self.segmenters:
+            if name in (TRUTH, PIXELS):
+                raise ValueError(f"segmenter {name!r}: {TRUTH} and {PIXELS} are sources of another kind")
+        for name, dataset in self.datasets.items():
+            known = [*([TRUTH] if dataset.has_truth else []), PIXELS, *self.segmenters]
+            for at, source in enumerate(dataset.concepts):
+                if source not in known:
+                    raise ValueError(
+                        f"datasets.{name}.concepts.{at}: no source {source!r} for data sets of kind {dataset.kind} "
+                        f"(there are: {', '.join(known)}){nearest(source, known)}"
+                    )
         return self
 
 

@@ -38,8 +38,6 @@ if TYPE_CHECKING:
     from pipeline.label_maps import ClassList
     from pipeline.listing import Listing, SplitRule
 
-TRUTH = "truth"  # source of the label maps that come with a data set
-
 
 @dataclass(frozen=True)
 class Summary:

@@ -21,7 +21,7 @@ import numpy as np
 
 from pipeline import stage
 from pipeline.cluster import check_memory, client, device, run_tasks
-from pipeline.config import AnyDataset, Network
+from pipeline.config import AnyDataset, Network, Segmenter
 from pipeline.errors import MicrotomeError
 from pipeline.identity import digest
 from pipeline.lock import one_at_a_time
@@ -398,7 +398,7 @@ def scale_for(largest: float, headroom: bool = False) -> float:
     return 2.0 ** (math.frexp(largest)[1] - (5 if headroom else 15))
 
 
-def normalise(pixels: torch.Tensor, spec: Network) -> torch.Tensor:
+def normalise(pixels: torch.Tensor, spec: Network | Segmenter) -> torch.Tensor:
     """uint8 (image, 3, y, x) → float32 on the device: (x / 255 - mean) / std, in the network's memory format."""
     import torch
 
@@ -424,13 +424,18 @@ def _loaded(model: Model) -> torch.nn.Module:
 @functools.lru_cache(maxsize=2)
 def _network(model: Model) -> torch.nn.Module:
     """A worker's copy of a network, loaded once."""
+    return placed(_loaded(model), model.spec)
+
+
+def placed(network: torch.nn.Module, spec: Network | Segmenter) -> torch.nn.Module:
+    """A network on the worker's device, in its memory format, and torch set to compute it the same way each time."""
     import torch
 
     torch.set_num_threads(1)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.deterministic = True
-    network = _loaded(model).to(device())
-    return network.to(memory_format=torch.channels_last) if model.spec.numerics.channels_last else network
+    network = network.to(device())
+    return network.to(memory_format=torch.channels_last) if spec.numerics.channels_last else network
 
 
 def extract_shard(

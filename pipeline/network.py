@@ -20,6 +20,7 @@ from pipeline.config import Network
 from pipeline.errors import MicrotomeError
 from pipeline.identity import FileDigests, crc32c, digest
 from pipeline.manifest import write_atomically
+from pipeline.networks import NetworkSpec
 
 if TYPE_CHECKING:
     import numpy as np
@@ -51,7 +52,7 @@ def settings(spec: Network, digests: FileDigests) -> dict[str, Any]:
     return made_of
 
 
-def architecture(spec: Network, digests: FileDigests) -> dict[str, Any]:
+def architecture(spec: NetworkSpec, digests: FileDigests) -> dict[str, Any]:
     """The builder and its arguments; for a module, the digest of its file."""
     if spec.torchvision is not None:
         return {"torchvision": spec.torchvision, "arguments": spec.arguments}

@@ -160,7 +160,8 @@ def make(wanted: Config, rescan: bool = False, arguments: Sequence[str] = ()) ->
     used = {d for n in wanted.networks.values() for d in datasets_of(wanted, n)}
     for name in sorted(used):
         found[name].require(name, wanted.datasets[name].dissect.split)
-        labelled[name] = add("concepts", concepts.settings(wanted.datasets[name], digests), [ingests[name]], name)
+        labels = concepts.settings(wanted.datasets[name], wanted.segmenters, digests)
+        labelled[name] = add("concepts", labels, [ingests[name]], name)
 
     dissected: list[Step] = []
     loaded = {}

@@ -7,14 +7,17 @@ import csv
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import xarray
-from workflow_run import TINY, contents, jobs_run, ledger_shards, snakemake, states, written
+from workflow_run import PARSING, TINY, contents, jobs_run, ledger_shards, snakemake, states, written
 
 from pipeline import config, plan
+from pipeline.checkpoint import write_safetensors
 from pipeline.lock import RunLock
+from pipeline.networks import NetworkSpec, build
 
 
 @pytest.fixture
@@ -29,9 +32,10 @@ def first(tmp_path):
                 "size": 32,
                 "shard_images": 16,
                 "images": {"train": 24, "validation": 40},
-                "concepts": ["truth", "pixels"],
+                "concepts": ["truth", "pixels", "parsed"],
             }
         },
+        "segmenters": {"parsed": segmenter(tmp_path)},
         "networks": {
             "net": {
                 "module": f"{TINY}:tiny",
@@ -44,6 +48,23 @@ def first(tmp_path):
         },
         "cluster": {"workers": 1},
         "report": {"title": "The first", "cards": 2},
+    }
+
+
+def segmenter(folder: Path) -> dict[str, Any]:
+    """A segmentation network with weights from a file, as a source of concepts."""
+    network = NetworkSpec(module=f"{PARSING}:Parsing", seed=2)
+    write_safetensors(folder / "parsing.safetensors", build(network).state_dict())
+    (folder / "things.txt").write_text("0 background\n1 round\n2 square\n")
+    (folder / "materials.txt").write_text("wool\nwood\n")
+    return {
+        "module": network.module,
+        "weights": str(folder / "parsing.safetensors"),
+        "numerics": {"micro_batch": 5},
+        "categories": {
+            "material": {"output": "material", "classes": str(folder / "materials.txt")},
+            "thing": {"output": "thing", "classes": str(folder / "things.txt"), "void": [0]},
+        },
     }
 
 
@@ -142,6 +163,8 @@ def _check_contract(results: Path) -> None:
         "truth/material",
         "truth/colour",
         "pixels/colour",
+        "parsed/thing",
+        "parsed/material",
     }
     validation = images.split.values == "validation"
     numbers = set(np.unique(concepts.label_map.values[validation]).tolist())
