@@ -116,6 +116,7 @@ CHANGES = {
     "networks.tiny.special_tokens": (1, {"extract", "dissect", "report"}),
     "controls.images": (8, {"dissect", "report"}),
     "report.title": ("Another", {"report"}),
+    "figures.width": ("one", {"report"}),
     "name": ("other", {"report"}),
     "results": ("elsewhere", set()),
     "cluster.workers": (2, set()),
