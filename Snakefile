@@ -30,6 +30,7 @@ wildcard_constraints:
 localrules:
     report,
     dissect,
+    ablate,
 
 
 rule report:
@@ -43,10 +44,16 @@ rule dissect:
         RUN.targets("dissect"),
 
 
+rule ablate:
+    input:
+        RUN.targets("ablate"),
+
+
 include: "workflow/rules/common.smk"
 include: "workflow/rules/data.smk"
 include: "workflow/rules/networks.smk"
 include: "workflow/rules/dissection.smk"
+include: "workflow/rules/ablation.smk"
 include: "workflow/rules/report.smk"
 
 
