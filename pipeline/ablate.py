@@ -137,6 +137,7 @@ def run(plan: Plan, step: Step) -> None:
     labels = unit_labels(folder, dissected)
     store = folder / "ablation.zarr"
     shutil.rmtree(store, ignore_errors=True)
+    create(store, {}, {})
     files: Files = {}
     found = []
     with client(plan.config.cluster, plan.scratch) as workers:
@@ -326,7 +327,7 @@ def ablate_layer(shared: Shared, target: Target, parts: dict[int, Part]) -> tupl
         "layer": target.info.name,
         "whole_network": target.whole,
         "pair_flops": target.pair_flops,
-        "images": {split: int(counts.images.sum()) for split, counts in whole.items()},
+        "counted": {split: int(counts.images.sum()) for split, counts in whole.items()},
         "notes": [
             f"class {shared.classes[c]!r} has no images in split {split!r}: its losses there are not defined"
             for split, counts in whole.items()

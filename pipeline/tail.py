@@ -18,6 +18,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from pipeline.channelwise import Channels, channels_after, mixes_linearly
 from pipeline.errors import MicrotomeError
@@ -283,15 +286,13 @@ class Tail:
 
     @torch.no_grad()
     def _pair_flops(self) -> float:
-        from torch.utils.flop_counter import FlopCounterMode
-
         like = next(self.traced.root.parameters(), torch.zeros(()))
         sides = {node: like.new_zeros(self.traced.shapes[node]) for node in self.traced.sides}
         values = {node: like.new_zeros(self.traced.shapes[node]) for node in (*self.whole_ends, *self.mixing)}
         state = State(2, {}, {}, {}, sides, like)
-        with FlopCounterMode(display=False) as counter, one_attention_path():
-            self._through_rest(state, dict(values), torch.arange(2, device=like.device))
-        flops = counter.get_total_flops() / 2
+        with _Flops() as counter, one_attention_path(), sdpa_kernel(SDPBackend.MATH):
+            self._through_rest(state, values, torch.arange(2, device=like.device))
+        flops = counter.total / 2
         for node in self.mixing:
             module, outputs = self.traced.root.get_submodule(str(node.target)), math.prod(self.traced.shapes[node]) / 2
             if isinstance(module, nn.Conv2d):
@@ -309,6 +310,26 @@ class Cost:
     pair_flops: float
     pair_bytes: int
     image_bytes: int
+
+
+class _Flops(TorchDispatchMode):
+    """Counts the floating-point operations of matrix products and convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Otherwise torch imports its compiler (4 s) to keep itself from compiling `__torch_dispatch__`.
+        return False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.total += formula(*args, **(kwargs or {}), out_val=result)
+        return result
 
 
 def _add_effect(module: nn.Module, result: torch.Tensor, change: torch.Tensor, unit: int) -> None:
