@@ -15,7 +15,13 @@ if not workflow.overwrite_configfiles:
 
 
 try:
-    RUN = Run(config, main=workflow.is_main_process, dry=workflow.dryrun)
+    RUN = Run(
+        config,
+        main=workflow.is_main_process,
+        dry=workflow.dryrun,
+        files=workflow.configfiles,
+        overrides=workflow.config_settings.config,
+    )
 except MicrotomeError as error:
     raise WorkflowError(str(error)) from None
 RESULTS = RUN.plan.results
@@ -33,10 +39,15 @@ localrules:
     ablate,
 
 
+include: "workflow/rules/common.smk"
+
+
 rule report:
     default_target: True
     input:
         RUN.targets("report"),
+        # What `snakemake --report` shows; none before there is a report.
+        figures(),
 
 
 rule dissect:
@@ -49,7 +60,6 @@ rule ablate:
         RUN.targets("ablate"),
 
 
-include: "workflow/rules/common.smk"
 include: "workflow/rules/data.smk"
 include: "workflow/rules/networks.smk"
 include: "workflow/rules/dissection.smk"

@@ -240,11 +240,27 @@ class Cluster(Strict):
 
 
 class Report(Strict):
-    """The page that a run ends in."""
+    """The pages that a run ends in."""
 
     title: str | None = Field(None, description="default: the experiment's name")
-    top_images: PositiveInt = Field(5, description="images of a card")
-    cards: NonNegativeInt = Field(24, description="units of each network that get a card")
+    top_images: PositiveInt = Field(5, description="images of a unit")
+    cards: NonNegativeInt = Field(
+        1000, description="units of each network that are shown on images, those with the highest IoU first"
+    )
+
+
+class Figures(Strict):
+    """The figures of the report, as files for a paper. Each is also there as SVG, which the page shows, and as CSV."""
+
+    width: Literal["one", "two"] | Annotated[float, Field(ge=2, le=20)] = Field(
+        "two", description="one or two columns of a journal, 3.5 and 7.1 inches; or inches"
+    )
+    formats: list[Literal["pdf", "png"]] = Field(["pdf", "png"], description="what is written besides SVG")
+    dpi: Annotated[int, Field(ge=50, le=1200)] = Field(300, description="dots per inch of PNG files")
+
+    @property
+    def inches(self) -> float:
+        return {"one": 3.5, "two": 7.1}.get(self.width, 0) if isinstance(self.width, str) else self.width
 
 
 class Config(Strict):
@@ -256,7 +272,8 @@ class Config(Strict):
     networks: Annotated[dict[Name, Network], Field(min_length=1)] = Field(description="by name")
     controls: Controls = Field(Controls(), description="what the units are compared with")
     cluster: Cluster = Field(Cluster(), description="the workers")
-    report: Report = Field(Report(), description="the page at the end")
+    report: Report = Field(Report(), description="the pages at the end")
+    figures: Figures = Field(Figures(), description="the figures in them")
 
     @model_validator(mode="after")
     def names(self) -> "Config":

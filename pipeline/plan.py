@@ -5,8 +5,9 @@ by every job: ids are computed once.
 """
 
 import json
+import shlex
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,8 @@ class Plan:
 
     config: Config
     steps: dict[str, Step]  # by manifest path
+    arguments: tuple[str, ...] = ()
+    """What snakemake was given besides a target: the configuration files and what overrides them. In no id."""
 
     @property
     def results(self) -> Path:
@@ -103,10 +106,15 @@ class Plan:
                 return self.steps[path], self.manifest(self.steps[path])
         raise KeyError(f"{step.name} has no parent of stage {stage}")
 
+    def command(self, target: str) -> str:
+        """What a person types to make a target of this configuration."""
+        return shlex.join(["snakemake", target, *self.arguments])
+
     def save(self) -> Path:
         from pipeline.manifest import write_atomically
 
-        body = json.dumps({"config": self.config.model_dump(), "steps": [asdict(step) for step in self.steps.values()]})
+        steps = [asdict(step) for step in self.steps.values()]
+        body = json.dumps({"config": self.config.model_dump(), "steps": steps, "arguments": self.arguments})
         path = self.scratch / "plans" / f"{self.config.name}.{digest(body)}.json"
         if not path.exists():
             write_atomically(path, body)
@@ -116,12 +124,12 @@ class Plan:
     def read(path: Path) -> "Plan":
         value = json.loads(path.read_text())
         steps = [Step(**{**step, "parents": tuple(step["parents"])}) for step in value["steps"]]
-        return Plan(config.parse(value["config"]), {step.manifest: step for step in steps})
+        return Plan(config.parse(value["config"]), {step.manifest: step for step in steps}, tuple(value["arguments"]))
 
 
-def make(wanted: Config, rescan: bool = False) -> Plan:
+def make(wanted: Config, rescan: bool = False, arguments: Sequence[str] = ()) -> Plan:
     """Compute every step of a configuration. Reads listings, checkpoints and module files (through memories)."""
-    plan = Plan(wanted, {})
+    plan = Plan(wanted, {}, tuple(arguments))
     digests = FileDigests(plan.scratch / "files.json")
 
     def add(stage: str, settings: dict, parents: list[Step], dataset: str = "", network: str = "") -> Step:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -28,9 +28,17 @@ class Run:
 
     In the main process it makes the plan, checks the networks on the meta device, and sets outdated manifests aside
     (unless `dry`, or another run holds the lock: then `start` says so). In a job's process it reads the plan.
+    `files` and `overrides` are where the configuration `raw` comes from: for the commands that a report names.
     """
 
-    def __init__(self, raw: Mapping[str, Any], main: bool, dry: bool) -> None:
+    def __init__(
+        self,
+        raw: Mapping[str, Any],
+        main: bool,
+        dry: bool,
+        files: Sequence[str | Path] = (),
+        overrides: Mapping[str, Any] | None = None,
+    ) -> None:
         self.pool: subprocess.Popen | None = None
         # Jobs and workers import this same code, from any working directory.
         own = str(Path(__file__).parent.parent)
@@ -39,7 +47,7 @@ class Run:
             self.plan = Plan.read(Path(os.environ[PLAN]))
             return
         wanted = config.parse({key: value for key, value in raw.items() if key != "rescan"})
-        self.plan = plan.make(wanted, rescan=bool(raw.get("rescan")))
+        self.plan = plan.make(wanted, bool(raw.get("rescan")), arguments(files, overrides or {}))
         self.lock = RunLock(self.plan.results)
         preflight.check(self.plan)
         if dry:
@@ -67,6 +75,15 @@ class Run:
         )
         return [str(self.plan.results / parent) for parent in step.parents]
 
+    def figures(self) -> Iterator[tuple[str, str, dict[str, str]]]:
+        """Path, kind and labels of every figure of the finished report; none where it is still to be made."""
+        for step in self.plan.of_stage("report"):
+            manifest = _read(self.plan.results / step.manifest)
+            for figure in manifest.result["figures"] if manifest else []:
+                path = (self.plan.results / step.manifest).parent.parent / figure["file"]
+                if path.exists():
+                    yield str(path), figure["kind"], figure["labels"]
+
     def start(self) -> None:
         """Before the first job: no other run holds the results folder; start the workers."""
         if self.refused is not None:
@@ -93,6 +110,17 @@ class Run:
         if report.exists():
             lines.append(f"The report: {report.resolve()}")
         return "\n".join(lines)
+
+
+def arguments(files: Sequence[str | Path], overrides: Mapping[str, Any]) -> list[str]:
+    """The arguments of snakemake that give a configuration; files below the working folder are named from there."""
+    given = []
+    if files:
+        named = (Path(file) for file in files)
+        here = Path.cwd()
+        given += ["--configfile", *(str(p.relative_to(here) if p.is_relative_to(here) else p) for p in named)]
+    values = [f"{key}={value}" for key, value in overrides.items() if key != "rescan"]
+    return [*given, "--config", *values] if values else given
 
 
 def _read(path: Path) -> Manifest | None:
