@@ -325,6 +325,7 @@ def ablate_layer(shared: Shared, target: Target, parts: dict[int, Part]) -> tupl
         written |= manifest_files(target.set_predictions, files)
     facts |= {
         "layer": target.info.name,
+        "sets": len(sets),
         "whole_network": target.whole,
         "pair_flops": target.pair_flops,
         "counted": {split: int(counts.images.sum()) for split, counts in whole.items()},
