@@ -63,11 +63,9 @@ def summary(dataset: AnyDataset, scratch: Path, version: int, rescan: bool = Fal
     It is remembered until something that the listing was made from has changed: 1.3 million files cost a start no more
     than the times of their folders. `version` is that of the code that makes a listing.
     """
-    memory = (
-        scratch
-        / "datasets"
-        / f"{digest([version, list(Summary.__dataclass_fields__), origin(dataset), dataset.model_dump()])}.json"
-    )
+    # What is remembered has these fields: another code's is not read.
+    asked = [version, list(Summary.__dataclass_fields__), origin(dataset), dataset.model_dump()]
+    memory = scratch / "datasets" / f"{digest(asked)}.json"
     known = None if rescan else _remembered(memory, scratch)
     if known is not None:
         return known
