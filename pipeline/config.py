@@ -90,6 +90,9 @@ class Dataset(Strict):
         None, description="the first so many images of each split, in the order of a hash of their ids; default: all"
     )
     concepts: list[Name] = Field([PIXELS], description=CONCEPTS)
+    label_map_size: tuple[PositiveInt, PositiveInt] | None = Field(
+        None, description="height, width of the label maps, at which units are compared with them; default: the images'"
+    )
     dissect: Dissect = Field(Dissect(), description="how units are compared with concepts")
 
 
