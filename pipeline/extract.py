@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
+import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from pipeline.store import Ledger
 
 VERSION = 1
-CODE = ("pipeline/extract.py", "pipeline/layers.py", "pipeline/layer_id.py", "pipeline/networks.py")
+CODE = ("kernels/grey.py", "pipeline/extract.py", "pipeline/layers.py", "pipeline/layer_id.py", "pipeline/networks.py")
 HALF_MAX = 65504.0
 UNIT_BLOCK = 64  # units of one chunk inside a shard
 
@@ -113,7 +114,10 @@ def run(plan: Plan, step: Step) -> None:
             Layer(id, folder / "layers" / id / "activations.zarr", info, scale) for id, info, scale in prepared.layers
         ]
         layers = [open_layer(layer, images) for layer in layers]
-        open_logits(logits, images, prepared.classes)
+        if prepared.classes is None:  # those of another network that had this name
+            shutil.rmtree(logits, ignore_errors=True)
+        else:
+            open_logits(logits, images, prepared.classes)
         logits_ledger = Ledger(logits.with_suffix(".ledger"))
         while True:
             # Two names of one output, a block and its last part say, have one id and one store.
@@ -129,11 +133,10 @@ def run(plan: Plan, step: Step) -> None:
                 for layer in missing:
                     if str(shard) in ledgers[layer.id].entries:  # its files are about to become others
                         remove_others(layer.store.parent / "done", "activations")
-                head = (
-                    logits
-                    if not logits_ledger.get(str(shard), logits_id(images, shard, model, prepared), logits)
-                    else None
+                known = prepared.classes is None or logits_ledger.get(
+                    str(shard), logits_id(images, shard, model, prepared), logits
                 )
+                head = None if known else logits
                 if missing or head:
                     tasks.append(
                         (model, images.store, images.files_of(shard), shard, images.range(shard), missing, head)
@@ -166,9 +169,12 @@ def run(plan: Plan, step: Step) -> None:
                 for layer in layers
             ]
     described = [finish_layer(plan, step, layer, images, shards, ledgers[layer.id]) for layer in layers]
-    files = stage.within("logits.zarr", logits_ledger.files(map(str, shards)))
+    files = {}
+    if prepared.classes is not None:
+        files = stage.within("logits.zarr", logits_ledger.files(map(str, shards)))
     output = digest({"layers": [[entry["name"], entry["digest"]] for entry in described], "logits": files})
-    files |= stage.within("logits.zarr", metadata_files(logits))
+    if prepared.classes is not None:
+        files |= stage.within("logits.zarr", metadata_files(logits))
     result = {"layers": described, "shards": shards}
     stage.finish(plan, step, began, output, files, result, {entry["manifest"]: entry["digest"] for entry in described})
 
@@ -267,10 +273,11 @@ def finish_layer(
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a network says of itself before any image: layers in order with id and scale, classes, its numerics."""
+    """What a network says of itself before any image: layers in order with id and scale, classes (None: it has no
+    head), its numerics."""
 
     layers: list[tuple[str, LayerInfo, float]]
-    classes: int
+    classes: int | None
     numerics: dict[str, Any]
 
 
@@ -282,23 +289,22 @@ def prepare(model: Model, size: tuple[int, int]) -> Prepared:
     import torch
 
     from pipeline.layer_id import layer_ids
-    from pipeline.layers import Recorder, resolve
+    from pipeline.layers import Recorder, classes_of, resolve
 
-    spec, shape = model.spec, (3, *size)
+    spec = model.spec
+    shape = (spec.preprocessing.channels, *size)
     as_loaded = _loaded(model)
     infos = resolve(as_loaded, spec.layers, shape, spec.special_tokens, model.name)
     numerics = spec.numerics.model_dump() | platform_numerics()
     preprocessing = spec.preprocessing.model_dump() | {"size": list(size)}
     ids = layer_ids(as_loaded, infos, preprocessing, numerics, shape)
-    noise = torch.randint(0, 256, (4, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    noise = torch.randint(0, 256, (4, 3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     with Recorder(_network(model), ids) as record:
         logits, outputs = record(normalise(noise, spec))
-    if logits is None or logits.ndim != 2:
-        raise MicrotomeError(f"network {model.name!r} does not return logits (image, class)")
     layers = [
         (ids[info.name], info, scale_for(float(outputs[info.name].abs().amax()), headroom=True)) for info in infos
     ]
-    return Prepared(layers, logits.shape[1], numerics)
+    return Prepared(layers, classes_of(as_loaded, logits), numerics)
 
 
 def platform_numerics() -> dict[str, str]:
@@ -325,12 +331,20 @@ def scale_for(largest: float, headroom: bool = False) -> float:
 
 
 def normalise(pixels: torch.Tensor, spec: Network) -> torch.Tensor:
-    """uint8 (image, 3, y, x) → float32 on the device: (x / 255 - mean) / std, in the network's memory format."""
+    """uint8 (image, 3, y, x) → float32 on the device: (x / 255 - mean) / std, in the network's memory format.
+
+    A network with a single mean gets grey images (image, 1, y, x).
+    """
     import torch
 
-    x = pixels.to(device()).float().div_(255)
-    mean = torch.tensor(spec.preprocessing.mean, device=x.device).view(1, 3, 1, 1)
-    std = torch.tensor(spec.preprocessing.std, device=x.device).view(1, 3, 1, 1)
+    from kernels.grey import grey
+
+    pixels = pixels.to(device())
+    if spec.preprocessing.channels == 1:
+        pixels = grey(pixels)
+    x = pixels.float().div_(255)
+    mean = torch.tensor(spec.preprocessing.mean, device=x.device).view(1, -1, 1, 1)
+    std = torch.tensor(spec.preprocessing.std, device=x.device).view(1, -1, 1, 1)
     x = x.sub_(mean).div_(std)
     return x.contiguous(memory_format=torch.channels_last) if spec.numerics.channels_last else x
 
@@ -391,8 +405,9 @@ def extract_shard(
             batch = torch.cat([batch, batch.new_zeros((size - count, *batch.shape[1:]))])
         with Recorder(network, outputs) as record:
             head, recorded = record(normalise(batch, spec))
-        assert head is not None
-        heads.append(head[:count].float().cpu())
+        if logits is not None:
+            assert head is not None
+            heads.append(head[:count].float().cpu())
         for name, output in recorded.items():
             outputs[name].append(output[:count])
     done = Shard(shard)

@@ -95,7 +95,9 @@ class NetworkSpec(BaseModel):
     @model_validator(mode="after")
     def _weights_of_the_source(self) -> NetworkSpec:
         if self.weights == PRETRAINED and self.torchvision is not None:
-            raise ValueError("published weights of torchvision have names: give `weights: DEFAULT` or one of the others")
+            raise ValueError(
+                "published weights of torchvision have names: give `weights: DEFAULT` or one of the others"
+            )
         if self.weights == PRETRAINED and self.module is not None:
             raise ValueError("a module has no published weights: give a checkpoint as `weights: path`")
         if self.published and self.prefix is not None:

@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from pipeline import published
 from pipeline.config import UNTRAINED
 from pipeline.errors import MicrotomeError
 from pipeline.identity import digest
@@ -49,6 +50,11 @@ def check(plan: Plan) -> None:
             write_atomically(_kept(plan, step), json.dumps(answer["result"], indent=1))
     if errors:
         raise MicrotomeError("\n  ".join(errors))
+    for step in unknown:
+        assert step.network is not None
+        size = plan.steps[step.parents[0]].settings["size"]
+        if said := published.advice(plan.networks[step.network], size, plan.scratch):
+            print(f"{step.network} on {step.dataset}: {said}", file=sys.stderr)
 
 
 def sizes(plan: Plan) -> list[str]:
@@ -86,7 +92,7 @@ def _request(plan: Plan, step: Step) -> dict[str, Any]:
     network = plan.networks[step.network]
     return {
         "network": NetworkSpec.of(network).model_dump(),
-        "input_shape": [3, *ingest.settings["size"]],
+        "input_shape": [network.preprocessing.channels, *ingest.settings["size"]],
         "layers": network.layers,
         "special_tokens": network.special_tokens,
         "images": ingest.settings["images"],
