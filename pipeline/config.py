@@ -180,7 +180,7 @@ class Preprocessing(Strict):
     def _one_number_a_channel(self) -> "Preprocessing":
         if len(self.mean) != len(self.std):
             raise ValueError(
-                f"mean has {len(self.mean)} numbers and std {len(self.std)}: give three each, or one each for grey images"
+                f"mean has length {len(self.mean)} and std {len(self.std)}: give each three numbers, or one for grey"
             )
         return self
 

@@ -86,7 +86,10 @@ def survey(network: nn.Module, input_shape: tuple[int, int, int], special: int |
     outputs: list[tuple[str, nn.Module, object]] = []
 
     def note(name: str) -> Any:
-        def hook(module: nn.Module, _: object, output: object) -> None:
+        def hook(module: nn.Module, inputs: Any, output: object) -> None:
+            # The one convolution whose channels torch does not compare on the meta device: generators begin with it.
+            if isinstance(module, nn.ConvTranspose2d) and inputs[0].shape[1] != module.in_channels:
+                raise MicrotomeError(f"{name} gets {inputs[0].shape[1]} channels, expected {module.in_channels}")
             calls[name] += 1
             if calls[name] == 1:
                 outputs.append((name, module, _sketch(first_tensor(output))))

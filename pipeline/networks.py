@@ -12,7 +12,7 @@ import hashlib
 import re
 import sys
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -30,6 +30,7 @@ TRAINED_HERE = "train"
 PRETRAINED = "pretrained"  # the published weights of a library in which they have no names of their own
 LIBRARIES = ("torchvision", "timm", "transformers")
 _SOURCES = "`torchvision: name`, `timm: name`, `transformers: folder or name` and `module: path.py:function`"
+_LONGEST = 500  # characters of an error of others, which may list all keys of a network
 _TORCHVISION_WEIGHTS = re.compile(r"(\w+_Weights\.)?[A-Z][A-Z0-9_]*")
 
 
@@ -231,7 +232,7 @@ def missing(name: str) -> MicrotomeError:
     )
 
 
-def _published(spec: NetworkSpec, shapes_only: bool) -> Mapping[str, torch.Tensor]:
+def _published(spec: NetworkSpec, shapes_only: bool) -> dict[str, torch.Tensor]:
     """The state dict that the library's own code makes of its published file."""
     read = library(spec).state
     if shapes_only:
@@ -252,8 +253,9 @@ def _on(spec: NetworkSpec, device: str, make: Callable[..., Any]) -> Any:
         except MicrotomeError:
             raise
         except Exception as error:
+            said = str(error) if len(str(error)) <= _LONGEST else f"{str(error)[:_LONGEST]}..."
             raise MicrotomeError(
-                f"{spec.architecture}({_call(spec.arguments)}) failed: {type(error).__name__}: {error}"
+                f"{spec.architecture}({_call(spec.arguments)}) failed: {type(error).__name__}: {said}"
             ) from error
 
 

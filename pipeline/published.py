@@ -386,7 +386,8 @@ def _of_folder(folder: Path) -> Published:
         return Published()
     if said.get("do_flip_channel_order"):
         raise MicrotomeError(
-            f"{folder} expects blue, green, red, and images here are red, green, blue: wrap it as `module: path.py:function`"
+            f"{folder} expects blue, green, red, and images here are red, green, blue: "
+            f"wrap it as `module: path.py:function`"
         )
     mean, std = said.get("image_mean"), said.get("image_std")
     if said.get("do_normalize") is False:

@@ -73,7 +73,7 @@ def fetch(spec: NetworkSpec) -> None:
         snapshot_download(spec.transformers, allow_patterns=[*described, "pytorch_model*.bin*"])
 
 
-def _model(spec: NetworkSpec, arguments: dict[str, Any]) -> tuple[type[transformers.PreTrainedModel], Any, dict]:
+def _model(spec: NetworkSpec, arguments: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
     """The class that config.json names, its configuration, and those arguments that are the class's own."""
     folder = published_file(spec)
     arguments = dict(arguments)
@@ -109,15 +109,15 @@ def _model(spec: NetworkSpec, arguments: dict[str, Any]) -> tuple[type[transform
     return kind, config, own
 
 
-def _class(folder: Path, names: Any) -> type[transformers.PreTrainedModel]:
+def _class(folder: Path, names: Any) -> Any:
     if not (isinstance(names, (list, tuple)) and len(names) == 1 and isinstance(names[0], str)):
         raise MicrotomeError(
             f"{folder / 'config.json'} names no single model (architectures: {names!r}): "
             f"give it as `arguments: {{architectures: [ViTForImageClassification]}}`"
         )
     (name,) = names
-    kind = getattr(transformers, name, None)
-    if not (inspect.isclass(kind) and issubclass(kind, transformers.PreTrainedModel)):
+    kind: Any = getattr(transformers, name, None)
+    if not inspect.isclass(kind) or transformers.PreTrainedModel not in kind.__mro__:
         raise MicrotomeError(
             f"{name!r} is no model of transformers {transformers.__version__}{nearest(name, dir(transformers))}; "
             f"code that comes with a checkpoint is never run"
