@@ -31,6 +31,7 @@ PIXELS = "pixels"  # concept source: colour names of the pixels
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Share = Annotated[float, Field(gt=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
 
 
 class Strict(BaseModel):
@@ -245,12 +246,28 @@ AnyDataset = Annotated[
 
 
 class Preprocessing(Strict):
-    """x in [0, 1] → (x - mean) / std, for the channels red, green, blue."""
+    """x in [0, 1] → (x - mean) / std, for the channels red, green, blue; with one number each, for grey.
 
-    mean: tuple[float, float, float] = Field((0.485, 0.456, 0.406), description="those of ImageNet")
-    std: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = Field(
+    Published weights, timm and transformers state their own mean and std, which then are the default.
+    """
+
+    mean: tuple[float, float, float] | tuple[float] = Field((0.485, 0.456, 0.406), description="those of ImageNet")
+    std: tuple[Positive, Positive, Positive] | tuple[Positive] = Field(
         (0.229, 0.224, 0.225), description="those of ImageNet"
     )
+
+    @property
+    def channels(self) -> int:
+        """1 for a network of grey images, else 3."""
+        return len(self.mean)
+
+    @model_validator(mode="after")
+    def _one_number_a_channel(self) -> "Preprocessing":
+        if len(self.mean) != len(self.std):
+            raise ValueError(
+                f"mean has length {len(self.mean)} and std {len(self.std)}: give each three numbers, or one for grey"
+            )
+        return self
 
 
 class Numerics(Strict):
@@ -292,7 +309,10 @@ class Ablate(Strict):
 class Network(NetworkSpec):
     """A network: how to build it, its weights, and the layers to look at."""
 
-    weights: str = Field(description="a .pt, .pth or .safetensors file, or `train`, or `random`")
+    weights: str = Field(
+        description="a .pt, .pth or .safetensors file, `train`, `random`, or published ones: `pretrained` (timm, "
+        "transformers), `DEFAULT` or another name (torchvision)"
+    )
     layers: Literal["auto"] | Annotated[list[str], Field(min_length=1)] = Field(
         "auto", description="names of modules, or patterns such as `layer*`; `auto`: the blocks"
     )
