@@ -354,6 +354,7 @@ def check_page(report, found, folder):
     page = (report / "ablation.html").read_text()
     assert "class &#39;z&#39; has no images in split &#39;train&#39;" in page
     rows = [r for r in table(folder / "ablation.csv") if r["class"] == "x" and float(r["loss_rank"]) > 0][:4]
+    assert rows
     shown = table(report / "tables" / "ablation-photos-tiny-01.csv")
     assert [r["unit"] for r in shown if r["class"] == "x"] == [r["unit"] for r in rows]
     for row in rows:
