@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 UV_VERSION := 0.13.9
 
-.PHONY: demo test lint plan why verify repair gc rescan bench lock clean
+.PHONY: demo test lint plan why recompute verify repair gc rescan bench chaos lock clean
 demo: $(VENV)/installed
 	@$(BIN)/snakemake --configfile $(CONFIG) --quiet reason host
 
@@ -26,7 +26,12 @@ plan: $(VENV)/installed
 	@$(BIN)/snakemake --configfile $(CONFIG) --dry-run --quiet rules
 
 why: $(VENV)/installed
-	@$(BIN)/python -m pipeline.upkeep why $(CONFIG)
+	@$(BIN)/python -m pipeline.upkeep why $(CONFIG) $(if $(ONLY),--only $(ONLY))
+
+# Throw away what a stage made, and make it again: make recompute STAGE=extract ONLY=cnn
+recompute: $(VENV)/installed
+	@$(BIN)/python -m pipeline.upkeep recompute $(CONFIG) $(STAGE) $(if $(ONLY),--only $(ONLY))
+	@$(BIN)/snakemake --configfile $(CONFIG) --quiet reason host $(if $(ONLY),--config only=$(ONLY))
 
 # Every chunk file of a results folder against its manifest; have only the damaged ones made again.
 verify: $(VENV)/installed
@@ -46,6 +51,12 @@ rescan: $(VENV)/installed
 
 bench: $(VENV)/installed
 	@for script in tests/bench/bench_*.py; do echo "== $$script"; OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python $$script || exit 1; done
+
+# Kill, damage and starve a miniature experiment in every way, and compare its results: minutes. ONLY='kill-* repair'
+chaos: $(VENV)/installed
+	@mkdir -p build/chaos
+	@cd build/chaos && ../../$(BIN)/python ../../tests/chaos/chaos.py --results results $(foreach one,$(ONLY),--only '$(one)') -- \
+	  ../../$(BIN)/snakemake --snakefile ../../Snakefile --configfile ../../tests/chaos/miniature.yaml
 
 # uv installs in seconds what takes pip minutes. The kernels are compiled once here, and found compiled later.
 $(VENV)/installed: requirements.lock

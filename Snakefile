@@ -77,4 +77,4 @@ onsuccess:
 
 
 onerror:
-    RUN.stop()
+    RUN.stop(failed=True)

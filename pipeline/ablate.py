@@ -34,8 +34,8 @@ from pipeline.manifest import Files, Manifest
 
 if TYPE_CHECKING:
     from kernels.ablation import Predictions
+    from pipeline.datasets import Summary
     from pipeline.images import Images
-    from pipeline.listing import Listing
     from pipeline.plan import Plan, Step
 
 VERSION = 1
@@ -55,24 +55,22 @@ def wanted(spec: Network, dataset: str) -> bool:
     return spec.ablate is not None and (spec.ablate.datasets is None or dataset in spec.ablate.datasets)
 
 
-def settings(name: str, spec: Network, data: str, dataset: AnyDataset, listed: Listing) -> dict[str, Any]:
+def settings(name: str, spec: Network, data: str, dataset: AnyDataset, found: Summary) -> dict[str, Any]:
     """What the id is made of beside the parents; images without classes or without the splits are refused here."""
     assert spec.ablate is not None
     how = spec.ablate.model_dump(exclude={"datasets"})
     how |= {"judge": spec.ablate.judge or dataset.dissect.split, "sizes": sorted(set(spec.ablate.sizes))}
-    if not (listed.label >= 0).any():
+    if not found.classes:
         raise MicrotomeError(
             f"network {name!r}, ablate: the images of data set {data!r} have no classes that could lose anything: "
             f"give it `labels`, or name other data sets in `ablate.datasets`"
         )
-    splits = sorted({str(split) for split in np.unique(listed.split)} - {""})
     for key in ("rank", "judge"):
-        if how[key] not in splits:
-            raise MicrotomeError(
-                f"network {name!r}, ablate.{key}: data set {data!r} has no split {how[key]!r}, "
-                f"it has {', '.join(splits)}{nearest(how[key], splits)}"
-            )
-    return {"ablate": how, "classes": len(listed.classes)}
+        try:
+            found.require(data, how[key])
+        except MicrotomeError as error:
+            raise MicrotomeError(f"network {name!r}, ablate.{key}: {error}") from None
+    return {"ablate": how, "classes": found.classes}
 
 
 @dataclass(frozen=True)

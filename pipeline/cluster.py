@@ -9,6 +9,7 @@ ends within a second, workers included.
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -22,6 +23,9 @@ from pipeline.errors import MicrotomeError
 
 ADDRESS = "MICROTOME_POOL"  # environment variable: the file that holds the pool's address
 THREADS = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"), "1")
+
+WORKER_BASE = 600 << 20  # bytes of a worker that has imported torch and the kernels
+DEATHS = 10  # of workers, after which the task that each was computing is at fault
 
 # Dask has workers give freed memory back to the system at once; torch takes it again in every step, and a training
 # costs twice the CPU time (26.9 s against 13.0 s for 60 steps of the demo's ViT).
@@ -84,6 +88,13 @@ def stop_pool(process: subprocess.Popen) -> None:
         process.kill()
 
 
+def clear(scratch: Path) -> None:
+    """Remove what pools that were killed left behind; none may be running."""
+    for file in scratch.glob("pool-*.json"):
+        file.unlink(missing_ok=True)
+    shutil.rmtree(scratch / "dask", ignore_errors=True)
+
+
 def _wait_for(address_file: Path, seconds: float = 120) -> str:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -109,6 +120,33 @@ def workers(cluster: Cluster) -> int:
     return len(os.sched_getaffinity(0))
 
 
+def memory(cluster: Cluster) -> int:
+    """Return how many bytes a worker may use: as configured, else its share of the machine's memory."""
+    if cluster.memory is not None:
+        from dask.utils import parse_bytes
+
+        return int(parse_bytes(cluster.memory))
+    from distributed.system import MEMORY_LIMIT
+
+    return int(MEMORY_LIMIT) // workers(cluster)
+
+
+def check_memory(cluster: Cluster, need: float, what: str, remedy: str) -> None:
+    """Refuse tasks that need `need` bytes of a worker beside what every worker takes, if it may not use so many.
+
+    Raises
+    ------
+    MicrotomeError
+        With both figures and the remedy; before anything is computed.
+    """
+    allowed = memory(cluster)
+    if WORKER_BASE + need > allowed:
+        raise MicrotomeError(
+            f"{what} needs about {(WORKER_BASE + need) / 1e9:.2f} GB a worker, and a worker may use "
+            f"{allowed / 1e9:.2f} GB: {remedy}, or raise `cluster.memory`, or lower `cluster.workers`"
+        )
+
+
 def serve(address_file: Path, cluster: Cluster) -> None:
     """Run the pool until stdin closes."""
     import dask
@@ -120,6 +158,9 @@ def serve(address_file: Path, cluster: Cluster) -> None:
             "distributed.nanny.pre-spawn-environ": THREADS | ALLOCATOR,
             "distributed.worker.memory.target": False,
             "distributed.worker.memory.spill": False,
+            # A paused worker would wait for memory that its own task holds; beyond the limit it is ended and restarted.
+            "distributed.worker.memory.pause": False,
+            "distributed.scheduler.allowed-failures": DEATHS,
             "distributed.admin.low-level-log-length": 0,
             "distributed.comm.timeouts.connect": "60s",
         }
@@ -129,6 +170,7 @@ def serve(address_file: Path, cluster: Cluster) -> None:
         "nthreads": 1,
         "host": "127.0.0.1",
         "local_directory": str(address_file.parent / "dask"),
+        "memory_limit": memory(cluster),
         "silence_logs": 50,  # a task's error is raised where its result is wanted
         "dashboard": False,
     }
@@ -168,13 +210,15 @@ def run_tasks(
     tasks: Iterable[tuple],
     total: int,
     label: str,
+    remedy: str = "lower `shard_images` of the data set",
 ) -> Iterator[Any]:
     """Run `function(*task)` for every task on the workers and yield the results as they come, in any order.
 
-    Only a few tasks a worker are in flight at a time, so neither the scheduler nor the results pile up. The first error
-    cancels what is left and is raised here.
+    Only a few tasks a worker are in flight at a time, so neither the scheduler nor the results pile up. A task whose
+    worker dies is given to another one. The first error cancels what is left and is raised here; where memory lacked,
+    `remedy` says what to lower.
     """
-    from distributed import as_completed
+    from distributed import KilledWorker, as_completed
 
     tasks = iter(tasks)
     bar = Progress(label, total)
@@ -195,7 +239,19 @@ def run_tasks(
             if not pending:
                 break
             future = next(queue)
-            result = future.result()
+            try:
+                result = future.result()
+            except KilledWorker as error:
+                raise MicrotomeError(
+                    f"{label}: of {error.allowed_failures + 1} workers each died while computing one task: it needs "
+                    f"more memory than a worker may use ({remedy}, or raise `cluster.memory`), or native code crashes"
+                ) from None
+            except Exception as error:
+                if not _lacks_memory(error):
+                    raise
+                raise MicrotomeError(
+                    f"{label}: out of memory ({error}): {remedy}, or lower `cluster.workers`"
+                ) from error
             future.release()
             pending -= 1
             bar.step()
@@ -204,6 +260,15 @@ def run_tasks(
         bar.close()
         for future in list(queue.futures):
             future.cancel()
+
+
+def _lacks_memory(error: Exception) -> bool:
+    """Whether numpy or torch could not allocate: torch's allocator on the CPU has no exception of its own."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+    )
 
 
 def device() -> str:

@@ -6,7 +6,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
@@ -26,6 +26,8 @@ from pipeline.recipe import Recipe
 RESERVED = ("networks", "layers", "done", "logs", "similarity", "randomization", "report")
 ENDINGS = (".zarr", ".ledger", ".csv", ".json")  # of files that stand beside the folders of networks
 UNTRAINED = "-untrained"  # suffix of the control network that stands beside every network
+TRUTH = "truth"  # concept source: the label maps that come with a data set
+PIXELS = "pixels"  # concept source: colour names of the pixels
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -72,13 +74,22 @@ class Squash(Strict):
     squash: tuple[PositiveInt, PositiveInt] = Field(description="height, width; the aspect ratio is not kept")
 
 
+CONCEPTS = (
+    "sources of label maps: `truth` (where it comes with label maps), `pixels` (colour names computed from the "
+    "pixels), names of segmenters"
+)
+
+
 class Dataset(Strict):
     """What every kind of data set has."""
 
+    has_truth: ClassVar[bool] = False  # whether it comes with label maps
+
     shard_images: PositiveInt = Field(64, description="images of one shard, the unit of work")
-    concepts: list[Literal["truth", "pixels"]] = Field(
-        ["truth"], description="sources of label maps: ground truth; colour names computed from the pixels"
+    max_images: PositiveInt | None = Field(
+        None, description="the first so many images of each split, in the order of a hash of their ids; default: all"
     )
+    concepts: list[Name] = Field([PIXELS], description=CONCEPTS)
     dissect: Dissect = Field(Dissect(), description="how units are compared with concepts")
 
 
@@ -92,7 +103,10 @@ class SceneCounts(Strict):
 class Scenes(Dataset):
     """The embedded procedural scenes: twelve classes, with label maps of objects, parts, materials and colours."""
 
+    has_truth: ClassVar[bool] = True
+
     kind: Literal["scenes"] = Field(description="this kind")
+    concepts: list[Name] = Field([TRUTH], description=CONCEPTS)
     seed: NonNegativeInt = Field(0, description="other scenes for another seed")
     size: Annotated[int, Field(ge=16, le=1024)] = Field(64, description="height and width in pixels")
     images: SceneCounts = Field(SceneCounts(), description="how many, by split")
@@ -116,13 +130,17 @@ class Split(Strict):
         return self
 
 
-class Files(Dataset):
-    """What data sets of image files have."""
+class Images(Dataset):
+    """What data sets of images have, in files of their own or not."""
 
     resize: PositiveInt | Squash | None = Field(None, description="length of the short side, or squash, or none")
     crop: PositiveInt | None = Field(None, description="centre crop after the resize")
-    split: Split = Field(Split(all="validation"), description="which split each image belongs to")
     max_pixels: PositiveInt = Field(64_000_000, description="a file with more pixels is refused before decoding")
+
+
+class Files(Images):
+    """What data sets of image files have."""
+
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = Field(
         0.01, description="a larger share of refused images stops the stage"
     )
@@ -133,10 +151,68 @@ class ImageFolder(Files):
 
     kind: Literal["imagefolder"] = Field(description="this kind")
     root: str = Field(description="folder of the images")
+    split: Split = Field(Split(all="validation"), description="which split each image belongs to")
     labels: str | None = Field(None, description="CSV with columns image,label, for folders without classes")
-    concepts: list[Literal["pixels"]] = Field(  # type: ignore[assignment]
-        ["pixels"], description="sources of label maps: colour names computed from the pixels"
+
+
+class Csv(Files):
+    """Images that a table names."""
+
+    kind: Literal["csv"] = Field(description="this kind")
+    root: str = Field(description="folder that the paths are below")
+    table: str = Field(description="CSV with the columns path, label and split; the last two may be absent")
+    split: Split | None = Field(
+        None, description="which split each image belongs to; default: the column `split`, without one all `validation`"
     )
+
+
+class ImageNet(Files):
+    """ImageNet of 2012, as torchvision lays it out."""
+
+    kind: Literal["imagenet"] = Field(description="this kind")
+    root: str = Field(description="folder with val/, train/ and meta.bin or the archive of the devkit")
+    splits: Annotated[list[Literal["train", "validation"]], Field(min_length=1)] = Field(
+        ["validation"], description="the splits to take"
+    )
+    unpack: bool = Field(False, description="let torchvision unpack the archives in `root` where folders are missing")
+    verify: bool = Field(True, description="archives must be the published ones, by their md5")
+
+
+class Places365(Files):
+    """Places365, as torchvision lays it out."""
+
+    kind: Literal["places365"] = Field(description="this kind")
+    root: str = Field(description="folder with the lists and val_256/, data_256_standard/ and so on")
+    splits: Annotated[list[Literal["train", "train-challenge", "validation", "test"]], Field(min_length=1)] = Field(
+        ["validation"], description="the splits to take"
+    )
+    small: bool = Field(True, description="the images of 256 x 256 pixels; false: the large ones")
+    download: bool = Field(False, description="let torchvision download to `root` what is missing")
+    verify: bool = Field(True, description="the lists must be the published ones, by their md5")
+
+
+class Cifar10(Images):
+    """CIFAR-10, in the batches that torchvision reads."""
+
+    kind: Literal["cifar10"] = Field(description="this kind")
+    root: str = Field(description="folder with cifar-10-batches-py/")
+    splits: Annotated[list[Literal["train", "test"]], Field(min_length=1)] = Field(
+        ["train", "test"], description="the splits to take"
+    )
+    download: bool = Field(False, description="let torchvision download to `root` what is missing")
+    verify: bool = Field(True, description="the batches must be the published ones, by their md5")
+
+
+class Npz(Images):
+    """Images that are an array in a file of numpy."""
+
+    kind: Literal["npz"] = Field(description="this kind")
+    file: str | Annotated[dict[Name, str], Field(min_length=1)] = Field(
+        description="an npz, with splits in its array `split` if it has one; or one npz for each split"
+    )
+    x: str = Field("x", description="array of the images, uint8; `{split}` in it becomes the name of the split")
+    y: str | None = Field("y", description="array of the labels, whole numbers; null: there are none")
+    classes: list[str] | None = Field(None, description="names of the classes; default: their numbers")
 
 
 class LabelMaps(Strict):
@@ -150,13 +226,19 @@ class LabelMaps(Strict):
 class Segmentation(Files):
     """Images with index label maps, one folder a category."""
 
+    has_truth: ClassVar[bool] = True
+
     kind: Literal["segmentation"] = Field(description="this kind")
+    concepts: list[Name] = Field([TRUTH], description=CONCEPTS)
     root: str = Field(description="folder of the images")
+    split: Split = Field(Split(all="validation"), description="which split each image belongs to")
     label_maps: Annotated[dict[Name, LabelMaps], Field(min_length=1)] = Field(description="by name of the category")
     labels: str | None = Field(None, description="CSV with columns image,label")
 
 
-AnyDataset = Annotated[Scenes | ImageFolder | Segmentation, Field(discriminator="kind")]
+AnyDataset = Annotated[
+    Scenes | ImageFolder | Segmentation | Csv | ImageNet | Places365 | Cifar10 | Npz, Field(discriminator="kind")
+]
 
 
 class Preprocessing(Strict):
@@ -225,6 +307,45 @@ class Network(NetworkSpec):
         return self
 
 
+class Head(Strict):
+    """Which output of a segmentation network gives the classes of a category, and what its channels are called."""
+
+    output: str | None = Field(None, description="key of the network's output; default: `out`, or the only one")
+    channels: tuple[NonNegativeInt, NonNegativeInt] | None = Field(
+        None, description="first and last channel of that output, from 0; default: all"
+    )
+    classes: str = Field(
+        description="class list: one name a line, `id name` lines, or a CSV with columns id,name and, if it names the "
+        "classes of several categories, category"
+    )
+    first: NonNegativeInt = Field(0, description="id, in the class list, of the first channel: 1 for ADE20K's 150")
+    void: list[NonNegativeInt] = Field([], description="ids that mean nothing: background, unlabelled")
+
+    @model_validator(mode="after")
+    def in_order(self) -> "Head":
+        if self.channels is not None and self.channels[0] > self.channels[1]:
+            raise ValueError(f"channels: the first, {self.channels[0]}, comes after the last, {self.channels[1]}")
+        return self
+
+
+class Segmenter(NetworkSpec):
+    """A segmentation network as a source of concepts; data sets name it in `concepts`."""
+
+    weights: str = Field(description="a .pt, .pth or .safetensors file")
+    preprocessing: Preprocessing = Field(Preprocessing(), description="what the network expects of pixels")
+    resize: tuple[PositiveInt, PositiveInt] | None = Field(
+        None, description="height, width that images are resized to for it (bilinear); default: as they are stored"
+    )
+    numerics: Numerics = Field(Numerics(micro_batch=8), description="how it is computed")
+    categories: Annotated[dict[Name, Head], Field(min_length=1)] = Field(description="by name of the category")
+
+    @model_validator(mode="after")
+    def _trained(self) -> "Segmenter":
+        if self.weights_file is None:
+            raise ValueError(f"weights: {self.weights!r}: a segmenter needs those of a trained network, a file")
+        return self
+
+
 class Controls(Strict):
     """The two controls that stand beside every network: untrained, and label maps permuted over the images."""
 
@@ -236,6 +357,9 @@ class Cluster(Strict):
 
     kind: Literal["local", "gpu"] = Field("local", description="on the cores, or on the visible GPUs")
     workers: PositiveInt | None = Field(None, description="default: one a core, or one a GPU")
+    memory: Annotated[str, StringConstraints(pattern=r"^[0-9]+(\.[0-9]+)? ?[kMGT]i?B$")] | None = Field(
+        None, description="that a worker may use, `4 GB` say; default: its share of the machine's"
+    )
     dashboard: bool = Field(False, description="that of Dask, on 127.0.0.1:8787")
 
 
@@ -270,6 +394,7 @@ class Config(Strict):
     results: str = Field("results", description="folder of all results; several experiments may share it")
     datasets: Annotated[dict[Name, AnyDataset], Field(min_length=1)] = Field(description="by name")
     networks: Annotated[dict[Name, Network], Field(min_length=1)] = Field(description="by name")
+    segmenters: dict[Name, Segmenter] = Field({}, description="by name")
     controls: Controls = Field(Controls(), description="what the units are compared with")
     cluster: Cluster = Field(Cluster(), description="the workers")
     report: Report = Field(Report(), description="the pages at the end")
@@ -290,6 +415,21 @@ class Config(Strict):
             for dataset in wanted:
                 if dataset not in self.datasets:
                     raise ValueError(f"network {name!r}: no data set {dataset!r}{nearest(dataset, self.datasets)}")
+        return self
+
+    @model_validator(mode="after")
+    def sources(self) -> "Config":
+        for name in self.segmenters:
+            if name in (TRUTH, PIXELS):
+                raise ValueError(f"segmenter {name!r}: {TRUTH} and {PIXELS} are sources of another kind")
+        for name, dataset in self.datasets.items():
+            known = [*([TRUTH] if dataset.has_truth else []), PIXELS, *self.segmenters]
+            for at, source in enumerate(dataset.concepts):
+                if source not in known:
+                    raise ValueError(
+                        f"datasets.{name}.concepts.{at}: no source {source!r} for data sets of kind {dataset.kind} "
+                        f"(there are: {', '.join(known)}){nearest(source, known)}"
+                    )
         return self
 
 

@@ -6,14 +6,31 @@ Another kind is one more branch in each function here, and one more section in `
 from __future__ import annotations
 
 import functools
+import json
+import time
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, assert_never
 
 import numpy as np
 
-from pipeline.config import AnyDataset, Files, ImageFolder, LabelMaps, Scenes, Segmentation, Split, Squash
-from pipeline.errors import MicrotomeError
+from pipeline.config import (
+    AnyDataset,
+    Cifar10,
+    Csv,
+    ImageFolder,
+    ImageNet,
+    Images,
+    LabelMaps,
+    Npz,
+    Places365,
+    Scenes,
+    Segmentation,
+    Split,
+    Squash,
+)
+from pipeline.errors import MicrotomeError, nearest
 from pipeline.identity import digest
 
 if TYPE_CHECKING:
@@ -21,16 +38,83 @@ if TYPE_CHECKING:
     from pipeline.label_maps import ClassList
     from pipeline.listing import Listing, SplitRule
 
-TRUTH = "truth"  # source of the label maps that come with a data set
+
+@dataclass(frozen=True)
+class Summary:
+    """What the plan needs of a data set: `settings`, which its id is made of, the images of each split, and how many
+    classes the images are labelled with (0: no image has a label)."""
+
+    settings: dict[str, Any]
+    splits: dict[str, int]
+    classes: int
+
+    def require(self, name: str, split: str) -> None:
+        """Raise `MicrotomeError` where the data set of this name has no image of a split."""
+        if split not in self.splits:
+            there = ", ".join(f"{known} ({count:,} images)" for known, count in self.splits.items())
+            raise MicrotomeError(
+                f"data set {name!r} has no split {split!r}; it has {there}{nearest(split, self.splits)}"
+            )
 
 
-def settings(dataset: AnyDataset, scratch: Path, rescan: bool = False) -> dict[str, Any]:
-    """What the data set's id is made of: the snapshot of its listing, and how an image becomes an array."""
+def summary(dataset: AnyDataset, scratch: Path, version: int, rescan: bool = False) -> Summary:
+    """The summary of a data set: as it is remembered, or made from its listing.
+
+    It is remembered until something that the listing was made from has changed: 1.3 million files cost a start no more
+    than the times of their folders. `version` is that of the code that makes a listing.
+    """
+    # What is remembered has these fields: another code's is not read.
+    asked = [version, list(Summary.__dataclass_fields__), origin(dataset), dataset.model_dump()]
+    memory = scratch / "datasets" / f"{digest(asked)}.json"
+    known = None if rescan else _remembered(memory, scratch)
+    if known is not None:
+        return known
+    began = time.time_ns()
     listed = listing(dataset, scratch, rescan)
+    classes = len(listed.classes) if (listed.label >= 0).any() else 0
+    made = Summary(settings(dataset, listed), listed.splits(), classes)
+    _remember(memory, made, listed, scratch, began)
+    return made
+
+
+def _remembered(memory: Path, scratch: Path) -> Summary | None:
+    from pipeline.snapshot import stamp, unchanged
+
+    try:
+        known = json.loads(memory.read_bytes())
+    except (OSError, ValueError):
+        return None
+    for root, table, sha256 in known["folders"]:
+        if unchanged(root, scratch, Path(table) if table else None) != sha256:
+            return None
+    if any(stamp(Path(path)) != kept for path, kept in known["files"]):
+        return None
+    return Summary(**known["summary"])
+
+
+def _remember(memory: Path, made: Summary, listed: Listing, scratch: Path, began: int) -> None:
+    from pipeline.manifest import write_atomically
+    from pipeline.snapshot import SETTLED_NS, stamp, unchanged
+
+    if not listed.walked and not listed.read:
+        return
+    folders = [(str(root), table and str(table), unchanged(root, scratch, table)) for root, table in listed.walked]
+    files = [(str(path), stamp(path)) for path in listed.read]
+    # A folder that is not in the cache is walked at every start; a file that has just changed may change again.
+    if any(sha256 is None for *_, sha256 in folders) or any(kept and kept[1] > began - SETTLED_NS for _, kept in files):
+        return
+    try:
+        write_atomically(memory, json.dumps({"folders": folders, "files": files, "summary": asdict(made)}))
+    except OSError:
+        return  # the next start lists again
+
+
+def settings(dataset: AnyDataset, listed: Listing) -> dict[str, Any]:
+    """What the data set's id is made of: the snapshot of its listing, and how an image becomes an array."""
     made_of = {
         "kind": dataset.kind,
         "listing": listed.digest(),
-        "images": len(listed),
+        "images": len(listed.images),
         "size": list(image_size(dataset, listed)),
         "shard_images": dataset.shard_images,
         "source": origin(dataset),
@@ -41,28 +125,47 @@ def settings(dataset: AnyDataset, scratch: Path, rescan: bool = False) -> dict[s
         made_of["scenes"] = VERSION
     else:
         made_of |= {"geometry": repr(geometry(dataset)), "max_pixels": dataset.max_pixels}
+    if isinstance(dataset, Npz):
+        made_of["array"] = dataset.x
     return made_of
 
 
 def origin(dataset: AnyDataset) -> str:
     """Where the images come from: while it stays, an image that was known keeps its slot."""
-    root = dataset.seed if isinstance(dataset, Scenes) else str(Path(dataset.root).absolute())
-    return digest([dataset.kind, root])
+    match dataset:
+        case Scenes():
+            where: Any = dataset.seed
+        case Npz():
+            parts = {"": dataset.file} if isinstance(dataset.file, str) else dataset.file
+            where = {split: str(Path(file).absolute()) for split, file in parts.items()}
+        case ImageFolder() | Segmentation() | Csv() | ImageNet() | Places365() | Cifar10():
+            where = str(Path(dataset.root).absolute())
+        case _:
+            assert_never(dataset)
+    return digest([dataset.kind, where])
 
 
 def listing(dataset: AnyDataset, scratch: Path, rescan: bool = False) -> Listing:
     """List the images of a data set, with labels, splits and label maps; no image is opened."""
+    from pipeline.listing import bounded
+
+    found = _all_images(dataset, scratch, rescan)
+    return found if dataset.max_images is None else bounded(found, dataset.max_images)
+
+
+def _all_images(dataset: AnyDataset, scratch: Path, rescan: bool) -> Listing:
+    from pipeline import arrays, known_datasets
     from pipeline import listing as files
 
     match dataset:
         case Scenes():
             return _list_scenes(dataset)
         case ImageFolder():
-            found = files.list_imagefolder(
+            return files.list_imagefolder(
                 dataset.root, split_rule(dataset.split), _path(dataset.labels), cache=scratch, rescan=rescan
             )
         case Segmentation():
-            found = files.list_segmentation(
+            return files.list_segmentation(
                 dataset.root,
                 {category: Path(maps.folder) for category, maps in dataset.label_maps.items()},
                 split_rule(dataset.split),
@@ -70,11 +173,31 @@ def listing(dataset: AnyDataset, scratch: Path, rescan: bool = False) -> Listing
                 cache=scratch,
                 rescan=rescan,
             )
+        case Csv():
+            rule = split_rule(dataset.split) if dataset.split is not None else None
+            return files.list_table(dataset.root, dataset.table, rule, scratch, rescan)
+        case ImageNet():
+            return known_datasets.list_imagenet(
+                Path(dataset.root), dataset.splits, dataset.verify, dataset.unpack, scratch, rescan
+            )
+        case Places365():
+            return known_datasets.list_places365(
+                Path(dataset.root), dataset.splits, dataset.small, dataset.verify, dataset.download, scratch, rescan
+            )
+        case Cifar10():
+            return known_datasets.list_verified_cifar10(
+                Path(dataset.root), dataset.splits, dataset.verify, dataset.download, scratch
+            )
+        case Npz():
+            return arrays.list_npz(_npz_files(dataset), dataset.x, dataset.y, dataset.classes)
         case _:
             assert_never(dataset)
-    if not len(found):
-        raise MicrotomeError(f"{dataset.root}: no images")
-    return found
+
+
+def _npz_files(dataset: Npz) -> Path | dict[str, Path]:
+    if isinstance(dataset.file, str):
+        return Path(dataset.file)
+    return {split: Path(file) for split, file in dataset.file.items()}
 
 
 def _list_scenes(dataset: Scenes) -> Listing:
@@ -95,12 +218,6 @@ def _list_scenes(dataset: Scenes) -> Listing:
         label=(index % len(CLASSES)).astype(np.int64),
         split=split,
         classes=list(CLASSES),
-        label_map_roots={},
-        label_map_path={},
-        label_map_size=np.empty((len(index), 0), np.int64),
-        label_map_mtime_ns=np.empty((len(index), 0), np.int64),
-        refused={},
-        ignored={},
     )
 
 
@@ -117,7 +234,7 @@ def split_rule(split: Split) -> SplitRule:
     return Fixed(split.all)
 
 
-def geometry(dataset: Files) -> Geometry:
+def geometry(dataset: Images) -> Geometry:
     from pipeline.decode import Geometry
 
     resize = dataset.resize.squash if isinstance(dataset.resize, Squash) else dataset.resize
@@ -133,6 +250,18 @@ def image_size(dataset: AnyDataset, listed: Listing) -> tuple[int, int]:
     if isinstance(dataset.resize, Squash):
         return dataset.resize.squash
 
+    match dataset:
+        case Npz():
+            from pipeline.arrays import image_size as size_in
+            from pipeline.arrays import member
+
+            path, name, _ = _npz_place(dataset, str(listed.image_id[0]))
+            return geometry(dataset).output_size(*size_in(member(path, name)))
+        case Cifar10():
+            from pipeline.arrays import CIFAR10_SIZE
+
+            return geometry(dataset).output_size(*CIFAR10_SIZE)
+
     from pipeline.decode import Refused, size_of
 
     reason = "no images"
@@ -146,17 +275,55 @@ def image_size(dataset: AnyDataset, listed: Listing) -> tuple[int, int]:
 
 def read_image(dataset: AnyDataset, image_id: str, size: tuple[int, int]) -> np.ndarray:
     """Return one image as uint8 (3, height, width), or raise `decode.Refused`."""
-    from pipeline.decode import Refused, decode
+    from pipeline.decode import Refused, decode, transform_array
 
-    if isinstance(dataset, Scenes):
-        return _scene(dataset, image_id, image=True)[0]
-    image = decode(Path(dataset.root) / image_id, geometry(dataset), dataset.max_pixels)
+    match dataset:
+        case Scenes():
+            return _scene(dataset, image_id, image=True)[0]
+        case Npz():
+            from pipeline.arrays import npz_image
+
+            pixels = npz_image(*_npz_place(dataset, image_id))
+            image = transform_array(pixels, geometry(dataset), dataset.max_pixels)
+        case Cifar10():
+            from pipeline.arrays import cifar10_image
+
+            split, _, index = image_id.partition("/")
+            pixels = cifar10_image(Path(dataset.root), split, int(index))
+            image = transform_array(pixels, geometry(dataset), dataset.max_pixels)
+        case _:
+            image = decode(Path(dataset.root) / image_id, geometry(dataset), dataset.max_pixels)
     if image.shape[1:] != size:
         raise Refused(
             f"{image.shape[2]}x{image.shape[1]} pixels, expected {size[1]}x{size[0]} as the first image: "
             "give the data set a crop or a squash"
         )
     return image
+
+
+def memory_need(dataset: AnyDataset) -> int:
+    """Bytes that a worker needs to read images, beside the images it has read: the largest file, or the arrays held."""
+    match dataset:
+        case Scenes():
+            return 0
+        case Npz():
+            from pipeline.arrays import held
+
+            parts = {"": dataset.file} if isinstance(dataset.file, str) else dataset.file
+            return sum(held(Path(file), dataset.x.replace("{split}", split)) for split, file in parts.items())
+        case Cifar10():
+            from pipeline.arrays import CIFAR10_BYTES
+
+            return 2 * CIFAR10_BYTES
+        case _:
+            return 2 * 4 * dataset.max_pixels
+
+
+def _npz_place(dataset: Npz, image_id: str) -> tuple[Path, str, int]:
+    """The file, the array and the index of an image of a npz."""
+    split, _, index = image_id.rpartition("/")
+    file = dataset.file if isinstance(dataset.file, str) else dataset.file[split]
+    return Path(file), dataset.x.replace("{split}", split), int(index)
 
 
 def truth_categories(dataset: AnyDataset) -> dict[str, list[str]]:

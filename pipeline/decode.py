@@ -148,6 +148,13 @@ def transform_image(image: Image.Image, geometry: Geometry, max_pixels: int) -> 
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
+def transform_array(image: np.ndarray, geometry: Geometry, max_pixels: int) -> np.ndarray:
+    """Return uint8 (3, height, width), resized and cropped, as a file of the same pixels would be."""
+    if geometry == Geometry():
+        return image
+    return transform_image(Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0))), geometry, max_pixels)
+
+
 def transform_label_map(
     label_map: np.ndarray, geometry: Geometry, image_size: tuple[int, int] | None = None
 ) -> np.ndarray:

@@ -28,12 +28,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline import stage
-from pipeline.cluster import client, device, run_tasks, workers_of
+from pipeline.cluster import check_memory, client, device, memory, run_tasks, workers_of
 from pipeline.config import AnyDataset
 from pipeline.errors import MicrotomeError
 from pipeline.identity import crc32c, digest
 from pipeline.lock import one_at_a_time
-from pipeline.manifest import Files, Manifest, write_atomically
+from pipeline.manifest import Files, Manifest, latest, write_atomically
 
 if TYPE_CHECKING:
     from kernels.iou import Counts
@@ -45,7 +45,8 @@ if TYPE_CHECKING:
 VERSION = 2
 CODE = ("kernels", "pipeline/dissect.py", "pipeline/listing.py")
 SAMPLE_SHARDS = 4  # the first shards are a random sample of the images: where the thresholds probably lie
-ACCUMULATOR_BYTES = 2 << 30  # counts held at once; layers beyond that go through the images in another pass
+ACCUMULATOR_BYTES = 2 << 30  # counts that a worker holds at once; layers beyond that go through the images again
+REMEDY = "lower `shard_images` of the data set, or count fewer concepts"
 UNIT_COLUMNS = (
     "layer",
     "unit",
@@ -81,6 +82,12 @@ class Concepts:
     numbers: tuple[int, ...]
     place: tuple[int, ...]
 
+    def at(self, part: Iterable[Counted]) -> Concepts:
+        """The same concepts with the files of some shards alone: a task carries no more."""
+        chunks = (f"label_map/c/{one.shard}/{axis}/0/0" for one in part for axis in self.axis)
+        names = ("zarr.json", "label_map/zarr.json", *chunks)
+        return replace(self, files={name: self.files[name] for name in names if name in self.files})
+
 
 @dataclass(frozen=True)
 class Counted:
@@ -104,6 +111,11 @@ class Layer:
     shape: tuple[int, int, int]
     scale: float
     digest: str
+
+    def at(self, part: Iterable[Counted]) -> Layer:
+        """The same layer with the files of some shards alone: a task carries no more."""
+        names = ("zarr.json", "activation/zarr.json", *(f"activation/c/{one.shard}/0/0/0" for one in part))
+        return replace(self, files={name: self.files[name] for name in names if name in self.files})
 
 
 @dataclass(frozen=True)
@@ -150,11 +162,15 @@ def run(plan: Plan, step: Step) -> None:
         # Two names of one output, a block and its last part say, are one layer with one result.
         missing = list({one.id: one for one in wanted if not finished(one)}.values())
         if missing:
+            accumulator = min(ACCUMULATOR_BYTES, memory(plan.config.cluster) // 4)
+            for one in missing:
+                need = memory_need(one.layer, images, concepts)
+                check_memory(plan.config.cluster, need, f"{step.name}, layer {one.layer.name!r},", REMEDY)
             with client(plan.config.cluster, plan.scratch) as workers:
                 known = {one.layer.id: found for one in missing if (found := earlier_threshold(one))}
                 lacking = {one.layer.id: one.layer for one in missing if one.layer.id not in known}
                 known |= find_thresholds(workers, step.name, lacking, counted, how, images)
-                count_and_write(workers, step.name, missing, known, concepts, how)
+                count_and_write(workers, step.name, missing, known, concepts, how, accumulator)
 
     entries = {}
     files: Files = {}
@@ -175,7 +191,20 @@ def run(plan: Plan, step: Step) -> None:
     files |= write_file(folder / step.network, "layers.json", json.dumps(entries, indent=1).encode())
     result = {"images": sum(len(c.rows) for c in counted), "control_images": sum(len(c.rows) for c in few)}
     output = digest({"layers": list(includes.values()), "files": files})
-    stage.finish(plan, step, began, output, files, result, includes)
+    counted_now = {one.layer.id for one in missing}
+    made = len(counted_now), len({layer.id for layer in layers})
+    stage.finish(plan, step, began, output, files, result, includes, made=made)
+
+
+def discard(plan: Plan, step: Step) -> list[Path]:
+    """The files and folders that this step made, shared results of layers included."""
+    assert step.dataset is not None and step.network is not None
+    found = []
+    before = latest((plan.results / step.manifest).parent, step.stage)
+    for name in before.includes if before else ():
+        path = plan.results / name
+        found += [path, path.parent.parent / path.stem.replace(".", "-", 1)]
+    return found
 
 
 def concepts_of(folder: Path, labelled: Manifest) -> Concepts:
@@ -213,7 +242,8 @@ def counted_images(images: Images, split: str, shards: Iterable[int], refused: I
     from pipeline.listing import group
 
     image_id = images.image_ids()
-    counts = images.counted(split) & ~np.isin(image_id.astype(object), list(refused))
+    without = set(refused)
+    counts = images.counted(split) & ~np.fromiter((name in without for name in image_id), bool, len(image_id))
     found = []
     for shard in shards:
         start, stop = images.range(shard)
@@ -308,7 +338,7 @@ def find_thresholds(
     size = {id: counted_size(layer, how, images) for id, layer in layers.items()}
     found: dict[str, Threshold] = {}
     sample = counted[:SAMPLE_SHARDS]
-    tasks: list[tuple] = [(layer, sample, size[id], border, quantile) for id, layer in layers.items()]
+    tasks: list[tuple] = [(layer.at(sample), sample, size[id], border, quantile) for id, layer in layers.items()]
     brackets: dict[str, tuple[Bracket, np.ndarray]] = {}
     for id, bracket in run_tasks(client, sample_layer, tasks, len(tasks), f"{label}: samples"):
         count = len(bracket.floor)
@@ -316,7 +346,7 @@ def find_thresholds(
         found[id] = Threshold(np.full(count, np.nan, np.float16), np.zeros(count, np.int64), 0)
     while brackets:
         tasks = [
-            (layers[id], units, bracket, part, size[id], border)
+            (layers[id].at(part), units, bracket, part, size[id], border)
             for id, (bracket, units) in brackets.items()
             for part in runs(counted, client)
         ]
@@ -410,26 +440,36 @@ def count_and_write(
     thresholds: Mapping[str, Threshold],
     concepts: Concepts,
     how: Mapping[str, Any],
+    accumulator: int,
 ) -> None:
     """Count intersections for every wanted result, a batch of layers at a time; write each when it is done."""
-    for batch in batches(missing, len(concepts.names)):
+    for batch in batches(missing, len(concepts.names), accumulator):
         known = {(one.layer.id, one.permuted): earlier_counts(one, concepts) for one in batch}
         rest = {name for one in batch for name in set(one.labels) - set(known[one.layer.id, one.permuted])}
         chosen = only(concepts, [name for name in concepts.categories if name in rest])
         # Areas come with any count; where all categories are known there is nothing to count.
         shards = {one.shard: one for wanted in batch for one in wanted.counted} if rest else {}
-        layers = [
-            (w.layer, w.permuted, {one.shard for one in w.counted}, thresholds[w.layer.id].threshold) for w in batch
-        ]
-        tasks = [(layers, part, chosen, how["border"]) for part in runs(list(shards.values()), client)]
+        tasks = []
+        for part in runs(list(shards.values()), client):
+            wanted = [
+                (
+                    w.layer.at(part),
+                    w.permuted,
+                    {one.shard for one in w.counted} & {one.shard for one in part},
+                    thresholds[w.layer.id].threshold,
+                )
+                for w in batch
+            ]
+            tasks.append((wanted, part, chosen.at(part), how["border"]))
         totals: dict[tuple[str, bool], Counts] = {}
         for counts in run_tasks(client, count_run, tasks, len(tasks), f"{label}: IoU"):
             for key, part in counts.items():
                 totals[key] = add(totals[key], part) if key in totals else part
-        for wanted in batch:
-            key = wanted.layer.id, wanted.permuted
+        for w in batch:
+            key = w.layer.id, w.permuted
             sources = known[key] | (dict.fromkeys(chosen.categories, (totals[key], chosen)) if rest else {})
-            write_layer(wanted, thresholds[wanted.layer.id], joined(concepts, sources), concepts, how)
+            counted = [name for name in w.labels if name not in known[key]]
+            write_layer(w, thresholds[w.layer.id], joined(concepts, sources), concepts, how, counted)
 
 
 def only(concepts: Concepts, categories: list[str]) -> Concepts:
@@ -489,14 +529,25 @@ def joined(concepts: Concepts, sources: Mapping[str, tuple[Counts, Concepts]]) -
     )
 
 
-def batches(missing: list[Wanted], concepts: int) -> Iterator[list[Wanted]]:
+def memory_need(layer: Layer, images: Images, concepts: Concepts) -> int:
+    """Bytes of a task: maps as stored and decompressed, the counts of thresholds or of IoU, and prepared label maps."""
+    from kernels.iou import GROUPS
+
+    units, height, width = layer.shape
+    maps = 2 * 3 * images.shard_images * units * height * width
+    labels = 2 * 3 * images.shard_images * images.size[0] * images.size[1] * len(concepts.categories)
+    return maps + labels + 2 * 8 * units * max(2049, GROUPS * len(concepts.names))
+
+
+def batches(missing: list[Wanted], concepts: int, accumulator: int) -> Iterator[list[Wanted]]:
+    """Layers whose counts fit into `accumulator` bytes together; one that does not fit stands alone."""
     from kernels.iou import GROUPS
 
     batch: list[Wanted] = []
     held = 0
     for wanted in missing:
         size = 8 * GROUPS * wanted.layer.shape[0] * concepts
-        if batch and held + size > ACCUMULATOR_BYTES:
+        if batch and held + size > accumulator:
             yield batch
             batch, held = [], 0
         batch.append(wanted)
@@ -547,7 +598,15 @@ def add(total: Counts, part: Counts) -> Counts:
     return total
 
 
-def write_layer(wanted: Wanted, found: Threshold, counts: Counts, concepts: Concepts, how: Mapping[str, Any]) -> None:
+def write_layer(
+    wanted: Wanted,
+    found: Threshold,
+    counts: Counts,
+    concepts: Concepts,
+    how: Mapping[str, Any],
+    counted: list[str],
+) -> None:
+    """Write the result of one layer; `counted` are the categories that were counted now, for its provenance."""
     from kernels.iou import iou
     from pipeline.store import write_whole
 
@@ -609,7 +668,7 @@ def write_layer(wanted: Wanted, found: Threshold, counts: Counts, concepts: Conc
         digest=digest(files),
         files=files,
         result={"thresholds": wanted.thresholds, "labels": dict(wanted.labels)},
-        provenance=stage.provenance(),
+        provenance=stage.provenance() | {"counted": counted},
     ).write(manifest_of(wanted))
 
 

@@ -1,7 +1,18 @@
 """Errors that a user can act on."""
 
 import difflib
+import errno
 from collections.abc import Iterable
+
+ADVICE = {
+    errno.ENOSPC: "the disk is full: make room; what is finished is kept, run again to go on",
+    errno.EDQUOT: "the disk quota is used up: make room; what is finished is kept, run again to go on",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "permission denied",
+    errno.EMFILE: "too many open files: raise the limit, with `ulimit -n 1024` say",
+    errno.ENFILE: "too many open files on this machine",
+    errno.ENOMEM: "out of memory: lower `cluster.workers`, or `shard_images` of the data set",
+}
 
 
 class MicrotomeError(Exception):
@@ -12,3 +23,9 @@ def nearest(name: str, known: Iterable[str], n: int = 3) -> str:
     """`; nearest: a, b, c` for an unknown name, or an empty string when nothing comes close."""
     found = difflib.get_close_matches(name, list(known), n=n, cutoff=0.5)
     return f"; nearest: {', '.join(found)}" if found else ""
+
+
+def explained(error: OSError) -> str | None:
+    """What the machine refused and what to do about it, with the file; None for an error of another kind."""
+    advice = ADVICE.get(error.errno or 0)
+    return f"{error.filename}: {advice}" if advice and error.filename else advice

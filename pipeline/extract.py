@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline import stage
-from pipeline.cluster import client, device, run_tasks
-from pipeline.config import AnyDataset, Network
+from pipeline.cluster import check_memory, client, device, run_tasks
+from pipeline.config import AnyDataset, Network, Segmenter
 from pipeline.errors import MicrotomeError
 from pipeline.identity import digest
 from pipeline.lock import one_at_a_time
-from pipeline.manifest import Files, Manifest, remove_others
+from pipeline.manifest import Files, Manifest, latest, remove_others
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +39,7 @@ VERSION = 1
 CODE = ("pipeline/extract.py", "pipeline/layers.py", "pipeline/layer_id.py", "pipeline/networks.py")
 HALF_MAX = 65504.0
 UNIT_BLOCK = 64  # units of one chunk inside a shard
+REMEDY = "lower `shard_images` of the data set or `numerics.micro_batch` of the network, or name fewer layers"
 
 
 def settings(spec: Network, dataset: AnyDataset, limit: int | None) -> dict[str, Any]:
@@ -109,13 +110,15 @@ def run(plan: Plan, step: Step) -> None:
         one_at_a_time(plan.scratch / f"{step.dataset}.extract.lock"),
         client(plan.config.cluster, plan.scratch) as workers,
     ):
-        (prepared,) = run_tasks(workers, prepare, [(model, images.size)], 1, f"{step.name}: layers")
+        (prepared,) = run_tasks(workers, prepare, [(model, images.size, VERSION)], 1, f"{step.name}: layers")
         layers = [
             Layer(id, folder / "layers" / id / "activations.zarr", info, scale) for id, info, scale in prepared.layers
         ]
+        stage.refers_to(plan, step, [layer.store.parent for layer in layers])
         layers = [open_layer(layer, images) for layer in layers]
         open_logits(logits, images, prepared.classes)
         logits_ledger = Ledger(logits.with_suffix(".ledger"))
+        made: set[int] = set()
         while True:
             # Two names of one output, a block and its last part say, have one id and one store.
             distinct = {layer.id: layer for layer in layers}
@@ -139,9 +142,13 @@ def run(plan: Plan, step: Step) -> None:
                     tasks.append(
                         (model, images.store, images.files_of(shard), shard, images.range(shard), missing, head)
                     )
+            if tasks:
+                need = memory_need(distinct.values(), prepared, model.spec, images)
+                check_memory(plan.config.cluster, need, step.name, REMEDY)
             overflow: dict[str, float] = {}
             try:
-                for done in run_tasks(workers, extract_shard, tasks, len(tasks), step.name):
+                for done in run_tasks(workers, extract_shard, tasks, len(tasks), step.name, REMEDY):
+                    made.add(done.shard)
                     for id, layer in distinct.items():
                         if id in done.files:
                             ledgers[id].record(str(done.shard), shard_id(images, done.shard, layer), done.files[id])
@@ -171,7 +178,57 @@ def run(plan: Plan, step: Step) -> None:
     output = digest({"layers": [[entry["name"], entry["digest"]] for entry in described], "logits": files})
     files |= stage.within("logits.zarr", metadata_files(logits))
     result = {"layers": described, "shards": shards}
-    stage.finish(plan, step, began, output, files, result, {entry["manifest"]: entry["digest"] for entry in described})
+    includes = {entry["manifest"]: entry["digest"] for entry in described}
+    stage.finish(plan, step, began, output, files, result, includes, made=(len(made), len(shards)))
+
+
+def pending(plan: Plan, step: Step) -> tuple[int, int]:
+    """How many shards a run would put through the network now, of how many, with the images that are ingested.
+
+    Layers are known where the last extraction read the same weights in the same way; else it is all shards at most.
+    """
+    from pipeline.images import Images
+    from pipeline.store import Ledger
+
+    assert step.dataset is not None and step.network is not None
+    images = Images.of(plan, step)
+    model = model_of(plan, step)
+    shards = images.shards(step.settings["split"], step.settings["images"])
+    before = latest((plan.results / step.manifest).parent, step.stage)
+    if before is None or not _same_layers(before, step, model):
+        return len(shards), len(shards)
+    known = []
+    for layer in before.result["layers"]:
+        store = plan.results / step.dataset / "layers" / layer["id"] / "activations.zarr"
+        known.append((layer["scale"], store, Ledger(store.with_suffix(".ledger"))))
+    missing = [
+        shard
+        for shard in shards
+        if not all(
+            ledger.get(str(shard), digest([images.contents[shard], scale]), store) for scale, store, ledger in known
+        )
+    ]
+    return len(missing), len(shards)
+
+
+def _same_layers(before: Manifest, step: Step, model: Model) -> bool:
+    """Whether an earlier extraction had the layers that this one will have."""
+    decisive = ("version", "layers", "special_tokens", "preprocessing", "numerics")
+    return model.sha256 in before.parents.values() and all(
+        before.settings.get(key) == step.settings[key] for key in decisive
+    )
+
+
+def discard(plan: Plan, step: Step) -> list[Path]:
+    """The files and folders that this step made, shared layers included."""
+    assert step.dataset is not None and step.network is not None
+    folder = plan.results / step.dataset
+    found = [folder / step.network / "logits.zarr", folder / step.network / "logits.ledger"]
+    before = latest((plan.results / step.manifest).parent, step.stage)
+    for layer in before.result["layers"] if before else ():
+        own = folder / "layers" / layer["id"]
+        found += [own / "activations.zarr", own / "activations.ledger", *(own / "done").glob("activations.*.json")]
+    return found
 
 
 def model_of(plan: Plan, step: Step) -> Model:
@@ -273,9 +330,11 @@ class Prepared:
     layers: list[tuple[str, LayerInfo, float]]
     classes: int
     numerics: dict[str, Any]
+    parameters: int
+    largest: int  # values of the largest output of any module, for one image
 
 
-def prepare(model: Model, size: tuple[int, int]) -> Prepared:
+def prepare(model: Model, size: tuple[int, int], version: int) -> Prepared:
     """On a worker: load the network, resolve its layers, compute their ids, and find each layer's scale.
 
     The scale comes from a forward pass over fixed noise, so it belongs to the layer alone and not to the images.
@@ -283,12 +342,12 @@ def prepare(model: Model, size: tuple[int, int]) -> Prepared:
     import torch
 
     from pipeline.layer_id import layer_ids
-    from pipeline.layers import Recorder, resolve
+    from pipeline.layers import Recorder, largest_output, resolve
 
     spec, shape = model.spec, (3, *size)
     as_loaded = _loaded(model)
     infos = resolve(as_loaded, spec.layers, shape, spec.special_tokens, model.name)
-    numerics = spec.numerics.model_dump() | platform_numerics()
+    numerics = spec.numerics.model_dump() | platform_numerics(version)
     preprocessing = spec.preprocessing.model_dump() | {"size": list(size)}
     ids = layer_ids(as_loaded, infos, preprocessing, numerics, shape)
     noise = torch.randint(0, 256, (4, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -299,15 +358,29 @@ def prepare(model: Model, size: tuple[int, int]) -> Prepared:
     layers = [
         (ids[info.name], info, scale_for(float(outputs[info.name].abs().amax()), headroom=True)) for info in infos
     ]
-    return Prepared(layers, logits.shape[1], numerics)
+    parameters = sum(parameter.numel() for parameter in as_loaded.parameters())
+    return Prepared(layers, logits.shape[1], numerics, parameters, largest_output(as_loaded, shape))
 
 
-def platform_numerics() -> dict[str, str]:
+def memory_need(layers: Iterable[Layer], prepared: Prepared, spec: Network, images: Images) -> int:
+    """Bytes of a task: the weights as loaded and as used, a forward, and the outputs of a shard.
+
+    In a forward without gradients an operation's input, output and workspace live; outputs are recorded in float32 and
+    each is joined and halved when it is written.
+    """
+    values = [math.prod(layer.info.shape) + layer.info.special * layer.info.shape[0] for layer in layers]
+    pixels = 3 * images.size[0] * images.size[1]
+    forward = 4 * spec.numerics.micro_batch * (pixels + 3 * prepared.largest)
+    outputs = images.shard_images * (pixels + 4 * sum(values) + 10 * max(values, default=0))
+    return 3 * 4 * prepared.parameters + forward + outputs
+
+
+def platform_numerics(version: int) -> dict[str, str]:
     """What else decides the last bits: this module, the device kind and torch's minor version."""
     import torch
 
     return {
-        "version": str(VERSION),
+        "version": str(version),
         "dtype": "float32",
         "device": device(),
         "torch": ".".join(torch.__version__.split(".")[:2]),
@@ -325,7 +398,7 @@ def scale_for(largest: float, headroom: bool = False) -> float:
     return 2.0 ** (math.frexp(largest)[1] - (5 if headroom else 15))
 
 
-def normalise(pixels: torch.Tensor, spec: Network) -> torch.Tensor:
+def normalise(pixels: torch.Tensor, spec: Network | Segmenter) -> torch.Tensor:
     """uint8 (image, 3, y, x) → float32 on the device: (x / 255 - mean) / std, in the network's memory format."""
     import torch
 
@@ -351,13 +424,18 @@ def _loaded(model: Model) -> torch.nn.Module:
 @functools.lru_cache(maxsize=2)
 def network_of(model: Model) -> torch.nn.Module:
     """A worker's copy of a network, loaded once."""
+    return placed(_loaded(model), model.spec)
+
+
+def placed(network: torch.nn.Module, spec: Network | Segmenter) -> torch.nn.Module:
+    """A network on the worker's device, in its memory format, and torch set to compute it the same way each time."""
     import torch
 
     torch.set_num_threads(1)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.deterministic = True
-    network = _loaded(model).to(device())
-    return network.to(memory_format=torch.channels_last) if model.spec.numerics.channels_last else network
+    network = network.to(device())
+    return network.to(memory_format=torch.channels_last) if spec.numerics.channels_last else network
 
 
 def extract_shard(

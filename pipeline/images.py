@@ -23,7 +23,7 @@ class Images:
     """`images.zarr` and the facts of its manifest.
 
     `contents[i]` is the digest of the pixels of shard i: two shards with equal contents need no second forward pass,
-    whatever happened to the files they were decoded from.
+    whatever happened to the files they were decoded from. None: no image of the shard is used.
     """
 
     store: Path
@@ -31,7 +31,7 @@ class Images:
     count: int
     size: tuple[int, int]
     shard_images: int
-    contents: Sequence[str]
+    contents: Sequence[str | None]
     splits: dict[str, dict[str, int]]  # valid images by split and shard
 
     @staticmethod
@@ -63,9 +63,8 @@ class Images:
         return start, min(start + self.shard_images, self.count)
 
     def files_of(self, shard: int) -> Files:
-        """The chunk file that holds the pixels of a shard."""
-        name = f"image/c/{shard}/0/0/0"
-        return {name: self.files[name]}
+        """The chunk file that holds the pixels of a shard, and what describes it."""
+        return {name: self.files[name] for name in ("zarr.json", "image/zarr.json", f"image/c/{shard}/0/0/0")}
 
     def shards(self, split: str, limit: int | None = None) -> list[int]:
         """Shards that hold a valid image of the split; with `limit`, the first that together hold that many images."""

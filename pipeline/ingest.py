@@ -12,6 +12,7 @@ import csv
 import hashlib
 import io
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,8 +20,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pipeline import datasets, stage
-from pipeline.cluster import client, run_tasks
-from pipeline.config import AnyDataset, Scenes
+from pipeline.cluster import check_memory, client, run_tasks
+from pipeline.config import AnyDataset
 from pipeline.errors import MicrotomeError
 from pipeline.identity import crc32c, digest
 from pipeline.manifest import Files, write_atomically
@@ -28,9 +29,24 @@ from pipeline.manifest import Files, write_atomically
 if TYPE_CHECKING:
     from pipeline.listing import Listing
     from pipeline.plan import Plan, Step
+    from pipeline.store import Ledger
 
 VERSION = 2
-CODE = ("pipeline/datasets.py", "pipeline/decode.py", "pipeline/ingest.py", "pipeline/listing.py", "pipeline/scenes")
+CODE = (
+    "pipeline/arrays.py",
+    "pipeline/datasets.py",
+    "pipeline/decode.py",
+    "pipeline/ingest.py",
+    "pipeline/listing.py",
+    "pipeline/plain_pickle.py",
+    "pipeline/known_datasets.py",
+    "pipeline/scenes",
+    "pipeline/snapshot.py",
+    "pipeline/tables.py",
+    "pipeline/torchvision_data.py",
+)
+SOURCE = "source"  # the entry of the ledger that says where the images come from
+REMEDY = "lower `shard_images` or `max_pixels` of the data set"
 COLUMN = (65536,)  # chunk of what has one value an image: the same for any number, so that a longer store keeps its ids
 
 
@@ -45,7 +61,6 @@ class Shard:
 
 
 def run(plan: Plan, step: Step) -> None:
-    from pipeline.listing import slots
     from pipeline.store import Ledger, metadata_files, write
 
     assert step.dataset is not None
@@ -56,39 +71,45 @@ def run(plan: Plan, step: Step) -> None:
     listed = datasets.listing(dataset, plan.scratch)
     if listed.digest() != step.settings["listing"]:
         raise MicrotomeError(f"data set {step.dataset!r} changed while this run began: run again")
-    image_id, at = slots(listed, known_ids(store, step.settings["source"]))
+    source = step.settings["source"]
+    ledger = Ledger(store.with_suffix(".ledger"))
+    image_id, at = slots_of(listed, store, ledger, source)
     size = (step.settings["size"][0], step.settings["size"][1])
     per_shard = dataset.shard_images
-    open_store(store, dataset, len(image_id), size, listed.classes, step.settings["source"])
-    ledger = Ledger(store.with_suffix(".ledger"))
+    open_store(store, dataset, len(image_id), size, listed.classes, source, ledger)
 
-    records = listed.record_digests()
-    common = {key: value for key, value in step.settings.items() if key not in ("listing", "images")}
-    tasks, ids = [], {}
-    shards = range(-(-len(image_id) // per_shard))
-    for shard in shards:
-        part = slice(shard * per_shard, (shard + 1) * per_shard)
-        ids[shard] = digest([common, [records[i].tobytes().hex() if i >= 0 else "" for i in at[part]]])
-        if not ledger.get(str(shard), ids[shard], store):
+    used = is_used(listed, at)
+    ids = shard_ids(step, listed, at, per_shard)
+    missing = [shard for shard, id in ids.items() if not ledger.get(str(shard), id, store)]
+
+    def tasks() -> Iterator[tuple]:
+        """Made as they are handed out: a million names are not held twice."""
+        for shard in missing:
+            part = slice(shard * per_shard, (shard + 1) * per_shard)
             items = [str(name) if i >= 0 else None for name, i in zip(image_id[part], at[part], strict=True)]
             known = {name: listed.refused[name] for name in items if name in listed.refused}
-            tasks.append((dataset, store, shard, part.start, items, known, size))
+            yield (dataset, store, shard, part.start, items, known, size)
+
+    if missing:
+        need = 2 * 3 * per_shard * size[0] * size[1] + datasets.memory_need(dataset)
+        check_memory(plan.config.cluster, need, step.name, REMEDY)
     with client(plan.config.cluster, plan.scratch) as workers:
-        for done in run_tasks(workers, ingest_shard, tasks, len(tasks), step.name):
+        for done in run_tasks(workers, ingest_shard, tasks(), len(missing), step.name, REMEDY):
             ledger.record(str(done.shard), ids[done.shard], done.files, content=done.content, refused=done.refused)
 
-    entries = [ledger.entries[str(shard)] for shard in shards]
-    refused = {name: reason for entry in entries for name, reason in entry["refused"].items()}
-    files = ledger.files(map(str, shards))
-    if not isinstance(dataset, Scenes):
-        _check_refused(step.dataset, refused, len(listed), dataset.max_bad_fraction)
-    valid = (at >= 0) & ~np.isin(image_id.astype(object), list(refused))
+    entries = {shard: ledger.entries[str(shard)] for shard in ids}
+    refused = {name: reason for entry in entries.values() for name, reason in entry["refused"].items()}
+    is_refused = np.fromiter((name in refused for name in image_id), bool, len(image_id))
+    valid = used & ~is_refused
+    refused = {str(name): refused[name] for name in image_id[used & is_refused]}
+    files = ledger.files(map(str, ids))
+    _check_refused(step.dataset, refused, len(listed.images), getattr(dataset, "max_bad_fraction", 1.0))
     if not valid.any():
         raise MicrotomeError(
-            f"data set {step.dataset!r}: not one of {len(listed)} images can be used: {_some(refused)}"
+            f"data set {step.dataset!r}: not one of {len(listed.images)} images can be used: {_some(refused)}"
         )
-    label = np.where(at >= 0, listed.label[at], -1)
-    split = np.where(at >= 0, listed.split[at], "")
+    label = np.where(used, listed.label[at], -1)
+    split = np.where(used, listed.split[at], "")
     files |= write(
         store,
         {"label": ((0,), label), "split": ((0,), split), "valid": ((0,), valid), "image_id": ((0,), image_id)},
@@ -103,15 +124,71 @@ def run(plan: Plan, step: Step) -> None:
         "shard_images": per_shard,
         "classes": listed.classes,
         "splits": {str(name): shards_of(shard_of[valid & (split == name)]) for name in np.unique(split[valid])},
-        "contents": [entry["content"] for entry in entries],
-        "records": [ids[shard] for shard in shards],
+        # None: no image of the shard is used
+        "contents": [entries[shard]["content"] if shard in entries else None for shard in range(shard_of[-1] + 1)],
+        "records": [ids.get(shard) for shard in range(shard_of[-1] + 1)],
         "refused": len(refused),
         "ignored": listed.ignored,
     }
     output = digest({"files": files, "classes": listed.classes})
     files = stage.within("images.zarr", files | metadata_files(store))
     files["quarantine.csv"] = (len(quarantine), crc32c(quarantine))
-    stage.finish(plan, step, began, output, files, result)
+    stage.finish(plan, step, began, output, files, result, made=(len(missing), len(ids)))
+
+
+def pending(plan: Plan, step: Step) -> tuple[int, int]:
+    """How many shards a run would decode now, of how many."""
+    from pipeline.store import Ledger
+
+    assert step.dataset is not None
+    dataset = plan.config.datasets[step.dataset]
+    store = plan.results / step.dataset / "images.zarr"
+    listed = datasets.listing(dataset, plan.scratch)
+    ledger = Ledger(store.with_suffix(".ledger"))
+    _, at = slots_of(listed, store, ledger, step.settings["source"])
+    ids = shard_ids(step, listed, at, dataset.shard_images)
+    return sum(not ledger.get(str(shard), id, store) for shard, id in ids.items()), len(ids)
+
+
+def discard(plan: Plan, step: Step) -> list[Path]:
+    """The files and folders that this step made."""
+    assert step.dataset is not None
+    folder = plan.results / step.dataset
+    return [folder / "images.zarr", folder / "images.ledger"]
+
+
+def slots_of(listed: Listing, store: Path, ledger: Ledger, source: str) -> tuple[np.ndarray, np.ndarray]:
+    """Image id of every slot, and its place in the listing (-1: gone); known images keep their slots."""
+    from pipeline.listing import slots
+
+    return slots(listed, known_ids(store) if source_of(store, ledger) == source else None)
+
+
+def is_used(listed: Listing, at: np.ndarray) -> np.ndarray:
+    """Boolean (slot,): the image of the slot is listed and within the data set's bound."""
+    used = at >= 0
+    if listed.chosen is not None:
+        used[used] = listed.chosen[at[used]]
+    return used
+
+
+def shard_ids(step: Step, listed: Listing, at: np.ndarray, per_shard: int) -> dict[int, str]:
+    """What each shard is made from: the records of all its images, within the bound or not, and how they are decoded.
+
+    A shard whose images are all beyond the bound has none: it stays as it is. One with an image that is gone is made,
+    so that nothing of that image stays.
+    """
+    common = {key: value for key, value in step.settings.items() if key not in ("listing", "images")}
+    wanted = np.unique(np.flatnonzero(is_used(listed, at) | (at < 0)) // per_shard)
+    known = (at >= 0) & np.isin(np.arange(len(at)) // per_shard, wanted)
+    records = np.zeros((len(at), 16), np.uint8)
+    records[known] = listed.record_digests(at[known])
+    ids = {}
+    for shard in wanted.tolist():
+        part = slice(shard * per_shard, (shard + 1) * per_shard)
+        made_of = [record.tobytes().hex() if i >= 0 else "" for record, i in zip(records[part], at[part], strict=True)]
+        ids[shard] = digest([common, made_of])
+    return ids
 
 
 def shards_of(shard: np.ndarray) -> dict[str, int]:
@@ -120,33 +197,37 @@ def shards_of(shard: np.ndarray) -> dict[str, int]:
     return {str(name): int(images) for name, images in zip(found, count, strict=True)}
 
 
-def known_ids(store: Path, source: str) -> np.ndarray | None:
-    """Return the image ids of the store in slot order, if it holds this data set already.
+def source_of(store: Path, ledger: Ledger) -> str | None:
+    """Return the source of the images that a store holds: as it says or, where its zarr.json is damaged, its ledger."""
+    from pipeline.store import attributes
+
+    return attributes(store).get("source") or ledger.entries.get(SOURCE, {}).get("id")
+
+
+def known_ids(store: Path) -> np.ndarray | None:
+    """Return the image ids of the store in slot order.
 
     Slots at the end without an id are those of an ingest that was cut short: they are given out again.
     """
     import zarr
 
-    from pipeline.store import attributes
-
-    if attributes(store).get("source") != source:
-        return None
     try:
-        group = zarr.open_group(store, mode="r", zarr_format=3, use_consolidated=False)
-        ids = np.asarray(group["image_id"][:], dtype=object)  # type: ignore[index]
+        array = zarr.open_array(store / "image_id", mode="r", zarr_format=3)
+        ids = np.asarray(array[:], dtype=object)
     except (FileNotFoundError, ValueError, KeyError):
         return None
     return ids[: np.flatnonzero(ids != "").max(initial=-1) + 1]
 
 
 def open_store(
-    store: Path, dataset: AnyDataset, count: int, size: tuple[int, int], classes: list[str], source: str
+    store: Path, dataset: AnyDataset, count: int, size: tuple[int, int], classes: list[str], source: str, ledger: Ledger
 ) -> None:
     """Create the store, or bring the one that holds this data set to more slots; another data set's makes way."""
-    from pipeline.store import Array, attributes, create, remove_partials
+    from pipeline.store import Array, create, remove_partials
 
-    if attributes(store).get("source") != source:
+    if source_of(store, ledger) != source:
         shutil.rmtree(store, ignore_errors=True)
+        ledger.clear()
     block = (dataset.shard_images, 3, *size)
     arrays = {
         "image": Array(("image", "channel", "y", "x"), (count, 3, *size), np.uint8, block),
@@ -156,6 +237,8 @@ def open_store(
         "image_id": Array(("image",), (count,), str, COLUMN, fill=""),
     }
     create(store, arrays, {"classes": classes, "source": source}, coordinates=["image_id"])
+    if ledger.entries.get(SOURCE, {}).get("id") != source:
+        ledger.record(SOURCE, source, {})
     remove_partials(store)
 
 

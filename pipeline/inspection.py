@@ -1,5 +1,7 @@
 """What can be refused or planned about networks without work: layers, shapes, bytes, checkpoint keys, classes.
 
+Of segmentation networks, which are sources of concepts: outputs, channels and class lists.
+
     python -m pipeline.inspection request.json response.json
 
 answers a list of requests in one process, since importing torch and torchvision costs seconds.
@@ -18,7 +20,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
-from pipeline import checkpoint
+from pipeline import checkpoint, segmenters
+from pipeline.config import Segmenter
 from pipeline.errors import MicrotomeError, nearest
 from pipeline.layer_info import LayerInfo
 from pipeline.layers import Survey, choose, survey
@@ -80,6 +83,15 @@ class Request(BaseModel):
     special_tokens: int | None = None
     weights_path: str | None = None
     ablate: Ablation | None = None
+
+
+class SegmenterRequest(BaseModel):
+    """One segmentation network to inspect, for images of a size (height, width)."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    segmenter: Segmenter
+    size: tuple[int, int]
 
 
 def inspect(
@@ -152,19 +164,26 @@ def _ablation(
 
 
 def answer(requests: Sequence[Any]) -> list[dict[str, Any]]:
-    """Each request (the json form of a `Request`) with its `result` or the `error` to show."""
+    """Each request (the json form of a `Request` or `SegmenterRequest`) with its `result` or the `error` to show."""
     answers: list[dict[str, Any]] = []
     for each in requests:
         try:
-            request = Request.model_validate(each)
-            found = inspect(**{name: getattr(request, name) for name in Request.model_fields})
-            answers.append({"result": found.json()})
+            answers.append({"result": _result(each)})
         except ValidationError as error:
             first = error.errors()[0]
             answers.append({"error": f"request: {'.'.join(map(str, first['loc']))}: {first['msg']}"})
         except MicrotomeError as error:
             answers.append({"error": str(error)})
     return answers
+
+
+def _result(each: Any) -> dict[str, Any]:
+    if isinstance(each, dict) and "segmenter" in each:
+        wanted = SegmenterRequest.model_validate(each)
+        found = segmenters.inspect(wanted.segmenter, wanted.size)
+        return {"concepts": {name: channels.concepts for name, channels in found.items()}}
+    request = Request.model_validate(each)
+    return inspect(**{name: getattr(request, name) for name in Request.model_fields}).json()
 
 
 def main(request_path: str, response_path: str) -> None:

@@ -115,6 +115,26 @@ def survey(network: nn.Module, input_shape: tuple[int, int, int], special: int |
     return found
 
 
+def largest_output(network: nn.Module, input_shape: tuple[int, int, int]) -> int:
+    """How many values the largest output of any module has for one image: what the memory of a forward goes by."""
+    largest = 0
+
+    def note(_: nn.Module, __: object, output: object) -> None:
+        nonlocal largest
+        tensor = first_tensor(output)
+        largest = max(largest, tensor.numel() if tensor is not None else 0)
+
+    device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
+    hooks = [module.register_forward_hook(note) for module in network.modules()]
+    try:
+        with torch.no_grad(), one_attention_path():
+            network(torch.zeros((1, *input_shape), device=device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return largest
+
+
 def choose(network: nn.Module, surveyed: Survey, wanted: str | Sequence[str], name: str) -> list[LayerInfo]:
     """The wanted ones of the layers of a survey; see `resolve`."""
     known = {layer.name: layer for layer in surveyed.layers}

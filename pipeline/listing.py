@@ -5,22 +5,20 @@ is the id of the data set's snapshot. Slots, groups and shares go by hashes of t
 images are added or removed.
 """
 
-import csv
 import hashlib
 import json
 import os
 import re
-import time
-import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from pipeline.errors import MicrotomeError, nearest
+from pipeline.snapshot import Files, Named, snapshot
+from pipeline.tables import IMAGE_COLUMNS, LABEL_COLUMNS, SPLIT_COLUMNS, Table, read_table, rows_of
 
 IMAGE_EXTENSIONS = frozenset(
     (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm")
@@ -28,15 +26,7 @@ IMAGE_EXTENSIONS = frozenset(
 LABEL_MAP_EXTENSIONS = frozenset((".png",))
 SPLIT_FOLDERS = {"train": "train", "val": "validation", "validation": "validation", "test": "test"}
 SPLIT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-
-IMAGE_COLUMNS = ("image_id", "image", "path", "file")
-LABEL_COLUMNS = ("label", "class_index", "class")
 MOST_CLASSES = 1_000_000  # a larger index is a mistake, and would allocate its names
-
-CACHE_FROM = 20_000  # fewer files are listed again every time: it takes a moment and also sees files changed in place
-CACHE_VERSION = 1
-CACHE_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error)
-SETTLED_NS = 2_000_000_000  # a folder changed just before it was listed may change again within one tick of its clock
 
 STRINGS = np.dtypes.StringDType()
 
@@ -55,6 +45,10 @@ class Listing:
     label_map_size, label_map_mtime_ns: int64 (image, category), in the same order; -1 where there is no label map.
     refused: image id -> reason, for images that are listed (they have a slot) but cannot be used.
     ignored: what lies in the folders and is not listed -> how many; keys are extensions or a description.
+    chosen: bool (image,), the images that are used, or None for all: a bound leaves out the others (`bounded`). They
+        keep the slots that they have and get none.
+    walked, read: what the listing was made from, beside the configuration: folders as (root, table or None), as
+        `snapshot` takes them, and single files. While none has changed a listing made again would be the same.
     """
 
     root: Path
@@ -64,15 +58,32 @@ class Listing:
     label: np.ndarray
     split: np.ndarray
     classes: list[str]
-    label_map_roots: dict[str, Path]
-    label_map_path: dict[str, np.ndarray]
-    label_map_size: np.ndarray
-    label_map_mtime_ns: np.ndarray
-    refused: dict[str, str]
-    ignored: dict[str, int]
+    label_map_roots: dict[str, Path] = field(default_factory=dict)
+    label_map_path: dict[str, np.ndarray] = field(default_factory=dict)
+    label_map_size: np.ndarray = field(default_factory=lambda: np.empty((0, 0), np.int64))
+    label_map_mtime_ns: np.ndarray = field(default_factory=lambda: np.empty((0, 0), np.int64))
+    refused: dict[str, str] = field(default_factory=dict)
+    ignored: dict[str, int] = field(default_factory=dict)
+    chosen: np.ndarray | None = None
+    walked: tuple[tuple[Path, Path | None], ...] = ()
+    read: tuple[Path, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.label_map_path:
+            self.label_map_size = self.label_map_mtime_ns = np.empty((len(self.image_id), 0), np.int64)
 
     def __len__(self) -> int:
         return len(self.image_id)
+
+    @property
+    def images(self) -> np.ndarray:
+        """The indices of the images that are used, int64, in order."""
+        return np.arange(len(self)) if self.chosen is None else np.flatnonzero(self.chosen)
+
+    def splits(self) -> dict[str, int]:
+        """How many images that are used each split has."""
+        names, counts = np.unique(self.split[self.images], return_counts=True)
+        return {str(name): int(count) for name, count in zip(names, counts, strict=True)}
 
     def path(self, image: int) -> Path:
         """Return the path of one image's file."""
@@ -84,37 +95,39 @@ class Listing:
         return self.label_map_roots[category] / relative if relative else None
 
     def digest(self) -> str:
-        """Return the sha256 (hex) of all that is listed: ids, sizes, times, labels, splits, classes, label maps."""
+        """Return the sha256 (hex) of all that is used: ids, sizes, times, labels, splits, classes, label maps."""
+        used = slice(None) if self.chosen is None else self.chosen
         sha256 = hashlib.sha256(b"microtome listing 1")
-        _update_texts(sha256, self.image_id)
+        _update_texts(sha256, self.image_id[used])
         for numbers in (self.size, self.mtime_ns, self.label):
-            sha256.update(numbers.astype("<i8").tobytes())
-        _update_texts(sha256, self.split)
+            sha256.update(numbers[used].astype("<i8").tobytes())
+        _update_texts(sha256, self.split[used])
         _update_texts(sha256, self.classes)
         _update_texts(sha256, self.label_map_path)
         for paths in self.label_map_path.values():
-            _update_texts(sha256, paths)
+            _update_texts(sha256, paths[used])
         for numbers in (self.label_map_size, self.label_map_mtime_ns):
-            sha256.update(numbers.astype("<i8").tobytes())
+            sha256.update(numbers[used].astype("<i8").tobytes())
         return sha256.hexdigest()
 
-    def record_digests(self) -> np.ndarray:
-        """Return uint8 (image, 16): for each image a digest of what its pixels and label maps come from.
+    def record_digests(self, images: np.ndarray | None = None) -> np.ndarray:
+        """Return uint8 (image, 16): for each of `images` (default: all) a digest of what it comes from.
 
         It covers the id, size and mtime_ns of the file, and category, size and mtime_ns of its label maps; not the
         label or the split, which change no pixel. The digest of a shard's records is the shard's id.
         """
+        rows = np.arange(len(self)) if images is None else images
         columns = (self.size[:, None], self.mtime_ns[:, None], self.label_map_size, self.label_map_mtime_ns)
-        numbers = np.concatenate(columns, axis=1).astype("<i8")
+        numbers = np.concatenate(columns, axis=1)[rows].astype("<i8")
         width = numbers.shape[1] * 8
         packed = memoryview(numbers.tobytes())
         categories = json.dumps(list(self.label_map_path)).encode()
         # all that precedes the id has a known length, so the id, which comes last, needs none
         start = hashlib.blake2b(len(categories).to_bytes(8, "little") + categories, digest_size=16, person=b"record")
         digests = bytearray()
-        for image, image_id in enumerate(self.image_id):
+        for at, image_id in enumerate(self.image_id[rows]):
             record = start.copy()
-            record.update(packed[image * width : (image + 1) * width])
+            record.update(packed[at * width : (at + 1) * width])
             record.update(image_id.encode())
             digests += record.digest()
         return np.frombuffer(bytes(digests), np.uint8).reshape(-1, 16)
@@ -127,7 +140,7 @@ class Folders:
 
 @dataclass(frozen=True)
 class SplitTable:
-    """Splits come from a CSV: a column of images (`IMAGE_COLUMNS`) and a column `split` (val is validation)."""
+    """Splits come from a CSV: a column of images (`tables.IMAGE_COLUMNS`) and a column `split` (val is validation)."""
 
     path: Path
 
@@ -176,8 +189,8 @@ def list_imagefolder(
 
     Without class folders (images directly in the root or the split's folder) labels are -1.
 
-    labels: a CSV with a column of images (`IMAGE_COLUMNS`) and one of labels (`LABEL_COLUMNS`: names or indices);
-        folders then say nothing about the class. With indices, a column `name` gives the names of the classes.
+    labels: a CSV with a column of images (`tables.IMAGE_COLUMNS`) and one of labels (`tables.LABEL_COLUMNS`);
+        folders then say nothing about the class.
     classes: the names in order, where the indices are a network's: they fix the index of each class name.
     cache, rescan: see `snapshot`; `cache` is a folder.
 
@@ -185,13 +198,78 @@ def list_imagefolder(
     name that is not UTF-8, a table that does not match the images.
     """
     files = snapshot(root, cache, rescan)
-    listing = _list_images(root, files, split_rule)
+    listing = _list_images(root, files, split_rule, labels)
     if labels is not None:
         listing.label, listing.classes = read_labels(Path(labels), listing.image_id.tolist(), classes)
     else:
         depth = 1 if isinstance(split_rule, Folders) else 0
         listing.label, listing.classes = _classes_from_folders(listing, depth, classes, files)
     return listing
+
+
+def list_table(
+    root: Path | str, table: Path | str, split_rule: SplitRule | None, cache: Path | None = None, rescan: bool = False
+) -> Listing:
+    """List the images that a CSV names, as paths below `root`: a file that it does not name is not looked at.
+
+    Labels are in the first of `tables.LABEL_COLUMNS`, if one is there (else -1), splits in the column `split`, unless
+    `split_rule` says otherwise; with neither all images are of the split `validation`.
+
+    cache, rescan: see `snapshot`.
+
+    Raises `MicrotomeError` for: a table that is none, no rows, a path twice, a path that is absolute, leads out of the
+    root with `..` or is not in its shortest form.
+    """
+    rows = read_table(Path(table))
+    images = rows.images()
+    if not images:
+        raise MicrotomeError(f"{table} names no images")
+    for line, image in zip(rows.lines, images, strict=True):
+        if not is_inside(image):
+            raise MicrotomeError(
+                f"{rows.line(line)} has the path {image!r}; expected one below {root}, without `..`, `.` or `//`"
+            )
+    order = sorted(range(len(images)), key=images.__getitem__)
+    image_ids = [images[i] for i in order]
+    if split_rule is None:
+        found = rows.find(SPLIT_COLUMNS)
+        split = np.array(_splits_of(rows, order), STRINGS) if found else assign_splits(image_ids, Fixed("validation"))
+    else:
+        split = assign_splits(image_ids, split_rule)
+    label, classes = np.full(len(order), -1, np.int64), list[str]()
+    if rows.find(LABEL_COLUMNS):
+        label, classes = _labels_of(rows, order, None)
+    return list_named(Path(root), Named(Path(table), image_ids), label, split, classes, cache, rescan)
+
+
+def list_named(
+    root: Path,
+    named: Named,
+    label: np.ndarray,
+    split: np.ndarray,
+    classes: list[str],
+    cache: Path | None,
+    rescan: bool,
+) -> Listing:
+    """List files by their names below `root`, sorted, with all that is known of them beside their sizes and times."""
+    check_names(list(named.names), named.table)
+    files = snapshot(root, cache, rescan, named)
+    return Listing(
+        root=root,
+        image_id=np.array(files.names, STRINGS),
+        size=files.size,
+        mtime_ns=files.mtime_ns,
+        label=label,
+        split=split,
+        classes=classes,
+        walked=((root, named.table),),
+        read=(named.table,),
+    )
+
+
+def is_inside(path: str) -> bool:
+    """Whether a relative path stays below its folder and is written in the one shortest way, with `/`."""
+    return "\0" not in path and all(part not in ("", ".", "..") for part in path.split("/"))
 
 
 def list_segmentation(
@@ -215,24 +293,26 @@ def list_segmentation(
     Raises `MicrotomeError` as `list_imagefolder`, and for: two images or two label maps with one stem, a folder in
     which no label map belongs to an image.
     """
-    listing = _list_images(images, snapshot(images, cache, rescan), split_rule)
+    listing = _list_images(images, snapshot(images, cache, rescan), split_rule, labels)
     if labels is not None:
         listing.label, listing.classes = read_labels(Path(labels), listing.image_id.tolist(), classes)
     stems = _stems(listing.image_id.tolist(), images)
     for category in sorted(label_maps):
-        _pair(listing, stems, category, Path(label_maps[category]), snapshot(label_maps[category], cache, rescan))
+        folder = Path(label_maps[category])
+        _pair(listing, stems, category, folder, snapshot(folder, cache, rescan))
+        listing.walked += ((folder, None),)
     return listing
 
 
-def _list_images(root: Path | str, files: "Files", split_rule: SplitRule) -> Listing:
+def _list_images(root: Path | str, files: Files, split_rule: SplitRule, labels: Path | str | None) -> Listing:
     """Return the images among `files` with their splits, without labels and label maps."""
-    extensions = [_extension(name) for name in files.names]
+    extensions = [extension_of(name) for name in files.names]
     kept = [i for i, extension in enumerate(extensions) if extension in IMAGE_EXTENSIONS]
     if not kept:
         expected = ", ".join(sorted(IMAGE_EXTENSIONS))
         raise MicrotomeError(f"no images in {root}: found {_count(extensions)}; expected files that end in {expected}")
     image_ids = [files.names[i] for i in kept]
-    _check_names(image_ids, root)
+    check_names(image_ids, root)
     ignored = Counter(extension for extension in extensions if extension not in IMAGE_EXTENSIONS)
     if files.hidden:
         ignored["hidden"] = files.hidden
@@ -244,21 +324,18 @@ def _list_images(root: Path | str, files: "Files", split_rule: SplitRule) -> Lis
         label=np.full(len(image_ids), -1, np.int64),
         split=assign_splits(image_ids, split_rule),
         classes=[],
-        label_map_roots={},
-        label_map_path={},
-        label_map_size=np.empty((len(image_ids), 0), np.int64),
-        label_map_mtime_ns=np.empty((len(image_ids), 0), np.int64),
-        refused={},
         ignored=dict(ignored),
+        walked=((Path(root), None),),
+        read=tuple(Path(table) for table in (labels, getattr(split_rule, "path", None)) if table is not None),
     )
 
 
-def _pair(listing: Listing, stems: list[str], category: str, folder: Path, files: "Files") -> None:
+def _pair(listing: Listing, stems: list[str], category: str, folder: Path, files: Files) -> None:
     """Add the label maps of one category to a listing."""
-    extensions = [_extension(name) for name in files.names]
+    extensions = [extension_of(name) for name in files.names]
     maps = [i for i, extension in enumerate(extensions) if extension in LABEL_MAP_EXTENSIONS]
     names = [files.names[i] for i in maps]
-    _check_names(names, folder)
+    check_names(names, folder)
     map_of = dict(zip(_stems(names, folder), maps, strict=True))
     index = np.array([map_of.get(stem, -1) for stem in stems], np.int64)
     paired = index >= 0
@@ -283,7 +360,7 @@ def _pair(listing: Listing, stems: list[str], category: str, folder: Path, files
 
 
 def _classes_from_folders(
-    listing: Listing, depth: int, classes: Sequence[str] | None, files: "Files"
+    listing: Listing, depth: int, classes: Sequence[str] | None, files: Files
 ) -> tuple[np.ndarray, list[str]]:
     """Return label (image,) and the class names: those of the folders at `depth` below the root, if there are any."""
     root = listing.root
@@ -337,10 +414,15 @@ def assign_splits(image_ids: Sequence[str], rule: SplitRule) -> np.ndarray:
 
 
 def _read_splits(path: Path, image_ids: Sequence[str]) -> list[str]:
-    rows = _read_table(path, image_ids, ("split",))
-    for row in rows:
-        _check_split_name(row.value, f"line {row.line} of {path}")
-    return ["validation" if split == "val" else split for split in _in_order(rows, image_ids, path, "split")]
+    table = read_table(path)
+    return _splits_of(table, rows_of(table, image_ids, "split"))
+
+
+def _splits_of(table: Table, rows: Sequence[int]) -> list[str]:
+    values = table.values(SPLIT_COLUMNS)
+    for name in set(values):
+        _check_split_name(name, table.line(table.lines[values.index(name)]))
+    return ["validation" if values[row] == "val" else values[row] for row in rows]
 
 
 def _check_split_name(name: str, where: str) -> None:
@@ -356,103 +438,63 @@ def read_labels(
     Where all labels are whole numbers they are indices, and a column `name` names them (an index without an image is
     named by its number). Otherwise they are names: sorted, unless `classes` gives their order.
     """
-    rows = _read_table(path, image_ids, LABEL_COLUMNS)
-    ordered = _in_order(rows, image_ids, path, "label")
-    if all(re.fullmatch("[0-9]{1,9}", value) for value in ordered):
-        return np.array(ordered).astype(np.int64), _names_of_indices(path, rows, classes)
-    names = sorted(set(ordered)) if classes is None else list(classes)
+    table = read_table(path)
+    table.column(IMAGE_COLUMNS), table.column(LABEL_COLUMNS)
+    return _labels_of(table, rows_of(table, image_ids, "label"), classes)
+
+
+def _labels_of(table: Table, rows: Sequence[int], classes: Sequence[str] | None) -> tuple[np.ndarray, list[str]]:
+    """Return the labels of these rows, and the class names."""
+    values = table.values(LABEL_COLUMNS)
+    if all(re.fullmatch("[0-9]{1,9}", value) for value in values):
+        label = np.array(values).astype(np.int64)
+        return label[rows], _names_of_indices(table, label, classes)
+    names = sorted(set(values)) if classes is None else list(classes)
     number = {name: index for index, name in enumerate(names)}
-    for row in rows:
-        if row.value not in number:
-            hint = nearest(row.value, names)
-            raise MicrotomeError(f"line {row.line} of {path} has the label {row.value!r}, which is not a class{hint}")
-    return np.array([number[value] for value in ordered], np.int64), names
+    for line, value in zip(table.lines, values, strict=True):
+        if value not in number:
+            hint = nearest(value, names)
+            raise MicrotomeError(f"{table.line(line)} has the label {value!r}, which is not a class{hint}")
+    return np.array([number[values[row]] for row in rows], np.int64), names
 
 
-def _names_of_indices(path: Path, rows: list["Row"], classes: Sequence[str] | None) -> list[str]:
+def _names_of_indices(table: Table, label: np.ndarray, classes: Sequence[str] | None) -> list[str]:
     most = MOST_CLASSES if classes is None else len(classes)
+    if (label >= most).any():
+        at = int(np.argmax(label >= most))
+        raise MicrotomeError(f"{table.line(table.lines[at])} has the label {label[at]}; expected 0 to {most - 1:,}")
     names: dict[int, str] = {}
-    for row in rows:
-        if int(row.value) >= most:
-            raise MicrotomeError(f"line {row.line} of {path} has the label {row.value}; expected 0 to {most - 1:,}")
-        before = names.setdefault(int(row.value), row.name)
-        if before != row.name:
-            raise MicrotomeError(
-                f"line {row.line} of {path} names class {row.value} {row.name!r}, but it is {before!r}"
-            )
+    given = table.columns.get("name", [""] * len(label))
+    for at, (index, name) in enumerate(zip(label.tolist(), map(str.strip, given), strict=True)):
+        before = names.setdefault(index, name)
+        if before != name:
+            raise MicrotomeError(f"{table.line(table.lines[at])} names class {index} {name!r}, but it is {before!r}")
     if classes is not None:
         return list(classes)
     return [names.get(index) or str(index) for index in range(max(names) + 1)]
 
 
-@dataclass(frozen=True)
-class Row:
-    """One row of a table of images."""
-
-    line: int
-    image: str
-    value: str
-    name: str
-
-
-def _read_table(path: Path, image_ids: Sequence[str], value_columns: Sequence[str]) -> list[Row]:
-    """Read a CSV with one row an image; every row must name a listed image, and none twice."""
-    rows: list[Row] = []
-    try:
-        with Path(path).open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file, strict=True)
-            header = [name.strip().lower() for name in next(reader, [])]
-            image, value = _column(path, header, IMAGE_COLUMNS), _column(path, header, value_columns)
-            name = header.index("name") if "name" in header else None
-            known, seen = set(image_ids), dict[str, int]()
-            for cells in reader:
-                if not cells:
-                    continue
-                where = f"line {reader.line_num} of {path}"
-                if len(cells) != len(header):
-                    raise MicrotomeError(f"{where} has {len(cells)} fields, its header {len(header)}")
-                image_id, given = cells[image], cells[value].strip()
-                if image_id not in known:
-                    hint = nearest(image_id, image_ids) if len(known) <= 10_000 else ""  # it compares with every name
-                    raise MicrotomeError(f"{where} names {image_id!r}, which is not an image of the data set{hint}")
-                if image_id in seen:
-                    raise MicrotomeError(f"{where} names {image_id!r} again, first on line {seen[image_id]}")
-                if not given:
-                    raise MicrotomeError(f"{where} has an empty {header[value]!r} for {image_id!r}")
-                seen[image_id] = reader.line_num
-                rows.append(Row(reader.line_num, image_id, given, "" if name is None else cells[name].strip()))
-    except OSError as error:
-        raise MicrotomeError(f"cannot read {path}: {error.strerror or error}") from error
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise MicrotomeError(f"{path} is not a CSV in UTF-8: {error}") from error
-    return rows
-
-
-def _column(path: Path, header: list[str], names: Sequence[str]) -> int:
-    for name in names:
-        if name in header:
-            return header.index(name)
-    raise MicrotomeError(f"{path} has the columns {', '.join(header) or '(none)'}; expected one of {', '.join(names)}")
-
-
-def _in_order(rows: list[Row], image_ids: Sequence[str], path: Path, what: str) -> list[str]:
-    """Return the values of the rows in the order of the images; every image must have one."""
-    values = {row.image: row.value for row in rows}
-    missing = [image_id for image_id in image_ids if image_id not in values]
-    if missing:
-        n = len(missing)
-        raise MicrotomeError(f"{n:,} images have no {what} in {path}, the first is {missing[0]!r}; add their rows")
-    return [values[image_id] for image_id in image_ids]
-
-
 # Slots and groups
+
+
+def bounded(listing: Listing, most: int) -> Listing:
+    """Return the listing with the first `most` images of each split chosen, in the order in which slots are given.
+
+    So the chosen ones under a smaller bound are chosen under a larger one, and have their slots already.
+    """
+    order = _in_slot_order(listing, np.arange(len(listing)))
+    split = listing.split[order]
+    chosen = np.zeros(len(listing), bool)
+    for name in np.unique(split):
+        chosen[order[split == name][:most]] = True
+    return replace(listing, chosen=chosen)
 
 
 def slots(listing: Listing, previous_ids: Sequence[str] | np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Return the image id of every slot (StringDType), and its index in `listing` (int64; -1: the image is gone).
 
-    Images of `previous_ids` keep their slots. New ones follow, by split and then by a hash of the id, so that a shard
-    mixes the classes and the first shards of a split are a random sample of it.
+    Images of `previous_ids` keep their slots, chosen or not. New ones that are chosen follow, by split and then by a
+    hash of the id, so that a shard mixes the classes and the first shards of a split are a random sample of it.
     """
     known = [] if previous_ids is None else np.asarray(previous_ids, STRINGS).tolist()
     if len(set(known)) != len(known):
@@ -460,13 +502,16 @@ def slots(listing: Listing, previous_ids: Sequence[str] | np.ndarray | None = No
         raise MicrotomeError(f"the image id {twice!r} has two slots; the store is damaged: ingest the data set afresh")
     index_of = dict(zip(listing.image_id.tolist(), range(len(listing)), strict=True))
     kept = np.array([index_of.get(image_id, -1) for image_id in known], np.int64)
-    is_new = np.ones(len(listing), bool)
+    is_new = np.ones(len(listing), bool) if listing.chosen is None else listing.chosen.copy()
     is_new[kept[kept >= 0]] = False
-    new = np.flatnonzero(is_new)
-    split = np.unique(listing.split[new], return_inverse=True)[1]
-    # where two hashes are equal the order of the ids decides, in which `new` is
-    new = new[np.lexsort((_hash(listing.image_id[new], b"slot"), split))]
+    new = _in_slot_order(listing, np.flatnonzero(is_new))
     return np.concatenate([np.array(known, STRINGS), listing.image_id[new]]), np.concatenate([kept, new])
+
+
+def _in_slot_order(listing: Listing, images: np.ndarray) -> np.ndarray:
+    """Return the same indices by split, then by a hash of the id; where two are equal, in the order given."""
+    split = np.unique(listing.split[images], return_inverse=True)[1]
+    return images[np.lexsort((_hash(listing.image_id[images], b"slot"), split))]
 
 
 def group(image_ids: Iterable[str], groups: int = 20) -> np.ndarray:
@@ -483,170 +528,10 @@ def _hash(image_ids: Iterable[str], person: bytes) -> np.ndarray:
     return np.frombuffer(joined, "<u8").astype(np.uint64)
 
 
-# Walking a folder
-
-
-@dataclass
-class Files:
-    """The files below a folder, in the order of their names (relative, with `/`), and the folders they lie in.
-
-    size, mtime_ns: int64; -1 where a file is a broken link, a pipe, or the like.
-    folders: relative name ("" for the folder itself) -> (mtime_ns, inode), read before the folder was.
-    hidden: how many names were skipped that start with a dot (and `__MACOSX`).
-    """
-
-    names: list[str]
-    size: np.ndarray
-    mtime_ns: np.ndarray
-    folders: dict[str, tuple[int, int]]
-    hidden: int
-
-
-def snapshot(root: Path | str, cache: Path | None = None, rescan: bool = False) -> Files:
-    """Return the files below `root`; from `cache` when it holds more than 20,000 and no folder has changed since.
-
-    A folder changes when a name in it is added, removed or replaced. A file that is written in place, or behind a
-    link, changes no folder: `rescan` lists again in any case.
-
-    cache: a folder that keeps one file for each root, or None. A cache that is damaged or cannot be written is as none.
-    """
-    if not rescan and unchanged(root, cache) is not None:
-        known = _read_cache(_cache_path(root, cache))
-        if known is not None:
-            return known
-    started = time.time_ns()
-    files = scan(root)
-    settled = all(mtime_ns < started - SETTLED_NS for mtime_ns, _ in files.folders.values())
-    if cache is not None and len(files.names) > CACHE_FROM and settled:
-        _write_cache(_cache_path(root, cache), files)
-    return files
-
-
-def unchanged(root: Path | str, cache: Path | None) -> str | None:
-    """Return a digest of the files that `snapshot` would take from its cache; None when it would list again.
-
-    It reads the folders' times and no names: a listing's digest can be remembered under it, so that starting is quick.
-    """
-    try:
-        with _cache_path(root, cache).open("rb") as file, np.load(file, allow_pickle=False) as stored:
-            header = json.loads(stored["header"].tobytes())
-        same = header["version"] == CACHE_VERSION and all(
-            _folder_stamp(root, name) == tuple(stamp) for name, stamp in header["folders"].items()
-        )
-        return header["sha256"] if same else None
-    except CACHE_ERRORS:
-        return None
-
-
-def scan(root: Path | str) -> Files:
-    """Walk `root` and return its files, whatever their type; links are followed, names with a leading dot are not.
-
-    Raises `MicrotomeError` when a folder is missing or cannot be read, and when links lead to one folder twice: images
-    would be counted twice, or the walk never end.
-    """
-    base = os.fspath(root)
-    names: list[str] = []
-    stamps: list[tuple[int, int]] = []
-    folders: dict[str, tuple[int, int]] = {}
-    seen: dict[tuple[int, int], str] = {}
-    hidden = 0
-    waiting = [""]
-    while waiting:
-        folder = waiting.pop()
-        try:
-            status = Path(base, folder).stat()
-            first = seen.setdefault((status.st_dev, status.st_ino), folder)
-            if first != folder:
-                raise MicrotomeError(
-                    f"links in {base} lead to one folder twice: {first!r} and {folder!r}; remove one of them"
-                )
-            entries = os.scandir(f"{base}/{folder}")
-        except OSError as error:
-            raise MicrotomeError(f"cannot read the folder {base}/{folder}: {error.strerror or error}") from error
-        folders[folder] = (status.st_mtime_ns, status.st_ino)
-        prefix = f"{folder}/" if folder else ""
-        with entries:
-            for entry in entries:
-                name = entry.name
-                if name[0] == "." or name == "__MACOSX":
-                    hidden += 1
-                elif _is_folder(entry):
-                    waiting.append(prefix + name)
-                else:
-                    names.append(prefix + name)
-                    stamps.append(_file_stamp(entry))
-    order = sorted(range(len(names)), key=names.__getitem__)
-    columns = np.array(stamps, np.int64).reshape(-1, 2)[order]
-    return Files([names[i] for i in order], columns[:, 0].copy(), columns[:, 1].copy(), folders, hidden)
-
-
-def _is_folder(entry: os.DirEntry) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a loop of links
-        return False
-
-
-def _file_stamp(entry: os.DirEntry) -> tuple[int, int]:
-    try:
-        if entry.is_file():
-            status = entry.stat()
-            return status.st_size, status.st_mtime_ns
-    except OSError:  # removed since, or a loop of links
-        pass
-    return -1, -1
-
-
-def _folder_stamp(root: Path | str, name: str) -> tuple[int, int]:
-    status = Path(root, name).stat()
-    return status.st_mtime_ns, status.st_ino
-
-
-def _cache_path(root: Path | str, cache: Path | None) -> Path:
-    if cache is None:
-        raise FileNotFoundError("no cache")
-    return cache / f"{hashlib.sha256(os.fsencode(Path(root).absolute())).hexdigest()[:20]}.listing.npz"
-
-
-def _write_cache(path: Path, files: Files) -> None:
-    names = json.dumps(files.names).encode("ascii")  # its escapes keep names that are not UTF-8
-    content = hashlib.sha256(names)
-    for numbers in (files.size, files.mtime_ns):
-        content.update(numbers.astype("<i8").tobytes())
-    header = {"version": CACHE_VERSION, "sha256": content.hexdigest(), "folders": files.folders, "hidden": files.hidden}
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            np.savez(
-                file,
-                header=np.frombuffer(json.dumps(header).encode("ascii"), np.uint8),
-                names=np.frombuffer(names, np.uint8),
-                size=files.size,
-                mtime_ns=files.mtime_ns,
-            )
-        temporary.replace(path)
-    except OSError:
-        return  # the next run lists again
-
-
-def _read_cache(path: Path) -> Files | None:
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-            header = json.loads(stored["header"].tobytes())
-            names = json.loads(stored["names"].tobytes())
-            size, mtime_ns = stored["size"], stored["mtime_ns"]
-        folders = {name: (mtime, inode) for name, (mtime, inode) in header["folders"].items()}
-        hidden = header["hidden"]
-    except CACHE_ERRORS:
-        return None
-    return Files(names, size, mtime_ns, folders, hidden) if len(names) == len(size) == len(mtime_ns) else None
-
-
 # Names
 
 
-def _check_names(names: list[str], folder: Path | str) -> None:
+def check_names(names: list[str], folder: Path | str) -> None:
     """Refuse names that are not UTF-8: they cannot be an image id, which every result stores as text."""
     if "".join(names).isascii():
         return
@@ -682,7 +567,7 @@ def _count(extensions: Iterable[str]) -> str:
     return ", ".join(f"{counts[extension]:,} {extension}" for extension in sorted(counts)) or "no files"
 
 
-def _extension(name: str) -> str:
+def extension_of(name: str) -> str:
     """Return the extension in lower case, with its dot."""
     dot = name.rfind(".")
     if dot <= name.rfind("/"):

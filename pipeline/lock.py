@@ -1,24 +1,41 @@
-"""Kernel locks, which no crash leaves behind: one run at a time on a results folder, one job on shared layers."""
+"""Locks: one run at a time on a results folder, one job at a time on shared layers.
+
+Kernel locks, which no crash leaves behind, wherever the file system has them. Where it has none, the lock on a results
+folder is a file whose holder changes it every few seconds: one that has stopped to change is nobody's.
+"""
 
 import contextlib
+import errno
 import fcntl
+import hashlib
 import json
 import os
 import socket
+import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, Self
 
-from pipeline.errors import MicrotomeError
+from pipeline.errors import MicrotomeError, explained
+
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+BEAT = 5.0  # seconds between two signs of life
+PATIENCE = 4  # missed ones after which a holder is dead
 
 
 class RunLock:
-    """The lock on a results folder: `acquire` it, or learn who holds it; it goes with the process."""
+    """The lock on a results folder: `acquire` it, or learn who holds it; it goes with the process.
+
+    Attributes: `left_open`, whether the run before did not give it back, known once the lock is held.
+    """
 
     def __init__(self, results: Path) -> None:
         self.path = results / ".microtome" / "lock"
         self.file: IO[str] | None = None
+        self.left_open = False
+        self._released = threading.Event()
 
     def acquire(self) -> None:
         """Take the lock, or raise `MicrotomeError` that names host, pid and start of the run that holds it."""
@@ -29,36 +46,122 @@ class RunLock:
             file = self.path.open("a+")
         except OSError as error:
             raise MicrotomeError(
-                f"the results folder {self.path.parent.parent} cannot be written: {error.strerror}"
+                f"the results folder {self.path.parent.parent} cannot be written: {explained(error) or error.strerror}"
             ) from error
+        beating = False
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            file.seek(0)
-            holder = file.read()
-            file.close()
-            raise MicrotomeError(f"another run works on {self.path.parent.parent}: {_describe(holder)}") from None
-        file.truncate(0)
-        json.dump(
-            {"host": socket.gethostname(), "pid": os.getpid(), "since": time.time(), "folder": str(Path.cwd())}, file
-        )
-        file.flush()
+            self._refuse(file)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                file.close()
+                raise
+            if not self._abandoned(file):
+                self._refuse(file)
+            beating = True
+        file.seek(0)
+        self.left_open = bool(file.read())
         self.file = file
+        self._write(0)
+        if beating:
+            threading.Thread(target=self._beat, daemon=True, name="lock").start()
+
+    def release(self) -> None:
+        """Give the lock back: there is nothing to clear up. A lock that is not held stays as it is."""
+        if self.file is None:
+            return
+        self._released.set()
+        self.file.truncate(0)
+        self.file.close()
+        self.file = None
+
+    def __enter__(self) -> Self:
+        self.acquire()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Give the lock back, as it was found: what an earlier run left to clear up is still to be cleared up."""
+        if self.left_open and self.file is not None:
+            self._released.set()
+            self.file.close()
+            self.file = None
+        self.release()
+
+    def _refuse(self, file: IO[str]) -> None:
+        file.seek(0)
+        holder = file.read()
+        file.close()
+        raise MicrotomeError(f"another run works on {self.path.parent.parent}: {_describe(holder)}")
+
+    def _write(self, beat: int) -> None:
+        assert self.file is not None
+        holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.time(), "folder": str(Path.cwd())}
+        self.file.truncate(0)
+        json.dump(holder | {"beat": beat}, self.file)
+        self.file.flush()
+
+    def _beat(self) -> None:
+        beat = 0
+        while not self._released.wait(BEAT):
+            beat += 1
+            with contextlib.suppress(OSError, ValueError):  # the disk is full, or the lock was just released
+                self._write(beat)
+
+    def _abandoned(self, file: IO[str]) -> bool:
+        """Whether nobody holds the lock, on a file system without kernel locks."""
+
+        def read() -> str:
+            file.seek(0)
+            return file.read()
+
+        before = read()
+        holder = _parsed(before)
+        if not before or (holder.get("host") == socket.gethostname() and not _runs(holder.get("pid"))):
+            return True
+        end = time.monotonic() + PATIENCE * BEAT
+        while time.monotonic() < end:
+            time.sleep(BEAT / 5)
+            if read() != before:
+                return False
+        return True
 
 
 @contextlib.contextmanager
 def one_at_a_time(path: Path) -> Iterator[None]:
-    """Wait for the lock `path` and hold it: for what jobs of one run write together, the stores of shared layers."""
+    """Wait for the lock `path` and hold it: for what jobs of one run write together, the stores of shared layers.
+
+    On a file system without locks, one in this machine's temporary folder stands for it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with contextlib.ExitStack() as stack:
+        try:
+            fcntl.flock(stack.enter_context(path.open("a")), fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            name = hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:20]
+            here = Path(tempfile.gettempdir(), f"microtome-{os.getuid()}-{name}.lock")
+            fcntl.flock(stack.enter_context(here.open("a")), fcntl.LOCK_EX)
         yield
+
+
+def _runs(pid: Any) -> bool:
+    return isinstance(pid, int) and Path(f"/proc/{pid}").exists()
+
+
+def _parsed(holder: str) -> dict[str, Any]:
+    try:
+        value = json.loads(holder)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def _describe(holder: str) -> str:
     try:
-        value = json.loads(holder)
+        value = _parsed(holder)
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(value["since"]))
         return f"pid {value['pid']} on {value['host']}, in {value['folder']}, since {since}"
-    except (ValueError, KeyError, TypeError):
+    except (KeyError, TypeError):
         return "it has not said who it is"

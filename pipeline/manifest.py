@@ -5,6 +5,7 @@ output depends on; inside stand the output's digest, the manifests it was made f
 crc32c of every file. It is written last and atomically, and removed before anything it describes is rewritten.
 """
 
+import contextlib
 import json
 import os
 import tempfile
@@ -88,6 +89,15 @@ def recorded_files(store: Path) -> Files:
             files = Manifest.read(path).files
             found |= {name.removeprefix(inside): files[name] for name in files if name.startswith(inside)}
     return found
+
+
+def latest(done: Path, stage: str) -> Manifest | None:
+    """The newest manifest of a stage in one `done` folder; damaged ones do not count."""
+    found = []
+    for path in done.glob(f"{stage}.*.json"):
+        with contextlib.suppress(MicrotomeError, FileNotFoundError):
+            found.append(Manifest.read(path))
+    return max(found, key=lambda manifest: manifest.provenance["began"], default=None)
 
 
 def remove_others(done: Path, stage: str, keep: str | None = None) -> None:

@@ -7,22 +7,29 @@ Writes
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline import stage
-from pipeline.cluster import client, device, run_tasks
+from pipeline.cluster import check_memory, client, device, run_tasks
 from pipeline.config import Network
 from pipeline.errors import MicrotomeError
-from pipeline.identity import FileDigests, crc32c
+from pipeline.identity import FileDigests, crc32c, digest
 from pipeline.manifest import write_atomically
+from pipeline.networks import NetworkSpec
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from pipeline.plan import Plan, Step
+    from pipeline.store import Reader
 
 VERSION = 1
+REMEDY = "lower `batch_size` of the recipe, or the number of images"
 CODE = ("pipeline/checkpoint.py", "pipeline/network.py", "pipeline/networks.py", "pipeline/training.py")
 
 
@@ -45,7 +52,7 @@ def settings(spec: Network, digests: FileDigests) -> dict[str, Any]:
     return made_of
 
 
-def architecture(spec: Network, digests: FileDigests) -> dict[str, Any]:
+def architecture(spec: NetworkSpec, digests: FileDigests) -> dict[str, Any]:
     """The builder and its arguments; for a module, the digest of its file."""
     if spec.torchvision is not None:
         return {"torchvision": spec.torchvision, "arguments": spec.arguments}
@@ -67,15 +74,26 @@ def run(plan: Plan, step: Step) -> None:
         training = {
             "store": plan.results / ingest.dataset / "images.zarr",
             "files": stage.below("images.zarr", manifest.files),
-            "folder": folder / f"training-{step.id}",
+            "recipe": digest({key: value for key, value in step.settings.items() if key != "parents"}),
         }
+        stage.refers_to(plan, step, [folder])
+        held = manifest.result["images"] * 3 * math.prod(manifest.result["size"])
+        what = f"{step.name}, which holds all images,"
+        check_memory(plan.config.cluster, held, what, "give the data set fewer images")
     with client(plan.config.cluster, plan.scratch) as workers:
-        (facts,) = run_tasks(workers, make, [(spec, folder, training)], 1, step.name)
+        (facts,) = run_tasks(workers, make, [(spec, folder, training)], 1, step.name, REMEDY)
     files = {}
     for name in ("model.safetensors", "model.json"):
         data = (folder / name).read_bytes()
         files[name] = (len(data), crc32c(data))
     stage.finish(plan, step, began, facts["weights_sha256"], files, facts)
+
+
+def discard(plan: Plan, step: Step) -> list[Path]:
+    """The files and folders that this step made, with what a training left to be taken up again."""
+    assert step.network is not None
+    folder = plan.results / "networks" / step.network
+    return [folder / "model.safetensors", folder / "model.json", *folder.glob("training-*")]
 
 
 def make(spec: Network, folder: Path, training: dict[str, Any] | None) -> dict[str, Any]:
@@ -85,7 +103,7 @@ def make(spec: Network, folder: Path, training: dict[str, Any] | None) -> dict[s
 
     if spec.train is not None:
         assert training is not None
-        network, facts = _train(spec, f"network {folder.name}", **training)
+        network, facts = _train(spec, folder, **training)
     else:
         network, facts = load(spec), {}
     path = folder / "model.safetensors"
@@ -103,11 +121,15 @@ def make(spec: Network, folder: Path, training: dict[str, Any] | None) -> dict[s
         "recipe": spec.train.recipe.model_dump() if spec.train else None,
     }
     write_atomically(folder / "model.json", json.dumps(described | facts, indent=1))
-    return {key: facts[key] for key in ("weights_sha256", "parameters", "accuracy") if key in facts}
+    return {key: facts[key] for key in ("weights_sha256", "parameters", "accuracy", "training") if key in facts}
 
 
-def _train(spec: Network, name: str, store: Path, files: dict, folder: Path) -> tuple[Any, dict[str, Any]]:
-    """Train, or take up a training that was cut short; the finished weights stay in `folder` for the same recipe."""
+def _train(spec: Network, folder: Path, store: Path, files: dict, recipe: str) -> tuple[Any, dict[str, Any]]:
+    """Train, or take up a training that was cut short.
+
+    Its folder is named after the recipe and the images that are trained on, and stays: when other images come, only the
+    accuracy is measured again.
+    """
     from pipeline.networks import load
     from pipeline.store import Reader
     from pipeline.training import CURVE_POINTS, fit
@@ -120,14 +142,16 @@ def _train(spec: Network, name: str, store: Path, files: dict, folder: Path) -> 
         raise MicrotomeError(
             f"data set {spec.train.dataset!r} has no valid images in split {spec.train.split!r} to train on"
         )
-    images = reader["image"][:]
 
     def progress(done: int, steps: int, loss: float, accuracy: float) -> None:
         if done % max(1, steps // 10) < max(1, steps // CURVE_POINTS):
-            print(f"  {name}: step {done}/{steps}, loss {loss:.2f}, accuracy {accuracy:.0%}", file=sys.stderr)
+            so_far = f"step {done}/{steps}, loss {loss:.2f}, accuracy {accuracy:.0%}"
+            print(f"  network {folder.name}: {so_far}", file=sys.stderr)
 
     network = load(spec.model_copy(update={"weights": "random"}))
-    parts = {part: (images[mask], label[mask]) for part, mask in chosen.items() if mask.any()}
+    parts = {part: (_pixels(reader, mask), label[mask]) for part, mask in chosen.items() if mask.any()}
+    pixels, labels = parts[spec.train.split]
+    training = f"training-{digest([recipe, hashlib.blake2b(pixels.data).hexdigest(), labels.tolist()])}"
     facts = fit(
         network,
         train=parts[spec.train.split],
@@ -135,8 +159,22 @@ def _train(spec: Network, name: str, store: Path, files: dict, folder: Path) -> 
         mean=spec.preprocessing.mean,
         std=spec.preprocessing.std,
         recipe=spec.train.recipe,
-        folder=folder,
+        folder=folder / training,
         progress=progress,
         device=device(),
     )
-    return network, facts
+    return network, facts | {"training": training}
+
+
+def _pixels(reader: Reader, mask: np.ndarray) -> np.ndarray:
+    """The images of a mask, uint8 (image, channel, y, x), read a shard at a time: none is held twice."""
+    import numpy as np
+
+    array = reader["image"]
+    step, found, at = array.chunks[0], np.empty((int(mask.sum()), *array.shape[1:]), np.uint8), 0
+    for start in range(0, len(mask), step):
+        rows = np.flatnonzero(mask[start : start + step])
+        if len(rows):
+            found[at : at + len(rows)] = array[start : start + step][rows]
+            at += len(rows)
+    return found

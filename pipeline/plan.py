@@ -152,11 +152,17 @@ def make(wanted: Config, rescan: bool = False, arguments: Sequence[str] = ()) ->
 
     ingests: dict[str, Step] = {}
     labelled: dict[str, Step] = {}
-    for name, dataset in wanted.datasets.items():
-        ingests[name] = add("ingest", datasets.settings(dataset, plan.scratch, rescan), [], name)
+    found = {
+        name: datasets.summary(dataset, plan.scratch, ingest.VERSION, rescan)
+        for name, dataset in wanted.datasets.items()
+    }
+    for name in wanted.datasets:
+        ingests[name] = add("ingest", found[name].settings, [], name)
     used = {d for n in wanted.networks.values() for d in datasets_of(wanted, n)}
     for name in sorted(used):
-        labelled[name] = add("concepts", concepts.settings(wanted.datasets[name], digests), [ingests[name]], name)
+        found[name].require(name, wanted.datasets[name].dissect.split)
+        labels = concepts.settings(wanted.datasets[name], wanted.segmenters, digests)
+        labelled[name] = add("concepts", labels, [ingests[name]], name)
 
     dissected: list[Step] = []
     ablated: list[Step] = []
@@ -164,6 +170,8 @@ def make(wanted: Config, rescan: bool = False, arguments: Sequence[str] = ()) ->
     for name, spec in plan.networks.items():
         if not datasets_of(wanted, spec):  # `only` left it none
             continue
+        if spec.train:
+            found[spec.train.dataset].require(spec.train.dataset, spec.train.split)
         parents = [ingests[spec.train.dataset]] if spec.train else []
         loaded[name] = add("network", network.settings(spec, digests), parents, network=name)
     for name, spec in plan.networks.items():
@@ -177,7 +185,7 @@ def make(wanted: Config, rescan: bool = False, arguments: Sequence[str] = ()) ->
             settings = dissect.settings(dataset, permuted=not untrained, control_images=wanted.controls.images)
             dissected.append(add("dissect", settings, [ingests[data], labelled[data], extracted], data, name))
             if ablate.wanted(spec, data):
-                settings = ablate.settings(name, spec, data, dataset, datasets.listing(dataset, plan.scratch))
+                settings = ablate.settings(name, spec, data, dataset, found[data])
                 parents = [ingests[data], loaded[name], extracted, dissected[-1]]
                 ablated.append(add("ablate", settings, parents, data, name))
     add("report", report.settings(wanted), [*loaded.values(), *dissected, *ablated])
@@ -193,13 +201,26 @@ def datasets_of(wanted: Config, spec: Network) -> list[str]:
 def settle(plan: Plan, dry: bool = False) -> list[str]:
     """Set aside every wanted manifest that was made from other parents than those that stand there now.
 
-    A parent that is missing, damaged, set aside, or has another output digest than the one recorded (a network trained
-    again, say) takes its children with it. No store is touched: the shard ledgers decide what is done again. Returns
-    one line a manifest; with `dry` nothing is moved.
+    No store is touched: the shard ledgers decide what is done again. Returns one line a manifest; with `dry` nothing is
+    moved.
+    """
+    found = outdated(plan)
+    for path in found if not dry else ():
+        aside = plan.scratch / "aside" / path
+        aside.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(plan.results / path, aside)
+    return [f"{plan.steps[path].name}: {reason}" for path, reason in found.items()]
+
+
+def outdated(plan: Plan) -> dict[str, str]:
+    """The wanted manifests that are there and no longer stand for what a run would make now, and why.
+
+    A parent that is missing, damaged, outdated, or has another output digest than the one recorded (a network trained
+    again, say) takes its children with it.
     """
     gone: set[str] = set()
     digests: dict[str, str] = {}
-    said = []
+    found: dict[str, str] = {}
     for step in plan.steps.values():
         path = plan.results / step.manifest
         try:
@@ -214,12 +235,8 @@ def settle(plan: Plan, dry: bool = False) -> list[str]:
             digests[step.manifest] = manifest.digest
             continue
         gone.add(step.manifest)
-        said.append(f"{step.name}: {reason}")
-        if not dry:
-            aside = plan.scratch / "aside" / step.manifest
-            aside.parent.mkdir(parents=True, exist_ok=True)
-            shutil.move(path, aside)
-    return said
+        found[step.manifest] = reason
+    return found
 
 
 def _outdated(results: Path, step: Step, manifest: Manifest, digests: Mapping[str, str], gone: set[str]) -> str | None:

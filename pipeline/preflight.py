@@ -1,4 +1,5 @@
 """Before any work: every network is built on the meta device, with its layers and its checkpoint's names and shapes.
+Segmenters too, with their outputs and class lists.
 
 That needs torch, so it runs in a process of its own, once for a network, a size of images and a choice of layers; what
 was found is kept by that id.
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +28,24 @@ from pipeline.plan import Plan, Step
 VERSION = 1
 
 
+@dataclass(frozen=True)
+class Question:
+    """Something to inspect: how messages call it, where its answer is kept, and the request."""
+
+    name: str
+    kept: Path
+    request: dict[str, Any]
+
+
 def check(plan: Plan) -> None:
     """Inspect what has not been inspected yet; raise `MicrotomeError` that says everything that is wrong."""
-    unknown = [step for step in _steps(plan) if not _kept(plan, step).exists()]
+    unknown = [question for question in questions(plan) if not question.kept.exists()]
     if not unknown:
         return
-    print(f"inspecting {', '.join(step.name.removeprefix('extract ') for step in unknown)}", file=sys.stderr)
+    print(f"inspecting {', '.join(question.name for question in unknown)}", file=sys.stderr)
     with tempfile.TemporaryDirectory() as folder:
         asked, answered = Path(folder, "requests.json"), Path(folder, "answers.json")
-        asked.write_text(json.dumps([_request(plan, step) for step in unknown]))
+        asked.write_text(json.dumps([question.request for question in unknown]))
         process = subprocess.run(
             [sys.executable, "-m", "pipeline.inspection", str(asked), str(answered)],
             env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
@@ -43,13 +54,22 @@ def check(plan: Plan) -> None:
             raise MicrotomeError(f"the inspection of the networks failed with exit status {process.returncode}")
         answers = json.loads(answered.read_text())
     errors = []
-    for step, answer in zip(unknown, answers, strict=True):
+    for question, answer in zip(unknown, answers, strict=True):
         if "error" in answer:
-            errors.append(f"network {step.network!r} on {step.dataset!r}: {answer['error']}")
+            errors.append(f"{question.name}: {answer['error']}")
         else:
-            write_atomically(_kept(plan, step), json.dumps(answer["result"], indent=1))
+            write_atomically(question.kept, json.dumps(answer["result"], indent=1))
     if errors:
         raise MicrotomeError("\n  ".join(errors))
+
+
+def questions(plan: Plan) -> list[Question]:
+    """What has to be inspected for a plan: networks, then segmenters, each with every data set that it sees."""
+    networks = [
+        Question(f"network {step.network!r} on {step.dataset!r}", _kept(plan, step), _request(plan, step))
+        for step in _steps(plan)
+    ]
+    return [*networks, *_segmenters(plan)]
 
 
 def sizes(plan: Plan) -> list[str]:
@@ -69,6 +89,10 @@ def sizes(plan: Plan) -> list[str]:
         ablated = _ablated(plan, step)
         if ablated is not None:
             lines += [_ablation(ablated, found, layer, flops) for layer, flops in found["ablation"].items()]
+    for question in _segmenters(plan):
+        concepts = json.loads(question.kept.read_text())["concepts"]
+        named = ", ".join(f"{len(names)} of {category}" for category, names in concepts.items())
+        lines.append(f"{question.name}: concepts, {named}")
     return lines
 
 
@@ -85,6 +109,17 @@ def _ablation(step: Step, found: Mapping[str, Any], layer: str, flops: float | N
 def _steps(plan: Plan) -> list[Step]:
     """The untrained control has the architecture of its network: one inspection does for both."""
     return [step for step in plan.of_stage("extract") if not (step.network or "").endswith(UNTRAINED)]
+
+
+def _segmenters(plan: Plan) -> list[Question]:
+    found = []
+    for step in plan.of_stage("concepts"):
+        size = next(plan.steps[path] for path in step.parents).settings["size"]
+        for name, made_of in step.settings.get("segmenters", {}).items():
+            kept = plan.scratch / "inspected" / f"{digest([VERSION, made_of, size])}.json"
+            request = {"segmenter": plan.config.segmenters[name].model_dump(), "size": size}
+            found.append(Question(f"segmenter {name!r} on {step.dataset!r}", kept, request))
+    return found
 
 
 def _kept(plan: Plan, step: Step) -> Path:

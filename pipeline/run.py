@@ -6,21 +6,24 @@ import atexit
 import contextlib
 import io
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from pipeline import cluster, config, plan, preflight
-from pipeline.errors import MicrotomeError
+from pipeline import cluster, config, plan, preflight, processes
+from pipeline.errors import MicrotomeError, explained
 from pipeline.lock import RunLock
 from pipeline.manifest import Manifest
 from pipeline.plan import Plan
+from pipeline.processes import PLAN
 
-PLAN = "MICROTOME_PLAN"  # environment variable: the plan that the main process made, for its jobs
+GRACE = 6  # seconds that jobs and workers have to end in good order after an interrupt
 
 
 class Run:
@@ -40,14 +43,24 @@ class Run:
         overrides: Mapping[str, Any] | None = None,
     ) -> None:
         self.pool: subprocess.Popen | None = None
+        self.interrupted = False
         # Jobs and workers import this same code, from any working directory.
         own = str(Path(__file__).parent.parent)
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [own, os.environ.get("PYTHONPATH")]))
         if not main and PLAN in os.environ:
             self.plan = Plan.read(Path(os.environ[PLAN]))
             return
+        processes.announce()
+        try:
+            self._prepare(raw, dry, arguments(files, overrides or {}))
+        except OSError as error:
+            if (said := explained(error)) is None:
+                raise
+            raise MicrotomeError(said) from error
+
+    def _prepare(self, raw: Mapping[str, Any], dry: bool, asked: Sequence[str]) -> None:
         wanted = config.parse({key: value for key, value in raw.items() if key != "rescan"})
-        self.plan = plan.make(wanted, bool(raw.get("rescan")), arguments(files, overrides or {}))
+        self.plan = plan.make(wanted, bool(raw.get("rescan")), asked)
         self.lock = RunLock(self.plan.results)
         preflight.check(self.plan)
         if dry:
@@ -60,9 +73,21 @@ class Run:
         except MicrotomeError as error:
             self.refused = error
             return
+        atexit.register(self.lock.release)
+        if self.lock.left_open:
+            self._clear_up()
         for line in plan.settle(self.plan):
             print(f"made again: {line}", file=sys.stderr)
         os.environ[PLAN] = str(self.plan.save().absolute())
+
+    def _clear_up(self) -> None:
+        """The run before did not end in good order: wait for what is left of it, remove its temporary files."""
+        from pipeline.store import remove_partials
+
+        print("the run before did not end in good order: clearing up after it", file=sys.stderr)
+        processes.end_leftovers(self.plan.scratch / "plans")
+        cluster.clear(self.plan.scratch)
+        remove_partials(self.plan.results)
 
     def targets(self, stage: str) -> list[str]:
         """The manifests of a stage, as Snakemake names them."""
@@ -89,14 +114,37 @@ class Run:
         if self.refused is not None:
             raise self.refused
         self.began = time.time()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._interrupt)
         self.pool, address = cluster.start_pool(self.plan.config.cluster, self.plan.scratch)
         os.environ[cluster.ADDRESS] = str(address.absolute())
         atexit.register(self.stop)
 
-    def stop(self) -> None:
+    def stop(self, failed: bool = False) -> None:
+        """After the last job. A run that failed leaves the lock's file: there may be something to clear up."""
         if self.pool is not None:
             cluster.stop_pool(self.pool)
             self.pool = None
+        if failed:
+            atexit.unregister(self.lock.release)
+
+    def _interrupt(self, number: int, frame: object) -> None:
+        """SIGTERM and Ctrl-C: jobs and workers are told to end, and killed if they do not; a second one does not wait.
+
+        Snakemake's own answer to SIGTERM is to wait until the running jobs are done.
+        """
+        if self.interrupted:
+            processes.ask_to_end(processes.descendants(), signal.SIGKILL)
+            os._exit(128 + number)
+        self.interrupted = True
+        print(f"{signal.Signals(number).name}: stopping; finished shards are kept, run again to go on", file=sys.stderr)
+        processes.ask_to_end(processes.descendants(but=[self.pool.pid] if self.pool else []))
+        if self.pool is not None and self.pool.stdin is not None:
+            self.pool.stdin.close()
+        overdue = threading.Timer(GRACE, lambda: processes.ask_to_end(processes.descendants(), signal.SIGKILL))
+        overdue.daemon = True
+        overdue.start()
+        raise KeyboardInterrupt
 
     def account(self) -> str:
         """How the time of this run was spent, a line a job, and where the report is."""
@@ -135,6 +183,8 @@ def job(stage: str, wildcards: Any, log: str) -> None:
 
     What is printed goes to the terminal and to `log`, whose folder exists.
     """
+    processes.end_with_main()
+    processes.interruptible()
     wanted = Plan.read(Path(os.environ[PLAN]))
     step = wanted.wanted(stage, wildcards["id"], wildcards.get("dataset"), wildcards.get("network"))
     with Path(log).open("w", encoding="utf-8") as file, contextlib.redirect_stderr(_Both(sys.stderr, file)):
@@ -144,6 +194,11 @@ def job(stage: str, wildcards: Any, log: str) -> None:
             print(f"error: {step.name}: {error}", file=sys.stderr)
         except KeyboardInterrupt:
             print(f"interrupted: {step.name}; finished shards are kept, run again to go on", file=sys.stderr)
+        except OSError as error:
+            if (said := explained(error)) is None:
+                traceback.print_exc()
+            else:
+                print(f"error: {step.name}: {said}", file=sys.stderr)
         except Exception:
             traceback.print_exc()
         else:

@@ -1,21 +1,24 @@
-"""What every stage does at its end: write the manifest that proves it finished."""
+"""What every stage does at its beginning and its end, where the manifest is written that proves it finished."""
 
 from __future__ import annotations
 
 import functools
+import json
 import platform
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.manifest import Files, Manifest, remove_others
+from pipeline.identity import digest
+from pipeline.manifest import Files, Manifest, remove_others, write_atomically
 
 if TYPE_CHECKING:
     from pipeline.plan import Plan, Step
 
+UNFINISHED = "unfinished"  # folder of the scratch folder: what steps that were begun refer to
 PACKAGES = ("torch", "torchvision", "numpy", "numba", "zarr", "dask", "snakemake")
 
 
@@ -25,28 +28,51 @@ def begin(plan: Plan, step: Step) -> float:
     return time.time()
 
 
+def refers_to(plan: Plan, step: Step, folders: Iterable[Path]) -> None:
+    """Note the folders that a step fills, so that they are not swept up before it is finished."""
+    names = sorted({folder.relative_to(plan.results).as_posix() for folder in folders})
+    write_atomically(_note(plan, step), json.dumps({"step": step.name, "folders": names}))
+
+
+def _note(plan: Plan, step: Step) -> Path:
+    return plan.scratch / UNFINISHED / f"{step.stage}.{digest([step.dataset, step.network])}.json"
+
+
 def finish(
     plan: Plan,
     step: Step,
     began: float,
-    digest: str,
+    output: str,
     files: Files,
     result: Mapping[str, Any] | None = None,
     includes: Mapping[str, str] | None = None,
+    made: tuple[int, int] | None = None,
 ) -> Manifest:
-    """Write the manifest of a finished step. `files` are relative to the folder that holds `done/`."""
+    """Write the manifest of a finished step.
+
+    Parameters
+    ----------
+    began : as `begin` returned it.
+    output : digest of the output.
+    files : size and crc32c of its files, relative to the folder that holds `done/`.
+    result, includes : as in `Manifest`.
+    made : how many shards were made now, of how many; the others were there.
+    """
     manifest = Manifest(
         stage=step.stage,
         id=step.id,
-        digest=digest,
+        digest=output,
         parents={path: plan.manifest(plan.steps[path]).digest for path in step.parents},
         files=files,
         includes=includes or {},
         result=result or {},
         settings=step.settings,
-        provenance=provenance() | {"began": began, "seconds": round(time.time() - began, 3)},
+        provenance=provenance()
+        | {"began": began, "seconds": round(time.time() - began, 3)}
+        | ({"made": made[0], "shards": made[1]} if made else {}),
     )
     manifest.write(plan.results / step.manifest)
+    _note(plan, step).unlink(missing_ok=True)
     return manifest
 
 

@@ -23,7 +23,7 @@ from zarr.storage import LocalStore
 
 from pipeline.errors import MicrotomeError
 from pipeline.identity import crc32c
-from pipeline.manifest import Files
+from pipeline.manifest import Files, write_atomically
 
 # An absent all-zero chunk could not be told from a lost one, and the scan for such chunks is the write bottleneck.
 # One thread a process: Dask workers are the parallelism.
@@ -57,7 +57,9 @@ def create(path: Path, arrays: Mapping[str, Array], attrs: Mapping[str, Any], co
     """Create a store, or bring an existing one to this layout.
 
     An array that differs only in shape is resized and keeps its chunks; any other difference (dtype, chunks, dimension
-    names) starts the array anew. Metadata is consolidated, so that `xarray.open_zarr` opens it without a warning.
+    names) starts the array anew. A zarr.json that is lost or damaged is written again beside the chunks that are there:
+    the ledger knows which of them are good. Metadata is consolidated, so that `xarray.open_zarr` opens it without a
+    warning.
     """
     attributes = dict(attrs)
     if coordinates:
@@ -65,16 +67,18 @@ def create(path: Path, arrays: Mapping[str, Array], attrs: Mapping[str, Any], co
     try:
         group = zarr.open_group(LocalStore(path), mode="r+", zarr_format=3, use_consolidated=False)
     except (FileNotFoundError, ValueError, KeyError):  # absent, or its zarr.json is damaged
-        shutil.rmtree(path, ignore_errors=True)
+        (path / "zarr.json").unlink(missing_ok=True)
         group = zarr.create_group(LocalStore(path), zarr_format=3)
     for name, array in arrays.items():
         _create_array(group, path / name, name, array)
-    group.update_attributes(attributes)
-    for stale in set(group.attrs) - set(attributes):
-        del group.attrs[stale]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # zarr: "consolidated metadata is not yet part of the v3 specification"
         zarr.consolidate_metadata(group.store)
+    # zarr names the arrays in the order of the file system, which is not the same everywhere.
+    layout = json.loads((path / "zarr.json").read_text())
+    layout["attributes"] = attributes
+    layout["consolidated_metadata"]["metadata"] = dict(sorted(layout["consolidated_metadata"]["metadata"].items()))
+    write_atomically(path / "zarr.json", json.dumps(layout, indent=2))
 
 
 def _create_array(group: zarr.Group, folder: Path, name: str, array: Array) -> None:
@@ -92,6 +96,7 @@ def _create_array(group: zarr.Group, folder: Path, name: str, array: Array) -> N
             existing = group[name]
         except (KeyError, ValueError):
             existing = None
+            (folder / "zarr.json").unlink(missing_ok=True)
         if isinstance(existing, zarr.Array):
             same = (
                 existing.chunks == array.chunk
@@ -105,7 +110,7 @@ def _create_array(group: zarr.Group, folder: Path, name: str, array: Array) -> N
                 if existing.shape != array.shape:
                     existing.resize(array.shape)
                 return
-    shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(folder)
     group.create_array(name, **wanted)
 
 
@@ -170,9 +175,9 @@ def attributes(path: Path) -> Mapping[str, Any]:
 
 
 def metadata_files(path: Path) -> Files:
-    """Size and crc32c of the zarr.json files of a store (small, read back)."""
+    """Size and crc32c of the zarr.json files of a store and its arrays (small, read back)."""
     found: Files = {}
-    for file in sorted(path.rglob("zarr.json")):
+    for file in sorted((*path.glob("zarr.json"), *path.glob("*/zarr.json"))):  # below are chunks, maybe a million
         data = file.read_bytes()
         found[file.relative_to(path).as_posix()] = (len(data), crc32c(data))
     return found
@@ -188,10 +193,14 @@ class _Verifying(LocalStore):
         self, key: str, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
     ) -> Buffer | None:
         if key.endswith("zarr.json"):
-            return await super().get(key, prototype, byte_range)
-        if self.held[0] != key:
-            self.held = (key, verified_bytes(Path(self.root), key, self.expected))
-        data = self.held[1]
+            # Asked for whether it is there or not; one that was recorded has to be what was written.
+            if key not in self.expected:
+                return await super().get(key, prototype, byte_range)
+            data = verified_bytes(Path(self.root), key, self.expected)
+        else:
+            if self.held[0] != key:
+                self.held = (key, verified_bytes(Path(self.root), key, self.expected))
+            data = self.held[1]
         match byte_range:
             case RangeByteRequest(start, end):
                 data = data[start:end]
@@ -290,6 +299,11 @@ class Ledger:
             file.write(body + b"\t" + str(crc32c(body)).encode() + b"\n")
         self.entries[shard] = entry
         return entry
+
+    def clear(self) -> None:
+        """Forget everything: the store is gone."""
+        self.path.unlink(missing_ok=True)
+        self.entries.clear()
 
     def _ends_with_newline(self) -> bool:
         with self.path.open("rb") as file:

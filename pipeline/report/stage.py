@@ -71,3 +71,11 @@ def made(plan: Plan, step: Step) -> Made:
 
     manifest = plan.manifest(step)
     return Made(step.stage, step.dataset, step.network, step.id, manifest.provenance.get("seconds"), manifest.result)
+
+
+def discard(plan: Plan, step: Step) -> list[Path]:
+    """The files and folders that this step made."""
+    from pipeline.report.site import FOLDERS
+
+    out = (plan.results / step.manifest).parent.parent
+    return [*out.glob("*.html"), *(out / folder for folder in FOLDERS)]

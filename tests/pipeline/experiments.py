@@ -150,4 +150,5 @@ def run(raw: Mapping[str, Any], *stages: str) -> Plan:
 
 def lines(ledger: Path) -> list[dict[str, Any]]:
     """The entries of a ledger file, one for each shard that was made, in the order in which they were."""
-    return [json.loads(line.rpartition("\t")[0]) for line in ledger.read_text().splitlines()]
+    entries = [json.loads(line.rpartition("\t")[0]) for line in ledger.read_text().splitlines()]
+    return [entry for entry in entries if entry["files"]]

@@ -8,7 +8,9 @@ import sys
 import time
 from pathlib import Path
 
+import dask
 import pytest
+from distributed import Client, LocalCluster
 
 from pipeline import cluster
 from pipeline.config import Cluster
@@ -48,6 +50,20 @@ def slow(folder, value):
         fail(value)
 
 
+def hungry(kind):
+    import torch
+
+    if kind == "numpy":
+        raise MemoryError("Unable to allocate 8 TiB")
+    if kind == "torch":
+        torch.empty(1 << 50)
+    raise RuntimeError("something else")
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def environment():
     return {name: os.environ.get(name) for name in (*cluster.THREADS, "CUDA_VISIBLE_DEVICES")}
 
@@ -63,6 +79,41 @@ def test_the_first_error_is_raised_and_the_rest_is_not_done(client, tmp_path):
     with pytest.raises(MicrotomeError, match="task 3 failed"):
         list(cluster.run_tasks(client, slow, tasks, 1000, "slow"))
     assert 4 <= len(list(tmp_path.glob("[0-9]*"))) < 30
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+def test_out_of_memory_says_what_to_lower(client, kind):
+    with pytest.raises(
+        MicrotomeError, match=r"feast: out of memory \(.*\): lower the portions, or lower `cluster.work"
+    ):
+        list(cluster.run_tasks(client, hungry, [(kind,)], 1, "feast", "lower the portions"))
+    with pytest.raises(RuntimeError, match="something else"):
+        list(cluster.run_tasks(client, hungry, [("else",)], 1, "feast"))
+
+
+def test_memory():
+    assert cluster.memory(Cluster(memory="3 GB", workers=7)) == 3_000_000_000
+    one, two = (cluster.memory(Cluster(workers=count)) for count in (1, 2))
+    assert 0 < two <= one // 2
+    cluster.check_memory(Cluster(memory="1 GB"), 300e6, "a feast", "lower the portions")
+    with pytest.raises(MicrotomeError) as error:
+        cluster.check_memory(Cluster(memory="1 GB"), 900e6, "a feast", "lower the portions")
+    assert str(error.value) == (
+        "a feast needs about 1.53 GB a worker, and a worker may use 1.00 GB: lower the portions, or raise "
+        "`cluster.memory`, or lower `cluster.workers`"
+    )
+
+
+def test_a_task_that_kills_its_workers():
+    """It is given up after some deaths, with a reason, and the pool goes on."""
+    with (
+        dask.config.set({"distributed.scheduler.allowed-failures": 0}),
+        LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None, silence_logs=50) as local,
+        Client(local) as found,
+    ):
+        with pytest.raises(MicrotomeError, match="deadly: of 1 workers each died while computing one task"):
+            list(cluster.run_tasks(found, die, [()], 1, "deadly"))
+        assert list(cluster.run_tasks(found, square, [(3,)], 1, "after")) == [9]
 
 
 def test_tasks_are_drawn_a_few_at_a_time(client):

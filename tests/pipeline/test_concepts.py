@@ -168,13 +168,24 @@ def test_label_maps_of_the_wanted_split_alone(tmp_path):
     shards = manifest(plan).result["shards"]
     assert shards == [1, 2] and made(tmp_path) == ["1 truth/thing", "2 truth/thing"]
     with pytest.raises(
-        MicrotomeError, match=r"photos: no valid image has split 'test' \(there are: train, validation\)"
+        MicrotomeError, match=r"'photos' has no split 'test'; it has train \(5 images\), validation \(5 images\)"
     ):
         run(
             segmentation(tmp_path, split={"csv": str(tmp_path / "splits.csv")}, dissect={"split": "test"}),
             "ingest",
             "concepts",
         )
+
+
+def test_a_split_of_which_no_image_is_valid(tmp_path):
+    labelled_images(tmp_path, NAMES)
+    splits = [f"{name}.png,{'train' if k < 5 else 'validation'}" for k, name in enumerate(NAMES)]
+    (tmp_path / "splits.csv").write_text("\n".join(["image,split", *splits]))
+    for name in NAMES[5:]:
+        (tmp_path / f"images/{name}.png").write_bytes(b"broken")
+    raw = segmentation(tmp_path, split={"csv": str(tmp_path / "splits.csv")}, max_bad_fraction=1)
+    with pytest.raises(MicrotomeError, match=r"photos: no valid image has split 'validation' \(there are: train\)"):
+        run(raw, "ingest", "concepts")
 
 
 def test_colours_of_a_changed_image(tmp_path):

@@ -70,7 +70,7 @@ def tasks_of(plan):
     """The tasks of an extraction, as `run` makes them, into stores of their own."""
     step = next(plan.of_stage("extract"))
     images, model = Images.of(plan, step), extract.model_of(plan, step)
-    prepared = extract.prepare(model, images.size)
+    prepared = extract.prepare(model, images.size, extract.VERSION)
 
     def into(folder):
         layers = [extract.Layer(id, folder / id / "activations.zarr", *rest) for id, *rest in prepared.layers]
@@ -285,7 +285,7 @@ def test_the_manifests_of_layers_and_network(tmp_path):
 def test_a_split_without_images(tmp_path):
     raw = scenes(tmp_path)
     raw["datasets"]["scenes"]["images"] = {"train": 4, "validation": 0}
-    with pytest.raises(MicrotomeError, match=r"scenes: no valid image has split 'validation' \(there are: train\)"):
+    with pytest.raises(MicrotomeError, match=r"'scenes' has no split 'validation'; it has train \(4 images\)"):
         run(raw, *STAGES)
 
 

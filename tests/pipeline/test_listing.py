@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import pipeline.listing as listing_module
+import pipeline.snapshot as snapshot_module
 from pipeline.errors import MicrotomeError
 from pipeline.listing import (
     Fixed,
@@ -22,12 +22,11 @@ from pipeline.listing import (
     group,
     list_imagefolder,
     list_segmentation,
+    list_table,
     read_labels,
-    scan,
     slots,
-    snapshot,
-    unchanged,
 )
+from pipeline.snapshot import scan, snapshot, unchanged
 
 SHARED = Path(os.environ.get("MICROTOME_SHARED", Path(__file__).parents[3] / "shared"))
 real_data = pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="the shared real data are not on this machine")
@@ -313,6 +312,63 @@ def test_shares_are_as_large_as_asked():
         assert abs((split == name).mean() - share) < 0.015
 
 
+# Tables that name the images
+
+
+def test_a_table_names_the_images(tmp_path):
+    make(tmp_path / "d", "b/2.JPG", "a/1", "x, y.png", "not named.png", ".hidden/3.png")
+    table = tmp_path / "t.csv"
+    table.write_text(
+        'Path,class,Split,name\nb/2.JPG,7,val,fox\n"x, y.png",0,train,\na/1,7,test,fox\n.hidden/3.png,0,val,\n'
+    )
+    listing = list_table(tmp_path / "d", table, None)
+    assert ids(listing) == [".hidden/3.png", "a/1", "b/2.JPG", "x, y.png"]
+    assert listing.split.tolist() == ["validation", "test", "validation", "train"]
+    assert listing.label.tolist() == [0, 7, 7, 0] and listing.classes[7] == "fox" and len(listing.classes) == 8
+    assert listing.size.tolist() == [13, 3, 7, 8] and (listing.mtime_ns > 0).all()
+    assert listing.path(2).read_bytes() == b"b/2.JPG"
+    assert list_table(tmp_path / "d", table, Fixed("train")).splits() == {"train": 4}
+    assert list_table(tmp_path / "d", table, SplitTable(table)).splits() == listing.splits()
+
+
+def test_a_table_of_paths_alone(tmp_path):
+    make(tmp_path, "b", "a")
+    (tmp_path / "t.csv").write_text("file\nb\na\nabsent/c\n")
+    listing = list_table(tmp_path, tmp_path / "t.csv", None)
+    assert ids(listing) == ["a", "absent/c", "b"] and listing.classes == [] and listing.splits() == {"validation": 3}
+    assert listing.size.tolist() == [1, -1, 1]  # what is not there is refused when it is decoded
+    by_hash = list_table(tmp_path, tmp_path / "t.csv", Share({"a": 0.5, "b": 0.5}))
+    assert by_hash.split.tolist() == assign_splits(["a", "absent/c", "b"], Share({"a": 0.5, "b": 0.5})).tolist()
+
+
+@pytest.mark.parametrize("path", ["../a", "/etc/passwd", "a/../../b", "./a", "a//b", "a/", "", "a/.", "..", "nul\0l"])
+def test_paths_that_lead_elsewhere_are_refused(tmp_path, path):
+    (tmp_path / "t.csv").write_text(f'path\nfine.png\n"{path}"\n')
+    with pytest.raises(MicrotomeError, match=r"line 3 of .* has the path .*; expected one below"):
+        list_table(tmp_path, tmp_path / "t.csv", None)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", r"has the columns \(none\); expected one of image_id, image, path, file"),
+        ("path,label\n", "names no images"),
+        ("path,label\na,x\na,y\n", "line 3 of .* names 'a' again, first on line 2"),
+        ("path,label\na,x\nb,\n", "line 3 of .* has an empty 'label' for 'b'"),
+        ("path,split\na,train\nb,../x\n", r"line 3 of .* has the split '\.\./x'"),
+        ("path,label,label\na,x,y\n", "has two columns 'label'; rename one"),
+        ("path,label\na,99999999\n", "line 2 of .* has the label 99999999"),
+    ],
+)
+def test_tables_of_images_that_are_refused(tmp_path, text, message):
+    (tmp_path / "t.csv").write_text(text)
+    with pytest.raises(MicrotomeError, match=message):
+        list_table(tmp_path, tmp_path / "t.csv", None)
+    with pytest.raises(MicrotomeError, match=r"cannot read the folder .*nowhere"):
+        (tmp_path / "fine.csv").write_text("path\na\n")
+        list_table(tmp_path / "nowhere", tmp_path / "fine.csv", None)
+
+
 # Slots and groups
 
 
@@ -394,7 +450,7 @@ def test_the_digest_does_not_depend_on_the_order_of_the_file_system(tmp_path, mo
             pass
 
     scandir = os.scandir
-    monkeypatch.setattr(listing_module.os, "scandir", lambda path: Reversed(reversed(list(scandir(path)))))
+    monkeypatch.setattr(snapshot_module.os, "scandir", lambda path: Reversed(reversed(list(scandir(path)))))
     again = list_imagefolder(tmp_path, ALL)
     assert again.digest() == expected.digest()
     assert (again.record_digests() == expected.record_digests()).all()
@@ -512,7 +568,7 @@ def test_segmentations_that_are_refused(scenes):
 @pytest.fixture
 def cached(tmp_path, monkeypatch) -> tuple[Path, Path]:
     """A root and a cache folder; the root is large enough for the cache and was left alone for a while."""
-    monkeypatch.setattr(listing_module, "CACHE_FROM", 3)
+    monkeypatch.setattr(snapshot_module, "CACHE_FROM", 3)
     root = make(tmp_path / "d", "a/1.png", "a/2.png", "b/3.png", "b/4.png")
     settle(root)
     return root, tmp_path / "cache"
@@ -530,7 +586,7 @@ def test_an_unchanged_data_set_is_not_walked_again(cached, monkeypatch):
     files = snapshot(root, cache)
     stamp = unchanged(root, cache)
     assert stamp is not None
-    monkeypatch.setattr(listing_module, "scan", lambda root: pytest.fail("walked again"))
+    monkeypatch.setattr(snapshot_module, "scan", lambda root: pytest.fail("walked again"))
     again = snapshot(root, cache)
     assert again.names == files.names and again.folders == files.folders and again.hidden == files.hidden
     assert (again.size == files.size).all() and (again.mtime_ns == files.mtime_ns).all()
@@ -564,7 +620,7 @@ def test_a_folder_that_has_just_changed_is_not_trusted(cached):
 
 def test_small_data_sets_are_listed_every_time(cached, monkeypatch):
     root, cache = cached
-    monkeypatch.setattr(listing_module, "CACHE_FROM", 20_000)
+    monkeypatch.setattr(snapshot_module, "CACHE_FROM", 20_000)
     snapshot(root, cache)
     assert unchanged(root, cache) is None and not cache.exists()
 
@@ -599,6 +655,25 @@ def test_names_that_are_not_utf8_survive_the_cache(cached):
     assert snapshot(root, cache).names == snapshot(root, cache).names == scan(root).names
     assert unchanged(root, cache) is not None
     assert list_imagefolder(root, ALL, cache=cache).ignored == {".txt": 1}
+
+
+def test_named_files_are_looked_up_once(cached, monkeypatch):
+    root, cache = cached
+    table = root.parent / "t.csv"
+    table.write_text("path\na/1.png\nb/3.png\nb/4.png\nb/none.png\n")
+    expected = list_table(root, table, None, cache)
+    whole = snapshot(root, cache)  # the same folder, all of it: another entry
+    assert len(whole.names) == 4 and unchanged(root, cache) is not None and unchanged(root, cache, table) is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(snapshot_module, "look_up", lambda *_: pytest.fail("looked up again"))
+        assert list_table(root, table, None, cache).digest() == expected.digest()
+    make(root, "b/none.png")
+    assert unchanged(root, cache, table) is None
+    assert list_table(root, table, None, cache).size.tolist() == [7, 7, 7, 10]
+    settle(root)
+    list_table(root, table, None, cache)
+    table.write_text("path\na/2.png\nb/3.png\nb/4.png\nb/none.png\n")  # no folder has changed
+    assert ids(list_table(root, table, None, cache))[0] == "a/2.png"
 
 
 def test_walking_is_fast(tmp_path):

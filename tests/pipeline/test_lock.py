@@ -1,15 +1,21 @@
 """One run at a time on a results folder."""
 
+import errno
+import fcntl
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from pipeline.errors import MicrotomeError
-from pipeline.lock import RunLock
+from pipeline.lock import RunLock, one_at_a_time
 
 ROOT = Path(__file__).parents[2]
 HOLD = "import sys; from pathlib import Path; from pipeline.lock import RunLock; lock = RunLock(Path(sys.argv[1])); "
@@ -74,3 +80,86 @@ def test_a_results_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "results").write_text("a file")
     with pytest.raises(MicrotomeError, match=r"results cannot be written: (Not a directory|File exists)"):
         RunLock(tmp_path / "results").acquire()
+
+
+@pytest.fixture
+def no_kernel_locks(monkeypatch):
+    """A file system that has none, and a holder that shows signs of life ten times a second."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("pipeline.lock.fcntl.flock", refuse)
+    monkeypatch.setattr("pipeline.lock.BEAT", 0.1)
+
+
+@pytest.mark.usefixtures("no_kernel_locks")
+def test_without_kernel_locks_a_living_holder_is_respected(tmp_path):
+    lock = RunLock(tmp_path)
+    lock.acquire()
+    assert not lock.left_open
+    with pytest.raises(MicrotomeError, match=f"another run works on .*: pid {os.getpid()} on"):
+        RunLock(tmp_path).acquire()
+    lock.release()
+    second = RunLock(tmp_path)
+    second.acquire()
+    assert not second.left_open, "the first gave it back"
+    second.release()
+
+
+@pytest.mark.usefixtures("no_kernel_locks")
+@pytest.mark.parametrize("host", ["this", "another"])
+def test_without_kernel_locks_a_dead_holder_is_not_waited_for_long(tmp_path, host):
+    """On this machine its number says that it has ended; on another one it shows no sign of life."""
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    lock = RunLock(tmp_path)
+    lock.path.parent.mkdir()
+    name = socket.gethostname() if host == "this" else "another-host"
+    lock.path.write_text(json.dumps({"host": name, "pid": gone.pid, "since": 0, "folder": "x", "beat": 3}))
+    began = time.monotonic()
+    lock.acquire()
+    assert lock.left_open
+    assert time.monotonic() - began < (0.3 if host == "this" else 2)
+    lock.release()
+
+
+def test_what_a_run_leaves_in_the_lock(tmp_path):
+    lock = RunLock(tmp_path)
+    lock.acquire()
+    lock.file.close()  # as a killed process leaves it
+    after = RunLock(tmp_path)
+    after.acquire()
+    assert after.left_open
+    after.release()
+    assert after.path.read_text() == ""
+    after.release()  # again: nothing to do
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+def test_one_job_at_a_time(tmp_path, kernel, monkeypatch):
+    if not kernel:
+        flock, refused = fcntl.flock, str(tmp_path / "layers.lock")
+
+        def only_elsewhere(file, operation):
+            if file.name == refused:
+                raise OSError(errno.ENOTSUP, "Operation not supported")
+            flock(file, operation)
+
+        monkeypatch.setattr("pipeline.lock.fcntl.flock", only_elsewhere)
+        monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    inside, most = [], []
+
+    def job():
+        with one_at_a_time(tmp_path / "layers.lock"):
+            inside.append(1)
+            most.append(len(inside))
+            time.sleep(0.02)
+            inside.pop()
+
+    jobs = [threading.Thread(target=job) for _ in range(5)]
+    for each in jobs:
+        each.start()
+    for each in jobs:
+        each.join()
+    assert most == [1] * 5

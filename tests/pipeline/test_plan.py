@@ -117,6 +117,7 @@ CHANGES = {
     "networks.tiny.ablate.draws": (3, {"report"}),  # the section adds a step, and changes none
     "controls.images": (8, {"dissect", "report"}),
     "report.title": ("Another", {"report"}),
+    "figures.width": ("one", {"report"}),
     "name": ("other", {"report"}),
     "results": ("elsewhere", set()),
     "cluster.workers": (2, set()),

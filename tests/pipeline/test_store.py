@@ -186,14 +186,29 @@ def test_a_longer_store_keeps_its_chunks_and_another_layout_does_not(store):
     assert Reader(path, files)["label"][0:4].tolist() == [0, 1, 2, 3]
 
 
-def test_a_damaged_layout_starts_anew(store):
-    path, _, _ = store
-    (path / "activation/zarr.json").write_text("no json")
-    create(path, {"activation": MAPS, "label": PLAIN}, {})
-    assert not list(path.glob("activation/c/*"))
-    (path / "zarr.json").write_text("")
-    create(path, {"activation": MAPS, "label": PLAIN}, {})
-    assert not list(path.glob("label/c/*"))
+@pytest.mark.parametrize("name", ["zarr.json", "activation/zarr.json", "label/zarr.json"])
+@pytest.mark.parametrize("what", ["no json", "", None])
+def test_a_damaged_layout_is_written_again_and_its_chunks_stay(store, name, what):
+    path, files, values = store
+    before = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    if what is None:
+        (path / name).unlink()
+    else:
+        (path / name).write_text(what)
+    create(path, {"activation": MAPS, "label": PLAIN}, {"scale": 1.0})
+    assert {file: file.read_bytes() for file in path.rglob("*") if file.is_file()} == before
+    np.testing.assert_array_equal(Reader(path, files | metadata_files(path))["activation"][:], values)
+
+
+@pytest.mark.parametrize("name", ["zarr.json", "activation/zarr.json"])
+def test_a_layout_that_was_changed_is_refused(store, name):
+    """It is still JSON, and a reader that does not know better would take it as it is."""
+    path, files, _ = store
+    files = files | metadata_files(path)
+    text = (path / name).read_text()
+    (path / name).write_text(text.replace("1.0", "2.0", 1) if name == "zarr.json" else text.replace("10,", "12,", 1))
+    with pytest.raises(DamagedStoreError, match=rf"{path}: chunk {name} has checksum"):
+        Reader(path, files)["activation"][:]
 
 
 def test_xarray_reads_it_as_it_is(tmp_path):

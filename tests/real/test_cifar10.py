@@ -20,6 +20,7 @@ def test_published_accuracy(beside_data):
         "--config",
         f"networks={json.dumps(one_layer)}",
         'controls={"images": 64}',
+        "only=resnet20,vit",
     )
     results = beside_data / "results"
     images = xarray.open_zarr(results / "cifar10/images.zarr")

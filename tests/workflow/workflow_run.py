@@ -16,6 +16,7 @@ from pipeline.manifest import Manifest
 
 ROOT = Path(__file__).parents[2]
 TINY = str(Path(__file__).parent / "networks" / "tiny.py")
+PARSING = str(Path(__file__).parent / "networks" / "parsing.py")
 
 
 def snakemake(folder: Path, config: Mapping[str, Any] | Path, *arguments: str, code: int = 0) -> str:
@@ -80,7 +81,8 @@ def digest_of(path: Path) -> str:
 
 def ledger_shards(ledger: Path) -> list[str]:
     """The shards a ledger records, one entry for each time a shard was made."""
-    return [json.loads(line.rpartition("\t")[0])["shard"] for line in ledger.read_text().splitlines()]
+    entries = [json.loads(line.rpartition("\t")[0]) for line in ledger.read_text().splitlines()]
+    return [entry["shard"] for entry in entries if entry["files"]]
 
 
 def jobs_run(said: str) -> dict[str, int]:

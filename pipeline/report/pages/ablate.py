@@ -124,8 +124,8 @@ def finding(one: Section) -> str:
     rank, judge = found.settings["rank"], found.settings["judge"]
     depending = len(found.by_dependence) - len(found.without_units)
     text = (
-        f"{one.label}, {found.layer}: of {len(found.classes)} classes, {depending} lose balanced accuracy on split "
-        f"{rank} when one of {sentences.plural(len(found.units), 'unit')} is removed"
+        f"{one.label}, {found.layer}: of {len(found.classes)} classes, {depending} lose balanced accuracy on "
+        f"split {rank} when one of {sentences.plural(len(found.units), 'unit')} is removed"
     )
     if not depending:
         return f"{text}."

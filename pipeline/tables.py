@@ -1,0 +1,104 @@
+"""CSV tables with one row an image: read as columns, every error with its line."""
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.errors import MicrotomeError, nearest
+
+IMAGE_COLUMNS = ("image_id", "image", "path", "file")
+LABEL_COLUMNS = ("label", "class_index", "class")
+SPLIT_COLUMNS = ("split",)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A CSV in UTF-8 with a header. Names of columns are in lower case; `lines` has the line of each row."""
+
+    path: Path
+    lines: list[int]
+    columns: dict[str, list[str]]
+
+    def find(self, names: Sequence[str]) -> str | None:
+        """Return the first of these columns that is there."""
+        return next((name for name in names if name in self.columns), None)
+
+    def column(self, names: Sequence[str]) -> str:
+        """Return the first of these columns that is there, or raise `MicrotomeError`."""
+        found = self.find(names)
+        if found is None:
+            there = ", ".join(self.columns) or "(none)"
+            raise MicrotomeError(f"{self.path} has the columns {there}; expected one of {', '.join(names)}")
+        return found
+
+    def images(self) -> list[str]:
+        """Return the image of each row, as it is written; none may be there twice."""
+        images = self.columns[self.column(IMAGE_COLUMNS)]
+        if len(set(images)) < len(images):
+            first: dict[str, int] = {}
+            for line, image in zip(self.lines, images, strict=True):
+                if first.setdefault(image, line) != line:
+                    raise MicrotomeError(f"{self.line(line)} names {image!r} again, first on line {first[image]}")
+        return images
+
+    def values(self, names: Sequence[str]) -> list[str]:
+        """Return the values of a column without space around them; none may be empty."""
+        name = self.column(names)
+        values = [value.strip() for value in self.columns[name]]
+        if "" in values:
+            at = values.index("")
+            image = self.columns[self.column(IMAGE_COLUMNS)][at]
+            raise MicrotomeError(f"{self.line(self.lines[at])} has an empty {name!r} for {image!r}")
+        return values
+
+    def line(self, number: int) -> str:
+        return f"line {number} of {self.path}"
+
+
+def read_table(path: Path) -> Table:
+    """Read a CSV; raise `MicrotomeError` where it is none, or a row has not one field a column."""
+    lines: list[int] = []
+    rows: list[list[str]] = []
+    try:
+        with Path(path).open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file, strict=True)
+            header = [name.strip().lower() for name in next(reader, [])]
+            width = len(header)
+            for cells in reader:
+                if len(cells) != width:
+                    if not cells:
+                        continue
+                    raise MicrotomeError(
+                        f"line {reader.line_num} of {path} has {len(cells)} fields, its header {width}"
+                    )
+                lines.append(reader.line_num)
+                rows.append(cells)
+    except OSError as error:
+        raise MicrotomeError(f"cannot read {path}: {error.strerror or error}") from error
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise MicrotomeError(f"{path} is not a CSV in UTF-8: {error}") from error
+    twice = next((name for name in header if name and header.count(name) > 1), None)
+    if twice is not None:
+        raise MicrotomeError(f"{path} has two columns {twice!r}; rename one")
+    columns = [list(column) for column in zip(*rows, strict=True)] if rows else [[] for _ in header]
+    return Table(Path(path), lines, dict(zip(header, columns, strict=True)))
+
+
+def rows_of(table: Table, image_ids: Sequence[str], what: str) -> list[int]:
+    """Return the row of each image; every row must name a listed image, and every image have a row."""
+    images = table.images()
+    row_of = dict(zip(images, range(len(images)), strict=True))
+    known = set(image_ids)
+    unknown = next((image for image in images if image not in known), None)
+    if unknown is not None:
+        hint = nearest(unknown, image_ids) if len(known) <= 10_000 else ""  # it compares with every name
+        line = table.line(table.lines[row_of[unknown]])
+        raise MicrotomeError(f"{line} names {unknown!r}, which is not an image of the data set{hint}")
+    missing = [image_id for image_id in image_ids if image_id not in row_of]
+    if missing:
+        n = len(missing)
+        raise MicrotomeError(
+            f"{n:,} images have no {what} in {table.path}, the first is {missing[0]!r}; add their rows"
+        )
+    return [row_of[image_id] for image_id in image_ids]

@@ -1,0 +1,97 @@
+"""The commands of `make`.
+
+python -m pipeline.upkeep verify RESULTS                          every chunk file against what was recorded
+python -m pipeline.upkeep repair RESULTS                          verify, then forget the damaged files: the next run
+                                                                  makes them again
+python -m pipeline.upkeep gc RESULTS [--yes]                      what no network refers to, and with --yes remove it
+python -m pipeline.upkeep why CONFIG [--only NAMES]               what would run, why, and what it costs
+python -m pipeline.upkeep recompute CONFIG STAGE [--only NAMES]   throw away what a stage made: the next run makes it
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from pipeline import config
+from pipeline.errors import MicrotomeError, explained
+from pipeline.lock import RunLock
+from pipeline.upkeep import damage, unreferenced
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.upkeep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in ("verify", "repair", "gc"):
+        command = commands.add_parser(name)
+        command.add_argument("results", type=Path)
+        if name == "gc":
+            command.add_argument("--yes", action="store_true", help="remove it")
+    for name in ("why", "recompute"):
+        command = commands.add_parser(name)
+        command.add_argument("config", type=Path)
+        if name == "recompute":
+            command.add_argument("stage")
+        command.add_argument("--only", metavar="NAMES", help="these networks or data sets, with commas between")
+    given = parser.parse_args(arguments)
+    try:
+        return {"verify": verify, "repair": repair, "gc": gc, "why": why, "recompute": recompute}[given.command](given)
+    except OSError as error:
+        if (said := explained(error)) is None:
+            raise
+        raise MicrotomeError(said) from error
+
+
+def verify(given: argparse.Namespace) -> int:
+    found = damage.verify(given.results)
+    print("\n".join(map(str, found)) or "every file is what was written")
+    return 1 if found else 0
+
+
+def repair(given: argparse.Namespace) -> int:
+    with RunLock(given.results):
+        found = damage.repair(given.results)
+    print("\n".join(map(str, found)) or "every file is what was written")
+    return 0
+
+
+def gc(given: argparse.Namespace) -> int:
+    total = 0
+    with RunLock(given.results):
+        for folder in unreferenced.folders(given.results):
+            total += (size := unreferenced.size_of(folder))
+            print(f"{size / 1e9:8.3f} GB  {folder}")
+            if given.yes:
+                unreferenced.remove(folder)
+    print(f"{total / 1e9:8.3f} GB in all {'removed' if given.yes else '(add --yes, or YES=1 with make, to remove)'}")
+    return 0
+
+
+def why(given: argparse.Namespace) -> int:
+    from pipeline.upkeep.why import explain
+
+    print("\n".join(explain(_wanted(given))) or "nothing would run")
+    return 0
+
+
+def recompute(given: argparse.Namespace) -> int:
+    from pipeline.upkeep.recompute import discard
+
+    wanted = _wanted(given)
+    with RunLock(Path(wanted.results)):
+        removed = discard(wanted, given.stage)
+    print("\n".join(removed) or "nothing of it is there")
+    return 0
+
+
+def _wanted(given: argparse.Namespace) -> config.Config:
+    wanted = config.load(given.config)
+    return config.select(wanted, given.only) if given.only else wanted
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except MicrotomeError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,124 @@
+"""Files that are not what was written: found by the manifests and ledgers that recorded them, and forgotten."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.errors import MicrotomeError
+from pipeline.identity import crc32c
+from pipeline.manifest import Files, Manifest
+from pipeline.store import Ledger
+
+SCRATCH = ".microtome"
+
+
+@dataclass(frozen=True)
+class Damage:
+    """One file that is not what was recorded when it was written, and the manifest or ledger that recorded it."""
+
+    record: Path
+    file: Path
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.what}"
+
+
+def manifests(results: Path) -> Iterator[Path]:
+    """Every manifest of a results folder."""
+    return (
+        path
+        for path in sorted(results.rglob("done/*.json"))
+        if SCRATCH not in path.relative_to(results).parts and not path.name.startswith(".")
+    )
+
+
+def verify(results: Path) -> list[Damage]:
+    """Compare every recorded file with its size and crc32c; report each file once.
+
+    Manifests record what is finished, and ledgers also the shards of stores that are not.
+    """
+    if not results.is_dir():
+        raise MicrotomeError(f"{results}: no such results folder")
+    found: dict[Path, Damage] = {}
+    good: set[tuple[Path, int, int]] = set()
+
+    def compare(record: Path, folder: Path, files: Files) -> None:
+        for name, (size, crc) in files.items():
+            file = folder / name
+            if file in found or (file, size, crc) in good:
+                continue
+            what = _compare(file, size, crc)
+            if what is None:
+                good.add((file, size, crc))
+            else:
+                found[file] = Damage(record, file, what)
+
+    for path in manifests(results):
+        try:
+            compare(path, path.parent.parent, Manifest.read(path).files)
+        except MicrotomeError as error:
+            found[path] = Damage(path, path, str(error))
+    for path in ledgers(results):
+        ledger, store = Ledger(path), path.with_suffix(".zarr")
+        compare(path, store, _inside(store, ledger.files(ledger.entries)))
+    return list(found.values())
+
+
+def ledgers(results: Path) -> Iterator[Path]:
+    """Every ledger of a results folder that stands beside a store."""
+    return (path for path in sorted(results.rglob("*.ledger")) if path.with_suffix(".zarr").is_dir())
+
+
+def _inside(store: Path, files: Files) -> Files:
+    """The chunk files inside the present shapes of their arrays: a ledger also knows shards of a larger store."""
+    shapes: dict[str, list[tuple[int, int]]] = {}
+    found: Files = {}
+    for name, recorded in files.items():
+        array, _, place = name.partition("/c/")
+        if array not in shapes:
+            try:
+                layout = json.loads((store / array / "zarr.json").read_text())
+                steps = layout["chunk_grid"]["configuration"]["chunk_shape"]
+                shapes[array] = list(zip(layout["shape"], steps, strict=True))
+            except (OSError, ValueError, KeyError):  # damaged itself: then every chunk is looked at
+                shapes[array] = []
+        if all(int(at) * step < length for at, (length, step) in zip(place.split("/"), shapes[array], strict=False)):
+            found[name] = recorded
+    return found
+
+
+def _compare(file: Path, size: int, crc: int) -> str | None:
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    if len(data) != size:
+        return f"{len(data)} bytes, {size} were written"
+    if crc32c(data) != crc:
+        return f"checksum {crc32c(data):08x}, {crc:08x} was written"
+    return None
+
+
+def repair(results: Path) -> list[Damage]:
+    """Forget every damaged file: remove it, and each manifest that names it. The next run makes only these again.
+
+    A ledger entry whose file is gone counts as absent, so the shard is made anew; what was made from it is checked by
+    id and digest, and stays where the bytes come out the same.
+    """
+    damaged = verify(results)
+    files = {damage.file for damage in damaged}
+    for path in manifests(results):
+        try:
+            names = Manifest.read(path).files
+        except MicrotomeError:
+            path.unlink()
+            continue
+        if any(path.parent.parent / name in files for name in names):
+            path.unlink()
+    for file in files:
+        file.unlink(missing_ok=True)
+    return damaged

@@ -1,0 +1,52 @@
+"""What no network of a results folder refers to any more: layers, dissections of layers, trainings, old manifests."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from pipeline.manifest import Manifest
+from pipeline.stage import UNFINISHED
+from pipeline.upkeep.damage import SCRATCH, manifests
+
+
+def folders(results: Path) -> list[Path]:
+    """Folders that nothing refers to: no manifest, and no step that was begun and is to be taken up again.
+
+    A damaged manifest stops this with `MicrotomeError`: what it refers to is not known.
+    """
+    used = _begun(results)
+    for path in manifests(results):
+        manifest = Manifest.read(path)
+        for name in manifest.includes:
+            layer, stem = (results / name).parent.parent, Path(name).stem
+            used |= {layer, layer / stem.replace(".", "-", 1)}
+        if manifest.stage == "network" and "training" in manifest.result:
+            used.add(path.parent.parent / manifest.result["training"])
+    found = []
+    for layer in sorted(results.glob("*/layers/*/")):
+        parts = sorted(layer.glob("dissect-*/"))
+        found += [part for part in parts if part not in used] if layer in used else [layer]
+    trainings = sorted(results.glob("networks/*/training-*/"))
+    found += [folder for folder in trainings if folder not in used and folder.parent not in used]
+    return found + [folder for folder in [results / SCRATCH / "aside"] if folder.is_dir()]
+
+
+def _begun(results: Path) -> set[Path]:
+    """Folders of steps that were begun and not finished."""
+    found: set[Path] = set()
+    for note in (results / SCRATCH / UNFINISHED).glob("*.json"):
+        found |= {results / name for name in json.loads(note.read_text())["folders"]}
+    return found
+
+
+def remove(folder: Path) -> None:
+    """Remove an unreferenced folder, its manifest first."""
+    if folder.name.startswith("dissect-"):
+        (folder.parent / "done" / f"{folder.name.replace('-', '.', 1)}.json").unlink(missing_ok=True)
+    shutil.rmtree(folder)
+
+
+def size_of(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

@@ -1,0 +1,157 @@
+"""Only what a change touches is made again, counted on the demo's two networks; and it equals a run from scratch."""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+from changes import (
+    CHANGES,
+    CNN_LAYERS,
+    IMAGES,
+    SHARDS,
+    VIT_LAYERS,
+    Change,
+    Work,
+    apply,
+    changed,
+    experiment,
+    photographs,
+    retrain_elsewhere,
+    run,
+    with_training,
+)
+
+pytestmark = pytest.mark.usefixtures("workers")
+NETWORKS = ("cnn", "cnn-untrained", "vit", "vit-untrained")
+ALL = {"cnn": CNN_LAYERS, "cnn-untrained": CNN_LAYERS, "vit": VIT_LAYERS, "vit-untrained": VIT_LAYERS}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, workers):
+    """A finished run."""
+    folder = tmp_path_factory.mktemp("base")
+    work = run(experiment(folder))
+    assert work.decoded == work.labelled // 4 == SHARDS
+    assert work.forwards == dict.fromkeys(NETWORKS, SHARDS)
+    assert work.written == work.counted == ALL
+    return folder
+
+
+def expected(name: str, work: Work) -> dict:
+    """What a change may cost. Networks that are not named make nothing."""
+    nothing: dict = {"forwards": {}, "written": {}, "counted": {}, "decoded": 0, "labelled": 0}
+    cnn_tail = ["features.conv6"]
+    return nothing | {
+        "nothing": {},
+        "checkpoints touched, one copied to another name": {},
+        "checkpoint of the CNN replaced: other weights, same size, older time": {
+            "forwards": {"cnn": SHARDS}, "written": {"cnn": CNN_LAYERS}, "counted": {"cnn": CNN_LAYERS},
+        },
+        "head of the CNN trained again": {"forwards": {"cnn": SHARDS}},
+        "CNN fine-tuned from its fifth convolution on": {
+            "forwards": {"cnn": SHARDS}, "written": {"cnn": cnn_tail}, "counted": {"cnn": cnn_tail},
+        },
+        "ViT fine-tuned from its second block on": {
+            "forwards": {"vit": SHARDS}, "written": {"vit": VIT_LAYERS[1:]}, "counted": {"vit": VIT_LAYERS[1:]},
+        },
+        # Its control has one more layer too.
+        "one more layer of the CNN": {
+            "forwards": {"cnn": SHARDS, "cnn-untrained": SHARDS},
+            "written": {"cnn": ["features.conv3"], "cnn-untrained": ["features.conv3"]},
+            "counted": {"cnn": ["features.conv3"], "cnn-untrained": ["features.conv3"]},
+        },
+        # Its untrained control is that of the CNN, another name for the same layers.
+        "one more network": {
+            "forwards": {"more": SHARDS, "more-untrained": SHARDS},
+            "written": {"more": CNN_LAYERS}, "counted": {"more": CNN_LAYERS},
+        },
+        "one more source of concepts (colours of the pixels)": {"labelled": SHARDS, "counted": ALL},
+        "another quantile": {"counted": ALL},
+        "version of the dissection raised": {"counted": ALL},
+        "version of the extraction raised": {
+            "forwards": dict.fromkeys(NETWORKS, SHARDS), "written": ALL, "counted": ALL,
+        },
+        "text or code of the report": {},
+    }[name]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.name)
+def test_what_a_change_costs(tmp_path, base, change: Change):
+    work = apply(change, base, tmp_path / "run")
+    found = {
+        "forwards": {name: count for name, count in work.forwards.items() if count},
+        "written": {name: layers for name, layers in work.written.items() if layers},
+        "counted": {name: layers for name, layers in work.counted.items() if layers},
+        "decoded": work.decoded,
+        "labelled": work.labelled,
+    }
+    assert found == expected(change.name, work)
+    match change.name:
+        case "nothing" | "checkpoints touched, one copied to another name":
+            assert work.steps == []
+        case "text or code of the report":
+            assert work.steps == ["report"]
+        case "one more source of concepts (colours of the pixels)":
+            assert work.categories == {"pixels/colour"}, "the others are taken over"
+        case "head of the CNN trained again":
+            assert work.stages("vit") == work.stages("cnn-untrained") == []
+
+
+def test_a_network_of_another_machine(tmp_path):
+    """The same recipe gave other weights there: everything that read the old ones, and no training."""
+    raw = with_training(experiment(tmp_path))
+    run(raw)
+    retrain_elsewhere(tmp_path, raw)
+    work = run(raw)
+    assert {name for name, layers in work.written.items() if layers} == {"cnn"}
+    assert work.written["cnn"] == work.counted["cnn"] == CNN_LAYERS
+    assert sorted(work.steps) == ["dissect scenes cnn", "extract scenes cnn", "report"]
+
+    # Other validation images ask for another accuracy, not for another training.
+    before = (tmp_path / "results/networks/cnn/model.safetensors").read_bytes()
+    more = changed(raw, "datasets", "scenes", "images", to={"train": 32, "validation": 44})
+    work = run(more)
+    assert work.decoded == 1 and set(work.forwards.values()) == {1, SHARDS}
+    folders = list((tmp_path / "results/networks/cnn").glob("training-*"))
+    assert len(folders) == 1
+    assert (tmp_path / "results/networks/cnn/model.safetensors").read_bytes() != before, "what was trained here is back"
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_images_that_come_go_or_change(tmp_path, name):
+    touched = {"one image changed": 1, "one image deleted": 1, "three images added": 2, "all images touched": 0}[name]
+    (tmp_path / "grown").mkdir()
+    (tmp_path / "fresh").mkdir()
+    raw = photographs(tmp_path / "grown")
+    run(raw)
+    IMAGES[name](tmp_path / "grown")
+    work = run(raw)
+    assert work.forwards == {"tiny": touched}
+    assert work.decoded == (touched or 3)
+    assert work.counted["tiny"] == (["a", "b"] if touched else [])
+
+
+def test_grown_equals_made_at_once(tmp_path):
+    """Images added in three steps, to one results folder, give the bytes that a fresh one has."""
+    source = tmp_path / "source"
+    source.mkdir()
+    raw = experiment_of_photographs(source, 4)
+    for count in (4, 7, 10):
+        raw = experiment_of_photographs(source, count)
+        run(raw)
+    fresh = changed(raw, "results", to=str(tmp_path / "fresh"))
+    run(fresh)
+    grown, once = table_of(source / "results"), table_of(tmp_path / "fresh")
+    assert grown == once
+
+
+def experiment_of_photographs(folder: Path, count: int) -> dict:
+    from experiments import labelled_images, segmentation
+
+    labelled_images(folder, [f"town/{i}" for i in range(count)])
+    return segmentation(folder)
+
+
+def table_of(results: Path) -> str:
+    """units.csv: slots depend on when images came, and no number does."""
+    return hashlib.sha256((results / "photos/tiny/units.csv").read_bytes()).hexdigest()
