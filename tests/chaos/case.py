@@ -132,15 +132,22 @@ class Case:
     # Moments
 
     def moment(self, running: Running, stage: str) -> bool:
-        """Wait for a random moment of a job of this stage; False if the run ended before."""
+        """Wait for a random moment of the jobs of this stage, their end at the latest; False if the run ended before."""
         share = self.random.random()
         while not self._job_began(running, stage):
             if running.process.poll() is not None:
                 return False
             time.sleep(0.01)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            running.process.wait(share * folder.seconds(self.undisturbed, stage))
+        end = time.monotonic() + share * folder.seconds(self.undisturbed, stage)
+        wanted = self._done(stage, self.undisturbed)
+        while time.monotonic() < end and running.process.poll() is None:
+            if self._done(stage, self.results) >= wanted:
+                break
+            time.sleep(0.01)
         return running.process.poll() is None
+
+    def _done(self, stage: str, results: Path) -> int:
+        return sum(1 for _ in results.rglob(f"done/{stage}.*.json"))
 
     def _job_began(self, running: Running, stage: str) -> bool:
         for log in self.results.rglob(f"logs/{stage}.*.log"):
