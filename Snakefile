@@ -36,6 +36,7 @@ wildcard_constraints:
 localrules:
     report,
     dissect,
+    ablate,
 
 
 include: "workflow/rules/common.smk"
@@ -54,9 +55,15 @@ rule dissect:
         RUN.targets("dissect"),
 
 
+rule ablate:
+    input:
+        RUN.targets("ablate"),
+
+
 include: "workflow/rules/data.smk"
 include: "workflow/rules/networks.smk"
 include: "workflow/rules/dissection.smk"
+include: "workflow/rules/ablation.smk"
 include: "workflow/rules/report.smk"
 
 

@@ -265,6 +265,27 @@ class Train(Strict):
     recipe: Recipe = Field(Recipe(), description="how it is trained")
 
 
+class Ablate(Strict):
+    """Which units each class depends on: layers whose units are removed, one at a time and in sets."""
+
+    layers: Literal["last"] | Annotated[list[str], Field(min_length=1)] = Field(
+        "last", description="names among the network's `layers`; `last`: the last of them"
+    )
+    replace: Literal["zero", "mean", "shuffled"] = Field(
+        "zero", description="what a removed unit gives: 0, its mean over `rank`, or what it gives for another image"
+    )
+    rank: str = Field("train", description="the split by whose losses units are ranked for each class")
+    judge: str | None = Field(
+        None, description="the split that sets of units are judged on; default: the one that is dissected"
+    )
+    images: PositiveInt | None = Field(None, description="bound on the images of each split; default: all")
+    sizes: Annotated[list[PositiveInt], Field(min_length=1)] = Field(
+        [1, 2, 3, 4, 5, 20, 64, 128, 256, 512, 1024], description="of the sets; those below the layer's units are used"
+    )
+    draws: NonNegativeInt = Field(10, description="random sets of each size, as a control")
+    datasets: list[Name] | None = Field(None, description="on these data sets; default: all of the network's")
+
+
 class Network(NetworkSpec):
     """A network: how to build it, its weights, and the layers to look at."""
 
@@ -277,6 +298,7 @@ class Network(NetworkSpec):
     numerics: Numerics = Field(Numerics(), description="how it is computed")
     train: Train | None = Field(None, description="with `weights: train`, how")
     datasets: list[Name] | None = Field(None, description="the data sets to dissect it on; default: all")
+    ablate: Ablate | None = Field(None, description="with this section, units are removed; default: none are")
 
     @model_validator(mode="after")
     def _training_together(self) -> "Network":
@@ -388,7 +410,8 @@ class Config(Strict):
         for name, network in self.networks.items():
             if name.endswith(UNTRAINED):
                 raise ValueError(f"network {name!r}: the suffix {UNTRAINED!r} is for the untrained control")
-            wanted = [*(network.datasets or []), *([network.train.dataset] if network.train else [])]
+            ablated = (network.ablate.datasets if network.ablate else None) or []
+            wanted = [*(network.datasets or []), *([network.train.dataset] if network.train else []), *ablated]
             for dataset in wanted:
                 if dataset not in self.datasets:
                     raise ValueError(f"network {name!r}: no data set {dataset!r}{nearest(dataset, self.datasets)}")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -351,7 +351,7 @@ def prepare(model: Model, size: tuple[int, int], version: int) -> Prepared:
     preprocessing = spec.preprocessing.model_dump() | {"size": list(size)}
     ids = layer_ids(as_loaded, infos, preprocessing, numerics, shape)
     noise = torch.randint(0, 256, (4, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    with Recorder(_network(model), ids) as record:
+    with Recorder(network_of(model), ids) as record:
         logits, outputs = record(normalise(noise, spec))
     if logits is None or logits.ndim != 2:
         raise MicrotomeError(f"network {model.name!r} does not return logits (image, class)")
@@ -422,7 +422,7 @@ def _loaded(model: Model) -> torch.nn.Module:
 
 
 @functools.lru_cache(maxsize=2)
-def _network(model: Model) -> torch.nn.Module:
+def network_of(model: Model) -> torch.nn.Module:
     """A worker's copy of a network, loaded once."""
     return placed(_loaded(model), model.spec)
 
@@ -454,30 +454,16 @@ def extract_shard(
     """
     import torch
 
-    from pipeline.layers import Recorder, to_maps
+    from pipeline.layers import to_maps
     from pipeline.store import Reader, write
 
     start, stop = bounds
-    spec, network = model.spec, _network(model)
     pixels = torch.from_numpy(Reader(images, files)["image"][start:stop])
-    size = spec.numerics.micro_batch
-    outputs: dict[str, list[torch.Tensor]] = {layer.name: [] for layer in layers}
-    heads = []
-    for at in range(0, len(pixels), size):
-        batch = pixels[at : at + size]
-        count = len(batch)
-        if count < size:
-            batch = torch.cat([batch, batch.new_zeros((size - count, *batch.shape[1:]))])
-        with Recorder(network, outputs) as record:
-            head, recorded = record(normalise(batch, spec))
-        assert head is not None
-        heads.append(head[:count].float().cpu())
-        for name, output in recorded.items():
-            outputs[name].append(output[:count])
+    head, outputs = forward_in_batches(model, pixels, [layer.name for layer in layers])
     done = Shard(shard)
     for layer in layers:
-        output = torch.cat(outputs.pop(layer.name))
-        _refuse_non_finite(output, layer.name, start)
+        output = outputs.pop(layer.name)
+        refuse_non_finite(output, layer.name, start)
         largest = float(output.abs().amax())
         if largest > HALF_MAX * layer.scale:
             done.overflow[layer.id] = largest
@@ -493,13 +479,40 @@ def extract_shard(
             values["special"] = ((start, 0, 0), (special / layer.scale).half().contiguous().cpu().numpy())
         done.files[layer.id] = write(layer.store, values)
     if logits is not None:
-        head = torch.cat(heads)
-        _refuse_non_finite(head, "logits", start)
+        refuse_non_finite(head, "logits", start)
         done.files[""] = write(logits, {"logits": ((start, 0), head.numpy())})
     return done
 
 
-def _refuse_non_finite(output: torch.Tensor, layer: str, start: int) -> None:
+def forward_in_batches(
+    model: Model, pixels: torch.Tensor, names: Sequence[str]
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The logits (image, class) and the outputs of layers for the images of one shard.
+
+    In micro-batches of the network's size, the last one padded with black images.
+    """
+    import torch
+
+    from pipeline.layers import Recorder
+
+    network, size = network_of(model), model.spec.numerics.micro_batch
+    outputs: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+    heads = []
+    for at in range(0, len(pixels), size):
+        batch = pixels[at : at + size]
+        count = len(batch)
+        if count < size:
+            batch = torch.cat([batch, batch.new_zeros((size - count, *batch.shape[1:]))])
+        with Recorder(network, outputs) as record:
+            head, recorded = record(normalise(batch, model.spec))
+        assert head is not None
+        heads.append(head[:count].float().cpu())
+        for name, output in recorded.items():
+            outputs[name].append(output[:count])
+    return torch.cat(heads), {name: torch.cat(outputs.pop(name)) for name in list(outputs)}
+
+
+def refuse_non_finite(output: torch.Tensor, layer: str, start: int) -> None:
     good = output.flatten(1).isfinite().all(1)
     if not bool(good.all()):
         raise NonFiniteError(layer, start + int((~good).nonzero()[0]))

@@ -12,19 +12,22 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
 from pipeline import checkpoint, segmenters
 from pipeline.config import Segmenter
-from pipeline.errors import MicrotomeError
+from pipeline.errors import MicrotomeError, nearest
 from pipeline.layer_info import LayerInfo
 from pipeline.layers import Survey, choose, survey
 from pipeline.networks import Described, NetworkSpec, build
+from pipeline.tail import Tail
+from pipeline.traced import UntraceableError, trace
 
 _HALF_BYTES = 2
 
@@ -38,6 +41,8 @@ class Inspection:
     layers : the wanted ones, in execution order.
     activation_bytes : per layer, of its float16 activations for all images, before compression.
     parameters : number of trainable values.
+    ablation : per layer whose units are to be removed, the floating-point operations of one pair of a unit and an
+        image; None where the network cannot be cut there and all of it runs.
     output : shape of the network's output for one image; (classes,) for a classifier.
     """
 
@@ -46,6 +51,7 @@ class Inspection:
     activation_bytes: dict[str, int]
     parameters: int
     output: tuple[int, ...]
+    ablation: dict[str, float | None] = field(default_factory=dict)
 
     @property
     def classes(self) -> int | None:
@@ -54,6 +60,15 @@ class Inspection:
 
     def json(self) -> dict[str, Any]:
         return asdict(self) | {"classes": self.classes}
+
+
+class Ablation(BaseModel):
+    """Layers whose units are to be removed, and the number of classes that images are labelled with."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    layers: str | list[str]
+    classes: int
 
 
 class Request(BaseModel):
@@ -67,6 +82,7 @@ class Request(BaseModel):
     images: int = 0
     special_tokens: int | None = None
     weights_path: str | None = None
+    ablate: Ablation | None = None
 
 
 class SegmenterRequest(BaseModel):
@@ -85,6 +101,7 @@ def inspect(
     images: int = 0,
     special_tokens: int | None = None,
     weights_path: str | Path | None = None,
+    ablate: Ablation | None = None,
 ) -> Inspection:
     """Build the network on the meta device, check its checkpoint's names and shapes, and find the wanted layers.
 
@@ -96,6 +113,7 @@ def inspect(
     layers, special_tokens : as in `layers.resolve`.
     images : how many images the activations are wanted for.
     weights_path : checkpoint made by the workflow, which replaces the network's own.
+    ablate : what is to be removed.
 
     Raises
     ------
@@ -115,7 +133,34 @@ def inspect(
         activation_bytes={layer.name: _bytes(layer, images) for layer in chosen},
         parameters=sum(parameter.numel() for parameter in built.parameters()),
         output=surveyed.output,
+        ablation=_ablation(built, chosen, surveyed.output, input_shape, ablate) if ablate else {},
     )
+
+
+def _ablation(
+    network: nn.Module,
+    layers: Sequence[LayerInfo],
+    output: tuple[int, ...],
+    input_shape: tuple[int, int, int],
+    wanted: Ablation,
+) -> dict[str, float | None]:
+    """What a pair costs for each layer; layers that cannot be ablated are refused."""
+    if output != (wanted.classes,):
+        raise MicrotomeError(
+            f"units cannot be ablated: the network gives {output} for an image, and the images have {wanted.classes} "
+            f"classes: expected a logit for each class"
+        )
+    known = {layer.name: layer for layer in layers}
+    costs: dict[str, float | None] = {}
+    for name in list(known)[-1:] if wanted.layers == "last" else wanted.layers:
+        if name not in known:
+            raise MicrotomeError(f"ablate.layers: {name!r} is not among the layers{nearest(name, known)}")
+        try:
+            images = torch.zeros((3, *input_shape), device="meta")
+            costs[name] = Tail(trace(network, name, images), known[name]).cost().pair_flops
+        except UntraceableError:
+            costs[name] = None
+    return costs
 
 
 def answer(requests: Sequence[Any]) -> list[dict[str, Any]]:

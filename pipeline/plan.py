@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline import concepts, config, datasets, dissect, extract, ingest, network
+from pipeline import ablate, concepts, config, datasets, dissect, extract, ingest, network
 from pipeline.config import UNTRAINED, Config, Network
 from pipeline.errors import MicrotomeError
 from pipeline.identity import FileDigests, digest
@@ -25,6 +25,7 @@ STAGES: dict[str, Any] = {
     "network": network,
     "extract": extract,
     "dissect": dissect,
+    "ablate": ablate,
     "report": report,
 }
 
@@ -67,7 +68,7 @@ class Plan:
     def networks(self) -> dict[str, Network]:
         """Every network, followed by its untrained control; one that is random already is its own."""
         found = {}
-        untrained = {"weights": "random", "train": None, "prefix": None}
+        untrained = {"weights": "random", "train": None, "prefix": None, "ablate": None}
         for name, spec in self.config.networks.items():
             found[name] = spec
             if spec.weights != "random":
@@ -164,6 +165,7 @@ def make(wanted: Config, rescan: bool = False, arguments: Sequence[str] = ()) ->
         labelled[name] = add("concepts", labels, [ingests[name]], name)
 
     dissected: list[Step] = []
+    ablated: list[Step] = []
     loaded = {}
     for name, spec in plan.networks.items():
         if not datasets_of(wanted, spec):  # `only` left it none
@@ -182,7 +184,11 @@ def make(wanted: Config, rescan: bool = False, arguments: Sequence[str] = ()) ->
             )
             settings = dissect.settings(dataset, permuted=not untrained, control_images=wanted.controls.images)
             dissected.append(add("dissect", settings, [ingests[data], labelled[data], extracted], data, name))
-    add("report", report.settings(wanted), [*loaded.values(), *dissected])
+            if ablate.wanted(spec, data):
+                settings = ablate.settings(name, spec, data, dataset, found[data])
+                parents = [ingests[data], loaded[name], extracted, dissected[-1]]
+                ablated.append(add("ablate", settings, parents, data, name))
+    add("report", report.settings(wanted), [*loaded.values(), *dissected, *ablated])
 
     digests.save()
     return plan

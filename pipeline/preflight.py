@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,11 +86,24 @@ def sizes(plan: Plan) -> list[str]:
             f"{step.network} on {step.dataset}: {found['parameters']:,} parameters, {count} layers ({named}), "
             f"at most {2 * values * images / 1e9:.3f} GB of activations for {images:,} images"
         )
+        ablated = _ablated(plan, step)
+        if ablated is not None:
+            lines += [_ablation(ablated, found, layer, flops) for layer, flops in found["ablation"].items()]
     for question in _segmenters(plan):
         concepts = json.loads(question.kept.read_text())["concepts"]
         named = ", ".join(f"{len(names)} of {category}" for category, names in concepts.items())
         lines.append(f"{question.name}: concepts, {named}")
     return lines
+
+
+def _ablation(step: Step, found: Mapping[str, Any], layer: str, flops: float | None) -> str:
+    """What removing each unit of a layer costs, sets of units aside; units that make no difference cost nothing."""
+    how = step.settings["ablate"]
+    units = next(each["shape"][0] for each in found["layers"] if each["name"] == layer)
+    splits = len({how["rank"], how["judge"]})
+    images = f"{how['images']:,} images of each of {splits} splits" if how["images"] else f"all of {splits} splits"
+    cost = f"{flops / 1e6:.3g} MFLOP" if flops is not None else "a whole forward"
+    return f"{step.network} on {step.dataset}: {units} units of {layer} removed from {images}, {cost} for each pair"
 
 
 def _steps(plan: Plan) -> list[Step]:
@@ -119,10 +133,22 @@ def _request(plan: Plan, step: Step) -> dict[str, Any]:
     assert step.network is not None
     ingest = next(plan.steps[path] for path in step.parents if plan.steps[path].stage == "ingest")
     network = plan.networks[step.network]
-    return {
+    request = {
         "network": NetworkSpec.of(network).model_dump(),
         "input_shape": [3, *ingest.settings["size"]],
         "layers": network.layers,
         "special_tokens": network.special_tokens,
         "images": ingest.settings["images"],
     }
+    ablated = _ablated(plan, step)
+    if ablated is not None:
+        request["ablate"] = {
+            "layers": ablated.settings["ablate"]["layers"],
+            "classes": ablated.settings["classes"],
+        }
+    return request
+
+
+def _ablated(plan: Plan, step: Step) -> Step | None:
+    """The step that removes units of the same network on the same data set."""
+    return next((s for s in plan.of_stage("ablate") if (s.dataset, s.network) == (step.dataset, step.network)), None)

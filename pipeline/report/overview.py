@@ -16,6 +16,7 @@ def overview(experiment: Experiment, pages: Sequence[Page]) -> Page:
         values={
             "lead": sentences.lead(experiment),
             "pages": pages,
+            "datasets": [sentences.images(made) for made in experiment.of_stage("ingest")],
             "seconds": sum(made.seconds or 0 for made in experiment.made),
         },
     )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.report.counts import LayerCount
 
 if TYPE_CHECKING:
-    from pipeline.report.experiment import Experiment
+    from pipeline.report.experiment import Experiment, Made
     from pipeline.report.network import Network
 
 CONTROLS = {"untrained": "the same network untrained", "permuted": "label maps permuted over the images"}
@@ -25,6 +25,14 @@ def lead(experiment: "Experiment") -> str:
         f"{plural(len(networks), 'network')} {were} cut into {plural(layers, 'layer')}, and each of {their} "
         f"{plural(units, 'unit')} compared with concepts whose place in the images is known."
     )
+
+
+def images(ingest: "Made") -> str:
+    """What a data set holds, from the manifest of its images."""
+    height, width = ingest.result["size"]
+    splits = {split: sum(shards.values()) for split, shards in ingest.result["splits"].items()}
+    listed = ", ".join(f"{split} {number(count)}" for split, count in splits.items())
+    return f"{ingest.dataset}: {plural(sum(splits.values()), 'image')} of {width} × {height} pixels ({listed})."
 
 
 def what_was_compared(network: "Network") -> str:

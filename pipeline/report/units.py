@@ -1,6 +1,7 @@
 """The data behind the browser of units: one row a unit, compact, as JSON in the page."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from pipeline.report.network import Network, short_names
 from pipeline.report.results import open_store
 
 
-def browser_data(experiment: Experiment, network: Network, cards: dict[tuple[str, int], Card]) -> dict[str, Any]:
+def browser_data(experiment: Experiment, network: Network, cards: Mapping[tuple[str, int], Card]) -> dict[str, Any]:
     """What the script of the browser reads.
 
     `units` are rows: layer, unit, concept (-1: no label), IoU, ceiling, held-out IoU, ends of the interval, threshold,

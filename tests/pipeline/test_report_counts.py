@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.report import sentences
+from pipeline.report import Made, sentences
 from pipeline.report.counts import categories, count_concepts, count_detectors
 from pipeline.report.figures import share_above
 from pipeline.report.network import short_names
@@ -135,6 +135,12 @@ def test_times_are_readable() -> None:
     assert [sentences.seconds(value) for value in (None, 4.04, 89.96, 90, 5399, 5400)] == [
         "–", "4.0 s", "90.0 s", "1.5 min", "90.0 min", "1.5 h",
     ]  # fmt: skip
+
+
+def test_what_a_data_set_holds() -> None:
+    facts = {"size": [48, 64], "splits": {"train": {"0": 64, "3": 936}, "validation": {"1": 7}}}
+    said = "streets: 1\u202f007 images of 64 × 48 pixels (train 1\u202f000, validation 7)."
+    assert sentences.images(Made("ingest", "streets", result=facts)) == said
 
 
 def test_short_names_stay_distinct() -> None:

@@ -6,6 +6,7 @@ The same runs say whether the number of workers can be seen in a result: 1, 4 an
 import csv
 import json
 import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,15 @@ def test_two_experiments_in_one_folder(tmp_path, first, second):
     layers = json.loads((results / "scenes/net/layers.json").read_text())
     once = contents(results)
     before = states(results)
+
+    snakemake(tmp_path, first, "--report", "report.zip")
+    with zipfile.ZipFile(tmp_path / "report.zip") as archive:
+        figures = {Path(name).name for name in archive.namelist() if name.endswith(".svg")}
+        page = archive.read("report/report.html").decode()
+    assert {"detectors-scenes-net.svg", "iou-scenes-net.svg", "training-scenes-net.svg"} <= figures
+    assert "from the input (top) to the output" in page, "the caption of the detectors"
+    for name in ("index.html", "network-scenes-net.html"):
+        assert "snakemake report --configfile first.yaml" in (results / "report/first" / name).read_text()
 
     said = snakemake(tmp_path, first)
     assert "Nothing to be done" in said

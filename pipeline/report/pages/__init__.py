@@ -11,7 +11,7 @@ import importlib
 from pipeline.report.experiment import Experiment
 from pipeline.report.page import Page
 
-STAGES = ("dissect",)
+STAGES = ("dissect", "ablate")
 """The stages with a page, in the order of the report."""
 
 

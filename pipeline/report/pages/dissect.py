@@ -1,6 +1,7 @@
 """The page of each dissected network: its detectors beside those of the controls, and a browser of its units."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from pipeline.report import figures, sentences
 from pipeline.report.cards import Card, best_units, draw_cards
@@ -18,15 +19,22 @@ PICTURES = 6
 
 
 def pages(experiment: Experiment) -> list[Page]:
-    return [page(experiment, network) for network in experiment.networks]
+    networks = experiment.networks
+    # The workers draw pictures while this process draws figures.
+    with ThreadPoolExecutor(1) as background:
+        cards = [background.submit(draw_cards, experiment, network.trained) for network in networks]
+        drawn = [list(draw_all(experiment, network)) for network in networks]
+        return [
+            page(experiment, network, shown, later.result())
+            for network, shown, later in zip(networks, drawn, cards, strict=True)
+        ]
 
 
-def page(experiment: Experiment, network: Network) -> Page:
+def page(
+    experiment: Experiment, network: Network, drawn: Sequence[Figure], cards: Mapping[tuple[str, int], Card]
+) -> Page:
     dataset, of = network.trained.dataset, network.trained.network
-    name = experiment.name(dataset, of)
-    drawn = {figure.kind: figure for figure in draw_all(experiment, network, name)}
-    cards = draw_cards(experiment, network.trained)
-    table = f"tables/units-{name}.csv"
+    table = f"tables/units-{experiment.name(dataset, of)}.csv"
     write_units(experiment.out / table, network.trained.units)
     return Page(
         file=experiment.page_of(dataset, of),
@@ -34,14 +42,14 @@ def page(experiment: Experiment, network: Network) -> Page:
         template="network.html.j2",
         values={
             "network": network,
-            "drawn": drawn,
+            "drawn": {figure.kind: figure for figure in drawn},
             "table": table,
             "units": browser_data(experiment, network, cards),
             "best": by_iou(network.trained.units)[:ROWS_WITHOUT_SCRIPT],
         },
         summary=sentences.what_was_compared(network),
         findings=sentences.findings(network),
-        figures=list(drawn.values()),
+        figures=drawn,
         pictures=list(best_pictures(experiment, network, cards)),
         files=[table, *(card.file for card in cards.values() if card.images)],
         methods="methods-dissect.html.j2",
@@ -65,8 +73,9 @@ def best_pictures(experiment: Experiment, network: Network, cards: Mapping[tuple
             )
 
 
-def draw_all(experiment: Experiment, network: Network, name: str) -> Iterator[Figure]:
+def draw_all(experiment: Experiment, network: Network) -> Iterator[Figure]:
     """Draw the figures of a network; one without training or detectors has fewer."""
+    name = experiment.name(network.trained.dataset, network.trained.network)
     label, short = network.trained.network, network.category_names
     labels = {"network": label, "data set": network.trained.dataset}
     limit = sentences.decimal(network.trained.min_iou, 2)
