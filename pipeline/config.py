@@ -321,6 +321,9 @@ class Network(NetworkSpec):
     numerics: Numerics = Field(Numerics(), description="how it is computed")
     train: Train | None = Field(None, description="with `weights: train`, how")
     datasets: list[Name] | None = Field(None, description="the data sets to dissect it on; default: all")
+    group: Name | None = Field(
+        None, description="networks of one group, seeds or checkpoints say, are shown together with mean and spread"
+    )
     ablate: Ablate | None = Field(None, description="with this section, units are removed; default: none are")
 
     @model_validator(mode="after")

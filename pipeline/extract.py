@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline import stage
+from pipeline import earlier, stage
 from pipeline.cluster import check_memory, client, device, run_tasks
 from pipeline.config import AnyDataset, Network, Segmenter
 from pipeline.errors import MicrotomeError
@@ -101,10 +101,11 @@ def run(plan: Plan, step: Step) -> None:
     from pipeline.store import Ledger, metadata_files
 
     assert step.dataset is not None and step.network is not None
-    began = stage.begin(plan, step)
     images = Images.of(plan, step)
-    shards = images.shards(step.settings["split"], step.settings["images"])
     model = model_of(plan, step)
+    earlier.keep(plan, step, images, model.sha256)
+    began = stage.begin(plan, step)
+    shards = images.shards(step.settings["split"], step.settings["images"])
     folder = plan.results / step.dataset
     logits = folder / step.network / "logits.zarr"
     with (
