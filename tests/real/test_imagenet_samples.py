@@ -5,6 +5,7 @@ torchvision does; that moves one image of either network over the line.
 """
 
 import csv
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ HALF = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
 def samples(beside_data, monkeypatch):
     """Pictures uint8 (image, 3, 224, 224), the middle of each, and labels (image,)."""
     monkeypatch.chdir(beside_data)
-    with open("data/imagenet_samples/labels.csv", newline="") as file:
+    with Path("data/imagenet_samples/labels.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     pixels = [middle(decode(f"data/imagenet_samples/images/{row['file']}", Geometry(), 10**7)) for row in rows]
     return torch.from_numpy(np.stack(pixels)), np.array([int(row["class_index"]) for row in rows])
