@@ -26,7 +26,7 @@ from pipeline.manifest import write_atomically
 from pipeline.networks import NetworkSpec
 from pipeline.plan import Plan, Step
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
