@@ -20,6 +20,7 @@ from pydantic import (
 )
 
 from pipeline.errors import MicrotomeError, nearest
+from pipeline.layer_info import fits
 from pipeline.networks import NetworkSpec
 from pipeline.recipe import Recipe
 
@@ -28,6 +29,7 @@ ENDINGS = (".zarr", ".ledger", ".csv", ".json")  # of files that stand beside th
 UNTRAINED = "-untrained"  # suffix of the control network that stands beside every network
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+Kept = Literal["full", "pooled"]
 Share = Annotated[float, Field(gt=0, le=1)]
 
 
@@ -269,6 +271,10 @@ class Network(NetworkSpec):
     special_tokens: NonNegativeInt | None = Field(None, description="class and register tokens, when not found alone")
     preprocessing: Preprocessing = Field(Preprocessing(), description="what the network expects of pixels")
     numerics: Numerics = Field(Numerics(), description="how it is computed")
+    store: Kept | Annotated[dict[str, Kept], Field(min_length=1)] = Field(
+        "full",
+        description="what is kept of a layer: `full`, or `pooled` without its maps; or this by name or pattern of layers",
+    )
     train: Train | None = Field(None, description="with `weights: train`, how")
     datasets: list[Name] | None = Field(None, description="the data sets to dissect it on; default: all")
 
@@ -277,6 +283,12 @@ class Network(NetworkSpec):
         if (self.weights == "train") != (self.train is not None):
             raise ValueError("`weights: train` and a section `train:` go together")
         return self
+
+    def pools(self, layer: str) -> bool:
+        """Whether only the maximum and mean of a layer are kept, and its special tokens, but no maps."""
+        if isinstance(self.store, str):
+            return self.store == "pooled"
+        return any(kept == "pooled" and fits(layer, entry) for entry, kept in self.store.items())
 
 
 class Controls(Strict):

@@ -5,14 +5,15 @@ Writes, for whole shards that hold images of the wanted split,
                                         maximum, mean (image, unit) float32 · special (image, token, unit) float16 for
                                         class and register tokens
     <network>/logits.zarr               logits (image, class) float32
-A shard that was not extracted is absent and reads as NaN.
+A shard that was not extracted is absent and reads as NaN, and so are the maps of a layer that is stored pooled: it has
+everything else.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,7 +51,7 @@ def settings(spec: Network, dataset: AnyDataset, limit: int | None) -> dict[str,
         "numerics": spec.numerics.model_dump(),
         "split": dataset.dissect.split,
         "images": limit,
-    }
+    } | ({} if spec.store == "full" else {"store": spec.store})
 
 
 @dataclass(frozen=True)
@@ -69,12 +70,13 @@ class Model:
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer as tasks name it: where its store is and how its output becomes maps."""
+    """A layer as tasks name it: where its store is, how its output becomes maps, and whether these are kept."""
 
     id: str
     store: Path
     info: LayerInfo
     scale: float
+    pooled: bool = False
 
     @property
     def name(self) -> str:
@@ -112,7 +114,8 @@ def run(plan: Plan, step: Step) -> None:
     ):
         (prepared,) = run_tasks(workers, prepare, [(model, images.size, VERSION)], 1, f"{step.name}: layers")
         layers = [
-            Layer(id, folder / "layers" / id / "activations.zarr", info, scale) for id, info, scale in prepared.layers
+            Layer(id, folder / "layers" / id / "activations.zarr", info, scale, model.spec.pools(info.name))
+            for id, info, scale in prepared.layers
         ]
         stage.refers_to(plan, step, [layer.store.parent for layer in layers])
         layers = [open_layer(layer, images) for layer in layers]
@@ -120,15 +123,15 @@ def run(plan: Plan, step: Step) -> None:
         logits_ledger = Ledger(logits.with_suffix(".ledger"))
         made: set[int] = set()
         while True:
-            # Two names of one output, a block and its last part say, have one id and one store.
-            distinct = {layer.id: layer for layer in layers}
+            # Two names of one output, a block and its last part say, have one id and one store: full if one asks.
+            distinct = {layer.id: layer for layer in sorted(layers, key=lambda layer: not layer.pooled)}
             ledgers = {id: Ledger(layer.store.with_suffix(".ledger")) for id, layer in distinct.items()}
             tasks = []
             for shard in shards:
                 missing = [
                     layer
                     for id, layer in distinct.items()
-                    if not ledgers[id].get(str(shard), shard_id(images, shard, layer), layer.store)
+                    if not holds(ledgers[id], shard, shard_id(images, shard, layer), layer.store, layer.pooled)
                 ]
                 for layer in missing:
                     if str(shard) in ledgers[layer.id].entries:  # its files are about to become others
@@ -151,7 +154,9 @@ def run(plan: Plan, step: Step) -> None:
                     made.add(done.shard)
                     for id, layer in distinct.items():
                         if id in done.files:
-                            ledgers[id].record(str(done.shard), shard_id(images, done.shard, layer), done.files[id])
+                            made_from = shard_id(images, done.shard, layer)
+                            facts = {"pooled": True} if layer.pooled else {}
+                            ledgers[id].record(str(done.shard), made_from, done.files[id], **facts)
                     for id, value in done.overflow.items():
                         overflow[id] = max(overflow.get(id, 0.0), value)
                     if "" in done.files:
@@ -200,12 +205,14 @@ def pending(plan: Plan, step: Step) -> tuple[int, int]:
     known = []
     for layer in before.result["layers"]:
         store = plan.results / step.dataset / "layers" / layer["id"] / "activations.zarr"
-        known.append((layer["scale"], store, Ledger(store.with_suffix(".ledger"))))
+        pooled = model.spec.pools(layer["name"])
+        known.append((layer["scale"], pooled, store, Ledger(store.with_suffix(".ledger"))))
     missing = [
         shard
         for shard in shards
         if not all(
-            ledger.get(str(shard), digest([images.contents[shard], scale]), store) for scale, store, ledger in known
+            holds(ledger, shard, digest([images.contents[shard], scale]), store, pooled)
+            for scale, pooled, store, ledger in known
         )
     ]
     return len(missing), len(shards)
@@ -251,6 +258,12 @@ def shard_id(images: Images, shard: int, layer: Layer) -> str:
 def logits_id(images: Images, shard: int, model: Model, prepared: Prepared) -> str:
     """What a shard of the logits was made from: they have a plain name, so all of it."""
     return digest([images.contents[shard], model.sha256, model.spec.preprocessing.model_dump(), prepared.numerics])
+
+
+def holds(ledger: Ledger, shard: int, id: str, store: Path, pooled: bool) -> bool:
+    """Whether a shard of a layer is there as it is wanted; a full one serves where a pooled one is wanted."""
+    entry = ledger.get(str(shard), id, store)
+    return entry is not None and (pooled or not entry.get("pooled", False))
 
 
 def open_layer(layer: Layer, images: Images) -> Layer:
@@ -302,8 +315,11 @@ def finish_layer(
     from pipeline.store import metadata_files
 
     files = ledger.files(map(str, shards))
+    wish = ["pooled"] if layer.pooled else []
+    if layer.pooled:
+        files = {name: value for name, value in files.items() if not name.startswith("activation/")}
     output = digest({"layer": layer.id, "files": files})
-    id = digest([layer.id, images.count, {shard: shard_id(images, shard, layer) for shard in shards}])
+    id = digest([layer.id, images.count, {shard: shard_id(images, shard, layer) for shard in shards}, *wish])
     path = layer.store.parent / "done" / f"activations.{id}.json"
     Manifest(
         stage="activations",
@@ -320,7 +336,7 @@ def finish_layer(
         "scale": layer.scale,
         "manifest": path.relative_to(plan.results).as_posix(),
         "digest": output,
-    }
+    } | ({"store": "pooled"} if layer.pooled else {})
 
 
 @dataclass(frozen=True)
@@ -351,7 +367,7 @@ def prepare(model: Model, size: tuple[int, int], version: int) -> Prepared:
     preprocessing = spec.preprocessing.model_dump() | {"size": list(size)}
     ids = layer_ids(as_loaded, infos, preprocessing, numerics, shape)
     noise = torch.randint(0, 256, (4, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    with Recorder(_network(model), ids) as record:
+    with Recorder(network_of(model), ids) as record:
         logits, outputs = record(normalise(noise, spec))
     if logits is None or logits.ndim != 2:
         raise MicrotomeError(f"network {model.name!r} does not return logits (image, class)")
@@ -365,13 +381,15 @@ def prepare(model: Model, size: tuple[int, int], version: int) -> Prepared:
 def memory_need(layers: Iterable[Layer], prepared: Prepared, spec: Network, images: Images) -> int:
     """Bytes of a task: the weights as loaded and as used, a forward, and the outputs of a shard.
 
-    In a forward without gradients an operation's input, output and workspace live; outputs are recorded in float32 and
-    each is joined and halved when it is written.
+    In a forward without gradients an operation's input, output and workspace live, and an output is divided and halved
+    there. What is kept of outputs is float16, and copied and compressed when it is written.
     """
-    values = [math.prod(layer.info.shape) + layer.info.special * layer.info.shape[0] for layer in layers]
+    layers = list(layers)
+    maps = [0 if layer.pooled else math.prod(layer.info.shape) for layer in layers]
+    beside = sum(layer.info.shape[0] * (2 * layer.info.special + 8) for layer in layers)
     pixels = 3 * images.size[0] * images.size[1]
-    forward = 4 * spec.numerics.micro_batch * (pixels + 3 * prepared.largest)
-    outputs = images.shard_images * (pixels + 4 * sum(values) + 10 * max(values, default=0))
+    forward = 4 * spec.numerics.micro_batch * (pixels + 4 * prepared.largest)
+    outputs = images.shard_images * (pixels + beside + 2 * sum(maps) + 4 * max(maps, default=0))
     return 3 * 4 * prepared.parameters + forward + outputs
 
 
@@ -422,7 +440,7 @@ def _loaded(model: Model) -> torch.nn.Module:
 
 
 @functools.lru_cache(maxsize=2)
-def _network(model: Model) -> torch.nn.Module:
+def network_of(model: Model) -> torch.nn.Module:
     """A worker's copy of a network, loaded once."""
     import torch
 
@@ -449,52 +467,126 @@ def extract_shard(
     """
     import torch
 
-    from pipeline.layers import Recorder, to_maps
+    from pipeline.layers import Recorder
     from pipeline.store import Reader, write
 
     start, stop = bounds
-    spec, network = model.spec, _network(model)
+    network = network_of(model)
     pixels = torch.from_numpy(Reader(images, files)["image"][start:stop])
-    size = spec.numerics.micro_batch
-    outputs: dict[str, list[torch.Tensor]] = {layer.name: [] for layer in layers}
+    kept = {layer.name: Kept.empty(layer, len(pixels)) for layer in layers}
     heads = []
+    for at, count, batch in micro_batches(pixels, model.spec):
+
+        def take(name: str, output: torch.Tensor, at: int = at, count: int = count) -> None:
+            kept[name].take(at, count, output)
+
+        with Recorder(network, kept, take=take) as record:
+            head, _ = record(batch)
+        assert head is not None
+        heads.append(head[:count].float().cpu())
+    done = Shard(shard)
+    for layer in layers:
+        one = kept.pop(layer.name)
+        refuse_non_finite(one.largest, layer.name, start)
+        largest = float(one.largest.amax())
+        if largest > HALF_MAX * layer.scale:
+            done.overflow[layer.id] = largest
+            continue
+        done.files[layer.id] = write(layer.store, one.values(start))
+        if layer.pooled:
+            # Maps of other images, which the ledger no longer knows.
+            (layer.store / "activation" / "c" / str(shard) / "0" / "0" / "0").unlink(missing_ok=True)
+    if logits is not None:
+        head = torch.cat(heads)
+        refuse_non_finite(head, "logits", start)
+        done.files[""] = write(logits, {"logits": ((start, 0), head.numpy())})
+    return done
+
+
+def micro_batches(pixels: torch.Tensor, spec: Network) -> Iterator[tuple[int, int, torch.Tensor]]:
+    """The images of a shard as a network takes them, in batches of fixed size, the last one padded with black images.
+
+    Yields the first image of each batch, how many of its images are of the shard, and the batch.
+    """
+    import torch
+
+    size = spec.numerics.micro_batch
     for at in range(0, len(pixels), size):
         batch = pixels[at : at + size]
         count = len(batch)
         if count < size:
             batch = torch.cat([batch, batch.new_zeros((size - count, *batch.shape[1:]))])
-        with Recorder(network, outputs) as record:
-            head, recorded = record(normalise(batch, spec))
-        assert head is not None
-        heads.append(head[:count].float().cpu())
-        for name, output in recorded.items():
-            outputs[name].append(output[:count])
-    done = Shard(shard)
-    for layer in layers:
-        output = torch.cat(outputs.pop(layer.name))
-        _refuse_non_finite(output, layer.name, start)
-        largest = float(output.abs().amax())
-        if largest > HALF_MAX * layer.scale:
-            done.overflow[layer.id] = largest
-            continue
-        maps, special = to_maps(output, layer.info)
-        half = (maps / layer.scale).half()
-        values = {
-            "activation": ((start, 0, 0, 0), half.contiguous().cpu().numpy()),
-            "maximum": ((start, 0), maps.amax((2, 3)).cpu().numpy()),
-            "mean": ((start, 0), maps.mean((2, 3)).cpu().numpy()),
-        }
-        if special is not None:
-            values["special"] = ((start, 0, 0), (special / layer.scale).half().contiguous().cpu().numpy())
-        done.files[layer.id] = write(layer.store, values)
-    if logits is not None:
-        head = torch.cat(heads)
-        _refuse_non_finite(head, "logits", start)
-        done.files[""] = write(logits, {"logits": ((start, 0), head.numpy())})
-    return done
+        yield at, count, normalise(batch, spec)
 
 
-def _refuse_non_finite(output: torch.Tensor, layer: str, start: int) -> None:
-    good = output.flatten(1).isfinite().all(1)
+@dataclass
+class Kept:
+    """What a shard keeps of a layer, taken from its output as soon as that is ready: a forward of many layers holds none
+    of their outputs.
+
+    `maps` (image, unit, y, x) and `special` (image, token, unit) are float16, divided by the layer's scale; None where
+    there are none to keep. `maximum`, `mean` (image, unit) and `largest` (image), the largest absolute value, are float32
+    and not divided.
+    """
+
+    layer: Layer
+    maps: torch.Tensor | None
+    special: torch.Tensor | None
+    maximum: torch.Tensor
+    mean: torch.Tensor
+    largest: torch.Tensor
+
+    @classmethod
+    def empty(cls, layer: Layer, count: int) -> Kept:
+        import torch
+
+        units, height, width = layer.info.shape
+        special = layer.info.special
+        return cls(
+            layer,
+            None if layer.pooled else torch.empty((count, units, height, width), dtype=torch.float16),
+            torch.empty((count, special, units), dtype=torch.float16) if special else None,
+            torch.empty((count, units)),
+            torch.empty((count, units)),
+            torch.empty(count),
+        )
+
+    def take(self, at: int, count: int, output: torch.Tensor) -> None:
+        """The output for images `at` to `at + count` of the shard, and for padding after them."""
+        import torch
+
+        from pipeline.layers import to_maps
+
+        maps, special = to_maps(output[:count].float(), self.layer.info)
+        part = slice(at, at + count)
+        maximum = maps.amax((2, 3))
+        self.maximum[part] = maximum
+        self.mean[part] = maps.mean((2, 3))
+        # NaN and infinity come through: `isfinite` on every value takes longer than all the rest.
+        largest = torch.maximum(maximum, -maps.amin((2, 3))).amax(1)
+        if self.maps is not None:
+            self.maps[part] = self._half(maps)
+        if special is not None and self.special is not None:
+            largest = torch.maximum(largest, special.abs().amax((1, 2)))
+            self.special[part] = self._half(special)
+        self.largest[part] = largest
+
+    def _half(self, values: torch.Tensor) -> torch.Tensor:
+        # On the CPU torch changes the type fast and the order fast, and both at once slowly.
+        return (values if self.layer.scale == 1 else values / self.layer.scale).half()
+
+    def values(self, start: int) -> dict[str, tuple[tuple[int, ...], np.ndarray]]:
+        """The blocks to write, for a shard that begins with image `start`."""
+        found = {"maximum": ((start, 0), self.maximum.numpy()), "mean": ((start, 0), self.mean.numpy())}
+        if self.maps is not None:
+            found["activation"] = ((start, 0, 0, 0), self.maps.numpy())
+        if self.special is not None:
+            found["special"] = ((start, 0, 0), self.special.numpy())
+        return found
+
+
+def refuse_non_finite(output: torch.Tensor, layer: str, start: int) -> None:
+    """Raise for the first image of `output` (image, ...), a shard that begins with image `start`, that is not finite."""
+    good = output.reshape(len(output), -1).isfinite().all(1)
     if not bool(good.all()):
         raise NonFiniteError(layer, start + int((~good).nonzero()[0]))

@@ -7,10 +7,9 @@ transformer laid back onto the image. Layers are named by module names and liste
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
@@ -19,7 +18,7 @@ import torch
 from torch import nn
 
 from pipeline.errors import MicrotomeError, nearest
-from pipeline.layer_info import LayerInfo, Layout
+from pipeline.layer_info import LayerInfo, Layout, fits
 
 # Class, distillation and register tokens of published transformers are at most a dozen. A larger rest means that the
 # grid was guessed wrong.
@@ -151,6 +150,7 @@ class Recorder:
     """Records the outputs of layers in one forward, as float32 copies made when each output is ready.
 
     The copy is needed: a later in-place operation (`ReLU(inplace=True)`, `out += identity`) overwrites the output.
+    `take(name, output)` is called in place of the copy, and has to use the output at once; what it returns is recorded.
 
     >>> with Recorder(network, ["layer1", "layer2"]) as record:
     ...     logits, outputs = record(images)
@@ -158,15 +158,22 @@ class Recorder:
     `stop_early=True` ends the forward with the last layer's output and gives no logits.
     """
 
-    def __init__(self, network: nn.Module, names: Iterable[str], stop_early: bool = False) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        names: Iterable[str],
+        stop_early: bool = False,
+        take: Callable[[str, torch.Tensor], Any] | None = None,
+    ) -> None:
         self.network = network
         self.names = list(names)
         self.stop_early = stop_early
-        self.outputs: dict[str, torch.Tensor] = {}
+        self.take = take or (lambda _, output: output.to(torch.float32, copy=True))
+        self.outputs: dict[str, Any] = {}
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._paths = contextlib.ExitStack()
 
-    def __call__(self, images: torch.Tensor) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
+    def __call__(self, images: torch.Tensor) -> tuple[torch.Tensor | None, dict[str, Any]]:
         """The network's output (None after an early stop) and the layers' outputs as they are, for `to_maps`."""
         if not self._hooks and self.names:
             raise RuntimeError("a Recorder records inside its `with` block only")
@@ -201,7 +208,7 @@ class Recorder:
                 raise MicrotomeError(f"layer {name!r} gives {type(output).__name__}, expected a tensor")
             if name in self.outputs:
                 raise MicrotomeError(f"layer {name!r} is called more than once in one forward, expected one call")
-            self.outputs[name] = tensor.detach().to(torch.float32, copy=True)
+            self.outputs[name] = self.take(name, tensor.detach())
             if self.stop_early and len(self.outputs) == len(self.names):
                 raise _Done
 
@@ -271,14 +278,7 @@ def _matches(entry: str, known: Mapping[str, LayerInfo], refused: Mapping[str, s
     if not any(sign in entry for sign in "*?["):
         known_ones = nearest(entry, known) or f"; it has {_some(known)}"
         raise MicrotomeError(f"layer {entry!r} is not in {network}{known_ones}")
-    parts = entry.split(".")
-    found = [
-        name
-        for name, layer in known.items()
-        if layer.spatial
-        and len(names := name.split(".")) == len(parts)
-        and all(fnmatch.fnmatchcase(*pair) for pair in zip(names, parts, strict=True))
-    ]
+    found = [name for name, layer in known.items() if layer.spatial and fits(name, entry)]
     if not found:
         raise MicrotomeError(
             f"pattern {entry!r} matches no layer with more than one position of {network}; it has {_some(known)} "
