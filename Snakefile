@@ -15,7 +15,13 @@ if not workflow.overwrite_configfiles:
 
 
 try:
-    RUN = Run(config, main=workflow.is_main_process, dry=workflow.dryrun)
+    RUN = Run(
+        config,
+        main=workflow.is_main_process,
+        dry=workflow.dryrun,
+        files=workflow.configfiles,
+        overrides=workflow.config_settings.config,
+    )
 except MicrotomeError as error:
     raise WorkflowError(str(error)) from None
 RESULTS = RUN.plan.results
@@ -30,12 +36,18 @@ wildcard_constraints:
 localrules:
     report,
     dissect,
+    ablate,
+
+
+include: "workflow/rules/common.smk"
 
 
 rule report:
     default_target: True
     input:
         RUN.targets("report"),
+        # What `snakemake --report` shows; none before there is a report.
+        figures(),
 
 
 rule dissect:
@@ -43,10 +55,15 @@ rule dissect:
         RUN.targets("dissect"),
 
 
-include: "workflow/rules/common.smk"
+rule ablate:
+    input:
+        RUN.targets("ablate"),
+
+
 include: "workflow/rules/data.smk"
 include: "workflow/rules/networks.smk"
 include: "workflow/rules/dissection.smk"
+include: "workflow/rules/ablation.smk"
 include: "workflow/rules/report.smk"
 
 

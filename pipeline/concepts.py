@@ -1,12 +1,13 @@
-"""The stage `concepts`: label maps of every source, at the size of the images, into `concepts.zarr`.
+"""The stage `concepts`: label maps of every source, at one size, into `concepts.zarr`.
 
 Writes
     concepts.zarr            label_map (image, category, y, x) uint16, 0 = nothing ·
                              coords category "<source>/<category>" · attrs concepts {number: {name, category}}
     concepts-quarantine.csv  image_id, path, reason: images whose label maps were refused; they count nowhere
 
-Concept numbers are unique over the categories and only ever appended: another source leaves the label maps of those
-that are there as they are.
+Sources are the data set's own label maps (`truth`), the colours of the pixels (`pixels`), and segmentation networks, by
+name. Concept numbers are unique over the categories and only ever appended: another source leaves the label maps of
+those that are there as they are, and so does another version of one.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline import datasets, stage
+from pipeline import datasets, segmenters, stage
 from pipeline.cluster import check_memory, client, run_tasks
-from pipeline.config import AnyDataset, Segmentation
+from pipeline.config import PIXELS, TRUTH, AnyDataset, Config, Segmentation, Segmenter
 from pipeline.errors import MicrotomeError
 from pipeline.identity import FileDigests, crc32c, digest
 from pipeline.manifest import Files, Manifest, write_atomically
@@ -33,27 +34,37 @@ if TYPE_CHECKING:
     from pipeline.plan import Plan, Step
     from pipeline.store import Ledger
 
-VERSION = 1
+VERSION = 3
 CODE = (
     "kernels/colour.py",
+    "kernels/segmentation.py",
     "pipeline/concepts.py",
     "pipeline/datasets.py",
     "pipeline/decode.py",
     "pipeline/label_maps.py",
+    "pipeline/networks.py",
     "pipeline/scenes",
+    "pipeline/segmenters.py",
 )
-PIXELS = "pixels/colour"  # the category computed from the pixels
+COLOUR = f"{PIXELS}/colour"  # the category computed from the pixels
 UINT16 = 65535
 TABLE = "table"  # the entry of the ledger that holds the concepts with their numbers, and the categories
 
 
-def settings(dataset: AnyDataset, digests: FileDigests) -> dict[str, Any]:
-    """What the label maps' id is made of beside the images: the sources, in order, and the class lists."""
-    made_of: dict[str, Any] = {"sources": list(dataset.concepts), "split": dataset.dissect.split}
-    if isinstance(dataset, Segmentation) and datasets.TRUTH in dataset.concepts:
+def settings(dataset: AnyDataset, known: Mapping[str, Segmenter], digests: FileDigests) -> dict[str, Any]:
+    """What the label maps' id is made of beside the images: the sources, in order, class lists and segmenters."""
+    made_of: dict[str, Any] = {
+        "sources": list(dataset.concepts),
+        "split": dataset.dissect.split,
+        "label_map_size": dataset.label_map_size,
+    }
+    if isinstance(dataset, Segmentation) and TRUTH in dataset.concepts:
         made_of["classes"] = {
             name: {"list": digests(maps.classes), "void": maps.void} for name, maps in dataset.label_maps.items()
         }
+    named = [name for name in dataset.concepts if name in known]
+    if named:
+        made_of["segmenters"] = {name: segmenters.settings(known[name], digests) for name in named}
     return made_of
 
 
@@ -64,6 +75,15 @@ class Category:
     name: str
     place: int
     numbers: tuple[int, ...]  # of the concepts, in the order of the source's own numbers 1, 2, ...
+
+    @property
+    def source(self) -> str:
+        return self.name.partition("/")[0]
+
+    @property
+    def own_name(self) -> str:
+        """Its name within the source."""
+        return self.name.partition("/")[2]
 
 
 @dataclass
@@ -86,15 +106,18 @@ def run(plan: Plan, step: Step) -> None:
     folder = plan.results / step.dataset
     store = folder / "concepts.zarr"
     ledger = Ledger(store.with_suffix(".ledger"))
-    wanted = wanted_categories(dataset)
-    categories = open_store(store, ledger, images, wanted)
+    networks = models(plan, step)
+    wanted = wanted_categories(dataset, plan.config)
+    categories = open_store(store, ledger, images, label_map_size(dataset, images), wanted)
     shards = images.shards(step.settings["split"])
     image_id = images.image_ids()
     listed = datasets.listing(dataset, plan.scratch)
     index_of = {str(name): index for index, name in enumerate(listed.image_id)}
 
+    size = label_map_size(dataset, images)
+
     def id_of(shard: int, category: Category) -> str:
-        return shard_id(step, images, ingest, shard, category.name, category.numbers)
+        return shard_id(plan, step, images, ingest, shard, category.name, category.numbers)
 
     lacking = {}
     for shard in shards:
@@ -111,7 +134,9 @@ def run(plan: Plan, step: Step) -> None:
                 index = index_of.get(name)
                 paths = {c: listed.label_map(index, c) for c in listed.label_map_path} if index is not None else {}
                 items.append((name if index is not None else None, paths))
-            yield (dataset, store, images.store, images.files_of(shard), shard, start, items, missing, images.size)
+            used = {c.source: networks[c.source] for c in missing if c.source in networks}
+            files = images.files_of(shard)
+            yield (dataset, store, images.store, files, shard, start, items, missing, used, images.size, size)
 
     if lacking:
         # Label maps as read, numbered and compressed, and the pixels that colours come from.
@@ -126,7 +151,7 @@ def run(plan: Plan, step: Step) -> None:
                         id_of(done.shard, category),
                         done.files[category.name],
                         content=done.contents[category.name],
-                        refused=done.refused if category.name != PIXELS else {},
+                        refused=done.refused if category.source == TRUTH else {},
                     )
 
     entries = {c.name: [ledger.entries[f"{shard} {c.name}"] for shard in shards] for c in categories}
@@ -162,14 +187,33 @@ def run(plan: Plan, step: Step) -> None:
             for c in categories
         ],
         "refused": sorted(refused),
+        "size": size,
     }
     stage.finish(plan, step, began, output, files, result, made=(len(lacking), len(shards)))
 
 
-def shard_id(step: Step, images: Images, ingest: Manifest, shard: int, category: str, numbers: Sequence[int]) -> str:
-    """What the label maps of one shard and category are made from."""
-    made_of = images.contents[shard] if category == PIXELS else ingest.result["records"][shard]
-    return digest([VERSION, made_of, step.settings.get("classes"), category, numbers])
+def models(plan: Plan, step: Step) -> dict[str, segmenters.Model]:
+    """The segmenters of a data set as tasks name them, with the checkpoints that the plan was made with."""
+    return {
+        name: segmenters.Model(name, plan.config.segmenters[name].model_dump_json(), made_of["checkpoint"])
+        for name, made_of in step.settings.get("segmenters", {}).items()
+    }
+
+
+def shard_id(
+    plan: Plan, step: Step, images: Images, ingest: Manifest, shard: int, category: str, numbers: Sequence[int]
+) -> str:
+    """What the label maps of one shard and category are made from. Of a segmenter, other categories do not matter."""
+    source, _, name = category.partition("/")
+    made_of: list[Any]
+    if source in plan.config.segmenters:
+        own = step.settings["segmenters"][source]
+        own = own | {"categories": own["categories"][name]} | segmenters.platform(plan.config.cluster.kind)
+        made_of = [images.contents[shard], own]
+    else:
+        content = images.contents[shard] if source == PIXELS else ingest.result["records"][shard]
+        made_of = [content, step.settings.get("classes")]
+    return digest([VERSION, *made_of, category, numbers, step.settings["label_map_size"]])
 
 
 def pending(plan: Plan, step: Step) -> tuple[int, int]:
@@ -186,14 +230,14 @@ def pending(plan: Plan, step: Step) -> tuple[int, int]:
     number_of = {(entry["category"], entry["name"]): int(number) for number, entry in known.items()}
     wanted = {
         category: [number_of.get((category, name), 0) for name in names]
-        for category, names in wanted_categories(plan.config.datasets[step.dataset]).items()
+        for category, names in wanted_categories(plan.config.datasets[step.dataset], plan.config).items()
     }
     shards = images.shards(step.settings["split"])
     missing = [
         shard
         for shard in shards
         if not all(
-            ledger.get(f"{shard} {name}", shard_id(step, images, ingest, shard, name, numbers), store)
+            ledger.get(f"{shard} {name}", shard_id(plan, step, images, ingest, shard, name, numbers), store)
             for name, numbers in wanted.items()
         )
     ]
@@ -207,20 +251,24 @@ def discard(plan: Plan, step: Step) -> list[Path]:
     return [folder / "concepts.zarr", folder / "concepts.ledger"]
 
 
-def wanted_categories(dataset: AnyDataset) -> dict[str, Sequence[str]]:
+def wanted_categories(dataset: AnyDataset, wanted: Config) -> dict[str, Sequence[str]]:
     """Concept names by category, of the sources the configuration names, in its order."""
     from kernels.colour import COLOURS
 
     found: dict[str, Sequence[str]] = {}
     for source in dataset.concepts:
-        if source == datasets.TRUTH:
-            found |= {f"{source}/{name}": list(names) for name, names in datasets.truth_categories(dataset).items()}
+        if source == PIXELS:
+            found[COLOUR] = list(COLOURS)
         else:
-            found[PIXELS] = list(COLOURS)
+            truth = source == TRUTH
+            own = datasets.truth_categories(dataset) if truth else segmenters.concepts(wanted.segmenters[source])
+            found |= {f"{source}/{name}": list(names) for name, names in own.items()}
     return found
 
 
-def open_store(store: Path, ledger: Ledger, images: Images, wanted: Mapping[str, Sequence[str]]) -> list[Category]:
+def open_store(
+    store: Path, ledger: Ledger, images: Images, size: tuple[int, int], wanted: Mapping[str, Sequence[str]]
+) -> list[Category]:
     """Create the store or take it up; categories and concepts that are new to it are appended.
 
     Where the store's zarr.json is damaged, its ledger knows the numbers that were given out.
@@ -244,9 +292,9 @@ def open_store(store: Path, ledger: Ledger, images: Images, wanted: Mapping[str,
                 number_of[category, name] = number
     if max(table, default=0) > UINT16:
         raise MicrotomeError(f"{store}: {len(table)} concepts, a label map can hold {UINT16}")
-    shape = (images.count, len(places), *images.size)
+    shape = (images.count, len(places), *size)
     arrays = {
-        "label_map": Array(("image", "category", "y", "x"), shape, np.uint16, (images.shard_images, 1, *images.size)),
+        "label_map": Array(("image", "category", "y", "x"), shape, np.uint16, (images.shard_images, 1, *size)),
         "category": Array(("category",), (len(places),), str, (len(places),), fill=""),
     }
     attrs = {"concepts": {str(k): v for k, v in sorted(table.items())}, "categories": places}
@@ -269,47 +317,93 @@ def label_shard(
     start: int,
     items: list[tuple[str | None, dict[str, Path | None]]],
     categories: list[Category],
+    networks: Mapping[str, segmenters.Model],
+    image_size: tuple[int, int],
     size: tuple[int, int],
 ) -> Shard:
-    """On a worker: the label maps of one shard, in the given categories, numbered and written."""
-    from pipeline.decode import Refused
-    from pipeline.store import write
+    """On a worker: the label maps of one shard, in the given categories, numbered and written.
 
-    maps = np.zeros((len(items), len(categories), *size), np.uint16)
+    They are made at the size of the images, and taken to another size by the label under the centre of each position.
+    """
+    from pipeline.store import Reader, write
+
+    maps: dict[str, np.ndarray] = {}  # in the source's own numbers
     refused: dict[str, str] = {}
-    truth = [(i, c) for i, c in enumerate(categories) if c.name != PIXELS]
-    if truth:
-        for at, (image_id, paths) in enumerate(items):
-            if image_id is None:
-                continue
-            try:
-                own = datasets.read_label_maps(dataset, image_id, paths, size)
-            except Refused as error:
-                refused[image_id] = error.reason
-                continue
-            for i, category in truth:
-                number_of = np.array([0, *category.numbers], np.uint16)
-                maps[at, i] = number_of[own[category.name.partition("/")[2]]]
-    for i, category in enumerate(categories):
-        if category.name == PIXELS:
-            maps[:, i] = _colours(images, image_files, start, len(items), category)
+    for source in dict.fromkeys(category.source for category in categories):
+        names = [category.own_name for category in categories if category.source == source]
+        if source == TRUTH:
+            own, refused = _truth(dataset, items, names, image_size)
+        else:
+            pixels = np.asarray(Reader(images, image_files)["image"][start : start + len(items)])
+            own = _colours(pixels) if source == PIXELS else _segmented(networks[source], pixels, names, items)
+        maps |= {f"{source}/{name}": block for name, block in own.items()}
     files, contents = {}, {}
-    for i, category in enumerate(categories):
-        block = maps[:, i : i + 1]
+    for category in categories:
+        block = np.array([0, *category.numbers], np.uint16)[resized(maps[category.name], size)][:, None]
         files[category.name] = write(store, {"label_map": ((start, category.place, 0, 0), block)})
-        # Whether truth was read in this task or in an earlier one says nothing of the colours.
-        missing = sorted(refused) if category.name != PIXELS else []
+        # Whether truth was read in this task or in an earlier one says nothing of the other sources.
+        missing = sorted(refused) if category.source == TRUTH else []
         contents[category.name] = hashlib.blake2b(block.tobytes() + repr(missing).encode(), digest_size=16).hexdigest()
     return Shard(shard, files, contents, refused)
 
 
-def _colours(images: Path, files: Files, start: int, count: int, category: Category) -> np.ndarray:
-    """The colour name of every pixel of a shard: uint16 (image, y, x)."""
-    from kernels.colour import colour_names
-    from pipeline.store import Reader
+def label_map_size(dataset: AnyDataset, images: Images) -> tuple[int, int]:
+    """(height, width) of the label maps of a data set."""
+    return dataset.label_map_size or images.size
 
-    pixels = Reader(images, files)["image"][start : start + count]
-    return np.array(category.numbers, np.uint16)[colour_names(np.moveaxis(np.asarray(pixels), 1, -1))]
+
+def resized(maps: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Label maps (image, y, x) at another size: position i of n takes the label at floor((i + 1/2) m / n) of m."""
+    if maps.shape[1:] == size:
+        return maps
+    rows, columns = ((2 * np.arange(n) + 1) * m // (2 * n) for n, m in zip(size, maps.shape[1:], strict=True))
+    return maps[:, rows[:, None], columns]
+
+
+def _truth(
+    dataset: AnyDataset,
+    items: list[tuple[str | None, dict[str, Path | None]]],
+    names: Sequence[str],
+    size: tuple[int, int],
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The data set's own label maps, uint16 (image, y, x) by category, and why images were refused."""
+    from pipeline.decode import Refused
+
+    maps = {name: np.zeros((len(items), *size), np.uint16) for name in names}
+    refused: dict[str, str] = {}
+    for at, (image_id, paths) in enumerate(items):
+        if image_id is None:
+            continue
+        try:
+            own = datasets.read_label_maps(dataset, image_id, paths, size)
+        except Refused as error:
+            refused[image_id] = error.reason
+            continue
+        for name in names:
+            maps[name][at] = own[name]
+    return maps, refused
+
+
+def _colours(pixels: np.ndarray) -> dict[str, np.ndarray]:
+    """The colour name of every pixel, uint16 (image, y, x), numbered from 1 in the order of `COLOURS`."""
+    from kernels.colour import colour_names
+
+    return {"colour": colour_names(np.moveaxis(pixels, 1, -1)).astype(np.uint16) + 1}
+
+
+def _segmented(
+    model: segmenters.Model,
+    pixels: np.ndarray,
+    names: Sequence[str],
+    items: list[tuple[str | None, dict[str, Path | None]]],
+) -> dict[str, np.ndarray]:
+    try:
+        return segmenters.label_maps(model, pixels, names)
+    except segmenters.NonFiniteError as error:
+        (at,) = error.args
+        raise MicrotomeError(
+            f"segmenter {model.name!r}: the scores for image {items[at][0]!r} are not finite (NaN or infinity)"
+        ) from None
 
 
 def quarantine_csv(refused: Mapping[str, str], root: Path) -> bytes:

@@ -6,7 +6,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
@@ -27,10 +27,13 @@ from pipeline.recipe import Recipe
 RESERVED = ("networks", "layers", "done", "logs", "similarity", "randomization", "report")
 ENDINGS = (".zarr", ".ledger", ".csv", ".json")  # of files that stand beside the folders of networks
 UNTRAINED = "-untrained"  # suffix of the control network that stands beside every network
+TRUTH = "truth"  # concept source: the label maps that come with a data set
+PIXELS = "pixels"  # concept source: colour names of the pixels
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Kept = Literal["full", "pooled"]
 Share = Annotated[float, Field(gt=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
 
 
 class Strict(BaseModel):
@@ -74,15 +77,24 @@ class Squash(Strict):
     squash: tuple[PositiveInt, PositiveInt] = Field(description="height, width; the aspect ratio is not kept")
 
 
+CONCEPTS = (
+    "sources of label maps: `truth` (where it comes with label maps), `pixels` (colour names computed from the "
+    "pixels), names of segmenters"
+)
+
+
 class Dataset(Strict):
     """What every kind of data set has."""
+
+    has_truth: ClassVar[bool] = False  # whether it comes with label maps
 
     shard_images: PositiveInt = Field(64, description="images of one shard, the unit of work")
     max_images: PositiveInt | None = Field(
         None, description="the first so many images of each split, in the order of a hash of their ids; default: all"
     )
-    concepts: list[Literal["truth", "pixels"]] = Field(
-        ["truth"], description="sources of label maps: ground truth; colour names computed from the pixels"
+    concepts: list[Name] = Field([PIXELS], description=CONCEPTS)
+    label_map_size: tuple[PositiveInt, PositiveInt] | None = Field(
+        None, description="height, width of the label maps, at which units are compared with them; default: the images'"
     )
     dissect: Dissect = Field(Dissect(), description="how units are compared with concepts")
 
@@ -97,7 +109,10 @@ class SceneCounts(Strict):
 class Scenes(Dataset):
     """The embedded procedural scenes: twelve classes, with label maps of objects, parts, materials and colours."""
 
+    has_truth: ClassVar[bool] = True
+
     kind: Literal["scenes"] = Field(description="this kind")
+    concepts: list[Name] = Field([TRUTH], description=CONCEPTS)
     seed: NonNegativeInt = Field(0, description="other scenes for another seed")
     size: Annotated[int, Field(ge=16, le=1024)] = Field(64, description="height and width in pixels")
     images: SceneCounts = Field(SceneCounts(), description="how many, by split")
@@ -137,15 +152,7 @@ class Files(Images):
     )
 
 
-class Labelled(Dataset):
-    """What data sets have that come with classes and no label maps."""
-
-    concepts: list[Literal["pixels"]] = Field(  # type: ignore[assignment]
-        ["pixels"], description="sources of label maps: colour names computed from the pixels"
-    )
-
-
-class ImageFolder(Labelled, Files):
+class ImageFolder(Files):
     """Images in one folder a class."""
 
     kind: Literal["imagefolder"] = Field(description="this kind")
@@ -154,7 +161,7 @@ class ImageFolder(Labelled, Files):
     labels: str | None = Field(None, description="CSV with columns image,label, for folders without classes")
 
 
-class Csv(Labelled, Files):
+class Csv(Files):
     """Images that a table names."""
 
     kind: Literal["csv"] = Field(description="this kind")
@@ -165,7 +172,7 @@ class Csv(Labelled, Files):
     )
 
 
-class ImageNet(Labelled, Files):
+class ImageNet(Files):
     """ImageNet of 2012, as torchvision lays it out."""
 
     kind: Literal["imagenet"] = Field(description="this kind")
@@ -177,7 +184,7 @@ class ImageNet(Labelled, Files):
     verify: bool = Field(True, description="archives must be the published ones, by their md5")
 
 
-class Places365(Labelled, Files):
+class Places365(Files):
     """Places365, as torchvision lays it out."""
 
     kind: Literal["places365"] = Field(description="this kind")
@@ -190,7 +197,7 @@ class Places365(Labelled, Files):
     verify: bool = Field(True, description="the lists must be the published ones, by their md5")
 
 
-class Cifar10(Labelled, Images):
+class Cifar10(Images):
     """CIFAR-10, in the batches that torchvision reads."""
 
     kind: Literal["cifar10"] = Field(description="this kind")
@@ -202,7 +209,7 @@ class Cifar10(Labelled, Images):
     verify: bool = Field(True, description="the batches must be the published ones, by their md5")
 
 
-class Npz(Labelled, Images):
+class Npz(Images):
     """Images that are an array in a file of numpy."""
 
     kind: Literal["npz"] = Field(description="this kind")
@@ -225,7 +232,10 @@ class LabelMaps(Strict):
 class Segmentation(Files):
     """Images with index label maps, one folder a category."""
 
+    has_truth: ClassVar[bool] = True
+
     kind: Literal["segmentation"] = Field(description="this kind")
+    concepts: list[Name] = Field([TRUTH], description=CONCEPTS)
     root: str = Field(description="folder of the images")
     split: Split = Field(Split(all="validation"), description="which split each image belongs to")
     label_maps: Annotated[dict[Name, LabelMaps], Field(min_length=1)] = Field(description="by name of the category")
@@ -238,12 +248,28 @@ AnyDataset = Annotated[
 
 
 class Preprocessing(Strict):
-    """x in [0, 1] → (x - mean) / std, for the channels red, green, blue."""
+    """x in [0, 1] → (x - mean) / std, for the channels red, green, blue; with one number each, for grey.
 
-    mean: tuple[float, float, float] = Field((0.485, 0.456, 0.406), description="those of ImageNet")
-    std: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = Field(
+    Published weights, timm and transformers state their own mean and std, which then are the default.
+    """
+
+    mean: tuple[float, float, float] | tuple[float] = Field((0.485, 0.456, 0.406), description="those of ImageNet")
+    std: tuple[Positive, Positive, Positive] | tuple[Positive] = Field(
         (0.229, 0.224, 0.225), description="those of ImageNet"
     )
+
+    @property
+    def channels(self) -> int:
+        """1 for a network of grey images, else 3."""
+        return len(self.mean)
+
+    @model_validator(mode="after")
+    def _one_number_a_channel(self) -> "Preprocessing":
+        if len(self.mean) != len(self.std):
+            raise ValueError(
+                f"mean has length {len(self.mean)} and std {len(self.std)}: give each three numbers, or one for grey"
+            )
+        return self
 
 
 class Numerics(Strict):
@@ -261,10 +287,34 @@ class Train(Strict):
     recipe: Recipe = Field(Recipe(), description="how it is trained")
 
 
+class Ablate(Strict):
+    """Which units each class depends on: layers whose units are removed, one at a time and in sets."""
+
+    layers: Literal["last"] | Annotated[list[str], Field(min_length=1)] = Field(
+        "last", description="names among the network's `layers`; `last`: the last of them"
+    )
+    replace: Literal["zero", "mean", "shuffled"] = Field(
+        "zero", description="what a removed unit gives: 0, its mean over `rank`, or what it gives for another image"
+    )
+    rank: str = Field("train", description="the split by whose losses units are ranked for each class")
+    judge: str | None = Field(
+        None, description="the split that sets of units are judged on; default: the one that is dissected"
+    )
+    images: PositiveInt | None = Field(None, description="bound on the images of each split; default: all")
+    sizes: Annotated[list[PositiveInt], Field(min_length=1)] = Field(
+        [1, 2, 3, 4, 5, 20, 64, 128, 256, 512, 1024], description="of the sets; those below the layer's units are used"
+    )
+    draws: NonNegativeInt = Field(10, description="random sets of each size, as a control")
+    datasets: list[Name] | None = Field(None, description="on these data sets; default: all of the network's")
+
+
 class Network(NetworkSpec):
     """A network: how to build it, its weights, and the layers to look at."""
 
-    weights: str = Field(description="a .pt, .pth or .safetensors file, or `train`, or `random`")
+    weights: str = Field(
+        description="a .pt, .pth or .safetensors file, `train`, `random`, or published ones: `pretrained` (timm, "
+        "transformers), `DEFAULT` or another name (torchvision)"
+    )
     layers: Literal["auto"] | Annotated[list[str], Field(min_length=1)] = Field(
         "auto", description="names of modules, or patterns such as `layer*`; `auto`: the blocks"
     )
@@ -277,6 +327,7 @@ class Network(NetworkSpec):
     )
     train: Train | None = Field(None, description="with `weights: train`, how")
     datasets: list[Name] | None = Field(None, description="the data sets to dissect it on; default: all")
+    ablate: Ablate | None = Field(None, description="with this section, units are removed; default: none are")
 
     @model_validator(mode="after")
     def _training_together(self) -> "Network":
@@ -289,6 +340,45 @@ class Network(NetworkSpec):
         if isinstance(self.store, str):
             return self.store == "pooled"
         return any(kept == "pooled" and fits(layer, entry) for entry, kept in self.store.items())
+
+
+class Head(Strict):
+    """Which output of a segmentation network gives the classes of a category, and what its channels are called."""
+
+    output: str | None = Field(None, description="key of the network's output; default: `out`, or the only one")
+    channels: tuple[NonNegativeInt, NonNegativeInt] | None = Field(
+        None, description="first and last channel of that output, from 0; default: all"
+    )
+    classes: str = Field(
+        description="class list: one name a line, `id name` lines, or a CSV with columns id,name and, if it names the "
+        "classes of several categories, category"
+    )
+    first: NonNegativeInt = Field(0, description="id, in the class list, of the first channel: 1 for ADE20K's 150")
+    void: list[NonNegativeInt] = Field([], description="ids that mean nothing: background, unlabelled")
+
+    @model_validator(mode="after")
+    def in_order(self) -> "Head":
+        if self.channels is not None and self.channels[0] > self.channels[1]:
+            raise ValueError(f"channels: the first, {self.channels[0]}, comes after the last, {self.channels[1]}")
+        return self
+
+
+class Segmenter(NetworkSpec):
+    """A segmentation network as a source of concepts; data sets name it in `concepts`."""
+
+    weights: str = Field(description="a .pt, .pth or .safetensors file")
+    preprocessing: Preprocessing = Field(Preprocessing(), description="what the network expects of pixels")
+    resize: tuple[PositiveInt, PositiveInt] | None = Field(
+        None, description="height, width that images are resized to for it (bilinear); default: as they are stored"
+    )
+    numerics: Numerics = Field(Numerics(micro_batch=8), description="how it is computed")
+    categories: Annotated[dict[Name, Head], Field(min_length=1)] = Field(description="by name of the category")
+
+    @model_validator(mode="after")
+    def _trained(self) -> "Segmenter":
+        if self.weights_file is None:
+            raise ValueError(f"weights: {self.weights!r}: a segmenter needs those of a trained network, a file")
+        return self
 
 
 class Controls(Strict):
@@ -309,11 +399,27 @@ class Cluster(Strict):
 
 
 class Report(Strict):
-    """The page that a run ends in."""
+    """The pages that a run ends in."""
 
     title: str | None = Field(None, description="default: the experiment's name")
-    top_images: PositiveInt = Field(5, description="images of a card")
-    cards: NonNegativeInt = Field(24, description="units of each network that get a card")
+    top_images: PositiveInt = Field(5, description="images of a unit")
+    cards: NonNegativeInt = Field(
+        1000, description="units of each network that are shown on images, those with the highest IoU first"
+    )
+
+
+class Figures(Strict):
+    """The figures of the report, as files for a paper. Each is also there as SVG, which the page shows, and as CSV."""
+
+    width: Literal["one", "two"] | Annotated[float, Field(ge=2, le=20)] = Field(
+        "two", description="one or two columns of a journal, 3.5 and 7.1 inches; or inches"
+    )
+    formats: list[Literal["pdf", "png"]] = Field(["pdf", "png"], description="what is written besides SVG")
+    dpi: Annotated[int, Field(ge=50, le=1200)] = Field(300, description="dots per inch of PNG files")
+
+    @property
+    def inches(self) -> float:
+        return {"one": 3.5, "two": 7.1}.get(self.width, 0) if isinstance(self.width, str) else self.width
 
 
 class Config(Strict):
@@ -323,9 +429,11 @@ class Config(Strict):
     results: str = Field("results", description="folder of all results; several experiments may share it")
     datasets: Annotated[dict[Name, AnyDataset], Field(min_length=1)] = Field(description="by name")
     networks: Annotated[dict[Name, Network], Field(min_length=1)] = Field(description="by name")
+    segmenters: dict[Name, Segmenter] = Field({}, description="by name")
     controls: Controls = Field(Controls(), description="what the units are compared with")
     cluster: Cluster = Field(Cluster(), description="the workers")
-    report: Report = Field(Report(), description="the page at the end")
+    report: Report = Field(Report(), description="the pages at the end")
+    figures: Figures = Field(Figures(), description="the figures in them")
 
     @model_validator(mode="after")
     def names(self) -> "Config":
@@ -337,10 +445,26 @@ class Config(Strict):
         for name, network in self.networks.items():
             if name.endswith(UNTRAINED):
                 raise ValueError(f"network {name!r}: the suffix {UNTRAINED!r} is for the untrained control")
-            wanted = [*(network.datasets or []), *([network.train.dataset] if network.train else [])]
+            ablated = (network.ablate.datasets if network.ablate else None) or []
+            wanted = [*(network.datasets or []), *([network.train.dataset] if network.train else []), *ablated]
             for dataset in wanted:
                 if dataset not in self.datasets:
                     raise ValueError(f"network {name!r}: no data set {dataset!r}{nearest(dataset, self.datasets)}")
+        return self
+
+    @model_validator(mode="after")
+    def sources(self) -> "Config":
+        for name in self.segmenters:
+            if name in (TRUTH, PIXELS):
+                raise ValueError(f"segmenter {name!r}: {TRUTH} and {PIXELS} are sources of another kind")
+        for name, dataset in self.datasets.items():
+            known = [*([TRUTH] if dataset.has_truth else []), PIXELS, *self.segmenters]
+            for at, source in enumerate(dataset.concepts):
+                if source not in known:
+                    raise ValueError(
+                        f"datasets.{name}.concepts.{at}: no source {source!r} for data sets of kind {dataset.kind} "
+                        f"(there are: {', '.join(known)}){nearest(source, known)}"
+                    )
         return self
 
 

@@ -38,15 +38,15 @@ if TYPE_CHECKING:
     from pipeline.label_maps import ClassList
     from pipeline.listing import Listing, SplitRule
 
-TRUTH = "truth"  # source of the label maps that come with a data set
-
 
 @dataclass(frozen=True)
 class Summary:
-    """What the plan needs of a data set: `settings`, which its id is made of, and the images of each split."""
+    """What the plan needs of a data set: `settings`, which its id is made of, the images of each split, and how many
+    classes the images are labelled with (0: no image has a label)."""
 
     settings: dict[str, Any]
     splits: dict[str, int]
+    classes: int
 
     def require(self, name: str, split: str) -> None:
         """Raise `MicrotomeError` where the data set of this name has no image of a split."""
@@ -63,13 +63,16 @@ def summary(dataset: AnyDataset, scratch: Path, version: int, rescan: bool = Fal
     It is remembered until something that the listing was made from has changed: 1.3 million files cost a start no more
     than the times of their folders. `version` is that of the code that makes a listing.
     """
-    memory = scratch / "datasets" / f"{digest([version, origin(dataset), dataset.model_dump()])}.json"
+    # What is remembered has these fields: another code's is not read.
+    asked = [version, list(Summary.__dataclass_fields__), origin(dataset), dataset.model_dump()]
+    memory = scratch / "datasets" / f"{digest(asked)}.json"
     known = None if rescan else _remembered(memory, scratch)
     if known is not None:
         return known
     began = time.time_ns()
     listed = listing(dataset, scratch, rescan)
-    made = Summary(settings(dataset, listed), listed.splits())
+    classes = len(listed.classes) if (listed.label >= 0).any() else 0
+    made = Summary(settings(dataset, listed), listed.splits(), classes)
     _remember(memory, made, listed, scratch, began)
     return made
 

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+import shutil
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ import numpy as np
 
 from pipeline import stage
 from pipeline.cluster import check_memory, client, device, run_tasks
-from pipeline.config import AnyDataset, Network
+from pipeline.config import AnyDataset, Network, Segmenter
 from pipeline.errors import MicrotomeError
 from pipeline.identity import digest
 from pipeline.lock import one_at_a_time
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from pipeline.store import Ledger
 
 VERSION = 1
-CODE = ("pipeline/extract.py", "pipeline/layers.py", "pipeline/layer_id.py", "pipeline/networks.py")
+CODE = ("kernels/grey.py", "pipeline/extract.py", "pipeline/layers.py", "pipeline/layer_id.py", "pipeline/networks.py")
 HALF_MAX = 65504.0
 UNIT_BLOCK = 64  # units of one chunk inside a shard
 REMEDY = "lower `shard_images` of the data set or `numerics.micro_batch` of the network, or name fewer layers"
@@ -119,7 +120,10 @@ def run(plan: Plan, step: Step) -> None:
         ]
         stage.refers_to(plan, step, [layer.store.parent for layer in layers])
         layers = [open_layer(layer, images) for layer in layers]
-        open_logits(logits, images, prepared.classes)
+        if prepared.classes is None:  # those of another network that had this name
+            shutil.rmtree(logits, ignore_errors=True)
+        else:
+            open_logits(logits, images, prepared.classes)
         logits_ledger = Ledger(logits.with_suffix(".ledger"))
         made: set[int] = set()
         while True:
@@ -136,11 +140,10 @@ def run(plan: Plan, step: Step) -> None:
                 for layer in missing:
                     if str(shard) in ledgers[layer.id].entries:  # its files are about to become others
                         remove_others(layer.store.parent / "done", "activations")
-                head = (
-                    logits
-                    if not logits_ledger.get(str(shard), logits_id(images, shard, model, prepared), logits)
-                    else None
+                known = prepared.classes is None or logits_ledger.get(
+                    str(shard), logits_id(images, shard, model, prepared), logits
                 )
+                head = None if known else logits
                 if missing or head:
                     tasks.append(
                         (model, images.store, images.files_of(shard), shard, images.range(shard), missing, head)
@@ -179,9 +182,12 @@ def run(plan: Plan, step: Step) -> None:
                 for layer in layers
             ]
     described = [finish_layer(plan, step, layer, images, shards, ledgers[layer.id]) for layer in layers]
-    files = stage.within("logits.zarr", logits_ledger.files(map(str, shards)))
+    files = {}
+    if prepared.classes is not None:
+        files = stage.within("logits.zarr", logits_ledger.files(map(str, shards)))
     output = digest({"layers": [[entry["name"], entry["digest"]] for entry in described], "logits": files})
-    files |= stage.within("logits.zarr", metadata_files(logits))
+    if prepared.classes is not None:
+        files |= stage.within("logits.zarr", metadata_files(logits))
     result = {"layers": described, "shards": shards}
     includes = {entry["manifest"]: entry["digest"] for entry in described}
     stage.finish(plan, step, began, output, files, result, includes, made=(len(made), len(shards)))
@@ -341,10 +347,11 @@ def finish_layer(
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a network says of itself before any image: layers in order with id and scale, classes, its numerics."""
+    """What a network says of itself before any image: layers in order with id and scale, classes (None: it has no
+    head), its numerics."""
 
     layers: list[tuple[str, LayerInfo, float]]
-    classes: int
+    classes: int | None
     numerics: dict[str, Any]
     parameters: int
     largest: int  # values of the largest output of any module, for one image
@@ -358,24 +365,23 @@ def prepare(model: Model, size: tuple[int, int], version: int) -> Prepared:
     import torch
 
     from pipeline.layer_id import layer_ids
-    from pipeline.layers import Recorder, largest_output, resolve
+    from pipeline.layers import Recorder, classes_of, largest_output, resolve
 
-    spec, shape = model.spec, (3, *size)
+    spec = model.spec
+    shape = (spec.preprocessing.channels, *size)
     as_loaded = _loaded(model)
     infos = resolve(as_loaded, spec.layers, shape, spec.special_tokens, model.name)
     numerics = spec.numerics.model_dump() | platform_numerics(version)
     preprocessing = spec.preprocessing.model_dump() | {"size": list(size)}
     ids = layer_ids(as_loaded, infos, preprocessing, numerics, shape)
-    noise = torch.randint(0, 256, (4, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    noise = torch.randint(0, 256, (4, 3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     with Recorder(network_of(model), ids) as record:
         logits, outputs = record(normalise(noise, spec))
-    if logits is None or logits.ndim != 2:
-        raise MicrotomeError(f"network {model.name!r} does not return logits (image, class)")
     layers = [
         (ids[info.name], info, scale_for(float(outputs[info.name].abs().amax()), headroom=True)) for info in infos
     ]
     parameters = sum(parameter.numel() for parameter in as_loaded.parameters())
-    return Prepared(layers, logits.shape[1], numerics, parameters, largest_output(as_loaded, shape))
+    return Prepared(layers, classes_of(as_loaded, logits), numerics, parameters, largest_output(as_loaded, shape))
 
 
 def memory_need(layers: Iterable[Layer], prepared: Prepared, spec: Network, images: Images) -> int:
@@ -416,13 +422,21 @@ def scale_for(largest: float, headroom: bool = False) -> float:
     return 2.0 ** (math.frexp(largest)[1] - (5 if headroom else 15))
 
 
-def normalise(pixels: torch.Tensor, spec: Network) -> torch.Tensor:
-    """uint8 (image, 3, y, x) → float32 on the device: (x / 255 - mean) / std, in the network's memory format."""
+def normalise(pixels: torch.Tensor, spec: Network | Segmenter) -> torch.Tensor:
+    """uint8 (image, 3, y, x) → float32 on the device: (x / 255 - mean) / std, in the network's memory format.
+
+    A network with a single mean gets grey images (image, 1, y, x).
+    """
     import torch
 
-    x = pixels.to(device()).float().div_(255)
-    mean = torch.tensor(spec.preprocessing.mean, device=x.device).view(1, 3, 1, 1)
-    std = torch.tensor(spec.preprocessing.std, device=x.device).view(1, 3, 1, 1)
+    from kernels.grey import grey
+
+    pixels = pixels.to(device())
+    if spec.preprocessing.channels == 1:
+        pixels = grey(pixels)
+    x = pixels.float().div_(255)
+    mean = torch.tensor(spec.preprocessing.mean, device=x.device).view(1, -1, 1, 1)
+    std = torch.tensor(spec.preprocessing.std, device=x.device).view(1, -1, 1, 1)
     x = x.sub_(mean).div_(std)
     return x.contiguous(memory_format=torch.channels_last) if spec.numerics.channels_last else x
 
@@ -442,13 +456,18 @@ def _loaded(model: Model) -> torch.nn.Module:
 @functools.lru_cache(maxsize=2)
 def network_of(model: Model) -> torch.nn.Module:
     """A worker's copy of a network, loaded once."""
+    return placed(_loaded(model), model.spec)
+
+
+def placed(network: torch.nn.Module, spec: Network | Segmenter) -> torch.nn.Module:
+    """A network on the worker's device, in its memory format, and torch set to compute it the same way each time."""
     import torch
 
     torch.set_num_threads(1)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.deterministic = True
-    network = _loaded(model).to(device())
-    return network.to(memory_format=torch.channels_last) if model.spec.numerics.channels_last else network
+    network = network.to(device())
+    return network.to(memory_format=torch.channels_last) if spec.numerics.channels_last else network
 
 
 def extract_shard(
@@ -467,23 +486,12 @@ def extract_shard(
     """
     import torch
 
-    from pipeline.layers import Recorder
     from pipeline.store import Reader, write
 
     start, stop = bounds
-    network = network_of(model)
     pixels = torch.from_numpy(Reader(images, files)["image"][start:stop])
     kept = {layer.name: Kept.empty(layer, len(pixels)) for layer in layers}
-    heads = []
-    for at, count, batch in micro_batches(pixels, model.spec):
-
-        def take(name: str, output: torch.Tensor, at: int = at, count: int = count) -> None:
-            kept[name].take(at, count, output)
-
-        with Recorder(network, kept, take=take) as record:
-            head, _ = record(batch)
-        assert head is not None
-        heads.append(head[:count].float().cpu())
+    head = forward_in_batches(model, pixels, list(kept), lambda name, at, output: kept[name].take(at, output))
     done = Shard(shard)
     for layer in layers:
         one = kept.pop(layer.name)
@@ -497,26 +505,41 @@ def extract_shard(
             # Maps of other images, which the ledger no longer knows.
             (layer.store / "activation" / "c" / str(shard) / "0" / "0" / "0").unlink(missing_ok=True)
     if logits is not None:
-        head = torch.cat(heads)
+        assert head is not None
         refuse_non_finite(head, "logits", start)
         done.files[""] = write(logits, {"logits": ((start, 0), head.numpy())})
     return done
 
 
-def micro_batches(pixels: torch.Tensor, spec: Network) -> Iterator[tuple[int, int, torch.Tensor]]:
-    """The images of a shard as a network takes them, in batches of fixed size, the last one padded with black images.
+def forward_in_batches(
+    model: Model, pixels: torch.Tensor, names: Sequence[str], take: Callable[[str, int, torch.Tensor], None]
+) -> torch.Tensor | None:
+    """The images of one shard through the network; the logits (image, class), None of a network without a head.
 
-    Yields the first image of each batch, how many of its images are of the shard, and the batch.
+    In micro-batches of the network's size, the last one padded with black images. `take(name, at, output)` gets the
+    output of each layer named, as soon as it is ready, for the images of the shard from `at` on: the next operation may
+    overwrite it.
     """
     import torch
 
-    size = spec.numerics.micro_batch
+    from pipeline.layers import Recorder
+
+    network, size = network_of(model), model.spec.numerics.micro_batch
+    heads = []
     for at in range(0, len(pixels), size):
         batch = pixels[at : at + size]
         count = len(batch)
         if count < size:
             batch = torch.cat([batch, batch.new_zeros((size - count, *batch.shape[1:]))])
-        yield at, count, normalise(batch, spec)
+
+        def taken(name: str, output: torch.Tensor, at: int = at, count: int = count) -> None:
+            take(name, at, output[:count])
+
+        with Recorder(network, names, take=taken) as record:
+            head, _ = record(normalise(batch, model.spec))
+        if head is not None and head.ndim == 2:
+            heads.append(head[:count].float().cpu())
+    return torch.cat(heads) if heads else None
 
 
 @dataclass
@@ -551,14 +574,14 @@ class Kept:
             torch.empty(count),
         )
 
-    def take(self, at: int, count: int, output: torch.Tensor) -> None:
-        """The output for images `at` to `at + count` of the shard, and for padding after them."""
+    def take(self, at: int, output: torch.Tensor) -> None:
+        """The output for the images of the shard from `at` on."""
         import torch
 
         from pipeline.layers import to_maps
 
-        maps, special = to_maps(output[:count].float(), self.layer.info)
-        part = slice(at, at + count)
+        maps, special = to_maps(output.float(), self.layer.info)
+        part = slice(at, at + len(output))
         maximum = maps.amax((2, 3))
         self.maximum[part] = maximum
         self.mean[part] = maps.mean((2, 3))
@@ -587,6 +610,6 @@ class Kept:
 
 def refuse_non_finite(output: torch.Tensor, layer: str, start: int) -> None:
     """Raise for the first image of `output` (image, ...), a shard that begins with image `start`, that is not finite."""
-    good = output.reshape(len(output), -1).isfinite().all(1)
+    good = output.isfinite().reshape(len(output), -1).all(1)
     if not bool(good.all()):
         raise NonFiniteError(layer, start + int((~good).nonzero()[0]))

@@ -1,5 +1,7 @@
 """What can be refused or planned about networks without work: layers, shapes, bytes, checkpoint keys, classes.
 
+Of segmentation networks, which are sources of concepts: outputs, channels and class lists.
+
     python -m pipeline.inspection request.json response.json
 
 answers a list of requests in one process, since importing torch and torchvision costs seconds.
@@ -10,18 +12,23 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
-from pipeline import checkpoint
-from pipeline.errors import MicrotomeError
+from pipeline import segmenters
+from pipeline.config import Segmenter
+from pipeline.errors import MicrotomeError, nearest
 from pipeline.layer_info import LayerInfo
-from pipeline.layers import Survey, choose, survey
-from pipeline.networks import Described, NetworkSpec, build
+from pipeline.layers import Survey, choose, in_proportion, survey
+from pipeline.networks import Described, NetworkSpec, build, load_weights
+from pipeline.places import check_places
+from pipeline.tail import Tail
+from pipeline.traced import UntraceableError, trace
 
 _HALF_BYTES = 2
 
@@ -35,7 +42,10 @@ class Inspection:
     layers : the wanted ones, in execution order.
     activation_bytes : per layer, of its float16 activations for all images, before compression.
     parameters : number of trainable values.
+    ablation : per layer whose units are to be removed, the floating-point operations of one pair of a unit and an
+        image; None where the network cannot be cut there and all of it runs.
     output : shape of the network's output for one image; (classes,) for a classifier.
+    classes : number of logits, or None when the network has no head.
     """
 
     architecture: str
@@ -43,14 +53,20 @@ class Inspection:
     activation_bytes: dict[str, int]
     parameters: int
     output: tuple[int, ...]
-
-    @property
-    def classes(self) -> int | None:
-        """Number of logits, or None when the network is no classifier."""
-        return self.output[0] if len(self.output) == 1 else None
+    classes: int | None
+    ablation: dict[str, float | None] = field(default_factory=dict)
 
     def json(self) -> dict[str, Any]:
-        return asdict(self) | {"classes": self.classes}
+        return asdict(self)
+
+
+class Ablation(BaseModel):
+    """Layers whose units are to be removed, and the number of classes that images are labelled with."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    layers: str | list[str]
+    classes: int
 
 
 class Request(BaseModel):
@@ -64,6 +80,16 @@ class Request(BaseModel):
     images: int = 0
     special_tokens: int | None = None
     weights_path: str | None = None
+    ablate: Ablation | None = None
+
+
+class SegmenterRequest(BaseModel):
+    """One segmentation network to inspect, for images of a size (height, width)."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    segmenter: Segmenter
+    size: tuple[int, int]
 
 
 def inspect(
@@ -73,6 +99,7 @@ def inspect(
     images: int = 0,
     special_tokens: int | None = None,
     weights_path: str | Path | None = None,
+    ablate: Ablation | None = None,
 ) -> Inspection:
     """Build the network on the meta device, check its checkpoint's names and shapes, and find the wanted layers.
 
@@ -84,6 +111,7 @@ def inspect(
     layers, special_tokens : as in `layers.resolve`.
     images : how many images the activations are wanted for.
     weights_path : checkpoint made by the workflow, which replaces the network's own.
+    ablate : what is to be removed.
 
     Raises
     ------
@@ -92,34 +120,70 @@ def inspect(
     """
     spec = NetworkSpec.of(network)
     built, surveyed = _surveyed(spec, input_shape, special_tokens)
-    if weights_path is not None:
-        checkpoint.load_state(built, checkpoint.shapes(weights_path), weights_path)
-    elif spec.weights_file is not None:
-        checkpoint.load_state(built, checkpoint.shapes(spec.weights_file, spec.prefix), spec.weights_file)
+    load_weights(built, spec, weights_path, shapes_only=True)
     chosen = choose(built, surveyed, layers, spec.architecture)
+    # Maps that keep the image's proportions are what convolutions give, in order.
+    doubtful = [layer for layer in chosen if layer.spatial and not _certain(layer, input_shape)]
+    if doubtful:
+        check_places(build(spec), doubtful, input_shape, spec.architecture)
     return Inspection(
         architecture=spec.architecture,
         layers=chosen,
         activation_bytes={layer.name: _bytes(layer, images) for layer in chosen},
         parameters=sum(parameter.numel() for parameter in built.parameters()),
         output=surveyed.output,
+        classes=surveyed.classes,
+        ablation=_ablation(built, chosen, surveyed.output, input_shape, ablate) if ablate else {},
     )
 
 
+def _ablation(
+    network: nn.Module,
+    layers: Sequence[LayerInfo],
+    output: tuple[int, ...],
+    input_shape: tuple[int, int, int],
+    wanted: Ablation,
+) -> dict[str, float | None]:
+    """What a pair costs for each layer; layers that cannot be ablated are refused."""
+    if output != (wanted.classes,):
+        raise MicrotomeError(
+            f"units cannot be ablated: the network gives {output} for an image, and the images have {wanted.classes} "
+            f"classes: expected a logit for each class"
+        )
+    known = {layer.name: layer for layer in layers}
+    costs: dict[str, float | None] = {}
+    for name in list(known)[-1:] if wanted.layers == "last" else wanted.layers:
+        if name not in known:
+            raise MicrotomeError(f"ablate.layers: {name!r} is not among the layers{nearest(name, known)}")
+        try:
+            images = torch.zeros((3, *input_shape), device="meta")
+            costs[name] = Tail(trace(network, name, images), known[name]).cost().pair_flops
+        except UntraceableError:
+            costs[name] = None
+    return costs
+
+
 def answer(requests: Sequence[Any]) -> list[dict[str, Any]]:
-    """Each request (the json form of a `Request`) with its `result` or the `error` to show."""
+    """Each request (the json form of a `Request` or `SegmenterRequest`) with its `result` or the `error` to show."""
     answers: list[dict[str, Any]] = []
     for each in requests:
         try:
-            request = Request.model_validate(each)
-            found = inspect(**{name: getattr(request, name) for name in Request.model_fields})
-            answers.append({"result": found.json()})
+            answers.append({"result": _result(each)})
         except ValidationError as error:
             first = error.errors()[0]
             answers.append({"error": f"request: {'.'.join(map(str, first['loc']))}: {first['msg']}"})
         except MicrotomeError as error:
             answers.append({"error": str(error)})
     return answers
+
+
+def _result(each: Any) -> dict[str, Any]:
+    if isinstance(each, dict) and "segmenter" in each:
+        wanted = SegmenterRequest.model_validate(each)
+        found = segmenters.inspect(wanted.segmenter, wanted.size)
+        return {"concepts": {name: channels.concepts for name, channels in found.items()}}
+    request = Request.model_validate(each)
+    return inspect(**{name: getattr(request, name) for name in Request.model_fields}).json()
 
 
 def main(request_path: str, response_path: str) -> None:
@@ -146,6 +210,10 @@ def _surveyed(spec: NetworkSpec, input_shape: tuple[int, int, int], special: int
         ) from error
     # Loading shapes into a meta network checks names and shapes and copies nothing.
     return network.to("meta"), surveyed
+
+
+def _certain(layer: LayerInfo, input_shape: tuple[int, int, int]) -> bool:
+    return layer.layout == "map" and in_proportion(layer.shape[1:], input_shape[1:])
 
 
 def _bytes(layer: LayerInfo, images: int) -> int:

@@ -2,6 +2,7 @@
 
 import csv
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.decode import Geometry, Refused, opened, transform_label_map, turn_upright
-from pipeline.errors import MicrotomeError
+from pipeline.errors import MicrotomeError, nearest
 
 LARGEST = 2**16 - 1  # of an index in a 16-bit PNG, and of a concept number
 ID_COLUMNS = ("id", "idx", "index")
@@ -93,14 +94,28 @@ def read_label_map(path: Path | str, max_pixels: int) -> np.ndarray:
     return (indices // GREY_STEPS.get(raw_mode, 1)).astype(np.uint16)
 
 
-def read_class_list(path: Path | str, void: Iterable[int] = ()) -> ClassList:
-    """Read the names of the indices of label maps.
+@dataclass(frozen=True)
+class Row:
+    """One class as a list has it; `category` is empty where the list has no such column."""
 
-    A file that ends in .csv has a header with one of `ID_COLUMNS` and `name`. In any other every line is `id name`
-    (when the first line begins with a number), or a name alone, numbered from 0 in the order of the lines.
+    line: int
+    index: str
+    name: str
+    category: str = ""
+
+
+def read_class_list(path: Path | str, void: Iterable[int] = (), category: str | None = None) -> ClassList:
+    """Read the names of the indices of label maps, or of the channels of a segmentation network.
+
+    A file that ends in .csv has a header with one of `ID_COLUMNS` and `name`. Of synonyms, `building;edifice`, the
+    first is the name, unless another class has it too. In any other file every line is `id name` (when the first line
+    begins with a number), or a name alone, numbered from 0 in the order of the lines; headings `-- 13 person --` with
+    lines `1 head` below them, as in ADE20K's list of parts, give `person head`.
+
+    With `category`, a list that has a column `category` gives the classes of this category alone; all others are void.
 
     Raises `MicrotomeError`: the file cannot be read, a line is not understood, an index or the name of a concept is
-    there twice, an index is over 65535, nothing is left that is not void.
+    there twice, an index is over 65535, no class is of the category, nothing is left that is not void.
     """
     path = Path(path)
     try:
@@ -109,16 +124,19 @@ def read_class_list(path: Path | str, void: Iterable[int] = ()) -> ClassList:
         raise MicrotomeError(f"cannot read the class list {path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise MicrotomeError(f"the class list {path} is not text in UTF-8: {error}") from error
+    rows = _rows_of_csv(path, text) if path.suffix.lower() == ".csv" else _rows_of_lines(path, text)
     names: dict[int, str] = {}
-    for line, index, name in _rows_of_csv(path, text) if path.suffix.lower() == ".csv" else _rows_of_lines(path, text):
-        if not re.fullmatch("[0-9]{1,9}", index) or int(index) > LARGEST or not name:
+    for row in rows:
+        if not re.fullmatch("[0-9]{1,9}", row.index) or int(row.index) > LARGEST or not row.name:
             raise MicrotomeError(
-                f"line {line} of {path} is {index!r} {name!r}; expected an index up to {LARGEST} and a name"
+                f"line {row.line} of {path} is {row.index!r} {row.name!r}; expected an index up to {LARGEST} and a name"
             )
-        before = names.setdefault(int(index), name)
-        if before != name:
-            raise MicrotomeError(f"line {line} of {path} names index {index} {name!r}, but it is {before!r}")
-    classes = ClassList(path, names, frozenset(void))
+        before = names.setdefault(int(row.index), row.name)
+        if before != row.name:
+            raise MicrotomeError(
+                f"line {row.line} of {path} names index {row.index} {row.name!r}, but it is {before!r}"
+            )
+    classes = ClassList(path, names, frozenset(void) | _other_categories(path, rows, category))
     outside = [value for value in classes.void if not 0 <= value <= LARGEST]
     if outside:
         raise MicrotomeError(
@@ -136,18 +154,51 @@ def read_class_list(path: Path | str, void: Iterable[int] = ()) -> ClassList:
     return classes
 
 
-def _rows_of_lines(path: Path, text: str) -> list[tuple[int, str, str]]:
-    """Return (line, index, name) of a text file."""
+def _other_categories(path: Path, rows: list[Row], category: str | None) -> frozenset[int]:
+    """The indices of all classes but those of a category, where the list has categories."""
+    known = sorted({row.category for row in rows} - {""})
+    if category is None or not known:
+        return frozenset()
+    if category not in known:
+        raise MicrotomeError(
+            f"{path} has no class of category {category!r} (there are: {', '.join(known)}){nearest(category, known)}"
+        )
+    return frozenset(int(row.index) for row in rows if row.category != category)
+
+
+def _rows_of_lines(path: Path, text: str) -> list[Row]:
+    """Return the classes of a text file."""
     lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), start=1)]
     filled = [(number, line) for number, line in lines if line]
+    if filled and _heading(filled[0][1]):
+        return _rows_of_parts(filled)
     if filled and re.match(r"[0-9]+\s", filled[0][1]):
-        return [(number, *_halves(line)) for number, line in filled]
+        return [Row(number, *_halves(line)) for number, line in filled]
     between = [number for number, line in lines if not line and number < filled[-1][0]] if filled else []
     if between:
         raise MicrotomeError(
             f"line {between[0]} of {path} is empty; it would shift the indices of the names that follow"
         )
-    return [(number, str(index), line) for index, (number, line) in enumerate(filled)]
+    return [Row(number, str(index), line) for index, (number, line) in enumerate(filled)]
+
+
+def _rows_of_parts(filled: list[tuple[int, str]]) -> list[Row]:
+    """Return the parts of a list with headings; each is named after the heading above it."""
+    rows, whole = [], ""
+    for number, line in filled:
+        heading = _heading(line)
+        if heading:
+            whole = heading
+        else:
+            index, name = _halves(line)
+            rows.append(Row(number, index, f"{whole} {name}" if name else ""))
+    return rows
+
+
+def _heading(line: str) -> str:
+    """Return the name in `-- 13 person --`, or an empty string when the line is something else."""
+    found = re.fullmatch(r"--\s+[0-9]+\s+(.*\S)\s+--", line)
+    return found[1] if found else ""
 
 
 def _halves(line: str) -> tuple[str, str]:
@@ -155,8 +206,8 @@ def _halves(line: str) -> tuple[str, str]:
     return index, name[0] if name else ""
 
 
-def _rows_of_csv(path: Path, text: str) -> list[tuple[int, str, str]]:
-    """Return (line, index, name) of a CSV."""
+def _rows_of_csv(path: Path, text: str) -> list[Row]:
+    """Return the classes of a CSV."""
     try:
         reader = csv.reader(text.splitlines(keepends=True), strict=True)
         header = [name.strip().lower() for name in next(reader, [])]
@@ -170,4 +221,11 @@ def _rows_of_csv(path: Path, text: str) -> list[tuple[int, str, str]]:
     for line, cells in rows:
         if len(cells) != len(header):
             raise MicrotomeError(f"line {line} of {path} has {len(cells)} fields, its header {len(header)}")
-    return [(line, cells[index].strip(), cells[header.index("name")].strip()) for line, cells in rows]
+    names = [cells[header.index("name")].strip() for _, cells in rows]
+    categories = [cells[header.index("category")].strip() if "category" in header else "" for _, cells in rows]
+    short = [name.partition(";")[0].strip() or name for name in names]
+    taken = Counter(zip(short, categories, strict=True))
+    return [
+        Row(line, cells[index].strip(), first if taken[first, category] == 1 else name, category)
+        for (line, cells), name, first, category in zip(rows, names, short, categories, strict=True)
+    ]

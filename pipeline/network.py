@@ -20,6 +20,8 @@ from pipeline.config import Network
 from pipeline.errors import MicrotomeError
 from pipeline.identity import FileDigests, crc32c, digest
 from pipeline.manifest import write_atomically
+from pipeline.networks import NetworkSpec, published_file
+from pipeline.published import weight_files
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,7 +31,14 @@ if TYPE_CHECKING:
 
 VERSION = 1
 REMEDY = "lower `batch_size` of the recipe, or the number of images"
-CODE = ("pipeline/checkpoint.py", "pipeline/network.py", "pipeline/networks.py", "pipeline/training.py")
+CODE = (
+    "kernels/grey.py",
+    "pipeline/checkpoint.py",
+    "pipeline/libraries",
+    "pipeline/network.py",
+    "pipeline/networks.py",
+    "pipeline/training.py",
+)
 
 
 def settings(spec: Network, digests: FileDigests) -> dict[str, Any]:
@@ -45,19 +54,32 @@ def settings(spec: Network, digests: FileDigests) -> dict[str, Any]:
             }
         case "random":
             made_of["random"] = spec.seed
+        case _ if spec.published:
+            made_of["checkpoint"] = _published_digest(spec, digests)
         case path:
             made_of["checkpoint"] = digests(path)
             made_of["prefix"] = spec.prefix
     return made_of
 
 
-def architecture(spec: Network, digests: FileDigests) -> dict[str, Any]:
-    """The builder and its arguments; for a module, the digest of its file."""
+def architecture(spec: NetworkSpec, digests: FileDigests) -> dict[str, Any]:
+    """The builder and its arguments; for a module or a model of transformers, the digest of the file it is made by."""
     if spec.torchvision is not None:
         return {"torchvision": spec.torchvision, "arguments": spec.arguments}
+    if spec.timm is not None:
+        return {"timm": spec.timm, "arguments": spec.arguments}
+    if spec.transformers is not None:
+        return {"transformers": digests(published_file(spec) / "config.json"), "arguments": spec.arguments}
     assert spec.module is not None
     path, _, function = spec.module.rpartition(":")
     return {"module": digests(path), "function": function, "arguments": spec.arguments}
+
+
+def _published_digest(spec: Network, digests: FileDigests) -> str | dict[str, str]:
+    path = published_file(spec)
+    if spec.transformers is None:
+        return digests(path)
+    return {file.name: digests(file) for file in weight_files(path)}
 
 
 def run(plan: Plan, step: Step) -> None:
@@ -112,9 +134,10 @@ def make(spec: Network, folder: Path, training: dict[str, Any] | None) -> dict[s
         "parameters": sum(parameter.numel() for parameter in network.parameters()),
     }
     described = {
-        "architecture": spec.torchvision or spec.module,
+        "architecture": spec.module or spec.architecture,
+        "library": spec.library,
         "arguments": spec.arguments,
-        "weights": spec.weights if spec.weights in ("train", "random") else Path(spec.weights).name,
+        "weights": spec.weights if spec.weights_file is None else spec.weights_file.name,
         "seed": spec.seed,
         "preprocessing": spec.preprocessing.model_dump(),
         "recipe": spec.train.recipe.model_dump() if spec.train else None,

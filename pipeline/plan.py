@@ -5,13 +5,14 @@ by every job: ids are computed once.
 """
 
 import json
+import shlex
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline import concepts, config, datasets, dissect, extract, ingest, network
+from pipeline import ablate, concepts, config, datasets, dissect, extract, ingest, network, published
 from pipeline.config import UNTRAINED, Config, Network
 from pipeline.errors import MicrotomeError
 from pipeline.identity import FileDigests, digest
@@ -24,6 +25,7 @@ STAGES: dict[str, Any] = {
     "network": network,
     "extract": extract,
     "dissect": dissect,
+    "ablate": ablate,
     "report": report,
 }
 
@@ -55,6 +57,8 @@ class Plan:
 
     config: Config
     steps: dict[str, Step]  # by manifest path
+    arguments: tuple[str, ...] = ()
+    """What snakemake was given besides a target: the configuration files and what overrides them. In no id."""
 
     @property
     def results(self) -> Path:
@@ -64,11 +68,13 @@ class Plan:
     def networks(self) -> dict[str, Network]:
         """Every network, followed by its untrained control; one that is random already is its own."""
         found = {}
-        untrained = {"weights": "random", "train": None, "prefix": None}
+        untrained = {"weights": "random", "train": None, "prefix": None, "ablate": None}
         for name, spec in self.config.networks.items():
             found[name] = spec
             if spec.weights != "random":
-                found[name + UNTRAINED] = spec.model_copy(update=untrained)
+                # A model of transformers needs its folder for the architecture, too.
+                local = spec.local if spec.transformers is not None else None
+                found[name + UNTRAINED] = spec.model_copy(update=untrained | {"local": local})
         return found
 
     @property
@@ -102,10 +108,15 @@ class Plan:
                 return self.steps[path], self.manifest(self.steps[path])
         raise KeyError(f"{step.name} has no parent of stage {stage}")
 
+    def command(self, target: str) -> str:
+        """What a person types to make a target of this configuration."""
+        return shlex.join(["snakemake", target, *self.arguments])
+
     def save(self) -> Path:
         from pipeline.manifest import write_atomically
 
-        body = json.dumps({"config": self.config.model_dump(), "steps": [asdict(step) for step in self.steps.values()]})
+        steps = [asdict(step) for step in self.steps.values()]
+        body = json.dumps({"config": self.config.model_dump(), "steps": steps, "arguments": self.arguments})
         path = self.scratch / "plans" / f"{self.config.name}.{digest(body)}.json"
         if not path.exists():
             write_atomically(path, body)
@@ -115,13 +126,15 @@ class Plan:
     def read(path: Path) -> "Plan":
         value = json.loads(path.read_text())
         steps = [Step(**{**step, "parents": tuple(step["parents"])}) for step in value["steps"]]
-        return Plan(config.parse(value["config"]), {step.manifest: step for step in steps})
+        return Plan(config.parse(value["config"]), {step.manifest: step for step in steps}, tuple(value["arguments"]))
 
 
-def make(wanted: Config, rescan: bool = False) -> Plan:
+def make(wanted: Config, rescan: bool = False, arguments: Sequence[str] = ()) -> Plan:
     """Compute every step of a configuration. Reads listings, checkpoints and module files (through memories)."""
-    plan = Plan(wanted, {})
-    digests = FileDigests(plan.scratch / "files.json")
+    scratch = Plan(wanted, {}).scratch
+    digests = FileDigests(scratch / "files.json")
+    wanted = published.resolve(wanted, scratch, digests)
+    plan = Plan(wanted, {}, tuple(arguments))
 
     def add(stage: str, settings: dict, parents: list[Step], dataset: str = "", network: str = "") -> Step:
         settings = settings | {"version": STAGES[stage].VERSION, "parents": [parent.id for parent in parents]}
@@ -152,9 +165,11 @@ def make(wanted: Config, rescan: bool = False) -> Plan:
     used = {d for n in wanted.networks.values() for d in datasets_of(wanted, n)}
     for name in sorted(used):
         found[name].require(name, wanted.datasets[name].dissect.split)
-        labelled[name] = add("concepts", concepts.settings(wanted.datasets[name], digests), [ingests[name]], name)
+        labels = concepts.settings(wanted.datasets[name], wanted.segmenters, digests)
+        labelled[name] = add("concepts", labels, [ingests[name]], name)
 
     dissected: list[Step] = []
+    ablated: list[Step] = []
     loaded = {}
     for name, spec in plan.networks.items():
         if not datasets_of(wanted, spec):  # `only` left it none
@@ -173,7 +188,11 @@ def make(wanted: Config, rescan: bool = False) -> Plan:
             )
             settings = dissect.settings(dataset, permuted=not untrained, control_images=wanted.controls.images)
             dissected.append(add("dissect", settings, [ingests[data], labelled[data], extracted], data, name))
-    add("report", report.settings(wanted), [*loaded.values(), *dissected])
+            if ablate.wanted(spec, data):
+                settings = ablate.settings(name, spec, data, dataset, found[data])
+                parents = [ingests[data], loaded[name], extracted, dissected[-1]]
+                ablated.append(add("ablate", settings, parents, data, name))
+    add("report", report.settings(wanted), [*loaded.values(), *dissected, *ablated])
 
     digests.save()
     return plan

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -31,9 +31,17 @@ class Run:
 
     In the main process it makes the plan, checks the networks on the meta device, and sets outdated manifests aside
     (unless `dry`, or another run holds the lock: then `start` says so). In a job's process it reads the plan.
+    `files` and `overrides` are where the configuration `raw` comes from: for the commands that a report names.
     """
 
-    def __init__(self, raw: Mapping[str, Any], main: bool, dry: bool) -> None:
+    def __init__(
+        self,
+        raw: Mapping[str, Any],
+        main: bool,
+        dry: bool,
+        files: Sequence[str | Path] = (),
+        overrides: Mapping[str, Any] | None = None,
+    ) -> None:
         self.pool: subprocess.Popen | None = None
         self.interrupted = False
         # Jobs and workers import this same code, from any working directory.
@@ -44,15 +52,15 @@ class Run:
             return
         processes.announce()
         try:
-            self._prepare(raw, dry)
+            self._prepare(raw, dry, arguments(files, overrides or {}))
         except OSError as error:
             if (said := explained(error)) is None:
                 raise
             raise MicrotomeError(said) from error
 
-    def _prepare(self, raw: Mapping[str, Any], dry: bool) -> None:
+    def _prepare(self, raw: Mapping[str, Any], dry: bool, asked: Sequence[str]) -> None:
         wanted = config.parse({key: value for key, value in raw.items() if key != "rescan"})
-        self.plan = plan.make(wanted, rescan=bool(raw.get("rescan")))
+        self.plan = plan.make(wanted, bool(raw.get("rescan")), asked)
         self.lock = RunLock(self.plan.results)
         preflight.check(self.plan)
         if dry:
@@ -91,6 +99,15 @@ class Run:
             stage, wildcards.id, getattr(wildcards, "dataset", None), getattr(wildcards, "network", None)
         )
         return [str(self.plan.results / parent) for parent in step.parents]
+
+    def figures(self) -> Iterator[tuple[str, str, dict[str, str]]]:
+        """Path, kind and labels of every figure of the finished report; none where it is still to be made."""
+        for step in self.plan.of_stage("report"):
+            manifest = _read(self.plan.results / step.manifest)
+            for figure in manifest.result["figures"] if manifest else []:
+                path = (self.plan.results / step.manifest).parent.parent / figure["file"]
+                if path.exists():
+                    yield str(path), figure["kind"], figure["labels"]
 
     def start(self) -> None:
         """Before the first job: no other run holds the results folder; start the workers."""
@@ -141,6 +158,17 @@ class Run:
         if report.exists():
             lines.append(f"The report: {report.resolve()}")
         return "\n".join(lines)
+
+
+def arguments(files: Sequence[str | Path], overrides: Mapping[str, Any]) -> list[str]:
+    """The arguments of snakemake that give a configuration; files below the working folder are named from there."""
+    given = []
+    if files:
+        named = (Path(file) for file in files)
+        here = Path.cwd()
+        given += ["--configfile", *(str(p.relative_to(here) if p.is_relative_to(here) else p) for p in named)]
+    values = [f"{key}={value}" for key, value in overrides.items() if key != "rescan"]
+    return [*given, "--config", *values] if values else given
 
 
 def _read(path: Path) -> Manifest | None:

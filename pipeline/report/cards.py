@@ -1,7 +1,11 @@
-"""Cards of the best units: the images on which a unit responds most, with the region above its threshold."""
+"""Pictures of units: the images on which each responds most, cut around the region above its threshold.
+
+Beside them what else a card shows and only the stores know: the concepts with the next highest IoU, and a histogram of
+the activation.
+"""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,86 +14,218 @@ import numpy as np
 from PIL import Image
 
 from kernels.iou import mask
+from pipeline.report.experiment import Experiment
 from pipeline.report.results import Dissection, Layer, Store, Unit, open_store
 from pipeline.report.tables import by_iou
 
 TILE = 112
-"""Side of one thumbnail in pixels."""
-GAP = 4
-"""Transparent pixels between two thumbnails."""
+"""Side of one image of a unit in pixels."""
+UNITS_AT_ONCE = 256
+"""Units of one task: bounds its memory, and how often the files of a wide layer are read."""
 ROWS_AT_ONCE = 8192
 """Images whose maxima are read at once: bounds memory at 50,000 images x thousands of units."""
+SAMPLE = 256
+"""Images that the histograms are made of: the first ones, which are a random sample as images lie in random order."""
+BINS = 32
+RUNNERS_UP = 5
+"""Concepts listed for each unit, the best one included."""
+OUTLINE, EDGE = (255, 214, 10), (20, 20, 20)
+DIM = Image.new("RGB", (TILE, TILE), (27, 27, 27))
+JPEG: dict[str, Any] = {"quality": 85, "subsampling": 0}
 
 
 @dataclass(frozen=True)
 class Card:
-    """One unit with its montage. `images` are (image id, class name or "") in the order of the thumbnails."""
+    """What is known of one unit besides its row in `units.csv`.
 
-    unit: Unit
-    file: str
-    images: list[tuple[str, str]]
-
-
-def draw_cards(dissection: Dissection, images: Path, folder: Path, cards: int, top_images: int) -> list[Card]:
-    """Draw the montages of the best units into `folder` and return their cards, highest IoU first.
-
-    Parameters
+    Attributes
     ----------
-    images : path of `images.zarr`, whose pixels are shown.
-    cards, top_images : how many units at most, and how many images of each at most.
+    file : its pictures side by side, relative to the report's folder.
+    images : their numbers in `images.zarr`, highest maximum first.
+    concepts : (column of the IoU store, IoU) of the concepts that fit best, best first.
+    histogram : positions of the maps in `BINS` equal bins from `low` to `high`, in units of the activation.
     """
-    chosen = best_units(dissection.units, cards)
-    pictures = _Pictures.open(images)
-    drawn: dict[Unit, Card] = {}
-    for position, layer in enumerate(dissection.layers):
-        of_layer = [unit for unit in chosen if unit.layer == layer.name]
-        if of_layer:
-            prefix = f"card-{dissection.dataset}-{dissection.network}-{position:02d}"
-            drawn |= _draw_layer(layer, of_layer, pictures, folder, prefix, top_images)
-    return [drawn[unit] for unit in chosen]
+
+    file: str
+    images: list[int]
+    concepts: list[tuple[int, float]]
+    histogram: list[int]
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The images of a data set: small columns read once, pixels when they are shown."""
+
+    pixels: Any
+    ids: np.ndarray
+    classes: list[str]
+    """Class name of every image, "" without a label."""
+    valid: np.ndarray
+    split: np.ndarray
+
+    def shown(self, split: str | None) -> np.ndarray:
+        """(image,) bool: the images that may be shown. A split that names no image is not a split: all of them."""
+        of_split = self.split == split
+        return self.valid & of_split if of_split.any() else self.valid
+
+
+def draw_cards(experiment: Experiment, dissection: Dissection) -> dict[tuple[str, int], Card]:
+    """Draw the pictures of the units of a network, as many as the configuration wants; cards by (layer, unit)."""
+    name = experiment.name(dissection.dataset, dissection.network)
+    chosen = best_units(dissection.units, experiment.report.cards)
+    (experiment.out / "units" / name).mkdir(exist_ok=True)
+    images = experiment.results / dissection.dataset / "images.zarr"
+    tasks = [
+        (experiment.out, f"units/{name}/{position:02d}", images, layer, part, experiment.report.top_images)
+        for position, layer in enumerate(dissection.layers)
+        for part in parts(sorted(unit.unit for unit in chosen if unit.layer == layer.name))
+    ]
+    drawn = experiment.map(draw_units, tasks, f"report {dissection.network}: pictures of units")
+    return {(layer, unit): card for layer, of_layer in drawn for unit, card in of_layer.items()}
 
 
 def best_units(units: Iterable[Unit], limit: int) -> list[Unit]:
-    """At most `limit` detectors, highest IoU first: the best one of each concept, then, if there is room, the next."""
+    """At most `limit` units: the best detector of each concept first, then the other detectors, then the rest."""
     best: list[Unit] = []
     others: list[Unit] = []
     seen: set[tuple[str, str]] = set()
-    for unit in by_iou(unit for unit in units if unit.detector):
+    for unit in by_iou(units):
         concept = (unit.category, unit.concept)
-        (others if concept in seen else best).append(unit)
+        (others if not unit.detector or concept in seen else best).append(unit)
         seen.add(concept)
-    return by_iou((best + others)[:limit])
+    return (best + others)[:limit]
 
 
-def top_images(maximum: Store, units: Sequence[int], shown: np.ndarray, count: int) -> list[list[int]]:
-    """Images with the highest maxima of each unit, highest first, ties by image number.
+def parts(units: Sequence[int]) -> Iterator[Sequence[int]]:
+    """The units of one layer, a task's worth at a time."""
+    return (units[at : at + UNITS_AT_ONCE] for at in range(0, len(units), UNITS_AT_ONCE))
+
+
+def draw_units(
+    out: Path, prefix: str, images: Path, layer: Layer, units: Sequence[int], top: int
+) -> tuple[str, dict[int, Card]]:
+    """On a worker: draw some units of one layer; return the layer's name and the cards by unit."""
+    pictures = open_pictures(images)
+    activations, thresholds = open_store(layer.activations), open_store(layer.thresholds)
+    scale = np.float32(activations.attrs["scale"])  # a power of two: dividing a threshold by it is exact
+    threshold = np.asarray(thresholds["threshold"][:]) / scale
+    shown = pictures.shown(thresholds.attrs.get("split"))
+    tops, highest = top_images(activations, units, shown, top)
+    tiles = draw_tiles(pictures, activations, threshold, thresholds.attrs.get("border", "edge"), units, tops)
+    histograms = histogram(activations, units, shown, highest / scale)
+    iou = np.asarray(open_store(layer.iou)["iou"][:])
+    cards = {}
+    for place, unit in enumerate(units):
+        file = f"{prefix}-{unit:04d}.jpg"
+        if tops[place]:
+            montage([tiles[unit, image] for image in tops[place]]).save(out / file, **JPEG)
+        counts, low, high = histograms[place]
+        cards[unit] = Card(file, tops[place], best_concepts(iou[unit]), counts, low * float(scale), high * float(scale))
+    return layer.name, cards
+
+
+def draw_tiles(
+    pictures: Pictures,
+    activations: Store,
+    threshold: np.ndarray,
+    border: Any,
+    units: Sequence[int],
+    tops: Sequence[Sequence[int]],
+) -> dict[tuple[int, int], Image.Image]:
+    """A picture of every unit on each of its images, by (unit, image). `threshold` is that of the stored values."""
+    array = activations["activation"]
+    images_a_chunk, units_a_chunk = array.chunks[:2]
+    wanted: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for unit, images in zip(units, tops, strict=True):
+        for image in images:
+            wanted.setdefault((image // images_a_chunk, unit // units_a_chunk), []).append((image, unit))
+    size = pictures.pixels.shape[2], pictures.pixels.shape[3]
+    tiles = {}
+    shard, pixels = -1, np.empty(0)
+    for (row, column), pairs in sorted(wanted.items()):  # in the order of the files, so that each is read once
+        first, start = row * images_a_chunk, column * units_a_chunk
+        if row != shard:
+            shard, pixels = row, np.asarray(pictures.pixels[first : first + images_a_chunk])
+        block = np.asarray(array[first : first + images_a_chunk, start : start + units_a_chunk])
+        of_image, of_unit = (np.array(column) for column in zip(*pairs, strict=True))
+        active = mask(block[of_image - first, of_unit - start], threshold[of_unit, None, None], size, border)
+        for region, (image, unit) in zip(active, pairs, strict=True):
+            tiles[unit, image] = tile(pixels[image - first], region)
+    return tiles
+
+
+def top_images(
+    activations: Store, units: Sequence[int], shown: np.ndarray, count: int
+) -> tuple[list[list[int]], np.ndarray]:
+    """Images with the highest maxima of each unit, highest first, ties by image number; and the highest of all.
 
     Parameters
     ----------
-    maximum : store with `maximum` (image, unit) float32, NaN where an image was not extracted.
+    activations : store with `maximum` (image, unit) float32, NaN where an image was not extracted.
     shown : (image,) bool, the images that may be shown.
+
+    Returns
+    -------
+    one list of images a unit, and (unit,) float32: the highest maximum, NaN where there is none
     """
-    array = maximum["maximum"]
-    columns = np.unique(np.asarray(units))
-    found: dict[int, list[tuple[float, int]]] = {int(unit): [] for unit in columns}
-    count_of_rows = min(array.shape[0], len(shown))
-    for start in range(0, count_of_rows, ROWS_AT_ONCE):
-        rows = np.flatnonzero(shown[start : min(start + ROWS_AT_ONCE, count_of_rows)])
+    array = activations["maximum"]
+    columns = np.asarray(units)
+    length = min(array.shape[0], len(shown))
+    values, images = np.empty((0, len(columns)), np.float32), np.empty((0, len(columns)), np.int64)
+    for start in range(0, length, ROWS_AT_ONCE):
+        rows = np.flatnonzero(shown[start : min(start + ROWS_AT_ONCE, length)])
         if not len(rows):
             continue
         # By row: a shard that holds none of them may not have been extracted.
-        block = array[start + rows, int(columns[0]) : int(columns[-1]) + 1]
-        for unit in columns:
-            values = block[:, unit - columns[0]]
-            candidates = np.flatnonzero(~np.isnan(values))
-            # The sort is stable, so that equal maxima stay in image order.
-            best = candidates[np.argsort(-values[candidates], kind="stable")[:count]]
-            entries = found[int(unit)] + [(float(values[k]), start + int(rows[k])) for k in best]
-            found[int(unit)] = sorted(entries, key=lambda entry: (-entry[0], entry[1]))[:count]
-    return [[image for _, image in found[unit]] for unit in units]
+        block = np.asarray(array[start + rows, int(columns[0]) : int(columns[-1]) + 1])[:, columns - columns[0]]
+        values = np.concatenate([values, block])
+        images = np.concatenate([images, np.broadcast_to(start + rows[:, None], block.shape)])
+        # The sort is stable and images come in order, so of equal maxima the earlier image stays before the later.
+        order = np.argsort(np.where(np.isnan(values), np.inf, -values), axis=0, kind="stable")[:count]
+        values, images = np.take_along_axis(values, order, 0), np.take_along_axis(images, order, 0)
+    found = [
+        [int(image) for image, value in zip(images[:, place], values[:, place], strict=True) if value == value]
+        for place in range(len(columns))
+    ]
+    return found, values[0] if len(values) else np.full(len(columns), np.nan, np.float32)
 
 
-def thumbnail(image: np.ndarray, region: np.ndarray) -> np.ndarray:
+def histogram(
+    activations: Store, units: Sequence[int], shown: np.ndarray, highest: np.ndarray
+) -> list[tuple[list[int], float, float]]:
+    """Counts of the stored values of each unit in `BINS` bins, with the ends of the range, over the sample's maps.
+
+    The range goes from the lowest value of the sample to the highest of all images. No counts without a value.
+    """
+    array = activations["activation"]
+    step = array.chunks[0]
+    rows = np.flatnonzero(shown[: array.shape[0]])[:SAMPLE]
+    blocks = []
+    for shard in np.unique(rows // step):
+        block = np.asarray(array[shard * step : (shard + 1) * step, units[0] : units[-1] + 1])
+        blocks.append(block[rows[rows // step == shard] - shard * step][:, np.asarray(units) - units[0]])
+    found: list[tuple[list[int], float, float]] = []
+    for place in range(len(units)):
+        values = np.concatenate([block[:, place].ravel() for block in blocks] or [np.empty(0)]).astype(np.float32)
+        values = values[~np.isnan(values)]
+        if not len(values):
+            found.append(([], math.nan, math.nan))
+            continue
+        low, high = values.min(), max(values.max(), np.float32(highest[place]))
+        bins = ((values - low) * (BINS / (high - low or np.float32(1)))).astype(np.int64)
+        found.append((np.bincount(bins.clip(0, BINS - 1), minlength=BINS).tolist(), float(low), float(high)))
+    return found
+
+
+def best_concepts(iou: np.ndarray) -> list[tuple[int, float]]:
+    """(column, IoU) of the concepts that fit best, of equal ones the first; none that does not overlap at all."""
+    order = np.argsort(np.where(np.isnan(iou), np.inf, -iou), kind="stable")[:RUNNERS_UP]
+    return [(int(column), float(iou[column])) for column in order if iou[column] > 0]
+
+
+def tile(image: np.ndarray, region: np.ndarray) -> Image.Image:
     """A square cut around the region, everything outside the region dimmed, its edge drawn as a line.
 
     Parameters
@@ -99,21 +235,22 @@ def thumbnail(image: np.ndarray, region: np.ndarray) -> np.ndarray:
 
     Returns
     -------
-    (TILE, TILE, 3) uint8
+    an RGB picture, TILE x TILE
     """
     top, left, side = square_around(region)
-    cut = np.moveaxis(image[:, top : top + side, left : left + side], 0, -1)
-    picture = Image.fromarray(np.repeat(cut, 3, axis=2) if cut.shape[2] == 1 else np.ascontiguousarray(cut[..., :3]))
-    colours = np.asarray(picture.resize((TILE, TILE), Image.Resampling.BICUBIC), dtype=np.float32)
+    cut = np.moveaxis(image[:3, top : top + side, left : left + side], 0, -1)
+    picture = Image.fromarray(np.repeat(cut[..., :1], 3, axis=2) if cut.shape[2] < 3 else np.ascontiguousarray(cut))
+    bright = picture.resize((TILE, TILE), Image.Resampling.BICUBIC)
+    dim = Image.blend(DIM, Image.blend(bright.convert("L").convert("RGB"), bright, 0.4), 0.45)
     small = Image.fromarray(region[top : top + side, left : left + side].astype(np.uint8) * 255)
     # Resampled smoothly and cut at one half, the outline follows the region without its staircase.
     inside = np.asarray(small.resize((TILE, TILE), Image.Resampling.BILINEAR)) >= 128
-    grey = colours.mean(axis=2, keepdims=True)
-    tile = np.where(inside[..., None], colours, 0.45 * (0.4 * colours + 0.6 * grey) + 15)
-    near, wide = _grow(inside), _grow(_grow(inside))
-    tile[wide & ~near] = (20, 20, 20)  # a dark line outside the yellow one: visible on snow as on asphalt
-    tile[near & ~inside] = (255, 214, 10)
-    return tile.round().clip(0, 255).astype(np.uint8)
+    near = _grow(inside)
+    wide = _grow(near)
+    drawn = Image.composite(bright, dim, _stencil(inside))
+    drawn.paste(EDGE, mask=_stencil(wide & ~near))  # a dark line outside the yellow one: seen on snow as on asphalt
+    drawn.paste(OUTLINE, mask=_stencil(near & ~inside))
+    return drawn
 
 
 def square_around(region: np.ndarray) -> tuple[int, int, int]:
@@ -130,73 +267,33 @@ def square_around(region: np.ndarray) -> tuple[int, int, int]:
     side = min(max(math.ceil(1.5 * extent), math.ceil(largest / 2)), largest)
     top = (rows[0] + rows[-1] + 1 - side) // 2
     left = (columns[0] + columns[-1] + 1 - side) // 2
-    return int(np.clip(top, 0, height - side)), int(np.clip(left, 0, width - side)), int(side)
+    return min(max(int(top), 0), height - side), min(max(int(left), 0), width - side), int(side)
 
 
-def montage(tiles: Sequence[np.ndarray], columns: int) -> Image.Image:
-    """Thumbnails side by side with transparent gaps; places without a thumbnail stay transparent."""
-    canvas = np.zeros((TILE, columns * (TILE + GAP) - GAP, 4), dtype=np.uint8)
-    for position, tile in enumerate(tiles):
-        left = position * (TILE + GAP)
-        canvas[:, left : left + TILE, :3] = tile
-        canvas[:, left : left + TILE, 3] = 255
-    return Image.fromarray(canvas)
+def montage(tiles: Sequence[Image.Image]) -> Image.Image:
+    """Pictures side by side; the page draws the gaps, in the colour of its ground."""
+    canvas = Image.new("RGB", (len(tiles) * TILE, TILE))
+    for place, picture in enumerate(tiles):
+        canvas.paste(picture, (place * TILE, 0))
+    return canvas
 
 
-@dataclass(frozen=True)
-class _Pictures:
-    """The images of a data set: small columns read once, pixels when they are shown."""
-
-    pixels: Any
-    ids: np.ndarray
-    classes: list[str]
-    """Class name of every image, "" without a label."""
-    valid: np.ndarray
-    split: np.ndarray
-
-    @classmethod
-    def open(cls, path: Path) -> "_Pictures":
-        store = open_store(path)
-        names = [str(name) for name in store.attrs.get("classes") or []]
-        labels = np.asarray(store["label"][:])
-        return cls(
-            pixels=store["image"],
-            ids=np.asarray(store["image_id"][:]),
-            classes=[names[label] if 0 <= label < len(names) else "" for label in labels],
-            valid=np.asarray(store["valid"][:], dtype=bool),
-            split=np.asarray(store["split"][:]),
-        )
+def open_pictures(path: Path) -> Pictures:
+    """The images of a data set."""
+    store = open_store(path)
+    names = [str(name) for name in store.attrs.get("classes") or []]
+    labels = np.asarray(store["label"][:])
+    return Pictures(
+        pixels=store["image"],
+        ids=np.asarray(store["image_id"][:]),
+        classes=[names[label] if 0 <= label < len(names) else "" for label in labels],
+        valid=np.asarray(store["valid"][:], dtype=bool),
+        split=np.asarray(store["split"][:]),
+    )
 
 
-def _draw_layer(
-    layer: Layer, units: Sequence[Unit], pictures: _Pictures, folder: Path, prefix: str, count: int
-) -> dict[Unit, Card]:
-    activations, thresholds = open_store(layer.activations), open_store(layer.thresholds)
-    threshold = np.asarray(thresholds["threshold"][:])
-    border = thresholds.attrs.get("border", "edge")
-    of_split = pictures.split == thresholds.attrs.get("split")
-    # A split that names no image is not a split of images (all of them, say).
-    shown = pictures.valid & of_split if of_split.any() else pictures.valid
-    tops = top_images(activations, [unit.unit for unit in units], shown, count)
-    scale = np.float32(activations.attrs["scale"])  # a power of two: dividing a threshold by it is exact
-    wanted: dict[int, list[Unit]] = {}
-    for unit, images in zip(units, tops, strict=True):
-        for image in images:
-            wanted.setdefault(image, []).append(unit)
-    tiles: dict[tuple[Unit, int], np.ndarray] = {}
-    for image in sorted(wanted):  # in the order of the shards, so that each is read once
-        pixels = np.asarray(pictures.pixels[image])
-        for unit in wanted[image]:
-            stored = np.asarray(activations["activation"][image, unit.unit])
-            size = pixels.shape[1], pixels.shape[2]
-            active = mask(stored, threshold[unit.unit] / scale, size, border)
-            tiles[unit, image] = thumbnail(pixels, active)
-    cards = {}
-    for unit, images in zip(units, tops, strict=True):
-        file = f"{prefix}-{unit.unit:04d}.png"
-        montage([tiles[unit, image] for image in images], count).save(folder / file)
-        cards[unit] = Card(unit, file, [(str(pictures.ids[image]), pictures.classes[image]) for image in images])
-    return cards
+def _stencil(where: np.ndarray) -> Image.Image:
+    return Image.fromarray(where.astype(np.uint8) * 255)
 
 
 def _grow(mask: np.ndarray) -> np.ndarray:

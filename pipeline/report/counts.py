@@ -61,3 +61,25 @@ def _count(layer: str, units: list[Unit]) -> LayerCount:
         unique=sum(len(names) for names in concepts.values()),
         by_category={name: (detectors[name], len(concepts[name])) for name in sorted(detectors)},
     )
+
+
+@dataclass(frozen=True)
+class ConceptCount:
+    """Detectors of one concept: in all layers, and in the last one."""
+
+    concept: str
+    category: str
+    units: int
+    last: int
+
+
+def count_concepts(units: Iterable[Unit], last: str) -> list[ConceptCount]:
+    """Detectors per concept, most first; of equal ones those with more in the layer `last`, then by name."""
+    found: dict[tuple[str, str], list[int]] = {}
+    for unit in units:
+        if unit.detector:
+            count = found.setdefault((unit.concept, unit.category), [0, 0])
+            count[0] += 1
+            count[1] += unit.layer == last
+    counts = [ConceptCount(*label, *count) for label, count in found.items()]
+    return sorted(counts, key=lambda count: (-count.units, -count.last, count.concept, count.category))

@@ -1,157 +1,146 @@
-"""The report's figures. The same numbers give the same bytes: no dates, fixed ids, text as outlines of a bundled font.
-
-Every figure is written three times: `<name>.svg` and `<name>-dark.svg` with transparent ground for the page,
-`<name>.pdf` for a paper. Colours are those of Okabe and Ito, told apart with every common colour blindness.
-"""
+"""The figures of a dissected network: detectors by layer, concepts, IoU, training. Each is a drawing at a width."""
 
 import math
-import warnings
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from pipeline.report.counts import LayerCount, categories
-
-CATEGORY_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#B8A800", "#8A8F98")
-HATCHES = ("", "////", "....", "xxxx")
-RUN_STYLES: dict[str, dict[str, Any]] = {
-    "trained": {"linestyle": "-", "linewidth": 1.8},
-    "untrained": {"linestyle": "--", "linewidth": 1.3},
-    "permuted": {"linestyle": ":", "linewidth": 1.5},
-}
-RUN_TITLES = {"trained": "trained", "untrained": "untrained", "permuted": "labels permuted"}
-
-
-INK, MUTED, GRID = "#1c2024", "#5b6470", "#d9dde2"
-RUN_COLOURS = {"trained": "#0a6fb0", "untrained": "#c25400", "permuted": "#6b7280"}
-ON_DARK = {
-    INK: "#e8eaed",
-    MUTED: "#a3abb5",
-    GRID: "#3a4048",
-    RUN_COLOURS["trained"]: "#56b4e9",
-    RUN_COLOURS["untrained"]: "#f0a04b",
-    RUN_COLOURS["permuted"]: "#a3abb6",
-}
-"""What replaces the colours of text and lines on a dark ground; as matplotlib writes them, in lower case. The colours
-of categories stay."""
-SETTINGS: Any = {
-    "svg.hashsalt": "microtome",
-    "svg.fonttype": "path",
-    "pdf.fonttype": 42,
-    "font.family": "DejaVu Sans",
-    "text.parse_math": False,
-    "hatch.linewidth": 0.6,
-}
+from pipeline.report.counts import ConceptCount, LayerCount, categories
+from pipeline.report.style import (
+    GRID,
+    INK,
+    MUTED,
+    RUN_COLOURS,
+    RUN_STYLES,
+    RUN_TITLES,
+    bare,
+    colour_style,
+    grid_of,
+    shorten,
+)
 
 
-def draw_detectors(
-    folder: Path, name: str, runs: Mapping[str, Sequence[LayerCount]], short: Mapping[str, str]
-) -> list[str]:
+def detectors(width: float, runs: Mapping[str, Sequence[LayerCount]], short: Mapping[str, str]) -> Figure:
     """Detectors per layer, stacked by category; one panel a run, the first layer on top. `short`: category -> label."""
     names = categories(count for counts in runs.values() for count in counts)
     layers = [count.layer for count in next(iter(runs.values()))]
-
-    def draw() -> Figure:
-        height = 0.26 * len(layers) + 1.15
-        figure = Figure(figsize=(1.9 + 1.8 * len(runs), height), layout="constrained")
-        panels = figure.subplots(1, len(runs), sharex=True, sharey=True, squeeze=False)[0]
-        most = max((count.detectors for counts in runs.values() for count in counts), default=0)
-        for panel, (run, counts) in zip(panels, runs.items(), strict=True):
-            _stack(panel, counts, names)
-            panel.set_title(RUN_TITLES[run], fontsize=9, color=INK, loc="left")
-            panel.set_xlim(0, max(most, 1) * 1.45)  # room for the "12/64" at the longest bar's end
-            panel.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-            panel.grid(axis="x", color=GRID, linewidth=0.6)
-        panels[0].set_yticks(range(len(layers)), [shorten(layer, 30) for layer in layers])
-        panels[0].set_ylim(len(layers) - 0.4, -0.6)
-        figure.supxlabel("detectors (units)", fontsize=8, color=MUTED)
-        _legend(figure, [short[name] for name in names])
-        return figure
-
-    return _save(folder, name, draw)
+    rows, columns = (1, len(runs)) if width > 5 else (len(runs), 1)
+    legend_rows = math.ceil(len(names) / _legend_columns(width)) if names else 0
+    height = rows * (0.2 * len(layers) + 0.36) + 0.3 + 0.2 * legend_rows
+    figure = Figure(figsize=(width, height), layout="constrained")
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    most = max((count.detectors for counts in runs.values() for count in counts), default=0)
+    for panel, (run, counts) in zip(panels, runs.items(), strict=True):
+        _stack(panel, counts, names)
+        panel.set_title(RUN_TITLES[run])
+        panel.set_xlim(0, max(most, 1) * (1.4 if columns > 1 else 1.2))  # room for "12/64" at the longest bar's end
+        panel.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        panel.grid(axis="x")
+    panels[0].set_yticks(range(len(layers)), [shorten(layer, 24) for layer in layers])
+    panels[0].set_ylim(len(layers) - 0.4, -0.6)
+    figure.supxlabel("detectors (units)", fontsize=8, color=MUTED)
+    _legend(figure, [short[name] for name in names], width)
+    return figure
 
 
-def draw_iou(folder: Path, name: str, iou: Mapping[str, Mapping[str, Sequence[float]]], min_iou: float) -> list[str]:
-    """Share of a layer's units with an IoU above x, a panel a layer, a line a run. `iou`: run -> layer -> values."""
-    layers = list(next(iter(iou.values())))
-    finite = [value for of_layer in iou.values() for values in of_layer.values() for value in values if value == value]
-    right = max([*finite, min_iou, 0.01]) * 1.05
+def concepts(width: float, counts: Sequence[ConceptCount], short: Mapping[str, str], most: int = 36) -> Figure:
+    """Units per concept: full colour for the last layer, pale for those before it. At most `most` concepts."""
+    shown = list(counts[:most])
+    names = sorted({count.category for count in counts})
+    columns = 1 if width <= 5 or len(shown) <= 8 else 2
+    rows = max(math.ceil(len(shown) / columns), 1)
+    legend_rows = math.ceil(len(names) / _legend_columns(width)) if names else 0
+    figure = Figure(figsize=(width, 0.165 * rows + 0.5 + 0.2 * legend_rows), layout="constrained")
+    panels = figure.subplots(1, columns, sharex=True, squeeze=False)[0]
+    for number, panel in enumerate(panels):
+        part = shown[number * rows : (number + 1) * rows]
+        for row, count in enumerate(part):
+            style = colour_style(names.index(count.category))
+            panel.barh(row, count.last, height=0.72, linewidth=0, **style)
+            panel.barh(row, count.units - count.last, left=count.last, height=0.72, linewidth=0, alpha=0.35, **style)
+        panel.set_yticks(range(len(part)), [shorten(count.concept, 28) for count in part])
+        panel.set_ylim(rows - 0.4, -0.6)
+        panel.tick_params(axis="y", labelcolor=INK)
+        panel.grid(axis="x")
+        panel.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        bare(panel, "left")
+    figure.supxlabel("units", fontsize=8, color=MUTED)
+    _legend(figure, [short[name] for name in names], width)
+    return figure
+
+
+def iou(width: float, values: Mapping[str, Mapping[str, Sequence[float]]], min_iou: float) -> Figure:
+    """Share of a layer's units with an IoU above x, a panel a layer, a line a run. `values`: run -> layer -> IoU."""
+    layers = list(next(iter(values.values())))
+    right = upper_end(values, min_iou)
     grid = np.linspace(0, right, 201)
-    columns = min(len(layers), 3 if len(layers) <= 9 else 5)
-    rows = math.ceil(len(layers) / columns)
-
-    def draw() -> Figure:
-        # Laid out in inches by hand: matplotlib's own layout takes seconds with forty panels.
-        width, height = max(7.4, 1.5 * columns) if columns > 2 else 0.8 + 2.2 * columns, 1.35 * rows + 0.95
-        figure = Figure(figsize=(width, height))
-        panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-        figure.subplots_adjust(
-            left=0.68 / width, right=1 - 0.12 / width, bottom=0.5 / height, top=1 - 0.55 / height,
-            wspace=0.12, hspace=0.38,
-        )  # fmt: skip
-        x_ticks = np.asarray(MaxNLocator(3).tick_values(0, right))
-        for panel, layer in zip(panels.flat, layers, strict=False):
-            for run, of_layer in iou.items():
-                share = share_above(of_layer[layer], grid)
-                end = np.count_nonzero(share) + 1  # a line ends where it reaches zero
-                panel.plot(grid[:end], share[:end], color=RUN_COLOURS[run], **RUN_STYLES[run])
-            panel.axvline(min_iou, color=MUTED, linewidth=0.8)
-            panel.set_title(shorten(layer, 24 if columns < 4 else 18), fontsize=8, color=INK, loc="left")
-            panel.grid(color=GRID, linewidth=0.6)
-            _plain(panel)
-        for panel in panels.flat[len(layers) :]:
-            panel.set_axis_off()
-        for panel in panels.flat[max(len(layers) - columns, 0) : len(layers)]:
-            panel.tick_params(labelbottom=True)  # the lowest of its column, also above an empty place
-        corner = panels[0, 0]
-        corner.set_xticks(x_ticks, [f"{tick:g}" for tick in x_ticks.round(6)])
-        corner.set_yticks([0, 0.5, 1], ["0 %", "50 %", "100 %"])
-        corner.set_xlim(0, right)
-        corner.set_ylim(0, 1.03)
-        style: dict[str, Any] = {"fontsize": 8, "color": MUTED}
-        figure.text(0.5, 0.08 / height, "IoU with the best concept", ha="center", va="bottom", **style)
-        figure.text(0.06 / width, 0.5, "units above", ha="left", va="center", rotation="vertical", **style)
-        figure.legend(
-            corner.get_lines()[: len(iou)], [RUN_TITLES[run] for run in iou], loc="upper left", ncols=3, frameon=False,
-            fontsize=8, labelcolor=INK, handlelength=2.8, borderaxespad=0.2,
-        )  # fmt: skip
-        return figure
-
-    return _save(folder, name, draw)
+    rows, columns = grid_of(len(layers), width, 6 if len(layers) > 8 else 4)
+    # Laid out in inches by hand: matplotlib's own layout takes seconds with forty panels.
+    height = 1.05 * rows + 0.66
+    figure = Figure(figsize=(width, height))
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    figure.subplots_adjust(
+        left=0.55 / width, right=1 - 0.1 / width, bottom=0.44 / height, top=1 - 0.45 / height, wspace=0.12, hspace=0.42,
+    )  # fmt: skip
+    x_ticks = np.asarray(MaxNLocator(3).tick_values(0, right))
+    for panel, layer in zip(panels.flat, layers, strict=False):
+        for run, of_layer in values.items():
+            share = share_above(of_layer[layer], grid)
+            end = np.count_nonzero(share) + 1  # a line ends where it reaches zero
+            panel.plot(grid[:end], share[:end], color=RUN_COLOURS[run], **RUN_STYLES[run])
+        panel.axvline(min_iou, color=MUTED, linewidth=0.7)
+        panel.set_title(shorten(layer, int(9.5 * width / columns)), fontsize=7.5)
+        panel.grid()
+    for panel in panels.flat[len(layers) :]:
+        panel.set_axis_off()
+    for panel in panels.flat[max(len(layers) - columns, 0) : len(layers)]:
+        panel.tick_params(labelbottom=True)  # the lowest of its column, also above an empty place
+    corner = panels[0, 0]
+    corner.set_xticks(x_ticks, [f"{tick:g}" for tick in x_ticks.round(6)])
+    corner.set_yticks([0, 0.5, 1], ["0 %", "50 %", "100 %"])
+    corner.set_xlim(0, right)
+    corner.set_ylim(0, 1.03)
+    figure.text(0.5, 0.04 / height, "IoU with the best concept", ha="center", va="bottom", color=MUTED)
+    figure.text(0.04 / width, 0.5, "units above", ha="left", va="center", rotation="vertical", color=MUTED)
+    figure.legend(
+        corner.get_lines()[: len(values)], [RUN_TITLES[run] for run in values], loc="upper left", ncols=3,
+        handlelength=2.6, borderaxespad=0.2,
+    )  # fmt: skip
+    return figure
 
 
-def draw_training(folder: Path, name: str, curve: Sequence[Mapping[str, Any]]) -> list[str]:
+def training(width: float, curve: Sequence[Mapping[str, Any]]) -> Figure:
     """Loss and accuracy over the training steps; entries without one of the two are left out of its line."""
+    rows, columns = (1, 2) if width > 5 else (2, 1)
+    figure = Figure(figsize=(width, 1.5 * rows), layout="constrained")
+    for panel, key in zip(figure.subplots(rows, columns).ravel(), ("loss", "accuracy"), strict=True):
+        points = [(entry["step"], entry[key]) for entry in curve if entry.get(key) is not None]
+        panel.plot(
+            [step for step, _ in points], [value for _, value in points], color=RUN_COLOURS["trained"],
+            marker="o" if len(points) < 3 else "",
+        )  # fmt: skip
+        panel.set_title(key)
+        panel.set_xlabel("step")
+        panel.grid()
+        panel.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        panel.yaxis.set_major_locator(MaxNLocator(4))
+        if key == "accuracy":
+            panel.set_ylim(0, 1)
+            panel.yaxis.set_major_formatter(PercentFormatter(1.0))
+        else:
+            panel.set_ylim(bottom=0)
+    return figure
 
-    def draw() -> Figure:
-        figure = Figure(figsize=(6.2, 1.9), layout="constrained")
-        for panel, key in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
-            points = [(entry["step"], entry[key]) for entry in curve if entry.get(key) is not None]
-            panel.plot(
-                [step for step, _ in points], [value for _, value in points], color=RUN_COLOURS["trained"],
-                linewidth=1.5, marker="o" if len(points) < 3 else "", markersize=3,
-            )  # fmt: skip
-            panel.set_title(key, fontsize=9, color=INK, loc="left")
-            panel.set_xlabel("step", fontsize=8, color=MUTED)
-            panel.grid(color=GRID, linewidth=0.6)
-            panel.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-            panel.yaxis.set_major_locator(MaxNLocator(4))
-            if key == "accuracy":
-                panel.set_ylim(0, 1)
-                panel.yaxis.set_major_formatter(PercentFormatter(1.0))
-            else:
-                panel.set_ylim(bottom=0)
-            _plain(panel)
-        return figure
 
-    return _save(folder, name, draw)
+def upper_end(values: Mapping[str, Mapping[str, Sequence[float]]], min_iou: float) -> float:
+    """Where the axis of IoU ends: a little beyond the highest."""
+    every = (value for layers in values.values() for of_layer in layers.values() for value in of_layer)
+    return max([*(value for value in every if value == value), min_iou, 0.01]) * 1.05
 
 
 def share_above(values: Sequence[float], grid: np.ndarray) -> np.ndarray:
@@ -161,27 +150,13 @@ def share_above(values: Sequence[float], grid: np.ndarray) -> np.ndarray:
     return above / max(len(values), 1)
 
 
-def shorten(text: str, limit: int) -> str:
-    """At most `limit` characters, cut in the middle: the ends tell layers apart."""
-    if len(text) <= limit:
-        return text
-    tail = (limit - 1) * 2 // 3
-    return f"{text[: limit - 1 - tail]}…{text[-tail:]}"
-
-
-def category_style(position: int) -> dict[str, Any]:
-    """Colour of the category at this position, with a hatch once the eight colours are used up."""
-    turn, colour = divmod(position, len(CATEGORY_COLOURS))
-    return {"facecolor": CATEGORY_COLOURS[colour], "hatch": HATCHES[turn % len(HATCHES)]}
-
-
 def _stack(panel: Axes, counts: Sequence[LayerCount], names: Sequence[str]) -> None:
     rows = np.arange(len(counts))
     left = np.zeros(len(counts))
     for position, name in enumerate(names):
         width = np.array([count.by_category.get(name, (0, 0))[0] for count in counts], dtype=float)
         some = width > 0
-        style = category_style(position)
+        style = colour_style(position)
         panel.barh(
             rows[some], width[some], left=left[some], height=0.72, edgecolor=GRID if style["hatch"] else "none", **style
         )
@@ -191,43 +166,22 @@ def _stack(panel: Axes, counts: Sequence[LayerCount], names: Sequence[str]) -> N
             f"{count.detectors}/{count.units}", (count.detectors, row), xytext=(3, 0), textcoords="offset points",
             va="center", fontsize=7, color=MUTED,
         )  # fmt: skip
-    _plain(panel)
-    panel.tick_params(axis="y", length=0, labelcolor=INK)
+    panel.tick_params(axis="y", labelcolor=INK)
+    bare(panel, "left")
 
 
-def _plain(panel: Axes) -> None:
-    panel.set_facecolor("none")
-    panel.set_axisbelow(True)
-    panel.tick_params(colors=MUTED, labelsize=7.5)
-    for side, spine in panel.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(GRID)
+def _legend_columns(width: float) -> int:
+    return 6 if width > 5 else 3
 
 
-def _legend(figure: Figure, labels: Sequence[str]) -> None:
+def _legend(figure: Figure, labels: Sequence[str], width: float) -> None:
     if not labels:
         return
-    handles = [Patch(**category_style(position)) for position in range(len(labels))]
+    handles = [Patch(**colour_style(position)) for position in range(len(labels))]
     # Labels are set afterwards: matplotlib drops those that start with an underscore, and these come from data.
     legend = figure.legend(
         handles, [str(position) for position in range(len(labels))], loc="outside upper left",
-        ncols=min(len(labels), 4), frameon=False, fontsize=8, labelcolor=INK, handlelength=1.1, handleheight=1.1,
+        ncols=min(len(labels), _legend_columns(width)), labelcolor=INK,
     )  # fmt: skip
     for text, label in zip(legend.get_texts(), labels, strict=True):
-        text.set_text(shorten(label, 28))
-
-
-def _save(folder: Path, name: str, figure: Callable[[], Figure]) -> list[str]:
-    files = [f"{name}.svg", f"{name}-dark.svg", f"{name}.pdf"]
-    with matplotlib.rc_context(SETTINGS), warnings.catch_warnings():
-        # A category in a script that the bundled font lacks shows as boxes in figures; the page itself spells it out.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        drawn = figure()
-        drawn.savefig(folder / files[0], metadata={"Date": None}, transparent=True)
-        drawn.set_layout_engine("none")  # where matplotlib made a layout, once is enough
-        drawn.savefig(folder / files[2], metadata={"CreationDate": None})
-    svg = (folder / files[0]).read_text(encoding="utf-8")
-    for light, dark in ON_DARK.items():
-        svg = svg.replace(light, dark)
-    (folder / files[1]).write_text(svg, encoding="utf-8")
-    return files
+        text.set_text(shorten(label, 28 if width > 5 else 16))

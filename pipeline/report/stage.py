@@ -1,6 +1,6 @@
-"""The stage `report`: the page of one configuration, from what is in the results folder.
+"""The stage `report`: the pages of one configuration, from what is in the results folder.
 
-Writes report/<config name>/ index.html, figures/*.svg|png|pdf, tables/*.csv.
+Writes report/<config name>/ *.html, figures/*.svg|png|pdf, tables/*.csv, units/*/*.jpg.
 """
 
 from __future__ import annotations
@@ -10,56 +10,72 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import report, stage
-from pipeline.config import UNTRAINED, Config
+from pipeline import stage
+from pipeline.config import Config
 from pipeline.identity import crc32c, digest
 
 if TYPE_CHECKING:
     from pipeline.plan import Plan, Step
+    from pipeline.report.experiment import Made
 
-VERSION = 1
+VERSION = 2
 
 
 def settings(wanted: Config) -> dict[str, Any]:
-    """A page is cheap: another title, template or line of code makes it again."""
-    code = sorted(path for path in Path(__file__).parent.rglob("*") if path.suffix in (".py", ".j2", ".css"))
+    """Pages are cheap: another title, template or line of code makes them again."""
+    code = sorted(path for path in Path(__file__).parent.rglob("*") if path.suffix in (".py", ".j2", ".css", ".js"))
     return {
         "report": wanted.report.model_dump(),
+        "figures": wanted.figures.model_dump(),
         "name": wanted.name,
         "code": hashlib.sha256(b"".join(path.read_bytes() for path in code)).hexdigest(),
     }
 
 
 def run(plan: Plan, step: Step) -> None:
+    from pipeline import report
+    from pipeline.cluster import client
+    from pipeline.report.site import written
+
     began = stage.begin(plan, step)
     out = (plan.results / step.manifest).parent.parent
-    comparisons = []
-    for dissected in plan.of_stage("dissect"):
-        assert dissected.dataset is not None and dissected.network is not None
-        if not dissected.network.endswith(UNTRAINED):
-            permuted = plan.manifest(dissected).result["control_images"]
-            known = dissected.network + UNTRAINED
-            control = known if known in plan.networks else None
-            comparisons.append(report.Comparison(dissected.dataset, dissected.network, control, permuted))
-    ids = {other.name: other.id for other in plan.steps.values() if other.stage != "report"}
-    configuration = json.loads(plan.config.model_dump_json(exclude_defaults=True))
-    report.build(
-        plan.results,
-        out,
-        plan.config.report.title or plan.config.name,
-        comparisons,
-        stage.provenance() | {"ids": ids, "configuration": configuration},
-        top_images=plan.config.report.top_images,
-        cards=plan.config.report.cards,
-    )
+    with client(plan.config.cluster, plan.scratch) as workers:
+        site = report.build(
+            report.Experiment(
+                results=plan.results,
+                out=out,
+                title=plan.config.report.title or plan.config.name,
+                made=tuple(made(plan, other) for other in plan.steps.values() if other.stage != "report"),
+                configuration=json.loads(plan.config.model_dump_json(exclude_defaults=True)),
+                versions=stage.provenance(),
+                command=plan.command("report"),
+                report=plan.config.report,
+                figures=plan.config.figures,
+                workers=workers,
+            )
+        )
     files = {}
-    for path in [out / "index.html", *sorted((out / "figures").iterdir()), *sorted((out / "tables").iterdir())]:
-        data = path.read_bytes()
-        files[path.relative_to(out).as_posix()] = (len(data), crc32c(data))
-    stage.finish(plan, step, began, digest(files), files)
+    for name in sorted(set(written(site))):
+        data = (out / name).read_bytes()
+        files[name] = (len(data), crc32c(data))
+    drawn = [
+        {"kind": figure.kind, "file": figure.files["svg"], "labels": dict(figure.labels)}
+        for page in site
+        for figure in page.figures
+    ]
+    stage.finish(plan, step, began, digest(files), files, {"figures": drawn})
+
+
+def made(plan: Plan, step: Step) -> Made:
+    from pipeline.report.experiment import Made
+
+    manifest = plan.manifest(step)
+    return Made(step.stage, step.dataset, step.network, step.id, manifest.provenance.get("seconds"), manifest.result)
 
 
 def discard(plan: Plan, step: Step) -> list[Path]:
     """The files and folders that this step made."""
+    from pipeline.report.site import FOLDERS
+
     out = (plan.results / step.manifest).parent.parent
-    return [out / "index.html", out / "figures", out / "tables"]
+    return [*out.glob("*.html"), *(out / folder for folder in FOLDERS)]

@@ -2,7 +2,7 @@
 
 import csv
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from pipeline.report.counts import LayerCount
@@ -14,21 +14,20 @@ DETECTOR_COLUMNS = ("run", "layer", "units", "category", "detectors", "unique_de
 
 def write_units(file: Path, units: Iterable[Unit]) -> None:
     """Write the units, highest IoU first, with IoU / ceiling as a column of its own. NaN is written as a blank cell."""
-    _write(file, UNIT_COLUMNS, ([_unit_cell(unit, column) for column in UNIT_COLUMNS] for unit in by_iou(units)))
+    columns = [column if column != "iou_over_ceiling" else "share_of_ceiling" for column in UNIT_COLUMNS]
+    write_table(file, UNIT_COLUMNS, ([getattr(unit, column) for column in columns] for unit in by_iou(units)))
 
 
-def write_detectors(file: Path, runs: Mapping[str, Sequence[LayerCount]]) -> None:
-    """Write detectors and unique detectors of every run (trained, untrained, permuted) and layer.
+def detector_rows(runs: Mapping[str, Sequence[LayerCount]]) -> Iterator[Sequence[object]]:
+    """Detectors and unique detectors of every run (trained, untrained, permuted) and layer.
 
     One row per layer with a blank category holds the layer's totals; one row per category that has detectors follows.
     """
-    rows: list[list[object]] = []
     for run, counts in runs.items():
         for count in counts:
-            rows.append([run, safe(count.layer), count.units, "", count.detectors, count.unique])
+            yield run, count.layer, count.units, "", count.detectors, count.unique
             for category, (detectors, unique) in count.by_category.items():
-                rows.append([run, safe(count.layer), count.units, safe(category), detectors, unique])
-    _write(file, DETECTOR_COLUMNS, rows)
+                yield run, count.layer, count.units, category, detectors, unique
 
 
 def by_iou(units: Iterable[Unit]) -> list[Unit]:
@@ -44,15 +43,15 @@ def safe(text: str) -> str:
     return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r", "\n") else text
 
 
-def _unit_cell(unit: Unit, column: str) -> object:
-    value = unit.share_of_ceiling if column == "iou_over_ceiling" else getattr(unit, column)
+def _cell(value: object) -> object:
     if isinstance(value, str):
         return safe(value)
-    return "" if isinstance(value, float) and math.isnan(value) else value
+    return "" if value is None or (isinstance(value, float) and math.isnan(value)) else value
 
 
-def _write(file: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+def write_table(file: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Write a CSV in UTF-8. Text is made safe for spreadsheets; NaN and None are blank cells."""
     with file.open("w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(header)
-        writer.writerows(rows)
+        writer.writerows([_cell(value) for value in row] for row in rows)

@@ -52,16 +52,17 @@ def write_results(
         rows, permuted_rows, paths = [], [], {}
         for depth, (layer, units) in enumerate(layers):
             layer_id = f"{name}{depth:02d}"
-            threshold = _write_layer(folder, layer_id, random, images, units, len(concepts), not_extracted)
+            best = [((unit + depth) % len(concepts), most * (depth + 1) / len(layers)) for unit in range(units)]
+            best = [(column, highest * random.uniform(0.3, 1)) for column, highest in best]
+            threshold = _write_layer(folder, layer_id, random, images, best, concepts, not_extracted)
             paths[layer] = {
                 "id": layer_id,
                 "activations": f"layers/{layer_id}/activations.zarr",
                 "thresholds": f"layers/{layer_id}/dissect-d1/thresholds.zarr",
                 "iou": f"layers/{layer_id}/dissect-d1/iou.zarr",
             }
-            for unit in range(units):
-                iou = most * (depth + 1) / len(layers) * random.uniform(0.3, 1)
-                rows.append(_row(layer, unit, concepts[(unit + depth) % len(concepts)], iou, threshold[unit]))
+            for unit, (column, iou) in enumerate(best):
+                rows.append(_row(layer, unit, concepts[column], iou, threshold[unit]))
                 permuted_rows.append(_row(layer, unit, concepts[0], 0.02 * random.uniform(), threshold[unit]))
         (folder / name).mkdir(parents=True, exist_ok=True)
         (folder / name / "layers.json").write_text(json.dumps(paths), encoding="utf-8")
@@ -107,8 +108,16 @@ def _write_images(
 
 
 def _write_layer(
-    folder: Path, layer_id: str, random: np.random.Generator, images: int, units: int, concepts: int, missing: int
+    folder: Path,
+    layer_id: str,
+    random: np.random.Generator,
+    images: int,
+    best: Sequence[tuple[int, float]],
+    concepts: Sequence[tuple[str, str]],
+    missing: int,
 ) -> np.ndarray:
+    """`best` is the column of the best concept of each unit, and its IoU; with the next concept it is half of that."""
+    units = len(best)
     maps = random.normal(size=(images, units, 4, 4)).astype(np.float16)
     maps[:, :, 1:3, 1:3] += 3  # a region in the middle, so that masks look like masks
     maximum = maps.max(axis=(2, 3)).astype(np.float32) * SCALE
@@ -128,7 +137,13 @@ def _write_layer(
     store.create_array("threshold", data=threshold, dimension_names=["unit"])
     store.update_attributes(settings)
     store = zarr.open_group(dissect / "iou.zarr", mode="w", zarr_format=3)
-    store.create_array("iou", shape=(units, concepts), dtype="float32", dimension_names=["unit", "concept"])
+    iou = np.zeros((units, len(concepts)), dtype=np.float32)
+    for unit, (column, highest) in enumerate(best):
+        iou[unit, column], iou[unit, (column + 1) % len(concepts)] = highest, highest / 2
+    store.create_array("iou", data=iou, dimension_names=["unit", "concept"])
+    for place, name in enumerate(("concept", "category")):
+        array = store.create_array(name, shape=(len(concepts),), dtype=str, dimension_names=["concept"])
+        array[:] = np.array([concept[place] for concept in concepts], dtype=np.dtypes.StringDType())
     store.update_attributes(
         settings | {"images": images - 2, "pixels": 1024, "union": "all", "min_iou": 0.04, "labels": "true"}
     )

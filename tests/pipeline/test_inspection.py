@@ -10,7 +10,7 @@ import torch
 
 from pipeline.checkpoint import write_safetensors
 from pipeline.errors import MicrotomeError
-from pipeline.inspection import answer, inspect, main
+from pipeline.inspection import Ablation, answer, inspect, main
 from pipeline.layer_info import LayerInfo
 from pipeline.networks import NetworkSpec, build
 
@@ -35,6 +35,16 @@ class Values(nn.Module):
         return self.net(x * float(self.gain))
 
 def reads_values(): return Values()
+
+class Aside(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.used, self.aside = nn.Conv2d(3, 5, 4), nn.Conv2d(3, 4, 4)
+    def forward(self, x):
+        self.aside(x)
+        return self.used(x).mean((2, 3))
+
+def aside(): return Aside()
 
 def reads_values_while_built():
     return small(classes=int(torch.ones(3).sum().item()))
@@ -134,3 +144,20 @@ def test_the_command(nets, tmp_path):
     command = [sys.executable, "-m", "pipeline.inspection", str(tmp_path / "q.json"), str(tmp_path / "a.json")]
     subprocess.run(command, cwd=ROOT, check=True)
     assert "function 'no' is not in" in json.loads((tmp_path / "a.json").read_text())[0]["error"]
+
+
+def test_what_ablation_costs_and_what_cannot_be_ablated(nets):
+    def ablated(function, layers, classes=5, **given):
+        spec = NetworkSpec(module=f"{nets}:{function}")
+        wanted = Ablation(layers=layers, classes=classes)
+        return inspect(spec, (3, 16, 16), given.get("among", ["*"]), ablate=wanted).ablation
+
+    assert ablated("small", "last") == {"3": 2 * 5}  # one weight of the linear layer for each class
+    assert ablated("small", ["1"]) == {"1": 2 * 9 * 6 * 8 * 8 + 2 * 6 * 5}
+    assert ablated("reads_values", "last", among=["net.3"]) == {"net.3": None}
+    with pytest.raises(MicrotomeError, match=r"ablate.layers: '5' is not among the layers"):
+        ablated("small", ["1", "5"])
+    with pytest.raises(MicrotomeError, match=r"gives \(5,\) for an image, and the images have 12 classes"):
+        ablated("small", "last", classes=12)
+    with pytest.raises(MicrotomeError, match=r"layer 'aside': the network's output does not depend on it"):
+        ablated("aside", ["aside"])

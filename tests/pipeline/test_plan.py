@@ -114,8 +114,10 @@ CHANGES = {
     "networks.tiny.numerics.channels_last": (False, {"extract", "dissect", "report"}),
     "networks.tiny.layers": (["a"], {"extract", "dissect", "report"}),
     "networks.tiny.special_tokens": (1, {"extract", "dissect", "report"}),
+    "networks.tiny.ablate.draws": (3, {"report"}),  # the section adds a step, and changes none
     "controls.images": (8, {"dissect", "report"}),
     "report.title": ("Another", {"report"}),
+    "figures.width": ("one", {"report"}),
     "name": ("other", {"report"}),
     "results": ("elsewhere", set()),
     "cluster.workers": (2, set()),
@@ -137,6 +139,22 @@ def test_each_setting_changes_the_ids_of_what_depends_on_it_and_no_other(tmp_pat
     # the untrained control is another network: what belongs to training alone does not touch it
     names = [name for name in before if not name.endswith("-untrained")]
     assert {name.split()[0] for name in names if before[name] != after[name]} == expected
+
+
+def test_settings_of_ablation_change_nothing_before_it(tmp_path):
+    raw = trained(tmp_path)
+    raw["networks"]["tiny"]["ablate"] = {}
+    before = ids(raw)
+    assert "ablate scenes tiny" in before and "ablate scenes tiny-untrained" not in before
+    for key, value in {"replace": "mean", "rank": "validation", "images": 5, "sizes": [1], "layers": ["a"]}.items():
+        raw["networks"]["tiny"]["ablate"] = {key: value}
+        after = ids(raw)
+        assert {name for name in before if before[name] != after[name]} == {"ablate scenes tiny", "report"}, key
+    raw["networks"]["tiny"]["ablate"] = {
+        "judge": "validation",
+        "sizes": [1024, *[1, 2, 3, 4, 5, 20, 64, 128, 256, 512]],
+    }
+    assert ids(raw) == before  # what is the default already
 
 
 def test_training_does_not_touch_the_untrained_control(tmp_path):

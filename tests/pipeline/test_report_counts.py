@@ -9,12 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.report import sentences
-from pipeline.report.counts import categories, count_detectors
-from pipeline.report.figures import share_above, shorten
-from pipeline.report.page import flatten, short_names
+from pipeline.report import Made, sentences
+from pipeline.report.counts import categories, count_concepts, count_detectors
+from pipeline.report.figures import share_above
+from pipeline.report.network import short_names
+from pipeline.report.provenance import flatten
 from pipeline.report.results import Unit
-from pipeline.report.tables import DETECTOR_COLUMNS, UNIT_COLUMNS, by_iou, safe, write_detectors, write_units
+from pipeline.report.style import shorten
+from pipeline.report.tables import DETECTOR_COLUMNS, UNIT_COLUMNS, by_iou, detector_rows, safe, write_table, write_units
 
 
 def unit(layer: str = "a", number: int = 0, concept: str = "", category: str = "", iou: float = 0.1) -> Unit:
@@ -49,6 +51,17 @@ def test_counts_match_a_plain_count(units: list[Unit]) -> None:
     assert categories(counts) == sorted({u.category for u in units if u.concept})
 
 
+@settings(deadline=None)
+@given(UNITS)
+def test_concepts_match_a_plain_count(units: list[Unit]) -> None:
+    counts = count_concepts(units, "c")
+    for count in counts:
+        ours = [u.layer for u in units if (u.concept, u.category) == (count.concept, count.category)]
+        assert (count.units, count.last) == (len(ours), ours.count("c"))
+    assert sum(count.units for count in counts) == sum(u.detector for u in units)
+    assert [count.units for count in counts] == sorted((count.units for count in counts), reverse=True)
+
+
 def test_tables_hold_every_unit_and_no_formula(tmp_path: Path) -> None:
     units = [unit("a", 0, "=cmd()", "+c", 0.1), unit("-b", 1, "tree, old", "x", 0.9), unit("a", 2, iou=math.nan)]
     write_units(tmp_path / "units.csv", units)
@@ -61,7 +74,7 @@ def test_tables_hold_every_unit_and_no_formula(tmp_path: Path) -> None:
     assert rows[2]["iou"] == "" and rows[0]["iou_held_out"] == ""
 
     counts = count_detectors(units, ["a", "-b"])
-    write_detectors(tmp_path / "detectors.csv", {"trained": counts, "permuted": counts})
+    write_table(tmp_path / "detectors.csv", DETECTOR_COLUMNS, detector_rows({"trained": counts, "permuted": counts}))
     rows = read(tmp_path / "detectors.csv")
     assert list(rows[0]) == list(DETECTOR_COLUMNS)
     assert list(rows[0].values()) == ["trained", "a", "2", "", "1", "1"]
@@ -116,6 +129,18 @@ def test_number_and_plural() -> None:
     assert sentences.accuracy({"accuracy": {"train": None, "validation": 0.5}}) == {"validation": 0.5}
     assert sentences.accuracy({"accuracy": 0.5}) == {"validation": 0.5}
     assert sentences.accuracy({}) == {}
+
+
+def test_times_are_readable() -> None:
+    assert [sentences.seconds(value) for value in (None, 4.04, 89.96, 90, 5399, 5400)] == [
+        "–", "4.0 s", "90.0 s", "1.5 min", "90.0 min", "1.5 h",
+    ]  # fmt: skip
+
+
+def test_what_a_data_set_holds() -> None:
+    facts = {"size": [48, 64], "splits": {"train": {"0": 64, "3": 936}, "validation": {"1": 7}}}
+    said = "streets: 1\u202f007 images of 64 × 48 pixels (train 1\u202f000, validation 7)."
+    assert sentences.images(Made("ingest", "streets", result=facts)) == said
 
 
 def test_short_names_stay_distinct() -> None:

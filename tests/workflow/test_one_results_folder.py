@@ -6,15 +6,19 @@ The same runs say whether the number of workers can be seen in a result: 1, 4 an
 import csv
 import json
 import shutil
+import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import xarray
-from workflow_run import TINY, contents, jobs_run, ledger_shards, snakemake, states, written
+from workflow_run import PARSING, TINY, contents, jobs_run, ledger_shards, snakemake, states, written
 
 from pipeline import config, plan
+from pipeline.checkpoint import write_safetensors
 from pipeline.lock import RunLock
+from pipeline.networks import NetworkSpec, build
 
 
 @pytest.fixture
@@ -29,9 +33,10 @@ def first(tmp_path):
                 "size": 32,
                 "shard_images": 16,
                 "images": {"train": 24, "validation": 40},
-                "concepts": ["truth", "pixels"],
+                "concepts": ["truth", "pixels", "parsed"],
             }
         },
+        "segmenters": {"parsed": segmenter(tmp_path)},
         "networks": {
             "net": {
                 "module": f"{TINY}:tiny",
@@ -44,6 +49,23 @@ def first(tmp_path):
         },
         "cluster": {"workers": 1},
         "report": {"title": "The first", "cards": 2},
+    }
+
+
+def segmenter(folder: Path) -> dict[str, Any]:
+    """A segmentation network with weights from a file, as a source of concepts."""
+    network = NetworkSpec(module=f"{PARSING}:Parsing", seed=2)
+    write_safetensors(folder / "parsing.safetensors", build(network).state_dict())
+    (folder / "things.txt").write_text("0 background\n1 round\n2 square\n")
+    (folder / "materials.txt").write_text("wool\nwood\n")
+    return {
+        "module": network.module,
+        "weights": str(folder / "parsing.safetensors"),
+        "numerics": {"micro_batch": 5},
+        "categories": {
+            "material": {"output": "material", "classes": str(folder / "materials.txt")},
+            "thing": {"output": "thing", "classes": str(folder / "things.txt"), "void": [0]},
+        },
     }
 
 
@@ -78,6 +100,15 @@ def test_two_experiments_in_one_folder(tmp_path, first, second):
     layers = json.loads((results / "scenes/net/layers.json").read_text())
     once = contents(results)
     before = states(results)
+
+    snakemake(tmp_path, first, "--report", "report.zip")
+    with zipfile.ZipFile(tmp_path / "report.zip") as archive:
+        figures = {Path(name).name for name in archive.namelist() if name.endswith(".svg")}
+        page = archive.read("report/report.html").decode()
+    assert {"detectors-scenes-net.svg", "iou-scenes-net.svg", "training-scenes-net.svg"} <= figures
+    assert "from the input (top) to the output" in page, "the caption of the detectors"
+    for name in ("index.html", "network-scenes-net.html"):
+        assert "snakemake report --configfile first.yaml" in (results / "report/first" / name).read_text()
 
     said = snakemake(tmp_path, first)
     assert "Nothing to be done" in said
@@ -142,6 +173,8 @@ def _check_contract(results: Path) -> None:
         "truth/material",
         "truth/colour",
         "pixels/colour",
+        "parsed/thing",
+        "parsed/material",
     }
     validation = images.split.values == "validation"
     numbers = set(np.unique(concepts.label_map.values[validation]).tolist())

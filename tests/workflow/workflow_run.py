@@ -16,6 +16,7 @@ from pipeline.manifest import Manifest
 
 ROOT = Path(__file__).parents[2]
 TINY = str(Path(__file__).parent / "networks" / "tiny.py")
+PARSING = str(Path(__file__).parent / "networks" / "parsing.py")
 
 
 def snakemake(folder: Path, config: Mapping[str, Any] | Path, *arguments: str, code: int = 0) -> str:

@@ -1,0 +1,141 @@
+"""What classes lose when units are gone: counts of predictions, the scores made from them, and sets of units.
+
+Scores are those of one class against the rest (Bau et al., "Understanding the role of individual units in a deep neural
+network", PNAS 2020, section "Role of units in a network"): balanced accuracy is (recall + true negative rate) / 2. All
+counts are integers, so those of parts of the images add up to those of all, in any order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+TOP = 5
+
+
+@dataclass
+class Predictions:
+    """Counts over images, for any number of variants of a network (a unit each, say).
+
+    Attributes
+    ----------
+    images : (class), images whose label it is.
+    true_positives : (variant, class), of these, those predicted to be it.
+    predicted : (variant, class), images predicted to be it, whatever their label.
+    in_top5 : (variant, class), images of the class with fewer than five classes above it.
+    """
+
+    images: Ints
+    true_positives: Ints
+    predicted: Ints
+    in_top5: Ints
+
+    @staticmethod
+    def zeros(variants: int, classes: int) -> Predictions:
+        shape = (variants, classes)
+        return Predictions(np.zeros(classes, np.int64), *(np.zeros(shape, np.int64) for _ in range(3)))
+
+    def update(self, label: NDArray, prediction: NDArray, above: NDArray) -> None:
+        """Count some images: label (image), prediction (image, variant), and how many classes have a higher logit than
+        the label's (image, variant)."""
+        variants, classes = self.predicted.shape
+        at = np.arange(variants) * classes
+        cells = variants * classes
+
+        def count(chosen: NDArray, mask: NDArray | None = None) -> Ints:
+            flat = (at + chosen)[mask] if mask is not None else (at + chosen).ravel()
+            return np.bincount(flat, minlength=cells).reshape(variants, classes)
+
+        given = np.broadcast_to(label[:, None], prediction.shape)
+        self.images += np.bincount(label, minlength=classes)
+        self.true_positives += count(given, prediction == given)
+        self.predicted += count(prediction)
+        self.in_top5 += count(given, above < TOP)
+
+    @property
+    def recall(self) -> Floats:
+        """(variant, class); NaN for a class without images."""
+        return _ratio(self.true_positives, self.images)
+
+    @property
+    def precision(self) -> Floats:
+        """(variant, class); NaN for a class that is never predicted."""
+        return _ratio(self.true_positives, self.predicted)
+
+    @property
+    def balanced_accuracy(self) -> Floats:
+        """(variant, class); NaN for a class without images, or without images of others."""
+        return balanced_accuracy(self.true_positives, self.predicted, self.images, int(self.images.sum()))
+
+    @property
+    def accuracy(self) -> Floats:
+        """(variant), top-1."""
+        return _ratio(self.true_positives.sum(-1), self.images.sum())
+
+    @property
+    def top5_accuracy(self) -> Floats:
+        """(variant)."""
+        return _ratio(self.in_top5.sum(-1), self.images.sum())
+
+
+def balanced_accuracy(true_positives: Ints, predicted: Ints, images: Ints, total: int) -> Floats:
+    """(recall + true negative rate) / 2 of one class against the rest, of arrays that end in (class)."""
+    negatives = total - images
+    return (_ratio(true_positives, images) + _ratio(negatives - (predicted - true_positives), negatives)) / 2
+
+
+def _ratio(part: NDArray, whole: NDArray) -> Floats:
+    part, whole = np.broadcast_arrays(part, whole)
+    return np.divide(part, whole, out=np.full(part.shape, np.nan), where=whole != 0)
+
+
+def ranking(loss: Floats) -> Ints:
+    """(class, unit): the units of each class from the most important, by loss (unit, class); equal ones by number.
+
+    A class whose losses are not defined has -1 everywhere.
+    """
+    order = np.argsort(-loss.T, axis=1, kind="stable")
+    return np.where(np.isnan(loss.T).any(1, keepdims=True), -1, order)
+
+
+KINDS = ("remove_most", "keep_most", "remove_least")
+RANDOM_KINDS = ("remove", "keep")
+
+
+def ranked_sets(order: Ints, sizes: Sequence[int]) -> NDArray[np.bool_]:
+    """(kind, size, class, unit): the units to remove, in the order of `KINDS`. An undefined ranking removes none."""
+    classes, units = order.shape
+    place = np.full((classes, units), units)  # of each unit in the ranking
+    defined = order[:, 0] >= 0
+    place[np.flatnonzero(defined)[:, None], order[defined]] = np.arange(units)
+    size = np.asarray(sizes)[:, None, None]
+    sets = np.stack([place < size, place >= size, place >= units - size])
+    return sets & defined[:, None]
+
+
+def random_sets(units: int, sizes: Sequence[int], draws: int, seed: int) -> NDArray[np.bool_]:
+    """(draw, kind, size, unit): random units to remove, or to keep alone; larger sets of a draw hold the smaller."""
+    rng = np.random.default_rng(seed)
+    place = np.stack([rng.permutation(units) for _ in range(draws)]) if draws else np.empty((0, units), np.int64)
+    removed = place[:, None] < np.asarray(sizes)[:, None]
+    return np.stack([removed, ~removed], axis=1)
+
+
+SERVED = 4
+
+
+def classes_served(order: Ints, loss: Floats, among: int = SERVED) -> Ints:
+    """(unit): for how many classes a unit is among the most important ones and its loss (unit, class) is above 0."""
+    classes, units = order.shape
+    served = np.zeros(units, np.int64)
+    for c in range(classes):
+        best = order[c, :among]
+        best = best[best >= 0]
+        served[best[loss[best, c] > 0]] += 1
+    return served

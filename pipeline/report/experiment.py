@@ -1,0 +1,128 @@
+"""What every page of a report is made from: where the results are, which steps made them, and how it is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import quote
+
+from pipeline.config import UNTRAINED, Figures, Report
+
+if TYPE_CHECKING:
+    from pipeline.report.network import Network
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Made:
+    """One finished step, as its manifest tells: `result` holds the small facts that the stage left for others."""
+
+    stage: str
+    dataset: str | None = None
+    network: str | None = None
+    id: str = ""
+    seconds: float | None = None
+    result: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A network and the same network untrained, by their names in the results folder; None without that control.
+
+    The other control, label maps permuted over the images, is shown when `units-permuted.csv` stands beside
+    `units.csv`; `permuted_images` is how many images it was counted on, where that is known.
+    """
+
+    dataset: str
+    network: str
+    control: str | None = None
+    permuted_images: int | None = None
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """The facts of one configuration.
+
+    Attributes
+    ----------
+    results : the results folder, read only.
+    out : the report's own folder, into which pages write.
+    made : the steps of the plan, parents before children.
+    configuration : the configuration as JSON, without what has its default value.
+    versions : what made the results: revision, Python, packages.
+    command : what a person types to make this report again.
+    workers : a `distributed.Client`; None: everything is computed in this process.
+    """
+
+    results: Path
+    out: Path
+    title: str
+    made: tuple[Made, ...]
+    configuration: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, Any] = field(default_factory=dict)
+    command: str = "snakemake report"
+    report: Report = field(default_factory=Report)
+    figures: Figures = field(default_factory=Figures)
+    workers: Any = None
+
+    def of_stage(self, stage: str) -> list[Made]:
+        """The steps of a stage, in the order of the configuration; none where it has no such stage."""
+        return [made for made in self.made if made.stage == stage]
+
+    @property
+    def comparisons(self) -> list[Comparison]:
+        """The networks that were dissected, each with its untrained control where there is one."""
+        dissected = {(made.dataset, made.network): made for made in self.of_stage("dissect")}
+        found = []
+        for (dataset, network), made in dissected.items():
+            assert dataset is not None and network is not None
+            if not network.endswith(UNTRAINED):
+                control = network + UNTRAINED if (dataset, network + UNTRAINED) in dissected else None
+                found.append(Comparison(dataset, network, control, made.result.get("control_images")))
+        return found
+
+    @cached_property
+    def networks(self) -> list[Network]:
+        """The dissected networks, read once, in the order of `comparisons`."""
+        from pipeline.report.network import read_network
+
+        return [read_network(self.results, comparison) for comparison in self.comparisons]
+
+    def name(self, dataset: str, network: str) -> str:
+        """The part of file names that says which network: `<dataset>-<network>`, with a number where two are alike."""
+        return self._names[dataset, network]
+
+    @cached_property
+    def _names(self) -> dict[tuple[str, str], str]:
+        names: dict[tuple[str, str], str] = {}
+        for one in self.comparisons:
+            plain = f"{one.dataset}-{one.network}"
+            alike = sum(f"{dataset}-{network}" == plain for dataset, network in names)
+            names[one.dataset, one.network] = f"{plain}-{alike + 1}" if alike else plain
+        return names
+
+    def label(self, dataset: str, network: str) -> str:
+        """The network as a reader knows it: with its data set only where there are several."""
+        several = len({one.dataset for one in self.comparisons}) > 1
+        return f"{network} on {dataset}" if several else network
+
+    def page_of(self, dataset: str, network: str) -> str:
+        """File of a network's page."""
+        return f"network-{self.name(dataset, network)}.html"
+
+    def link_to(self, dataset: str, network: str, layer: str, unit: int) -> str:
+        """Address of a unit in the browser of its network."""
+        return f"{self.page_of(dataset, network)}#unit={quote(layer, safe='')}/{unit}"
+
+    def map(self, function: Callable[..., Result], tasks: Iterable[tuple], label: str) -> Iterator[Result]:
+        """`function(*task)` for every task, on the workers where there are any, in any order."""
+        if self.workers is None:
+            return (function(*task) for task in tasks)
+        from pipeline.cluster import run_tasks
+
+        tasks = list(tasks)
+        return run_tasks(self.workers, function, tasks, len(tasks), label)

@@ -1,0 +1,270 @@
+"""Segmentation networks as sources of concepts: the s_c(x, p) of Bau et al. (PNAS 2020).
+
+A network gives one or several outputs (image, channel, y, x). A category takes one of them, or a range of its channels;
+the label of a pixel is the class whose channel is highest there, and nothing where that class is void or, in a class
+list with several categories, of another one.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipeline import network
+from pipeline.config import Head, Segmenter
+from pipeline.errors import MicrotomeError, nearest
+from pipeline.identity import FileDigests
+
+if TYPE_CHECKING:
+    import torch
+
+    from pipeline.label_maps import ClassList
+
+DEFAULT_OUTPUTS = ("out", "logits")  # torchvision's and transformers' names of the scores that count
+
+
+def settings(spec: Segmenter, digests: FileDigests) -> dict[str, Any]:
+    """What label maps of this source are made of, beside the pixels; class lists by their content."""
+    return {
+        "architecture": network.architecture(spec, digests),
+        "checkpoint": digests(spec.weights),
+        "prefix": spec.prefix,
+        "preprocessing": spec.preprocessing.model_dump(),
+        "resize": spec.resize,
+        "numerics": spec.numerics.model_dump(),
+        "categories": {
+            name: head.model_dump() | {"classes": digests(head.classes)} for name, head in spec.categories.items()
+        },
+    }
+
+
+@dataclass(frozen=True)
+class Model:
+    """A segmenter as tasks name it; `sha256` is that of the checkpoint that the plan was made with."""
+
+    name: str
+    spec_json: str
+    sha256: str
+
+    @property
+    def spec(self) -> Segmenter:
+        return Segmenter.model_validate_json(self.spec_json)
+
+
+@dataclass(frozen=True)
+class Channels:
+    """A category as a network gives it: channels `start` to `stop` of an output.
+
+    `concepts` are the names of its classes; `number` has for each channel the place of its class among them, from 1,
+    and 0 for nothing.
+    """
+
+    output: str
+    start: int
+    stop: int
+    concepts: tuple[str, ...]
+    number: tuple[int, ...]
+
+
+def concepts(spec: Segmenter) -> dict[str, list[str]]:
+    """Concept names by category, without building the network."""
+    return {name: list(class_list(name, head).concepts().values()) for name, head in spec.categories.items()}
+
+
+def class_list(category: str, head: Head) -> ClassList:
+    from pipeline.label_maps import read_class_list
+
+    return read_class_list(head.classes, head.void, category)
+
+
+@functools.cache
+def platform(cluster: str) -> dict[str, str]:
+    """What else decides the last bits of scores: the kind of device, and torch's minor version, found without torch."""
+    return {
+        "dtype": "float32",
+        "device": "cuda" if cluster == "gpu" else "cpu",
+        "torch": ".".join(version("torch").split(".")[:2]),
+    }
+
+
+def inspect(spec: Segmenter, size: tuple[int, int]) -> dict[str, Channels]:
+    """Build the network on the meta device, check its checkpoint's names and shapes, and find every category.
+
+    `size` is (height, width) of the images. A network that cannot be built or run there is built on the CPU instead.
+
+    Raises `MicrotomeError` for everything that would be refused later: architecture, checkpoint, image size, outputs,
+    channels, class lists.
+    """
+    from pipeline import checkpoint
+
+    network, outputs = _built(spec, (3, *(spec.resize or size)))
+    assert spec.weights_file is not None
+    checkpoint.load_state(network, checkpoint.shapes(spec.weights_file, spec.prefix), spec.weights_file)
+    return {category: channels(category, head, outputs) for category, head in spec.categories.items()}
+
+
+def _built(spec: Segmenter, shape: tuple[int, int, int]) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+    """The network on the meta device with its scores for one image; they are computed where values are needed."""
+    import torch
+
+    from pipeline.networks import build
+
+    def run(network: torch.nn.Module, device: str) -> dict[str, torch.Tensor]:
+        with torch.inference_mode():
+            return scores(network(torch.zeros((1, *shape), device=device)))
+
+    try:
+        network = build(spec, device="meta")
+        return network, run(network, "meta")
+    # Each network that needs values to be built or run fails on the meta device in its own way.
+    except Exception:
+        network = build(spec)
+    try:
+        outputs = run(network, "cpu")
+    except MicrotomeError:
+        raise
+    except Exception as error:
+        raise MicrotomeError(
+            f"{spec.architecture} cannot take images of shape {shape}: {type(error).__name__}: {error}"
+        ) from error
+    return network.to("meta"), outputs
+
+
+def scores(output: Any) -> dict[str, torch.Tensor]:
+    """The scores (image, channel, y, x) in what a segmentation network returned, by name; of a bare tensor, "".
+
+    Other entries of a mapping are left out.
+    """
+    import torch
+
+    if isinstance(output, torch.Tensor):
+        output = {"": output}
+    if not isinstance(output, Mapping):
+        raise MicrotomeError(f"a segmentation network returned {type(output).__name__}, expected a tensor or a mapping")
+    found = {key: value for key, value in output.items() if isinstance(value, torch.Tensor) and value.ndim == 4}
+    if not found:
+        held = ", ".join(f"{key} {tuple(value.shape)}" for key, value in output.items() if hasattr(value, "shape"))
+        raise MicrotomeError(f"a segmentation network returned no scores (image, channel, y, x), but {held or 'none'}")
+    return found
+
+
+def channels(category: str, head: Head, outputs: Mapping[str, torch.Tensor]) -> Channels:
+    """Find a category in the outputs of a network."""
+    key = _output(category, head, outputs)
+    count = outputs[key].shape[1]
+    start, last = head.channels or (0, count - 1)
+    if last >= count:
+        raise MicrotomeError(
+            f"category {category!r}: channels {start} to {last} of output {key!r}, which has {count} (0 to {count - 1})"
+        )
+    classes = class_list(category, head)
+    concepts = classes.concepts()
+    wanted = range(head.first, head.first + last + 1 - start)
+    lacking = [id for id in wanted if id not in classes.names and id not in head.void]
+    beyond = sorted({*concepts, *head.void} - {*wanted})
+    if lacking or beyond:
+        raise MicrotomeError(
+            f"category {category!r}: the {len(wanted)} channels of output {key!r} are the ids {wanted[0]} to "
+            f"{wanted[-1]} of {head.classes}, which has {min(classes.names)} to {max(classes.names)}"
+            + (f"; no name for {_some(lacking)}" if lacking else "")
+            + (f"; no channel for {_some(beyond)}" if beyond else "")
+            + _advice(wanted, lacking, beyond)
+        )
+    place = {id: at + 1 for at, id in enumerate(concepts)}
+    return Channels(key, start, last + 1, tuple(concepts.values()), tuple(place.get(id, 0) for id in wanted))
+
+
+def _output(category: str, head: Head, outputs: Mapping[str, torch.Tensor]) -> str:
+    """The output that a category means, by name."""
+    if head.output is None:
+        if len(outputs) == 1:
+            return next(iter(outputs))
+        for key in DEFAULT_OUTPUTS:
+            if key in outputs:
+                return key
+        raise MicrotomeError(f"category {category!r}: name its `output`, one of {', '.join(outputs)}")
+    if head.output not in outputs:
+        known = ", ".join(outputs) if "" not in outputs else "one without a name: leave `output` out"
+        raise MicrotomeError(
+            f"category {category!r}: no output {head.output!r} (there are: {known}){nearest(head.output, outputs)}"
+        )
+    return head.output
+
+
+def _advice(wanted: range, lacking: list[int], beyond: list[int]) -> str:
+    """What to set when channels and class list are the same but for their beginning."""
+    if lacking == [wanted[0]] and beyond == [wanted[-1] + 1]:
+        return f": if the first channel is {wanted[0] + 1}, set `first: {wanted[0] + 1}`"
+    if lacking == [wanted[0]] and not beyond:
+        return f": if the first channel is background, set `void: [{wanted[0]}]`"
+    return ""
+
+
+def _some(ids: list[int]) -> str:
+    return ", ".join(map(str, ids[:4])) + (", ..." if len(ids) > 4 else "")
+
+
+def label_maps(model: Model, pixels: np.ndarray, categories: Iterable[str]) -> dict[str, np.ndarray]:
+    """On a worker: label maps uint16 (image, y, x) by category, numbered from 1 as its concepts are, of images uint8
+    (image, channel, y, x).
+
+    Images go through in micro-batches of a fixed size, the last one padded, so that a map depends on its shard alone.
+    Raises `NonFiniteError` with the place of the image whose scores hold a NaN or an infinity.
+    """
+    import torch
+
+    from kernels.segmentation import best_class
+    from pipeline.extract import normalise
+
+    size = pixels.shape[2], pixels.shape[3]
+    spec = model.spec
+    net, found = _network(model, size)
+    number = {name: torch.tensor(found[name].number, dtype=torch.int32) for name in categories}
+    maps = {name: np.zeros((len(pixels), *size), np.uint16) for name in number}
+    step = spec.numerics.micro_batch
+    for at in range(0, len(pixels), step):
+        batch = torch.from_numpy(pixels[at : at + step])
+        count = len(batch)
+        batch = torch.cat([batch, batch.new_zeros((step - count, *batch.shape[1:]))])
+        with torch.inference_mode():
+            outputs = scores(net(resized(normalise(batch, spec), spec)))
+            for name, own in number.items():
+                head = found[name]
+                for i in range(count):
+                    part = outputs[head.output][i, head.start : head.stop].float()
+                    if not bool(part.isfinite().all()):
+                        raise NonFiniteError(at + i)
+                    maps[name][at + i] = own[best_class(part, size).cpu()].numpy()
+    return maps
+
+
+class NonFiniteError(Exception):
+    """A score is NaN or infinite; args: place of the image."""
+
+
+def resized(x: torch.Tensor, spec: Segmenter) -> torch.Tensor:
+    """Images float (image, channel, y, x) at the size that the network wants: bilinear, antialiased if it shrinks."""
+    import torch
+
+    if spec.resize is None:
+        return x
+    x = torch.nn.functional.interpolate(x, spec.resize, mode="bilinear", align_corners=False, antialias=True)
+    return x.contiguous(memory_format=torch.channels_last) if spec.numerics.channels_last else x
+
+
+@functools.lru_cache(maxsize=2)
+def _network(model: Model, size: tuple[int, int]) -> tuple[torch.nn.Module, dict[str, Channels]]:
+    """A worker's copy of a segmenter, loaded once, and where its categories are."""
+    from pipeline.checkpoint import sha256
+    from pipeline.extract import placed
+    from pipeline.networks import load
+
+    spec = model.spec
+    if sha256(spec.weights) != model.sha256:
+        raise MicrotomeError(f"segmenter {model.name!r}: {spec.weights} was changed during the run: run again")
+    return placed(load(spec), spec), inspect(spec, size)
