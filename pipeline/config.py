@@ -323,7 +323,7 @@ class Network(NetworkSpec):
     numerics: Numerics = Field(Numerics(), description="how it is computed")
     store: Kept | Annotated[dict[str, Kept], Field(min_length=1)] = Field(
         "full",
-        description="what is kept of a layer: `full`, or `pooled` without its maps; or this by name or pattern of layers",
+        description="of a layer: `full`, or `pooled` without its maps; or one of these by name or pattern of layers",
     )
     train: Train | None = Field(None, description="with `weights: train`, how")
     datasets: list[Name] | None = Field(None, description="the data sets to dissect it on; default: all")

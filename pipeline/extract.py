@@ -149,7 +149,7 @@ def run(plan: Plan, step: Step) -> None:
                         (model, images.store, images.files_of(shard), shard, images.range(shard), missing, head)
                     )
             if tasks:
-                need = memory_need(distinct.values(), prepared, model.spec, images)
+                need = memory_need(distinct.values(), prepared, model.spec, images.shard_images, images.size)
                 check_memory(plan.config.cluster, need, step.name, REMEDY)
             overflow: dict[str, float] = {}
             try:
@@ -206,7 +206,7 @@ def pending(plan: Plan, step: Step) -> tuple[int, int]:
     model = model_of(plan, step)
     shards = images.shards(step.settings["split"], step.settings["images"])
     before = latest((plan.results / step.manifest).parent, step.stage)
-    if before is None or not _same_layers(before, step, model):
+    if before is None or not same_layers(plan, before, step):
         return len(shards), len(shards)
     known = []
     for layer in before.result["layers"]:
@@ -224,9 +224,13 @@ def pending(plan: Plan, step: Step) -> tuple[int, int]:
     return len(missing), len(shards)
 
 
-def _same_layers(before: Manifest, step: Step, model: Model) -> bool:
-    """Whether an earlier extraction had the layers that this one will have."""
+def same_layers(plan: Plan, before: Manifest, step: Step) -> bool:
+    """Whether an earlier extraction had the layers that this one will have; the network may not be made yet."""
     decisive = ("version", "layers", "special_tokens", "preprocessing", "numerics")
+    try:
+        model = model_of(plan, step)
+    except FileNotFoundError:
+        return False
     return model.sha256 in before.parents.values() and all(
         before.settings.get(key) == step.settings[key] for key in decisive
     )
@@ -365,12 +369,13 @@ def prepare(model: Model, size: tuple[int, int], version: int) -> Prepared:
     import torch
 
     from pipeline.layer_id import layer_ids
-    from pipeline.layers import Recorder, classes_of, largest_output, resolve
+    from pipeline.layers import Recorder, choose, classes_of, survey
 
     spec = model.spec
     shape = (spec.preprocessing.channels, *size)
     as_loaded = _loaded(model)
-    infos = resolve(as_loaded, spec.layers, shape, spec.special_tokens, model.name)
+    surveyed = survey(as_loaded, shape, spec.special_tokens)
+    infos = choose(as_loaded, surveyed, spec.layers, model.name)
     numerics = spec.numerics.model_dump() | platform_numerics(version)
     preprocessing = spec.preprocessing.model_dump() | {"size": list(size)}
     ids = layer_ids(as_loaded, infos, preprocessing, numerics, shape)
@@ -381,11 +386,11 @@ def prepare(model: Model, size: tuple[int, int], version: int) -> Prepared:
         (ids[info.name], info, scale_for(float(outputs[info.name].abs().amax()), headroom=True)) for info in infos
     ]
     parameters = sum(parameter.numel() for parameter in as_loaded.parameters())
-    return Prepared(layers, classes_of(as_loaded, logits), numerics, parameters, largest_output(as_loaded, shape))
+    return Prepared(layers, classes_of(as_loaded, logits), numerics, parameters, surveyed.largest)
 
 
-def memory_need(layers: Iterable[Layer], prepared: Prepared, spec: Network, images: Images) -> int:
-    """Bytes of a task: the weights as loaded and as used, a forward, and the outputs of a shard.
+def memory_need(layers: Iterable[Layer], prepared: Prepared, spec: Network, images: int, size: tuple[int, int]) -> int:
+    """Bytes of a task on `images` of a size: the weights as loaded and as used, a forward, and what is kept.
 
     In a forward without gradients an operation's input, output and workspace live, and an output is divided and halved
     there. What is kept of outputs is float16, and copied and compressed when it is written.
@@ -393,9 +398,9 @@ def memory_need(layers: Iterable[Layer], prepared: Prepared, spec: Network, imag
     layers = list(layers)
     maps = [0 if layer.pooled else math.prod(layer.info.shape) for layer in layers]
     beside = sum(layer.info.shape[0] * (2 * layer.info.special + 8) for layer in layers)
-    pixels = 3 * images.size[0] * images.size[1]
+    pixels = 3 * size[0] * size[1]
     forward = 4 * spec.numerics.micro_batch * (pixels + 4 * prepared.largest)
-    outputs = images.shard_images * (pixels + beside + 2 * sum(maps) + 4 * max(maps, default=0))
+    outputs = images * (pixels + beside + 2 * sum(maps) + 4 * max(maps, default=0))
     return 3 * 4 * prepared.parameters + forward + outputs
 
 
@@ -544,12 +549,11 @@ def forward_in_batches(
 
 @dataclass
 class Kept:
-    """What a shard keeps of a layer, taken from its output as soon as that is ready: a forward of many layers holds none
-    of their outputs.
+    """What a shard keeps of a layer, taken from its output as soon as that is ready: a forward holds no outputs.
 
     `maps` (image, unit, y, x) and `special` (image, token, unit) are float16, divided by the layer's scale; None where
-    there are none to keep. `maximum`, `mean` (image, unit) and `largest` (image), the largest absolute value, are float32
-    and not divided.
+    there are none to keep. `maximum`, `mean` (image, unit) and `largest` (image), the largest absolute value, are
+    float32 and not divided.
     """
 
     layer: Layer
@@ -609,7 +613,7 @@ class Kept:
 
 
 def refuse_non_finite(output: torch.Tensor, layer: str, start: int) -> None:
-    """Raise for the first image of `output` (image, ...), a shard that begins with image `start`, that is not finite."""
+    """Raise for the first image of `output` (image, ...) that is not finite; the shard begins with image `start`."""
     good = output.isfinite().reshape(len(output), -1).all(1)
     if not bool(good.all()):
         raise NonFiniteError(layer, start + int((~good).nonzero()[0]))

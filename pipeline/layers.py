@@ -33,7 +33,8 @@ class Survey:
     """What one forward shows: the layers in execution order, why other modules are none, and the network's output.
 
     `image` is the (height, width) that it was run on, `output` the shape of the network's own output without the batch,
-    `classes` as in `classes_of`.
+    `classes` as in `classes_of`, and `largest` how many values the largest output of any module has for one image: what
+    the memory of a forward goes by.
     """
 
     layers: list[LayerInfo] = field(default_factory=list)
@@ -41,6 +42,7 @@ class Survey:
     image: tuple[int, int] = (0, 0)
     output: tuple[int, ...] = ()
     classes: int | None = None
+    largest: int = 0
 
 
 def resolve(
@@ -82,6 +84,7 @@ def survey(network: nn.Module, input_shape: tuple[int, int, int], special: int |
     device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
     images = torch.zeros((2, *input_shape), device=device)
     calls: Counter[str] = Counter()
+    largest = 0
     outputs: list[tuple[str, nn.Module, object]] = []
 
     def note(name: str) -> Any:
@@ -89,9 +92,12 @@ def survey(network: nn.Module, input_shape: tuple[int, int, int], special: int |
             # The one convolution whose channels torch does not compare on the meta device: generators begin with it.
             if isinstance(module, nn.ConvTranspose2d) and inputs[0].shape[1] != module.in_channels:
                 raise MicrotomeError(f"{name} gets {inputs[0].shape[1]} channels, expected {module.in_channels}")
+            nonlocal largest
+            tensor = first_tensor(output)
+            largest = max(largest, tensor.numel() // 2 if tensor is not None else 0)
             calls[name] += 1
             if calls[name] == 1:
-                outputs.append((name, module, _sketch(first_tensor(output))))
+                outputs.append((name, module, _sketch(tensor)))
 
         return hook
 
@@ -106,6 +112,7 @@ def survey(network: nn.Module, input_shape: tuple[int, int, int], special: int |
 
     shape = tuple(logits.shape[1:]) if logits is not None else ()
     found = Survey(image=(input_shape[1], input_shape[2]), output=shape, classes=classes_of(network, logits))
+    found.largest = max(largest, math.prod(shape))
     reader = _Reader(found.image, special)
     for name, module, output in outputs:
         read = reader.read(name, module, output)
@@ -119,26 +126,6 @@ def survey(network: nn.Module, input_shape: tuple[int, int, int], special: int |
         if name not in calls:
             found.refused[name] = "is never called in the forward, so its output cannot be read"
     return found
-
-
-def largest_output(network: nn.Module, input_shape: tuple[int, int, int]) -> int:
-    """How many values the largest output of any module has for one image: what the memory of a forward goes by."""
-    largest = 0
-
-    def note(_: nn.Module, __: object, output: object) -> None:
-        nonlocal largest
-        tensor = first_tensor(output)
-        largest = max(largest, tensor.numel() if tensor is not None else 0)
-
-    device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
-    hooks = [module.register_forward_hook(note) for module in network.modules()]
-    try:
-        with torch.no_grad(), one_attention_path():
-            network(torch.zeros((1, *input_shape), device=device))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return largest
 
 
 def choose(network: nn.Module, surveyed: Survey, wanted: str | Sequence[str], name: str) -> list[LayerInfo]:
