@@ -1,4 +1,4 @@
-"""What a run would take, before anything runs: bytes on the disk, images a second, hours, memory of a worker, tasks.
+"""What a run would take, before anything runs: bytes on the disk, images a second, time, memory of a worker, tasks.
 
 Sizes come from the layers that the inspection found, the speed of networks from a probe (`pipeline.probe`), that of
 other stages from rates measured by `make bench`; where a stage has run before, from what it took then. A run whose
@@ -68,21 +68,21 @@ class Cost:
 def lines(plan: Plan, costs: Sequence[Cost]) -> list[str]:
     """The forecast as text: a line a step, a line a layer below its network's, and the sums."""
     workers, allowed = cluster.workers(plan.config.cluster), cluster.memory(plan.config.cluster)
-    head = ("", "GB", "on disk", "missing", "images", "images/s", "hours", "tasks", "GB/worker")
+    head = ("", "GB", "on disk", "missing", "images", "images/s", "time", "tasks", "GB/worker")
     rows = [head]
     for cost in costs:
-        rows.append(_row(cost, workers, allowed))
+        if cost.stores or cost.seconds is not None or cost.memory is not None:
+            rows.append(_row(cost, workers, allowed))
         if len(cost.stores) > 1 and not (cost.step.network or "").endswith(UNTRAINED):
             rows += [_layer(store) for store in cost.stores]
     missing = sum(store.missing for cost in costs for store in cost.stores)
     known = [cost.seconds for cost in costs if cost.seconds is not None and not cost.done]
-    hours = sum(known) / workers / 3600
     free = _free(plan.results)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     found = ["  ".join(_aligned(row, widths)).rstrip() for row in rows]
     found.append(
-        f"{_gb(missing)} GB to write, {_gb(free)} GB free; about {_hours(hours)} hours on {workers} "
-        f"worker{'s' * (workers > 1)} of {allowed / 1e9:.1f} GB, beside what has no hours above"
+        f"{_gb(missing)} GB to write, {_gb(free)} GB free; about {_time(sum(known) / workers)} on {workers} "
+        f"worker{'s' * (workers > 1)} of {allowed / 1e9:.1f} GB, beside steps that were never timed"
     )
     left_out = {store.name for cost in costs for store in cost.stores if store.pooled}
     if left_out:
@@ -103,8 +103,8 @@ def check_disk(plan: Plan, costs: Sequence[Cost]) -> None:
     if missing > max(SHARE * free, LITTLE):
         largest = max(stores, key=lambda store: store.missing)
         raise MicrotomeError(
-            f"the results need about {_gb(missing)} GB more, of which {largest.name} {_gb(largest.missing)} GB, and the "
-            f"file system of {plan.results} has {_gb(free)} GB free: name fewer layers, keep some without maps "
+            f"the results need about {_gb(missing)} GB more, {_gb(largest.missing)} GB of it for {largest.name}, and "
+            f"the file system of {plan.results} has {_gb(free)} GB free: name fewer layers, keep some without maps "
             f"(`store: {{{largest.name.split(' ')[0]}: pooled}}`), bound the data set with `max_images`, or put "
             "`results` on a larger disk"
         )
@@ -154,9 +154,8 @@ def _concepts(plan: Plan, step: Step, splits: Splits, done: bool) -> Cost:
     store = Store(name, raw, expected, expected if done else _bytes(plan.results / str(step.dataset) / name))
     tasks = -(-images // dataset.shard_images)
     seconds = images * len(categories) * LABELS if not step.settings.get("segmenters") else None
-    return Cost(
-        step, (store,), images, tasks, seconds, concepts.memory_need(dataset.shard_images, size, len(categories))
-    )
+    memory = concepts.memory_need(dataset.shard_images, size, len(categories))
+    return Cost(step, (store,), images, tasks, seconds, memory)
 
 
 def _extract(plan: Plan, step: Step, splits: Splits, done: bool) -> Cost:
@@ -255,12 +254,9 @@ def _row(cost: Cost, workers: int, allowed: int) -> tuple[str, ...]:
     memory = "" if cost.memory is None else f"{(cluster.WORKER_BASE + cost.memory) / 1e9:.2f}"
     if cost.memory is not None and cluster.WORKER_BASE + cost.memory > allowed:
         memory += "!"
-    if cost.done:
-        hours = "done"
-    else:
-        hours = "" if cost.seconds is None else _hours(cost.seconds / workers / 3600)
+    spent = "done" if cost.done else "" if cost.seconds is None else _time(cost.seconds / workers)
     sizes = (_gb(raw), _gb(expected), _gb(sum(s.missing for s in cost.stores))) if cost.stores else ("", "", "")
-    counts = (f"{cost.images:,}" if cost.images else "", cost.rate, hours, f"{cost.tasks:,}", memory)
+    counts = (f"{cost.images:,}" if cost.images else "", cost.rate, spent, f"{cost.tasks:,}", memory)
     return (cost.step.name, *sizes, *counts)
 
 
@@ -279,5 +275,8 @@ def _gb(count: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}" if value >= 0.001 or not value else "<0.001"
 
 
-def _hours(value: float) -> str:
-    return f"{value:.0f}" if value >= 100 else f"{value:.2g}" if value >= 0.01 or not value else "<0.01"
+def _time(seconds: float) -> str:
+    for unit, length in (("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} s"

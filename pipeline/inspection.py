@@ -168,7 +168,7 @@ def _ablation(
 
 
 def answer(requests: Sequence[Any]) -> list[dict[str, Any]]:
-    """Each request (the json form of a `Request`, `SegmenterRequest` or `Probe`) with its `result` or the `error` to show."""
+    """Each request (a `Request`, `SegmenterRequest` or `Probe` as json) with its `result` or the `error` to show."""
     answers: list[dict[str, Any]] = []
     for each in requests:
         try:

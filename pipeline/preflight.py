@@ -143,7 +143,7 @@ def questions(plan: Plan) -> list[Question]:
 
 
 def sizes(plan: Plan) -> list[str]:
-    """One line a network and data set, with its layers and parameters; what removing units costs; what segmenters name."""
+    """Layers and parameters of each network on a data set, what removing units costs, what segmenters name."""
     lines = []
     for step in _steps(plan):
         known = found(plan, step)
