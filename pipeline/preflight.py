@@ -129,7 +129,7 @@ def _probe(plan: Plan, step: Step) -> Question:
         "channels_last": network.numerics.channels_last,
         "device": "cuda" if plan.config.cluster.kind == "gpu" else "cpu",
     }
-    kept = plan.scratch / "probed" / f"{digest([VERSION, platform.node(), platform.processor(), request])}.json"
+    kept = plan.scratch / "probed" / f"{digest([VERSION, platform.node(), platform.machine(), request])}.json"
     return Question(f"the speed of {step.network!r} on {step.dataset!r}", kept, request)
 
 

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from experiments import run, scenes
@@ -26,9 +27,9 @@ def answered(monkeypatch):
     def here(command, **_):
         asked.extend(json.loads(Path(command[3]).read_text()))
         inspection.main(*command[3:])
-        return type("Done", (), {"returncode": 0})
+        return SimpleNamespace(returncode=0)
 
-    monkeypatch.setattr(preflight.subprocess, "run", here)
+    monkeypatch.setattr(preflight, "subprocess", SimpleNamespace(run=here))
     return asked
 
 
@@ -80,7 +81,7 @@ def test_what_an_interrupted_run_left_counts(tmp_path, answered):
 
 def test_a_disk_that_is_too_small(tmp_path, answered, monkeypatch):
     raw = scenes(tmp_path)
-    raw["datasets"]["scenes"]["images"] = {"train": 0, "validation": 300_000}
+    raw["datasets"]["scenes"]["images"] = {"train": 0, "validation": 60_000}
     plan = checked(raw)
     costs = forecast.forecast(plan)
     need = sum(store.missing for cost in costs for store in cost.stores)
