@@ -605,7 +605,10 @@ class Kept:
 
     def values(self, start: int) -> dict[str, tuple[tuple[int, ...], np.ndarray]]:
         """The blocks to write, for a shard that begins with image `start`."""
-        found = {"maximum": ((start, 0), self.maximum.numpy()), "mean": ((start, 0), self.mean.numpy())}
+        found: dict[str, tuple[tuple[int, ...], np.ndarray]] = {
+            "maximum": ((start, 0), self.maximum.numpy()),
+            "mean": ((start, 0), self.mean.numpy()),
+        }
         if self.maps is not None:
             found["activation"] = ((start, 0, 0, 0), self.maps.numpy())
         if self.special is not None:
