@@ -219,7 +219,9 @@ def targets(shared: Shared, extracted: Manifest, folder: Path) -> Iterator[tuple
             network=folder,
             replace=shared.how["replace"],
         )
-        yield target, parts_of(shared, set(extracted.result["shards"]), manifest.files, extracted.files)
+        # A layer that is stored pooled has no maps: they are computed as those of images that were not extracted.
+        stored = set() if entry.get("store") == "pooled" else set(extracted.result["shards"])
+        yield target, parts_of(shared, stored, manifest.files, extracted.files)
 
 
 def parts_of(shared: Shared, stored: set[int], activations: Files, logits: Files) -> dict[int, Part]:

@@ -8,6 +8,7 @@ ends within a second, workers included.
 
 import contextlib
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -37,16 +38,35 @@ def client(cluster: Cluster, scratch: Path) -> Iterator[Any]:
     """Yield a `distributed.Client` on the run's pool, or on a pool of its own where there is none.
 
     `scratch` is a folder for the pool's address file and the workers' local files.
+
+    Raises
+    ------
+    MicrotomeError
+        When the pool is gone, from the start or later.
     """
     from distributed import Client
+    from distributed.client import FutureCancelledError
+    from distributed.utils import silence_logging_cmgr
 
     with contextlib.ExitStack() as stack:
         address_file = (
             Path(os.environ[ADDRESS]) if ADDRESS in os.environ else stack.enter_context(pool(cluster, scratch))
         )
-        found = stack.enter_context(Client(_wait_for(address_file), timeout=60, set_as_default=False))
-        found.wait_for_workers(1, timeout=120)
-        yield found
+        address = _wait_for(address_file)
+        # A lost connection is told once, by the error below, and not by everything that notices.
+        stack.enter_context(silence_logging_cmgr(logging.CRITICAL))
+        found = None
+        try:
+            found = stack.enter_context(Client(address, timeout=60, set_as_default=False))
+            found.wait_for_workers(1, timeout=120)
+            yield found
+        except (OSError, FutureCancelledError) as error:
+            if found is not None and found.status == "running":
+                raise
+            raise MicrotomeError(
+                f"the pool of workers at {address} is gone: ended from outside, or for lack of memory; "
+                f"finished shards are kept, run again to go on"
+            ) from error
 
 
 @contextlib.contextmanager

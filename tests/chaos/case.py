@@ -132,18 +132,23 @@ class Case:
     # Moments
 
     def moment(self, running: Running, stage: str) -> bool:
-        """Wait for a random moment of a job of this stage; False if the run ended before."""
+        """Wait for a random moment of this stage's jobs, their end at the latest; False if the run ended before."""
         share = self.random.random()
         while not self._job_began(running, stage):
             if running.process.poll() is not None:
                 return False
             time.sleep(0.01)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            running.process.wait(share * folder.seconds(self.undisturbed, stage))
+        end = time.monotonic() + share * folder.seconds(self.undisturbed, stage)
+        done = f"done/{stage}.*.json"
+        wanted = len(list(folder.beside(self.undisturbed, done)))
+        while time.monotonic() < end and running.process.poll() is None:
+            if len(list(folder.beside(self.results, done))) >= wanted:
+                break
+            time.sleep(0.01)
         return running.process.poll() is None
 
     def _job_began(self, running: Running, stage: str) -> bool:
-        for log in self.results.rglob(f"logs/{stage}.*.log"):
+        for log in folder.beside(self.results, f"logs/{stage}.*.log"):
             with contextlib.suppress(FileNotFoundError):
                 if log.stat().st_mtime >= running.began:
                     return True

@@ -250,13 +250,21 @@ def after_power_cut(case: Case, stage: str) -> Outcome:
     case.moment(running, stage)
     running.kill_all()
     kept = folder.Finished.of(case.results)
-    newest = sorted(folder.files(case.results), key=lambda path: path.stat().st_mtime_ns)[-6:]
+    newest = sorted(folder.files(case.results), key=lambda path: path.stat().st_mtime_ns)[-8:]
     chunks = [path for path in newest if "/c/" in path.as_posix()]
     for path in chunks:
         emptied(path, case.random)
     lost = {path.relative_to(case.results).as_posix() for path in chunks}
-    kept.shards = {key: s for key, s in kept.shards.items() if not _of_shard(case, key) & lost}
-    kept.manifests = {}
+    finished = {
+        name
+        for name, found in folder.manifests(case.results).items()
+        if lost & {(Path(name).parent.parent / file).as_posix() for file in found["files"]}
+    }
+    kept.shards = {key: state for key, state in kept.shards.items() if not _of_shard(case, key) & lost}
+    kept.manifests = {name: state for name, state in kept.manifests.items() if name not in finished}
+    if finished:  # they were written to the disk before their chunks were
+        case.upkeep("repair")
     outcome = case.goes_on(kept)
-    outcome.happened = f"{len(chunks)} chunk files were empty; the next run made them again"
+    after = "`make repair` and the next run" if finished else "the next run"
+    outcome.happened = f"{len(chunks)} chunk files were empty; {after} made them again"
     return outcome

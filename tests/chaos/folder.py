@@ -20,6 +20,12 @@ def files(results: Path) -> Iterator[Path]:
             yield path
 
 
+def beside(results: Path, pattern: str) -> Iterator[Path]:
+    """Logs or manifests of jobs: those of data sets, and of networks and reports."""
+    yield from results.glob(f"*/{pattern}")
+    yield from results.glob(f"*/*/{pattern}")
+
+
 def contents(results: Path) -> dict[str, str]:
     """Digest of every file, report included. Of a manifest: all but times and versions; of a ledger: its shards.
 

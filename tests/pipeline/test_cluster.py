@@ -181,6 +181,21 @@ def test_the_pool_ends_with_the_process_that_started_it(tmp_path):
     assert not list(tmp_path.glob("pool-*"))
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
+def test_a_pool_that_is_killed_is_told_in_one_line(tmp_path, monkeypatch, capfd):
+    monkeypatch.delenv(cluster.ADDRESS, raising=False)
+    with cluster.pool(Cluster(workers=1), tmp_path) as address_file:
+        monkeypatch.setenv(cluster.ADDRESS, str(address_file))
+        with (
+            pytest.raises(MicrotomeError, match="is gone: ended from outside"),
+            cluster.client(Cluster(workers=1), tmp_path) as found,
+        ):
+            for _ in cluster.run_tasks(found, square, ((at,) for at in range(1000)), 1000, "killed"):
+                for pid in descendants(json.loads(address_file.read_text())["pid"]):
+                    os.kill(pid, signal.SIGKILL)
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_a_pool_that_does_not_start(tmp_path):
     with pytest.raises(MicrotomeError, match="did not start within 0 s"):
         cluster._wait_for(tmp_path / "absent.json", seconds=0.1)
