@@ -63,6 +63,7 @@ class Model:
     spec_json: str
     weights: Path
     sha256: str
+    architecture: str  # digest of what builds it: an edited module may compute something else with the same weights
 
     @property
     def spec(self) -> Network:
@@ -258,6 +259,7 @@ def model_of(plan: Plan, step: Step) -> Model:
         plan.networks[network.network].model_dump_json(),
         plan.results / "networks" / network.network / "model.safetensors",
         manifest.result["weights_sha256"],
+        digest(network.settings["architecture"]),
     )
 
 
@@ -268,7 +270,8 @@ def shard_id(images: Images, shard: int, layer: Layer) -> str:
 
 def logits_id(images: Images, shard: int, model: Model, prepared: Prepared) -> str:
     """What a shard of the logits was made from: they have a plain name, so all of it."""
-    return digest([images.contents[shard], model.sha256, model.spec.preprocessing.model_dump(), prepared.numerics])
+    made_of = [model.sha256, model.architecture, model.spec.preprocessing.model_dump(), prepared.numerics]
+    return digest([images.contents[shard], *made_of])
 
 
 def holds(ledger: Ledger, shard: int, id: str, store: Path, pooled: bool) -> bool:
