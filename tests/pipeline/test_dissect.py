@@ -12,7 +12,7 @@ import zarr
 from experiments import SIZE, labelled_images, lines, run, scenes, segmentation, tiny, write_image, write_label_map
 
 from kernels.iou import Counts
-from pipeline import dissect, upkeep
+from pipeline import dissect
 from pipeline.config import PRESETS
 from pipeline.dissect import (
     UNIT_COLUMNS,
@@ -27,6 +27,7 @@ from pipeline.dissect import (
 )
 from pipeline.errors import MicrotomeError
 from pipeline.listing import group
+from pipeline.upkeep import damage
 
 pytestmark = pytest.mark.usefixtures("workers")
 NAMES = [f"street/{k:02}" for k in range(14)]
@@ -286,7 +287,7 @@ def test_after_a_change_the_numbers_are_those_of_a_fresh_run(tmp_path, change):
     plan = run(raw, *STAGES)
     after = everything(plan)
     assert after != before
-    assert upkeep.verify(plan.results) == []
+    assert damage.verify(plan.results) == []
     made = {"append": 2, "remove": 1, "change an image": 1, "change a label map": 0}[change]
     assert count_forwards(plan) - forwards == made
     fresh = run(raw | {"results": str(tmp_path / "fresh")}, *STAGES)
@@ -335,7 +336,9 @@ def test_earlier_counts_are_taken_over_whatever_the_order_of_the_categories(tmp_
     layer = Layer("conv", "id", tmp_path / "activations.zarr", {}, (4, 1, 1), 1.0, "digest")
     one = Wanted(layer, False, (), "thresholds", {"truth/part": "p", "truth/object": "o"}, "id")
     how = PRESETS["standard"] | {"min_iou": 0.04}
-    write_layer(one, Threshold(np.zeros(4, np.float16), np.zeros(4, np.int64), 1), counts, concepts, how)
+    write_layer(
+        one, Threshold(np.zeros(4, np.float16), np.zeros(4, np.int64), 1), counts, concepts, how, list(one.labels)
+    )
     again = joined(concepts, earlier_counts(one, concepts))
     for name in vars(counts):
         np.testing.assert_array_equal(getattr(again, name), getattr(counts, name), err_msg=name)

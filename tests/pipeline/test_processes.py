@@ -18,8 +18,8 @@ import sys, time
 from pipeline import processes
 processes.end_with_main()
 processes.interruptible()
-print("works", flush=True)
 try:
+    print("works", flush=True)
     time.sleep(600)
 except KeyboardInterrupt:
     print("interrupted", flush=True)

@@ -92,7 +92,7 @@ def test_wrong_networks(tmp_path, experiment):
 
     said = snakemake(tmp_path, experiment, code=1)
     told = {
-        name: next((line for line in said.splitlines() if f"network '{name}' on 'scenes'" in line), "")
+        name: next((line for line in said.splitlines() if f"network '{name}' on 'scenes': " in line), "")
         for name in experiment["networks"]
     }
     expected = {
