@@ -119,7 +119,10 @@ def _wait_for(address_file: Path, seconds: float = 120) -> str:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         with contextlib.suppress(OSError, ValueError):
-            return json.loads(address_file.read_text())["address"]
+            found = json.loads(address_file.read_text())
+            if "error" in found:
+                raise MicrotomeError(f"the pool of workers did not start: {found['error']}")
+            return found["address"]
         time.sleep(0.02)
     raise MicrotomeError(f"the pool of workers did not start within {seconds:.0f} s (no {address_file})")
 
@@ -194,26 +197,31 @@ def serve(address_file: Path, cluster: Cluster) -> None:
         "silence_logs": 50,  # a task's error is raised where its result is wanted
         "dashboard": False,
     }
-    local = SpecCluster(
-        workers={
-            index: {
-                "cls": Nanny,
-                "options": options | {"env": {"CUDA_VISIBLE_DEVICES": devices[index] if cluster.kind == "gpu" else ""}},
-            }
-            for index in range(count)
-        },
-        scheduler={
-            "cls": Scheduler,
-            "options": {
-                "host": "127.0.0.1",
-                "dashboard": cluster.dashboard,
-                "dashboard_address": "127.0.0.1:8787" if cluster.dashboard else "127.0.0.1:0",
-            },
-        },
-        silence_logs=50,
-    )
     from pipeline.manifest import write_atomically
 
+    try:
+        local = SpecCluster(
+            workers={
+                index: {
+                    "cls": Nanny,
+                    "options": options
+                    | {"env": {"CUDA_VISIBLE_DEVICES": devices[index] if cluster.kind == "gpu" else ""}},
+                }
+                for index in range(count)
+            },
+            scheduler={
+                "cls": Scheduler,
+                "options": {
+                    "host": "127.0.0.1",
+                    "dashboard": cluster.dashboard,
+                    "dashboard_address": "127.0.0.1:8787" if cluster.dashboard else "127.0.0.1:0",
+                },
+            },
+            silence_logs=50,
+        )
+    except (OSError, RuntimeError) as error:
+        write_atomically(address_file, json.dumps({"error": f"{error} {error.__cause__ or ''}".strip()}))
+        os._exit(1)
     write_atomically(address_file, json.dumps({"address": local.scheduler_address, "pid": os.getpid()}))
     sys.stdin.buffer.read()
     address_file.unlink(missing_ok=True)

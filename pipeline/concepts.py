@@ -194,7 +194,7 @@ def run(plan: Plan, step: Step) -> None:
 def models(plan: Plan, step: Step) -> dict[str, segmenters.Model]:
     """The segmenters of a data set as tasks name them, with the checkpoints that the plan was made with."""
     return {
-        name: segmenters.Model(name, plan.config.segmenters[name].model_dump_json(), made_of["checkpoint"])
+        name: segmenters.Model(name, plan.config.segmenters[name].model_dump_json(), digest(made_of["checkpoint"]))
         for name, made_of in step.settings.get("segmenters", {}).items()
     }
 

@@ -327,6 +327,9 @@ class Network(NetworkSpec):
     )
     train: Train | None = Field(None, description="with `weights: train`, how")
     datasets: list[Name] | None = Field(None, description="the data sets to dissect it on; default: all")
+    group: Name | None = Field(
+        None, description="networks of one group, seeds or checkpoints say, are shown together with mean and spread"
+    )
     ablate: Ablate | None = Field(None, description="with this section, units are removed; default: none are")
 
     @model_validator(mode="after")
@@ -345,13 +348,15 @@ class Network(NetworkSpec):
 class Head(Strict):
     """Which output of a segmentation network gives the classes of a category, and what its channels are called."""
 
-    output: str | None = Field(None, description="key of the network's output; default: `out`, or the only one")
+    output: str | None = Field(
+        None, description="key of the network's output; default: `out`, `logits`, or the only one"
+    )
     channels: tuple[NonNegativeInt, NonNegativeInt] | None = Field(
         None, description="first and last channel of that output, from 0; default: all"
     )
     classes: str = Field(
         description="class list: one name a line, `id name` lines, or a CSV with columns id,name and, if it names the "
-        "classes of several categories, category"
+        "classes of several categories, category; or `model`: the names in the config.json of a transformers model"
     )
     first: NonNegativeInt = Field(0, description="id, in the class list, of the first channel: 1 for ADE20K's 150")
     void: list[NonNegativeInt] = Field([], description="ids that mean nothing: background, unlabelled")
@@ -366,7 +371,10 @@ class Head(Strict):
 class Segmenter(NetworkSpec):
     """A segmentation network as a source of concepts; data sets name it in `concepts`."""
 
-    weights: str = Field(description="a .pt, .pth or .safetensors file")
+    weights: str = Field(
+        description="a .pt, .pth or .safetensors file, or published ones: `pretrained` (transformers), `DEFAULT` or "
+        "another name (torchvision)"
+    )
     preprocessing: Preprocessing = Field(Preprocessing(), description="what the network expects of pixels")
     resize: tuple[PositiveInt, PositiveInt] | None = Field(
         None, description="height, width that images are resized to for it (bilinear); default: as they are stored"
@@ -376,8 +384,8 @@ class Segmenter(NetworkSpec):
 
     @model_validator(mode="after")
     def _trained(self) -> "Segmenter":
-        if self.weights_file is None:
-            raise ValueError(f"weights: {self.weights!r}: a segmenter needs those of a trained network, a file")
+        if self.weights_file is None and not self.published:
+            raise ValueError(f"weights: {self.weights!r}: a segmenter needs those of a trained network, a file say")
         return self
 
 

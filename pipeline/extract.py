@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline import stage
+from pipeline import earlier, stage
 from pipeline.cluster import check_memory, client, device, run_tasks
 from pipeline.config import AnyDataset, Network, Segmenter
 from pipeline.errors import MicrotomeError
@@ -63,6 +63,7 @@ class Model:
     spec_json: str
     weights: Path
     sha256: str
+    architecture: str  # digest of what builds it: an edited module may compute something else with the same weights
 
     @property
     def spec(self) -> Network:
@@ -103,10 +104,11 @@ def run(plan: Plan, step: Step) -> None:
     from pipeline.store import Ledger, metadata_files
 
     assert step.dataset is not None and step.network is not None
-    began = stage.begin(plan, step)
     images = Images.of(plan, step)
-    shards = images.shards(step.settings["split"], step.settings["images"])
     model = model_of(plan, step)
+    earlier.keep(plan, step, images, model.sha256)
+    began = stage.begin(plan, step)
+    shards = images.shards(step.settings["split"], step.settings["images"])
     folder = plan.results / step.dataset
     logits = folder / step.network / "logits.zarr"
     with (
@@ -257,6 +259,7 @@ def model_of(plan: Plan, step: Step) -> Model:
         plan.networks[network.network].model_dump_json(),
         plan.results / "networks" / network.network / "model.safetensors",
         manifest.result["weights_sha256"],
+        digest(network.settings["architecture"]),
     )
 
 
@@ -267,7 +270,8 @@ def shard_id(images: Images, shard: int, layer: Layer) -> str:
 
 def logits_id(images: Images, shard: int, model: Model, prepared: Prepared) -> str:
     """What a shard of the logits was made from: they have a plain name, so all of it."""
-    return digest([images.contents[shard], model.sha256, model.spec.preprocessing.model_dump(), prepared.numerics])
+    made_of = [model.sha256, model.architecture, model.spec.preprocessing.model_dump(), prepared.numerics]
+    return digest([images.contents[shard], *made_of])
 
 
 def holds(ledger: Ledger, shard: int, id: str, store: Path, pooled: bool) -> bool:
@@ -604,7 +608,10 @@ class Kept:
 
     def values(self, start: int) -> dict[str, tuple[tuple[int, ...], np.ndarray]]:
         """The blocks to write, for a shard that begins with image `start`."""
-        found = {"maximum": ((start, 0), self.maximum.numpy()), "mean": ((start, 0), self.mean.numpy())}
+        found: dict[str, tuple[tuple[int, ...], np.ndarray]] = {
+            "maximum": ((start, 0), self.maximum.numpy()),
+            "mean": ((start, 0), self.mean.numpy()),
+        }
         if self.maps is not None:
             found["activation"] = ((start, 0, 0, 0), self.maps.numpy())
         if self.special is not None:

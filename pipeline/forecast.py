@@ -69,7 +69,7 @@ def lines(plan: Plan, costs: Sequence[Cost]) -> list[str]:
     """The forecast as text: a line a step, a line a layer below its network's, and the sums."""
     workers, allowed = cluster.workers(plan.config.cluster), cluster.memory(plan.config.cluster)
     head = ("", "GB", "on disk", "missing", "images", "images/s", "time", "tasks", "GB/worker")
-    rows = [head]
+    rows: list[tuple[str, ...]] = [head]
     for cost in costs:
         if cost.stores or cost.seconds is not None or cost.memory is not None:
             rows.append(_row(cost, workers, allowed))

@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from pipeline.errors import MicrotomeError
 from pipeline.identity import FileDigests, crc32c, digest
 from pipeline.manifest import write_atomically
 from pipeline.networks import NetworkSpec, published_file
-from pipeline.published import weight_files
+from pipeline.published import installed, weight_files
 
 if TYPE_CHECKING:
     import numpy as np
@@ -54,11 +55,10 @@ def settings(spec: Network, digests: FileDigests) -> dict[str, Any]:
             }
         case "random":
             made_of["random"] = spec.seed
-        case _ if spec.published:
-            made_of["checkpoint"] = _published_digest(spec, digests)
-        case path:
-            made_of["checkpoint"] = digests(path)
-            made_of["prefix"] = spec.prefix
+        case _:
+            made_of["checkpoint"] = weights_digest(spec, digests)
+            if not spec.published:
+                made_of["prefix"] = spec.prefix
     return made_of
 
 
@@ -75,7 +75,10 @@ def architecture(spec: NetworkSpec, digests: FileDigests) -> dict[str, Any]:
     return {"module": digests(path), "function": function, "arguments": spec.arguments}
 
 
-def _published_digest(spec: Network, digests: FileDigests) -> str | dict[str, str]:
+def weights_digest(spec: NetworkSpec, digests: Callable[[Path], str]) -> str | dict[str, str]:
+    """sha256 of the checkpoint or the published file; where published weights are in several files, of each."""
+    if not spec.published:
+        return digests(Path(spec.weights))
     path = published_file(spec)
     if spec.transformers is None:
         return digests(path)
@@ -135,7 +138,7 @@ def make(spec: Network, folder: Path, training: dict[str, Any] | None) -> dict[s
     }
     described = {
         "architecture": spec.module or spec.architecture,
-        "library": spec.library,
+        "library": f"{spec.library} {installed(spec.library)}" if spec.library else None,
         "arguments": spec.arguments,
         "weights": spec.weights if spec.weights_file is None else spec.weights_file.name,
         "seed": spec.seed,

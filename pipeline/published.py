@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from pipeline.config import Config, Network, Preprocessing
+from pipeline.config import Config, Network, Preprocessing, Segmenter
 from pipeline.errors import MicrotomeError
 from pipeline.identity import FileDigests
 from pipeline.manifest import write_atomically
@@ -70,7 +70,7 @@ class Request(BaseModel):
 
 
 def resolve(config: Config, scratch: Path, digests: FileDigests) -> Config:
-    """The configuration with every network of a library made explicit.
+    """The configuration with every network of a library, and every segmenter that a data set names, made explicit.
 
     Published weights get the path of their file as `local`, and the arguments that they ask of the builder; means and
     deviations that are not given become those that the library states.
@@ -80,22 +80,22 @@ def resolve(config: Config, scratch: Path, digests: FileDigests) -> Config:
     MicrotomeError
         All that is wrong: a library that is not installed, an unknown name, a file that is not there, or another one.
     """
-    specs = {name: NetworkSpec.of(network) for name, network in config.networks.items()}
-    found, errors = look_up(specs, scratch, digests)
-    networks = {}
-    for name, network in config.networks.items():
-        if name in found:
-            spec, published = found[name]
-            try:
-                preprocessing = _preprocessing(name, network, published)
-            except MicrotomeError as error:
-                errors[name] = str(error)
-                continue
-            network = network.model_copy(update=spec.model_dump() | {"preprocessing": preprocessing})
-        networks[name] = network
+    sections: dict[str, Network | Segmenter] = {f"network {name!r}": one for name, one in config.networks.items()}
+    named = {source for dataset in config.datasets.values() for source in dataset.concepts}
+    sections |= {f"segmenter {name!r}": one for name, one in config.segmenters.items() if name in named}
+    found, errors = look_up({name: NetworkSpec.of(one) for name, one in sections.items()}, scratch, digests)
+    for name, (spec, published) in found.items():
+        try:
+            preprocessing = _preprocessing(name, sections[name], published)
+        except MicrotomeError as error:
+            errors[name] = str(error)
+            continue
+        sections[name] = sections[name].model_copy(update=spec.model_dump() | {"preprocessing": preprocessing})
     if errors:
-        raise MicrotomeError("\n  ".join(f"network {name!r}: {error}" for name, error in errors.items()))
-    return config.model_copy(update={"networks": networks})
+        raise MicrotomeError("\n  ".join(f"{name}: {error}" for name, error in errors.items()))
+    networks = {name: sections[f"network {name!r}"] for name in config.networks}
+    segmenters = {name: sections.get(f"segmenter {name!r}", one) for name, one in config.segmenters.items()}
+    return config.model_copy(update={"networks": networks, "segmenters": segmenters})
 
 
 def look_up(
@@ -407,7 +407,7 @@ def _of_folder(folder: Path) -> Published:
     )
 
 
-def _preprocessing(name: str, network: Network, published: Published) -> Preprocessing:
+def _preprocessing(name: str, network: Network | Segmenter, published: Published) -> Preprocessing:
     """What was given, completed by what the library states; a difference between the two is told."""
     own = network.preprocessing
     given = own.model_fields_set if "preprocessing" in network.model_fields_set else set()
@@ -418,7 +418,7 @@ def _preprocessing(name: str, network: Network, published: Published) -> Preproc
     for key in given & set(stated):
         if tuple(getattr(own, key)) != stated[key] and channels == 3:
             print(
-                f"network {name!r}: preprocessing.{key} is {list(getattr(own, key))}, "
+                f"{name}: preprocessing.{key} is {list(getattr(own, key))}, "
                 f"{network.library} states {list(stated[key])} for {network.architecture}",
                 file=sys.stderr,
             )

@@ -92,6 +92,11 @@ class Run:
         processes.end_leftovers(self.plan.scratch / "plans")
         cluster.clear(self.plan.scratch)
         remove_partials(self.plan.results)
+        # Snakemake would run a job again that was done and not yet noted as done. Ours are done when their manifest is
+        # there, which is written whole.
+        for marker in Path(".snakemake/incomplete").glob("*"):
+            if marker.is_file():
+                marker.unlink()
 
     def targets(self, stage: str) -> list[str]:
         """The manifests of a stage, as Snakemake names them."""

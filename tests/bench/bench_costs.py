@@ -154,7 +154,7 @@ def network(folder: Path, name: str, layers: list[str], micro_batch: int) -> ext
     weights = folder / f"{name}.safetensors"
     if not weights.exists():
         write_safetensors(weights, load(spec).state_dict())
-    return extract.Model(name, spec.model_dump_json(), weights, sha256(weights))
+    return extract.Model(name, spec.model_dump_json(), weights, sha256(weights), name)
 
 
 def tasks(

@@ -201,6 +201,12 @@ def test_a_pool_that_does_not_start(tmp_path):
         cluster._wait_for(tmp_path / "absent.json", seconds=0.1)
 
 
+def test_a_pool_that_says_why_it_does_not_start(tmp_path):
+    (tmp_path / "pool.json").write_text(json.dumps({"error": "Nanny failed to start."}))
+    with pytest.raises(MicrotomeError, match=r"did not start: Nanny failed to start\."):
+        cluster._wait_for(tmp_path / "pool.json")
+
+
 def test_the_number_of_workers(monkeypatch):
     assert cluster.workers(Cluster(workers=3)) == 3
     assert cluster.workers(Cluster()) == len(os.sched_getaffinity(0))

@@ -8,6 +8,7 @@ import pytest
 import torch
 import zarr
 from experiments import SIZE, labelled_images, lines, run, scenes, segmentation, tiny, write_image
+from PIL import Image
 
 from pipeline import config, extract
 from pipeline.errors import MicrotomeError
@@ -394,3 +395,72 @@ def test_a_bound_counts_images_and_not_shards():
     assert images.shards("validation", 2) == [0, 1]
     assert images.shards("validation", 9) == [0, 1]
     assert images.shards("validation", 99) == [0, 1, 2]
+
+
+def test_a_network_of_grey_images(tmp_path):
+    """It gets the luma of the pixels, and a coloured network of the same file gets the pixels."""
+    file = tmp_path / "grey.py"
+    file.write_text(
+        "from torch import nn\n"
+        "def one(): return nn.Sequential(nn.Conv2d(1, 3, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())\n"
+    )
+    grey = {"module": f"{file}:one", "weights": "random", "layers": ["0"], "datasets": ["scenes"]}
+    raw = scenes(tmp_path, networks={"grey": grey | {"preprocessing": {"mean": [0.25], "std": [0.5]}}})
+    made = run(raw, *STAGES)
+    scale, activation = stored(made, "grey", "0")
+    pixels = zarr.open(made.results / "scenes/images.zarr")["image"][:]
+    luma = np.stack([np.asarray(Image.fromarray(each.transpose(1, 2, 0)).convert("L")) for each in pixels])
+    network = load(made.networks["grey"], made.results / "networks/grey/model.safetensors")
+    with torch.no_grad():
+        expected = network[0](((torch.from_numpy(luma)[:, None] / 255) - 0.25) / 0.5).numpy()
+    extracted = np.isfinite(activation).all((1, 2, 3))
+    assert extracted.sum() > 8
+    np.testing.assert_allclose(activation[extracted] * scale, expected[extracted], atol=2e-3)
+
+
+def test_a_network_without_a_head_has_no_logits(tmp_path):
+    """Logits that a network of this name had before are gone."""
+    networks = {"tiny": tiny(tmp_path)}
+    made = run(scenes(tmp_path, networks=networks), *STAGES)
+    assert (made.results / "scenes/tiny/logits.zarr").exists()
+    file = tmp_path / "headless.py"
+    file.write_text("from torch import nn\ndef maps(): return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())\n")
+    headless = {"module": f"{file}:maps", "weights": "random", "layers": ["1"]}
+    made = run(scenes(tmp_path, networks={"tiny": headless}), *STAGES)
+    assert not (made.results / "scenes/tiny/logits.zarr").exists()
+    step = made.step("extract", "scenes", "tiny")
+    assert made.manifest(step).files == {}
+    assert stored(made, "tiny", "1")[1].shape[1] == 4
+    # And back: the head is computed again although nothing else is.
+    made = run(scenes(tmp_path, networks=networks), *STAGES)
+    logits = zarr.open(made.results / "scenes/tiny/logits.zarr")["logits"][:]
+    assert np.isfinite(logits).all(1).sum() >= 20
+
+
+def stored(made, network, layer):
+    """Scale and activations of a layer."""
+    (entry,) = [
+        e for e in made.manifest(made.step("extract", "scenes", network)).result["layers"] if e["name"] == layer
+    ]
+    store = zarr.open(made.results / "scenes/layers" / entry["id"] / "activations.zarr")
+    return store.attrs["scale"], store["activation"][:].astype(np.float32)
+
+
+def test_an_edited_module_with_the_same_weights_gives_its_own_logits(tmp_path):
+    """The head computes something else; the layers before it are what they were."""
+    raw = scenes(tmp_path)
+    made = run(raw, "ingest", "network", "extract")
+    store = made.results / "scenes/tiny/logits.zarr"
+    before = zarr.open_group(store, mode="r")["logits"][:]
+    layers = [len(lines(path)) for path in sorted(made.results.glob("scenes/layers/*/*.ledger"))]
+    module = tmp_path / "network.py"
+    pooled = "pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(),\n        head"
+    assert pooled in module.read_text()
+    module.write_text(module.read_text().replace(pooled, pooled.replace("Avg", "Max")))
+    again = run(raw, "ingest", "network", "extract")
+    weights = [m.manifest(m.step("network", network="tiny")).result["weights_sha256"] for m in (made, again)]
+    assert weights[0] == weights[1]
+    after = zarr.open_group(store, mode="r")["logits"][:]
+    validation = np.isfinite(before).all(1)
+    assert validation.any() and (before[validation] != after[validation]).any(1).all()
+    assert [len(lines(path)) for path in sorted(made.results.glob("scenes/layers/*/*.ledger"))] == layers
