@@ -1,5 +1,5 @@
 # make demo   install, run config/config.yaml, say where the report is     make test   the whole test suite
-# make lint   format, lint, types, snakemake --lint                        make bench  speed of the kernels, as ratios
+# make lint   format, lint, types, snakemake --lint                        make bench  what stages cost, as ratios
 PYTHON ?= python3
 CONFIG ?= config/config.yaml
 RESULTS ?= results
@@ -50,7 +50,8 @@ rescan: $(VENV)/installed
 	@$(BIN)/snakemake --configfile $(CONFIG) --config rescan=true
 
 bench: $(VENV)/installed
-	@for script in tests/bench/bench_*.py; do echo "== $$script"; OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python $$script || exit 1; done
+	@export OMP_NUM_THREADS=1; for run in "costs" "dissection --images 64" "ablation --images 8 --plain-units 1" "listing 100000" "scenes speed"; do \
+	  echo "== $$run"; $(BIN)/python -m tests.bench.bench_$$run || exit 1; done
 
 # Kill, damage and starve a miniature experiment in every way, and compare its results: minutes. ONLY='kill-* repair'
 chaos: $(VENV)/installed

@@ -27,7 +27,7 @@ SHRINKS = {"maps": 0.8, "pixels": 1.0, "labels": 0.15}
 # CPU seconds on one core; docs/performance.md has what they go by.
 IMAGE = 6e-3  # to decode an image and bring it to size
 LABELS = 2e-3  # for the label maps of a category of an image
-STORED = 9e-9  # to keep, compress and write one value of a layer
+STORED = 19e-9  # to keep, compress and write one value of a layer
 COUNTED = 3.8e-6, 0.6e-9  # to dissect a unit on an image: constant, and for each position of the label map
 SHARE = 0.95  # of the free bytes that a run may plan to fill
 LITTLE = 50e6  # bytes that are not worth a refusal before the disk gives its own: such estimates say little

@@ -35,7 +35,7 @@ from pipeline.images import Images
 from pipeline.manifest import Files
 from pipeline.networks import load
 from pipeline.store import Array, create, metadata_files, write
-from tests.bench.bench_dissection import activations
+from tests.bench.made import activations
 
 ROOT = Path(__file__).parents[2]
 RECORD = ROOT / "build" / "bench.json"

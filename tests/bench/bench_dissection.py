@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from kernels.iou import count_shard, label_columns
 from kernels.threshold import Bracket, Tail, count_tail, sample_bracket
 from kernels.upsample import Size
+from tests.bench.made import activations
 
 SHARD = 64
 QUANTILE = 0.01
@@ -102,15 +103,6 @@ def timed_ms(images: int, call: Callable, repeats: int = 3) -> float:
         call()
         spent.append(time.process_time() - start)
     return 1e3 * min(spent) / images
-
-
-def activations(seed: int, images: int, units: int, h: int) -> NDArray[np.float16]:
-    rng = np.random.default_rng(seed)
-    noise = rng.standard_normal((images, units, h + 2, h + 2), np.float32)
-    smooth = 2 * noise[..., 1:-1, 1:-1] + noise[..., :-2, 1:-1] + noise[..., 2:, 1:-1]
-    smooth += noise[..., 1:-1, :-2] + noise[..., 1:-1, 2:]
-    lively = rng.standard_normal((images, units, 1, 1), np.float32) + np.linspace(-1, 1, units)[:, None, None]
-    return np.maximum(smooth / 8**0.5 + 0.7 * lively - 0.6, 0).astype(np.float16)
 
 
 def label_maps(images: int, size: int) -> NDArray[np.uint16]:
