@@ -508,3 +508,19 @@ def test_the_command(tmp_path, monkeypatch):
     request = published.Request(action="describe", network=NetworkSpec(torchvision="alexnet", weights="DEFAULT"))
     told = published._ask({"net": request})["net"]["result"]
     assert Published.model_validate(told).file == "alexnet-owt-7be5be79.pth"
+
+
+def test_everything_wrong_is_told_at_once(tmp_path):
+    wrong = {
+        "a": {"timm": "vit_smal_patch16_224", "weights": "random"},
+        "b": {"torchvision": "alexnet", "weights": "DEFAULT"},
+        "c": {"transformers": "no/where", "weights": "pretrained"},
+    }
+    with pytest.raises(MicrotomeError) as told:
+        plan.make(config.parse(experiments.scenes(tmp_path, networks=wrong)))
+    for part in (
+        "network 'a': network 'vit_smal",
+        "network 'b': weights AlexNet_Weights.",
+        "network 'c': 'no/where' is",
+    ):
+        assert part in str(told.value)
