@@ -70,7 +70,7 @@ $(VENV)/installed: requirements.lock
 # Pin the newest versions that pyproject.toml allows.
 lock: $(VENV)/installed
 	@$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
-	  --group dev pyproject.toml --output-file requirements.lock
+	  --group dev --all-extras pyproject.toml --output-file requirements.lock
 
 clean:
 	rm -rf $(VENV) .snakemake

@@ -5,9 +5,6 @@ The same code on a CPU and on a GPU; scores and labels are on the device that th
 
 import torch
 
-# The library for which Mask2Former's checkpoints were published merges their masks at this size, whatever the image's.
-MASK2FORMER_SIZE = (384, 384)
-
 
 def best_class(scores: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """The channel with the highest score at every pixel, int64 (H, W).

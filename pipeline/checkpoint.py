@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-SUFFIXES = (".pt", ".pth", ".safetensors")
+SUFFIXES = (".pt", ".pth", ".safetensors", ".bin")
 # Where training scripts put the state dict inside a checkpoint that holds more.
 _ENTRIES = ("state_dict", "model_state_dict", "model")
 _SHOWN = 4

@@ -1,4 +1,4 @@
-"""The stage `concepts`: label maps of every source, at the size of the images, into `concepts.zarr`.
+"""The stage `concepts`: label maps of every source, at one size, into `concepts.zarr`.
 
 Writes
     concepts.zarr            label_map (image, category, y, x) uint16, 0 = nothing ·
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from pipeline.plan import Plan, Step
     from pipeline.store import Ledger
 
-VERSION = 2
+VERSION = 3
 CODE = (
     "kernels/colour.py",
     "kernels/segmentation.py",
@@ -53,7 +53,11 @@ TABLE = "table"  # the entry of the ledger that holds the concepts with their nu
 
 def settings(dataset: AnyDataset, known: Mapping[str, Segmenter], digests: FileDigests) -> dict[str, Any]:
     """What the label maps' id is made of beside the images: the sources, in order, class lists and segmenters."""
-    made_of: dict[str, Any] = {"sources": list(dataset.concepts), "split": dataset.dissect.split}
+    made_of: dict[str, Any] = {
+        "sources": list(dataset.concepts),
+        "split": dataset.dissect.split,
+        "label_map_size": dataset.label_map_size,
+    }
     if isinstance(dataset, Segmentation) and TRUTH in dataset.concepts:
         made_of["classes"] = {
             name: {"list": digests(maps.classes), "void": maps.void} for name, maps in dataset.label_maps.items()
@@ -104,11 +108,13 @@ def run(plan: Plan, step: Step) -> None:
     ledger = Ledger(store.with_suffix(".ledger"))
     networks = models(plan, step)
     wanted = wanted_categories(dataset, plan.config)
-    categories = open_store(store, ledger, images, wanted)
+    categories = open_store(store, ledger, images, label_map_size(dataset, images), wanted)
     shards = images.shards(step.settings["split"])
     image_id = images.image_ids()
     listed = datasets.listing(dataset, plan.scratch)
     index_of = {str(name): index for index, name in enumerate(listed.image_id)}
+
+    size = label_map_size(dataset, images)
 
     def id_of(shard: int, category: Category) -> str:
         return shard_id(plan, step, images, ingest, shard, category.name, category.numbers)
@@ -130,7 +136,7 @@ def run(plan: Plan, step: Step) -> None:
                 items.append((name if index is not None else None, paths))
             used = {c.source: networks[c.source] for c in missing if c.source in networks}
             files = images.files_of(shard)
-            yield (dataset, store, images.store, files, shard, start, items, missing, used, images.size)
+            yield (dataset, store, images.store, files, shard, start, items, missing, used, images.size, size)
 
     if lacking:
         # Label maps as read, numbered and compressed, and the pixels that colours come from.
@@ -181,6 +187,7 @@ def run(plan: Plan, step: Step) -> None:
             for c in categories
         ],
         "refused": sorted(refused),
+        "size": size,
     }
     stage.finish(plan, step, began, output, files, result, made=(len(lacking), len(shards)))
 
@@ -188,7 +195,7 @@ def run(plan: Plan, step: Step) -> None:
 def models(plan: Plan, step: Step) -> dict[str, segmenters.Model]:
     """The segmenters of a data set as tasks name them, with the checkpoints that the plan was made with."""
     return {
-        name: segmenters.Model(name, plan.config.segmenters[name].model_dump_json(), made_of["checkpoint"])
+        name: segmenters.Model(name, plan.config.segmenters[name].model_dump_json(), digest(made_of["checkpoint"]))
         for name, made_of in step.settings.get("segmenters", {}).items()
     }
 
@@ -206,7 +213,7 @@ def shard_id(
     else:
         content = images.contents[shard] if source == PIXELS else ingest.result["records"][shard]
         made_of = [content, step.settings.get("classes")]
-    return digest([VERSION, *made_of, category, numbers])
+    return digest([VERSION, *made_of, category, numbers, step.settings["label_map_size"]])
 
 
 def pending(plan: Plan, step: Step) -> tuple[int, int]:
@@ -259,7 +266,9 @@ def wanted_categories(dataset: AnyDataset, wanted: Config) -> dict[str, Sequence
     return found
 
 
-def open_store(store: Path, ledger: Ledger, images: Images, wanted: Mapping[str, Sequence[str]]) -> list[Category]:
+def open_store(
+    store: Path, ledger: Ledger, images: Images, size: tuple[int, int], wanted: Mapping[str, Sequence[str]]
+) -> list[Category]:
     """Create the store or take it up; categories and concepts that are new to it are appended.
 
     Where the store's zarr.json is damaged, its ledger knows the numbers that were given out.
@@ -283,9 +292,9 @@ def open_store(store: Path, ledger: Ledger, images: Images, wanted: Mapping[str,
                 number_of[category, name] = number
     if max(table, default=0) > UINT16:
         raise MicrotomeError(f"{store}: {len(table)} concepts, a label map can hold {UINT16}")
-    shape = (images.count, len(places), *images.size)
+    shape = (images.count, len(places), *size)
     arrays = {
-        "label_map": Array(("image", "category", "y", "x"), shape, np.uint16, (images.shard_images, 1, *images.size)),
+        "label_map": Array(("image", "category", "y", "x"), shape, np.uint16, (images.shard_images, 1, *size)),
         "category": Array(("category",), (len(places),), str, (len(places),), fill=""),
     }
     attrs = {"concepts": {str(k): v for k, v in sorted(table.items())}, "categories": places}
@@ -309,9 +318,13 @@ def label_shard(
     items: list[tuple[str | None, dict[str, Path | None]]],
     categories: list[Category],
     networks: Mapping[str, segmenters.Model],
+    image_size: tuple[int, int],
     size: tuple[int, int],
 ) -> Shard:
-    """On a worker: the label maps of one shard, in the given categories, numbered and written."""
+    """On a worker: the label maps of one shard, in the given categories, numbered and written.
+
+    They are made at the size of the images, and taken to another size by the label under the centre of each position.
+    """
     from pipeline.store import Reader, write
 
     maps: dict[str, np.ndarray] = {}  # in the source's own numbers
@@ -319,19 +332,32 @@ def label_shard(
     for source in dict.fromkeys(category.source for category in categories):
         names = [category.own_name for category in categories if category.source == source]
         if source == TRUTH:
-            own, refused = _truth(dataset, items, names, size)
+            own, refused = _truth(dataset, items, names, image_size)
         else:
             pixels = np.asarray(Reader(images, image_files)["image"][start : start + len(items)])
             own = _colours(pixels) if source == PIXELS else _segmented(networks[source], pixels, names, items)
         maps |= {f"{source}/{name}": block for name, block in own.items()}
     files, contents = {}, {}
     for category in categories:
-        block = np.array([0, *category.numbers], np.uint16)[maps[category.name]][:, None]
+        block = np.array([0, *category.numbers], np.uint16)[resized(maps[category.name], size)][:, None]
         files[category.name] = write(store, {"label_map": ((start, category.place, 0, 0), block)})
         # Whether truth was read in this task or in an earlier one says nothing of the other sources.
         missing = sorted(refused) if category.source == TRUTH else []
         contents[category.name] = hashlib.blake2b(block.tobytes() + repr(missing).encode(), digest_size=16).hexdigest()
     return Shard(shard, files, contents, refused)
+
+
+def label_map_size(dataset: AnyDataset, images: Images) -> tuple[int, int]:
+    """(height, width) of the label maps of a data set."""
+    return dataset.label_map_size or images.size
+
+
+def resized(maps: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Label maps (image, y, x) at another size: position i of n takes the label at floor((i + 1/2) m / n) of m."""
+    if maps.shape[1:] == size:
+        return maps
+    rows, columns = ((2 * np.arange(n) + 1) * m // (2 * n) for n, m in zip(size, maps.shape[1:], strict=True))
+    return maps[:, rows[:, None], columns]
 
 
 def _truth(

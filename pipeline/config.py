@@ -31,6 +31,7 @@ PIXELS = "pixels"  # concept source: colour names of the pixels
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Share = Annotated[float, Field(gt=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
 
 
 class Strict(BaseModel):
@@ -90,6 +91,9 @@ class Dataset(Strict):
         None, description="the first so many images of each split, in the order of a hash of their ids; default: all"
     )
     concepts: list[Name] = Field([PIXELS], description=CONCEPTS)
+    label_map_size: tuple[PositiveInt, PositiveInt] | None = Field(
+        None, description="height, width of the label maps, at which units are compared with them; default: the images'"
+    )
     dissect: Dissect = Field(Dissect(), description="how units are compared with concepts")
 
 
@@ -242,12 +246,28 @@ AnyDataset = Annotated[
 
 
 class Preprocessing(Strict):
-    """x in [0, 1] → (x - mean) / std, for the channels red, green, blue."""
+    """x in [0, 1] → (x - mean) / std, for the channels red, green, blue; with one number each, for grey.
 
-    mean: tuple[float, float, float] = Field((0.485, 0.456, 0.406), description="those of ImageNet")
-    std: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = Field(
+    Published weights, timm and transformers state their own mean and std, which then are the default.
+    """
+
+    mean: tuple[float, float, float] | tuple[float] = Field((0.485, 0.456, 0.406), description="those of ImageNet")
+    std: tuple[Positive, Positive, Positive] | tuple[Positive] = Field(
         (0.229, 0.224, 0.225), description="those of ImageNet"
     )
+
+    @property
+    def channels(self) -> int:
+        """1 for a network of grey images, else 3."""
+        return len(self.mean)
+
+    @model_validator(mode="after")
+    def _one_number_a_channel(self) -> "Preprocessing":
+        if len(self.mean) != len(self.std):
+            raise ValueError(
+                f"mean has length {len(self.mean)} and std {len(self.std)}: give each three numbers, or one for grey"
+            )
+        return self
 
 
 class Numerics(Strict):
@@ -289,7 +309,10 @@ class Ablate(Strict):
 class Network(NetworkSpec):
     """A network: how to build it, its weights, and the layers to look at."""
 
-    weights: str = Field(description="a .pt, .pth or .safetensors file, or `train`, or `random`")
+    weights: str = Field(
+        description="a .pt, .pth or .safetensors file, `train`, `random`, or published ones: `pretrained` (timm, "
+        "transformers), `DEFAULT` or another name (torchvision)"
+    )
     layers: Literal["auto"] | Annotated[list[str], Field(min_length=1)] = Field(
         "auto", description="names of modules, or patterns such as `layer*`; `auto`: the blocks"
     )
@@ -310,13 +333,15 @@ class Network(NetworkSpec):
 class Head(Strict):
     """Which output of a segmentation network gives the classes of a category, and what its channels are called."""
 
-    output: str | None = Field(None, description="key of the network's output; default: `out`, or the only one")
+    output: str | None = Field(
+        None, description="key of the network's output; default: `out`, `logits`, or the only one"
+    )
     channels: tuple[NonNegativeInt, NonNegativeInt] | None = Field(
         None, description="first and last channel of that output, from 0; default: all"
     )
     classes: str = Field(
         description="class list: one name a line, `id name` lines, or a CSV with columns id,name and, if it names the "
-        "classes of several categories, category"
+        "classes of several categories, category; or `model`: the names in the config.json of a transformers model"
     )
     first: NonNegativeInt = Field(0, description="id, in the class list, of the first channel: 1 for ADE20K's 150")
     void: list[NonNegativeInt] = Field([], description="ids that mean nothing: background, unlabelled")
@@ -331,7 +356,10 @@ class Head(Strict):
 class Segmenter(NetworkSpec):
     """A segmentation network as a source of concepts; data sets name it in `concepts`."""
 
-    weights: str = Field(description="a .pt, .pth or .safetensors file")
+    weights: str = Field(
+        description="a .pt, .pth or .safetensors file, or published ones: `pretrained` (transformers), `DEFAULT` or "
+        "another name (torchvision)"
+    )
     preprocessing: Preprocessing = Field(Preprocessing(), description="what the network expects of pixels")
     resize: tuple[PositiveInt, PositiveInt] | None = Field(
         None, description="height, width that images are resized to for it (bilinear); default: as they are stored"
@@ -341,8 +369,8 @@ class Segmenter(NetworkSpec):
 
     @model_validator(mode="after")
     def _trained(self) -> "Segmenter":
-        if self.weights_file is None:
-            raise ValueError(f"weights: {self.weights!r}: a segmenter needs those of a trained network, a file")
+        if self.weights_file is None and not self.published:
+            raise ValueError(f"weights: {self.weights!r}: a segmenter needs those of a trained network, a file say")
         return self
 
 

@@ -131,7 +131,8 @@ def _values(schema: dict[str, Any], definitions: dict[str, Any]) -> str:
             return " or ".join(dict.fromkeys(said))
     match schema.get("type"):
         case "array" if "prefixItems" in schema:
-            return f"{len(schema['prefixItems'])} numbers"
+            count = len(schema["prefixItems"])
+            return f"{count} number{'s' if count > 1 else ''}"
         case "array":
             return f"list of: {_values(schema['items'], definitions)}"
         case "object":

@@ -145,6 +145,7 @@ def run(plan: Plan, step: Step) -> None:
     _, labelled = plan.parent(step, "concepts")
     folder = plan.results / step.dataset
     concepts = concepts_of(folder, labelled)
+    size = (labelled.result["size"][0], labelled.result["size"][1])
     layers = [layer_of(plan, folder, entry) for entry in extracted.result["layers"]]
     counted = counted_images(images, how["split"], extracted.result["shards"], labelled.result["refused"])
     bound = step.settings["control_images"]
@@ -154,7 +155,7 @@ def run(plan: Plan, step: Step) -> None:
     with_control = step.settings["permuted"] and any(len(one.rows) > 1 for one in few)
     wanted = []
     for layer in layers:
-        thresholds = digest([VERSION, layer.digest, basis(counted), threshold_settings(layer, how, images)])
+        thresholds = digest([VERSION, layer.digest, basis(counted), threshold_settings(layer, how, size)])
         wanted.append(want(layer, False, counted, thresholds, labelled, how))
         if with_control:
             wanted.append(want(layer, True, few, thresholds, labelled, how))
@@ -164,12 +165,12 @@ def run(plan: Plan, step: Step) -> None:
         if missing:
             accumulator = min(ACCUMULATOR_BYTES, memory(plan.config.cluster) // 4)
             for one in missing:
-                need = memory_need(one.layer, images, concepts)
+                need = memory_need(one.layer, images.shard_images, size, concepts)
                 check_memory(plan.config.cluster, need, f"{step.name}, layer {one.layer.name!r},", REMEDY)
             with client(plan.config.cluster, plan.scratch) as workers:
                 known = {one.layer.id: found for one in missing if (found := earlier_threshold(one))}
                 lacking = {one.layer.id: one.layer for one in missing if one.layer.id not in known}
-                known |= find_thresholds(workers, step.name, lacking, counted, how, images)
+                known |= find_thresholds(workers, step.name, lacking, counted, how, size)
                 count_and_write(workers, step.name, missing, known, concepts, how, accumulator)
 
     entries = {}
@@ -275,13 +276,13 @@ def basis(counted: Iterable[Counted]) -> str:
     return digest([[one.shard, *(part.tolist() for part in (one.rows, one.group, one.partner))] for one in counted])
 
 
-def threshold_settings(layer: Layer, how: Mapping[str, Any], images: Images) -> list[Any]:
-    return [how["quantile"], how["border"], list(counted_size(layer, how, images))]
+def threshold_settings(layer: Layer, how: Mapping[str, Any], size: tuple[int, int]) -> list[Any]:
+    return [how["quantile"], how["border"], list(counted_size(layer, how, size))]
 
 
-def counted_size(layer: Layer, how: Mapping[str, Any], images: Images) -> tuple[int, int]:
+def counted_size(layer: Layer, how: Mapping[str, Any], size: tuple[int, int]) -> tuple[int, int]:
     """The size at which positions are counted for thresholds: that of the label maps, or the layer's own."""
-    return images.size if how["positions"] == "upsampled" else layer.shape[1:]
+    return size if how["positions"] == "upsampled" else layer.shape[1:]
 
 
 def want(
@@ -331,14 +332,19 @@ class Threshold:
 
 
 def find_thresholds(
-    client: Any, label: str, layers: Mapping[str, Layer], counted: list[Counted], how: Mapping[str, Any], images: Images
+    client: Any,
+    label: str,
+    layers: Mapping[str, Layer],
+    counted: list[Counted],
+    how: Mapping[str, Any],
+    size: tuple[int, int],
 ) -> dict[str, Threshold]:
     """Find the exact top quantile of every unit: brackets from a sample, counts in them, again where they missed."""
     quantile, border = how["quantile"], how["border"]
-    size = {id: counted_size(layer, how, images) for id, layer in layers.items()}
+    counted_at = {id: counted_size(layer, how, size) for id, layer in layers.items()}
     found: dict[str, Threshold] = {}
     sample = counted[:SAMPLE_SHARDS]
-    tasks: list[tuple] = [(layer.at(sample), sample, size[id], border, quantile) for id, layer in layers.items()]
+    tasks: list[tuple] = [(layer.at(sample), sample, counted_at[id], border, quantile) for id, layer in layers.items()]
     brackets: dict[str, tuple[Bracket, np.ndarray]] = {}
     for id, bracket in run_tasks(client, sample_layer, tasks, len(tasks), f"{label}: samples"):
         count = len(bracket.floor)
@@ -346,7 +352,7 @@ def find_thresholds(
         found[id] = Threshold(np.full(count, np.nan, np.float16), np.zeros(count, np.int64), 0)
     while brackets:
         tasks = [
-            (layers[id].at(part), units, bracket, part, size[id], border)
+            (layers[id].at(part), units, bracket, part, counted_at[id], border)
             for id, (bracket, units) in brackets.items()
             for part in runs(counted, client)
         ]
@@ -529,13 +535,13 @@ def joined(concepts: Concepts, sources: Mapping[str, tuple[Counts, Concepts]]) -
     )
 
 
-def memory_need(layer: Layer, images: Images, concepts: Concepts) -> int:
+def memory_need(layer: Layer, images: int, size: tuple[int, int], concepts: Concepts) -> int:
     """Bytes of a task: maps as stored and decompressed, the counts of thresholds or of IoU, and prepared label maps."""
     from kernels.iou import GROUPS
 
     units, height, width = layer.shape
-    maps = 2 * 3 * images.shard_images * units * height * width
-    labels = 2 * 3 * images.shard_images * images.size[0] * images.size[1] * len(concepts.categories)
+    maps = 2 * 3 * images * units * height * width
+    labels = 2 * 3 * images * size[0] * size[1] * len(concepts.categories)
     return maps + labels + 2 * 8 * units * max(2049, GROUPS * len(concepts.names))
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
+import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from pipeline.store import Ledger
 
 VERSION = 1
-CODE = ("pipeline/extract.py", "pipeline/layers.py", "pipeline/layer_id.py", "pipeline/networks.py")
+CODE = ("kernels/grey.py", "pipeline/extract.py", "pipeline/layers.py", "pipeline/layer_id.py", "pipeline/networks.py")
 HALF_MAX = 65504.0
 UNIT_BLOCK = 64  # units of one chunk inside a shard
 REMEDY = "lower `shard_images` of the data set or `numerics.micro_batch` of the network, or name fewer layers"
@@ -116,7 +117,10 @@ def run(plan: Plan, step: Step) -> None:
         ]
         stage.refers_to(plan, step, [layer.store.parent for layer in layers])
         layers = [open_layer(layer, images) for layer in layers]
-        open_logits(logits, images, prepared.classes)
+        if prepared.classes is None:  # those of another network that had this name
+            shutil.rmtree(logits, ignore_errors=True)
+        else:
+            open_logits(logits, images, prepared.classes)
         logits_ledger = Ledger(logits.with_suffix(".ledger"))
         made: set[int] = set()
         while True:
@@ -133,11 +137,10 @@ def run(plan: Plan, step: Step) -> None:
                 for layer in missing:
                     if str(shard) in ledgers[layer.id].entries:  # its files are about to become others
                         remove_others(layer.store.parent / "done", "activations")
-                head = (
-                    logits
-                    if not logits_ledger.get(str(shard), logits_id(images, shard, model, prepared), logits)
-                    else None
+                known = prepared.classes is None or logits_ledger.get(
+                    str(shard), logits_id(images, shard, model, prepared), logits
                 )
+                head = None if known else logits
                 if missing or head:
                     tasks.append(
                         (model, images.store, images.files_of(shard), shard, images.range(shard), missing, head)
@@ -174,9 +177,12 @@ def run(plan: Plan, step: Step) -> None:
                 for layer in layers
             ]
     described = [finish_layer(plan, step, layer, images, shards, ledgers[layer.id]) for layer in layers]
-    files = stage.within("logits.zarr", logits_ledger.files(map(str, shards)))
+    files = {}
+    if prepared.classes is not None:
+        files = stage.within("logits.zarr", logits_ledger.files(map(str, shards)))
     output = digest({"layers": [[entry["name"], entry["digest"]] for entry in described], "logits": files})
-    files |= stage.within("logits.zarr", metadata_files(logits))
+    if prepared.classes is not None:
+        files |= stage.within("logits.zarr", metadata_files(logits))
     result = {"layers": described, "shards": shards}
     includes = {entry["manifest"]: entry["digest"] for entry in described}
     stage.finish(plan, step, began, output, files, result, includes, made=(len(made), len(shards)))
@@ -325,10 +331,11 @@ def finish_layer(
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a network says of itself before any image: layers in order with id and scale, classes, its numerics."""
+    """What a network says of itself before any image: layers in order with id and scale, classes (None: it has no
+    head), its numerics."""
 
     layers: list[tuple[str, LayerInfo, float]]
-    classes: int
+    classes: int | None
     numerics: dict[str, Any]
     parameters: int
     largest: int  # values of the largest output of any module, for one image
@@ -342,24 +349,23 @@ def prepare(model: Model, size: tuple[int, int], version: int) -> Prepared:
     import torch
 
     from pipeline.layer_id import layer_ids
-    from pipeline.layers import Recorder, largest_output, resolve
+    from pipeline.layers import Recorder, classes_of, largest_output, resolve
 
-    spec, shape = model.spec, (3, *size)
+    spec = model.spec
+    shape = (spec.preprocessing.channels, *size)
     as_loaded = _loaded(model)
     infos = resolve(as_loaded, spec.layers, shape, spec.special_tokens, model.name)
     numerics = spec.numerics.model_dump() | platform_numerics(version)
     preprocessing = spec.preprocessing.model_dump() | {"size": list(size)}
     ids = layer_ids(as_loaded, infos, preprocessing, numerics, shape)
-    noise = torch.randint(0, 256, (4, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    noise = torch.randint(0, 256, (4, 3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     with Recorder(network_of(model), ids) as record:
         logits, outputs = record(normalise(noise, spec))
-    if logits is None or logits.ndim != 2:
-        raise MicrotomeError(f"network {model.name!r} does not return logits (image, class)")
     layers = [
         (ids[info.name], info, scale_for(float(outputs[info.name].abs().amax()), headroom=True)) for info in infos
     ]
     parameters = sum(parameter.numel() for parameter in as_loaded.parameters())
-    return Prepared(layers, logits.shape[1], numerics, parameters, largest_output(as_loaded, shape))
+    return Prepared(layers, classes_of(as_loaded, logits), numerics, parameters, largest_output(as_loaded, shape))
 
 
 def memory_need(layers: Iterable[Layer], prepared: Prepared, spec: Network, images: Images) -> int:
@@ -399,12 +405,20 @@ def scale_for(largest: float, headroom: bool = False) -> float:
 
 
 def normalise(pixels: torch.Tensor, spec: Network | Segmenter) -> torch.Tensor:
-    """uint8 (image, 3, y, x) → float32 on the device: (x / 255 - mean) / std, in the network's memory format."""
+    """uint8 (image, 3, y, x) → float32 on the device: (x / 255 - mean) / std, in the network's memory format.
+
+    A network with a single mean gets grey images (image, 1, y, x).
+    """
     import torch
 
-    x = pixels.to(device()).float().div_(255)
-    mean = torch.tensor(spec.preprocessing.mean, device=x.device).view(1, 3, 1, 1)
-    std = torch.tensor(spec.preprocessing.std, device=x.device).view(1, 3, 1, 1)
+    from kernels.grey import grey
+
+    pixels = pixels.to(device())
+    if spec.preprocessing.channels == 1:
+        pixels = grey(pixels)
+    x = pixels.float().div_(255)
+    mean = torch.tensor(spec.preprocessing.mean, device=x.device).view(1, -1, 1, 1)
+    std = torch.tensor(spec.preprocessing.std, device=x.device).view(1, -1, 1, 1)
     x = x.sub_(mean).div_(std)
     return x.contiguous(memory_format=torch.channels_last) if spec.numerics.channels_last else x
 

@@ -20,12 +20,13 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
-from pipeline import checkpoint, segmenters
+from pipeline import segmenters
 from pipeline.config import Segmenter
 from pipeline.errors import MicrotomeError, nearest
 from pipeline.layer_info import LayerInfo
-from pipeline.layers import Survey, choose, survey
-from pipeline.networks import Described, NetworkSpec, build
+from pipeline.layers import Survey, choose, in_proportion, survey
+from pipeline.networks import Described, NetworkSpec, build, load_weights
+from pipeline.places import check_places
 from pipeline.tail import Tail
 from pipeline.traced import UntraceableError, trace
 
@@ -44,6 +45,7 @@ class Inspection:
     ablation : per layer whose units are to be removed, the floating-point operations of one pair of a unit and an
         image; None where the network cannot be cut there and all of it runs.
     output : shape of the network's output for one image; (classes,) for a classifier.
+    classes : number of logits, or None when the network has no head.
     """
 
     architecture: str
@@ -51,15 +53,11 @@ class Inspection:
     activation_bytes: dict[str, int]
     parameters: int
     output: tuple[int, ...]
+    classes: int | None
     ablation: dict[str, float | None] = field(default_factory=dict)
 
-    @property
-    def classes(self) -> int | None:
-        """Number of logits, or None when the network is no classifier."""
-        return self.output[0] if len(self.output) == 1 else None
-
     def json(self) -> dict[str, Any]:
-        return asdict(self) | {"classes": self.classes}
+        return asdict(self)
 
 
 class Ablation(BaseModel):
@@ -122,17 +120,19 @@ def inspect(
     """
     spec = NetworkSpec.of(network)
     built, surveyed = _surveyed(spec, input_shape, special_tokens)
-    if weights_path is not None:
-        checkpoint.load_state(built, checkpoint.shapes(weights_path), weights_path)
-    elif spec.weights_file is not None:
-        checkpoint.load_state(built, checkpoint.shapes(spec.weights_file, spec.prefix), spec.weights_file)
+    load_weights(built, spec, weights_path, shapes_only=True)
     chosen = choose(built, surveyed, layers, spec.architecture)
+    # Maps that keep the image's proportions are what convolutions give, in order.
+    doubtful = [layer for layer in chosen if layer.spatial and not _certain(layer, input_shape)]
+    if doubtful:
+        check_places(build(spec), doubtful, input_shape, spec.architecture)
     return Inspection(
         architecture=spec.architecture,
         layers=chosen,
         activation_bytes={layer.name: _bytes(layer, images) for layer in chosen},
         parameters=sum(parameter.numel() for parameter in built.parameters()),
         output=surveyed.output,
+        classes=surveyed.classes,
         ablation=_ablation(built, chosen, surveyed.output, input_shape, ablate) if ablate else {},
     )
 
@@ -210,6 +210,10 @@ def _surveyed(spec: NetworkSpec, input_shape: tuple[int, int, int], special: int
         ) from error
     # Loading shapes into a meta network checks names and shapes and copies nothing.
     return network.to("meta"), surveyed
+
+
+def _certain(layer: LayerInfo, input_shape: tuple[int, int, int]) -> bool:
+    return layer.layout == "map" and in_proportion(layer.shape[1:], input_shape[1:])
 
 
 def _bytes(layer: LayerInfo, images: int) -> int:

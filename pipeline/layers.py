@@ -10,7 +10,7 @@ import contextlib
 import fnmatch
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
@@ -33,12 +33,15 @@ _SHOWN = 8
 class Survey:
     """What one forward shows: the layers in execution order, why other modules are none, and the network's output.
 
-    `output` is the shape of the network's own output without the batch.
+    `image` is the (height, width) that it was run on, `output` the shape of the network's own output without the batch,
+    `classes` as in `classes_of`.
     """
 
     layers: list[LayerInfo] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)
+    image: tuple[int, int] = (0, 0)
     output: tuple[int, ...] = ()
+    classes: int | None = None
 
 
 def resolve(
@@ -83,7 +86,10 @@ def survey(network: nn.Module, input_shape: tuple[int, int, int], special: int |
     outputs: list[tuple[str, nn.Module, object]] = []
 
     def note(name: str) -> Any:
-        def hook(module: nn.Module, _: object, output: object) -> None:
+        def hook(module: nn.Module, inputs: Any, output: object) -> None:
+            # The one convolution whose channels torch does not compare on the meta device: generators begin with it.
+            if isinstance(module, nn.ConvTranspose2d) and inputs[0].shape[1] != module.in_channels:
+                raise MicrotomeError(f"{name} gets {inputs[0].shape[1]} channels, expected {module.in_channels}")
             calls[name] += 1
             if calls[name] == 1:
                 outputs.append((name, module, _sketch(first_tensor(output))))
@@ -99,8 +105,9 @@ def survey(network: nn.Module, input_shape: tuple[int, int, int], special: int |
         for hook in hooks:
             hook.remove()
 
-    found = Survey(output=tuple(logits.shape[1:]) if logits is not None else ())
-    reader = _Reader((input_shape[1], input_shape[2]), special)
+    shape = tuple(logits.shape[1:]) if logits is not None else ()
+    found = Survey(image=(input_shape[1], input_shape[2]), output=shape, classes=classes_of(network, logits))
+    reader = _Reader(found.image, special)
     for name, module, output in outputs:
         read = reader.read(name, module, output)
         if calls[name] > 1:
@@ -139,7 +146,7 @@ def choose(network: nn.Module, surveyed: Survey, wanted: str | Sequence[str], na
     """The wanted ones of the layers of a survey; see `resolve`."""
     known = {layer.name: layer for layer in surveyed.layers}
     if wanted == "auto":
-        chosen = set(_auto(network, known, name))
+        chosen = set(_auto(network, known, surveyed.image, name))
     else:
         chosen = set()
         for entry in [wanted] if isinstance(wanted, str) else wanted:
@@ -249,6 +256,16 @@ def first_tensor(output: object) -> torch.Tensor | None:
     return next((value for value in values if isinstance(value, torch.Tensor)), None)
 
 
+def classes_of(network: nn.Module, output: torch.Tensor | None) -> int | None:
+    """How many logits the network gives an image; None when it has no head, only features.
+
+    Logits are (batch, class). A network of timm without its head gives features of that form, and says 0 classes.
+    """
+    if output is None or output.ndim != 2 or getattr(network, "num_classes", None) == 0:
+        return None
+    return output.shape[1]
+
+
 @contextlib.contextmanager
 def one_attention_path() -> Iterator[None]:
     """Keep torch from its fused attention, which it takes depending on hooks and gradients.
@@ -287,26 +304,29 @@ def _matches(entry: str, known: Mapping[str, LayerInfo], refused: Mapping[str, s
     return found
 
 
-def _auto(network: nn.Module, known: Mapping[str, LayerInfo], name: str) -> list[str]:
+def _auto(network: nn.Module, known: Mapping[str, LayerInfo], image: tuple[int, int], name: str) -> list[str]:
     """The blocks with more than one position; where there are none, the convolutions."""
+
+    def whole(path: str) -> bool:
+        return path in known and in_proportion(known[path].shape[1:], image)
 
     def usable(names: Iterable[str]) -> list[str]:
         return [each for each in names if each in known and known[each].spatial]
 
-    blocks = usable(_blocks(network, ""))
+    blocks = usable(_blocks(network, "", whole))
     blocks = blocks or usable(each for each, module in network.named_modules() if isinstance(module, nn.Conv2d))
     if not blocks:
         raise MicrotomeError(f"`layers: auto` found no blocks in {name}: name layers; it has {_some(known)}")
     return blocks
 
 
-def _blocks(module: nn.Module, name: str) -> Iterator[str]:
-    """Names of the outermost building blocks, by structure alone.
+def _blocks(module: nn.Module, name: str, whole: Callable[[str], bool]) -> Iterator[str]:
+    """Names of the outermost building blocks, by structure; `whole` says whether a module's output covers the image.
 
     A block is a module with a forward of its own that is an element of a Sequential or ModuleList, or one of several
-    siblings of its class (GoogLeNet's inceptions), or beside such siblings without holding a Sequential. A Sequential
-    without such elements is a block when it holds one convolution (conv, norm, activation); one with several (VGG)
-    gives the last activation or norm after each.
+    siblings of its class (GoogLeNet's inceptions), or beside such siblings without holding a Sequential. Where all of
+    them are stages (Swin's), their blocks are taken. A Sequential without such elements is a block when it holds one
+    convolution (conv, norm, activation); one with several (VGG) gives the last activation or norm after each.
     """
     composites = [
         (_join(name, key), child) for key, child in module.named_children() if any(True for _ in child.children())
@@ -316,13 +336,32 @@ def _blocks(module: nn.Module, name: str) -> Iterator[str]:
         return
     classes = Counter(type(child) for _, child in composites if not _is_chain(child))
     repeated = any(count > 1 for count in classes.values())
+    stages = all(_is_stage(child, path, whole) for path, child in composites if not _is_chain(child))
     for path, child in composites:
         if _is_chain(child):
-            yield from _blocks(child, path)
-        elif _is_chain(module) or classes[type(child)] > 1 or (repeated and not any(map(_is_chain, child.children()))):
+            yield from _blocks(child, path, whole)
+        elif not stages and (
+            _is_chain(module) or classes[type(child)] > 1 or (repeated and not any(map(_is_chain, child.children())))
+        ):
             yield path
         else:
-            yield from _blocks(child, path)
+            yield from _blocks(child, path, whole)
+
+
+def _is_stage(module: nn.Module, name: str, whole: Callable[[str], bool]) -> bool:
+    """Whether exactly one chain in it consists of blocks of one class, each with an output that covers the image.
+
+    An inception has several such branches; inside a block of MobileViT or NesT, the image is cut into patches.
+    """
+
+    def of_blocks(chain: nn.Module, path: str) -> bool:
+        blocks = list(chain.named_children())
+        return len({type(block) for _, block in blocks}) == 1 and all(
+            not _is_chain(block) and any(True for _ in block.children()) and whole(_join(path, key))
+            for key, block in blocks
+        )
+
+    return sum(_is_chain(child) and of_blocks(child, _join(name, key)) for key, child in module.named_children()) == 1
 
 
 def _plain_blocks(chain: nn.Module, name: str) -> Iterator[str]:
@@ -396,14 +435,10 @@ class _Reader:
         # Exactly LayerNorm: torchvision's LayerNorm2d inherits it, and normalises maps.
         if type(module) in (nn.Linear, nn.LayerNorm):
             return "channels_last"
-        first, last = self._fits(shape[1:]), self._fits(shape[:2])
+        first, last = in_proportion(shape[1:], self.image), in_proportion(shape[:2], self.image)
         if first == last:
             return self.layouts.get(shape, "map")
         return "map" if first else "channels_last"
-
-    def _fits(self, grid: tuple[int, ...]) -> bool:
-        (height, width), (y, x) = self.image, grid
-        return abs(y * width - x * height) <= _ROUNDING * max(height, width)
 
     def _grid(self, tokens: int, units: int) -> tuple[int, int] | None:
         """(y, x) of the tokens: that of a map with as many units seen before (the patches), or from the image."""
@@ -421,6 +456,12 @@ class _Reader:
         # Whole patches first: 36 pixels are rather 9 patches of 4 than 10 of 3.6.
         grids.sort(key=lambda grid: height % grid[0] != 0)
         return next(filter(rest_fits, grids), None)
+
+
+def in_proportion(grid: tuple[int, int], image: tuple[int, int]) -> bool:
+    """Whether a grid (y, x) has the proportions of an image (height, width), but for rounding and cut borders."""
+    (y, x), (height, width) = grid, image
+    return abs(y * width - x * height) <= _ROUNDING * max(height, width)
 
 
 def _sketch(tensor: torch.Tensor | None) -> torch.Tensor | None:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,8 @@ from pipeline.config import Network
 from pipeline.errors import MicrotomeError
 from pipeline.identity import FileDigests, crc32c, digest
 from pipeline.manifest import write_atomically
-from pipeline.networks import NetworkSpec
+from pipeline.networks import NetworkSpec, published_file
+from pipeline.published import weight_files
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,7 +32,14 @@ if TYPE_CHECKING:
 
 VERSION = 1
 REMEDY = "lower `batch_size` of the recipe, or the number of images"
-CODE = ("pipeline/checkpoint.py", "pipeline/network.py", "pipeline/networks.py", "pipeline/training.py")
+CODE = (
+    "kernels/grey.py",
+    "pipeline/checkpoint.py",
+    "pipeline/libraries",
+    "pipeline/network.py",
+    "pipeline/networks.py",
+    "pipeline/training.py",
+)
 
 
 def settings(spec: Network, digests: FileDigests) -> dict[str, Any]:
@@ -46,19 +55,34 @@ def settings(spec: Network, digests: FileDigests) -> dict[str, Any]:
             }
         case "random":
             made_of["random"] = spec.seed
-        case path:
-            made_of["checkpoint"] = digests(path)
-            made_of["prefix"] = spec.prefix
+        case _:
+            made_of["checkpoint"] = weights_digest(spec, digests)
+            if not spec.published:
+                made_of["prefix"] = spec.prefix
     return made_of
 
 
 def architecture(spec: NetworkSpec, digests: FileDigests) -> dict[str, Any]:
-    """The builder and its arguments; for a module, the digest of its file."""
+    """The builder and its arguments; for a module or a model of transformers, the digest of the file it is made by."""
     if spec.torchvision is not None:
         return {"torchvision": spec.torchvision, "arguments": spec.arguments}
+    if spec.timm is not None:
+        return {"timm": spec.timm, "arguments": spec.arguments}
+    if spec.transformers is not None:
+        return {"transformers": digests(published_file(spec) / "config.json"), "arguments": spec.arguments}
     assert spec.module is not None
     path, _, function = spec.module.rpartition(":")
     return {"module": digests(path), "function": function, "arguments": spec.arguments}
+
+
+def weights_digest(spec: NetworkSpec, digests: Callable[[Path], str]) -> str | dict[str, str]:
+    """sha256 of the checkpoint or the published file; where published weights are in several files, of each."""
+    if not spec.published:
+        return digests(Path(spec.weights))
+    path = published_file(spec)
+    if spec.transformers is None:
+        return digests(path)
+    return {file.name: digests(file) for file in weight_files(path)}
 
 
 def run(plan: Plan, step: Step) -> None:
@@ -113,9 +137,10 @@ def make(spec: Network, folder: Path, training: dict[str, Any] | None) -> dict[s
         "parameters": sum(parameter.numel() for parameter in network.parameters()),
     }
     described = {
-        "architecture": spec.torchvision or spec.module,
+        "architecture": spec.module or spec.architecture,
+        "library": spec.library,
         "arguments": spec.arguments,
-        "weights": spec.weights if spec.weights in ("train", "random") else Path(spec.weights).name,
+        "weights": spec.weights if spec.weights_file is None else spec.weights_file.name,
         "seed": spec.seed,
         "preprocessing": spec.preprocessing.model_dump(),
         "recipe": spec.train.recipe.model_dump() if spec.train else None,

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline import ablate, concepts, config, datasets, dissect, extract, ingest, network
+from pipeline import ablate, concepts, config, datasets, dissect, extract, ingest, network, published
 from pipeline.config import UNTRAINED, Config, Network
 from pipeline.errors import MicrotomeError
 from pipeline.identity import FileDigests, digest
@@ -72,7 +72,9 @@ class Plan:
         for name, spec in self.config.networks.items():
             found[name] = spec
             if spec.weights != "random":
-                found[name + UNTRAINED] = spec.model_copy(update=untrained)
+                # A model of transformers needs its folder for the architecture, too.
+                local = spec.local if spec.transformers is not None else None
+                found[name + UNTRAINED] = spec.model_copy(update=untrained | {"local": local})
         return found
 
     @property
@@ -129,8 +131,10 @@ class Plan:
 
 def make(wanted: Config, rescan: bool = False, arguments: Sequence[str] = ()) -> Plan:
     """Compute every step of a configuration. Reads listings, checkpoints and module files (through memories)."""
+    scratch = Plan(wanted, {}).scratch
+    digests = FileDigests(scratch / "files.json")
+    wanted = published.resolve(wanted, scratch, digests)
     plan = Plan(wanted, {}, tuple(arguments))
-    digests = FileDigests(plan.scratch / "files.json")
 
     def add(stage: str, settings: dict, parents: list[Step], dataset: str = "", network: str = "") -> Step:
         settings = settings | {"version": STAGES[stage].VERSION, "parents": [parent.id for parent in parents]}

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline import published
 from pipeline.config import UNTRAINED
 from pipeline.errors import MicrotomeError
 from pipeline.identity import digest
@@ -61,6 +62,12 @@ def check(plan: Plan) -> None:
             write_atomically(question.kept, json.dumps(answer["result"], indent=1))
     if errors:
         raise MicrotomeError("\n  ".join(errors))
+    asked_of = {question.kept for question in unknown}
+    for step in (step for step in _steps(plan) if _kept(plan, step) in asked_of):
+        assert step.network is not None
+        size = plan.steps[step.parents[0]].settings["size"]
+        if said := published.advice(plan.networks[step.network], size, plan.scratch):
+            print(f"{step.network} on {step.dataset}: {said}", file=sys.stderr)
 
 
 def questions(plan: Plan) -> list[Question]:
@@ -135,7 +142,7 @@ def _request(plan: Plan, step: Step) -> dict[str, Any]:
     network = plan.networks[step.network]
     request = {
         "network": NetworkSpec.of(network).model_dump(),
-        "input_shape": [3, *ingest.settings["size"]],
+        "input_shape": [network.preprocessing.channels, *ingest.settings["size"]],
         "layers": network.layers,
         "special_tokens": network.special_tokens,
         "images": ingest.settings["images"],

@@ -157,6 +157,12 @@ class Network(_Folder["Layer"]):
         """logits (image, class) float32; NaN where a shard was not extracted."""
         return _open(self.path / "logits.zarr")
 
+    @cached_property
+    def ablation(self) -> dict[str, xr.Dataset]:
+        """By layer, what each class loses without each unit and without sets of them; empty where none were removed."""
+        store = self.path / "ablation.zarr"
+        return {name: _open(store / name) for name in _open(store).attrs["layers"]} if store.is_dir() else {}
+
     @property
     def units(self) -> list[dict[str, Any]]:
         """units.csv, one row a unit: numbers are numbers, and None where the table has none."""

@@ -8,6 +8,8 @@ list with several categories, of another one.
 from __future__ import annotations
 
 import functools
+import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -18,7 +20,8 @@ import numpy as np
 from pipeline import network
 from pipeline.config import Head, Segmenter
 from pipeline.errors import MicrotomeError, nearest
-from pipeline.identity import FileDigests
+from pipeline.identity import FileDigests, digest
+from pipeline.networks import NetworkSpec, published_file
 
 if TYPE_CHECKING:
     import torch
@@ -26,30 +29,35 @@ if TYPE_CHECKING:
     from pipeline.label_maps import ClassList
 
 DEFAULT_OUTPUTS = ("out", "logits")  # torchvision's and transformers' names of the scores that count
+MODEL = "model"  # in place of a class list: the names that come with the network
+QUERIES = ("class_queries_logits", "masks_queries_logits")
+# By transformers' type of model: the size at which its masks become probabilities; None: as they are.
+MASK_SIZES = {"mask2former": (384, 384), "maskformer": None}
 
 
 def settings(spec: Segmenter, digests: FileDigests) -> dict[str, Any]:
     """What label maps of this source are made of, beside the pixels; class lists by their content."""
     return {
         "architecture": network.architecture(spec, digests),
-        "checkpoint": digests(spec.weights),
+        "checkpoint": network.weights_digest(spec, digests),
         "prefix": spec.prefix,
         "preprocessing": spec.preprocessing.model_dump(),
         "resize": spec.resize,
         "numerics": spec.numerics.model_dump(),
         "categories": {
-            name: head.model_dump() | {"classes": digests(head.classes)} for name, head in spec.categories.items()
+            name: head.model_dump() | {"classes": MODEL if head.classes == MODEL else digests(head.classes)}
+            for name, head in spec.categories.items()
         },
     }
 
 
 @dataclass(frozen=True)
 class Model:
-    """A segmenter as tasks name it; `sha256` is that of the checkpoint that the plan was made with."""
+    """A segmenter as tasks name it; `weights` is the id of those that the plan was made with."""
 
     name: str
     spec_json: str
-    sha256: str
+    weights: str
 
     @property
     def spec(self) -> Segmenter:
@@ -73,13 +81,27 @@ class Channels:
 
 def concepts(spec: Segmenter) -> dict[str, list[str]]:
     """Concept names by category, without building the network."""
-    return {name: list(class_list(name, head).concepts().values()) for name, head in spec.categories.items()}
+    return {name: list(class_list(name, head, spec).concepts().values()) for name, head in spec.categories.items()}
 
 
-def class_list(category: str, head: Head) -> ClassList:
-    from pipeline.label_maps import read_class_list
+def class_list(category: str, head: Head, spec: Segmenter) -> ClassList:
+    """The class list of a category, from its file or from the configuration that comes with the network."""
+    from pipeline.label_maps import ClassList, read_class_list
 
-    return read_class_list(head.classes, head.void, category)
+    if head.classes != MODEL:
+        return read_class_list(head.classes, head.void, category)
+    if spec.transformers is None:
+        raise MicrotomeError(
+            f"category {category!r}: `classes: {MODEL}` is for models of transformers: give a class list"
+        )
+    path = published_file(spec) / "config.json"
+    named = json.loads(path.read_text(encoding="utf-8")).get("id2label", {})
+    classes = ClassList(path, {int(id): str(name).strip() for id, name in named.items()}, frozenset(head.void))
+    twice = [name for name, count in Counter(classes.concepts().values()).items() if count > 1]
+    if twice or not classes.concepts():
+        what = f"two classes have the name {twice[0]!r}" if twice else "it names no classes (id2label)"
+        raise MicrotomeError(f"category {category!r}: {path}: {what}: give a class list as `classes: file`")
+    return classes
 
 
 @functools.cache
@@ -100,12 +122,14 @@ def inspect(spec: Segmenter, size: tuple[int, int]) -> dict[str, Channels]:
     Raises `MicrotomeError` for everything that would be refused later: architecture, checkpoint, image size, outputs,
     channels, class lists.
     """
-    from pipeline import checkpoint
+    from pipeline.networks import load_weights
 
-    network, outputs = _built(spec, (3, *(spec.resize or size)))
-    assert spec.weights_file is not None
-    checkpoint.load_state(network, checkpoint.shapes(spec.weights_file, spec.prefix), spec.weights_file)
-    return {category: channels(category, head, outputs) for category, head in spec.categories.items()}
+    built, outputs = _built(spec, (3, *(spec.resize or size)))
+    load_weights(built, NetworkSpec.of(spec), shapes_only=True)
+    return {
+        category: channels(category, head, outputs, class_list(category, head, spec))
+        for category, head in spec.categories.items()
+    }
 
 
 def _built(spec: Segmenter, shape: tuple[int, int, int]) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
@@ -116,7 +140,7 @@ def _built(spec: Segmenter, shape: tuple[int, int, int]) -> tuple[torch.nn.Modul
 
     def run(network: torch.nn.Module, device: str) -> dict[str, torch.Tensor]:
         with torch.inference_mode():
-            return scores(network(torch.zeros((1, *shape), device=device)))
+            return scores(network(torch.zeros((1, *shape), device=device)), network)
 
     try:
         network = build(spec, device="meta")
@@ -135,17 +159,28 @@ def _built(spec: Segmenter, shape: tuple[int, int, int]) -> tuple[torch.nn.Modul
     return network.to("meta"), outputs
 
 
-def scores(output: Any) -> dict[str, torch.Tensor]:
+def scores(output: Any, net: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The scores (image, channel, y, x) in what a segmentation network returned, by name; of a bare tensor, "".
 
-    Other entries of a mapping are left out.
+    Other entries of a mapping are left out. Masks with classes of their own, as of Mask2Former, become `logits`.
     """
     import torch
+
+    from kernels.segmentation import merged_masks
 
     if isinstance(output, torch.Tensor):
         output = {"": output}
     if not isinstance(output, Mapping):
         raise MicrotomeError(f"a segmentation network returned {type(output).__name__}, expected a tensor or a mapping")
+    if {*QUERIES} <= {*output}:
+        kind = getattr(getattr(net, "config", None), "model_type", None)
+        if kind not in MASK_SIZES:
+            raise MicrotomeError(
+                f"how masks of {kind or type(net).__name__} become classes is not known here, only for "
+                f"{', '.join(MASK_SIZES)}: return scores from a function of yours, `module: path.py:function`"
+            )
+        pairs = zip(*(output[key].float() for key in QUERIES), strict=True)
+        return {"logits": torch.stack([merged_masks(own, masks, MASK_SIZES[kind]) for own, masks in pairs])}
     found = {key: value for key, value in output.items() if isinstance(value, torch.Tensor) and value.ndim == 4}
     if not found:
         held = ", ".join(f"{key} {tuple(value.shape)}" for key, value in output.items() if hasattr(value, "shape"))
@@ -153,7 +188,7 @@ def scores(output: Any) -> dict[str, torch.Tensor]:
     return found
 
 
-def channels(category: str, head: Head, outputs: Mapping[str, torch.Tensor]) -> Channels:
+def channels(category: str, head: Head, outputs: Mapping[str, torch.Tensor], classes: ClassList) -> Channels:
     """Find a category in the outputs of a network."""
     key = _output(category, head, outputs)
     count = outputs[key].shape[1]
@@ -162,7 +197,6 @@ def channels(category: str, head: Head, outputs: Mapping[str, torch.Tensor]) -> 
         raise MicrotomeError(
             f"category {category!r}: channels {start} to {last} of output {key!r}, which has {count} (0 to {count - 1})"
         )
-    classes = class_list(category, head)
     concepts = classes.concepts()
     wanted = range(head.first, head.first + last + 1 - start)
     lacking = [id for id in wanted if id not in classes.names and id not in head.void]
@@ -170,7 +204,7 @@ def channels(category: str, head: Head, outputs: Mapping[str, torch.Tensor]) -> 
     if lacking or beyond:
         raise MicrotomeError(
             f"category {category!r}: the {len(wanted)} channels of output {key!r} are the ids {wanted[0]} to "
-            f"{wanted[-1]} of {head.classes}, which has {min(classes.names)} to {max(classes.names)}"
+            f"{wanted[-1]} of {classes.path}, which has {min(classes.names)} to {max(classes.names)}"
             + (f"; no name for {_some(lacking)}" if lacking else "")
             + (f"; no channel for {_some(beyond)}" if beyond else "")
             + _advice(wanted, lacking, beyond)
@@ -232,7 +266,7 @@ def label_maps(model: Model, pixels: np.ndarray, categories: Iterable[str]) -> d
         count = len(batch)
         batch = torch.cat([batch, batch.new_zeros((step - count, *batch.shape[1:]))])
         with torch.inference_mode():
-            outputs = scores(net(resized(normalise(batch, spec), spec)))
+            outputs = scores(net(resized(normalise(batch, spec), spec)), net)
             for name, own in number.items():
                 head = found[name]
                 for i in range(count):
@@ -265,6 +299,6 @@ def _network(model: Model, size: tuple[int, int]) -> tuple[torch.nn.Module, dict
     from pipeline.networks import load
 
     spec = model.spec
-    if sha256(spec.weights) != model.sha256:
-        raise MicrotomeError(f"segmenter {model.name!r}: {spec.weights} was changed during the run: run again")
+    if digest(network.weights_digest(spec, sha256)) != model.weights:
+        raise MicrotomeError(f"segmenter {model.name!r}: its weights were changed during the run: run again")
     return placed(load(spec), spec), inspect(spec, size)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy, pad
 
+from kernels.grey import grey
 from pipeline.errors import MicrotomeError
 from pipeline.identity import crc32c
 from pipeline.manifest import write_atomically
@@ -47,8 +48,8 @@ def fit(
     network: nn.Module,
     train: Labelled,
     validation: Labelled | None,
-    mean: tuple[float, float, float],
-    std: tuple[float, float, float],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
     recipe: Recipe,
     folder: Path | None = None,
     progress: Progress | None = None,
@@ -62,7 +63,7 @@ def fit(
     train, validation
         Images uint8 (image, 3, y, x) and labels (image,); label -1 means none, and such images are left out.
     mean, std
-        Of the preprocessing (x / 255 - mean) / std.
+        Of the preprocessing (x / 255 - mean) / std; one number each for a network of grey images.
     folder
         Where the checkpoint is. If it holds one of the same recipe and data, training goes on from there;
         one of a finished run is only loaded.
@@ -142,8 +143,8 @@ def fit(
 def evaluate(
     network: nn.Module,
     data: Labelled | None,
-    mean: tuple[float, float, float],
-    std: tuple[float, float, float],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
     device: str = "cpu",
 ) -> tuple[float | None, float | None, int]:
     """Accuracy, mean cross-entropy and number of the labelled images, in float32 and evaluation mode."""
@@ -239,15 +240,18 @@ class _Run:
 
 
 class _Scale:
-    """uint8 -> (x / 255 - mean) / std, as one multiplication and one addition a pixel."""
+    """uint8 -> (x / 255 - mean) / std, as one multiplication and one addition a pixel; grey with a single mean."""
 
-    def __init__(self, mean: tuple[float, float, float], std: tuple[float, float, float], device: str):
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], device: str):
         self.device = device
-        self.factor = torch.tensor([1 / (255 * s) for s in std], device=device).view(1, 3, 1, 1)
-        self.offset = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=device).view(1, 3, 1, 1)
+        self.factor = torch.tensor([1 / (255 * s) for s in std], device=device).view(1, -1, 1, 1)
+        self.offset = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=device).view(1, -1, 1, 1)
 
     def __call__(self, images: Tensor) -> Tensor:
-        return torch.addcmul(self.offset, images.to(self.device).float(), self.factor)
+        images = images.to(self.device)
+        if self.factor.shape[1] == 1:
+            images = grey(images)
+        return torch.addcmul(self.offset, images.float(), self.factor)
 
 
 def _stream(seed: int, purpose: int, number: int) -> np.random.Generator:

@@ -93,11 +93,10 @@ def heatmap(width: float, found: Ablation) -> Figure:
     panel.tick_params(axis="both", labelsize=6.5, labelcolor=INK)
     panel.set_xlabel("unit")
     bare(panel, "left")
-    bar = figure.colorbar(mesh, ax=panel, shrink=0.8, aspect=18, pad=0.01)
+    bar = figure.colorbar(
+        mesh, ax=panel, shrink=0.8, aspect=18, pad=0.01, ticks=MaxNLocator(5), format=PercentFormatter(1.0, decimals=1)
+    )
     bar.outline.set_visible(False)  # type: ignore[operator]
-    bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
-    bar.locator = MaxNLocator(5)
-    bar.update_ticks()
     return figure
 
 
@@ -111,7 +110,7 @@ def heatmap_rows(found: Ablation) -> Iterator[Sequence[object]]:
 def served(width: float, found: Ablation) -> Figure:
     """Mean IoU of the units that are important to a number of classes; how many these are stands above each bar."""
     groups = found.served_groups()
-    figure = Figure(figsize=(min(width, 4.2), 1.9), layout="constrained")
+    figure = Figure(figsize=(width, 1.7), layout="constrained")
     panel = figure.subplots()
     for place, (_, units, iou) in enumerate(groups):
         panel.bar(place, iou, width=0.7, color=COLOURS[0], linewidth=0)

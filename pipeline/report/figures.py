@@ -85,7 +85,7 @@ def iou(width: float, values: Mapping[str, Mapping[str, Sequence[float]]], min_i
     figure = Figure(figsize=(width, height))
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     figure.subplots_adjust(
-        left=0.55 / width, right=1 - 0.1 / width, bottom=0.44 / height, top=1 - 0.45 / height, wspace=0.12, hspace=0.42,
+        left=0.62 / width, right=1 - 0.1 / width, bottom=0.44 / height, top=1 - 0.45 / height, wspace=0.12, hspace=0.42,
     )  # fmt: skip
     x_ticks = np.asarray(MaxNLocator(3).tick_values(0, right))
     for panel, layer in zip(panels.flat, layers, strict=False):

@@ -13,6 +13,7 @@ import xarray as xr
 import zarr
 from experiments import labelled_images, lines, run, scenes, segmentation, tiny
 
+import pipeline
 from kernels.ablation import KINDS, random_sets
 from pipeline import ablate, cluster, config, plan, preflight
 from pipeline.config import Cluster
@@ -331,9 +332,10 @@ def labelled(folder, label, split, classes):
 def test_a_class_without_images_is_nan_with_a_note(tmp_path):
     label = ["x", "y", "x", "y", "z", "x", "y", "z"]
     split = ["train", "train", "train", "train", *["validation"] * 4]
-    made = run(labelled(tmp_path, label, split, 3), *STAGES)
+    raw = labelled(tmp_path, label, split, 3)
+    made = run(raw, *STAGES, "report")
     folder = made.results / "photos" / "tiny"
-    found = xr.open_zarr(folder / "ablation.zarr", group="b")
+    (found,) = pipeline.open_results(made.results)["photos"]["tiny"].ablation.values()
     assert found["class"].values.tolist() == ["x", "y", "z"]
     assert np.isnan(found.balanced_accuracy_loss.sel({"split": "train", "class": "z"})).all()
     assert not np.isnan(found.balanced_accuracy_loss.sel(split="validation")).any()
@@ -344,6 +346,21 @@ def test_a_class_without_images_is_nan_with_a_note(tmp_path):
     assert {row["class"] for row in table(folder / "ablation.csv")} == {"x", "y"}
     (facts,) = made.manifest(made.step("ablate", "photos", "tiny")).result["layers"]
     assert facts["notes"] == found.attrs["notes"]
+    check_page(made.results / "report" / "mini", found, folder)
+
+
+def check_page(report, found, folder):
+    """The report shows the note, and the table of a class has its units with the losses of the CSV."""
+    page = (report / "ablation.html").read_text()
+    assert "class &#39;z&#39; has no images in split &#39;train&#39;" in page
+    rows = [r for r in table(folder / "ablation.csv") if r["class"] == "x" and float(r["loss_rank"]) > 0][:4]
+    assert rows
+    shown = table(report / "tables" / "ablation-photos-tiny-01.csv")
+    assert [r["unit"] for r in shown if r["class"] == "x"] == [r["unit"] for r in rows]
+    for row in rows:
+        assert f'/{row["unit"]}">{row["unit"]}</a>' in page
+    assert page.count("<figure>") == sum(1 for _ in (report / "figures").glob("ablation-*-01.svg"))
+    assert "of 3 classes" in (report / "index.html").read_text()
 
 
 def refused(raw):

@@ -12,6 +12,7 @@ from PIL import Image
 from kernels.colour import COLOURS, colour_names
 from pipeline.datasets import read_label_maps
 from pipeline.errors import MicrotomeError
+from pipeline.results import open_results
 from pipeline.scenes import CONCEPTS
 
 pytestmark = pytest.mark.usefixtures("workers")
@@ -197,3 +198,25 @@ def test_colours_of_a_changed_image(tmp_path):
     assert made(tmp_path)[3:] == ["0 pixels/colour"]
     number = next(int(k) for k, v in stored(plan).attrs["concepts"].items() if v["name"] == "red")
     assert (stored(plan)["label_map"][0, 0] == number).all()
+
+
+@pytest.mark.parametrize("size", [(8, 4), (5, 16)])
+def test_label_maps_of_another_size(tmp_path, size):
+    """Each position has the label under its centre, and units are compared with them at that size."""
+    labelled_images(tmp_path, NAMES)
+    whole = stored(run(segmentation(tmp_path), "ingest", "concepts"))["label_map"][:]
+    plan = run(segmentation(tmp_path, label_map_size=size), "ingest", "concepts", "network", "extract", "dissect")
+    found = stored(plan)["label_map"][:]
+    assert found.shape == (len(NAMES), 1, *size)
+    for y in range(size[0]):
+        for x in range(size[1]):
+            row, column = int((y + 0.5) * SIZE / size[0]), int((x + 0.5) * SIZE / size[1])
+            np.testing.assert_array_equal(found[:, :, y, x], whole[:, :, row, column])
+    assert manifest(plan).result["size"] == list(size)
+    photos = open_results(plan.results)["photos"]["tiny"]
+    for layer in photos.values():
+        assert layer.thresholds.attrs["positions_counted"] == len(NAMES) * size[0] * size[1]
+        assert layer.iou.attrs["pixels"] == len(NAMES) * size[0] * size[1]
+    before = len(made(tmp_path))
+    run(segmentation(tmp_path), "ingest", "concepts")
+    assert len(made(tmp_path)) == before + 3, "the other size again"

@@ -163,7 +163,7 @@ def test_references_to_data_sets(tmp_path):
     [
         (("networks", "tiny", "weights"), "random", "go together"),
         (("networks", "tiny", "train"), None, "go together"),
-        (("networks", "tiny", "torchvision"), "resnet18", "exactly one of `torchvision: name` and `module"),
+        (("networks", "tiny", "torchvision"), "resnet18", "exactly one of `torchvision: name`, `timm"),
         (("networks", "tiny", "module"), "no function", "path.py:function"),
         (("datasets", "folder", "split"), {"share": {"a": 0.5, "b": 0.4}}, "add up to 0.9"),
         (("datasets", "folder", "split"), {"all": "a", "folders": True}, "exactly one"),

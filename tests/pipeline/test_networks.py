@@ -164,7 +164,8 @@ def test_load_takes_the_checkpoint_that_is_meant(file, tmp_path):
 
 def test_anything_with_the_fields_builds(file):
     class Configured:
-        torchvision = None
+        torchvision = timm = transformers = local = None
+        download = False
         module = f"{file}:small"
         arguments = {"units": 2}  # noqa: RUF012
         weights, seed, prefix = "random", 0, None

@@ -99,7 +99,8 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ids=[f"{number}/{HOSTILE}" for number in range(12)],
         model=MODEL,
     )
-    return report(results, title=HOSTILE, versions={HOSTILE: {"x": [HOSTILE]}}, configuration={"name": HOSTILE})
+    texts = {"title": HOSTILE, "versions": {HOSTILE: {"x": [HOSTILE]}}, "configuration": {"name": HOSTILE}}
+    return report(results, figures=Figures(dpi=50), **texts)
 
 
 PAGES = ["index.html", "network-scenes-cnn.html", "methods.html", "provenance.html"]
@@ -194,9 +195,9 @@ def test_fonts_are_embedded_in_pdf(hostile: Path) -> None:
 
 def test_same_results_same_bytes(tmp_path: Path) -> None:
     results = write_results(tmp_path / "results", {"cnn": LAYERS}, permuted=["cnn"], model=MODEL)
-    first = contents(report(results, "cnn"))
+    first = contents(report(results, "cnn", figures=Figures(dpi=50)))
     shutil.rmtree(results / "report")
-    assert contents(report(results, "cnn")) == first
+    assert contents(report(results, "cnn", figures=Figures(dpi=50))) == first
 
 
 def contents(folder: Path) -> dict[str, bytes]:

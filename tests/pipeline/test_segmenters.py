@@ -2,6 +2,7 @@
 
 import csv
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,13 +11,16 @@ import zarr
 from experiments import SIZE, labelled_images, lines, run, segmentation, write_image
 from torch.nn.functional import interpolate
 
-from pipeline import config, dissect, extract, inspection, plan, preflight
+from kernels.segmentation import best_class
+from pipeline import config, dissect, extract, inspection, plan, preflight, published
 from pipeline.checkpoint import write_safetensors
 from pipeline.config import Head, Segmenter
 from pipeline.errors import MicrotomeError
+from pipeline.identity import FileDigests, digest
+from pipeline.label_maps import read_class_list
 from pipeline.manifest import write_atomically
 from pipeline.networks import build, load
-from pipeline.segmenters import channels, inspect, scores
+from pipeline.segmenters import Model, channels, concepts, inspect, label_maps, scores, settings
 
 NAMES = [f"street/{k:02}" for k in range(10)]
 STAGES = ("ingest", "concepts", "network", "extract", "dissect")
@@ -305,7 +309,7 @@ def test_networks_that_do_not_fit(tmp_path, parsing):
     with pytest.raises(MicrotomeError, match="a segmentation network returned list, expected a tensor or a mapping"):
         inspect(Segmenter.model_validate(parsing(kind="Returns")), size)
     with pytest.raises(MicrotomeError, match=r"returned no scores \(image, channel, y, x\), but logits \(2, 5\)"):
-        scores({"logits": torch.zeros(2, 5), "loss": None})
+        scores({"logits": torch.zeros(2, 5), "loss": None}, torch.nn.Identity())
     weights = tmp_path / "other.safetensors"
     write_safetensors(weights, torch.nn.Conv2d(3, 4, 1).state_dict())
     with pytest.raises(MicrotomeError, match=r"checkpoint .*other.safetensors does not fit the network: .* missing"):
@@ -396,7 +400,8 @@ def test_one_list_of_several_categories(tmp_path):
 
     def of(category, **changes):
         head = Head(classes=str(tmp_path / "all.csv"), **changes)
-        return channels(category, head, {"logits": torch.zeros(1, 5, 2, 2), "aux": torch.zeros(1, 5, 2, 2)})
+        outputs = {"logits": torch.zeros(1, 5, 2, 2), "aux": torch.zeros(1, 5, 2, 2)}
+        return channels(category, head, outputs, read_class_list(head.classes, head.void, category))
 
     objects = of("object")
     assert (objects.output, objects.start, objects.stop) == ("logits", 0, 5)
@@ -413,8 +418,103 @@ def test_one_list_of_several_categories(tmp_path):
 
 @pytest.mark.parametrize("name", ["fcn_resnet50", "deeplabv3_mobilenet_v3_large", "lraspp_mobilenet_v3_large"])
 def test_torchvision(name):
+    network = build(config.NetworkSpec(torchvision=name), device="meta")
     with torch.inference_mode():
-        found = scores(
-            build(config.NetworkSpec(torchvision=name), device="meta")(torch.zeros(1, 3, 64, 96, device="meta"))
-        )
+        found = scores(network(torch.zeros(1, 3, 64, 96, device="meta")), network)
     assert found["out"].shape == (1, 21, 64, 96)
+
+
+# transformers ---------------------------------------------------------------------------------------------------------
+
+OF_FOUR = ["stage1", "stage2", "stage3", "stage4"]
+LABELS = {0: "wall", 1: "sky ", 2: "lamp", 3: "void"}
+
+
+def segformer(transformers):
+    shape = {"depths": [1, 1], "hidden_sizes": [8, 16], "num_attention_heads": [1, 2], "num_encoder_blocks": 2}
+    shape |= {"patch_sizes": [7, 3], "strides": [4, 2], "sr_ratios": [2, 1], "mlp_ratios": [2, 2]}
+    made = transformers.SegformerConfig(**shape, decoder_hidden_size=16, id2label=LABELS)
+    return transformers.SegformerForSemanticSegmentation(made), transformers.SegformerImageProcessor()
+
+
+def upernet(transformers):
+    backbone = transformers.ConvNextConfig(hidden_sizes=[8, 12, 16, 24], depths=[1] * 4, out_features=OF_FOUR)
+    made = transformers.UperNetConfig(
+        backbone_config=backbone, hidden_size=16, auxiliary_channels=8, auxiliary_in_channels=16, id2label=LABELS
+    )
+    return transformers.UperNetForSemanticSegmentation(made), transformers.SegformerImageProcessor()
+
+
+def mask2former(transformers):
+    swin = {"embed_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2], "window_size": 4, "image_size": 64}
+    backbone = transformers.SwinConfig(**swin, out_features=OF_FOUR)
+    made = transformers.Mask2FormerConfig(
+        backbone_config=backbone, feature_size=32, mask_feature_size=32, hidden_dim=32, encoder_feedforward_dim=16,
+        encoder_layers=1, decoder_layers=2, num_attention_heads=2, dim_feedforward=16, num_queries=7, id2label=LABELS,
+    )  # fmt: skip
+    return transformers.Mask2FormerForUniversalSegmentation(made), transformers.Mask2FormerImageProcessor()
+
+
+@pytest.mark.parametrize("kind", [segformer, upernet, mask2former])
+def test_label_maps_are_those_of_the_library(tmp_path, kind):
+    """From a folder, with the names that come with it, against the library's own post-processing."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    network, processor = kind(transformers)
+    for parameter in network.parameters():  # so that not one class wins everywhere
+        if parameter.ndim > 1:
+            parameter.data.normal_(0, 0.3)
+    network.eval().save_pretrained(tmp_path / "model")
+    raw = segmentation(tmp_path) | {
+        "segmenters": {
+            "ade": {
+                "transformers": str(tmp_path / "model"),
+                "weights": "pretrained",
+                "numerics": {"micro_batch": 2, "channels_last": False},
+                "categories": {"object": {"classes": "model", "void": [3]}},
+            }
+        }
+    }
+    labelled_images(tmp_path, NAMES[:1])
+    digests = FileDigests(tmp_path / "digests.json")
+    spec = published.resolve(config.parse(raw), tmp_path, digests).segmenters["ade"]
+    assert list(inspect(spec, (48, 64))["object"].concepts) == ["wall", "sky", "lamp"]
+    assert concepts(spec) == {"object": ["wall", "sky", "lamp"]}
+
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 3, 48, 64), np.uint8)
+    weights = digest(settings(spec, digests)["checkpoint"])
+    found = label_maps(Model("ade", spec.model_dump_json(), weights), pixels, ["object"])["object"]
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (spec.preprocessing.mean, spec.preprocessing.std))
+    with torch.inference_mode():
+        output = network((torch.from_numpy(pixels).float() / 255 - mean) / std)
+    its = processor.post_process_semantic_segmentation(output, target_sizes=[(48, 64)] * 3)
+    expected = np.array([1, 2, 3, 0])[torch.stack(list(its)).numpy()]
+    assert (found == expected).mean() > 0.999  # batches of another size round differently
+    assert len(np.unique(expected)) > 1
+    with pytest.raises(MicrotomeError, match="its weights were changed during the run"):
+        label_maps(Model("ade", spec.model_dump_json(), "other"), pixels, ["object"])
+
+
+@pytest.mark.parametrize("kind", ["mask2former", "maskformer"])
+def test_masks_become_classes_as_in_the_library(kind):
+    transformers = pytest.importorskip("transformers")
+    processor = {"mask2former": "Mask2FormerImageProcessor", "maskformer": "MaskFormerImageProcessor"}[kind]
+    generator = torch.Generator().manual_seed(3)
+    output = {
+        "class_queries_logits": torch.randn(2, 9, 6, generator=generator) * 2,
+        "masks_queries_logits": torch.randn(2, 9, 12, 16, generator=generator) * 4,
+        "auxiliary": None,
+    }
+    network = torch.nn.Identity()
+    network.config = SimpleNamespace(model_type=kind)
+    found = scores(output, network)["logits"]
+    assert found.shape == (2, 5, *((384, 384) if kind == "mask2former" else (12, 16)))
+    its = getattr(transformers, processor)().post_process_semantic_segmentation(
+        SimpleNamespace(**output), target_sizes=[(40, 56)] * 2
+    )
+    for own, expected in zip(found, its, strict=True):
+        assert torch.equal(best_class(own, (40, 56)), expected)
+        assert len(expected.unique()) > 2
+    network.config = SimpleNamespace(model_type="eomt")
+    with pytest.raises(MicrotomeError, match="how masks of eomt become classes is not known"):
+        scores(output, network)

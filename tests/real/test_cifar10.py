@@ -1,8 +1,10 @@
 """The accuracy for which the CIFAR-10 networks are published comes out of the stores of the workflow."""
 
 import json
+import runpy
 
 import numpy as np
+import torch
 import xarray
 from workflow_run import ROOT, snakemake
 
@@ -34,3 +36,52 @@ def test_published_accuracy(beside_data):
         stored = xarray.open_zarr(results / "cifar10" / layer["activations"])
         assert stored.activation.shape == ((1000, 64, 8, 8) if name == "resnet20" else (1000, 128, 8, 8))
         assert np.isfinite(stored.maximum.values).all()
+
+
+def test_what_each_class_loses_without_single_units(beside_data):
+    """ResNet-56 from files to tables: ranked on training images, judged on test images."""
+    images = beside_data / "images"
+    for split in ("train", "test"):
+        for folder in sorted((beside_data / "data/cifar10" / split).iterdir()):
+            (images / split / folder.name).mkdir(parents=True)
+            for file in sorted(folder.iterdir())[:16]:
+                (images / split / folder.name / file.name).symlink_to(file.resolve())
+    dataset = {"kind": "imagefolder", "root": "images", "split": {"folders": True}, "dissect": {"split": "test"}}
+    network = {
+        "module": "config/networks/cifar.py:resnet56",
+        "weights": "data/models/cifar_resnet56.pt",
+        "layers": ["layer3"],
+        "ablate": {"sizes": [1, 4, 20], "draws": 3},
+    }
+    config = {
+        "name": "ablation",
+        "datasets": {"cifar10": dataset},
+        "networks": {"resnet56": network},
+        "controls": {"images": 32},
+    }
+    said = snakemake(beside_data, config, "ablate")
+    assert "ablate cifar10 resnet56" in said
+    folder = beside_data / "results/cifar10/resnet56"
+    found = xarray.open_zarr(folder / "ablation.zarr", group="layer3")
+    assert found.split.values.tolist() == ["train", "test"] and found.sizes["unit"] == 64
+    assert found.images.values.tolist() == [[16] * 10] * 2
+    assert float(found.accuracy.sel(split="train")) > 0.95 and float(found.accuracy.sel(split="test")) > 0.85
+    assert not found.attrs["whole_network"] and found.attrs["predictions_changed"] == 0
+    assert np.isfinite(found.balanced_accuracy_loss.values).all()
+    assert float(found.set_loss.sel(kind="keep_most", size=1).mean()) > 0.2  # one unit of 64 is not enough
+
+    # The plain way, in float32 from the images: every class, without the unit whose absence costs most.
+    unit = int(found.accuracy_loss.sel(split="test").values.argmax())
+    stored = xarray.open_zarr(beside_data / "results/cifar10/images.zarr")
+    rows = stored.split.values == "test"
+    pixels = torch.from_numpy(stored.image.values[rows]).float() / 255
+    mean, std = (torch.tensor(each).view(3, 1, 1) for each in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    network = runpy.run_path(str(ROOT / "config/networks/cifar.py"))["resnet56"]().eval()
+    network.load_state_dict(torch.load(beside_data / "data/models/cifar_resnet56.pt", weights_only=True))
+    network.layer3.register_forward_hook(lambda _, __, output: output.index_fill(1, torch.tensor([unit]), 0))
+    with torch.no_grad():
+        prediction = network((pixels - mean) / std).argmax(1).numpy()
+    label = stored.label.values[rows]
+    assert found.predicted.sel(split="test").values[unit].tolist() == np.bincount(prediction, minlength=10).tolist()
+    right = np.bincount(label[prediction == label], minlength=10)
+    assert found.true_positives.sel(split="test").values[unit].tolist() == right.tolist()
