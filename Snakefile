@@ -18,7 +18,7 @@ try:
     RUN = Run(
         config,
         main=workflow.is_main_process,
-        dry=workflow.dryrun,
+        dry=workflow.output_settings.dryrun,
         files=workflow.configfiles,
         overrides=workflow.config_settings.config,
     )

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline import ablate_tasks, stage
-from pipeline.ablate_tasks import Part, Prepared, Target
-from pipeline.cluster import client, run_tasks
+from pipeline.ablate_tasks import Part, Target
+from pipeline.cluster import check_memory, client, run_tasks
 from pipeline.config import AnyDataset, Network
 from pipeline.dissect import derangement, write_file
 from pipeline.errors import MicrotomeError, nearest
@@ -200,7 +200,9 @@ def targets(shared: Shared, extracted: Manifest, folder: Path) -> Iterator[tuple
             )
     asked = shared.model, shared.images.size, list(dict.fromkeys(names)), shared.images.shard_images
     (prepared,) = run_tasks(shared.workers, ablate_tasks.prepare, [asked], 1, f"{shared.step.name}: tails")
-    check_memory(shared.workers, prepared)
+    for each in prepared:
+        what = f"{shared.step.name}: {each.info.name}"
+        check_memory(shared.plan.config.cluster, each.memory, what, "lower `shard_images` of the data set")
     for each in prepared:
         if each.classes != len(shared.classes):
             raise MicrotomeError(
@@ -217,18 +219,9 @@ def targets(shared: Shared, extracted: Manifest, folder: Path) -> Iterator[tuple
             network=folder,
             replace=shared.how["replace"],
         )
-        yield target, parts_of(shared, set(extracted.result["shards"]), manifest.files, extracted.files)
-
-
-def check_memory(workers: Any, prepared: Sequence[Prepared]) -> None:
-    """Refuse, before any task, what a worker cannot hold."""
-    limits = [each["memory_limit"] for each in workers.scheduler_info(n_workers=-1)["workers"].values()]
-    for each in prepared:
-        if limits and min(limits) and each.memory > min(limits):
-            raise MicrotomeError(
-                f"layer {each.info.name!r}: a task needs about {each.memory / 1e9:.1f} GB and a worker has "
-                f"{min(limits) / 1e9:.1f} GB: set fewer `cluster.workers`, or smaller `shard_images`"
-            )
+        # A layer that is stored pooled has no maps: they are computed as those of images that were not extracted.
+        stored = set() if entry.get("store") == "pooled" else set(extracted.result["shards"])
+        yield target, parts_of(shared, stored, manifest.files, extracted.files)
 
 
 def parts_of(shared: Shared, stored: set[int], activations: Files, logits: Files) -> dict[int, Part]:

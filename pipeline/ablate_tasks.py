@@ -291,8 +291,12 @@ def activations(
         scale = target.scale
     else:
         name = target.info.name
-        head, outputs = forward_in_batches(model, pixels, [name])
-        output, logits = outputs[name], head.cpu().numpy()
+        outputs: list[torch.Tensor] = []
+        head = forward_in_batches(
+            model, pixels, [name], lambda _, at, output: outputs.append(output.to(torch.float32, copy=True))
+        )
+        assert head is not None
+        output, logits = torch.cat(outputs), head.numpy()
         refuse_non_finite(output, name, part.start)
         largest = float(output.abs().amax())
         scale = target.scale if largest <= HALF_MAX * target.scale else scale_for(largest)

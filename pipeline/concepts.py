@@ -139,9 +139,8 @@ def run(plan: Plan, step: Step) -> None:
             yield (dataset, store, images.store, files, shard, start, items, missing, used, images.size, size)
 
     if lacking:
-        # Label maps as read, numbered and compressed, and the pixels that colours come from.
-        pixels = images.shard_images * images.size[0] * images.size[1]
-        check_memory(plan.config.cluster, pixels * (6 * len(categories) + 12), step.name, "lower `shard_images`")
+        need = memory_need(images.shard_images, images.size, len(categories))
+        check_memory(plan.config.cluster, need, step.name, "lower `shard_images`")
     with client(plan.config.cluster, plan.scratch) as workers:
         for done in run_tasks(workers, label_shard, tasks(), len(lacking), step.name):
             for category in categories:
@@ -214,6 +213,11 @@ def shard_id(
         content = images.contents[shard] if source == PIXELS else ingest.result["records"][shard]
         made_of = [content, step.settings.get("classes")]
     return digest([VERSION, *made_of, category, numbers, step.settings["label_map_size"]])
+
+
+def memory_need(images: int, size: tuple[int, int], categories: int) -> int:
+    """Bytes of a task: label maps as read, numbered and compressed, and the pixels that colours come from."""
+    return images * size[0] * size[1] * (6 * categories + 12)
 
 
 def pending(plan: Plan, step: Step) -> tuple[int, int]:

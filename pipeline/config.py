@@ -20,6 +20,7 @@ from pydantic import (
 )
 
 from pipeline.errors import MicrotomeError, nearest
+from pipeline.layer_info import fits
 from pipeline.networks import NetworkSpec
 from pipeline.recipe import Recipe
 
@@ -30,6 +31,7 @@ TRUTH = "truth"  # concept source: the label maps that come with a data set
 PIXELS = "pixels"  # concept source: colour names of the pixels
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+Kept = Literal["full", "pooled"]
 Share = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 
@@ -319,8 +321,15 @@ class Network(NetworkSpec):
     special_tokens: NonNegativeInt | None = Field(None, description="class and register tokens, when not found alone")
     preprocessing: Preprocessing = Field(Preprocessing(), description="what the network expects of pixels")
     numerics: Numerics = Field(Numerics(), description="how it is computed")
+    store: Kept | Annotated[dict[str, Kept], Field(min_length=1)] = Field(
+        "full",
+        description="of a layer: `full`, or `pooled` without its maps; or one of these by name or pattern of layers",
+    )
     train: Train | None = Field(None, description="with `weights: train`, how")
     datasets: list[Name] | None = Field(None, description="the data sets to dissect it on; default: all")
+    group: Name | None = Field(
+        None, description="networks of one group, seeds or checkpoints say, are shown together with mean and spread"
+    )
     ablate: Ablate | None = Field(None, description="with this section, units are removed; default: none are")
 
     @model_validator(mode="after")
@@ -328,6 +337,12 @@ class Network(NetworkSpec):
         if (self.weights == "train") != (self.train is not None):
             raise ValueError("`weights: train` and a section `train:` go together")
         return self
+
+    def pools(self, layer: str) -> bool:
+        """Whether only the maximum and mean of a layer are kept, and its special tokens, but no maps."""
+        if isinstance(self.store, str):
+            return self.store == "pooled"
+        return any(kept == "pooled" and fits(layer, entry) for entry, kept in self.store.items())
 
 
 class Head(Strict):

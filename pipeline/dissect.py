@@ -146,7 +146,10 @@ def run(plan: Plan, step: Step) -> None:
     folder = plan.results / step.dataset
     concepts = concepts_of(folder, labelled)
     size = (labelled.result["size"][0], labelled.result["size"][1])
-    layers = [layer_of(plan, folder, entry) for entry in extracted.result["layers"]]
+    # A layer that is stored pooled has no maps.
+    layers = [layer_of(plan, folder, e) for e in extracted.result["layers"] if e.get("store") != "pooled"]
+    if not layers:
+        raise MicrotomeError(f"{step.name}: every layer is stored pooled, which leaves none to dissect")
     counted = counted_images(images, how["split"], extracted.result["shards"], labelled.result["refused"])
     bound = step.settings["control_images"]
     few = [one for one in counted if one.shard in images.shards(how["split"], bound)] if bound else counted

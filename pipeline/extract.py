@@ -5,7 +5,8 @@ Writes, for whole shards that hold images of the wanted split,
                                         maximum, mean (image, unit) float32 · special (image, token, unit) float16 for
                                         class and register tokens
     <network>/logits.zarr               logits (image, class) float32
-A shard that was not extracted is absent and reads as NaN.
+A shard that was not extracted is absent and reads as NaN, and so are the maps of a layer that is stored pooled: it has
+everything else.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ from __future__ import annotations
 import functools
 import math
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline import stage
+from pipeline import earlier, stage
 from pipeline.cluster import check_memory, client, device, run_tasks
 from pipeline.config import AnyDataset, Network, Segmenter
 from pipeline.errors import MicrotomeError
@@ -51,7 +52,7 @@ def settings(spec: Network, dataset: AnyDataset, limit: int | None) -> dict[str,
         "numerics": spec.numerics.model_dump(),
         "split": dataset.dissect.split,
         "images": limit,
-    }
+    } | ({} if spec.store == "full" else {"store": spec.store})
 
 
 @dataclass(frozen=True)
@@ -70,12 +71,13 @@ class Model:
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer as tasks name it: where its store is and how its output becomes maps."""
+    """A layer as tasks name it: where its store is, how its output becomes maps, and whether these are kept."""
 
     id: str
     store: Path
     info: LayerInfo
     scale: float
+    pooled: bool = False
 
     @property
     def name(self) -> str:
@@ -101,10 +103,11 @@ def run(plan: Plan, step: Step) -> None:
     from pipeline.store import Ledger, metadata_files
 
     assert step.dataset is not None and step.network is not None
-    began = stage.begin(plan, step)
     images = Images.of(plan, step)
-    shards = images.shards(step.settings["split"], step.settings["images"])
     model = model_of(plan, step)
+    earlier.keep(plan, step, images, model.sha256)
+    began = stage.begin(plan, step)
+    shards = images.shards(step.settings["split"], step.settings["images"])
     folder = plan.results / step.dataset
     logits = folder / step.network / "logits.zarr"
     with (
@@ -113,7 +116,8 @@ def run(plan: Plan, step: Step) -> None:
     ):
         (prepared,) = run_tasks(workers, prepare, [(model, images.size, VERSION)], 1, f"{step.name}: layers")
         layers = [
-            Layer(id, folder / "layers" / id / "activations.zarr", info, scale) for id, info, scale in prepared.layers
+            Layer(id, folder / "layers" / id / "activations.zarr", info, scale, model.spec.pools(info.name))
+            for id, info, scale in prepared.layers
         ]
         stage.refers_to(plan, step, [layer.store.parent for layer in layers])
         layers = [open_layer(layer, images) for layer in layers]
@@ -124,15 +128,15 @@ def run(plan: Plan, step: Step) -> None:
         logits_ledger = Ledger(logits.with_suffix(".ledger"))
         made: set[int] = set()
         while True:
-            # Two names of one output, a block and its last part say, have one id and one store.
-            distinct = {layer.id: layer for layer in layers}
+            # Two names of one output, a block and its last part say, have one id and one store: full if one asks.
+            distinct = {layer.id: layer for layer in sorted(layers, key=lambda layer: not layer.pooled)}
             ledgers = {id: Ledger(layer.store.with_suffix(".ledger")) for id, layer in distinct.items()}
             tasks = []
             for shard in shards:
                 missing = [
                     layer
                     for id, layer in distinct.items()
-                    if not ledgers[id].get(str(shard), shard_id(images, shard, layer), layer.store)
+                    if not holds(ledgers[id], shard, shard_id(images, shard, layer), layer.store, layer.pooled)
                 ]
                 for layer in missing:
                     if str(shard) in ledgers[layer.id].entries:  # its files are about to become others
@@ -146,7 +150,7 @@ def run(plan: Plan, step: Step) -> None:
                         (model, images.store, images.files_of(shard), shard, images.range(shard), missing, head)
                     )
             if tasks:
-                need = memory_need(distinct.values(), prepared, model.spec, images)
+                need = memory_need(distinct.values(), prepared, model.spec, images.shard_images, images.size)
                 check_memory(plan.config.cluster, need, step.name, REMEDY)
             overflow: dict[str, float] = {}
             try:
@@ -154,7 +158,9 @@ def run(plan: Plan, step: Step) -> None:
                     made.add(done.shard)
                     for id, layer in distinct.items():
                         if id in done.files:
-                            ledgers[id].record(str(done.shard), shard_id(images, done.shard, layer), done.files[id])
+                            made_from = shard_id(images, done.shard, layer)
+                            facts = {"pooled": True} if layer.pooled else {}
+                            ledgers[id].record(str(done.shard), made_from, done.files[id], **facts)
                     for id, value in done.overflow.items():
                         overflow[id] = max(overflow.get(id, 0.0), value)
                     if "" in done.files:
@@ -201,25 +207,31 @@ def pending(plan: Plan, step: Step) -> tuple[int, int]:
     model = model_of(plan, step)
     shards = images.shards(step.settings["split"], step.settings["images"])
     before = latest((plan.results / step.manifest).parent, step.stage)
-    if before is None or not _same_layers(before, step, model):
+    if before is None or not same_layers(plan, before, step):
         return len(shards), len(shards)
     known = []
     for layer in before.result["layers"]:
         store = plan.results / step.dataset / "layers" / layer["id"] / "activations.zarr"
-        known.append((layer["scale"], store, Ledger(store.with_suffix(".ledger"))))
+        pooled = model.spec.pools(layer["name"])
+        known.append((layer["scale"], pooled, store, Ledger(store.with_suffix(".ledger"))))
     missing = [
         shard
         for shard in shards
         if not all(
-            ledger.get(str(shard), digest([images.contents[shard], scale]), store) for scale, store, ledger in known
+            holds(ledger, shard, digest([images.contents[shard], scale]), store, pooled)
+            for scale, pooled, store, ledger in known
         )
     ]
     return len(missing), len(shards)
 
 
-def _same_layers(before: Manifest, step: Step, model: Model) -> bool:
-    """Whether an earlier extraction had the layers that this one will have."""
+def same_layers(plan: Plan, before: Manifest, step: Step) -> bool:
+    """Whether an earlier extraction had the layers that this one will have; the network may not be made yet."""
     decisive = ("version", "layers", "special_tokens", "preprocessing", "numerics")
+    try:
+        model = model_of(plan, step)
+    except FileNotFoundError:
+        return False
     return model.sha256 in before.parents.values() and all(
         before.settings.get(key) == step.settings[key] for key in decisive
     )
@@ -257,6 +269,12 @@ def shard_id(images: Images, shard: int, layer: Layer) -> str:
 def logits_id(images: Images, shard: int, model: Model, prepared: Prepared) -> str:
     """What a shard of the logits was made from: they have a plain name, so all of it."""
     return digest([images.contents[shard], model.sha256, model.spec.preprocessing.model_dump(), prepared.numerics])
+
+
+def holds(ledger: Ledger, shard: int, id: str, store: Path, pooled: bool) -> bool:
+    """Whether a shard of a layer is there as it is wanted; a full one serves where a pooled one is wanted."""
+    entry = ledger.get(str(shard), id, store)
+    return entry is not None and (pooled or not entry.get("pooled", False))
 
 
 def open_layer(layer: Layer, images: Images) -> Layer:
@@ -308,8 +326,11 @@ def finish_layer(
     from pipeline.store import metadata_files
 
     files = ledger.files(map(str, shards))
+    wish = ["pooled"] if layer.pooled else []
+    if layer.pooled:
+        files = {name: value for name, value in files.items() if not name.startswith("activation/")}
     output = digest({"layer": layer.id, "files": files})
-    id = digest([layer.id, images.count, {shard: shard_id(images, shard, layer) for shard in shards}])
+    id = digest([layer.id, images.count, {shard: shard_id(images, shard, layer) for shard in shards}, *wish])
     path = layer.store.parent / "done" / f"activations.{id}.json"
     Manifest(
         stage="activations",
@@ -326,7 +347,7 @@ def finish_layer(
         "scale": layer.scale,
         "manifest": path.relative_to(plan.results).as_posix(),
         "digest": output,
-    }
+    } | ({"store": "pooled"} if layer.pooled else {})
 
 
 @dataclass(frozen=True)
@@ -349,12 +370,13 @@ def prepare(model: Model, size: tuple[int, int], version: int) -> Prepared:
     import torch
 
     from pipeline.layer_id import layer_ids
-    from pipeline.layers import Recorder, classes_of, largest_output, resolve
+    from pipeline.layers import Recorder, choose, classes_of, survey
 
     spec = model.spec
     shape = (spec.preprocessing.channels, *size)
     as_loaded = _loaded(model)
-    infos = resolve(as_loaded, spec.layers, shape, spec.special_tokens, model.name)
+    surveyed = survey(as_loaded, shape, spec.special_tokens)
+    infos = choose(as_loaded, surveyed, spec.layers, model.name)
     numerics = spec.numerics.model_dump() | platform_numerics(version)
     preprocessing = spec.preprocessing.model_dump() | {"size": list(size)}
     ids = layer_ids(as_loaded, infos, preprocessing, numerics, shape)
@@ -365,19 +387,21 @@ def prepare(model: Model, size: tuple[int, int], version: int) -> Prepared:
         (ids[info.name], info, scale_for(float(outputs[info.name].abs().amax()), headroom=True)) for info in infos
     ]
     parameters = sum(parameter.numel() for parameter in as_loaded.parameters())
-    return Prepared(layers, classes_of(as_loaded, logits), numerics, parameters, largest_output(as_loaded, shape))
+    return Prepared(layers, classes_of(as_loaded, logits), numerics, parameters, surveyed.largest)
 
 
-def memory_need(layers: Iterable[Layer], prepared: Prepared, spec: Network, images: Images) -> int:
-    """Bytes of a task: the weights as loaded and as used, a forward, and the outputs of a shard.
+def memory_need(layers: Iterable[Layer], prepared: Prepared, spec: Network, images: int, size: tuple[int, int]) -> int:
+    """Bytes of a task on `images` of a size: the weights as loaded and as used, a forward, and what is kept.
 
-    In a forward without gradients an operation's input, output and workspace live; outputs are recorded in float32 and
-    each is joined and halved when it is written.
+    In a forward without gradients an operation's input, output and workspace live, and an output is divided and halved
+    there. What is kept of outputs is float16, and copied and compressed when it is written.
     """
-    values = [math.prod(layer.info.shape) + layer.info.special * layer.info.shape[0] for layer in layers]
-    pixels = 3 * images.size[0] * images.size[1]
-    forward = 4 * spec.numerics.micro_batch * (pixels + 3 * prepared.largest)
-    outputs = images.shard_images * (pixels + 4 * sum(values) + 10 * max(values, default=0))
+    layers = list(layers)
+    maps = [0 if layer.pooled else math.prod(layer.info.shape) for layer in layers]
+    beside = sum(layer.info.shape[0] * (2 * layer.info.special + 8) for layer in layers)
+    pixels = 3 * size[0] * size[1]
+    forward = 4 * spec.numerics.micro_batch * (pixels + 4 * prepared.largest)
+    outputs = images * (pixels + beside + 2 * sum(maps) + 4 * max(maps, default=0))
     return 3 * 4 * prepared.parameters + forward + outputs
 
 
@@ -468,65 +492,132 @@ def extract_shard(
     """
     import torch
 
-    from pipeline.layers import to_maps
     from pipeline.store import Reader, write
 
     start, stop = bounds
     pixels = torch.from_numpy(Reader(images, files)["image"][start:stop])
-    head, outputs = forward_in_batches(model, pixels, [layer.name for layer in layers])
+    kept = {layer.name: Kept.empty(layer, len(pixels)) for layer in layers}
+    head = forward_in_batches(model, pixels, list(kept), lambda name, at, output: kept[name].take(at, output))
     done = Shard(shard)
     for layer in layers:
-        output = outputs.pop(layer.name)
-        refuse_non_finite(output, layer.name, start)
-        largest = float(output.abs().amax())
+        one = kept.pop(layer.name)
+        refuse_non_finite(one.largest, layer.name, start)
+        largest = float(one.largest.amax())
         if largest > HALF_MAX * layer.scale:
             done.overflow[layer.id] = largest
             continue
-        maps, special = to_maps(output, layer.info)
-        half = (maps / layer.scale).half()
-        values = {
-            "activation": ((start, 0, 0, 0), half.contiguous().cpu().numpy()),
-            "maximum": ((start, 0), maps.amax((2, 3)).cpu().numpy()),
-            "mean": ((start, 0), maps.mean((2, 3)).cpu().numpy()),
-        }
-        if special is not None:
-            values["special"] = ((start, 0, 0), (special / layer.scale).half().contiguous().cpu().numpy())
-        done.files[layer.id] = write(layer.store, values)
+        done.files[layer.id] = write(layer.store, one.values(start))
+        if layer.pooled:
+            # Maps of other images, which the ledger no longer knows.
+            (layer.store / "activation" / "c" / str(shard) / "0" / "0" / "0").unlink(missing_ok=True)
     if logits is not None:
+        assert head is not None
         refuse_non_finite(head, "logits", start)
         done.files[""] = write(logits, {"logits": ((start, 0), head.numpy())})
     return done
 
 
 def forward_in_batches(
-    model: Model, pixels: torch.Tensor, names: Sequence[str]
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The logits (image, class) and the outputs of layers for the images of one shard.
+    model: Model, pixels: torch.Tensor, names: Sequence[str], take: Callable[[str, int, torch.Tensor], None]
+) -> torch.Tensor | None:
+    """The images of one shard through the network; the logits (image, class), None of a network without a head.
 
-    In micro-batches of the network's size, the last one padded with black images.
+    In micro-batches of the network's size, the last one padded with black images. `take(name, at, output)` gets the
+    output of each layer named, as soon as it is ready, for the images of the shard from `at` on: the next operation may
+    overwrite it.
     """
     import torch
 
     from pipeline.layers import Recorder
 
     network, size = network_of(model), model.spec.numerics.micro_batch
-    outputs: dict[str, list[torch.Tensor]] = {name: [] for name in names}
     heads = []
     for at in range(0, len(pixels), size):
         batch = pixels[at : at + size]
         count = len(batch)
         if count < size:
             batch = torch.cat([batch, batch.new_zeros((size - count, *batch.shape[1:]))])
-        with Recorder(network, outputs) as record:
-            head, recorded = record(normalise(batch, model.spec))
-        assert head is not None
-        heads.append(head[:count].float().cpu())
-        for name, output in recorded.items():
-            outputs[name].append(output[:count])
-    return torch.cat(heads), {name: torch.cat(outputs.pop(name)) for name in list(outputs)}
+
+        def taken(name: str, output: torch.Tensor, at: int = at, count: int = count) -> None:
+            take(name, at, output[:count])
+
+        with Recorder(network, names, take=taken) as record:
+            head, _ = record(normalise(batch, model.spec))
+        if head is not None and head.ndim == 2:
+            heads.append(head[:count].float().cpu())
+    return torch.cat(heads) if heads else None
+
+
+@dataclass
+class Kept:
+    """What a shard keeps of a layer, taken from its output as soon as that is ready: a forward holds no outputs.
+
+    `maps` (image, unit, y, x) and `special` (image, token, unit) are float16, divided by the layer's scale; None where
+    there are none to keep. `maximum`, `mean` (image, unit) and `largest` (image), the largest absolute value, are
+    float32 and not divided.
+    """
+
+    layer: Layer
+    maps: torch.Tensor | None
+    special: torch.Tensor | None
+    maximum: torch.Tensor
+    mean: torch.Tensor
+    largest: torch.Tensor
+
+    @classmethod
+    def empty(cls, layer: Layer, count: int) -> Kept:
+        import torch
+
+        units, height, width = layer.info.shape
+        special = layer.info.special
+        return cls(
+            layer,
+            None if layer.pooled else torch.empty((count, units, height, width), dtype=torch.float16),
+            torch.empty((count, special, units), dtype=torch.float16) if special else None,
+            torch.empty((count, units)),
+            torch.empty((count, units)),
+            torch.empty(count),
+        )
+
+    def take(self, at: int, output: torch.Tensor) -> None:
+        """The output for the images of the shard from `at` on."""
+        import torch
+
+        from pipeline.layers import to_maps
+
+        maps, special = to_maps(output.float(), self.layer.info)
+        part = slice(at, at + len(output))
+        maximum = maps.amax((2, 3))
+        self.maximum[part] = maximum
+        self.mean[part] = maps.mean((2, 3))
+        # NaN and infinity come through: `isfinite` on every value takes longer than all the rest.
+        largest = torch.maximum(maximum, -maps.amin((2, 3))).amax(1)
+        if self.maps is not None:
+            self.maps[part] = self._half(maps)
+        if special is not None and self.special is not None:
+            largest = torch.maximum(largest, special.abs().amax((1, 2)))
+            self.special[part] = self._half(special)
+        self.largest[part] = largest
+
+    def _half(self, values: torch.Tensor) -> torch.Tensor:
+        # On the CPU torch changes the type fast and the order fast, and both at once slowly.
+        return (values if self.layer.scale == 1 else values / self.layer.scale).half()
+
+    def values(self, start: int) -> dict[str, tuple[tuple[int, ...], np.ndarray]]:
+        """The blocks to write, for a shard that begins with image `start`."""
+        found: dict[str, tuple[tuple[int, ...], np.ndarray]] = {
+            "maximum": ((start, 0), self.maximum.numpy()),
+            "mean": ((start, 0), self.mean.numpy()),
+        }
+        if self.maps is not None:
+            found["activation"] = ((start, 0, 0, 0), self.maps.numpy())
+        if self.special is not None:
+            found["special"] = ((start, 0, 0), self.special.numpy())
+        return found
 
 
 def refuse_non_finite(output: torch.Tensor, layer: str, start: int) -> None:
-    good = output.flatten(1).isfinite().all(1)
+    """Raise for the first image of `output` (image, ...) that is not finite; the shard begins with image `start`."""
+    good = output.isfinite().reshape(len(output), -1).all(1)
     if not bool(good.all()):
         raise NonFiniteError(layer, start + int((~good).nonzero()[0]))

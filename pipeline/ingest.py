@@ -91,8 +91,7 @@ def run(plan: Plan, step: Step) -> None:
             yield (dataset, store, shard, part.start, items, known, size)
 
     if missing:
-        need = 2 * 3 * per_shard * size[0] * size[1] + datasets.memory_need(dataset)
-        check_memory(plan.config.cluster, need, step.name, REMEDY)
+        check_memory(plan.config.cluster, memory_need(dataset, size), step.name, REMEDY)
     with client(plan.config.cluster, plan.scratch) as workers:
         for done in run_tasks(workers, ingest_shard, tasks(), len(missing), step.name, REMEDY):
             ledger.record(str(done.shard), ids[done.shard], done.files, content=done.content, refused=done.refused)
@@ -134,6 +133,11 @@ def run(plan: Plan, step: Step) -> None:
     files = stage.within("images.zarr", files | metadata_files(store))
     files["quarantine.csv"] = (len(quarantine), crc32c(quarantine))
     stage.finish(plan, step, began, output, files, result, made=(len(missing), len(ids)))
+
+
+def memory_need(dataset: AnyDataset, size: tuple[int, int]) -> int:
+    """Bytes of a task: the pixels of a shard, as read and compressed, and what reading takes."""
+    return 2 * 3 * dataset.shard_images * size[0] * size[1] + datasets.memory_need(dataset)
 
 
 def pending(plan: Plan, step: Step) -> tuple[int, int]:

@@ -27,6 +27,7 @@ from pipeline.layer_info import LayerInfo
 from pipeline.layers import Survey, choose, in_proportion, survey
 from pipeline.networks import Described, NetworkSpec, build, load_weights
 from pipeline.places import check_places
+from pipeline.probe import Probe, measure
 from pipeline.tail import Tail
 from pipeline.traced import UntraceableError, trace
 
@@ -42,6 +43,7 @@ class Inspection:
     layers : the wanted ones, in execution order.
     activation_bytes : per layer, of its float16 activations for all images, before compression.
     parameters : number of trainable values.
+    largest : values of the largest output of any module, for one image.
     ablation : per layer whose units are to be removed, the floating-point operations of one pair of a unit and an
         image; None where the network cannot be cut there and all of it runs.
     output : shape of the network's output for one image; (classes,) for a classifier.
@@ -52,6 +54,7 @@ class Inspection:
     layers: list[LayerInfo]
     activation_bytes: dict[str, int]
     parameters: int
+    largest: int
     output: tuple[int, ...]
     classes: int | None
     ablation: dict[str, float | None] = field(default_factory=dict)
@@ -131,6 +134,7 @@ def inspect(
         layers=chosen,
         activation_bytes={layer.name: _bytes(layer, images) for layer in chosen},
         parameters=sum(parameter.numel() for parameter in built.parameters()),
+        largest=surveyed.largest,
         output=surveyed.output,
         classes=surveyed.classes,
         ablation=_ablation(built, chosen, surveyed.output, input_shape, ablate) if ablate else {},
@@ -164,7 +168,7 @@ def _ablation(
 
 
 def answer(requests: Sequence[Any]) -> list[dict[str, Any]]:
-    """Each request (the json form of a `Request` or `SegmenterRequest`) with its `result` or the `error` to show."""
+    """Each request (a `Request`, `SegmenterRequest` or `Probe` as json) with its `result` or the `error` to show."""
     answers: list[dict[str, Any]] = []
     for each in requests:
         try:
@@ -182,6 +186,8 @@ def _result(each: Any) -> dict[str, Any]:
         wanted = SegmenterRequest.model_validate(each)
         found = segmenters.inspect(wanted.segmenter, wanted.size)
         return {"concepts": {name: channels.concepts for name, channels in found.items()}}
+    if isinstance(each, dict) and "micro_batch" in each:
+        return measure(Probe.model_validate(each))
     request = Request.model_validate(each)
     return inspect(**{name: getattr(request, name) for name in Request.model_fields}).json()
 

@@ -124,7 +124,8 @@ def read_class_list(path: Path | str, void: Iterable[int] = (), category: str | 
         raise MicrotomeError(f"cannot read the class list {path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise MicrotomeError(f"the class list {path} is not text in UTF-8: {error}") from error
-    rows = _rows_of_csv(path, text) if path.suffix.lower() == ".csv" else _rows_of_lines(path, text)
+    is_csv = path.suffix.lower() == ".csv"
+    rows = _rows_of_csv(path, text, category is not None) if is_csv else _rows_of_lines(path, text)
     names: dict[int, str] = {}
     for row in rows:
         if not re.fullmatch("[0-9]{1,9}", row.index) or int(row.index) > LARGEST or not row.name:
@@ -206,8 +207,8 @@ def _halves(line: str) -> tuple[str, str]:
     return index, name[0] if name else ""
 
 
-def _rows_of_csv(path: Path, text: str) -> list[Row]:
-    """Return the classes of a CSV."""
+def _rows_of_csv(path: Path, text: str, by_category: bool) -> list[Row]:
+    """Return the classes of a CSV; `by_category`, with their categories where it has that column."""
     try:
         reader = csv.reader(text.splitlines(keepends=True), strict=True)
         header = [name.strip().lower() for name in next(reader, [])]
@@ -222,7 +223,8 @@ def _rows_of_csv(path: Path, text: str) -> list[Row]:
         if len(cells) != len(header):
             raise MicrotomeError(f"line {line} of {path} has {len(cells)} fields, its header {len(header)}")
     names = [cells[header.index("name")].strip() for _, cells in rows]
-    categories = [cells[header.index("category")].strip() if "category" in header else "" for _, cells in rows]
+    of = header.index("category") if by_category and "category" in header else None
+    categories = ["" if of is None else cells[of].strip() for _, cells in rows]
     short = [name.partition(";")[0].strip() or name for name in names]
     taken = Counter(zip(short, categories, strict=True))
     return [

@@ -7,7 +7,6 @@ transformer laid back onto the image. Layers are named by module names and liste
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,7 +18,7 @@ import torch
 from torch import nn
 
 from pipeline.errors import MicrotomeError, nearest
-from pipeline.layer_info import LayerInfo, Layout
+from pipeline.layer_info import LayerInfo, Layout, fits
 
 # Class, distillation and register tokens of published transformers are at most a dozen. A larger rest means that the
 # grid was guessed wrong.
@@ -34,7 +33,8 @@ class Survey:
     """What one forward shows: the layers in execution order, why other modules are none, and the network's output.
 
     `image` is the (height, width) that it was run on, `output` the shape of the network's own output without the batch,
-    `classes` as in `classes_of`.
+    `classes` as in `classes_of`, and `largest` how many values the largest output of any module has for one image: what
+    the memory of a forward goes by.
     """
 
     layers: list[LayerInfo] = field(default_factory=list)
@@ -42,6 +42,7 @@ class Survey:
     image: tuple[int, int] = (0, 0)
     output: tuple[int, ...] = ()
     classes: int | None = None
+    largest: int = 0
 
 
 def resolve(
@@ -83,6 +84,7 @@ def survey(network: nn.Module, input_shape: tuple[int, int, int], special: int |
     device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
     images = torch.zeros((2, *input_shape), device=device)
     calls: Counter[str] = Counter()
+    largest = 0
     outputs: list[tuple[str, nn.Module, object]] = []
 
     def note(name: str) -> Any:
@@ -90,9 +92,12 @@ def survey(network: nn.Module, input_shape: tuple[int, int, int], special: int |
             # The one convolution whose channels torch does not compare on the meta device: generators begin with it.
             if isinstance(module, nn.ConvTranspose2d) and inputs[0].shape[1] != module.in_channels:
                 raise MicrotomeError(f"{name} gets {inputs[0].shape[1]} channels, expected {module.in_channels}")
+            nonlocal largest
+            tensor = first_tensor(output)
+            largest = max(largest, tensor.numel() // 2 if tensor is not None else 0)
             calls[name] += 1
             if calls[name] == 1:
-                outputs.append((name, module, _sketch(first_tensor(output))))
+                outputs.append((name, module, _sketch(tensor)))
 
         return hook
 
@@ -107,6 +112,7 @@ def survey(network: nn.Module, input_shape: tuple[int, int, int], special: int |
 
     shape = tuple(logits.shape[1:]) if logits is not None else ()
     found = Survey(image=(input_shape[1], input_shape[2]), output=shape, classes=classes_of(network, logits))
+    found.largest = max(largest, math.prod(shape))
     reader = _Reader(found.image, special)
     for name, module, output in outputs:
         read = reader.read(name, module, output)
@@ -120,26 +126,6 @@ def survey(network: nn.Module, input_shape: tuple[int, int, int], special: int |
         if name not in calls:
             found.refused[name] = "is never called in the forward, so its output cannot be read"
     return found
-
-
-def largest_output(network: nn.Module, input_shape: tuple[int, int, int]) -> int:
-    """How many values the largest output of any module has for one image: what the memory of a forward goes by."""
-    largest = 0
-
-    def note(_: nn.Module, __: object, output: object) -> None:
-        nonlocal largest
-        tensor = first_tensor(output)
-        largest = max(largest, tensor.numel() if tensor is not None else 0)
-
-    device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
-    hooks = [module.register_forward_hook(note) for module in network.modules()]
-    try:
-        with torch.no_grad(), one_attention_path():
-            network(torch.zeros((1, *input_shape), device=device))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return largest
 
 
 def choose(network: nn.Module, surveyed: Survey, wanted: str | Sequence[str], name: str) -> list[LayerInfo]:
@@ -158,6 +144,7 @@ class Recorder:
     """Records the outputs of layers in one forward, as float32 copies made when each output is ready.
 
     The copy is needed: a later in-place operation (`ReLU(inplace=True)`, `out += identity`) overwrites the output.
+    `take(name, output)` is called in place of the copy, and has to use the output at once; what it returns is recorded.
 
     >>> with Recorder(network, ["layer1", "layer2"]) as record:
     ...     logits, outputs = record(images)
@@ -165,15 +152,22 @@ class Recorder:
     `stop_early=True` ends the forward with the last layer's output and gives no logits.
     """
 
-    def __init__(self, network: nn.Module, names: Iterable[str], stop_early: bool = False) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        names: Iterable[str],
+        stop_early: bool = False,
+        take: Callable[[str, torch.Tensor], Any] | None = None,
+    ) -> None:
         self.network = network
         self.names = list(names)
         self.stop_early = stop_early
-        self.outputs: dict[str, torch.Tensor] = {}
+        self.take = take or (lambda _, output: output.to(torch.float32, copy=True))
+        self.outputs: dict[str, Any] = {}
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._paths = contextlib.ExitStack()
 
-    def __call__(self, images: torch.Tensor) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
+    def __call__(self, images: torch.Tensor) -> tuple[torch.Tensor | None, dict[str, Any]]:
         """The network's output (None after an early stop) and the layers' outputs as they are, for `to_maps`."""
         if not self._hooks and self.names:
             raise RuntimeError("a Recorder records inside its `with` block only")
@@ -208,7 +202,7 @@ class Recorder:
                 raise MicrotomeError(f"layer {name!r} gives {type(output).__name__}, expected a tensor")
             if name in self.outputs:
                 raise MicrotomeError(f"layer {name!r} is called more than once in one forward, expected one call")
-            self.outputs[name] = tensor.detach().to(torch.float32, copy=True)
+            self.outputs[name] = self.take(name, tensor.detach())
             if self.stop_early and len(self.outputs) == len(self.names):
                 raise _Done
 
@@ -288,14 +282,7 @@ def _matches(entry: str, known: Mapping[str, LayerInfo], refused: Mapping[str, s
     if not any(sign in entry for sign in "*?["):
         known_ones = nearest(entry, known) or f"; it has {_some(known)}"
         raise MicrotomeError(f"layer {entry!r} is not in {network}{known_ones}")
-    parts = entry.split(".")
-    found = [
-        name
-        for name, layer in known.items()
-        if layer.spatial
-        and len(names := name.split(".")) == len(parts)
-        and all(fnmatch.fnmatchcase(*pair) for pair in zip(names, parts, strict=True))
-    ]
+    found = [name for name, layer in known.items() if layer.spatial and fits(name, entry)]
     if not found:
         raise MicrotomeError(
             f"pattern {entry!r} matches no layer with more than one position of {network}; it has {_some(known)} "

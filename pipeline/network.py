@@ -22,7 +22,7 @@ from pipeline.errors import MicrotomeError
 from pipeline.identity import FileDigests, crc32c, digest
 from pipeline.manifest import write_atomically
 from pipeline.networks import NetworkSpec, published_file
-from pipeline.published import weight_files
+from pipeline.published import installed, weight_files
 
 if TYPE_CHECKING:
     import numpy as np
@@ -138,7 +138,7 @@ def make(spec: Network, folder: Path, training: dict[str, Any] | None) -> dict[s
     }
     described = {
         "architecture": spec.module or spec.architecture,
-        "library": spec.library,
+        "library": f"{spec.library} {installed(spec.library)}" if spec.library else None,
         "arguments": spec.arguments,
         "weights": spec.weights if spec.weights_file is None else spec.weights_file.name,
         "seed": spec.seed,

@@ -185,6 +185,8 @@ def load_weights(
 
 def published_file(spec: NetworkSpec) -> Path:
     """Where the published weights are: the file, or for transformers the folder."""
+    if spec.local is None and spec.transformers is not None and Path(spec.transformers).is_dir():
+        return Path(spec.transformers)
     if spec.local is None:
         raise MicrotomeError(f"{spec.architecture}: published weights were not looked up: give their file as `local`")
     return Path(spec.local)

@@ -8,25 +8,26 @@ was found is kept by that id.
 from __future__ import annotations
 
 import json
-import math
 import os
+import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline import published
 from pipeline.config import UNTRAINED
-from pipeline.errors import MicrotomeError
+from pipeline.errors import MicrotomeError, nearest
 from pipeline.identity import digest
+from pipeline.layer_info import fits
 from pipeline.manifest import write_atomically
 from pipeline.networks import NetworkSpec
 from pipeline.plan import Plan, Step
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,21 @@ class Question:
     request: dict[str, Any]
 
 
-def check(plan: Plan) -> None:
-    """Inspect what has not been inspected yet; raise `MicrotomeError` that says everything that is wrong."""
-    unknown = [question for question in questions(plan) if not question.kept.exists()]
-    if not unknown:
-        return
+def check(plan: Plan, probe: bool = False) -> None:
+    """Inspect what has not been inspected yet; raise `MicrotomeError` that says everything that is wrong.
+
+    With `probe` the speed of networks is measured too, where it is not known.
+    """
+    asked = [*questions(plan), *(_probes(plan) if probe else [])]
+    unknown = list({question.kept: question for question in asked if not question.kept.exists()}.values())
+    if unknown:
+        _ask(plan, unknown)
+    errors = [said for step in _steps(plan) for said in _stores(plan, step)]
+    if errors:
+        raise MicrotomeError("\n  ".join(errors))
+
+
+def _ask(plan: Plan, unknown: list[Question]) -> None:
     print(f"inspecting {', '.join(question.name for question in unknown)}", file=sys.stderr)
     with tempfile.TemporaryDirectory() as folder:
         asked, answered = Path(folder, "requests.json"), Path(folder, "answers.json")
@@ -70,6 +81,58 @@ def check(plan: Plan) -> None:
             print(f"{step.network} on {step.dataset}: {said}", file=sys.stderr)
 
 
+def _stores(plan: Plan, step: Step) -> Iterator[str]:
+    """What is wrong with the key `store` of a network, whose layers are known now."""
+    assert step.network is not None
+    network = plan.networks[step.network]
+    names = [layer["name"] for layer in found(plan, step)["layers"]]
+    who = f"network {step.network!r} on {step.dataset!r}"
+    entries = {} if isinstance(network.store, str) else network.store
+    for entry in entries:
+        if not any(fits(name, entry) for name in names):
+            yield f"{who}, store: {entry!r} is none of its layers{nearest(entry, names, 5)}"
+    for name in names:
+        wishes = {entry: kept for entry, kept in entries.items() if fits(name, entry)}
+        if len(set(wishes.values())) > 1:
+            yield f"{who}, store: layer {name!r} fits {' and '.join(map(repr, wishes))}, which differ"
+    if names and all(map(network.pools, names)):
+        yield f"{who}: every layer is stored pooled, which leaves none to dissect: keep the maps of one, `store: full`"
+
+
+def found(plan: Plan, step: Step) -> dict[str, Any]:
+    """What the inspection found of the network of a step, or of the trained one that it is the control of."""
+    network = (step.network or "").removesuffix(UNTRAINED)
+    extracted = plan.step("extract", step.dataset, network)
+    return json.loads(_kept(plan, extracted).read_text())
+
+
+def speed(plan: Plan, step: Step) -> dict[str, Any]:
+    """What the probe of a step's network said, empty where it was not asked."""
+    kept = _probe(plan, step).kept
+    return json.loads(kept.read_text()) if kept.exists() else {}
+
+
+def _probes(plan: Plan) -> list[Question]:
+    return [_probe(plan, step) for step in _steps(plan) if not (plan.results / step.manifest).exists()]
+
+
+def _probe(plan: Plan, step: Step) -> Question:
+    """The speed of a network does not depend on its weights, and its answer holds for this machine alone."""
+    assert step.network is not None
+    asked = _request(plan, step)
+    network = plan.networks[step.network]
+    random = network.model_copy(update={"weights": "random", "train": None, "prefix": None, "seed": 0})
+    request = {
+        "network": NetworkSpec.of(random).model_dump(),
+        "input_shape": asked["input_shape"],
+        "micro_batch": network.numerics.micro_batch,
+        "channels_last": network.numerics.channels_last,
+        "device": "cuda" if plan.config.cluster.kind == "gpu" else "cpu",
+    }
+    kept = plan.scratch / "probed" / f"{digest([VERSION, platform.node(), platform.machine(), request])}.json"
+    return Question(f"the speed of {step.network!r} on {step.dataset!r}", kept, request)
+
+
 def questions(plan: Plan) -> list[Question]:
     """What has to be inspected for a plan: networks, then segmenters, each with every data set that it sees."""
     networks = [
@@ -80,22 +143,17 @@ def questions(plan: Plan) -> list[Question]:
 
 
 def sizes(plan: Plan) -> list[str]:
-    """One line a network and data set: layers, parameters, and the bytes of its activations before compression."""
+    """Layers and parameters of each network on a data set, what removing units costs, what segmenters name."""
     lines = []
     for step in _steps(plan):
-        found = json.loads(_kept(plan, step).read_text())
-        count = len(found["layers"])
-        layers = [layer["name"] for layer in found["layers"]]
+        known = found(plan, step)
+        count = len(known["layers"])
+        layers = [layer["name"] for layer in known["layers"]]
         named = ", ".join(layers if count <= 4 else [*layers[:2], "...", layers[-1]])
-        values = sum(math.prod(layer["shape"]) for layer in found["layers"])
-        images = plan.steps[step.parents[0]].settings["images"]
-        lines.append(
-            f"{step.network} on {step.dataset}: {found['parameters']:,} parameters, {count} layers ({named}), "
-            f"at most {2 * values * images / 1e9:.3f} GB of activations for {images:,} images"
-        )
+        lines.append(f"{step.network} on {step.dataset}: {known['parameters']:,} parameters, {count} layers ({named})")
         ablated = _ablated(plan, step)
         if ablated is not None:
-            lines += [_ablation(ablated, found, layer, flops) for layer, flops in found["ablation"].items()]
+            lines += [_ablation(ablated, known, layer, flops) for layer, flops in known["ablation"].items()]
     for question in _segmenters(plan):
         concepts = json.loads(question.kept.read_text())["concepts"]
         named = ", ".join(f"{len(names)} of {category}" for category, names in concepts.items())

@@ -70,7 +70,7 @@ class Request(BaseModel):
 
 
 def resolve(config: Config, scratch: Path, digests: FileDigests) -> Config:
-    """The configuration with every network and segmenter of a library made explicit.
+    """The configuration with every network of a library, and every segmenter that a data set names, made explicit.
 
     Published weights get the path of their file as `local`, and the arguments that they ask of the builder; means and
     deviations that are not given become those that the library states.
@@ -81,7 +81,8 @@ def resolve(config: Config, scratch: Path, digests: FileDigests) -> Config:
         All that is wrong: a library that is not installed, an unknown name, a file that is not there, or another one.
     """
     sections: dict[str, Network | Segmenter] = {f"network {name!r}": one for name, one in config.networks.items()}
-    sections |= {f"segmenter {name!r}": one for name, one in config.segmenters.items()}
+    named = {source for dataset in config.datasets.values() for source in dataset.concepts}
+    sections |= {f"segmenter {name!r}": one for name, one in config.segmenters.items() if name in named}
     found, errors = look_up({name: NetworkSpec.of(one) for name, one in sections.items()}, scratch, digests)
     for name, (spec, published) in found.items():
         try:
@@ -93,7 +94,7 @@ def resolve(config: Config, scratch: Path, digests: FileDigests) -> Config:
     if errors:
         raise MicrotomeError("\n  ".join(f"{name}: {error}" for name, error in errors.items()))
     networks = {name: sections[f"network {name!r}"] for name in config.networks}
-    segmenters = {name: sections[f"segmenter {name!r}"] for name in config.segmenters}
+    segmenters = {name: sections.get(f"segmenter {name!r}", one) for name, one in config.segmenters.items()}
     return config.model_copy(update={"networks": networks, "segmenters": segmenters})
 
 

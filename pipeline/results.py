@@ -154,8 +154,11 @@ class Network(_Folder["Layer"]):
 
     @cached_property
     def logits(self) -> xr.Dataset:
-        """logits (image, class) float32; NaN where a shard was not extracted."""
-        return _open(self.path / "logits.zarr")
+        """logits (image, class) float32; NaN where a shard was not extracted. A network without a head has none."""
+        path = self.path / "logits.zarr"
+        if not path.is_dir() and (self.path / "layers.json").is_file():
+            raise MicrotomeError(f"{path} is not there: {self.path.name} has no head")
+        return _open(path)
 
     @cached_property
     def ablation(self) -> dict[str, xr.Dataset]:

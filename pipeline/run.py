@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from pipeline import cluster, config, plan, preflight, processes
+from pipeline import cluster, config, forecast, plan, preflight, processes
 from pipeline.errors import MicrotomeError, explained
 from pipeline.lock import RunLock
 from pipeline.manifest import Manifest
@@ -62,10 +62,14 @@ class Run:
         wanted = config.parse({key: value for key, value in raw.items() if key != "rescan"})
         self.plan = plan.make(wanted, bool(raw.get("rescan")), asked)
         self.lock = RunLock(self.plan.results)
-        preflight.check(self.plan)
+        preflight.check(self.plan, probe=dry)
+        costs = forecast.forecast(self.plan)
         if dry:
-            for line in (*preflight.sizes(self.plan), *plan.settle(self.plan, dry=True)):
+            said = (*preflight.sizes(self.plan), *forecast.lines(self.plan, costs))
+            for line in (*said, *plan.settle(self.plan, dry=True)):
                 print(line, file=sys.stderr)
+        forecast.check_disk(self.plan, costs)
+        if dry:
             return
         self.refused: MicrotomeError | None = None
         try:

@@ -34,6 +34,14 @@ def refers_to(plan: Plan, step: Step, folders: Iterable[Path]) -> None:
     write_atomically(_note(plan, step), json.dumps({"step": step.name, "folders": names}))
 
 
+def noted(plan: Plan, step: Step) -> list[str]:
+    """The folders, relative to the results, that a step had begun to fill when it was interrupted."""
+    try:
+        return json.loads(_note(plan, step).read_text())["folders"]
+    except (OSError, ValueError):
+        return []
+
+
 def _note(plan: Plan, step: Step) -> Path:
     return plan.scratch / UNFINISHED / f"{step.stage}.{digest([step.dataset, step.network])}.json"
 

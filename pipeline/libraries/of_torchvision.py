@@ -48,7 +48,7 @@ def describe(spec: NetworkSpec) -> Published:
     return Published(
         weights=str(weights),
         file=file,
-        hash_prefix=file.rpartition(".")[0].rpartition("-")[2],
+        hash_prefix=digest.group(1) if (digest := torch.hub.HASH_REGEX.search(file)) else None,
         arguments=_implied(spec, weights),
         mean=_three(getattr(preset, "mean", None)),
         std=_three(getattr(preset, "std", None)),

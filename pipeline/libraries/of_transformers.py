@@ -117,7 +117,8 @@ def _class(folder: Path, names: Any) -> Any:
         )
     (name,) = names
     kind: Any = getattr(transformers, name, None)
-    if not inspect.isclass(kind) or transformers.PreTrainedModel not in kind.__mro__:
+    known = inspect.isclass(kind) and issubclass(kind, transformers.PreTrainedModel)
+    if not known:
         raise MicrotomeError(
             f"{name!r} is no model of transformers {transformers.__version__}{nearest(name, dir(transformers))}; "
             f"code that comes with a checkpoint is never run"

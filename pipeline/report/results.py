@@ -92,6 +92,11 @@ def read_dissection(results: Path, dataset: str, network: str) -> Dissection:
     return Dissection(dataset, network, layers, units, model)
 
 
+def read_layer_names(file: Path) -> list[str]:
+    """Names of the layers in a `layers.json`, in execution order; their stores need not be there any more."""
+    return list(_read_json(file))
+
+
 def read_layers(dataset_folder: Path, file: Path) -> list[Layer]:
     """The layers of one network, in execution order, with the settings that its IoU was counted under."""
     layers = []

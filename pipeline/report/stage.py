@@ -28,6 +28,7 @@ def settings(wanted: Config) -> dict[str, Any]:
         "report": wanted.report.model_dump(),
         "figures": wanted.figures.model_dump(),
         "name": wanted.name,
+        "groups": {name: network.group for name, network in wanted.networks.items() if network.group},
         "code": hashlib.sha256(b"".join(path.read_bytes() for path in code)).hexdigest(),
     }
 

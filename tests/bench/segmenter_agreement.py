@@ -99,6 +99,9 @@ def train(name: str, path: Path, batch: int = 32) -> None:
         weight[head] = torch.tensor(own / (own * share).sum(), dtype=torch.float32)
     torch.manual_seed(0)
     network, random = network_of(name).train(), np.random.default_rng(0)
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 0.1  # MobileNet's 0.01 is for longer trainings: its averages would not arrive
     optimiser = torch.optim.AdamW(network.parameters(), lr=4e-3, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 4e-3, total_steps=steps, pct_start=0.1)
     began = time.process_time()

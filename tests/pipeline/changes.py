@@ -267,6 +267,10 @@ CHANGES = [
         "version of the extraction raised", "layers, and what reads them",
         lambda folder, raw: raw, lambda: version_raised("extract"),
     ),
+    Change(
+        "ablation of the CNN switched on", "the ablation",
+        lambda folder, raw: changed(raw, "networks", "cnn", "ablate", to={"rank": "validation", "sizes": [1, 4]}),
+    ),
     Change("text or code of the report", "the report", lambda folder, raw: raw, report_changed),
 ]  # fmt: skip
 

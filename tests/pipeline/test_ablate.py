@@ -15,7 +15,7 @@ from experiments import labelled_images, lines, run, scenes, segmentation, tiny
 
 import pipeline
 from kernels.ablation import KINDS, random_sets
-from pipeline import ablate, cluster, config, plan, preflight
+from pipeline import cluster, config, plan, preflight
 from pipeline.config import Cluster
 from pipeline.dissect import derangement
 from pipeline.errors import MicrotomeError
@@ -325,7 +325,7 @@ def labelled(folder, label, split, classes):
         "image,split\n" + "".join(f"{n}.png,{s}\n" for n, s in zip(names, split, strict=True))
     )
     raw = segmentation(folder, labels=str(folder / "labels.csv"), split={"csv": str(folder / "splits.csv")})
-    raw["networks"] = {"tiny": tiny(folder, arguments={"classes": classes}, ablate={"sizes": [1]})}
+    raw["networks"] = {"tiny": tiny(folder, arguments={"classes": classes}, seed=33, ablate={"sizes": [1]})}
     return raw
 
 
@@ -402,15 +402,9 @@ def test_no_step_for_data_sets_that_are_not_named(tmp_path):
     assert made.step("ablate", "more", "tiny").manifest in report.parents
 
 
-def test_a_shard_too_large_for_a_worker_is_refused():
-    class Small:
-        def scheduler_info(self, n_workers):
-            return {"workers": {"a": {"memory_limit": 1 << 30}, "b": {"memory_limit": 1000}}}
-
-    from pipeline.ablate_tasks import Prepared
-    from pipeline.layer_info import LayerInfo
-
-    info = LayerInfo("b", (6, 4, 4), "map", 0, "float32", "Sequential")
-    one = Prepared(info, 12, 6, 10, 8, False, 24.0, 10**6)
-    with pytest.raises(MicrotomeError, match=r"layer 'b': a task needs about 0.0 GB .*smaller `shard_images`"):
-        ablate.check_memory(Small(), [one])
+def test_too_little_memory_is_refused_before_any_task(tmp_path):
+    raw = experiment(tmp_path)
+    run(raw, *STAGES[:-1])
+    with pytest.raises(MicrotomeError, match=r"ablate scenes tiny: b needs about .* GB a worker.*lower `shard_images`"):
+        run(raw | {"cluster": {"memory": "600MB"}}, "ablate")
+    assert not (tmp_path / "results/scenes/tiny/ablation-predictions").exists()

@@ -43,7 +43,15 @@ def layers_of(made: plan.Plan, network: str) -> list[tuple[str, tuple[int, ...]]
 
 def test_the_papers_experiment(tmp_path, monkeypatch, in_process):
     miniatures.places365(tmp_path / "data/places365")
+    segmenter = tmp_path / "data/models/upernet-convnext-small"
+    segmenter.mkdir(parents=True)
+    (segmenter / "config.json").write_text("{}")
+    (segmenter / "model.safetensors").write_bytes(b"")
     made = planned("places365-vgg16", tmp_path, monkeypatch)
+    labels = made.step("concepts", "places365").settings
+    assert labels["sources"] == ["ade20k"] and list(labels["segmenters"]["ade20k"]["checkpoint"]) == [
+        "model.safetensors"
+    ]
     assert made.step("ingest", "places365").settings["size"] == [224, 224]
     how = made.step("dissect", "places365", "vgg16").settings["dissect"]
     assert (how["quantile"], how["positions"], how["border"]) == (0.01, "upsampled", "zeros")

@@ -8,12 +8,15 @@ import pytest
 import torch
 import zarr
 from experiments import SIZE, labelled_images, lines, run, scenes, segmentation, tiny, write_image
+from PIL import Image
 
-from pipeline import extract
+from pipeline import config, extract
 from pipeline.errors import MicrotomeError
 from pipeline.images import Images
 from pipeline.layers import Recorder
 from pipeline.networks import load
+from pipeline.plan import make
+from pipeline.upkeep import damage
 
 pytestmark = pytest.mark.usefixtures("workers")
 NAMES = [f"street/{k:02}" for k in range(10)]
@@ -64,6 +67,10 @@ def test_activations_are_those_of_torch(tmp_path):
         assert group["maximum"].dtype == group["mean"].dtype == np.float32
     written = zarr.open_group(plan.results / "photos/tiny/logits.zarr", mode="r", use_consolidated=False)["logits"]
     np.testing.assert_allclose(written[:], logits, rtol=1e-5, atol=1e-6)
+
+
+def plan_of(raw):
+    return make(config.parse(raw))
 
 
 def tasks_of(plan):
@@ -183,6 +190,86 @@ def test_a_control_of_fewer_images(tmp_path):
     assert sorted(forwards(plan, "a", "tiny-untrained")) == ["0", "1"]
     absent = store(plan, "a", "tiny-untrained")["activation"][8:]
     assert np.isnan(absent).all()
+
+
+def test_what_is_kept_equals_what_one_forward_of_the_shard_gives(tmp_path):
+    """Taken micro-batch by micro-batch, in the memory format of the network, and yet the same bits."""
+    raw = scenes(tmp_path)
+    raw["datasets"]["scenes"]["images"] = {"train": 0, "validation": 7}  # 4 + 3: the second batch is padded
+    plan = run(raw, *STAGES)
+    spec = plan.networks["tiny"]
+    pixels = zarr.open_group(plan.results / "scenes/images.zarr", mode="r", use_consolidated=False)["image"][:]
+    model = load(spec, plan.results / "networks/tiny/model.safetensors").to(memory_format=torch.channels_last)
+    batches = [pixels[:4], np.concatenate([pixels[4:], np.zeros_like(pixels[:1])])]
+    for layer in ("a", "b"):
+        outputs = []
+        for batch in batches:
+            with Recorder(model, [layer]) as record:
+                outputs.append(record(extract.normalise(torch.from_numpy(batch), spec))[1][layer])
+        whole, group = torch.cat(outputs)[:7], store(plan, layer)
+        np.testing.assert_array_equal(group["activation"][:], whole.half().numpy())
+        np.testing.assert_array_equal(group["maximum"][:], whole.amax((2, 3)).numpy())
+        np.testing.assert_array_equal(group["mean"][:], whole.mean((2, 3)).numpy())
+
+
+# Pooled ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_layer_without_its_maps_and_back(tmp_path):
+    labelled_images(tmp_path, NAMES)
+    raw = segmentation(tmp_path)
+    raw["networks"]["tiny"]["store"] = {"a": "pooled"}
+    every = (*STAGES, "concepts", "dissect")
+    plan = run(raw, *every)
+    maximum = store(plan, "a")["maximum"][:]
+    assert np.isfinite(maximum).all() and np.isnan(store(plan, "a")["activation"][:]).all()
+    assert np.isfinite(store(plan, "b")["activation"][:]).all()
+    pooled = described(plan)["a"]
+    assert pooled["store"] == "pooled" and "store" not in described(plan)["b"]
+    recorded = json.loads((plan.results / pooled["manifest"]).read_text())["manifest"]["files"]
+    assert "activations.zarr/maximum/c/0/0" in recorded and not any("activation/c" in name for name in recorded)
+    assert list(json.loads((plan.results / "photos/tiny/layers.json").read_text())) == ["b"]
+
+    raw["networks"]["tiny"]["store"] = "full"
+    plan = run(raw, *every)
+    assert described(plan)["a"]["id"] == pooled["id"]  # the same folder
+    assert sorted(forwards(plan, "a")[3:]) == ["0", "1", "2"] and len(forwards(plan, "b")) == 3
+    np.testing.assert_array_equal(store(plan, "a")["activation"][:].max((2, 3)), maximum.astype(np.float16))
+    np.testing.assert_array_equal(store(plan, "a")["maximum"][:], maximum)
+    assert list(json.loads((plan.results / "photos/tiny/layers.json").read_text())) == ["a", "b"]
+
+    raw["networks"]["tiny"]["store"] = {"a": "pooled"}
+    plan = run(raw, *every)
+    assert len(forwards(plan, "a")) == 6  # the full one serves
+    assert described(plan)["a"] == pooled
+    assert damage.verify(plan.results) == []
+
+
+def test_maps_of_other_images_do_not_stay_where_a_pooled_layer_is_made_again(tmp_path):
+    labelled_images(tmp_path, NAMES)
+    raw = segmentation(tmp_path)
+    run(raw, *STAGES)
+    labelled_images(tmp_path, NAMES[:1], seed=1)
+    raw["networks"]["tiny"]["store"] = {"a": "pooled"}
+    plan = run(raw, *STAGES)
+    (remade,) = forwards(plan, "a")[3:]
+    maps = store(plan, "a")["activation"]
+    own = slice(4 * int(remade), 4 * int(remade) + 4)
+    assert np.isnan(maps[own]).all() and np.isfinite(np.delete(maps[:], np.r_[own], axis=0)).all()
+    raw["networks"]["tiny"]["store"] = "full"
+    plan = run(raw, *STAGES)
+    assert forwards(plan, "a")[4:] == [remade]
+    np.testing.assert_allclose(store(plan, "a")["activation"][:], expected(plan, "a")[0], rtol=1e-3, atol=1e-6)
+
+
+def test_an_id_knows_of_the_key_only_where_it_is_set(tmp_path):
+    labelled_images(tmp_path, NAMES)
+    raw = segmentation(tmp_path)
+    plain = plan_of(raw).step("extract", "photos", "tiny")
+    raw["networks"]["tiny"]["store"] = "full"
+    assert plan_of(raw).step("extract", "photos", "tiny") == plain and "store" not in plain.settings
+    raw["networks"]["tiny"]["store"] = {"a": "pooled"}
+    assert plan_of(raw).step("extract", "photos", "tiny").id != plain.id
 
 
 # Numbers beyond float16 -----------------------------------------------------------------------------------------------
@@ -308,3 +395,52 @@ def test_a_bound_counts_images_and_not_shards():
     assert images.shards("validation", 2) == [0, 1]
     assert images.shards("validation", 9) == [0, 1]
     assert images.shards("validation", 99) == [0, 1, 2]
+
+
+def test_a_network_of_grey_images(tmp_path):
+    """It gets the luma of the pixels, and a coloured network of the same file gets the pixels."""
+    file = tmp_path / "grey.py"
+    file.write_text(
+        "from torch import nn\n"
+        "def one(): return nn.Sequential(nn.Conv2d(1, 3, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())\n"
+    )
+    grey = {"module": f"{file}:one", "weights": "random", "layers": ["0"], "datasets": ["scenes"]}
+    raw = scenes(tmp_path, networks={"grey": grey | {"preprocessing": {"mean": [0.25], "std": [0.5]}}})
+    made = run(raw, *STAGES)
+    scale, activation = stored(made, "grey", "0")
+    pixels = zarr.open(made.results / "scenes/images.zarr")["image"][:]
+    luma = np.stack([np.asarray(Image.fromarray(each.transpose(1, 2, 0)).convert("L")) for each in pixels])
+    network = load(made.networks["grey"], made.results / "networks/grey/model.safetensors")
+    with torch.no_grad():
+        expected = network[0](((torch.from_numpy(luma)[:, None] / 255) - 0.25) / 0.5).numpy()
+    extracted = np.isfinite(activation).all((1, 2, 3))
+    assert extracted.sum() > 8
+    np.testing.assert_allclose(activation[extracted] * scale, expected[extracted], atol=2e-3)
+
+
+def test_a_network_without_a_head_has_no_logits(tmp_path):
+    """Logits that a network of this name had before are gone."""
+    networks = {"tiny": tiny(tmp_path)}
+    made = run(scenes(tmp_path, networks=networks), *STAGES)
+    assert (made.results / "scenes/tiny/logits.zarr").exists()
+    file = tmp_path / "headless.py"
+    file.write_text("from torch import nn\ndef maps(): return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())\n")
+    headless = {"module": f"{file}:maps", "weights": "random", "layers": ["1"]}
+    made = run(scenes(tmp_path, networks={"tiny": headless}), *STAGES)
+    assert not (made.results / "scenes/tiny/logits.zarr").exists()
+    step = made.step("extract", "scenes", "tiny")
+    assert made.manifest(step).files == {}
+    assert stored(made, "tiny", "1")[1].shape[1] == 4
+    # And back: the head is computed again although nothing else is.
+    made = run(scenes(tmp_path, networks=networks), *STAGES)
+    logits = zarr.open(made.results / "scenes/tiny/logits.zarr")["logits"][:]
+    assert np.isfinite(logits).all(1).sum() >= 20
+
+
+def stored(made, network, layer):
+    """Scale and activations of a layer."""
+    (entry,) = [
+        e for e in made.manifest(made.step("extract", "scenes", network)).result["layers"] if e["name"] == layer
+    ]
+    store = zarr.open(made.results / "scenes/layers" / entry["id"] / "activations.zarr")
+    return store.attrs["scale"], store["activation"][:].astype(np.float32)

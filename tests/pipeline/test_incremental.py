@@ -71,6 +71,7 @@ def expected(name: str, work: Work) -> dict:
         "version of the extraction raised": {
             "forwards": dict.fromkeys(NETWORKS, SHARDS), "written": ALL, "counted": ALL,
         },
+        "ablation of the CNN switched on": {},
         "text or code of the report": {},
     }[name]  # fmt: skip
 
@@ -89,6 +90,9 @@ def test_what_a_change_costs(tmp_path, base, change: Change):
     match change.name:
         case "nothing" | "checkpoints touched, one copied to another name":
             assert work.steps == []
+        case "ablation of the CNN switched on":
+            assert work.steps == ["ablate scenes cnn", "report"]
+            assert work.shard_writes == 2 * SHARDS, "without units, and without sets of them"
         case "text or code of the report":
             assert work.steps == ["report"]
         case "one more source of concepts (colours of the pixels)":

@@ -91,6 +91,13 @@ def test_what_is_no_label_map_is_refused(tmp_path):
         ("a.txt", "\ufeff1 ciel bleu\n2 forêt\n", {1: "ciel bleu", 2: "forêt"}),
         ("a.csv", "Idx,Ratio,Name\n1,.5,wall\n2,.1,building;edifice\n", {1: "wall", 2: "building"}),
         ("a.csv", 'name,id\n"a, b",4\n\n', {4: "a, b"}),
+        ("a.csv", "id,name\n1,screen;door\n2,screen;film\n3,;\n", {1: "screen;door", 2: "screen;film", 3: ";"}),
+        ("a.csv", "id,name,category\n1,glass;pane,object\n2,glass,material\n", {1: "glass;pane", 2: "glass"}),
+        (
+            "a.txt",
+            "-- 13 person --\n1\thead\t\t\n2\tleft arm\n\n-- 9 bed --\n3\tleg\n",
+            {1: "person head", 2: "person left arm", 3: "bed leg"},
+        ),
     ],
 )
 def test_class_lists_in_every_form(tmp_path, name, text, expected):

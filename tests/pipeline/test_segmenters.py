@@ -18,7 +18,6 @@ from pipeline.config import Head, Segmenter
 from pipeline.errors import MicrotomeError
 from pipeline.identity import FileDigests, digest
 from pipeline.label_maps import read_class_list
-from pipeline.manifest import write_atomically
 from pipeline.networks import build, load
 from pipeline.segmenters import Model, channels, concepts, inspect, label_maps, scores, settings
 
@@ -323,6 +322,19 @@ def test_a_network_that_needs_values_is_inspected_all_the_same(tmp_path, parsing
     assert (found["object"].output, found["object"].number) == ("", (0, 1, 2, 3))
 
 
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Networks are inspected in this process, which has imported torch."""
+
+    def run(command, **_):
+        assert command[1:3] == ["-m", "pipeline.inspection"]
+        inspection.main(*command[3:])
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(preflight.subprocess, "run", run)
+
+
+@pytest.mark.usefixtures("in_this_process")
 def test_a_run_is_refused_before_any_work(tmp_path, parsing):
     labelled_images(tmp_path, NAMES[:2])
     raw = described(tmp_path, changed(parsing(), (*OBJECT, "output"), "objekt"))
@@ -331,12 +343,10 @@ def test_a_run_is_refused_before_any_work(tmp_path, parsing):
         preflight.check(wanted)
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_what_is_told_before_a_run(tmp_path, parsing):
     labelled_images(tmp_path, NAMES[:2])
     wanted = plan.make(config.parse(described(tmp_path, parsing())))
-    for question in preflight.questions(wanted):
-        (answered,) = inspection.answer([question.request])
-        write_atomically(question.kept, json.dumps(answered["result"]))
     preflight.check(wanted)
     assert preflight.sizes(wanted)[-1] == "segmenter 'ours' on 'photos': concepts, 3 of object, 2 of part"
 
@@ -363,6 +373,17 @@ def test_configurations_that_are_refused(tmp_path, parsing, path, value, message
     raw = changed(raw, path, raw["segmenters"]["ours"] if value == "ours" else value)
     with pytest.raises(MicrotomeError, match=message):
         config.parse(raw)
+
+
+def test_a_segmenter_that_no_data_set_names_need_not_be_there(tmp_path):
+    labelled_images(tmp_path, NAMES[:2])
+    head = {"classes": str(tmp_path / "none.txt")}
+    absent = {"transformers": "absent/folder", "weights": "pretrained", "categories": {"object": head}}
+    raw = segmentation(tmp_path) | {"segmenters": {"absent": absent}}
+    assert "segmenters" not in plan.make(config.parse(raw)).step("concepts", "photos").settings
+    raw["datasets"]["photos"]["concepts"] = ["absent"]
+    with pytest.raises(MicrotomeError, match="segmenter 'absent': 'absent/folder' is neither a folder nor"):
+        plan.make(config.parse(raw))
 
 
 def test_ids_cover_what_label_maps_are_made_of(tmp_path, parsing):
@@ -465,7 +486,7 @@ def test_label_maps_are_those_of_the_library(tmp_path, kind):
         if parameter.ndim > 1:
             parameter.data.normal_(0, 0.3)
     network.eval().save_pretrained(tmp_path / "model")
-    raw = segmentation(tmp_path) | {
+    raw = segmentation(tmp_path, concepts=["ade"]) | {
         "segmenters": {
             "ade": {
                 "transformers": str(tmp_path / "model"),

@@ -11,8 +11,8 @@ import importlib
 from pipeline.report.experiment import Experiment
 from pipeline.report.page import Page
 
-STAGES = ("dissect", "ablate")
-"""The stages with a page, in the order of the report."""
+STAGES = ("dissect", "compare", "ablate")
+"""The stages with a page, and the comparison of networks, in the order of the report."""
 
 
 def pages(experiment: Experiment) -> list[Page]:

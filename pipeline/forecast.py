@@ -1,0 +1,282 @@
+"""What a run would take, before anything runs: bytes on the disk, images a second, time, memory of a worker, tasks.
+
+Sizes come from the layers that the inspection found, the speed of networks from a probe (`pipeline.probe`), that of
+other stages from rates measured by `make bench`; where a stage has run before, from what it took then. A run whose
+results the disk cannot hold is refused.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pipeline import cluster, concepts, datasets, dissect, extract, ingest, preflight, stage
+from pipeline.config import UNTRAINED
+from pipeline.errors import MicrotomeError
+from pipeline.layer_info import LayerInfo
+from pipeline.manifest import latest
+from pipeline.plan import Plan, Step, outdated
+
+# Bytes on the disk for each byte before compression, on the cautious side of what was measured: activations of the demo
+# 0.48 to 0.67, of a random VGG-16 0.79; images of the demo 0.96; its label maps 0.04.
+SHRINKS = {"maps": 0.8, "pixels": 1.0, "labels": 0.15}
+# CPU seconds on one core; docs/performance.md has what they go by.
+IMAGE = 6e-3  # to decode an image and bring it to size
+LABELS = 2e-3  # for the label maps of a category of an image
+STORED = 9e-9  # to keep, compress and write one value of a layer
+COUNTED = 3.8e-6, 0.6e-9  # to dissect a unit on an image: constant, and for each position of the label map
+SHARE = 0.95  # of the free bytes that a run may plan to fill
+LITTLE = 50e6  # bytes that are not worth a refusal before the disk gives its own: such estimates say little
+
+
+Splits = Mapping[str, Mapping[str, int]]  # images by data set and split
+
+
+@dataclass(frozen=True)
+class Store:
+    """A store, or a layer of one: bytes before compression, as they are expected on the disk, and there already."""
+
+    name: str
+    raw: float
+    expected: float
+    there: float
+    pooled: bool = False
+
+    @property
+    def missing(self) -> float:
+        return max(0.0, self.expected - self.there)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one step takes. `seconds` are those of one worker, and None where nothing says how many."""
+
+    step: Step
+    stores: tuple[Store, ...]
+    images: int
+    tasks: int
+    seconds: float | None
+    memory: int | None
+    rate: str = ""
+    done: bool = False
+
+
+def lines(plan: Plan, costs: Sequence[Cost]) -> list[str]:
+    """The forecast as text: a line a step, a line a layer below its network's, and the sums."""
+    workers, allowed = cluster.workers(plan.config.cluster), cluster.memory(plan.config.cluster)
+    head = ("", "GB", "on disk", "missing", "images", "images/s", "time", "tasks", "GB/worker")
+    rows: list[tuple[str, ...]] = [head]
+    for cost in costs:
+        if cost.stores or cost.seconds is not None or cost.memory is not None:
+            rows.append(_row(cost, workers, allowed))
+        if len(cost.stores) > 1 and not (cost.step.network or "").endswith(UNTRAINED):
+            rows += [_layer(store) for store in cost.stores]
+    missing = sum(store.missing for cost in costs for store in cost.stores)
+    known = [cost.seconds for cost in costs if cost.seconds is not None and not cost.done]
+    free = _free(plan.results)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    found = ["  ".join(_aligned(row, widths)).rstrip() for row in rows]
+    found.append(
+        f"{_gb(missing)} GB to write, {_gb(free)} GB free; about {_time(sum(known) / workers)} on {workers} "
+        f"worker{'s' * (workers > 1)} of {allowed / 1e9:.1f} GB, beside steps that were never timed"
+    )
+    left_out = {store.name for cost in costs for store in cost.stores if store.pooled}
+    if left_out:
+        found.append(f"stored pooled, without maps, and left out of dissect: {', '.join(sorted(left_out))}")
+    return found
+
+
+def check_disk(plan: Plan, costs: Sequence[Cost]) -> None:
+    """Refuse a run whose results the file system cannot hold, beside what is there already.
+
+    Raises
+    ------
+    MicrotomeError
+        With both figures and what to change.
+    """
+    stores = [store for cost in costs for store in cost.stores]
+    missing, free = sum(store.missing for store in stores), _free(plan.results)
+    if missing > max(SHARE * free, LITTLE):
+        largest = max(stores, key=lambda store: store.missing)
+        raise MicrotomeError(
+            f"the results need about {_gb(missing)} GB more, {_gb(largest.missing)} GB of it for {largest.name}, and "
+            f"the file system of {plan.results} has {_gb(free)} GB free: name fewer layers, keep some without maps "
+            f"(`store: {{{largest.name.split(' ')[0]}: pooled}}`), bound the data set with `max_images`, or put "
+            "`results` on a larger disk"
+        )
+
+
+def forecast(plan: Plan) -> list[Cost]:
+    """What each step takes, in the plan's order; steps of training, ablation and the report where they were timed."""
+    gone = outdated(plan)
+    splits = {
+        name: datasets.summary(dataset, plan.scratch, ingest.VERSION).splits
+        for name, dataset in plan.config.datasets.items()
+    }
+    found = []
+    for step in plan.steps.values():
+        done = (plan.results / step.manifest).exists() and step.manifest not in gone
+        before = latest((plan.results / step.manifest).parent, step.stage)
+        estimate = {"ingest": _ingest, "concepts": _concepts, "extract": _extract, "dissect": _dissect}.get(step.stage)
+        cost = estimate(plan, step, splits, done) if estimate else Cost(step, (), 0, 1, None, None)
+        provenance = before.provenance if before is not None else {}
+        seconds = cost.seconds
+        if provenance.get("made") and provenance.get("shards"):  # the clock's, with as many workers as there were
+            seconds = provenance["seconds"] / provenance["made"] * cost.tasks * cluster.workers(plan.config.cluster)
+        elif not estimate and provenance:
+            seconds = provenance["seconds"] * cluster.workers(plan.config.cluster)
+        found.append(replace(cost, seconds=seconds, done=done))
+    return found
+
+
+def _ingest(plan: Plan, step: Step, splits: Splits, done: bool) -> Cost:
+    assert step.dataset is not None
+    dataset = plan.config.datasets[step.dataset]
+    images, (height, width) = step.settings["images"], step.settings["size"]
+    raw = 3 * height * width * images
+    name = "images.zarr"
+    expected = raw * SHRINKS["pixels"]
+    store = Store(name, raw, expected, expected if done else _bytes(plan.results / step.dataset / name))
+    memory = ingest.memory_need(dataset, (height, width))
+    return Cost(step, (store,), images, -(-images // dataset.shard_images), images * IMAGE, memory)
+
+
+def _concepts(plan: Plan, step: Step, splits: Splits, done: bool) -> Cost:
+    images, dataset, size, categories = _counted(plan, step, splits)
+    height, width = step.settings["label_map_size"] or size
+    raw = 2 * height * width * len(categories) * images
+    name = "concepts.zarr"
+    expected = raw * SHRINKS["labels"]
+    store = Store(name, raw, expected, expected if done else _bytes(plan.results / str(step.dataset) / name))
+    tasks = -(-images // dataset.shard_images)
+    seconds = images * len(categories) * LABELS if not step.settings.get("segmenters") else None
+    memory = concepts.memory_need(dataset.shard_images, size, len(categories))
+    return Cost(step, (store,), images, tasks, seconds, memory)
+
+
+def _extract(plan: Plan, step: Step, splits: Splits, done: bool) -> Cost:
+    assert step.network is not None and step.dataset is not None
+    images, dataset, size, _ = _counted(plan, step, splits)
+    network = plan.networks[step.network]
+    found = preflight.found(plan, step)
+    infos = [LayerInfo(**{**layer, "shape": tuple(layer["shape"])}) for layer in found["layers"]]
+    there = {} if done else _layers_there(plan, step, [info.name for info in infos])
+    count = -(-images // dataset.shard_images) * dataset.shard_images  # shards are whole
+    stores, kept = [], []
+    for info in infos:
+        units, height, width = info.shape
+        pooled = network.pools(info.name)
+        kept.append(extract.Layer("", Path(), info, 1.0, pooled))
+        maps = 0 if pooled else 2 * count * units * height * width
+        beside = count * units * (2 * info.special + 8)
+        expected = maps * SHRINKS["maps"] + beside
+        stores.append(Store(info.name, maps + beside, expected, expected if done else there.get(info.name, 0), pooled))
+    values = sum(store.raw for store in stores) / 2
+    speed = preflight.speed(plan, step)
+    rate = speed.get("images_per_second")
+    prepared = extract.Prepared([], 0, {}, found["parameters"], found["largest"])
+    return Cost(
+        step,
+        tuple(stores),
+        images,
+        -(-images // dataset.shard_images),
+        count / rate + values * STORED if rate else None,
+        extract.memory_need(kept, prepared, network, dataset.shard_images, size),
+        f"{rate:.3g}" if rate else speed.get("skipped", "not measured"),
+    )
+
+
+def _dissect(plan: Plan, step: Step, splits: Splits, done: bool) -> Cost:
+    assert step.network is not None
+    images, dataset, size, categories = _counted(plan, step, splits)
+    height, width = dataset.label_map_size or size
+    network = plan.networks[step.network]
+    layers = [layer for layer in preflight.found(plan, step)["layers"] if not network.pools(layer["name"])]
+    units = sum(layer["shape"][0] for layer in layers)
+    constant, position = COUNTED
+    names = tuple(name for concept_names in categories.values() for name in concept_names)
+    counted = dissect.Concepts(Path(), {}, tuple(categories), (), names, (), ())
+    memory = max(
+        dissect.memory_need(
+            dissect.Layer(layer["name"], "", Path(), {}, tuple(layer["shape"]), 1.0, ""),
+            dataset.shard_images,
+            (height, width),
+            counted,
+        )
+        for layer in layers
+    )
+    seconds = images * units * (constant + position * height * width)
+    return Cost(step, (), images, -(-images // dataset.shard_images), seconds, memory)
+
+
+def _counted(plan: Plan, step: Step, splits: Splits) -> tuple[int, Any, tuple[int, int], Mapping[str, Any]]:
+    """The images of the split, the data set, the size of its images, and the concepts' names by category."""
+    assert step.dataset is not None
+    dataset = plan.config.datasets[step.dataset]
+    size = plan.step("ingest", step.dataset).settings["size"]
+    images = splits[step.dataset][dataset.dissect.split]
+    limit = plan.config.controls.images if (step.network or "").endswith(UNTRAINED) else None
+    categories = concepts.wanted_categories(dataset, plan.config)
+    return min(images, limit or images), dataset, (size[0], size[1]), categories
+
+
+def _layers_there(plan: Plan, step: Step, names: Sequence[str]) -> dict[str, float]:
+    """The bytes of a step's layers that are on the disk, by name, as far as an earlier extraction tells.
+
+    One that was interrupted has noted which folders it fills, and not of which layers: each gets an equal part.
+    """
+    assert step.dataset is not None
+    before = latest((plan.results / step.manifest).parent, step.stage)
+    if before is not None and extract.same_layers(plan, before, step):
+        layers = plan.results / step.dataset / "layers"
+        return {layer["name"]: _bytes(layers / layer["id"] / "activations.zarr") for layer in before.result["layers"]}
+    begun = sum(_bytes(plan.results / folder) for folder in stage.noted(plan, step))
+    return dict.fromkeys(names, begun / len(names))
+
+
+def _bytes(folder: Path) -> float:
+    """Bytes of the files below a folder; 0 where there is none."""
+    return float(sum((Path(at) / name).stat().st_size for at, _, names in os.walk(folder) for name in names))
+
+
+def _free(folder: Path) -> float:
+    """Free bytes of the file system that a folder is on, or will be."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    return float(shutil.disk_usage(there).free)
+
+
+def _row(cost: Cost, workers: int, allowed: int) -> tuple[str, ...]:
+    raw, expected = sum(s.raw for s in cost.stores), sum(s.expected for s in cost.stores)
+    memory = "" if cost.memory is None else f"{(cluster.WORKER_BASE + cost.memory) / 1e9:.2f}"
+    if cost.memory is not None and cluster.WORKER_BASE + cost.memory > allowed:
+        memory += "!"
+    spent = "done" if cost.done else "" if cost.seconds is None else _time(cost.seconds / workers)
+    sizes = (_gb(raw), _gb(expected), _gb(sum(s.missing for s in cost.stores))) if cost.stores else ("", "", "")
+    counts = (f"{cost.images:,}" if cost.images else "", cost.rate, spent, f"{cost.tasks:,}", memory)
+    return (cost.step.name, *sizes, *counts)
+
+
+def _layer(store: Store) -> tuple[str, ...]:
+    name = f"  {store.name}" + (" (pooled)" if store.pooled else "")
+    return (name, _gb(store.raw), _gb(store.expected), _gb(store.missing), "", "", "", "", "")
+
+
+def _aligned(row: tuple[str, ...], widths: list[int]) -> Iterator[str]:
+    yield row[0].ljust(widths[0])
+    yield from (cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))
+
+
+def _gb(count: float) -> str:
+    value = count / 1e9
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}" if value >= 0.001 or not value else "<0.001"
+
+
+def _time(seconds: float) -> str:
+    for unit, length in (("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} s"

@@ -1,0 +1,136 @@
+"""The forecast: bytes that come true, what is there already, refusals before any work, and a probe of the network."""
+
+import json
+import shutil
+from collections import namedtuple
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from experiments import run, scenes
+
+from pipeline import config, forecast, preflight, stage
+from pipeline.errors import MicrotomeError
+from pipeline.plan import make
+from pipeline.probe import Probe, measure
+
+STAGES = ("ingest", "concepts", "network", "extract", "dissect")
+
+
+@pytest.fixture
+def answered(monkeypatch):
+    """The inspection answers in this process, which has imported torch; returns what it was asked."""
+    from pipeline import inspection
+
+    asked = []
+
+    def here(command, **_):
+        asked.extend(json.loads(Path(command[3]).read_text()))
+        inspection.main(*command[3:])
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(preflight, "subprocess", SimpleNamespace(run=here))
+    return asked
+
+
+def checked(raw, probe=False):
+    plan = make(config.parse(raw))
+    preflight.check(plan, probe)
+    return plan
+
+
+def by_name(costs):
+    return {cost.step.name: cost for cost in costs}
+
+
+@pytest.mark.usefixtures("workers")
+def test_what_was_foretold_is_what_was_written(tmp_path, answered):
+    raw = scenes(tmp_path)
+    raw["networks"]["tiny"]["store"] = {"b": "pooled"}
+    plan = checked(raw)
+    before = by_name(forecast.forecast(plan))
+    extracted = before["extract scenes tiny"]
+    assert [store.name for store in extracted.stores] == ["a", "b"]
+    # 20 images of split validation in 3 whole shards of 8; float16 maps, maximum and mean
+    assert extracted.stores[0].raw == 24 * (2 * 4 * 8 * 8 + 8 * 4) and extracted.stores[1].raw == 24 * 8 * 5
+    assert before["ingest scenes"].stores[0].raw == 3 * 16 * 16 * 26
+    assert extracted.tasks == 3 and extracted.images == 20 and extracted.seconds is None  # nobody probed
+    assert all(store.missing == store.expected > 0 for cost in before.values() for store in cost.stores)
+
+    run(raw, *STAGES)
+    after = by_name(forecast.forecast(plan))
+    assert after["extract scenes tiny"].done and after["dissect scenes tiny"].done
+    assert sum(store.missing for cost in after.values() for store in cost.stores) == 0
+
+
+@pytest.mark.usefixtures("workers")
+def test_what_an_interrupted_run_left_counts(tmp_path, answered):
+    raw = scenes(tmp_path)
+    plan = checked(raw)
+    run(raw, "ingest", "network", "extract")
+    step = plan.step("extract", "scenes", "tiny")
+    folders = [entry["manifest"].rpartition("/done/")[0] for entry in plan.manifest(step).result["layers"]]
+    stage.begin(plan, step)  # removes the manifest
+    stage.refers_to(plan, step, [plan.results / folder for folder in folders])
+    stores = by_name(forecast.forecast(plan))["extract scenes tiny"].stores
+    assert all(store.there > 0 for store in stores)
+    files = [path for folder in folders for path in (plan.results / folder).rglob("*") if path.is_file()]
+    on_disk = sum(path.stat().st_size for path in files)
+    assert sum(store.there for store in stores) == pytest.approx(on_disk)
+
+
+def test_a_disk_that_is_too_small(tmp_path, answered, monkeypatch):
+    raw = scenes(tmp_path)
+    raw["datasets"]["scenes"]["images"] = {"train": 0, "validation": 60_000}
+    plan = checked(raw)
+    costs = forecast.forecast(plan)
+    need = sum(store.missing for cost in costs for store in cost.stores)
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, need * 1.1))
+    forecast.check_disk(plan, costs)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, need * 0.9))
+    with pytest.raises(MicrotomeError, match=r"about 0\.\d+ GB more, .* GB of it for images\.zarr, .*`max_images`"):
+        forecast.check_disk(plan, costs)
+
+
+def test_the_lines(tmp_path, answered):
+    raw = scenes(tmp_path)
+    raw["networks"]["tiny"]["store"] = {"b": "pooled"}
+    plan = checked(raw, probe=True)
+    said = forecast.lines(plan, forecast.forecast(plan))
+    assert said[0].split() == ["GB", "on", "disk", "missing", "images", "images/s", "time", "tasks", "GB/worker"]
+    assert {len(line) for line in said[:3]} == {len(said[0])}, "aligned"
+    row = next(line for line in said if line.startswith("extract scenes tiny"))
+    assert float(row.split()[7]) > 0  # images a second
+    assert said[-1] == "stored pooled, without maps, and left out of dissect: b"
+    count = len(answered)
+    checked(raw, probe=True)
+    assert len(answered) == count, "a network is measured once"
+
+
+@pytest.mark.parametrize(
+    ("store", "message"),
+    [
+        ("pooled", "every layer is stored pooled, which leaves none to dissect"),
+        ({"a": "pooled", "?": "pooled"}, "every layer is stored pooled"),
+        ({"c": "pooled"}, "store: 'c' is none of its layers"),
+        ({"a": "full", "?": "pooled"}, "layer 'a' fits 'a' and '\\?', which differ"),
+    ],
+)
+def test_stores_that_are_refused(tmp_path, answered, store, message):
+    raw = scenes(tmp_path)
+    raw["networks"]["tiny"]["store"] = store
+    with pytest.raises(MicrotomeError, match=message):
+        checked(raw)
+
+
+def test_a_probe():
+    def wanted(**changes):
+        network = {"torchvision": "squeezenet1_1"} | changes.pop("network", {})
+        rest = {"input_shape": (3, 64, 64), "micro_batch": 2, "channels_last": True, "device": "cpu"}
+        return Probe.model_validate({"network": network} | rest | changes)
+
+    found = measure(wanted())
+    assert found["images"] == 2 and 1 < found["images_per_second"] < 1e5
+    assert "GFLOP" in measure(wanted(input_shape=(3, 8192, 8192)))["skipped"]
+    assert "skipped" in measure(wanted(input_shape=(3, 1, 1)))
