@@ -250,8 +250,9 @@ def after_power_cut(case: Case, stage: str) -> Outcome:
     case.moment(running, stage)
     running.kill_all()
     kept = folder.Finished.of(case.results)
-    newest = sorted(folder.files(case.results), key=lambda path: path.stat().st_mtime_ns)[-8:]
-    chunks = [path for path in newest if "/c/" in path.as_posix()]
+    written = [path for path in folder.files(case.results) if path.stat().st_mtime >= running.began]
+    chunks = [path for path in written if "/c/" in path.as_posix()]
+    chunks = sorted(chunks, key=lambda path: path.stat().st_mtime_ns)[-6:]
     for path in chunks:
         emptied(path, case.random)
     lost = {path.relative_to(case.results).as_posix() for path in chunks}

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -27,21 +28,29 @@ def beside(results: Path, pattern: str) -> Iterator[Path]:
 
 
 def contents(results: Path) -> dict[str, str]:
-    """Digest of every file, report included. Of a manifest: all but times and versions; of a ledger: its shards.
+    """Digest of every file, report included, but for what tells times.
 
-    Shards of a ledger stand in the order in which they were finished, and twice where they were made twice: the last
-    line of each counts.
+    Of a manifest: all but times and versions; of a ledger: its shards, which stand in the order in which they were
+    finished, and twice where they were made twice, when the last line counts; of a page: all but durations, which its
+    manifest does not see either.
     """
-    found = {}
-    for path in files(results):
-        if path.suffix == ".ledger":
-            data = json.dumps(entries(path), sort_keys=True).encode()
-        elif path.parent.name == "done" and path.suffix == ".json":
-            data = json.dumps(manifest(path) | {"provenance": None}, sort_keys=True).encode()
-        else:
-            data = path.read_bytes()
-        found[path.relative_to(results).as_posix()] = hashlib.sha256(data).hexdigest()
-    return found
+    return {
+        path.relative_to(results).as_posix(): hashlib.sha256(_timeless(path)).hexdigest() for path in files(results)
+    }
+
+
+def _timeless(path: Path) -> bytes:
+    if path.suffix == ".html":
+        return re.sub(rb"\b[\d.,]+ (ms|s|min|h)\b", b"(a time)", path.read_bytes())
+    if path.suffix == ".ledger":
+        return json.dumps(entries(path), sort_keys=True).encode()
+    if path.parent.name != "done" or path.suffix != ".json":
+        return path.read_bytes()
+    found = manifest(path) | {"provenance": None}
+    pages = [name for name in found["files"] if name.endswith(".html")]
+    if pages:
+        found |= {"digest": None, "files": found["files"] | dict.fromkeys(pages)}
+    return json.dumps(found, sort_keys=True).encode()
 
 
 def manifest(path: Path) -> dict:
