@@ -85,7 +85,6 @@ class Shared:
     step: Step
     images: Images
     model: Model
-    network_id: str
     classes: list[str]
     label: np.ndarray
     image_id: np.ndarray
@@ -128,7 +127,6 @@ def run(plan: Plan, step: Step) -> None:
     _, extracted = plan.parent(step, "extract")
     _, ingested = plan.parent(step, "ingest")
     _, dissected = plan.parent(step, "dissect")
-    network, _ = plan.parent(step, "network")
     folder = plan.results / step.dataset / step.network
     reader = images.reader()
     label = np.asarray(reader["label"][:])
@@ -144,7 +142,6 @@ def run(plan: Plan, step: Step) -> None:
             step,
             images,
             model_of(plan, step),
-            network.id,
             ingested.result["classes"],
             label,
             images.image_ids(),
@@ -331,11 +328,18 @@ def ablate_layer(shared: Shared, target: Target, parts: dict[int, Part]) -> tupl
     return found, written
 
 
+def discard(plan: Plan, step: Step) -> list[Path]:
+    """The files and folders that this step made."""
+    assert step.dataset is not None and step.network is not None
+    folder = plan.results / step.dataset / step.network
+    return [folder / "ablation.zarr", folder / "ablation-predictions", *folder.glob("ablation*.csv")]
+
+
 def made_of(shared: Shared, target: Target, part: Part) -> list[Any]:
     """What the predictions for a shard depend on, beside the units that are removed."""
     return [
         VERSION,
-        shared.network_id,
+        shared.model.architecture,
         shared.model.sha256,
         [target.id, target.scale, target.pairs, target.images, target.whole],
         [target.replace, None if target.mean is None else [each.tolist() for each in target.mean]],

@@ -210,8 +210,8 @@ def shard_id(
         own = own | {"categories": own["categories"][name]} | segmenters.platform(plan.config.cluster.kind)
         made_of = [images.contents[shard], own]
     else:
-        content = images.contents[shard] if source == PIXELS else ingest.result["records"][shard]
-        made_of = [content, step.settings.get("classes")]
+        classes = step.settings.get("classes", {}).get(name)
+        made_of = [images.contents[shard]] if source == PIXELS else [ingest.result["records"][shard], classes]
     return digest([VERSION, *made_of, category, numbers, step.settings["label_map_size"]])
 
 

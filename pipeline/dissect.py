@@ -162,6 +162,10 @@ def run(plan: Plan, step: Step) -> None:
         wanted.append(want(layer, False, counted, thresholds, labelled, how))
         if with_control:
             wanted.append(want(layer, True, few, thresholds, labelled, how))
+    homes = [one.layer.store.parent for one in wanted]
+    stage.refers_to(
+        plan, step, [*homes, *(home / f"dissect-{one.id}" for home, one in zip(homes, wanted, strict=True))]
+    )
     with one_at_a_time(plan.scratch / f"{step.dataset}.dissect.lock"):
         # Two names of one output, a block and its last part say, are one layer with one result.
         missing = list({one.id: one for one in wanted if not finished(one)}.values())

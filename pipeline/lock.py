@@ -35,6 +35,7 @@ class RunLock:
         self.path = results / ".microtome" / "lock"
         self.file: IO[str] | None = None
         self.left_open = False
+        self.since = time.time()
         self._released = threading.Event()
 
     def acquire(self) -> None:
@@ -43,7 +44,7 @@ class RunLock:
             return
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            file = self.path.open("a+")
+            file = os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644), "r+")
         except OSError as error:
             raise MicrotomeError(
                 f"the results folder {self.path.parent.parent} cannot be written: {explained(error) or error.strerror}"
@@ -65,6 +66,12 @@ class RunLock:
         self.file = file
         self._write(0)
         if beating:
+            # Where two waited for the same dead holder, the one that wrote last has it.
+            time.sleep(BEAT / 5)
+            file.seek(0)
+            if _parsed(file.read()).get("pid") != os.getpid():
+                self.file = None
+                self._refuse(file)
             threading.Thread(target=self._beat, daemon=True, name="lock").start()
 
     def release(self) -> None:
@@ -96,10 +103,11 @@ class RunLock:
 
     def _write(self, beat: int) -> None:
         assert self.file is not None
-        holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.time(), "folder": str(Path.cwd())}
-        self.file.truncate(0)
-        json.dump(holder | {"beat": beat}, self.file)
-        self.file.flush()
+        holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": self.since, "folder": str(Path.cwd())}
+        # Of one length, in one call and never through an empty file: another run may be reading it.
+        text = json.dumps(holder | {"beat": f"{beat:09d}"}).encode()
+        os.pwrite(self.file.fileno(), text, 0)
+        os.ftruncate(self.file.fileno(), len(text))
 
     def _beat(self) -> None:
         beat = 0

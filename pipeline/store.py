@@ -316,6 +316,9 @@ class Ledger:
 
 
 def remove_partials(path: Path) -> None:
-    """Remove temporary files that a killed writer left in a store."""
-    for file in path.rglob("*.partial"):
-        file.unlink(missing_ok=True)
+    """Remove temporary files and folders that a killed writer left in a store."""
+    for left in list(path.rglob("*.partial")):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)

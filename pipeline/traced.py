@@ -94,7 +94,13 @@ def trace(network: nn.Module, layer: str, images: torch.Tensor) -> Traced:
         raise MicrotomeError(f"layer {layer!r} is called {len(nodes)} times in one forward, so it has no single output")
     if not nodes:
         raise UntraceableError(f"{layer!r} is not an operation of the graph")
-    return _studied(network, graph, nodes[0], images)
+    try:
+        return _studied(network, graph, nodes[0], images)
+    except (MicrotomeError, UntraceableError):
+        raise
+    # The same on the meta device, where operations whose output depends on values fail.
+    except Exception as error:
+        raise UntraceableError(f"{type(error).__name__}: {error}") from error
 
 
 def whole_forward(network: nn.Module, layer: str, images: torch.Tensor) -> Traced:

@@ -28,6 +28,10 @@ def folders(results: Path) -> list[Path]:
     for layer in sorted(results.glob("*/layers/*/")):
         parts = sorted(layer.glob("dissect-*/"))
         found += [part for part in parts if part not in used] if layer in used else [layer]
+    for predictions in sorted(results.glob("*/*/ablation-predictions/")):
+        finished = list((predictions.parent / "done").glob("ablate.*.json"))
+        kept = {Path(name).parts[1] for path in finished for name in Manifest.read(path).files if "/" in name}
+        found += [folder for folder in sorted(predictions.glob("*.zarr")) if finished and folder.name not in kept]
     trainings = sorted(results.glob("networks/*/training-*/"))
     found += [folder for folder in trainings if folder not in used and folder.parent not in used]
     return found + [folder for folder in [results / SCRATCH / "aside"] if folder.is_dir()]
@@ -45,6 +49,7 @@ def remove(folder: Path) -> None:
     """Remove an unreferenced folder, its manifest first."""
     if folder.name.startswith("dissect-"):
         (folder.parent / "done" / f"{folder.name.replace('-', '.', 1)}.json").unlink(missing_ok=True)
+    folder.with_suffix(".ledger").unlink(missing_ok=True)
     shutil.rmtree(folder)
 
 

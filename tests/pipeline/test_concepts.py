@@ -220,3 +220,12 @@ def test_label_maps_of_another_size(tmp_path, size):
     before = len(made(tmp_path))
     run(segmentation(tmp_path), "ingest", "concepts")
     assert len(made(tmp_path)) == before + 3, "the other size again"
+
+
+def test_a_category_or_source_leaves_the_others_as_they_are(tmp_path):
+    """In whichever order they come."""
+    labelled_images(tmp_path, NAMES)
+    run(segmentation(tmp_path, concepts=["pixels"]), "ingest", "concepts")
+    assert len(made(tmp_path)) == 3
+    run(segmentation(tmp_path, concepts=["pixels", "truth"]), "ingest", "concepts")
+    assert made(tmp_path)[3:] == [f"{shard} truth/thing" for shard in range(3)]

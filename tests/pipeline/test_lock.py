@@ -124,6 +124,28 @@ def test_without_kernel_locks_a_dead_holder_is_not_waited_for_long(tmp_path, hos
     lock.release()
 
 
+@pytest.mark.usefixtures("no_kernel_locks")
+def test_a_holder_is_never_seen_half_written(tmp_path):
+    """Its signs of life are read at any moment by who waits."""
+    lock = RunLock(tmp_path)
+    lock.acquire()
+    stop = threading.Event()
+
+    def beat():
+        for number in range(10**9):
+            if stop.is_set():
+                return
+            lock._write(number % 1000)
+
+    beating = threading.Thread(target=beat)
+    beating.start()
+    seen = [lock.path.read_text() for _ in range(3000)]
+    stop.set()
+    beating.join()
+    lock.release()
+    assert {json.loads(text)["pid"] for text in seen} == {os.getpid()}
+
+
 def test_what_a_run_leaves_in_the_lock(tmp_path):
     lock = RunLock(tmp_path)
     lock.acquire()

@@ -9,6 +9,7 @@ from experiments import labelled_images, lines, run, scenes, segmentation, tiny
 from pipeline import config, plan, stage
 from pipeline.errors import MicrotomeError
 from pipeline.lock import RunLock
+from pipeline.store import remove_partials
 from pipeline.upkeep import damage, unreferenced
 from pipeline.upkeep.__main__ import main
 from pipeline.upkeep.recompute import discard
@@ -203,6 +204,32 @@ def test_the_layers_of_an_interrupted_extraction_are_spared(experiment, monkeypa
     run(other, *STAGES)
     assert [len(lines(folder / "activations.ledger")) for folder in begun] == [2, 2], "each shard was made once"
     assert before <= set(unreferenced.folders(results))
+
+
+def test_the_results_of_an_interrupted_dissection_are_spared(experiment, monkeypatch):
+    raw, results = experiment
+    dataset = raw["datasets"]["photos"] | {"dissect": {"quantile": 0.05}}
+    before = set(results.glob("photos/layers/*/dissect-*/"))
+    monkeypatch.setattr("pipeline.dissect.unit_rows", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(raw | {"datasets": {"photos": dataset}}, *STAGES)
+    monkeypatch.undo()
+    begun = set(results.glob("photos/layers/*/dissect-*/")) - before
+    assert begun and not begun & set(unreferenced.folders(results))
+
+
+def test_a_folder_that_was_being_written_is_cleared_away(tmp_path):
+    """`earlier.keep` fills one before it gives it its name."""
+    (tmp_path / "net/before/.abc.partial").mkdir(parents=True)
+    (tmp_path / "net/before/.abc.partial/units.csv").write_text("half")
+    (tmp_path / "net/.x.partial").write_text("half")
+    remove_partials(tmp_path)
+    assert sorted(tmp_path.rglob("*")) == [tmp_path / "net", tmp_path / "net/before"]
+
+
+@pytest.mark.parametrize("name", plan.STAGES)
+def test_every_stage_says_what_it_made(name):
+    assert callable(plan.STAGES[name].discard)
 
 
 def interrupt(*_):
