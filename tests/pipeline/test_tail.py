@@ -391,3 +391,22 @@ def test_no_warning_and_the_network_stays_as_it_was():
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
     assert not any(module._forward_hooks for module in network.modules())
     assert math.prod(info.shape) == 512
+
+
+class Gathering(nn.Module):
+    """Traceable, but the shape of an intermediate result depends on values: the meta device cannot run it."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 2)
+
+    def forward(self, images):
+        pooled = self.conv(images).mean((2, 3))
+        return self.head(pooled[torch.nonzero(pooled[:, 0] == pooled[:, 0]).flatten()])
+
+
+def test_an_operation_that_the_meta_device_lacks_is_no_crash():
+    with torch.device("meta"):
+        network = Gathering().eval()
+    with pytest.raises(UntraceableError, match="NotImplementedError"):
+        trace(network, "conv", torch.zeros((3, 3, 8, 8), device="meta"))
