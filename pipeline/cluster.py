@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from pipeline import processes
 from pipeline.config import Cluster
 from pipeline.errors import MicrotomeError
 
@@ -96,6 +97,9 @@ def start_pool(cluster: Cluster, scratch: Path) -> tuple[subprocess.Popen, Path]
         # Ctrl-C in the terminal reaches the stages; the pool ends when they have closed their clients.
         start_new_session=True,
     )
+    # Until the pool says where it is, its file says who it is.
+    with contextlib.suppress(FileExistsError), address_file.open("x") as file:
+        json.dump({"pid": process.pid}, file)
     return process, address_file
 
 
@@ -122,7 +126,10 @@ def _wait_for(address_file: Path, seconds: float = 120) -> str:
             found = json.loads(address_file.read_text())
             if "error" in found:
                 raise MicrotomeError(f"the pool of workers did not start: {found['error']}")
-            return found["address"]
+            if not processes.lives(found["pid"]):
+                raise MicrotomeError("the pool of workers has ended: run again to go on")
+            if "address" in found:
+                return found["address"]
         time.sleep(0.02)
     raise MicrotomeError(f"the pool of workers did not start within {seconds:.0f} s (no {address_file})")
 
@@ -197,28 +204,25 @@ def serve(address_file: Path, cluster: Cluster) -> None:
         "silence_logs": 50,  # a task's error is raised where its result is wanted
         "dashboard": False,
     }
+    nannies = {
+        index: {
+            "cls": Nanny,
+            "options": options | {"env": {"CUDA_VISIBLE_DEVICES": devices[index] if cluster.kind == "gpu" else ""}},
+        }
+        for index in range(count)
+    }
+    scheduler = {
+        "cls": Scheduler,
+        "options": {
+            "host": "127.0.0.1",
+            "dashboard": cluster.dashboard,
+            "dashboard_address": "127.0.0.1:8787" if cluster.dashboard else "127.0.0.1:0",
+        },
+    }
     from pipeline.manifest import write_atomically
 
     try:
-        local = SpecCluster(
-            workers={
-                index: {
-                    "cls": Nanny,
-                    "options": options
-                    | {"env": {"CUDA_VISIBLE_DEVICES": devices[index] if cluster.kind == "gpu" else ""}},
-                }
-                for index in range(count)
-            },
-            scheduler={
-                "cls": Scheduler,
-                "options": {
-                    "host": "127.0.0.1",
-                    "dashboard": cluster.dashboard,
-                    "dashboard_address": "127.0.0.1:8787" if cluster.dashboard else "127.0.0.1:0",
-                },
-            },
-            silence_logs=50,
-        )
+        local = SpecCluster(workers=nannies, scheduler=scheduler, silence_logs=50)
     except (OSError, RuntimeError) as error:
         write_atomically(address_file, json.dumps({"error": f"{error} {error.__cause__ or ''}".strip()}))
         os._exit(1)

@@ -42,12 +42,13 @@ def end_with_main() -> None:
     threading.Thread(target=watch, daemon=True, name="end with main").start()
 
 
-def lives(pid: int, began: float) -> bool:
-    """Whether the process with this number is the one that began then, and not ended."""
+def lives(pid: int, began: float | None = None) -> bool:
+    """Whether there is a process with this number that has not ended; with `began`, the one that began then."""
     try:
         process = psutil.Process(pid)
         # The clock that start times are read from may be adjusted by parts of a second.
-        return abs(process.create_time() - began) < 2 and process.status() != psutil.STATUS_ZOMBIE
+        same = began is None or abs(process.create_time() - began) < 2
+        return same and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
 

@@ -196,6 +196,15 @@ def test_a_pool_that_is_killed_is_told_in_one_line(tmp_path, monkeypatch, capfd)
     assert "Traceback" not in capfd.readouterr().err
 
 
+def test_a_pool_that_ends_before_it_is_ready_is_told_at_once(tmp_path):
+    with cluster.pool(Cluster(workers=1), tmp_path) as address_file:
+        os.kill(json.loads(address_file.read_text())["pid"], signal.SIGKILL)
+        began = time.monotonic()
+        with pytest.raises(MicrotomeError, match="the pool of workers has ended"):
+            cluster._wait_for(address_file)
+    assert time.monotonic() - began < 10
+
+
 def test_a_pool_that_does_not_start(tmp_path):
     with pytest.raises(MicrotomeError, match="did not start within 0 s"):
         cluster._wait_for(tmp_path / "absent.json", seconds=0.1)
