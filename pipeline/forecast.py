@@ -1,7 +1,7 @@
 """What a run would take, before anything runs: bytes on the disk, images a second, time, memory of a worker, tasks.
 
 Sizes come from the layers that the inspection found, the speed of networks from a probe (`pipeline.probe`), that of
-other stages from rates measured by `make bench`; where a stage has run before, from what it took then. A run whose
+other stages from rates measured by `make bench` or, for decoding and label maps, assumed; where a stage has run before, from what it took then. A run whose
 results the disk cannot hold is refused.
 """
 
@@ -25,8 +25,8 @@ from pipeline.plan import Plan, Step, outdated
 # 0.48 to 0.67, of a random VGG-16 0.79; images of the demo 0.96; its label maps 0.04.
 SHRINKS = {"maps": 0.8, "pixels": 1.0, "labels": 0.15}
 # CPU seconds on one core; docs/performance.md has what they go by.
-IMAGE = 6e-3  # to decode an image and bring it to size
-LABELS = 2e-3  # for the label maps of a category of an image
+IMAGE = 6e-3  # to decode an image and bring it to size: assumed, until ingest has run once
+LABELS = 2e-3  # for the label maps of a category of an image: assumed, until they have been made once
 STORED = 19e-9  # to keep, compress and write one value of a layer
 COUNTED = 3.8e-6, 0.6e-9  # to dissect a unit on an image: constant, and for each position of the label map
 SHARE = 0.95  # of the free bytes that a run may plan to fill

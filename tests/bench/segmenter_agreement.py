@@ -194,23 +194,26 @@ def compare(results: Any, name: str) -> None:
     cnn = results["scenes"]["cnn"]
     layers = [cnn[layer].iou for layer in cnn]
     iou = np.concatenate([layer["iou"].values for layer in layers])
-    names, categories = layers[0].concept.values.astype(str), layers[0].category.values.astype(str)
+    names, categories = (np.array(layers[0][key].values.tolist()) for key in ("concept", "category"))
     least = layers[0].attrs["min_iou"]
     heads = SEGMENTERS[name]["heads"]
     print(f"\n{name}: {len(iou)} units of {len(layers)} layers; detectors have an IoU above {least}")
-    print("| category | same best concept | of the detectors | detectors by truth | by the segmenter | "
-          "correlation of IoU | mean difference |\n|---|---|---|---|---|---|---|")  # fmt: skip
+    print("| category | same label | of detectors | IoU kept | detectors by truth | by it | "
+          "correlation of IoU | mean difference |\n|---|---|---|---|---|---|---|---|")  # fmt: skip
     for head in [*heads, *(["all of them"] if len(heads) > 1 else [])]:
         own = heads if head == "all of them" else (head,)
-        chosen = {s: np.isin(categories, [f"{s}/{one}" for one in own]) for s in ("truth", name)}
-        best = {s: iou[:, where].max(1) for s, where in chosen.items()}
-        label = {s: (names + categories)[where][iou[:, where].argmax(1)] for s, where in chosen.items()}
-        label[name] = np.char.replace(label[name], f"{name}/", "truth/")
+        # The concepts of a category have one order in both sources.
+        chosen = {s: iou[:, np.isin(categories, [f"{s}/{one}" for one in own])] for s in ("truth", name)}
+        assert np.array_equal(*(names[np.isin(categories, [f"{s}/{one}" for one in own])] for s in chosen))
+        best = {s: one.max(1) for s, one in chosen.items()}
+        label = {s: one.argmax(1) for s, one in chosen.items()}
         same, detects = label["truth"] == label[name], best["truth"] > least
+        its = np.take_along_axis(chosen["truth"], label[name][:, None], 1)[:, 0]
+        kept = its[detects].sum() / best["truth"][detects].sum()
         print(
-            f"| {head} | {same.mean():.1%} | {same[detects].mean():.1%} | {detects.sum()} | "
-            f"{(best[name] > least).sum()} | {np.corrcoef(best['truth'], best[name])[0, 1]:.3f} | "
-            f"{(best[name] - best['truth']).mean():+.4f} |"
+            f"| {head} | {same.mean():.0%} | {same[detects].mean():.0%} | {kept:.0%} | "
+            f"{detects.sum()} | {(best[name] > least).sum()} | {np.corrcoef(best['truth'], best[name])[0, 1]:.2f} | "
+            f"{(best[name] - best['truth']).mean():+.3f} |"
         )
 
 
