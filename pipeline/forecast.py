@@ -1,8 +1,8 @@
 """What a run would take, before anything runs: bytes on the disk, images a second, time, memory of a worker, tasks.
 
 Sizes come from the layers that the inspection found, the speed of networks from a probe (`pipeline.probe`), that of
-other stages from rates measured by `make bench` or, for decoding and label maps, assumed; where a stage has run before, from what it took then. A run whose
-results the disk cannot hold is refused.
+other stages from rates measured by `make bench` or, for decoding and label maps, assumed; where a stage has run before,
+from what it took then. A run whose results the disk cannot hold is refused.
 """
 
 from __future__ import annotations
