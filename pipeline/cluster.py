@@ -7,6 +7,7 @@ ends within a second, workers included.
 """
 
 import contextlib
+import copy
 import json
 import logging
 import os
@@ -27,6 +28,7 @@ ADDRESS = "MICROTOME_POOL"  # environment variable: the file that holds the pool
 THREADS = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"), "1")
 
 WORKER_BASE = 600 << 20  # bytes of a worker that has imported torch and the kernels
+STARTS = 3  # of the workers, before the pool is given up
 DEATHS = 10  # of workers, after which the task that each was computing is at fault
 
 # Dask has workers give freed memory back to the system at once; torch takes it again in every step, and a training
@@ -221,11 +223,14 @@ def serve(address_file: Path, cluster: Cluster) -> None:
     }
     from pipeline.manifest import write_atomically
 
-    try:
-        local = SpecCluster(workers=nannies, scheduler=scheduler, silence_logs=50)
-    except (OSError, RuntimeError) as error:
-        write_atomically(address_file, json.dumps({"error": f"{error} {error.__cause__ or ''}".strip()}))
-        os._exit(1)
+    for attempt in range(STARTS):
+        try:
+            local = SpecCluster(workers=copy.deepcopy(nannies), scheduler=copy.deepcopy(scheduler), silence_logs=50)
+            break
+        except (OSError, RuntimeError) as error:  # a worker that is killed while it starts takes the others with it
+            if attempt == STARTS - 1:
+                write_atomically(address_file, json.dumps({"error": f"{error} {error.__cause__ or ''}".strip()}))
+                os._exit(1)
     write_atomically(address_file, json.dumps({"address": local.scheduler_address, "pid": os.getpid()}))
     sys.stdin.buffer.read()
     address_file.unlink(missing_ok=True)

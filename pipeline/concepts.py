@@ -37,11 +37,15 @@ if TYPE_CHECKING:
 VERSION = 3
 CODE = (
     "kernels/colour.py",
+    "kernels/grey.py",
     "kernels/segmentation.py",
+    "pipeline/checkpoint.py",
     "pipeline/concepts.py",
     "pipeline/datasets.py",
     "pipeline/decode.py",
+    "pipeline/extract.py",
     "pipeline/label_maps.py",
+    "pipeline/libraries",
     "pipeline/networks.py",
     "pipeline/scenes",
     "pipeline/segmenters.py",

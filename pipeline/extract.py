@@ -38,7 +38,15 @@ if TYPE_CHECKING:
     from pipeline.store import Ledger
 
 VERSION = 1
-CODE = ("kernels/grey.py", "pipeline/extract.py", "pipeline/layers.py", "pipeline/layer_id.py", "pipeline/networks.py")
+CODE = (
+    "kernels/grey.py",
+    "pipeline/checkpoint.py",
+    "pipeline/extract.py",
+    "pipeline/layers.py",
+    "pipeline/layer_id.py",
+    "pipeline/libraries",
+    "pipeline/networks.py",
+)
 HALF_MAX = 65504.0
 UNIT_BLOCK = 64  # units of one chunk inside a shard
 REMEDY = "lower `shard_images` of the data set or `numerics.micro_batch` of the network, or name fewer layers"

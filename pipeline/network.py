@@ -44,13 +44,15 @@ CODE = (
 
 def settings(spec: Network, digests: FileDigests) -> dict[str, Any]:
     """What the network's id is made of; for a trained one its recipe, since its weights are not known before."""
-    made_of: dict[str, Any] = {"architecture": architecture(spec, digests)}
+    made_of: dict[str, Any] = {
+        "architecture": architecture(spec, digests),
+        "preprocessing": spec.preprocessing.model_dump(),  # model.json tells it, and a training depends on it
+    }
     match spec.weights:
         case "train":
             assert spec.train is not None
             # How often it is saved changes no weight.
             made_of["train"] = spec.train.model_dump(exclude={"recipe": {"checkpoint_every"}}) | {
-                "preprocessing": spec.preprocessing.model_dump(),
                 "seed": spec.seed,
             }
         case "random":
