@@ -190,7 +190,10 @@ def section(name: str, folder: Path) -> dict[str, Any]:
 
 
 def compare(results: Any, name: str) -> None:
-    """The best concept of every unit of the CNN by the segmenter and by the ground truth."""
+    """The best concept of every unit of the CNN by the segmenter and by the ground truth.
+
+    "IoU kept": the IoU by the truth of the segmenter's labels, of the best, over the detectors by truth.
+    """
     cnn = results["scenes"]["cnn"]
     layers = [cnn[layer].iou for layer in cnn]
     iou = np.concatenate([layer["iou"].values for layer in layers])
