@@ -168,6 +168,9 @@ class Case:
     def same(self) -> str:
         """Compare every file with the undisturbed results."""
         found = folder.contents(self.results)
+        before, now = folder.revisions(self.undisturbed), folder.revisions(self.results)
+        if not now <= before:
+            raise SystemExit(f"the code was changed under the test: from revision {before} to {now}")
         if found != self.truth:
             missing, extra = sorted(self.truth.keys() - found.keys()), sorted(found.keys() - self.truth.keys())
             other = sorted(name for name in found.keys() & self.truth.keys() if found[name] != self.truth[name])

@@ -101,8 +101,11 @@ def describe(fault: Fault) -> str:
 
 def undisturbed_run(command: Sequence[str], cwd: Path, scratch: Path) -> None:
     running = Running(command, cwd, scratch / "undisturbed.txt")
-    if running.wait(24 * 3600):
-        raise SystemExit(f"the undisturbed run failed:\n{tail(running.said)}")
+    try:
+        if running.wait(24 * 3600):
+            raise SystemExit(f"the undisturbed run failed:\n{tail(running.said)}")
+    finally:
+        running.kill_all()
 
 
 def run(

@@ -66,6 +66,11 @@ def manifests(results: Path) -> dict[str, dict]:
     }
 
 
+def revisions(results: Path) -> set[str]:
+    """The revisions of the code that made the results."""
+    return {found["provenance"]["revision"] for found in manifests(results).values()}
+
+
 def entries(ledger: Path) -> dict[str, dict]:
     """The last whole line of every shard."""
     found = {}
