@@ -250,8 +250,7 @@ def after_power_cut(case: Case, stage: str) -> Outcome:
     case.moment(running, stage)
     running.kill_all()
     kept = folder.Finished.of(case.results)
-    written = [path for path in folder.files(case.results) if path.stat().st_mtime >= running.began]
-    chunks = [path for path in written if "/c/" in path.as_posix()]
+    chunks = [path for path in folder.files(case.results) if "/c/" in path.as_posix()]
     chunks = sorted(chunks, key=lambda path: path.stat().st_mtime_ns)[-6:]
     for path in chunks:
         emptied(path, case.random)
