@@ -26,11 +26,11 @@ from pipeline import ablate_tasks, stage
 from pipeline.ablate_tasks import Part, Target
 from pipeline.cluster import check_memory, client, run_tasks
 from pipeline.config import AnyDataset, Network
-from pipeline.dissect import derangement, write_file
 from pipeline.errors import MicrotomeError, nearest
-from pipeline.extract import Model, NonFiniteError, model_of
+from pipeline.forward import Model, NonFiniteError, model_of
 from pipeline.identity import digest
-from pipeline.manifest import Files, Manifest
+from pipeline.listing import derangement
+from pipeline.manifest import Files, Manifest, write_file
 
 if TYPE_CHECKING:
     from kernels.ablation import Predictions
@@ -45,6 +45,7 @@ CODE = (
     "pipeline/ablate_results.py",
     "pipeline/ablate_tasks.py",
     "pipeline/channelwise.py",
+    "pipeline/forward.py",
     "pipeline/tail.py",
     "pipeline/traced.py",
 )

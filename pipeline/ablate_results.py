@@ -12,8 +12,8 @@ import numpy as np
 
 from kernels.ablation import KINDS, RANDOM_KINDS, balanced_accuracy, classes_served
 from pipeline import stage
-from pipeline.dissect import csv_bytes, number
 from pipeline.manifest import Files, Manifest
+from pipeline.result_tables import csv_bytes, number
 from pipeline.store import metadata_files, verified_bytes, write_whole
 
 if TYPE_CHECKING:

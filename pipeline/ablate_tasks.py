@@ -18,7 +18,7 @@ import numpy as np
 
 from pipeline.cluster import device
 from pipeline.errors import MicrotomeError
-from pipeline.extract import (
+from pipeline.forward import (
     HALF_MAX,
     Model,
     forward_in_batches,
@@ -68,25 +68,18 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Target:
-    """A layer whose units are removed, as tasks name it.
+class Prepared:
+    """What is known of a layer's tail before any image.
 
     Attributes
     ----------
-    id, store, scale : of its activations.
-    network : folder of the network on this data set.
     classes : number of logits.
     block, pairs, images : units of a task, pairs of a unit and an image that run at once, images begun at once.
     whole : all of the network runs for each pair, since it could not be cut.
     memory : bytes that a task needs, about.
-    replace, mean : what a removed unit gives; the mean (unit) and that in each special token (token, unit).
     """
 
     info: LayerInfo
-    id: str
-    store: Path
-    scale: float
-    network: Path
     classes: int
     block: int
     pairs: int
@@ -94,6 +87,23 @@ class Target:
     whole: bool
     pair_flops: float
     memory: int
+
+
+@dataclass(frozen=True)
+class Target(Prepared):
+    """A layer whose units are removed, as tasks name it.
+
+    Attributes
+    ----------
+    id, store, scale : of its activations.
+    network : folder of the network on this data set.
+    replace, mean : what a removed unit gives; the mean (unit) and that in each special token (token, unit).
+    """
+
+    id: str
+    store: Path
+    scale: float
+    network: Path
     replace: str
     mean: tuple[np.ndarray, np.ndarray] | None = None
 
@@ -113,20 +123,6 @@ class Target:
     def dtype(self) -> Any:
         """Of the number of a class; -1: the image does not count."""
         return np.int16 if self.classes < 1 << 15 else np.int32
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What is known of a layer's tail before any image; see `Target`."""
-
-    info: LayerInfo
-    classes: int
-    block: int
-    pairs: int
-    images: int
-    whole: bool
-    pair_flops: float
-    memory: int
 
 
 def prepare(model: Model, size: tuple[int, int], names: list[str], shard_images: int) -> list[Prepared]:

@@ -12,9 +12,7 @@ those that are there as they are, and so does another version of one.
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +26,7 @@ from pipeline.config import PIXELS, TRUTH, AnyDataset, Config, Segmentation, Seg
 from pipeline.errors import MicrotomeError
 from pipeline.identity import FileDigests, crc32c, digest
 from pipeline.manifest import Files, Manifest, write_atomically
+from pipeline.result_tables import quarantine_csv
 
 if TYPE_CHECKING:
     from pipeline.images import Images
@@ -43,7 +42,7 @@ CODE = (
     "pipeline/concepts.py",
     "pipeline/datasets.py",
     "pipeline/decode.py",
-    "pipeline/extract.py",
+    "pipeline/forward.py",
     "pipeline/label_maps.py",
     "pipeline/libraries",
     "pipeline/networks.py",
@@ -407,16 +406,8 @@ def _segmented(
 ) -> dict[str, np.ndarray]:
     try:
         return segmenters.label_maps(model, pixels, names)
-    except segmenters.NonFiniteError as error:
+    except segmenters.NonFiniteScoresError as error:
         (at,) = error.args
         raise MicrotomeError(
             f"segmenter {model.name!r}: the scores for image {items[at][0]!r} are not finite (NaN or infinity)"
         ) from None
-
-
-def quarantine_csv(refused: Mapping[str, str], root: Path) -> bytes:
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(["image_id", "path", "reason"])
-    table.writerows([image_id, str(root / image_id), reason] for image_id, reason in sorted(refused.items()))
-    return text.getvalue().encode("utf-8", "surrogateescape")

@@ -16,9 +16,6 @@ neural network" (PNAS 2020). See docs/dissection.md.
 
 from __future__ import annotations
 
-import csv
-import hashlib
-import io
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
@@ -31,9 +28,10 @@ from pipeline import stage
 from pipeline.cluster import check_memory, client, device, memory, run_tasks, workers_of
 from pipeline.config import AnyDataset
 from pipeline.errors import MicrotomeError
-from pipeline.identity import crc32c, digest
+from pipeline.identity import digest
 from pipeline.lock import one_at_a_time
-from pipeline.manifest import Files, Manifest, latest, write_atomically
+from pipeline.manifest import Files, Manifest, latest, write_file
+from pipeline.result_tables import csv_bytes, number
 
 if TYPE_CHECKING:
     from kernels.iou import Counts
@@ -247,7 +245,7 @@ def layer_of(plan: Plan, folder: Path, entry: Mapping[str, Any]) -> Layer:
 
 def counted_images(images: Images, split: str, shards: Iterable[int], refused: Iterable[str]) -> list[Counted]:
     """The images that count in each shard: valid, of the split, with label maps that were not refused."""
-    from pipeline.listing import group
+    from pipeline.listing import derangement, group
 
     image_id = images.image_ids()
     without = set(refused)
@@ -262,20 +260,6 @@ def counted_images(images: Images, split: str, shards: Iterable[int], refused: I
     if not found:
         raise MicrotomeError(f"{images.store.parent.name}: no image of split {split!r} is left to dissect")
     return found
-
-
-def derangement(image_ids: Iterable[str]) -> np.ndarray:
-    """Whose label maps each image meets in the permuted control: the next image in the order of a hash of the ids.
-
-    One cycle through all images of a shard, so no image meets its own; a single image has no partner but itself.
-    """
-    keys = [
-        hashlib.blake2b(str(name).encode("utf-8", "surrogateescape"), person=b"derange").digest() for name in image_ids
-    ]
-    order = np.array(sorted(range(len(keys)), key=keys.__getitem__))
-    partner = np.empty(len(order), np.int64)
-    partner[order] = np.roll(order, -1)
-    return partner
 
 
 def basis(counted: Iterable[Counted]) -> str:
@@ -715,21 +699,3 @@ def unit_rows(one: Wanted, manifest: Manifest, how: Mapping[str, Any]) -> list[l
             ]
         )
     return rows
-
-
-def number(value: float) -> str:
-    """A number as tables show it: seven significant digits, empty where it is not defined."""
-    return "" if np.isnan(value) else f"{value:.7g}"
-
-
-def csv_bytes(columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> bytes:
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(columns)
-    table.writerows(rows)
-    return text.getvalue().encode()
-
-
-def write_file(folder: Path, name: str, data: bytes) -> Files:
-    write_atomically(folder / name, data)
-    return {name: (len(data), crc32c(data))}

@@ -8,9 +8,7 @@ Writes
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -25,6 +23,7 @@ from pipeline.config import AnyDataset
 from pipeline.errors import MicrotomeError
 from pipeline.identity import crc32c, digest
 from pipeline.manifest import Files, write_atomically
+from pipeline.result_tables import quarantine_csv
 
 if TYPE_CHECKING:
     from pipeline.listing import Listing
@@ -113,7 +112,7 @@ def run(plan: Plan, step: Step) -> None:
         store,
         {"label": ((0,), label), "split": ((0,), split), "valid": ((0,), valid), "image_id": ((0,), image_id)},
     )
-    quarantine = quarantine_csv(refused, listed)
+    quarantine = quarantine_csv(refused, listed.root)
     write_atomically(folder / "quarantine.csv", quarantine)
 
     shard_of = np.arange(len(image_id)) // per_shard
@@ -285,11 +284,3 @@ def _check_refused(name: str, refused: dict[str, str], count: int, allowed: floa
 def _some(refused: dict[str, str], shown: int = 5) -> str:
     lines = [f"{image_id!r}: {reason}" for image_id, reason in sorted(refused.items())[:shown]]
     return "; ".join(lines) + ("; ..." if len(refused) > shown else "")
-
-
-def quarantine_csv(refused: dict[str, str], listed: Listing) -> bytes:
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(["image_id", "path", "reason"])
-    table.writerows([image_id, str(listed.root / image_id), reason] for image_id, reason in sorted(refused.items()))
-    return text.getvalue().encode("utf-8", "surrogateescape")

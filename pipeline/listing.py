@@ -521,6 +521,20 @@ def group(image_ids: Iterable[str], groups: int = 20) -> np.ndarray:
     return (_hash(image_ids, b"group") % np.uint64(groups)).astype(np.uint8)
 
 
+def derangement(image_ids: Iterable[str]) -> np.ndarray:
+    """Whose label maps each image meets in the permuted control: the next image in the order of a hash of the ids.
+
+    One cycle through all images of a shard, so no image meets its own; a single image has no partner but itself.
+    """
+    keys = [
+        hashlib.blake2b(str(name).encode("utf-8", "surrogateescape"), person=b"derange").digest() for name in image_ids
+    ]
+    order = np.array(sorted(range(len(keys)), key=keys.__getitem__))
+    partner = np.empty(len(order), np.int64)
+    partner[order] = np.roll(order, -1)
+    return partner
+
+
 def _hash(image_ids: Iterable[str], person: bytes) -> np.ndarray:
     """Return 64 bits of blake2b of each id, uint64; hashes of different purposes (`person`) are independent."""
     blake2b = hashlib.blake2b

@@ -108,3 +108,9 @@ def remove_others(done: Path, stage: str, keep: str | None = None) -> None:
     for path in done.glob(f"{stage}.*.json"):
         if path.name != f"{stage}.{keep}.json":
             path.unlink(missing_ok=True)
+
+
+def write_file(folder: Path, name: str, data: bytes) -> Files:
+    """Write a file whole, and return what a manifest says of it: its name, size and crc32c."""
+    write_atomically(folder / name, data)
+    return {name: (len(data), crc32c(data))}

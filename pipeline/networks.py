@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-UNTRAINED = "random"
+RANDOM = "random"
 TRAINED_HERE = "train"
 PRETRAINED = "pretrained"  # the published weights of a library in which they have no names of their own
 LIBRARIES = ("torchvision", "timm", "transformers")
@@ -73,7 +73,7 @@ class NetworkSpec(BaseModel):
     arguments: dict[str, Any] = Field(
         default_factory=dict, description="keyword arguments of the builder; for transformers, entries of its config"
     )
-    weights: str = Field(UNTRAINED, description="a checkpoint, `random` (the untrained control) or `train` (made here)")
+    weights: str = Field(RANDOM, description="a checkpoint, `random` (the untrained control) or `train` (made here)")
     local: str | None = Field(
         None, description="the published file (transformers: folder) itself, where it is not in the library's cache"
     )
@@ -134,7 +134,7 @@ class NetworkSpec(BaseModel):
     @property
     def weights_file(self) -> Path | None:
         """The checkpoint, or None when the weights are random, trained here or published."""
-        return None if self.weights in (UNTRAINED, TRAINED_HERE) or self.published else Path(self.weights)
+        return None if self.weights in (RANDOM, TRAINED_HERE) or self.published else Path(self.weights)
 
     @property
     def module_file(self) -> Path | None:

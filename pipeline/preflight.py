@@ -8,11 +8,8 @@ was found is kept by that id.
 from __future__ import annotations
 
 import json
-import os
 import platform
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +23,7 @@ from pipeline.layer_info import fits
 from pipeline.manifest import write_atomically
 from pipeline.networks import NetworkSpec
 from pipeline.plan import Plan, Step
+from pipeline.processes import in_own_process
 
 VERSION = 2
 
@@ -55,16 +53,8 @@ def check(plan: Plan, probe: bool = False) -> None:
 
 def _ask(plan: Plan, unknown: list[Question]) -> None:
     print(f"inspecting {', '.join(question.name for question in unknown)}", file=sys.stderr)
-    with tempfile.TemporaryDirectory() as folder:
-        asked, answered = Path(folder, "requests.json"), Path(folder, "answers.json")
-        asked.write_text(json.dumps([question.request for question in unknown]))
-        process = subprocess.run(
-            [sys.executable, "-m", "pipeline.inspection", str(asked), str(answered)],
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
-        )
-        if process.returncode:
-            raise MicrotomeError(f"the inspection of the networks failed with exit status {process.returncode}")
-        answers = json.loads(answered.read_text())
+    requests = [question.request for question in unknown]
+    answers = in_own_process("pipeline.inspection", requests, "the inspection of the networks")
     errors = []
     for question, answer in zip(unknown, answers, strict=True):
         if "error" in answer:

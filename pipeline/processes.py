@@ -8,18 +8,43 @@ would go on writing into a results folder that the next run has taken over. The 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
+import subprocess
+import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import psutil
 
+from pipeline.errors import MicrotomeError
+
 MAIN = "MICROTOME_MAIN"  # environment variable: host, pid and start of the main process
 PLAN = "MICROTOME_PLAN"  # environment variable: the plan that the main process made, for its jobs
+
+
+def in_own_process(module: str, request: Any, what: str) -> Any:
+    """The answer of `python -m module request.json answer.json`, which may import what costs this process seconds.
+
+    Raises `MicrotomeError`, beginning with `what`, if the process fails.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        asked, answered = Path(folder, "request.json"), Path(folder, "answer.json")
+        asked.write_text(json.dumps(request))
+        process = subprocess.run(
+            [sys.executable, "-m", module, str(asked), str(answered)],
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+            stdout=sys.stderr,
+        )
+        if process.returncode:
+            raise MicrotomeError(f"{what} failed with exit status {process.returncode}")
+        return json.loads(answered.read_bytes())
 
 
 def announce() -> None:

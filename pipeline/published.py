@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -27,6 +25,7 @@ from pipeline.errors import MicrotomeError
 from pipeline.identity import FileDigests
 from pipeline.manifest import write_atomically
 from pipeline.networks import NetworkSpec, library, missing
+from pipeline.processes import in_own_process
 
 MEMORY = "published.json"
 DESCRIBED = ("preprocessor_config.json", "processor_config.json")  # what a model of transformers expects of images
@@ -240,16 +239,10 @@ def _ask(requests: Mapping[str, Request]) -> dict[str, dict[str, Any]]:
     """The answers of a process that imports the libraries; none is started without requests."""
     if not requests:
         return {}
-    with tempfile.TemporaryDirectory() as folder:
-        asked, answered = Path(folder, "requests.json"), Path(folder, "answers.json")
-        asked.write_text(json.dumps([request.model_dump() for request in requests.values()]))
-        process = subprocess.run(
-            [sys.executable, "-m", "pipeline.published", str(asked), str(answered)],
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
-        )
-        if process.returncode:
-            raise MicrotomeError(f"the look-up of published networks failed with exit status {process.returncode}")
-        return dict(zip(requests, json.loads(answered.read_text()), strict=True))
+    asked = [request.model_dump() for request in requests.values()]
+    return dict(
+        zip(requests, in_own_process("pipeline.published", asked, "the look-up of published networks"), strict=True)
+    )
 
 
 def _memory(scratch: Path) -> dict[str, Any]:

@@ -248,12 +248,12 @@ def label_maps(model: Model, pixels: np.ndarray, categories: Iterable[str]) -> d
     (image, channel, y, x).
 
     Images go through in micro-batches of a fixed size, the last one padded, so that a map depends on its shard alone.
-    Raises `NonFiniteError` with the place of the image whose scores hold a NaN or an infinity.
+    Raises `NonFiniteScoresError` with the place of the image whose scores hold a NaN or an infinity.
     """
     import torch
 
     from kernels.segmentation import best_class
-    from pipeline.extract import normalise
+    from pipeline.forward import normalise
 
     size = pixels.shape[2], pixels.shape[3]
     spec = model.spec
@@ -272,12 +272,12 @@ def label_maps(model: Model, pixels: np.ndarray, categories: Iterable[str]) -> d
                 for i in range(count):
                     part = outputs[head.output][i, head.start : head.stop].float()
                     if not bool(part.isfinite().all()):
-                        raise NonFiniteError(at + i)
+                        raise NonFiniteScoresError(at + i)
                     maps[name][at + i] = own[best_class(part, size).cpu()].numpy()
     return maps
 
 
-class NonFiniteError(Exception):
+class NonFiniteScoresError(Exception):
     """A score is NaN or infinite; args: place of the image."""
 
 
@@ -295,7 +295,7 @@ def resized(x: torch.Tensor, spec: Segmenter) -> torch.Tensor:
 def _network(model: Model, size: tuple[int, int]) -> tuple[torch.nn.Module, dict[str, Channels]]:
     """A worker's copy of a segmenter, loaded once, and where its categories are."""
     from pipeline.checkpoint import sha256
-    from pipeline.extract import placed
+    from pipeline.forward import placed
     from pipeline.networks import load
 
     spec = model.spec

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import subprocess
 import sys
 import tarfile
 import tempfile
@@ -22,6 +21,7 @@ from typing import Any
 from pipeline.errors import MicrotomeError
 from pipeline.identity import digest
 from pipeline.manifest import write_atomically
+from pipeline.processes import in_own_process
 from pipeline.snapshot import stamp
 
 VERSION = 1
@@ -47,17 +47,7 @@ def ask(request: Mapping[str, Any], files: Sequence[Path], scratch: Path) -> dic
     except (OSError, ValueError):
         pass  # never asked, or half a file
     print(f"asking torchvision about {request['root']}", file=sys.stderr)
-    with tempfile.TemporaryDirectory() as folder:
-        asked, answered = Path(folder, "request.json"), Path(folder, "answer.json")
-        asked.write_text(json.dumps(dict(request)))
-        process = subprocess.run(
-            [sys.executable, "-m", "pipeline.torchvision_data", str(asked), str(answered)],
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
-            stdout=sys.stderr,
-        )
-        if process.returncode:
-            raise MicrotomeError(f"torchvision ended with exit status {process.returncode} on {request['root']}")
-        found = json.loads(answered.read_bytes())
+    found = in_own_process("pipeline.torchvision_data", dict(request), f"torchvision, on {request['root']},")
     if "error" in found:
         raise MicrotomeError(found["error"])
     # What it downloaded has changed the files.

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import dissect, extract
+from pipeline import dissect, extract, forward
 from pipeline.checkpoint import sha256, write_safetensors
 from pipeline.cluster import client, pool, run_tasks
 from pipeline.config import Cluster, Network
@@ -99,12 +99,12 @@ def extraction(folder: Path, count: int) -> dict[str, Any]:
     images = noise(folder / "images.zarr", count, SIZE)
     pixels = torch.from_numpy(images.reader()["image"][:])
     one, every = (network(folder, "vgg16", layers, MICRO_BATCH) for layers in ([CONV5_3], ALL))
-    features = extract.network_of(one).features[: int(CONV5_3.split(".")[1]) + 1]
+    features = forward.network_of(one).features[: int(CONV5_3.split(".")[1]) + 1]
 
     def bare() -> None:
         with torch.inference_mode():
             for at in range(0, count, MICRO_BATCH):
-                features(extract.normalise(pixels[at : at + MICRO_BATCH], one.spec))
+                features(forward.normalise(pixels[at : at + MICRO_BATCH], one.spec))
 
     single, single_layers = tasks(folder / "single", one, images)
     _, pooled_layers = tasks(folder / "pooled", one, images, pooled=True)
@@ -147,18 +147,18 @@ def noise(store: Path, count: int, size: int, shard: int = SHARD) -> Images:
     return Images(store, files | metadata_files(store), count, (size, size), shard, contents, {})
 
 
-def network(folder: Path, name: str, layers: list[str], micro_batch: int) -> extract.Model:
+def network(folder: Path, name: str, layers: list[str], micro_batch: int) -> forward.Model:
     spec = Network.model_validate(
         {"torchvision": name, "weights": "random", "layers": layers, "numerics": {"micro_batch": micro_batch}}
     )
     weights = folder / f"{name}.safetensors"
     if not weights.exists():
         write_safetensors(weights, load(spec).state_dict())
-    return extract.Model(name, spec.model_dump_json(), weights, sha256(weights), name)
+    return forward.Model(name, spec.model_dump_json(), weights, sha256(weights), name)
 
 
 def tasks(
-    folder: Path, model: extract.Model, images: Images, pooled: bool = False
+    folder: Path, model: forward.Model, images: Images, pooled: bool = False
 ) -> tuple[extract.Prepared, list[extract.Layer]]:
     prepared = extract.prepare(model, images.size, extract.VERSION)
     layers = [extract.Layer(id, folder / id / "activations.zarr", *rest, pooled) for id, *rest in prepared.layers]
@@ -167,7 +167,7 @@ def tasks(
     return prepared, [extract.open_layer(layer, images) for layer in layers]
 
 
-def shards(model: extract.Model, images: Images, layers: list[extract.Layer], logits: Path) -> None:
+def shards(model: forward.Model, images: Images, layers: list[extract.Layer], logits: Path) -> None:
     for k in range(len(images.contents)):
         extract.extract_shard(model, images.store, images.files_of(k), k, images.range(k), layers, logits)
 
@@ -294,12 +294,12 @@ def on_workers(folder: Path, count: int = 64) -> list[dict[str, float]]:
     model = network(folder, "resnet18", ["layer4"], 8)
     _, layers = tasks(folder / "workers", model, images)
     logits = folder / "workers" / "logits.zarr"
-    plain = extract.network_of(model)
+    plain = forward.network_of(model)
 
     def bare() -> None:
         with torch.inference_mode():
             for at in range(0, count, 8):
-                plain(extract.normalise(pixels[at : at + 8], model.spec))
+                plain(forward.normalise(pixels[at : at + 8], model.spec))
 
     bare()
     found = []
@@ -314,7 +314,7 @@ def on_workers(folder: Path, count: int = 64) -> list[dict[str, float]]:
             with client(cluster, folder) as there:
                 there.wait_for_workers(workers, timeout=120)
                 list(run_tasks(there, extract.extract_shard, every[:2], 2, "first"))  # loads the network
-                there.run(extract.network_of, model)
+                there.run(forward.network_of, model)
                 began = time.perf_counter()
                 spent = cpu(bare)
                 clock = time.perf_counter() - began

@@ -17,10 +17,10 @@ import pipeline
 from kernels.ablation import KINDS, random_sets
 from pipeline import cluster, config, plan, preflight
 from pipeline.config import Cluster
-from pipeline.dissect import derangement
 from pipeline.errors import MicrotomeError
-from pipeline.extract import normalise
+from pipeline.forward import normalise
 from pipeline.layers import resolve, to_maps
+from pipeline.listing import derangement
 from pipeline.networks import load
 from pipeline.tail import unit_dim
 from pipeline.traced import forward_with

@@ -20,13 +20,12 @@ from pipeline.dissect import (
     Layer,
     Threshold,
     Wanted,
-    derangement,
     earlier_counts,
     joined,
     write_layer,
 )
 from pipeline.errors import MicrotomeError
-from pipeline.listing import group
+from pipeline.listing import derangement, group
 from pipeline.upkeep import damage
 
 pytestmark = pytest.mark.usefixtures("workers")

@@ -10,7 +10,7 @@ import zarr
 from experiments import SIZE, labelled_images, lines, run, scenes, segmentation, tiny, write_image
 from PIL import Image
 
-from pipeline import config, extract
+from pipeline import config, extract, forward
 from pipeline.errors import MicrotomeError
 from pipeline.images import Images
 from pipeline.layers import Recorder
@@ -49,7 +49,7 @@ def expected(plan, layer, network="tiny"):
     pixels = zarr.open_group(plan.results / dataset / "images.zarr", mode="r", use_consolidated=False)["image"][:]
     model = load(spec, plan.results / "networks" / network / "model.safetensors")
     with Recorder(model, [layer]) as record:
-        logits, outputs = record(extract.normalise(torch.from_numpy(pixels), spec))
+        logits, outputs = record(forward.normalise(torch.from_numpy(pixels), spec))
     return outputs[layer].numpy(), logits.numpy()
 
 
@@ -76,7 +76,7 @@ def plan_of(raw):
 def tasks_of(plan):
     """The tasks of an extraction, as `run` makes them, into stores of their own."""
     step = next(plan.of_stage("extract"))
-    images, model = Images.of(plan, step), extract.model_of(plan, step)
+    images, model = Images.of(plan, step), forward.model_of(plan, step)
     prepared = extract.prepare(model, images.size, extract.VERSION)
 
     def into(folder):
@@ -104,7 +104,7 @@ def test_the_same_bits_in_any_order_and_on_any_number_of_workers(tmp_path):
         tasks = into(tmp_path / str(number))
         for k in order:
             if k == 1:
-                extract.network_of.cache_clear()  # another worker takes over
+                forward.network_of.cache_clear()  # another worker takes over
             done = extract.extract_shard(*tasks[k])
             for layer in tasks[k][5]:
                 written = {name: list(value) for name, value in done.files[layer.id].items()}
@@ -205,7 +205,7 @@ def test_what_is_kept_equals_what_one_forward_of_the_shard_gives(tmp_path):
         outputs = []
         for batch in batches:
             with Recorder(model, [layer]) as record:
-                outputs.append(record(extract.normalise(torch.from_numpy(batch), spec))[1][layer])
+                outputs.append(record(forward.normalise(torch.from_numpy(batch), spec))[1][layer])
         whole, group = torch.cat(outputs)[:7], store(plan, layer)
         np.testing.assert_array_equal(group["activation"][:], whole.half().numpy())
         np.testing.assert_array_equal(group["maximum"][:], whole.amax((2, 3)).numpy())
@@ -340,13 +340,13 @@ def test_a_value_that_is_not_finite_is_named(tmp_path, value):
 
 
 def test_scales():
-    assert extract.scale_for(1.0, headroom=True) == extract.scale_for(0.0, headroom=True) == 1.0
-    assert extract.scale_for(512.0, headroom=True) == extract.scale_for(2.0**-6, headroom=True) == 1.0
-    assert extract.scale_for(513.0, headroom=True) == 2.0**5
+    assert forward.scale_for(1.0, headroom=True) == forward.scale_for(0.0, headroom=True) == 1.0
+    assert forward.scale_for(512.0, headroom=True) == forward.scale_for(2.0**-6, headroom=True) == 1.0
+    assert forward.scale_for(513.0, headroom=True) == 2.0**5
     for largest in (1e6, 65505.0, 3.4e38, 2.0**16):
-        assert 2**14 <= largest / extract.scale_for(largest) < 2**15
+        assert 2**14 <= largest / forward.scale_for(largest) < 2**15
     for largest in (1e-30, 1e-8, 1e6, 1e30):
-        assert 2**4 <= largest / extract.scale_for(largest, headroom=True) < 2**5
+        assert 2**4 <= largest / forward.scale_for(largest, headroom=True) < 2**5
 
 
 # What the manifests say -----------------------------------------------------------------------------------------------

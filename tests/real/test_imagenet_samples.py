@@ -13,7 +13,7 @@ import torch
 
 from pipeline.config import Network
 from pipeline.decode import Geometry, decode
-from pipeline.extract import normalise
+from pipeline.forward import normalise
 from pipeline.networks import load
 
 SIZE = 224

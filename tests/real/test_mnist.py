@@ -11,7 +11,7 @@ from PIL import Image
 
 from pipeline.config import Network
 from pipeline.decode import Geometry, transform_image
-from pipeline.extract import normalise
+from pipeline.forward import normalise
 from pipeline.inspection import inspect
 from pipeline.networks import load
 
