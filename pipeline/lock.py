@@ -135,6 +135,21 @@ class RunLock:
         return True
 
 
+def taken_over(results: Path, host: str, pid: int) -> str | None:
+    """Why the lock on a results folder is not, or no longer, that of process `pid` on `host`; None where it is.
+
+    A lock whose file was deleted keeps nobody out.
+    """
+    try:
+        holder = (results / ".microtome" / "lock").read_text()
+    except OSError:
+        return f"the lock on {results} was deleted while this run worked; another run may have written there"
+    value = _parsed(holder)
+    if (value.get("host"), value.get("pid")) == (host, pid):
+        return None
+    return f"the lock on {results} was deleted while this run worked; now it is that of {_describe(holder)}"
+
+
 @contextlib.contextmanager
 def one_at_a_time(path: Path) -> Iterator[None]:
     """Wait for the lock `path` and hold it: for what jobs of one run write together, the stores of shared layers.

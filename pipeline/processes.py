@@ -53,14 +53,22 @@ def announce() -> None:
     os.environ[MAIN] = f"{socket.gethostname()} {own.pid} {own.create_time():.2f}"
 
 
+def main() -> tuple[str, int, float] | None:
+    """In a job: host, pid and start of the main process, where one announced itself."""
+    if MAIN not in os.environ:
+        return None
+    host, pid, began = os.environ[MAIN].rsplit(" ", 2)
+    return host, int(pid), float(began)
+
+
 def end_with_main() -> None:
     """In a job: end within a second of the main process, when that runs on this machine."""
-    host, pid, began = os.environ.get(MAIN, "  ").rsplit(" ", 2)
-    if host != socket.gethostname():
+    if (known := main()) is None or known[0] != socket.gethostname():
         return
+    _, pid, began = known
 
     def watch() -> None:
-        while lives(int(pid), float(began)):
+        while lives(pid, began):
             time.sleep(0.5)
         os._exit(1)
 
@@ -79,17 +87,19 @@ def lives(pid: int, began: float | None = None) -> bool:
 
 
 def interruptible() -> None:
-    """In a job: SIGTERM is Ctrl-C. What hangs on the way out is cut off after 5 seconds."""
+    """In a job: SIGTERM is Ctrl-C, and the first of them counts: Ctrl-C in a terminal is followed by the main process's
+    SIGTERM. What hangs on the way out is cut off after 5 seconds."""
 
     def interrupt(number: int, frame: object) -> None:
-        signal.signal(number, signal.SIG_IGN)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for each in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(each, signal.SIG_IGN)
         overdue = threading.Timer(5, lambda: os._exit(1))
         overdue.daemon = True
         overdue.start()
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, interrupt)
+    for each in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(each, interrupt)
 
 
 def descendants(but: Iterable[int] = ()) -> list[psutil.Process]:

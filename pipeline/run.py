@@ -18,7 +18,7 @@ from typing import Any, TextIO
 
 from pipeline import cluster, config, forecast, plan, preflight, processes
 from pipeline.errors import MicrotomeError, explained
-from pipeline.lock import RunLock
+from pipeline.lock import RunLock, taken_over
 from pipeline.manifest import Manifest
 from pipeline.plan import Plan
 from pipeline.processes import PLAN
@@ -203,13 +203,15 @@ def job(stage: str, wildcards: Any, log: str) -> None:
             print(f"error: {step.name}: {error}", file=sys.stderr)
         except KeyboardInterrupt:
             print(f"interrupted: {step.name}; finished shards are kept, run again to go on", file=sys.stderr)
-        except OSError as error:
-            if (said := explained(error)) is None:
+        except Exception as error:
+            main = processes.main()
+            said = explained(error) if isinstance(error, OSError) else None
+            if said is None and main is not None:
+                said = taken_over(wanted.results, *main[:2])
+            if said is None:
                 traceback.print_exc()
             else:
                 print(f"error: {step.name}: {said}", file=sys.stderr)
-        except Exception:
-            traceback.print_exc()
         else:
             return
     sys.exit(1)

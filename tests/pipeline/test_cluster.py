@@ -196,6 +196,22 @@ def test_a_pool_that_is_killed_is_told_in_one_line(tmp_path, monkeypatch, capfd)
     assert "Traceback" not in capfd.readouterr().err
 
 
+def test_a_pool_that_is_gone_before_the_next_tasks(tmp_path, monkeypatch, capfd):
+    monkeypatch.delenv(cluster.ADDRESS, raising=False)
+    with (
+        pytest.raises(MicrotomeError, match="is gone: ended from outside"),
+        cluster.pool(Cluster(workers=1), tmp_path) as address_file,
+    ):
+        monkeypatch.setenv(cluster.ADDRESS, str(address_file))
+        with cluster.client(Cluster(workers=1), tmp_path) as found:
+            os.kill(json.loads(address_file.read_text())["pid"], signal.SIGKILL)
+            end = time.monotonic() + 20
+            while found.status == "running" and time.monotonic() < end:
+                time.sleep(0.05)
+            list(cluster.run_tasks(found, square, [(2,)], 1, "gone"))
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_a_pool_that_ends_before_it_is_ready_is_told_at_once(tmp_path):
     with cluster.pool(Cluster(workers=1), tmp_path) as address_file:
         os.kill(json.loads(address_file.read_text())["pid"], signal.SIGKILL)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import MicrotomeError
-from pipeline.lock import RunLock, one_at_a_time
+from pipeline.lock import RunLock, one_at_a_time, taken_over
 
 ROOT = Path(__file__).parents[2]
 HOLD = "import sys; from pathlib import Path; from pipeline.lock import RunLock; lock = RunLock(Path(sys.argv[1])); "
@@ -156,6 +156,13 @@ def test_what_a_run_leaves_in_the_lock(tmp_path):
     after.release()
     assert after.path.read_text() == ""
     after.release()  # again: nothing to do
+
+
+def test_a_lock_that_was_taken_away(tmp_path, other_run):
+    own = socket.gethostname(), os.getpid()
+    assert "it is that of pid" in taken_over(tmp_path, *own)
+    assert taken_over(tmp_path, socket.gethostname(), other_run.pid) is None
+    assert "deleted" in taken_over(tmp_path / "elsewhere", *own)
 
 
 @pytest.mark.parametrize("kernel", [True, False])

@@ -83,6 +83,18 @@ def test_sigterm_is_an_interrupt(started):
     assert job.stdout.read() == "interrupted\n"
 
 
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_that_is_followed_by_sigterm_is_one_interrupt(started, first):
+    job = start(JOB.format(then="time.sleep(0.5); sys.exit(3)"))
+    started.append(job)
+    job.stdout.readline()
+    job.send_signal(first)
+    assert job.stdout.readline() == "interrupted\n"
+    job.send_signal(signal.SIGTERM)
+    job.send_signal(signal.SIGINT)
+    assert job.wait(5) == 3
+
+
 def test_what_hangs_after_sigterm_is_cut_off(started):
     job = start(JOB.format(then="time.sleep(600)"))
     started.append(job)
