@@ -29,6 +29,7 @@ THREADS = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THR
 
 WORKER_BASE = 600 << 20  # bytes of a worker that has imported torch and the kernels
 STARTS = 3  # of the workers, before the pool is given up
+ALONE = 60  # seconds without any worker after which the pool gives up
 DEATHS = 10  # of workers, after which the task that each was computing is at fault
 
 # Dask has workers give freed memory back to the system at once; torch takes it again in every step, and a training
@@ -68,9 +69,11 @@ def client(cluster: Cluster, scratch: Path) -> Iterator[Any]:
         except Exception as error:  # each call on a client without a scheduler fails in its own way
             if found is not None and found.status == "running" and not isinstance(error, FutureCancelledError):
                 raise
+            why = "ended from outside, or for lack of memory"
+            with contextlib.suppress(OSError, ValueError):
+                why = json.loads(address_file.read_text()).get("error", why)
             raise MicrotomeError(
-                f"the pool of workers at {address} is gone: ended from outside, or for lack of memory; "
-                f"finished shards are kept, run again to go on"
+                f"the pool of workers at {address} is gone: {why}; finished shards are kept, run again to go on"
             ) from error
 
 
@@ -233,8 +236,20 @@ def serve(address_file: Path, cluster: Cluster) -> None:
             if attempt == STARTS - 1:
                 write_atomically(address_file, json.dumps({"error": f"{error} {error.__cause__ or ''}".strip()}))
                 os._exit(1)
-    write_atomically(address_file, json.dumps({"address": local.scheduler_address, "pid": os.getpid()}))
-    sys.stdin.buffer.read()
+    found = {"address": local.scheduler_address, "pid": os.getpid()}
+    write_atomically(address_file, json.dumps(found))
+    asked_to_end = threading.Event()
+    threading.Thread(target=lambda: (sys.stdin.buffer.read(), asked_to_end.set()), daemon=True).start()
+    seen = time.monotonic()
+    while not asked_to_end.wait(1):
+        # One whose restart failed is started anew, which by itself Dask does not.
+        local.scale(count)
+        if local.scheduler.workers:
+            seen = time.monotonic()
+        elif time.monotonic() - seen > ALONE:
+            why = f"its {count} workers ended, and none has lived for {ALONE} s"
+            write_atomically(address_file, json.dumps(found | {"error": why}))
+            os._exit(1)
     address_file.unlink(missing_ok=True)
     # Closing in good order removes the workers' folders. If it hangs, the pool still goes, and the workers with it.
     threading.Timer(3, lambda: os._exit(0)).start()
