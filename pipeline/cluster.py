@@ -239,12 +239,17 @@ def serve(address_file: Path, cluster: Cluster) -> None:
     found = {"address": local.scheduler_address, "pid": os.getpid()}
     write_atomically(address_file, json.dumps(found))
     asked_to_end = threading.Event()
-    threading.Thread(target=lambda: (sys.stdin.buffer.read(), asked_to_end.set()), daemon=True).start()
+
+    def wait_for_the_end() -> None:
+        sys.stdin.buffer.read()
+        asked_to_end.set()
+
+    threading.Thread(target=wait_for_the_end, daemon=True).start()
     seen = time.monotonic()
     while not asked_to_end.wait(1):
         # One whose restart failed is started anew, which by itself Dask does not.
         local.scale(count)
-        if local.scheduler.workers:
+        if local.scheduler is None or local.scheduler.workers:
             seen = time.monotonic()
         elif time.monotonic() - seen > ALONE:
             why = f"its {count} workers ended, and none has lived for {ALONE} s"
