@@ -3,7 +3,8 @@
 Writes, when other weights come under a network's name,
     <dataset>/<network>/before/<first 20 digits of the old weights' sha256>/
         units.csv, units-permuted.csv, layers.json, logits.zarr   as they were
-        facts.json                                                weights_sha256, accuracy, images, replaced (a time)
+        facts.json                                                weights_sha256, accuracy, images
+        done/before.<the same digits>.json                        manifest: what these files were, and when replaced
 The stores of the old layers stay until `make gc`; these small files stay until somebody removes them.
 """
 
@@ -18,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pipeline import stage
 from pipeline.errors import MicrotomeError
-from pipeline.identity import crc32c
+from pipeline.identity import crc32c, digest
 from pipeline.manifest import Manifest, latest, write_atomically
 
 if TYPE_CHECKING:
@@ -50,12 +52,23 @@ def keep(plan: Plan, step: Step, images: Images, weights: str) -> None:
     for name in TABLES:
         if (folder / name).exists():
             shutil.copy2(folder / name, temporary / name)
-    facts: dict[str, Any] = {"weights_sha256": old, "replaced": time.time()}
+    facts: dict[str, Any] = {"weights_sha256": old}
     if (folder / "logits.zarr").is_dir():
         # Chunk files are replaced and never changed, so links to them cost nothing and stay what they are.
         shutil.copytree(folder / "logits.zarr", temporary / "logits.zarr", copy_function=_link)
         facts |= measured(temporary / "logits.zarr", images)
     write_atomically(temporary / "facts.json", json.dumps(facts, indent=1))
+    files = {}
+    for path in sorted(path for path in temporary.rglob("*") if path.is_file()):
+        data = path.read_bytes()
+        files[path.relative_to(temporary).as_posix()] = (len(data), crc32c(data))
+    Manifest(
+        stage=FOLDER,
+        id=home.name,
+        digest=digest(files),
+        files=files,
+        provenance=stage.provenance() | {"began": time.time()},
+    ).write(temporary / "done" / f"{FOLDER}.{home.name}.json")
     temporary.rename(home)
 
 
@@ -117,6 +130,19 @@ def measured(logits: Path, images: Images) -> dict[str, Any]:
 
 
 def kept(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """What a network's folder keeps of earlier weights, with the facts of each; the last one replaced first."""
-    found = [(path.parent, json.loads(path.read_text())) for path in (folder / FOLDER).glob("*/facts.json")]
-    return sorted(found, key=lambda one: -one[1]["replaced"])
+    """What a network's folder keeps of earlier weights, with the facts of each; the last one replaced first.
+
+    Raises `MicrotomeError` where a file is not what was kept; `make repair` gives the whole of these weights up.
+    """
+    manifests = [Manifest.read(path) for path in (folder / FOLDER).glob(f"*/done/{FOLDER}.*.json")]
+    found = []
+    for manifest in sorted(manifests, key=lambda manifest: -manifest.provenance["began"]):
+        home = folder / FOLDER / manifest.id
+        for name in manifest.files:
+            if "/" not in name and not _is_written(home / name, manifest):
+                raise MicrotomeError(
+                    f"{home / name} is not what was kept: `make verify` finds all damage, and `make repair` gives up "
+                    f"what is kept of these weights"
+                )
+        found.append((home, json.loads((home / "facts.json").read_text())))
+    return found

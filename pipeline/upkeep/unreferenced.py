@@ -32,6 +32,8 @@ def folders(results: Path) -> list[Path]:
         finished = list((predictions.parent / "done").glob("ablate.*.json"))
         kept = {Path(name).parts[1] for path in finished for name in Manifest.read(path).files if "/" in name}
         found += [folder for folder in sorted(predictions.glob("*.zarr")) if finished and folder.name not in kept]
+    # What is kept of earlier weights stays, but for what was cut short and what `repair` gave up.
+    found += [home for home in sorted(results.glob("*/*/before/*/")) if not list(home.glob("done/before.*.json"))]
     trainings = sorted(results.glob("networks/*/training-*/"))
     found += [folder for folder in trainings if folder not in used and folder.parent not in used]
     return found + [folder for folder in [results / SCRATCH / "aside"] if folder.is_dir()]

@@ -10,7 +10,10 @@ import torch
 import xarray
 from experiments import labelled_images, run, segmentation, tiny
 
+from pipeline import earlier
+from pipeline.errors import MicrotomeError
 from pipeline.networks import NetworkSpec, load
+from pipeline.upkeep import damage, unreferenced
 
 pytestmark = pytest.mark.usefixtures("workers")
 STAGES = ("ingest", "concepts", "network", "extract", "dissect", "report")
@@ -62,6 +65,17 @@ def test_before_and_after(tmp_path):
     (other,) = (home / "before").iterdir()
     assert other.name != before.name
     assert (home / "units.csv").read_bytes() == first["units.csv"]
+
+    # What is kept is verified as everything is; where it is damaged it is given up.
+    assert damage.verify(made.results) == []
+    (other / "units.csv").write_bytes((other / "units.csv").read_bytes()[:-1])
+    assert [found.file for found in damage.verify(made.results)] == [other / "units.csv"]
+    with pytest.raises(MicrotomeError, match=r"units\.csv is not what was kept"):
+        earlier.kept(home)
+    assert other not in unreferenced.folders(made.results)
+    damage.repair(made.results)
+    assert earlier.kept(home) == [] and damage.verify(made.results) == []
+    assert other in unreferenced.folders(made.results)
 
 
 def _check_page(made, home, before):
