@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from pipeline.plan import Plan, Step
     from pipeline.store import Ledger
 
+REMEDY = "lower `shard_images` of the data set or `numerics.micro_batch` of the segmenter"
 VERSION = 3
 CODE = (
     "kernels/colour.py",
@@ -141,11 +142,14 @@ def run(plan: Plan, step: Step) -> None:
             files = images.files_of(shard)
             yield (dataset, store, images.store, files, shard, start, items, missing, used, images.size, size)
 
-    if lacking:
-        need = memory_need(images.shard_images, images.size, len(categories))
-        check_memory(plan.config.cluster, need, step.name, "lower `shard_images`")
     with client(plan.config.cluster, plan.scratch) as workers:
-        for done in run_tasks(workers, label_shard, tasks(), len(lacking), step.name):
+        if lacking:
+            need = memory_need(images.shard_images, images.size, len(categories))
+            used = {c.source for missing in lacking.values() for c in missing}
+            asked = [(networks[name].spec, images.size) for name in networks if name in used]
+            need += max(run_tasks(workers, segmenters.memory_need, asked, len(asked), f"{step.name}: size"), default=0)
+            check_memory(plan.config.cluster, need, step.name, REMEDY)
+        for done in run_tasks(workers, label_shard, tasks(), len(lacking), step.name, REMEDY):
             for category in categories:
                 if category.name in done.files:
                     ledger.record(

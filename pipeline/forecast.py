@@ -153,9 +153,14 @@ def _concepts(plan: Plan, step: Step, splits: Splits, done: bool) -> Cost:
     expected = raw * SHRINKS["labels"]
     store = Store(name, raw, expected, expected if done else _bytes(plan.results / str(step.dataset) / name))
     tasks = -(-images // dataset.shard_images)
-    seconds = images * len(categories) * LABELS if not step.settings.get("segmenters") else None
+    networks = preflight.segmenters(plan, step)
+    rates: list[float] = [probe.get("images_per_second", 0.0) for _, probe in networks]  # 0: not measured
+    known = all(rates)
+    seconds = images * len(categories) * LABELS + sum(images / rate for rate in rates if rate)
     memory = concepts.memory_need(dataset.shard_images, size, len(categories))
-    return Cost(step, (store,), images, tasks, seconds, memory)
+    memory += max((found["memory"] for found, _ in networks), default=0)
+    together = f"{1 / sum(1 / rate for rate in rates):.3g}" if rates and known else "not measured" if rates else ""
+    return Cost(step, (store,), images, tasks, seconds if known else None, memory, together)
 
 
 def _extract(plan: Plan, step: Step, splits: Splits, done: bool) -> Cost:

@@ -185,7 +185,10 @@ def _result(each: Any) -> dict[str, Any]:
     if isinstance(each, dict) and "segmenter" in each:
         wanted = SegmenterRequest.model_validate(each)
         found = segmenters.inspect(wanted.segmenter, wanted.size)
-        return {"concepts": {name: channels.concepts for name, channels in found.items()}}
+        return {
+            "concepts": {name: channels.concepts for name, channels in found.items()},
+            "memory": segmenters.memory_need(wanted.segmenter, wanted.size),
+        }
     if isinstance(each, dict) and "micro_batch" in each:
         return measure(Probe.model_validate(each))
     request = Request.model_validate(each)

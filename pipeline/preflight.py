@@ -7,16 +7,19 @@ was found is kept by that id.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import platform
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from pipeline import published
-from pipeline.config import UNTRAINED
+from pipeline.config import UNTRAINED, Network, Segmenter
 from pipeline.errors import MicrotomeError, nearest
 from pipeline.identity import digest
 from pipeline.layer_info import fits
@@ -25,7 +28,8 @@ from pipeline.networks import NetworkSpec
 from pipeline.plan import Plan, Step
 from pipeline.processes import in_own_process
 
-VERSION = 2
+VERSION = 3
+LIBRARIES = ("torch", "torchvision", "timm", "transformers")  # of another version, networks may be others
 
 
 @dataclass(frozen=True)
@@ -102,25 +106,56 @@ def speed(plan: Plan, step: Step) -> dict[str, Any]:
     return json.loads(kept.read_text()) if kept.exists() else {}
 
 
+def segmenters(plan: Plan, step: Step) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Of every segmenter that a step of `concepts` uses: what its inspection found, and what its probe said."""
+    told = []
+    for name, question in _segmenters(plan, step).items():
+        kept = _segmenter_probe(plan, step, name).kept
+        told.append((json.loads(question.kept.read_text()), json.loads(kept.read_text()) if kept.exists() else {}))
+    return told
+
+
 def _probes(plan: Plan) -> list[Question]:
-    return [_probe(plan, step) for step in _steps(plan) if not (plan.results / step.manifest).exists()]
+    lacking = [step for step in plan.of_stage("concepts") if not (plan.results / step.manifest).exists()]
+    found = [_segmenter_probe(plan, step, name) for step in lacking for name in _segmenters(plan, step)]
+    return found + [_probe(plan, step) for step in _steps(plan) if not (plan.results / step.manifest).exists()]
 
 
 def _probe(plan: Plan, step: Step) -> Question:
-    """The speed of a network does not depend on its weights, and its answer holds for this machine alone."""
     assert step.network is not None
-    asked = _request(plan, step)
     network = plan.networks[step.network]
     random = network.model_copy(update={"weights": "random", "train": None, "prefix": None, "seed": 0})
+    return _speed(plan, random, _request(plan, step)["input_shape"], f"{step.network!r} on {step.dataset!r}")
+
+
+def _segmenter_probe(plan: Plan, step: Step, name: str) -> Question:
+    spec = plan.config.segmenters[name]
+    random = spec.model_copy(update={"weights": "random", "prefix": None})
+    size = spec.resize or plan.step("ingest", step.dataset).settings["size"]
+    return _speed(plan, random, [3, *size], f"segmenter {name!r} on {step.dataset!r}")
+
+
+def _speed(plan: Plan, spec: Network | Segmenter, input_shape: list[int], whose: str) -> Question:
+    """The speed of a network does not depend on its weights, and its answer holds for this machine alone."""
     request = {
-        "network": NetworkSpec.of(random).model_dump(),
-        "input_shape": asked["input_shape"],
-        "micro_batch": network.numerics.micro_batch,
-        "channels_last": network.numerics.channels_last,
+        "network": NetworkSpec.of(spec).model_dump(),
+        "input_shape": input_shape,
+        "micro_batch": spec.numerics.micro_batch,
+        "channels_last": spec.numerics.channels_last,
         "device": "cuda" if plan.config.cluster.kind == "gpu" else "cpu",
     }
-    kept = plan.scratch / "probed" / f"{digest([VERSION, platform.node(), platform.machine(), request])}.json"
-    return Question(f"the speed of {step.network!r} on {step.dataset!r}", kept, request)
+    here = [VERSION, _versions(), platform.node(), platform.machine()]
+    return Question(f"the speed of {whose}", plan.scratch / "probed" / f"{digest([*here, request])}.json", request)
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    """Versions of the libraries that build networks, as far as they are installed."""
+    found = {}
+    for name in LIBRARIES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def questions(plan: Plan) -> list[Question]:
@@ -129,7 +164,7 @@ def questions(plan: Plan) -> list[Question]:
         Question(f"network {step.network!r} on {step.dataset!r}", _kept(plan, step), _request(plan, step))
         for step in _steps(plan)
     ]
-    return [*networks, *_segmenters(plan)]
+    return [*networks, *(found for step in plan.of_stage("concepts") for found in _segmenters(plan, step).values())]
 
 
 def sizes(plan: Plan) -> list[str]:
@@ -144,7 +179,7 @@ def sizes(plan: Plan) -> list[str]:
         ablated = _ablated(plan, step)
         if ablated is not None:
             lines += [_ablation(ablated, known, layer, flops) for layer, flops in known["ablation"].items()]
-    for question in _segmenters(plan):
+    for question in (found for step in plan.of_stage("concepts") for found in _segmenters(plan, step).values()):
         concepts = json.loads(question.kept.read_text())["concepts"]
         named = ", ".join(f"{len(names)} of {category}" for category, names in concepts.items())
         lines.append(f"{question.name}: concepts, {named}")
@@ -166,14 +201,14 @@ def _steps(plan: Plan) -> list[Step]:
     return [step for step in plan.of_stage("extract") if not (step.network or "").endswith(UNTRAINED)]
 
 
-def _segmenters(plan: Plan) -> list[Question]:
-    found = []
-    for step in plan.of_stage("concepts"):
-        size = next(plan.steps[path] for path in step.parents).settings["size"]
-        for name, made_of in step.settings.get("segmenters", {}).items():
-            kept = plan.scratch / "inspected" / f"{digest([VERSION, made_of, size])}.json"
-            request = {"segmenter": plan.config.segmenters[name].model_dump(), "size": size}
-            found.append(Question(f"segmenter {name!r} on {step.dataset!r}", kept, request))
+def _segmenters(plan: Plan, step: Step) -> dict[str, Question]:
+    """The segmenters that a step of `concepts` uses, by name."""
+    found = {}
+    size = plan.step("ingest", step.dataset).settings["size"]
+    for name, made_of in step.settings.get("segmenters", {}).items():
+        kept = plan.scratch / "inspected" / f"{digest([VERSION, _versions(), made_of, size])}.json"
+        request = {"segmenter": plan.config.segmenters[name].model_dump(), "size": size}
+        found[name] = Question(f"segmenter {name!r} on {step.dataset!r}", kept, request)
     return found
 
 
@@ -181,7 +216,7 @@ def _kept(plan: Plan, step: Step) -> Path:
     network = next(plan.steps[path] for path in step.parents if plan.steps[path].stage == "network")
     asked = _request(plan, step)
     del asked["network"], asked["images"]
-    return plan.scratch / "inspected" / f"{digest([VERSION, network.id, asked])}.json"
+    return plan.scratch / "inspected" / f"{digest([VERSION, _versions(), network.id, asked])}.json"
 
 
 def _request(plan: Plan, step: Step) -> dict[str, Any]:

@@ -124,7 +124,7 @@ def inspect(spec: Segmenter, size: tuple[int, int]) -> dict[str, Channels]:
     """
     from pipeline.networks import load_weights
 
-    built, outputs = _built(spec, (3, *(spec.resize or size)))
+    built, outputs, _ = _built(spec, (3, *(spec.resize or size)))
     load_weights(built, NetworkSpec.of(spec), shapes_only=True)
     return {
         category: channels(category, head, outputs, class_list(category, head, spec))
@@ -132,19 +132,46 @@ def inspect(spec: Segmenter, size: tuple[int, int]) -> dict[str, Channels]:
     }
 
 
-def _built(spec: Segmenter, shape: tuple[int, int, int]) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
-    """The network on the meta device with its scores for one image; they are computed where values are needed."""
+def memory_need(spec: Segmenter, size: tuple[int, int]) -> int:
+    """Bytes that a worker needs to label images of a size, (height, width), beside the images and their label maps.
+
+    The weights as loaded and as used, and a forward of a micro-batch: without gradients an operation's input, output
+    and workspace live.
+    """
+    height, width = spec.resize or size
+    built, outputs, largest = _built(spec, (3, height, width))
+    parameters = sum(parameter.numel() for parameter in built.parameters())
+    forward = 3 * height * width + 4 * largest + sum(output.numel() for output in outputs.values())
+    return 4 * (3 * parameters + spec.numerics.micro_batch * forward)
+
+
+def _built(spec: Segmenter, shape: tuple[int, int, int]) -> tuple[torch.nn.Module, dict[str, torch.Tensor], int]:
+    """The network on the meta device, its scores for one image, and how many values the largest output of any of its
+    modules has; computed where values are needed."""
     import torch
 
     from pipeline.networks import build
 
+    largest = 0
+
+    def note(module: torch.nn.Module, given: Any, output: Any) -> None:
+        nonlocal largest
+        if isinstance(output, torch.Tensor):
+            largest = max(largest, output.numel())
+
     def run(network: torch.nn.Module, device: str) -> dict[str, torch.Tensor]:
-        with torch.inference_mode():
-            return scores(network(torch.zeros((1, *shape), device=device)), network)
+        hooks = [module.register_forward_hook(note) for module in network.modules()]
+        try:
+            with torch.inference_mode():
+                return scores(network(torch.zeros((1, *shape), device=device)), network)
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     try:
         network = build(spec, device="meta")
-        return network, run(network, "meta")
+        outputs = run(network, "meta")
+        return network, outputs, largest
     # Each network that needs values to be built or run fails on the meta device in its own way.
     except Exception:
         network = build(spec)
@@ -156,7 +183,7 @@ def _built(spec: Segmenter, shape: tuple[int, int, int]) -> tuple[torch.nn.Modul
         raise MicrotomeError(
             f"{spec.architecture} cannot take images of shape {shape}: {type(error).__name__}: {error}"
         ) from error
-    return network.to("meta"), outputs
+    return network.to("meta"), outputs, largest
 
 
 def scores(output: Any, net: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -3,8 +3,6 @@
 import json
 import shutil
 from collections import namedtuple
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from experiments import run, scenes
@@ -24,12 +22,12 @@ def answered(monkeypatch):
 
     asked = []
 
-    def here(command, **_):
-        asked.extend(json.loads(Path(command[3]).read_text()))
-        inspection.main(*command[3:])
-        return SimpleNamespace(returncode=0)
+    def here(module, requests, what):
+        assert module == "pipeline.inspection"
+        asked.extend(requests)
+        return json.loads(json.dumps(inspection.answer(json.loads(json.dumps(requests)))))
 
-    monkeypatch.setattr(preflight, "subprocess", SimpleNamespace(run=here))
+    monkeypatch.setattr(preflight, "in_own_process", here)
     return asked
 
 

@@ -12,14 +12,14 @@ from experiments import SIZE, labelled_images, lines, run, segmentation, write_i
 from torch.nn.functional import interpolate
 
 from kernels.segmentation import best_class
-from pipeline import config, dissect, extract, inspection, plan, preflight, published
+from pipeline import config, dissect, extract, forecast, inspection, plan, preflight, published
 from pipeline.checkpoint import write_safetensors
 from pipeline.config import Head, Segmenter
 from pipeline.errors import MicrotomeError
 from pipeline.identity import FileDigests, digest
 from pipeline.label_maps import read_class_list
 from pipeline.networks import build, load
-from pipeline.segmenters import Model, channels, concepts, inspect, label_maps, scores, settings
+from pipeline.segmenters import Model, channels, concepts, inspect, label_maps, memory_need, scores, settings
 
 NAMES = [f"street/{k:02}" for k in range(10)]
 STAGES = ("ingest", "concepts", "network", "extract", "dissect")
@@ -348,6 +348,25 @@ def test_what_is_told_before_a_run(tmp_path, parsing):
     wanted = plan.make(config.parse(described(tmp_path, parsing())))
     preflight.check(wanted)
     assert preflight.sizes(wanted)[-1] == "segmenter 'ours' on 'photos': concepts, 3 of object, 2 of part"
+    (without,) = (cost for cost in forecast.forecast(wanted) if cost.step.stage == "concepts")
+    assert (without.rate, without.seconds) == ("not measured", None)
+    preflight.check(wanted, probe=True)
+    (cost,) = (cost for cost in forecast.forecast(wanted) if cost.step.stage == "concepts")
+    ((found, probed),) = preflight.segmenters(wanted, cost.step)
+    assert float(cost.rate) == pytest.approx(probed["images_per_second"], rel=0.01) and cost.seconds > 0
+    spec = wanted.config.segmenters["ours"]
+    assert found["memory"] == memory_need(spec, (SIZE, SIZE))
+    assert cost.memory == without.memory > found["memory"]
+    assert found["memory"] > 4 * 3 * sum(p.numel() for p in load(spec).parameters())
+
+
+@pytest.mark.usefixtures("workers")
+def test_a_segmenter_that_needs_more_memory_than_a_worker_has(tmp_path, parsing):
+    labelled_images(tmp_path, NAMES[:2])
+    raw = described(tmp_path, parsing()) | {"cluster": {"memory": "1.3 GB"}}
+    raw["segmenters"]["ours"]["numerics"] = {"micro_batch": 100_000}
+    with pytest.raises(MicrotomeError, match=r"concepts photos needs about .* `numerics.micro_batch` of the segmenter"):
+        run(raw, "ingest", "concepts")
 
 
 @pytest.mark.parametrize(
