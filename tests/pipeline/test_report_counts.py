@@ -116,7 +116,7 @@ def test_shorten_keeps_both_ends(text: str, limit: int) -> None:
 
 @pytest.mark.parametrize(
     ("value", "shown"),
-    [(0, "0 %"), (1, "100 %"), (0.001, "< 1 %"), (0.999, "> 99 %"), (0.97, "97 %"), (math.nan, "–")],
+    [(0, "0\u00a0%"), (1, "100\u00a0%"), (0.001, "<\u00a01\u00a0%"), (0.999, ">\u00a099\u00a0%"), (0.97, "97\u00a0%"), (math.nan, "–")],
 )
 def test_percent_never_rounds_to_none_or_all(value: float, shown: str) -> None:
     assert sentences.percent(value) == shown
