@@ -153,7 +153,7 @@ def decimal(value: float, digits: int = 3) -> str:
 
 
 def percent(value: float, digits: int = 0) -> str:
-    """A share as a percentage; a dash for NaN. Never rounds to 0 or 100 what is neither, and never parts from its sign."""
+    """A share as a percentage; a dash for NaN. Never rounds to 0 or 100 what is neither; does not break."""
     if math.isnan(value):
         return "–"
     step = 0.01 / 10**digits

@@ -28,8 +28,8 @@ FOLDERS = ("figures", "tables", "units")
 """What a report owns besides its pages: a file in here that this report did not write is an earlier one's."""
 
 
-REORDERING = {point: "\ufffd" for point in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}
-"""Characters that turn the text after them around, up to the end of the paragraph: a name may not do that to a sentence."""
+REORDERING = dict.fromkeys((*range(0x202A, 0x202F), *range(0x2066, 0x206A)), "\ufffd")
+"""Characters that turn the text after them around, to the end of the paragraph: no name may do that to a sentence."""
 METHODS = "What the words and numbers of these pages mean, how they were computed, and where they come from."
 
 
