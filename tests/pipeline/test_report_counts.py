@@ -163,7 +163,7 @@ def test_flatten() -> None:
 
 
 def test_a_class_that_is_never_recognised_has_nothing_to_lose() -> None:
-    """Three classes: one depends on unit 1, one on none, one is never recognised. Neither of the last two is counted."""
+    """Three classes: one depends on unit 1, one on none, one is never recognised. Only the first counts."""
     loss, none = np.array([[0.0, 0.0, 0.0], [0.2, 0.0, 0.0]]), np.empty((0, 2, 0, 3))
     units = [unit(number=number) for number in range(2)]
     found = Ablation(
