@@ -9,6 +9,7 @@ UV_VERSION := 0.13.9
 
 .PHONY: demo test lint plan why recompute verify repair gc rescan bench chaos lock clean
 demo: $(VENV)/installed
+	@test -r '$(CONFIG)' || { echo 'error: no configuration file $(CONFIG)' >&2; exit 1; }
 	@$(BIN)/snakemake --configfile $(CONFIG) --quiet reason host
 
 test: $(VENV)/installed
@@ -23,6 +24,7 @@ lint: $(VENV)/installed
 
 # What would run, without running it; and why: which part of which id changed.
 plan: $(VENV)/installed
+	@test -r '$(CONFIG)' || { echo 'error: no configuration file $(CONFIG)' >&2; exit 1; }
 	@$(BIN)/snakemake --configfile $(CONFIG) --dry-run --quiet rules
 
 why: $(VENV)/installed

@@ -529,6 +529,10 @@ def _explain(item: Any) -> str:
         return f"{where}: unknown key{nearest(location[-1], known_keys())}"
     if item["type"] == "missing":
         return f"{where}: missing"
+    if item["type"] == "union_tag_invalid":
+        key, tag, tags = (item["ctx"][part] for part in ("discriminator", "tag", "expected_tags"))
+        known = tags.replace("'", "").split(", ")
+        return f"{where}.{key.strip(chr(39))}: {tag!r} is not one of {', '.join(known)}{nearest(tag, known)}"
     found = "" if item["type"] == "value_error" else f" (found {item['input']!r})"
     return f"{where}: {item['msg'].removeprefix('Value error, ')}{found}"
 

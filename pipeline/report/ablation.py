@@ -25,6 +25,7 @@ class Ablation:
     order : (class, unit), most important first; -1 for a class that could not be ranked.
     rank_loss, judge_loss : (unit, class). accuracy_loss : (unit), on the split that judges.
     set_loss : (kind, size, class); random_loss : (draw, random kind, size, class); both may have no sizes.
+    recognised : (class), whether any image of the class is, with all units, on the split that ranks.
     settings : attributes of the group: `rank`, `judge`, `replace`, counts of images and pairs, notes.
     """
 
@@ -44,6 +45,7 @@ class Ablation:
     random_loss: Floats
     balanced_accuracy: Floats
     accuracy: float
+    recognised: NDArray[np.bool_]
     settings: Mapping[str, Any]
 
     def top(self, c: int) -> list[int]:
@@ -59,8 +61,13 @@ class Ablation:
 
     @cached_property
     def without_units(self) -> list[str]:
-        """Classes that lose nothing by any single unit, on the split that ranks."""
-        return [self.classes[c] for c in self.by_dependence if not self.top(c)]
+        """Classes that have something to lose, and lose nothing by any single unit, on the split that ranks."""
+        return [self.classes[c] for c in self.by_dependence if not self.top(c) and self.recognised[c]]
+
+    @cached_property
+    def never_recognised(self) -> list[str]:
+        """Classes of which no image is recognised with all units: what they depend on cannot be told."""
+        return [self.classes[c] for c in self.by_dependence if not self.recognised[c]]
 
     def served_groups(self) -> list[tuple[int, int, float]]:
         """(classes served, units, their mean IoU), for each number of classes that occurs."""
@@ -102,5 +109,6 @@ def read_ablation(results: Path, dataset: str, network: str, layer: str, units: 
         array("random_loss") if has_draws else np.empty((0, 2, 0, len(classes))),
         array("balanced_accuracy")[judge],
         float(array("accuracy")[judge]),
+        array("recall")[rank] > 0,
         settings,
     )

@@ -28,11 +28,13 @@ def curves(width: float, found: Ablation, kinds: Sequence[str]) -> Figure:
     shown = found.by_dependence[:CLASSES]
     control = "keep" if kinds[0].startswith("keep") else "remove"
     rows, columns = grid_of(max(len(shown), 1), width, 6)
-    height = 1.05 * rows + 0.85
+    legend_columns = 3 if width > 5 else 1
+    top = 0.35 + 0.15 * -(-(len(kinds) + bool(len(found.random_loss))) // legend_columns)  # the legend, and titles
+    height = 1.05 * rows + top + 0.35
     figure = Figure(figsize=(width, height))
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     figure.subplots_adjust(
-        left=0.55 / width, right=1 - 0.1 / width, bottom=0.44 / height, top=1 - 0.65 / height, wspace=0.12, hspace=0.42,
+        left=0.55 / width, right=1 - 0.1 / width, bottom=0.44 / height, top=1 - top / height, wspace=0.12, hspace=0.42,
     )  # fmt: skip
     x = np.arange(len(found.sizes))
     for panel, c in zip(panels.flat, shown, strict=False):
@@ -58,7 +60,7 @@ def curves(width: float, found: Ablation, kinds: Sequence[str]) -> Figure:
     )
     figure.text(0.04 / width, 0.5, "lost", ha="left", va="center", rotation="vertical", color=MUTED)
     handles = corner.get_lines()
-    figure.legend(handles=handles, loc="upper left", ncols=3 if width > 5 else 1, handlelength=2.6, borderaxespad=0.2)
+    figure.legend(handles=handles, loc="upper left", ncols=legend_columns, handlelength=2.6, borderaxespad=0.2)
     return figure
 
 
@@ -85,7 +87,7 @@ def heatmap(width: float, found: Ablation) -> Figure:
     most = max(float(np.nanmax(np.abs(loss), initial=0)), 1e-3)
     figure = Figure(figsize=(width, 0.17 * len(classes) + 0.95), layout="constrained")
     panel = figure.subplots()
-    mesh = panel.pcolormesh(loss, cmap="PuOr_r", vmin=-most, vmax=most, linewidth=0)
+    mesh = panel.pcolormesh(loss, cmap="PuOr_r", vmin=-most, vmax=most, edgecolors="face", linewidth=0.3)  # no seams
     panel.set_yticks(np.arange(len(classes)) + 0.5, [shorten(found.classes[c], 20) for c in classes])
     panel.set_ylim(len(classes), 0)
     step = max(1, -(-len(units) // max(1, int(width / 0.22))))

@@ -77,7 +77,7 @@ def best_unit(network: "Network") -> str:
     text = f"The highest IoU is that of unit {best.unit} of {best.layer} with {best.concept}: {decimal(best.iou)}"
     if math.isnan(best.ci_low):
         return f"{text}."
-    return f"{text}, 95 % interval {decimal(best.ci_low)} to {decimal(best.ci_high)}."
+    return f"{text}, 95\u00a0% interval {decimal(best.ci_low)} to {decimal(best.ci_high)}."
 
 
 def categories_of_last_layer(network: "Network") -> str:
@@ -153,15 +153,15 @@ def decimal(value: float, digits: int = 3) -> str:
 
 
 def percent(value: float, digits: int = 0) -> str:
-    """A share as a percentage; a dash for NaN. Never rounds to 0 or 100 what is neither."""
+    """A share as a percentage; a dash for NaN. Never rounds to 0 or 100 what is neither; does not break."""
     if math.isnan(value):
         return "–"
     step = 0.01 / 10**digits
     if 0 < value < step / 2:
-        return f"< {step * 100:.{digits}f} %"
+        return f"<\u00a0{step * 100:.{digits}f}\u00a0%"
     if 1 - step / 2 < value < 1:
-        return f"> {100 - step * 100:.{digits}f} %"
-    return f"{value * 100:.{digits}f} %"
+        return f">\u00a0{100 - step * 100:.{digits}f}\u00a0%"
+    return f"{value * 100:.{digits}f}\u00a0%"
 
 
 def plural(count: Any, noun: str) -> str:

@@ -7,6 +7,7 @@ nothing else. All that comes from data is escaped.
 import base64
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ FOLDERS = ("figures", "tables", "units")
 """What a report owns besides its pages: a file in here that this report did not write is an earlier one's."""
 
 
+REORDERING = dict.fromkeys((*range(0x202A, 0x202F), *range(0x2066, 0x206A)), "\ufffd")
+"""Characters that turn the text after them around, to the end of the paragraph: no name may do that to a sentence."""
 METHODS = "What the words and numbers of these pages mean, how they were computed, and where they come from."
 
 
@@ -89,6 +92,7 @@ def render(experiment: Experiment, page: Page, site: Sequence[Page]) -> str:
                 "script_digest": digest(script),
             }
         )
+        .translate(REORDERING)
     )
 
 
@@ -118,6 +122,7 @@ def data(value: Any) -> Markup:
     All but ASCII is escaped too, so also the line separators that JavaScript knows and JSON does not.
     """
     text = json.dumps(value, allow_nan=False, separators=(",", ":"))
+    text = re.sub(r"(?<!\\)((?:\\\\)*)\\u(?:202[a-e]|206[6-9])", r"\1\\ufffd", text)
     return Markup(text.replace("&", r"\u0026").replace("<", r"\u003c").replace(">", r"\u003e"))
 
 

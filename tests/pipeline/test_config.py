@@ -170,7 +170,7 @@ def test_references_to_data_sets(tmp_path):
         (("datasets", "folder", "split"), {}, "exactly one"),
         (("datasets", "folder", "concepts"), ["truth"], "pixels"),
         (("datasets", "photos", "label_maps"), {}, "at least 1"),
-        (("datasets", "photos", "kind"), "segments", "segments"),
+        (("datasets", "photos", "kind"), "segments", "kind: 'segments' is not one of .*nearest: segmentation"),
         (("datasets", "scenes", "dissect", "quantile"), 1.0, "less than 1"),
         (("datasets",), {}, "at least 1"),
         (("networks",), {}, "at least 1"),

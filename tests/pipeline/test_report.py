@@ -124,6 +124,23 @@ def test_nothing_from_data_is_interpreted(hostile: Path, name: str) -> None:
             assert not set("<>&\u2028\u2029") & set(text)
 
 
+@pytest.mark.parametrize("control", ["\u202e", "\u2067"])
+def test_a_name_cannot_turn_the_text_after_it_around(tmp_path: Path, control: str) -> None:
+    results = write_results(tmp_path, {"cnn": [("a", 6)]}, concepts=[(f"tree{control}", "truth/object")])
+    made = (Made("dissect", "scenes", "cnn"),)
+    build(Experiment(results, tmp_path / "report", f"Mine{control}", made, figures=Figures(formats=[])))
+    for page in (tmp_path / "report").glob("*.html"):
+        text = page.read_text()
+        assert control not in text and f"\\u{ord(control):x}" not in text and "Mine\ufffd" in text
+    ((_, block),) = (one for one in Html(tmp_path / "report" / "network-scenes-cnn.html").blocks if one[0])
+    assert json.loads(block)["concepts"][0][0] == "tree\ufffd"
+
+
+def test_a_backslash_in_a_name_stays_a_backslash() -> None:
+    name = "\\u202e \\\\u202e \u202e"
+    assert json.loads(site.data([name])) == [name.replace("\u202e", "\ufffd")]
+
+
 @pytest.mark.parametrize("name", PAGES)
 def test_pages_need_nothing_from_elsewhere(hostile: Path, name: str) -> None:
     page = Html(hostile / name)

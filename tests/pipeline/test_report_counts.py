@@ -10,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.report import Made, sentences
+from pipeline.report.ablation import Ablation
 from pipeline.report.counts import categories, count_concepts, count_detectors
 from pipeline.report.figures import share_above
 from pipeline.report.network import short_names
+from pipeline.report.pages.ablate import Section, finding
 from pipeline.report.provenance import flatten
 from pipeline.report.results import Unit
 from pipeline.report.style import shorten
@@ -116,7 +118,14 @@ def test_shorten_keeps_both_ends(text: str, limit: int) -> None:
 
 @pytest.mark.parametrize(
     ("value", "shown"),
-    [(0, "0 %"), (1, "100 %"), (0.001, "< 1 %"), (0.999, "> 99 %"), (0.97, "97 %"), (math.nan, "–")],
+    [
+        (0, "0\u00a0%"),
+        (1, "100\u00a0%"),
+        (0.001, "<\u00a01\u00a0%"),
+        (0.999, ">\u00a099\u00a0%"),
+        (0.97, "97\u00a0%"),
+        (math.nan, "–"),
+    ],
 )
 def test_percent_never_rounds_to_none_or_all(value: float, shown: str) -> None:
     assert sentences.percent(value) == shown
@@ -151,3 +160,16 @@ def test_short_names_stay_distinct() -> None:
 
 def test_flatten() -> None:
     assert flatten({"a": {"b": 1, "c": ["é", 2]}, "d": None}) == [("a.b", "1"), ("a.c", '["é", 2]'), ("d", "None")]
+
+
+def test_a_class_that_is_never_recognised_has_nothing_to_lose() -> None:
+    """Three classes: one depends on unit 1, one on none, one is never recognised. Only the first counts."""
+    loss, none = np.array([[0.0, 0.0, 0.0], [0.2, 0.0, 0.0]]), np.empty((0, 2, 0, 3))
+    units = [unit(number=number) for number in range(2)]
+    found = Ablation(
+        "d", "n", "a", ["x", "y", "z"], units, np.array([[1, 0], [0, 1], [0, 1]]), loss, loss, loss[:, 0],
+        np.array([0, 1]), [], [], none, none, np.full(3, 0.5), 0.5, np.array([True, True, False]),
+        {"rank": "train", "judge": "validation"},
+    )  # fmt: skip
+    assert found.without_units == ["y"] and found.never_recognised == ["z"]
+    assert "of 3 classes, 1 lose" in finding(Section(found, "n", [], [], {}, ""))

@@ -122,7 +122,7 @@ def finding(one: Section) -> str:
     """How many classes lose something by a single unit, and the one that loses most."""
     found = one.found
     rank, judge = found.settings["rank"], found.settings["judge"]
-    depending = len(found.by_dependence) - len(found.without_units)
+    depending = sum(bool(found.top(c)) for c in found.by_dependence)
     text = (
         f"{one.label}, {found.layer}: of {len(found.classes)} classes, {depending} lose balanced accuracy on "
         f"split {rank} when one of {sentences.plural(len(found.units), 'unit')} is removed"
