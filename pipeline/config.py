@@ -4,9 +4,9 @@
 `python -m pipeline.config`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import (
     BaseModel,
@@ -16,6 +16,7 @@ from pydantic import (
     PositiveInt,
     StringConstraints,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
@@ -307,6 +308,13 @@ class Ablate(Strict):
     draws: NonNegativeInt = Field(10, description="random sets of each size, as a control")
     datasets: list[Name] | None = Field(None, description="on these data sets; default: all of the network's")
 
+    @field_validator("layers")
+    @classmethod
+    def _last_is_no_name(cls, layers: Any) -> Any:
+        if layers == ["last"]:
+            raise ValueError("for the last layer write `layers: last`, without brackets")
+        return layers
+
 
 class Network(NetworkSpec):
     """A network: how to build it, its weights, and the layers to look at."""
@@ -526,7 +534,11 @@ def _explain(item: Any) -> str:
     location = [str(part) for part in item["loc"]]
     where = ".".join(location) or "the top level"
     if item["type"] == "extra_forbidden":
-        return f"{where}: unknown key{nearest(location[-1], known_keys())}"
+        own = _keys_at(location)
+        hint = nearest(location[-1], own)
+        if not hint:
+            hint = nearest(location[-1], known_keys()) if location[-1] in known_keys() else f"; there are: {_list(own)}"
+        return f"{where}: unknown key{hint}"
     if item["type"] == "missing":
         return f"{where}: missing"
     if item["type"] == "union_tag_invalid":
@@ -535,6 +547,27 @@ def _explain(item: Any) -> str:
         return f"{where}.{key.strip(chr(39))}: {tag!r} is not one of {', '.join(known)}{nearest(tag, known)}"
     found = "" if item["type"] == "value_error" else f" (found {item['input']!r})"
     return f"{where}: {item['msg'].removeprefix('Value error, ')}{found}"
+
+
+def _list(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names))
+
+
+def _keys_at(location: Sequence[str]) -> set[str]:
+    """The keys of the section that a location is in; names that the user gave are passed over."""
+    sections: list[type[BaseModel]] = [Config]
+    for part in location[:-1]:
+        fields = (section.model_fields[part] for section in sections if part in section.model_fields)
+        sections = [model for field in fields for model in _models(field.annotation)] or sections
+    return {key for section in sections for key in section.model_fields}
+
+
+def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The sections in a type: of a dictionary's values, of each choice of a union."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _models(part)
 
 
 def known_keys() -> set[str]:

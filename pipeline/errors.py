@@ -1,8 +1,9 @@
 """Errors that a user can act on."""
 
+import contextlib
 import difflib
 import errno
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 ADVICE = {
     errno.ENOSPC: "the disk is full: make room; what is finished is kept, run again to go on",
@@ -17,6 +18,17 @@ ADVICE = {
 
 class MicrotomeError(Exception):
     """An error whose message says what was found, what was expected, and what to do; no traceback is needed."""
+
+
+@contextlib.contextmanager
+def about(what: str) -> Iterator[None]:
+    """Errors within are about this part of the configuration, and say so."""
+    try:
+        yield
+    except MicrotomeError as error:
+        if str(error).startswith(what):
+            raise
+        raise MicrotomeError(f"{what}: {error}") from error
 
 
 def nearest(name: str, known: Iterable[str], n: int = 3) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 from pipeline import ablate, concepts, config, datasets, dissect, extract, ingest, network, published
 from pipeline.config import UNTRAINED, Config, Network
-from pipeline.errors import MicrotomeError
+from pipeline.errors import MicrotomeError, about
 from pipeline.identity import FileDigests, digest
 from pipeline.manifest import Manifest
 from pipeline.report import stage as report
@@ -156,16 +156,16 @@ def make(wanted: Config, rescan: bool = False, arguments: Sequence[str] = ()) ->
 
     ingests: dict[str, Step] = {}
     labelled: dict[str, Step] = {}
-    found = {
-        name: datasets.summary(dataset, plan.scratch, ingest.VERSION, rescan)
-        for name, dataset in wanted.datasets.items()
-    }
-    for name in wanted.datasets:
+    found = {}
+    for name, dataset in wanted.datasets.items():
+        with about(f"data set {name!r}"):
+            found[name] = datasets.summary(dataset, plan.scratch, ingest.VERSION, rescan)
         ingests[name] = add("ingest", found[name].settings, [], name)
     used = {d for n in wanted.networks.values() for d in datasets_of(wanted, n)}
     for name in sorted(used):
         found[name].require(name, wanted.datasets[name].dissect.split)
-        labels = concepts.settings(wanted.datasets[name], wanted.segmenters, digests)
+        with about(f"data set {name!r}"):
+            labels = concepts.settings(wanted.datasets[name], wanted.segmenters, digests)
         labelled[name] = add("concepts", labels, [ingests[name]], name)
 
     dissected: list[Step] = []
@@ -177,7 +177,9 @@ def make(wanted: Config, rescan: bool = False, arguments: Sequence[str] = ()) ->
         if spec.train:
             found[spec.train.dataset].require(spec.train.dataset, spec.train.split)
         parents = [ingests[spec.train.dataset]] if spec.train else []
-        loaded[name] = add("network", network.settings(spec, digests), parents, network=name)
+        with about(f"network {name!r}"):
+            settings = network.settings(spec, digests)
+        loaded[name] = add("network", settings, parents, network=name)
     for name, spec in plan.networks.items():
         untrained = name.endswith(UNTRAINED)
         for data in datasets_of(wanted, spec):

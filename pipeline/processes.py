@@ -90,9 +90,13 @@ def interruptible() -> None:
     """In a job: SIGTERM is Ctrl-C, and the first of them counts: Ctrl-C in a terminal is followed by the main process's
     SIGTERM. What hangs on the way out is cut off after 5 seconds."""
 
+    interrupted = False
+
     def interrupt(number: int, frame: object) -> None:
-        for each in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(each, signal.SIG_IGN)
+        nonlocal interrupted
+        if interrupted:  # not SIG_IGN: Python prints a traceback of a signal that comes while it is being set
+            return
+        interrupted = True
         overdue = threading.Timer(5, lambda: os._exit(1))
         overdue.daemon = True
         overdue.start()

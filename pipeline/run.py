@@ -163,9 +163,10 @@ class Run:
             if manifest is not None and manifest.provenance["began"] >= self.began:
                 lines.append(f"{manifest.provenance['seconds']:8.1f} s  {step.name}")
         lines.append(f"{time.time() - self.began:8.1f} s  in all; jobs overlap")
-        report = self.plan.results / "report" / self.plan.config.name / "index.html"
-        if report.exists():
-            lines.append(f"The report: {report.resolve()}")
+        for step in self.plan.of_stage("report"):
+            if (self.plan.results / step.manifest).exists():
+                report = self.plan.results / "report" / self.plan.config.name / "index.html"
+                lines.append(f"The report: {report.resolve()}")
         return "\n".join(lines)
 
 

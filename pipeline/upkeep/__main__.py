@@ -50,7 +50,7 @@ def verify(given: argparse.Namespace) -> int:
 
 
 def repair(given: argparse.Namespace) -> int:
-    with RunLock(given.results):
+    with RunLock(_results(given)):
         found = damage.repair(given.results)
     print("\n".join(map(str, found)) or "every file is what was written")
     return 0
@@ -58,7 +58,7 @@ def repair(given: argparse.Namespace) -> int:
 
 def gc(given: argparse.Namespace) -> int:
     total = 0
-    with RunLock(given.results):
+    with RunLock(_results(given)):
         for folder in unreferenced.folders(given.results):
             total += (size := unreferenced.size_of(folder))
             print(f"{size / 1e9:8.3f} GB  {folder}")
@@ -83,6 +83,13 @@ def recompute(given: argparse.Namespace) -> int:
         removed = discard(wanted, given.stage)
     print("\n".join(removed) or "nothing of it is there")
     return 0
+
+
+def _results(given: argparse.Namespace) -> Path:
+    """The results folder; any other is not to be written to."""
+    if not (given.results / damage.SCRATCH).is_dir():
+        raise MicrotomeError(f"{given.results} is no results folder: it has no {damage.SCRATCH}/")
+    return given.results
 
 
 def _wanted(given: argparse.Namespace) -> config.Config:

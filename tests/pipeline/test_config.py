@@ -6,6 +6,7 @@ import pytest
 import yaml
 from experiments import scenes
 
+from pipeline import plan
 from pipeline.config import PRESETS, RESERVED, Config, Dissect, known_keys, load, parse, select
 from pipeline.errors import MicrotomeError
 
@@ -229,3 +230,24 @@ def test_files(tmp_path):
             load(file)
     with pytest.raises(MicrotomeError, match="cannot read the configuration"):
         load(tmp_path / "absent.yaml")
+
+
+def test_an_unknown_key_is_told_those_of_its_section():
+    network = {"torchvision": "resnet18", "weights": "random", "ablate": {"units": [1]}}
+    raw = {"name": "x", "datasets": {"d": {"kind": "scenes"}}, "networks": {"n": network}}
+    with pytest.raises(MicrotomeError, match=r"ablate\.units: unknown key; there are: datasets, draws, images, judge"):
+        parse(raw)
+    network["ablate"] = {"layers": ["last"]}
+    with pytest.raises(MicrotomeError, match=r"ablate\.layers: for the last layer write `layers: last`"):
+        parse(raw)
+
+
+def test_what_is_not_there_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    network = {"torchvision": "resnet18", "weights": "missing.pt"}
+    raw = {"name": "x", "datasets": {"d": {"kind": "scenes"}}, "networks": {"n": network}}
+    with pytest.raises(MicrotomeError, match=r"^network 'n': cannot read missing\.pt: No such file"):
+        plan.make(parse(raw))
+    raw["datasets"]["d"] = {"kind": "imagefolder", "root": "nowhere"}
+    with pytest.raises(MicrotomeError, match=r"^data set 'd': cannot read the folder nowhere/: No such file"):
+        plan.make(parse(raw))

@@ -381,8 +381,10 @@ def test_print_shows_content_without_controls(browser: Browser, plain: Path) -> 
 def test_pictures_are_printed(browser: Browser, plain: Path) -> None:
     """A browser that prints no backgrounds makes a dark gradient white: the lines between pictures hid the pictures."""
     browser.open(page_of(plain))
-    browser.run("document.querySelectorAll('.pictures img').forEach((image) => { image.loading = 'eager'; })")
-    browser.wait(lambda: browser.run("return [...document.images].every((image) => image.complete)"))
+    browser.driver.execute_cdp_cmd("Page.printToPDF", {})
+    browser.wait(
+        lambda: browser.run("return [...document.images].every((image) => image.complete && image.naturalWidth)")
+    )
     browser.show(media="print")
     style = "return getComputedStyle(document.querySelector('.card .pictures')).printColorAdjust"
     assert browser.run(style) == "exact"

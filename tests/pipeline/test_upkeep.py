@@ -227,6 +227,13 @@ def test_a_folder_that_was_being_written_is_cleared_away(tmp_path):
     assert sorted(tmp_path.rglob("*")) == [tmp_path / "net", tmp_path / "net/before"]
 
 
+@pytest.mark.parametrize("command", ["gc", "repair"])
+def test_a_folder_that_holds_no_results_is_left_alone(tmp_path, command):
+    with pytest.raises(MicrotomeError, match="is no results folder"):
+        main([command, str(tmp_path)])
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("name", plan.STAGES)
 def test_every_stage_says_what_it_made(name):
     assert callable(plan.STAGES[name].discard)

@@ -363,6 +363,9 @@
   });
   window.addEventListener("hashchange", readAddress);
   window.addEventListener("resize", drawMap);
+  window.addEventListener("beforeprint", () => {
+    for (const picture of document.querySelectorAll("img[loading=lazy]")) picture.loading = "eager";
+  });
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawMap);
   form.hidden = map.hidden = false;
   update();
