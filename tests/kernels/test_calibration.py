@@ -403,7 +403,7 @@ def test_bad_input_is_refused_with_its_row():
         check_labels(np.zeros(3, int), 4, 5)
     with pytest.raises(ValueError, match="no images"):
         check_labels(np.zeros(0, int), 4, 0)
-    with pytest.raises(ValueError, match="row 1: the probabilities sum to 0.9"):
+    with pytest.raises(ValueError, match=r"row 1: the probabilities sum to 0\.9"):
         logits_of(np.array([[0.5, 0.5], [0.5, 0.4]]))
     for bad in (np.nan, -0.1, 1.1):
         with pytest.raises(ValueError, match="row 0: a probability"):
