@@ -44,8 +44,9 @@ def check_labels(labels: NDArray, classes: int, rows: int) -> Ints:
         raise ValueError(f"there are {rows} rows of scores, and labels of shape {labels.shape}: one a row is expected")
     if not rows:
         raise ValueError("there are no images")
-    whole = labels.astype(np.int64)
-    bad = (whole != labels) | (whole < 0) | (whole >= classes)
+    inside = (labels >= 0) & (labels < classes)  # a NaN is not
+    whole = np.where(inside, labels, -1).astype(np.int64)
+    bad = ~inside | (whole != labels)
     if bad.any():
         row = int(bad.argmax())
         raise ValueError(f"row {row}: label {labels[row]} is not one of the classes 0 to {classes - 1}")

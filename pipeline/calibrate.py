@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
-from pipeline import stage
+from pipeline import calibrate_tasks, stage
 from pipeline.cluster import check_memory, client, run_tasks
 from pipeline.config import UNTRAINED, Calibrate, Calibration
 from pipeline.errors import MicrotomeError
@@ -29,7 +29,6 @@ from pipeline.identity import digest
 from pipeline.manifest import Files, write_file
 
 if TYPE_CHECKING:
-    from pipeline.calibrate_tasks import Scores
     from pipeline.datasets import Summary
     from pipeline.images import Images
     from pipeline.plan import Plan, Step
@@ -73,7 +72,7 @@ def wanted(asked: Calibrate, network: str, dataset: str, found: Summary) -> bool
 
 def settings(asked: Calibrate, name: str, split: str, found: Summary) -> dict[str, Any]:
     """What the id is made of beside the parents; too few images are refused here."""
-    few = fitted_on(asked.share, found.splits[split])
+    few = calibrate_tasks.fitted_on(asked.share, found.splits[split])
     if few < found.classes:
         raise MicrotomeError(
             f"calibrate, data set {name!r}: {few} of its {found.splits[split]} images are to be fitted on, and there "
@@ -81,11 +80,6 @@ def settings(asked: Calibrate, name: str, split: str, found: Summary) -> dict[st
         )
     how = asked.model_dump(exclude={"networks", "datasets"})
     return {"calibrate": how | {"methods": [m for m in METHODS if m in how["methods"]]}, "classes": found.classes}
-
-
-def fitted_on(share: float, images: int) -> int:
-    """How many of some images methods are fitted on; one at least is left to judge them."""
-    return max(0, min(images - 1, round(share * images)))
 
 
 @dataclass(frozen=True)
@@ -102,7 +96,7 @@ class Work:
     @property
     def fit(self) -> int:
         """Images that methods are fitted on."""
-        return fitted_on(self.how["share"], len(self.rows))
+        return calibrate_tasks.fitted_on(self.how["share"], len(self.rows))
 
     @cached_property
     def made_of(self) -> str:
@@ -135,7 +129,7 @@ def work_of(plan: Plan, step: Step) -> Work:
 
 
 def run(plan: Plan, step: Step) -> None:
-    from pipeline import calibrate_results, calibrate_tasks
+    from pipeline import calibrate_results
     from pipeline.store import Ledger, metadata_files, remove_partials
 
     assert step.dataset is not None and step.network is not None
@@ -172,7 +166,7 @@ def run(plan: Plan, step: Step) -> None:
     }
     files = ledger.files(map(str, range(splits)))
     files |= calibrate_results.write_whole_network(store, methods, whole, {**work.how, **facts})
-    tables = calibrate_results.write_tables(store, files | metadata_files(store), methods, whole, work.how)
+    tables = calibrate_results.write_tables(store, files | metadata_files(store), methods, whole)
     output = digest([files, {name: table.decode() for name, table in tables.items()}])
     files = stage.within(store.name, files | metadata_files(store))
     for name, data in tables.items():
@@ -180,14 +174,12 @@ def run(plan: Plan, step: Step) -> None:
     stage.finish(plan, step, began, output, files, facts, made=(len(missing), splits))
 
 
-def scores_of(folder: Path, step: Step, work: Work) -> Scores:
-    from pipeline.calibrate_tasks import Scores, keys
-
+def scores_of(folder: Path, step: Step, work: Work) -> calibrate_tasks.Scores:
     shards = {}
     for shard in sorted(set((work.rows // work.images.shard_images).tolist())):
         start, stop = work.images.range(shard)
         shards[start] = stop
-    return Scores(
+    return calibrate_tasks.Scores(
         digest([step.name, work.made_of]),
         folder / "logits.zarr",
         work.logits,
@@ -195,7 +187,7 @@ def scores_of(folder: Path, step: Step, work: Work) -> Scores:
         step.settings["classes"],
         work.rows,
         work.label,
-        keys(work.image_id.tolist()),
+        calibrate_tasks.keys(work.image_id.tolist()),
     )
 
 

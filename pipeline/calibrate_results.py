@@ -32,6 +32,7 @@ COLUMNS = (
     "ece_below_temperature",
     *(f"first_{name}" for name in FIRST),
 )
+OF_BINS = ("count", "correct", "confidence")
 BIN_COLUMNS = ("images_of", "method", "low", "high", "images", "accuracy", "confidence")
 
 
@@ -86,44 +87,48 @@ def write_whole_network(store: Path, methods: Sequence[str], whole: Whole, attrs
     )
 
 
-def write_tables(
-    store: Path, files: Files, methods: Sequence[str], whole: Whole, how: Mapping[str, Any]
-) -> dict[str, bytes]:
-    """calibration.csv and calibration-bins.csv, from what is stored."""
+def write_tables(store: Path, files: Files, methods: Sequence[str], whole: Whole) -> dict[str, bytes]:
+    """The two tables, from what is stored."""
     reader = Reader(store, files)
-    score = np.asarray(reader["score"][:])
-    rows = [[number(v) if isinstance(v, float) else v for v in row] for row in summary(score, methods)]
-    bins = how["bins"]
-    first = [np.asarray(reader[name][0]) for name in ("count", "correct", "confidence")]
-    parts = [("all", "uncalibrated", whole.sums.count, whole.sums.correct, whole.sums.confidence)]
-    parts += [("test", method, *(each[at] for each in first)) for at, method in enumerate(methods)]
-    bin_rows = [
-        [images_of, method, number(m / bins), number((m + 1) / bins), int(count[m]),
-         *(number(sums[m] / count[m]) if count[m] else "" for sums in (correct, confidence))]
-        for images_of, method, count, correct, confidence in parts
+    return tables({name: np.asarray(reader[name][:]) for name in ("score", *OF_BINS)}, methods, whole)
+
+
+def tables(found: Mapping[str, np.ndarray], methods: Sequence[str], whole: Whole) -> dict[str, bytes]:
+    """calibration.csv and calibration-bins.csv, by name, of `score` (split, method, measure) and the sums of bins."""
+    rows = ([_cell(row[name]) for name in COLUMNS] for row in summary(found["score"], methods))
+    sums = [("all", "uncalibrated", *(getattr(whole.sums, name) for name in OF_BINS))]
+    sums += [("test", method, *(found[name][0, at] for name in OF_BINS)) for at, method in enumerate(methods)]
+    bins = len(whole.sums.count)
+    bin_rows = (
+        [part, method, number(m / bins), number((m + 1) / bins), int(count[m]),
+         *(number(each[m] / count[m]) if count[m] else "" for each in (correct, confidence))]
+        for part, method, count, correct, confidence in sums
         for m in range(bins)
-    ]  # fmt: skip
+    )  # fmt: skip
     return {"calibration.csv": csv_bytes(COLUMNS, rows), "calibration-bins.csv": csv_bytes(BIN_COLUMNS, bin_rows)}
 
 
-def summary(score: np.ndarray, methods: Sequence[str]) -> list[list[Any]]:
+def _cell(value: Any) -> Any:
+    return number(value) if isinstance(value, float) else value
+
+
+def summary(score: np.ndarray, methods: Sequence[str]) -> list[dict[str, Any]]:
     """A row of `COLUMNS` for each method, from the scores (split, method, measure)."""
-    at = {name: place for place, name in enumerate(MEASURES)}
-    accuracy = score[:, methods.index("uncalibrated"), at["accuracy"]]
+    by_name = {name: score[..., at] for at, name in enumerate(MEASURES)}
+    as_it_is = by_name["accuracy"][:, methods.index("uncalibrated")]
     rows = []
     for m, method in enumerate(methods):
-        own = score[:, m]
-        row: list[Any] = [method, len(score)]
-        for name in AVERAGED:
-            values = own[:, at[name]]
-            row.append(float(values.mean()))
-            if name in RANGED:
-                row += map(float, np.quantile(values, [0.025, 0.975]))
-        row.append(float((own[:, at["accuracy"]] - accuracy).mean()))
-        below = np.nan
+        own = {name: values[:, m] for name, values in by_name.items()}
+        row: dict[str, Any] = {"method": method, "splits": len(score)}
+        row |= {name: float(own[name].mean()) for name in AVERAGED}
+        for name in RANGED:
+            row |= zip((f"{name}_2.5", f"{name}_97.5"), map(float, np.quantile(own[name], [0.025, 0.975])), strict=True)
+        row["accuracy_change"] = float((own["accuracy"] - as_it_is).mean())
+        row["ece_below_temperature"] = np.nan
         if "temperature" in methods and method != "temperature":
-            below = float((own[:, at["ece"]] < score[:, methods.index("temperature"), at["ece"]]).mean())
-        rows.append([*row, below, *(float(own[0, at[name]]) for name in FIRST)])
+            other = by_name["ece"][:, methods.index("temperature")]
+            row["ece_below_temperature"] = float((own["ece"] < other).mean())
+        rows.append(row | {f"first_{name}": float(own[name][0]) for name in FIRST})
     return rows
 
 

@@ -65,6 +65,11 @@ def in_two(key: np.ndarray, fit: int, split: int) -> tuple[np.ndarray, np.ndarra
     return np.sort(order[:fit]), np.sort(order[fit:])
 
 
+def fitted_on(share: float, images: int) -> int:
+    """How many of some images methods are fitted on; one at least is left to judge them."""
+    return max(0, min(images - 1, round(share * images)))
+
+
 def memory_need(images: int, classes: int, methods: Sequence[str]) -> int:
     """Bytes of a task: the logits and a copy of both parts, the maps of BBQ, the search of a matrix."""
     matrix = any(name.startswith("matrix") for name in methods)

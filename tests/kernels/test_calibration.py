@@ -394,7 +394,7 @@ def test_bad_input_is_refused_with_its_row():
         check_logits(logits)
     with pytest.raises(ValueError, match=r"floats \(image, class\)"):
         check_logits(np.zeros((5, 3), int))
-    for labels, row in (([0, 1, 3], 2), ([0, -1, 0], 1), ([0, 0.5, 1], 1)):
+    for labels, row in (([0, 1, 3], 2), ([0, -1, 0], 1), ([0, 0.5, 1], 1), ([0, 1, np.nan], 2), ([-1, 0, 1], 0)):
         with pytest.raises(ValueError, match=f"row {row}: label"):
             check_labels(np.array(labels), 3, 3)
     with pytest.raises(ValueError, match="at least two"):
