@@ -20,7 +20,7 @@ from kernels.calibration_maps import Outcomes, bbq, histogram_equal_mass, histog
 from kernels.calibration_scaling import Scaling, fit_matrix, fit_temperature, fit_vector
 
 UNCALIBRATED = "uncalibrated"
-PENALTY = 0.01
+PENALTY = 1.0
 """Of `matrix_odir`: of the mean square of what is off the diagonal, and of the mean square of the bias."""
 
 Map = Callable[[Floats], Floats]

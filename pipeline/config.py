@@ -325,7 +325,7 @@ class Calibrate(Strict):
     share: Annotated[float, Field(gt=0, lt=1)] = Field(0.5, description="of the images, to fit on")
     bins: PositiveInt = Field(15, description="of reliability diagrams, calibration errors and histogram binning")
     penalty: Annotated[float, Field(gt=0)] = Field(
-        0.01, description="of `matrix_odir`, on what is off the diagonal and on the bias"
+        1.0, description="of `matrix_odir`, on what is off the diagonal and on the bias"
     )
 
 

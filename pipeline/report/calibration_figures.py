@@ -72,9 +72,10 @@ def _bars(upper: Axes, lower: Axes, diagram: Diagram) -> None:
     middle, wide = (held + 0.5) / bins, 0.92 / bins
     accuracy = diagram.correct[held] / diagram.count[held]
     confidence = diagram.confidence[held] / diagram.count[held]
-    upper.bar(middle, accuracy, wide, color=COLOURS[0], linewidth=0)
-    gap = np.abs(accuracy - confidence)
-    upper.bar(middle, gap, wide, bottom=np.minimum(accuracy, confidence), facecolor=COLOURS[5], alpha=0.45, linewidth=0)
+    below = np.minimum(accuracy, confidence)
+    upper.bar(middle, below, wide, color=COLOURS[0], linewidth=0)
+    gap = [COLOURS[4] if above else COLOURS[1] for above in accuracy > confidence]
+    upper.bar(middle, np.abs(accuracy - confidence), wide, bottom=below, color=gap, linewidth=0)
     upper.plot([0, 1], [0, 1], color=MUTED, linewidth=0.8, linestyle="--")
     upper.set(xlim=(0, 1), ylim=(0, 1), xticks=[0, 0.5, 1], yticks=[0, 0.5, 1])
     for axis in (upper.yaxis, upper.xaxis, lower.yaxis):
@@ -158,8 +159,10 @@ def factors(width: float, points: list[Point]) -> Figure:
             panel.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         else:
             panel.set(xlabel=FACTORS[name], ylabel="ECE")
-            panel.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        panel.set_ylim(bottom=0)
+            panel.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
+        highest = max(p.nll if name == "error" else max(p.ece, p.ece_high) for p in points)
+        panel.set_ylim(0, 1.1 * highest or 1)
+        panel.margins(x=0.12)
         panel.xaxis.set_major_locator(MaxNLocator(4, integer=name in ("depth", "width")))
         panel.grid()
     for panel in grid.flat[len(names) :]:

@@ -99,9 +99,9 @@ def drawn(experiment: Experiment, found: Calibrated) -> list[Figure]:
             partial(figures.reliability, found=found),
             kind="reliability",
             alt=f"Bar charts: accuracy of {label} over its confidence",
-            caption="Accuracy of the images whose confidence lies in a bin (blue), and how far it is from their mean "
-            f"confidence (orange); below, how many they are. Test images: the {sentences.number(test)} of the first "
-            "split that nothing was fitted on.",
+            caption="Accuracy of the images whose confidence lies in a bin, and how far it is from their mean "
+            "confidence: orange where they are right less often than stated, light blue where more often; below, how "
+            f"many they are. Test images: the {sentences.number(test)} of the first split that nothing was fitted on.",
             header=("diagram", "low", "high", "images", "accuracy", "confidence"),
             rows=figures.reliability_rows(found),
             labels=labels,
