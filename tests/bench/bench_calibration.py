@@ -42,8 +42,9 @@ def main() -> None:
         found, _, _ = judge(method, logits, labels)
         judged = time.process_time()
         print(
-            f"{name:20s} fit {fitted - began:7.2f} s, judge {judged - fitted:6.2f} s, grown {grown() - before:5.0f} MB, "
-            f"ECE {found.ece:.4f}, NLL {found.nll / found.images:.4f} {facts(method) or ''}",
+            f"{name:20s} fit {fitted - began:7.2f} s, judge {judged - fitted:6.2f} s, "
+            f"grown {grown() - before:5.0f} MB, ECE {found.ece:.4f}, "
+            f"NLL {found.nll / found.images:.4f} {facts(method) or ''}",
             flush=True,
         )
 
