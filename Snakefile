@@ -37,6 +37,7 @@ localrules:
     report,
     dissect,
     ablate,
+    calibrate,
 
 
 include: "workflow/rules/common.smk"
@@ -60,10 +61,16 @@ rule ablate:
         RUN.targets("ablate"),
 
 
+rule calibrate:
+    input:
+        RUN.targets("calibrate"),
+
+
 include: "workflow/rules/data.smk"
 include: "workflow/rules/networks.smk"
 include: "workflow/rules/dissection.smk"
 include: "workflow/rules/ablation.smk"
+include: "workflow/rules/calibration.smk"
 include: "workflow/rules/report.smk"
 
 

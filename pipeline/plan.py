@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline import ablate, concepts, config, datasets, dissect, extract, ingest, network, published
+from pipeline import ablate, calibrate, concepts, config, datasets, dissect, extract, ingest, network, published
 from pipeline.config import UNTRAINED, Config, Network
 from pipeline.errors import MicrotomeError, about
 from pipeline.identity import FileDigests, digest
@@ -26,6 +26,7 @@ STAGES: dict[str, Any] = {
     "extract": extract,
     "dissect": dissect,
     "ablate": ablate,
+    "calibrate": calibrate,
     "report": report,
 }
 
@@ -170,6 +171,8 @@ def make(wanted: Config, rescan: bool = False, arguments: Sequence[str] = ()) ->
 
     dissected: list[Step] = []
     ablated: list[Step] = []
+    calibrated: list[Step] = []
+    calibrate.check(wanted.calibrate, found)
     loaded = {}
     for name, spec in plan.networks.items():
         if not datasets_of(wanted, spec):  # `only` left it none
@@ -194,7 +197,11 @@ def make(wanted: Config, rescan: bool = False, arguments: Sequence[str] = ()) ->
                 settings = ablate.settings(name, spec, data, dataset, found[data])
                 parents = [ingests[data], loaded[name], extracted, dissected[-1]]
                 ablated.append(add("ablate", settings, parents, data, name))
-    add("report", report.settings(wanted), [*loaded.values(), *dissected, *ablated])
+            if wanted.calibrate is not None and calibrate.wanted(wanted.calibrate, name, data, found[data]):
+                settings = calibrate.settings(wanted.calibrate, data, dataset.dissect.split, found[data])
+                parents = [ingests[data], loaded[name], extracted]
+                calibrated.append(add("calibrate", settings, parents, data, name))
+    add("report", report.settings(wanted), [*loaded.values(), *dissected, *ablated, *calibrated])
 
     digests.save()
     return plan

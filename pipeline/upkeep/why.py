@@ -18,6 +18,7 @@ WHAT = {
 DOES = {
     "network": "weights read, drawn or trained; trained only where recipe or training images are others",
     "dissect": "counted from the stores, without a forward",
+    "calibrate": "methods fitted again on the splits that are missing, from stored logits",
     "ablate": "units removed again only on shards of images that changed",
 }
 DIGEST_LENGTHS = (20, 32, 64)  # of ids and checksums, which say nothing to a reader

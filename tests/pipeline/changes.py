@@ -271,6 +271,10 @@ CHANGES = [
         "ablation of the CNN switched on", "the ablation",
         lambda folder, raw: changed(raw, "networks", "cnn", "ablate", to={"rank": "validation", "sizes": [1, 4]}),
     ),
+    Change(
+        "calibration switched on", "the calibrations, from stored logits",
+        lambda folder, raw: changed(raw, "calibrate", to={"splits": 2, "methods": ["temperature", "isotonic"]}),
+    ),
     Change("text or code of the report", "the report", lambda folder, raw: raw, report_changed),
 ]  # fmt: skip
 

@@ -72,6 +72,7 @@ def expected(name: str, work: Work) -> dict:
             "forwards": dict.fromkeys(NETWORKS, SHARDS), "written": ALL, "counted": ALL,
         },
         "ablation of the CNN switched on": {},
+        "calibration switched on": {},
         "text or code of the report": {},
     }[name]  # fmt: skip
 
@@ -93,6 +94,9 @@ def test_what_a_change_costs(tmp_path, base, change: Change):
         case "ablation of the CNN switched on":
             assert work.steps == ["ablate scenes cnn", "report"]
             assert work.shard_writes == 2 * SHARDS, "without units, and without sets of them"
+        case "calibration switched on":
+            assert work.steps == ["calibrate scenes cnn", "calibrate scenes vit", "report"]
+            assert work.shard_writes == 2 * 2, "a split of each network"
         case "text or code of the report":
             assert work.steps == ["report"]
         case "one more source of concepts (colours of the pixels)":
