@@ -154,13 +154,15 @@ def _concepts(plan: Plan, step: Step, splits: Splits, done: bool) -> Cost:
     store = Store(name, raw, expected, expected if done else _bytes(plan.results / str(step.dataset) / name))
     tasks = -(-images // dataset.shard_images)
     networks = preflight.segmenters(plan, step)
-    rates: list[float] = [probe.get("images_per_second", 0.0) for _, probe in networks]  # 0: not measured
+    probes = [probe for _, probe in networks]
+    rates: list[float] = [probe.get("images_per_second", 0.0) for probe in probes]  # 0: not known
     known = all(rates)
     seconds = images * len(categories) * LABELS + sum(images / rate for rate in rates if rate)
     memory = concepts.memory_need(dataset.shard_images, size, len(categories))
     memory += max((found["memory"] for found, _ in networks), default=0)
-    together = f"{1 / sum(1 / rate for rate in rates):.3g}" if rates and known else "not measured" if rates else ""
-    return Cost(step, (store,), images, tasks, seconds if known else None, memory, together)
+    together = {"images_per_second": 1 / sum(1 / rate for rate in rates)} if rates and known else {}
+    together |= {"images": min((probe.get("images", 0) for probe in probes), default=0)}
+    return Cost(step, (store,), images, tasks, seconds if known else None, memory, _rate(together) if rates else "")
 
 
 def _extract(plan: Plan, step: Step, splits: Splits, done: bool) -> Cost:
@@ -191,8 +193,15 @@ def _extract(plan: Plan, step: Step, splits: Splits, done: bool) -> Cost:
         -(-images // dataset.shard_images),
         count / rate + values * STORED if rate else None,
         extract.memory_need(kept, prepared, network, dataset.shard_images, size),
-        f"{rate:.3g}" if rate else speed.get("skipped", "not measured"),
+        _rate(speed),
     )
+
+
+def _rate(speed: Mapping[str, Any]) -> str:
+    """Images a second as the table shows them, `~` where they are estimated."""
+    if "images_per_second" not in speed:
+        return speed.get("skipped", "not measured")
+    return f"{'' if speed['images'] else '~'}{speed['images_per_second']:.3g}"
 
 
 def _dissect(plan: Plan, step: Step, splits: Splits, done: bool) -> Cost:

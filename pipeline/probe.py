@@ -1,7 +1,8 @@
 """How fast a network is here: one micro-batch of noise through it with random weights, on the device that tasks use.
 
 Asked by the plan in the process that inspects networks, one thread. The answer belongs to the architecture, the size,
-the numerics and the machine, and is kept under them. A network that would take longer than `LONGEST` is not run.
+the numerics and the machine, and is kept under them. A network that would take longer than `LONGEST` is not run: its
+speed is estimated from its floating-point operations and those of a matrix product.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pipeline.networks import NetworkSpec, build
 
 LONGEST = 4.0  # seconds of a probe, beside those of building the network
 SLOWEST = 2e10  # floating-point operations a second that a thread reaches at least
+EFFICIENCY = 0.5  # of a network's operations, against a matrix product
 MOST_PARAMETERS = 500_000_000  # to draw random weights for
 
 
@@ -36,7 +38,7 @@ class Probe(BaseModel):
 
 
 def measure(wanted: Probe) -> dict[str, Any]:
-    """`images_per_second` and the number of `images` it was measured on, or `skipped`: why it was not.
+    """`images_per_second` and the number of `images` it was measured on (0: estimated), or `skipped`: why it was not.
 
     Seconds are those of the CPU, or on a GPU those of the clock, so that other work on the machine disturbs little.
     """
@@ -50,7 +52,7 @@ def measure(wanted: Probe) -> dict[str, Any]:
         if sum(parameter.numel() for parameter in sketch.parameters()) > MOST_PARAMETERS:
             return {"skipped": "too many parameters for a probe"}
     if wanted.device == "cpu" and flops / SLOWEST > LONGEST:
-        return {"skipped": f"{flops / 1e9:,.0f} GFLOP an image are too many for a probe"}
+        return {"images_per_second": EFFICIENCY * _matrix_speed() / flops, "images": 0}
     if wanted.device == "cuda" and not torch.cuda.is_available():
         return {"skipped": "torch sees no GPU here"}
     network = build(spec).to(wanted.device)
@@ -76,6 +78,20 @@ def _flops(network: nn.Module, input_shape: tuple[int, int, int]) -> int:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         network(torch.zeros((1, *input_shape), device="meta"))
     return counter.get_total_flops()
+
+
+def _matrix_speed() -> float:
+    """Floating-point operations a second of one thread here, in a product of matrices."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    a = torch.rand(1024, 1024, generator=torch.Generator().manual_seed(0))
+    seconds = []
+    for _ in range(4):
+        began = time.process_time()
+        a @ a
+        seconds.append(time.process_time() - began)
+    torch.set_num_threads(threads)
+    return 2 * 1024**3 / max(min(seconds), 1e-6)
 
 
 def _seconds(network: nn.Module, wanted: Probe, count: int) -> float:

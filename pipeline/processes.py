@@ -134,7 +134,7 @@ def end_leftovers(plans: Path, seconds: float = 10) -> int:
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
             plan = process.environ().get(PLAN)
-            if plan and Path(plan).parent == plans.absolute() and process.pid not in own:
+            if plan and Path(plan).resolve().parent == plans.resolve() and process.pid not in own:
                 left.append(process)
     _, hanging = psutil.wait_procs(left, timeout=seconds)
     ask_to_end(hanging, signal.SIGKILL)
