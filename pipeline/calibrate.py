@@ -17,13 +17,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pipeline import calibrate_tasks, stage
 from pipeline.cluster import check_memory, client, run_tasks
-from pipeline.config import UNTRAINED, Calibrate, Calibration
+from pipeline.config import UNTRAINED, Calibrate
 from pipeline.errors import MicrotomeError
 from pipeline.identity import digest
 from pipeline.manifest import Files, write_file
@@ -43,7 +43,6 @@ CODE = (
     "pipeline/calibrate_results.py",
     "pipeline/calibrate_tasks.py",
 )
-METHODS = get_args(Calibration)
 IMAGES_AT_ONCE = 16384  # of one task that measures the network as it is
 REMEDY = "lower `max_images` of the data set, or take `matrix` and `matrix_odir` out of `calibrate.methods`"
 
@@ -79,7 +78,10 @@ def settings(asked: Calibrate, name: str, split: str, found: Summary) -> dict[st
             f"are {found.classes} classes: at least as many images are needed; raise `max_images` or `calibrate.share`"
         )
     how = asked.model_dump(exclude={"networks", "datasets"})
-    return {"calibrate": how | {"methods": [m for m in METHODS if m in how["methods"]]}, "classes": found.classes}
+    return {
+        "calibrate": how | {"methods": calibrate_tasks.chosen(how["methods"], found.classes)},
+        "classes": found.classes,
+    }
 
 
 @dataclass(frozen=True)

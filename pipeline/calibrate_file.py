@@ -22,7 +22,7 @@ import numpy as np
 from kernels.calibration import check_labels, check_logits, logits_of
 from kernels.calibration_methods import judge, uncalibrated
 from pipeline.calibrate_results import Whole, summary, tables
-from pipeline.calibrate_tasks import evaluate, fitted_on, in_two, keys
+from pipeline.calibrate_tasks import chosen, evaluate, fitted_on, in_two, keys
 from pipeline.config import Calibrate, Calibration
 from pipeline.errors import MicrotomeError, nearest
 from pipeline.manifest import write_atomically
@@ -98,7 +98,7 @@ def _number(where: str, column: str, text: str) -> float:
 
 def calibrate(scored: Scored, how: dict[str, Any]) -> tuple[Whole, dict[str, np.ndarray], list[str]]:
     """The file as it is, what came out by split, and the methods; `how` as in the configuration."""
-    methods = ["uncalibrated", *how["methods"]]
+    methods = ["uncalibrated", *chosen(how["methods"], scored.logits.shape[1])]
     images = fitted_on(how["share"], len(scored.labels))
     key = keys([str(row) for row in range(len(scored.labels))])
     found = []
@@ -139,9 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "python -m pipeline.calibrate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("files", nargs="+", type=Path)
-    parser.add_argument(
-        "--methods", nargs="+", choices=known, default=list(known), metavar="METHOD", help=", ".join(known)
-    )
+    parser.add_argument("--methods", nargs="+", choices=known, metavar="METHOD", help=", ".join(known))
     parser.add_argument("--splits", type=int, default=default.splits)
     parser.add_argument("--share", type=float, default=default.share, help="of the images, to fit on")
     parser.add_argument("--bins", type=int, default=default.bins)

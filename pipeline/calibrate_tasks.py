@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from kernels.calibration import BLOCK, Reliability, check_logits, ece_equal_mass, noise
-from kernels.calibration_methods import facts, fit, judge, uncalibrated
+from kernels.calibration_methods import NAMES, facts, fit, judge, uncalibrated
 from pipeline.errors import MicrotomeError
 from pipeline.manifest import Files
 
@@ -21,6 +21,8 @@ MEASURES = (
     "floored", "temperature", "converged", "ece_low", "ece_high", "ece_null", "ece_null_high",
 )  # fmt: skip
 """What is known of a method on a split; the last four of the first split alone, and `temperature` of that method."""
+MATRIX_CLASSES = 100
+"""With more, a matrix is fitted only where it is asked for: it takes hours, and has more numbers than images."""
 DRAWS = 1000
 SEED = 0
 
@@ -63,6 +65,13 @@ def in_two(key: np.ndarray, fit: int, split: int) -> tuple[np.ndarray, np.ndarra
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     order = np.argsort(mixed ^ (mixed >> np.uint64(31)), kind="stable")
     return np.sort(order[:fit]), np.sort(order[fit:])
+
+
+def chosen(methods: Sequence[str] | None, classes: int) -> list[str]:
+    """The methods to fit, in their order; None: those that make sense for so many classes."""
+    if methods is None:
+        return [name for name in NAMES[1:] if classes <= MATRIX_CLASSES or not name.startswith("matrix")]
+    return [name for name in NAMES[1:] if name in methods]
 
 
 def fitted_on(share: float, images: int) -> int:

@@ -328,7 +328,9 @@ class Calibrate(Strict):
 
     networks: list[Name] | None = Field(None, description="these networks; default: all")
     datasets: list[Name] | None = Field(None, description="on these data sets; default: all with classes")
-    methods: list[Calibration] = Field(list(get_args(Calibration)), description="the methods that are fitted")
+    methods: list[Calibration] | None = Field(
+        None, description="those that are fitted; default: all, with more than 100 classes without the matrices"
+    )
     splits: PositiveInt = Field(20, description="random splits of the images: a single one is noise")
     share: Annotated[float, Field(gt=0, lt=1)] = Field(0.5, description="of the images, to fit on")
     bins: PositiveInt = Field(15, description="of reliability diagrams, calibration errors and histogram binning")

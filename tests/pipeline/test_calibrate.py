@@ -50,6 +50,10 @@ def made(tmp_path_factory, workers):
 
 def test_methods_have_one_list():
     assert NAMES[1:] == get_args(config.Calibration)
+    assert calibrate_tasks.chosen(None, 100) == list(NAMES[1:]) and calibrate_tasks.chosen(["vector"], 999) == [
+        "vector"
+    ]
+    assert calibrate_tasks.chosen(None, 101) == [name for name in NAMES[1:] if "matrix" not in name]
 
 
 def test_every_number_is_that_of_the_kernels(made):

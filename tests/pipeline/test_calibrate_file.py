@@ -48,7 +48,7 @@ def test_logits_and_probabilities_of_both_kinds_of_file_are_one(tmp_path, capsys
     printed = capsys.readouterr().out
     assert printed.count("means over 2 random splits") == 4 and "240 images, 4 classes; accuracy" in printed
     rows = [rows_of(tmp_path / "out" / file.stem / "calibration.csv") for file in files]
-    assert [row["method"] for row in rows[0]] == ["uncalibrated", "temperature", "histogram"]
+    assert [row["method"] for row in rows[0]] == ["uncalibrated", "histogram", "temperature"]
     for other in rows[1:]:
         for one, two in zip(rows[0], other, strict=True):
             for name in one.keys() - {"method"}:

@@ -166,7 +166,7 @@ def test_settings_of_calibration_change_nothing_before_it(tmp_path):
     raw["calibrate"] = {}
     before = ids(raw)
     assert "calibrate scenes tiny" in before and "calibrate scenes tiny-untrained" not in before
-    for key, value in {"splits": 3, "share": 0.6, "bins": 10, "penalty": 1, "methods": ["vector"]}.items():
+    for key, value in {"splits": 3, "share": 0.6, "bins": 10, "penalty": 2, "methods": ["vector"]}.items():
         raw["calibrate"] = {key: value}
         after = ids(raw)
         assert {name for name in before if before[name] != after[name]} == {"calibrate scenes tiny", "report"}, key
