@@ -137,7 +137,7 @@ def ratio(hsic: Floats) -> Floats:
     own = np.diagonal(hsic)
     # Roots apart: the product of two small numbers may be zero.
     length = np.sqrt(np.where(own > 0, own, np.nan))
-    found = hsic / length[:, None] / length[None, :]
+    found = hsic / np.outer(length, length)
     # A layer is itself, to the last digit.
     found[np.diag_indices_from(found)] = np.where(own > 0, 1.0, np.nan)
     return found

@@ -51,5 +51,6 @@ def _product(rows: torch.Tensor, scale: float) -> torch.Tensor:
 
 def _rows(output: torch.Tensor) -> torch.Tensor:
     """(image, feature), the features in the order of the memory: a view where that can be, and the order is nothing."""
-    dims = sorted(range(1, output.ndim), key=lambda dim: -output.stride(dim))
+    strides = output.stride()
+    dims = sorted(range(1, output.ndim), key=lambda dim: -strides[dim])
     return output.permute(0, *dims).reshape(len(output), -1)
