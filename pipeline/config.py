@@ -348,8 +348,8 @@ class Similarity(Strict):
     )
     features: Annotated[list[Features], Field(min_length=1)] = Field(
         ["whole"],
-        description="of each layer: its `whole` output, its `class_token`, its tokens without special ones (`spatial`), "
-        "its mean over the positions (`pooled`)",
+        description="of each layer: its `whole` output, its `class_token`, its tokens but class and register tokens "
+        "(`spatial`), its mean over the positions (`pooled`)",
     )
     neighbours: PositiveInt = Field(10, description="nearest images that mutual neighbours are counted among")
     procrustes: bool = Field(True, description="orthogonal Procrustes too, the slow one of the measures")
@@ -358,7 +358,9 @@ class Similarity(Strict):
     def _fits(self) -> "Similarity":
         if self.neighbours >= self.minibatch:
             raise ValueError(f"neighbours: {self.neighbours} is not below the minibatch of {self.minibatch} images")
-        for key, names in (("features", self.features), *((f"compare.{k}", c.networks) for k, c in self.compare.items())):
+        lists: dict[str, Sequence[str]] = {f"compare.{name}": each.networks for name, each in self.compare.items()}
+        lists["features"] = self.features
+        for key, names in lists.items():
             if twice := [name for at, name in enumerate(names) if name in names[:at]]:
                 raise ValueError(f"{key}: {twice[0]!r} is named twice")
         return self
@@ -614,9 +616,7 @@ def select(config: Config, only: str | list[str]) -> Config:
         )
         for name, network in networks.items()
     }
-    return config.model_copy(
-        update={"networks": networks, "similarity": _still_asked(config, networks, set(chosen))}
-    )
+    return config.model_copy(update={"networks": networks, "similarity": _still_asked(config, networks, set(chosen))})
 
 
 def _still_asked(config: Config, networks: Mapping[str, Network], datasets: set[str]) -> Similarity | None:

@@ -20,7 +20,7 @@ from pipeline import stage
 from pipeline.cluster import check_memory, client, run_tasks
 from pipeline.config import UNTRAINED, AnyDataset, Network, Similarity
 from pipeline.errors import MicrotomeError
-from pipeline.extract import Model, NonFiniteError, model_of, network_of, normalise, platform_numerics
+from pipeline.forward import Model, NonFiniteError, loaded, model_of, network_of, normalise, platform_numerics
 from pipeline.identity import digest
 from pipeline.minibatches import Minibatch, minibatches
 
@@ -80,16 +80,17 @@ def run(plan: Plan, step: Step) -> None:
     assert step.dataset is not None and step.network is not None
     began = stage.begin(plan, step)
     images, model = Images.of(plan, step), model_of(plan, step)
-    image_id = images.image_ids()
-    batches = minibatches(*candidates(images, step.settings["split"]), step.settings, step.name)
+    slots, image_id = candidates(images, step.settings["split"])
+    batches = minibatches(slots, image_id, step.settings, step.name)
     store = plan.results / step.dataset / step.network / "grams.zarr"
     ledger = Ledger(store.with_suffix(".ledger"))
     with client(plan.config.cluster, plan.scratch) as workers:
         asked = (model, images.size, step.settings["layers"], step.settings["special_tokens"])
         (prepared,) = run_tasks(workers, prepare, [asked], 1, f"{step.name}: layers")
         size = max(len(batch.images) for batch in batches)
-        check_memory(plan.config.cluster, memory_need(prepared, size, images.size), step.name, REMEDY)
         entries = entries_of(prepared.layers, step.settings["features"])
+        need = memory_need(prepared.parameters, prepared.largest, size, len(entries), images.size)
+        check_memory(plan.config.cluster, need, step.name, REMEDY)
         pixels = pixel_digests(workers, images, batches, step.name)
         shape = (len(batches), len(entries), size * (size + 1) // 2)
         arrays = {
@@ -150,9 +151,9 @@ def discard(plan: Plan, step: Step) -> list[Path]:
     return [folder / "grams.zarr", folder / "grams.ledger"]
 
 
-def candidates(images: Images, split: str) -> tuple[np.ndarray, np.ndarray]:
+def candidates(images: Images, split: str) -> tuple[np.ndarray, list[str]]:
     """The slots that count, and the ids of all."""
-    return np.flatnonzero(images.counted(split)), images.image_ids()
+    return np.flatnonzero(images.counted(split)), images.image_ids().tolist()
 
 
 def entries_of(layers: Sequence[LayerInfo], features: Sequence[str]) -> list[Entry]:
@@ -175,10 +176,9 @@ def files_of(images: Images, batch: Minibatch) -> Files:
     return {name: value for shard in sorted(shards) for name, value in images.files_of(shard).items()}
 
 
-def memory_need(prepared: Prepared, images: int, size: tuple[int, int]) -> int:
+def memory_need(parameters: int, largest: int, images: int, layers: int, size: tuple[int, int]) -> int:
     """Bytes of a task: the weights, a forward of the minibatch without gradients, and the Gram matrices."""
-    forward = 4 * images * (3 * size[0] * size[1] + 4 * prepared.largest)
-    return 12 * prepared.parameters + forward + 16 * images**2 * len(prepared.layers)
+    return 12 * parameters + 4 * images * (3 * size[0] * size[1] + 4 * largest) + 16 * images**2 * layers
 
 
 def pixel_digests(workers: Any, images: Images, batches: Sequence[Minibatch], label: str) -> dict[int, str]:
@@ -213,14 +213,12 @@ def prepare(model: Model, size: tuple[int, int], wanted: str | Sequence[str], sp
     """Resolve a network's layers, and compute their ids: those of `extract`, of all that their outputs depend on."""
     from pipeline.layer_id import layer_ids
     from pipeline.layers import choose, survey
-    from pipeline.networks import load
 
     spec = model.spec
     shape = (spec.preprocessing.channels, *size)
-    network = load(spec, model.weights)
+    network = loaded(model)
     surveyed = survey(network, shape, special)
-    names = [layer.name for layer in surveyed.layers] if wanted == "all" else wanted
-    infos = choose(network, surveyed, names, model.name)
+    infos = choose(network, surveyed, wanted, model.name)
     numerics = spec.numerics.model_dump(exclude={"micro_batch"}) | platform_numerics(VERSION)
     preprocessing = spec.preprocessing.model_dump() | {"size": list(size)}
     ids = layer_ids(network, infos, preprocessing, numerics, shape)
@@ -263,8 +261,7 @@ def read_images(array: Any, slots: Sequence[int], shard_images: int) -> np.ndarr
 
 
 def grams_of(model: Model, pixels: np.ndarray, slots: Sequence[int], entries: Sequence[Entry]) -> np.ndarray:
-    """(entry, pair) float64: the Gram matrices, each made as soon as its layer's output is ready: the next operation may
-    overwrite that."""
+    """(entry, pair) float64: each matrix is made when its layer's output is ready, which may soon be overwritten."""
     import torch
 
     from kernels.cka import pack

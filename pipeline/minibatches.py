@@ -62,8 +62,8 @@ def minibatches(candidates: np.ndarray, image_id: Sequence[str], how: Mapping[st
         found += [Minibatch(epoch, tuple(part)) for part in parts if len(part) >= fewest]
     if not found:
         raise MicrotomeError(
-            f"{what}: {len(chosen)} images make no minibatch of {size}: lower `similarity.minibatch`, or keep a smaller "
-            f"one with `last: weigh`"
+            f"{what}: {len(chosen)} images make no minibatch of {size}: lower `similarity.minibatch`, or keep a "
+            f"smaller one with `last: weigh`"
         )
     return found
 

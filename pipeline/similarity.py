@@ -19,10 +19,11 @@ import numpy as np
 from pipeline import stage
 from pipeline.cluster import client, run_tasks
 from pipeline.config import Similarity
-from pipeline.dissect import csv_bytes, number, write_file
 from pipeline.errors import MicrotomeError
 from pipeline.grams import MINIBATCHES, TITLES
 from pipeline.identity import digest
+from pipeline.manifest import write_file
+from pipeline.result_tables import csv_bytes, number
 
 if TYPE_CHECKING:
     from kernels.cka import Cka
@@ -178,9 +179,7 @@ def compare(stores: Sequence[tuple[Path, Files]], index: int, how: dict[str, Any
     )
 
 
-def put_together(
-    compared: Sequence[Grams], measured: Sequence[Measured], attrs: dict[str, Any], how: Any
-) -> Found:
+def put_together(compared: Sequence[Grams], measured: Sequence[Measured], attrs: dict[str, Any], how: Any) -> Found:
     """Averages over the minibatches, in their order."""
     from kernels.cka import cka, ratio
     from pipeline.store import Reader

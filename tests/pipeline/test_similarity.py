@@ -17,7 +17,7 @@ import pipeline
 from pipeline import cluster, config, plan
 from pipeline.config import Cluster
 from pipeline.errors import MicrotomeError
-from pipeline.extract import normalise
+from pipeline.forward import normalise
 from pipeline.layers import Recorder, resolve, to_maps
 from pipeline.minibatches import minibatches
 from pipeline.networks import load
