@@ -237,16 +237,22 @@ def gram_minibatch(
     store: Path,
 ) -> tuple[int, Files]:
     """One minibatch through the network in a single forward, and the packed Gram matrices of its layers written."""
+    import torch
+
     from pipeline.store import Reader, write
 
-    pixels = read_images(Reader(images, files)["image"], batch.images, shard_images)
-    packed = grams_of(model, pixels, batch.images, entries)
+    pixels = torch.from_numpy(read_images(Reader(images, files)["image"], batch.images, shard_images))
+    try:
+        packed = grams_of(network_of(model), normalise(pixels, model.spec), entries)
+    except NonFiniteError as error:
+        layer, place = error.args
+        raise NonFiniteError(layer, batch.images[place]) from None
     pairs = size * (size + 1) // 2
     row = np.full((1, len(entries), pairs), np.nan)
     row[0, :, : packed.shape[1]] = packed
-    place = np.full((1, size), -1)
-    place[0, : len(batch.images)] = batch.images
-    return index, write(store, {"gram": ((index, 0, 0), row), "image": ((index, 0), place)})
+    slots = np.full((1, size), -1)
+    slots[0, : len(batch.images)] = batch.images
+    return index, write(store, {"gram": ((index, 0, 0), row), "image": ((index, 0), slots)})
 
 
 def read_images(array: Any, slots: Sequence[int], shard_images: int) -> np.ndarray:
@@ -260,10 +266,12 @@ def read_images(array: Any, slots: Sequence[int], shard_images: int) -> np.ndarr
     return found
 
 
-def grams_of(model: Model, pixels: np.ndarray, slots: Sequence[int], entries: Sequence[Entry]) -> np.ndarray:
-    """(entry, pair) float64: each matrix is made when its layer's output is ready, which may soon be overwritten."""
-    import torch
+def grams_of(network: torch.nn.Module, images: torch.Tensor, entries: Sequence[Entry]) -> np.ndarray:
+    """(entry, pair) float64: the packed Gram matrices of images (image, channel, y, x) as the network takes them.
 
+    Each is made when its layer's output is ready, which the next operation may overwrite. Raises `NonFiniteError` with
+    the layer and the image's place.
+    """
     from kernels.cka import pack
     from kernels.gram import gram
     from pipeline.layers import Recorder, to_maps
@@ -278,12 +286,11 @@ def grams_of(model: Model, pixels: np.ndarray, slots: Sequence[int], entries: Se
             made = gram(features_of(output, entry, to_maps)).cpu()
             if not bool(made.isfinite().all()):
                 bad = ~output.isfinite().reshape(len(output), -1).all(1)
-                raise NonFiniteError(name, slots[int(bad.nonzero()[0])])
+                raise NonFiniteError(name, int(bad.nonzero()[0]))
             found[name, entry.features] = pack(made.numpy())
 
-    network = network_of(model)
     with Recorder(network, list(of_layer), stop_early=True, take=take) as record:
-        record(normalise(torch.from_numpy(pixels), model.spec))
+        record(images)
     return np.stack([found[entry.info.name, entry.features] for entry in entries])
 
 
