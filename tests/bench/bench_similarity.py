@@ -155,7 +155,7 @@ def against_package(
     theirs = np.asarray(found[0][0] if isinstance(found[0], list) else found[0])
     difference = np.abs(theirs - np.maximum(ours, 0))
     print(
-        f"  pytorch-cka: {spent / plain:.2f} of the forwards; its values, which are never negative, differ from ours by "
+        f"  pytorch-cka: {spent / plain:.2f} of the forwards; its values, never negative, differ from ours by "
         f"at most {difference.max():.1e} (median {np.median(difference):.1e})"
     )
 
