@@ -38,6 +38,7 @@ localrules:
     report,
     dissect,
     ablate,
+    calibrate,
     similarity,
 
 
@@ -62,6 +63,11 @@ rule ablate:
         RUN.targets("ablate"),
 
 
+rule calibrate:
+    input:
+        RUN.targets("calibrate"),
+
+
 rule similarity:
     input:
         RUN.targets("similarity"),
@@ -71,6 +77,7 @@ include: "workflow/rules/data.smk"
 include: "workflow/rules/networks.smk"
 include: "workflow/rules/dissection.smk"
 include: "workflow/rules/ablation.smk"
+include: "workflow/rules/calibration.smk"
 include: "workflow/rules/similarity.smk"
 include: "workflow/rules/report.smk"
 

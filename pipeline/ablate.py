@@ -41,11 +41,16 @@ if TYPE_CHECKING:
 VERSION = 1
 CODE = (
     "kernels/ablation.py",
+    "kernels/grey.py",
     "pipeline/ablate.py",
     "pipeline/ablate_results.py",
     "pipeline/ablate_tasks.py",
     "pipeline/channelwise.py",
+    "pipeline/checkpoint.py",
     "pipeline/forward.py",
+    "pipeline/layers.py",
+    "pipeline/listing.py",
+    "pipeline/networks.py",
     "pipeline/tail.py",
     "pipeline/traced.py",
 )

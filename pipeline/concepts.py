@@ -45,6 +45,7 @@ CODE = (
     "pipeline/decode.py",
     "pipeline/forward.py",
     "pipeline/label_maps.py",
+    "pipeline/layers.py",
     "pipeline/libraries",
     "pipeline/networks.py",
     "pipeline/scenes",

@@ -316,6 +316,27 @@ class Ablate(Strict):
         return layers
 
 
+Calibration = Literal[
+    "histogram", "histogram_mass", "histogram_top", "histogram_mass_top", "isotonic", "isotonic_top", "bbq", "bbq_top",
+    "temperature", "vector", "matrix", "matrix_odir",
+]  # fmt: skip
+
+
+class Calibrate(Strict):
+    """Whether networks know when they are wrong: methods fitted on some images of the dissected split, and judged on
+    the others."""
+
+    networks: list[Name] | None = Field(None, description="these networks; default: all")
+    datasets: list[Name] | None = Field(None, description="on these data sets; default: all with classes")
+    methods: list[Calibration] = Field(list(get_args(Calibration)), description="the methods that are fitted")
+    splits: PositiveInt = Field(20, description="random splits of the images: a single one is noise")
+    share: Annotated[float, Field(gt=0, lt=1)] = Field(0.5, description="of the images, to fit on")
+    bins: PositiveInt = Field(15, description="of reliability diagrams, calibration errors and histogram binning")
+    penalty: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="of `matrix_odir`, on what is off the diagonal and on the bias"
+    )
+
+
 Features = Literal["whole", "class_token", "spatial", "pooled"]
 
 
@@ -496,6 +517,7 @@ class Config(Strict):
     datasets: Annotated[dict[Name, AnyDataset], Field(min_length=1)] = Field(description="by name")
     networks: Annotated[dict[Name, Network], Field(min_length=1)] = Field(description="by name")
     segmenters: dict[Name, Segmenter] = Field({}, description="by name")
+    calibrate: Calibrate | None = Field(None, description="with this section, networks are calibrated; default: none")
     similarity: Similarity | None = Field(None, description="how alike layers of networks are; default: not asked")
     controls: Controls = Field(Controls(), description="what the units are compared with")
     cluster: Cluster = Field(Cluster(), description="the workers")
@@ -517,6 +539,14 @@ class Config(Strict):
             for dataset in wanted:
                 if dataset not in self.datasets:
                     raise ValueError(f"network {name!r}: no data set {dataset!r}{nearest(dataset, self.datasets)}")
+        if self.calibrate is not None:
+            for kind, wished, known in (
+                ("network", self.calibrate.networks, list(self.networks)),
+                ("data set", self.calibrate.datasets, list(self.datasets)),
+            ):
+                for name in wished or ():
+                    if name not in known:
+                        raise ValueError(f"calibrate: no {kind} {name!r}{nearest(name, known)}")
         return self
 
     @model_validator(mode="after")

@@ -14,6 +14,7 @@ from typing import Any
 
 from pipeline import (
     ablate,
+    calibrate,
     concepts,
     config,
     datasets,
@@ -38,6 +39,7 @@ STAGES: dict[str, Any] = {
     "extract": extract,
     "dissect": dissect,
     "ablate": ablate,
+    "calibrate": calibrate,
     "grams": grams,
     "similarity": similarity,
     "report": report,
@@ -200,6 +202,8 @@ def make(wanted: Config, rescan: bool = False, arguments: Sequence[str] = ()) ->
 
     dissected: list[Step] = []
     ablated: list[Step] = []
+    calibrated: list[Step] = []
+    calibrate.check(wanted.calibrate, found)
     loaded = {}
     for name, spec in plan.networks.items():
         if not datasets_of(wanted, spec):  # `only` left it none
@@ -224,6 +228,10 @@ def make(wanted: Config, rescan: bool = False, arguments: Sequence[str] = ()) ->
                 settings = ablate.settings(name, spec, data, dataset, found[data])
                 parents = [ingests[data], loaded[name], extracted, dissected[-1]]
                 ablated.append(add("ablate", settings, parents, data, name))
+            if wanted.calibrate is not None and calibrate.wanted(wanted.calibrate, name, data, found[data]):
+                settings = calibrate.settings(wanted.calibrate, data, dataset.dissect.split, found[data])
+                parents = [ingests[data], loaded[name], extracted]
+                calibrated.append(add("calibrate", settings, parents, data, name))
     compared = []
     for name in wanted.similarity.compare if wanted.similarity else ():
         assert wanted.similarity is not None
@@ -234,7 +242,7 @@ def make(wanted: Config, rescan: bool = False, arguments: Sequence[str] = ()) ->
             found[data].require(data, settings["split"])
             parents.append(add("grams", settings, [ingests[data], loaded[each]], data, each))
         compared.append(add("similarity", similarity.settings(name, asked), parents, data, comparison=name))
-    add("report", report.settings(wanted), [*loaded.values(), *dissected, *ablated, *compared])
+    add("report", report.settings(wanted), [*loaded.values(), *dissected, *ablated, *calibrated, *compared])
 
     digests.save()
     return plan

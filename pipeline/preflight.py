@@ -51,6 +51,7 @@ def check(plan: Plan, probe: bool = False) -> None:
     if unknown:
         _ask(plan, unknown)
     errors = [said for step in _steps(plan) for said in _stores(plan, step)]
+    errors += [said for step in plan.of_stage("calibrate") for said in _classes(plan, step)]
     if errors:
         raise MicrotomeError("\n  ".join(errors))
 
@@ -91,6 +92,17 @@ def _stores(plan: Plan, step: Step) -> Iterator[str]:
             yield f"{who}, store: layer {name!r} fits {' and '.join(map(repr, wishes))}, which differ"
     if names and all(map(network.pools, names)):
         yield f"{who}: every layer is stored pooled, which leaves none to dissect: keep the maps of one, `store: full`"
+
+
+def _classes(plan: Plan, step: Step) -> Iterator[str]:
+    """What is wrong with the logits of a network that is to be calibrated."""
+    given, wanted = found(plan, step)["classes"], step.settings["classes"]
+    if given != wanted:
+        yield (
+            f"network {step.network!r} on {step.dataset!r} cannot be calibrated: "
+            + (f"it gives {given} logits" if given else "it has no head")
+            + f", and the images have {wanted} classes: name other networks or data sets in `calibrate`"
+        )
 
 
 def found(plan: Plan, step: Step) -> dict[str, Any]:

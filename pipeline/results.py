@@ -171,6 +171,14 @@ class Network(_Folder["Layer"]):
         store = self.path / "ablation.zarr"
         return {name: _open(store / name) for name in _open(store).attrs["layers"]} if store.is_dir() else {}
 
+    @cached_property
+    def calibration(self) -> xr.Dataset:
+        """score (split, calibration, measure); count, correct, confidence (split, calibration, bin).
+
+        The network's own over all images: all_count, all_correct, all_confidence (bin).
+        """
+        return _open(self.path / "calibration.zarr")
+
     @property
     def units(self) -> list[dict[str, Any]]:
         """units.csv, one row a unit: numbers are numbers, and None where the table has none."""

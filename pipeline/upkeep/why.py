@@ -19,6 +19,7 @@ WHAT = {
 DOES = {
     "network": "weights read, drawn or trained; trained only where recipe or training images are others",
     "dissect": "counted from the stores, without a forward",
+    "calibrate": "methods fitted again on the splits that are missing, from stored logits",
     "similarity": "compared from the Gram matrices, without a forward",
     "ablate": "units removed again only on shards of images that changed",
 }

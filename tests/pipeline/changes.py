@@ -290,6 +290,10 @@ CHANGES = [
         lambda folder, raw: changed(raw, "networks", "cnn", "ablate", to={"rank": "validation", "sizes": [1, 4]}),
     ),
     Change(
+        "calibration switched on", "the calibrations, from stored logits",
+        lambda folder, raw: changed(raw, "calibrate", to={"splits": 2, "methods": ["temperature", "isotonic"]}),
+    ),
+    Change(
         "similarity of the two switched on", "their minibatches", lambda folder, raw: compared(raw),
     ),
     Change(

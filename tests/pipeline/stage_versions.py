@@ -49,7 +49,7 @@ def versioned() -> dict[str, Versioned]:
         for name, stage in STAGES.items()
         if hasattr(stage, "CODE")
     }
-    found["scenes"] = Versioned("pipeline.scenes", "VERSION", ("pipeline/scenes",))
+    found["scenes"] = Versioned("pipeline.scenes", "VERSION", ("kernels/colour.py", "pipeline/scenes"))
     found["layer_id"] = Versioned("pipeline.layer_id", "_VERSION", ("pipeline/layer_id.py",))
     return found
 
@@ -64,6 +64,20 @@ def files(code: tuple[str, ...]) -> list[str]:
             raise FileNotFoundError(f"CODE names {name!r}, which is no Python file and no folder of them")
         found += [file.relative_to(ROOT).as_posix() for file in inside]
     return found
+
+
+def imports(name: str) -> Iterator[str]:
+    """The project's own modules that a file imports, wherever in it, as paths relative to the repository."""
+    for node in ast.walk(ast.parse((ROOT / name).read_text())):
+        if (
+            isinstance(node, ast.ImportFrom)
+            and node.module
+            and node.module.partition(".")[0] in ("pipeline", "kernels")
+        ):
+            inside = node.module.replace(".", "/")
+            for path in (f"{inside}/{alias.name}.py" for alias in node.names):
+                found = (each for each in (path, f"{inside}.py", f"{inside}/__init__.py") if (ROOT / each).exists())
+                yield next(found)
 
 
 def syntax_digest(path: Path) -> str:

@@ -72,6 +72,7 @@ def expected(name: str, work: Work) -> dict:
             "forwards": dict.fromkeys(NETWORKS, SHARDS), "written": ALL, "counted": ALL,
         },
         "ablation of the CNN switched on": {},
+        "calibration switched on": {},
         "similarity of the two switched on": {"minibatches": {"cnn": 2, "vit": 2}},
         "checkpoint of the CNN replaced, where the two are compared": {
             "forwards": {"cnn": SHARDS}, "written": {"cnn": CNN_LAYERS}, "counted": {"cnn": CNN_LAYERS},
@@ -99,6 +100,9 @@ def test_what_a_change_costs(tmp_path, base, change: Change):
         case "ablation of the CNN switched on":
             assert work.steps == ["ablate scenes cnn", "report"]
             assert work.shard_writes == 2 * SHARDS, "without units, and without sets of them"
+        case "calibration switched on":
+            assert work.steps == ["calibrate scenes cnn", "calibrate scenes vit", "report"]
+            assert work.shard_writes == 2 * 2, "a split of each network"
         case "similarity of the two switched on":
             assert work.steps == ["grams scenes cnn", "grams scenes vit", "similarity scenes both", "report"]
         case "text or code of the report":

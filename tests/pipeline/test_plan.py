@@ -6,11 +6,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from experiments import SIZE, labelled_images, scenes, segmentation, tiny
 
 from pipeline import config, plan
+from pipeline.config import Calibration
 from pipeline.errors import MicrotomeError
 from pipeline.manifest import Manifest
 from pipeline.plan import Plan, settle
@@ -115,6 +117,7 @@ CHANGES = {
     "networks.tiny.layers": (["a"], {"extract", "dissect", "report"}),
     "networks.tiny.special_tokens": (1, {"extract", "dissect", "report"}),
     "networks.tiny.ablate.draws": (3, {"report"}),  # the section adds a step, and changes none
+    "calibrate.share": (0.9, {"report"}),  # as before
     "controls.images": (8, {"dissect", "report"}),
     "report.title": ("Another", {"report"}),
     "figures.width": ("one", {"report"}),
@@ -155,6 +158,22 @@ def test_settings_of_ablation_change_nothing_before_it(tmp_path):
         "sizes": [1024, *[1, 2, 3, 4, 5, 20, 64, 128, 256, 512]],
     }
     assert ids(raw) == before  # what is the default already
+
+
+def test_settings_of_calibration_change_nothing_before_it(tmp_path):
+    raw = trained(tmp_path)
+    raw["datasets"]["scenes"]["images"] = {"train": 6, "validation": 40}
+    raw["calibrate"] = {}
+    before = ids(raw)
+    assert "calibrate scenes tiny" in before and "calibrate scenes tiny-untrained" not in before
+    for key, value in {"splits": 3, "share": 0.6, "bins": 10, "penalty": 1, "methods": ["vector"]}.items():
+        raw["calibrate"] = {key: value}
+        after = ids(raw)
+        assert {name for name in before if before[name] != after[name]} == {"calibrate scenes tiny", "report"}, key
+    raw["calibrate"] = {"networks": ["tiny"], "datasets": ["scenes"], "methods": [*reversed(get_args(Calibration))]}
+    assert ids(raw) == before  # what is the default already
+    raw["calibrate"] = {"networks": []}
+    assert "calibrate scenes tiny" not in ids(raw)
 
 
 def test_training_does_not_touch_the_untrained_control(tmp_path):

@@ -2,7 +2,7 @@
 
 import pytest
 import stage_versions
-from stage_versions import complaint, digest_of, files, main, read_record, versioned
+from stage_versions import complaint, digest_of, files, imports, main, read_record, versioned
 
 from pipeline.plan import STAGES
 
@@ -20,6 +20,32 @@ def test_every_stage_has_a_version_and_names_its_own_code():
         if hasattr(stage, "CODE"):
             assert stage.__name__.replace(".", "/") + ".py" in files(stage.CODE), name
     assert {"ingest", "concepts", "network", "extract", "dissect", "scenes", "layer_id"} <= set(versioned())
+
+
+# What only finds, moves and keeps bytes: ids and digests hold what it found.
+PLUMBING = {
+    f"pipeline/{name}.py"
+    for name in (
+        "arrays", "cluster", "config", "datasets", "earlier", "errors", "identity", "images", "known_datasets",
+        "label_maps", "layer_info", "listing", "lock", "manifest", "network", "plan", "processes", "published",
+        "recipe", "result_tables", "snapshot", "stage", "store", "tables",
+    )
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(versioned()))
+def test_the_code_of_a_stage_is_all_that_it_computes_with(name):
+    code = set(files(versioned()[name].code))
+    used = {module for file in code for module in imports(file)}
+    assert used - code - PLUMBING - ALONE.get(name, set()) == set()
+
+
+# Imported, and of a version of their own, or not used for results of the stage.
+ALONE = {
+    "ingest": {"kernels/colour.py"},  # by the scenes
+    "calibrate": {"pipeline/calibrate_file.py"},  # the program beside the stage
+    "layer_id": {"pipeline/layers.py"},
+}
 
 
 SOURCE = '''
@@ -97,7 +123,7 @@ def test_recording(tmp_path, monkeypatch, capsys):
     assert main(["--same-numbers", "concepts"]) == 1
     assert read_record()["concepts"]["code"]["kernels/colour.py"] == "new"
     assert read_record()["dissect"] == recorded["dissect"]
-    assert main(["--same-numbers", "concepts", "dissect"]) == 0
+    assert main(["--same-numbers", "concepts", "dissect", "scenes"]) == 0
     with monkeypatch.context() as raised:
         raised.setattr("pipeline.concepts.VERSION", 99)
         assert main([]) == 0

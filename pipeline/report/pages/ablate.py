@@ -1,6 +1,7 @@
 """The page of the ablation: which units each class depends on, and what is lost without sets of them."""
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -83,7 +84,7 @@ def section(experiment: Experiment, dataset: str, network: str, layer: str) -> S
         for c in range(len(found.classes))
     ]
     concepts = [
-        (found.classes[c], ", ".join(found.units[unit].concept or f"unit {unit}" for unit in found.top(c)))
+        (found.classes[c], counted([found.units[unit].concept or f"unit {unit}" for unit in found.top(c)]))
         for c in found.by_dependence
     ]
     table = f"tables/ablation-{name}-{position:02d}.csv"
@@ -185,3 +186,8 @@ def draw_all(experiment: Experiment, found: Ablation, name: str, label: str) -> 
             rows=found.served_groups(),
             labels=labels,
         )
+
+
+def counted(names: Sequence[str]) -> str:
+    """Names in order of their first place; one that is there several times once, with its number."""
+    return ", ".join(name if count == 1 else f"{name} × {count}" for name, count in Counter(names).items())

@@ -1,0 +1,282 @@
+"""How far confidences are from accuracies: reliability bins, calibration errors, their intervals and null bands.
+
+Definitions: Guo et al., "On Calibration of Modern Neural Networks" (ICML 2017), for bins, ECE and MCE; Nguyen and
+O'Connor (EMNLP 2015) for bins of equal mass; Kumar et al., "Verified Uncertainty Calibration" (NeurIPS 2019), for the
+debiased error; Kull et al. (NeurIPS 2019) for the classwise one. Everything is computed in float64, whatever the
+logits' type: a softmax in float16 has rows that miss 1 by up to 2.8e-3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+BINS = 15
+FLOOR = 1e-12
+"""Probabilities below count as this in the NLL, which would be infinite where a method gives a class none at all."""
+BLOCK = 1 << 17
+"""Values of one block of rows: 1 MB in float64, so that a pass over many images takes no memory of their size."""
+
+
+def blocks(rows: int, classes: int) -> Iterator[slice]:
+    """Consecutive rows, as many at once as `BLOCK` values make; the same for every machine, and so are all sums."""
+    step = max(1, BLOCK // classes)
+    return (slice(at, min(at + step, rows)) for at in range(0, rows, step))
+
+
+def check_labels(labels: NDArray, classes: int, rows: int) -> Ints:
+    """The labels as int64, if there is one of 0 ... classes - 1 for each row.
+
+    Raises
+    ------
+    ValueError
+        Naming the first row that is wrong, and what it holds.
+    """
+    if classes < 2:
+        raise ValueError(f"there is {classes} class: calibration takes at least two")
+    if labels.shape != (rows,):
+        raise ValueError(f"there are {rows} rows of scores, and labels of shape {labels.shape}: one a row is expected")
+    if not rows:
+        raise ValueError("there are no images")
+    inside = (labels >= 0) & (labels < classes)  # a NaN is not
+    whole = np.where(inside, labels, -1).astype(np.int64)
+    bad = ~inside | (whole != labels)
+    if bad.any():
+        row = int(bad.argmax())
+        raise ValueError(f"row {row}: label {labels[row]} is not one of the classes 0 to {classes - 1}")
+    return whole
+
+
+def check_logits(logits: NDArray) -> None:
+    """Refuse logits (image, class) that are not finite, with `ValueError` naming the row."""
+    if logits.ndim != 2 or not np.issubdtype(logits.dtype, np.floating):
+        raise ValueError(f"logits of shape {logits.shape} and type {logits.dtype}: floats (image, class) are expected")
+    for rows in blocks(len(logits), max(1, logits.shape[1])):
+        good = np.isfinite(logits[rows]).all(1)
+        if not good.all():
+            row = rows.start + int((~good).argmax())
+            raise ValueError(f"row {row}: a logit is not finite (NaN or infinity)")
+
+
+def logits_of(probabilities: NDArray) -> Floats:
+    """Logits (image, class) of probabilities: their logarithms, of rows that are made to sum to 1 in float64.
+
+    Raises
+    ------
+    ValueError
+        Naming the first row that holds a NaN, a value outside [0, 1], or does not sum to 1 within what its type can
+        hold: 5e-3 for float16, else 1e-4.
+    """
+    given = np.asarray(probabilities, np.float64)
+    if given.ndim != 2:
+        raise ValueError(f"probabilities of shape {given.shape}: (image, class) is expected")
+    outside = ~((given >= 0) & (given <= 1)).all(1)
+    if outside.any():
+        raise ValueError(f"row {int(outside.argmax())}: a probability is not between 0 and 1")
+    total = given.sum(1)
+    off = np.abs(total - 1) > (5e-3 if probabilities.dtype == np.float16 else 1e-4)
+    if off.any():
+        row = int(off.argmax())
+        raise ValueError(f"row {row}: the probabilities sum to {total[row]:.6g}, not 1; give logits as `logits`")
+    return np.log(np.maximum(given / total[:, None], FLOOR))
+
+
+def log_softmax(logits: NDArray) -> Floats:
+    """(image, class) in float64."""
+    shifted = logits.astype(np.float64)
+    shifted -= shifted.max(1, keepdims=True)
+    shifted -= np.log(np.exp(shifted).sum(1, keepdims=True))
+    return shifted
+
+
+def softmax(logits: NDArray) -> Floats:
+    """(image, class) in float64."""
+    shifted = logits.astype(np.float64)
+    shifted -= shifted.max(1, keepdims=True)
+    np.exp(shifted, out=shifted)
+    shifted /= shifted.sum(1, keepdims=True)
+    return shifted
+
+
+# Bins -----------------------------------------------------------------------------------------------------------------
+
+
+def equal_width(confidence: Floats, bins: int = BINS) -> Ints:
+    """The bin m of each confidence, with m / M < confidence <= (m + 1) / M; 0 is in the first bin, 1 in the last."""
+    edges = np.arange(bins + 1) / bins
+    return np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, bins - 1)
+
+
+def equal_mass(confidence: Floats, bins: int = BINS) -> Ints:
+    """The bin of each confidence, so that all hold as many images, but equal confidences are never in two bins."""
+    return np.searchsorted(mass_edges(confidence, bins), confidence, side="left")
+
+
+def mass_edges(values: Floats, bins: int) -> Floats:
+    """The upper edges, inclusive, of all but the last of `bins` bins of equal mass; fewer where values are equal."""
+    size, larger = divmod(len(values), bins)
+    last = np.cumsum(np.full(bins, size) + (np.arange(bins) < larger))[:-1] - 1
+    ordered = np.sort(values)
+    edges = np.unique(ordered[last[last >= 0]])
+    return edges[edges < ordered[-1]]
+
+
+@dataclass
+class Reliability:
+    """Sums over images, from which every measure follows that needs no order of the confidences.
+
+    Sums of parts of the images are merged; floats should be merged in one order, that of the images say, to give the
+    same last bits.
+
+    Attributes
+    ----------
+    count, correct : (bin), images with this confidence, and how many of them are predicted rightly.
+    confidence : (bin), sum of their confidences.
+    class_gap : (class, bin), sum of (1 if it is the label, else 0) - probability of the class, by that probability.
+    nll, brier : sums. floored : images whose label has a probability below `FLOOR`.
+    """
+
+    count: Ints
+    correct: Ints
+    confidence: Floats
+    class_gap: Floats
+    nll: float = 0.0
+    brier: float = 0.0
+    floored: int = 0
+
+    @staticmethod
+    def zeros(classes: int, bins: int = BINS) -> Reliability:
+        return Reliability(
+            np.zeros(bins, np.int64), np.zeros(bins, np.int64), np.zeros(bins), np.zeros((classes, bins))
+        )
+
+    def update(self, probabilities: Floats, labels: Ints, predicted: Ints) -> None:
+        """Count some images: probabilities (image, class), labels and predicted classes (image)."""
+        images, classes = probabilities.shape
+        bins = len(self.count)
+        row = np.arange(images)
+        confidence, right = probabilities[row, predicted], predicted == labels
+        at = equal_width(confidence, bins)
+        self.count += np.bincount(at, minlength=bins)
+        self.correct += np.bincount(at[right], minlength=bins)
+        self.confidence += np.bincount(at, confidence, minlength=bins)
+        gap = -probabilities
+        gap[row, labels] += 1
+        cells = equal_width(probabilities.ravel(), bins).reshape(images, classes) + bins * np.arange(classes)
+        self.class_gap += np.bincount(cells.ravel(), gap.ravel(), minlength=bins * classes).reshape(classes, bins)
+        true = probabilities[row, labels]
+        self.nll -= float(np.log(np.maximum(true, FLOOR)).sum())
+        self.floored += int((true < FLOOR).sum())
+        self.brier += float(np.square(gap).sum())
+
+    def merge(self, other: Reliability) -> None:
+        self.count += other.count
+        self.correct += other.correct
+        self.confidence += other.confidence
+        self.class_gap += other.class_gap
+        self.nll += other.nll
+        self.brier += other.brier
+        self.floored += other.floored
+
+    @property
+    def images(self) -> int:
+        return int(self.count.sum())
+
+    @property
+    def accuracy(self) -> float:
+        return int(self.correct.sum()) / self.images
+
+    @property
+    def mean_confidence(self) -> float:
+        return float(self.confidence.sum()) / self.images
+
+    @property
+    def gaps(self) -> Floats:
+        """(bin), accuracy - mean confidence of the images in it; NaN in an empty one."""
+        with np.errstate(invalid="ignore"):
+            return (self.correct - self.confidence) / np.where(self.count, self.count, np.nan)
+
+    @property
+    def ece(self) -> float:
+        """Expected calibration error: the mean over images of the gap of their bin, without its sign."""
+        return float(np.abs(self.correct - self.confidence).sum()) / self.images
+
+    @property
+    def mce(self) -> float:
+        """Maximum calibration error: the largest gap of a bin."""
+        return float(np.nanmax(np.abs(self.gaps)))
+
+    @property
+    def ece_debiased(self) -> float:
+        """Root of the debiased mean squared gap: from each bin's the variance of its accuracy is subtracted.
+
+        A bin with one image says nothing of its variance and is left out. 0 where noise alone would make larger gaps.
+        """
+        several = self.count > 1
+        count = self.count[several]
+        accuracy = self.correct[several] / count
+        squared = self.gaps[several] ** 2 - accuracy * (1 - accuracy) / (count - 1)
+        return float(np.sqrt(max(0.0, float((count * squared).sum()) / self.images)))
+
+    @property
+    def classwise_ece(self) -> float:
+        """The mean over classes of the ECE of their probabilities, against whether they are the label."""
+        return float(np.abs(self.class_gap).sum()) / self.images / len(self.class_gap)
+
+
+def ece_equal_mass(confidence: Floats, right: NDArray[np.bool_], bins: int = BINS) -> float:
+    """The ECE in bins that hold as many images each."""
+    gap = np.bincount(equal_mass(confidence, bins), right - confidence)
+    return float(np.abs(gap).sum()) / len(confidence)
+
+
+# What chance does -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Noise:
+    """An ECE's interval, and what a perfectly calibrated network would show with the same confidences.
+
+    Attributes
+    ----------
+    low, high : 95 % bootstrap interval of the ECE.
+    null_mean, null_high : mean and 95 % quantile of the ECE when each image is right with the probability that its
+        confidence states.
+    """
+
+    low: float
+    high: float
+    null_mean: float
+    null_high: float
+
+
+def noise(confidence: Floats, right: NDArray[np.bool_], draws: int, seed: int, bins: int = BINS) -> Noise:
+    """Draw images with replacement, and labels from the confidences, `draws` times each.
+
+    The ECE of resampled images is too large by about as much as that of the images itself is, since noise adds to every
+    gap. So the interval is the basic one: twice the ECE minus the quantiles of the resampled ones, and not below 0.
+    """
+    images = len(confidence)
+    at = equal_width(confidence, bins)
+    gap = right - confidence
+    generator = np.random.default_rng(seed)
+    resampled, null = np.empty(draws), np.empty(draws)
+    for draw in range(draws):
+        chosen = generator.integers(0, images, images)
+        resampled[draw] = np.abs(np.bincount(at[chosen], gap[chosen], minlength=bins)).sum()
+        other = (generator.random(images) < confidence) - confidence
+        null[draw] = np.abs(np.bincount(at, other, minlength=bins)).sum()
+    ece = np.abs(np.bincount(at, gap, minlength=bins)).sum()
+    low, high = 2 * ece - np.quantile(resampled, [0.975, 0.025])
+    return Noise(
+        max(0.0, float(low)) / images,
+        max(0.0, float(high)) / images,
+        float(null.mean()) / images,
+        float(np.quantile(null, 0.95)) / images,
+    )

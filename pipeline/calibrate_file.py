@@ -1,0 +1,161 @@
+"""Calibration of plain files, without a workflow: logits or probabilities and labels of any model.
+
+    python -m pipeline.calibrate one.npz other.csv --splits 100 --out calibrated
+
+An npz holds `logits` or `probabilities` (image, class) and `labels` (image). A CSV has a header, a column `label`, and
+one of numbers for each class, in their order; where all of them are within [0, 1] they are probabilities.
+Nothing in a file is executed. Prints for each file the errors as it is, and a table of the methods; with `--out` writes
+<name>/calibration.csv and <name>/calibration-bins.csv, as the stage does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+
+from kernels.calibration import check_labels, check_logits, logits_of
+from kernels.calibration_methods import judge, uncalibrated
+from pipeline.calibrate_results import Whole, summary, tables
+from pipeline.calibrate_tasks import evaluate, fitted_on, in_two, keys
+from pipeline.config import Calibrate, Calibration
+from pipeline.errors import MicrotomeError, nearest
+from pipeline.manifest import write_atomically
+from pipeline.tables import read_table
+
+NAMES = ("logits", "probabilities")
+SHOWN = ("accuracy", "ece", "ece_2.5", "ece_97.5", "nll", "brier", "ece_below_temperature")
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Logits (image, class) and labels (image) of a file, checked."""
+
+    name: str
+    logits: np.ndarray
+    labels: np.ndarray
+
+
+def read(path: Path) -> Scored:
+    """Read a file.
+
+    Raises
+    ------
+    MicrotomeError
+        When it is no such file, or holds a value that cannot be right: with the row.
+    """
+    try:
+        values, labels, probable = _npz(path) if path.suffix == ".npz" else _csv(path)
+        logits = logits_of(values) if probable else values
+        check_logits(logits)
+        return Scored(path.stem, logits, check_labels(labels, logits.shape[1], len(logits)))
+    except ValueError as error:
+        raise MicrotomeError(f"{path}: {error}") from None
+
+
+def _npz(path: Path) -> tuple[np.ndarray, np.ndarray, bool]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            found = {name: file[name] for name in file.files}
+    except OSError as error:
+        raise MicrotomeError(f"cannot read {path}: {error}") from None
+    scores = [name for name in NAMES if name in found]
+    if len(scores) != 1 or "labels" not in found:
+        there = ", ".join(found) or "(none)"
+        raise MicrotomeError(
+            f"{path} has the arrays {there}; expected `labels` and one of {', '.join(NAMES)}{nearest('labels', found)}"
+        )
+    return found[scores[0]], found["labels"], scores[0] == "probabilities"
+
+
+def _csv(path: Path) -> tuple[np.ndarray, np.ndarray, bool]:
+    table = read_table(path)
+    name = table.column(("label",))
+    columns = {key: values for key, values in table.columns.items() if key != name}
+    numbers = np.empty((len(table.lines), len(columns)))
+    for at, (key, values) in enumerate({**columns, name: table.columns[name]}.items()):
+        column = np.array(
+            [_number(table.line(line), key, value) for line, value in zip(table.lines, values, strict=True)]
+        )
+        if key == name:
+            labels = column
+        else:
+            numbers[:, at] = column
+    return numbers, labels, bool(((numbers >= 0) & (numbers <= 1)).all())
+
+
+def _number(where: str, column: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise MicrotomeError(f"{where}: {text!r} in column {column!r} is not a number") from None
+
+
+def calibrate(scored: Scored, how: dict[str, Any]) -> tuple[Whole, dict[str, np.ndarray], list[str]]:
+    """The file as it is, what came out by split, and the methods; `how` as in the configuration."""
+    methods = ["uncalibrated", *how["methods"]]
+    images = fitted_on(how["share"], len(scored.labels))
+    key = keys([str(row) for row in range(len(scored.labels))])
+    found = []
+    for split in range(how["splits"]):
+        to_fit, to_judge = in_two(key, images, split)
+        fitted, judged = ((scored.logits[rows], scored.labels[rows]) for rows in (to_fit, to_judge))
+        try:
+            found.append(evaluate(*fitted, *judged, methods, how, drawn=split == 0))
+        except ValueError as error:
+            raise MicrotomeError(f"{scored.name}: {error}") from None
+    whole = Whole.of([judge(uncalibrated, scored.logits, scored.labels, how["bins"])], how["bins"])
+    return whole, {name: np.stack([one[name] for one in found]) for name in found[0]}, methods
+
+
+def lines(scored: Scored, whole: Whole, found: dict[str, np.ndarray], methods: Sequence[str]) -> list[str]:
+    """What is printed of a file."""
+    of, splits = whole.measures, len(found["score"])
+    head = (
+        f"{scored.name}: {len(scored.labels):,} images, {scored.logits.shape[1]:,} classes; accuracy "
+        f"{of['accuracy']:.2%}, mean confidence {of['mean_confidence']:.2%}, NLL {of['nll']:.4f}, ECE {of['ece']:.2%} "
+        f"[{of['ece_low']:.2%}, {of['ece_high']:.2%}]; a calibrated model would show up to {of['ece_null_high']:.2%}"
+    )
+    rows = [["", *SHOWN]]
+    for row in summary(found["score"], methods):
+        rows.append([str(row["method"]), *("" if np.isnan(row[name]) else f"{row[name]:.4f}" for name in SHOWN)])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    aligned = [
+        row[0].ljust(widths[0])
+        + "".join(f"  {cell.rjust(width)}" for cell, width in zip(row[1:], widths[1:], strict=True))
+        for row in rows
+    ]
+    return [head, f"means over {splits} random splits:", *aligned]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    known, default = get_args(Calibration), Calibrate()
+    parser = argparse.ArgumentParser(
+        "python -m pipeline.calibrate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("files", nargs="+", type=Path)
+    parser.add_argument(
+        "--methods", nargs="+", choices=known, default=list(known), metavar="METHOD", help=", ".join(known)
+    )
+    parser.add_argument("--splits", type=int, default=default.splits)
+    parser.add_argument("--share", type=float, default=default.share, help="of the images, to fit on")
+    parser.add_argument("--bins", type=int, default=default.bins)
+    parser.add_argument("--penalty", type=float, default=default.penalty, help="of matrix_odir")
+    parser.add_argument("--out", type=Path, help="folder for the tables")
+    asked = vars(parser.parse_args(arguments))
+    files, out = asked.pop("files"), asked.pop("out")
+    try:
+        how = Calibrate(**asked).model_dump()
+        for path in files:
+            scored = read(path)
+            whole, found, methods = calibrate(scored, how)
+            print("\n".join(lines(scored, whole, found, methods)), flush=True)
+            for name, data in tables(found, methods, whole).items() if out else ():
+                write_atomically(out / scored.name / name, data)
+    except (MicrotomeError, ValueError) as error:
+        sys.exit(str(error))

@@ -1,0 +1,155 @@
+"""What workers do for the stage `calibrate`: read logits, fit methods on some images, and judge them on the others."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kernels.calibration import BLOCK, Reliability, check_logits, ece_equal_mass, noise
+from kernels.calibration_methods import facts, fit, judge, uncalibrated
+from pipeline.errors import MicrotomeError
+from pipeline.manifest import Files
+
+MEASURES = (
+    "accuracy", "mean_confidence", "ece", "ece_equal_mass", "ece_debiased", "mce", "classwise_ece", "nll", "brier",
+    "floored", "temperature", "converged", "ece_low", "ece_high", "ece_null", "ece_null_high",
+)  # fmt: skip
+"""What is known of a method on a split; the last four of the first split alone, and `temperature` of that method."""
+DRAWS = 1000
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The logits of the images that count, as tasks name them.
+
+    Attributes
+    ----------
+    id : of all else, so that a worker reads them once.
+    shards : {first image: one past the last} of the shards that hold them.
+    rows, label, key : (image), where each is in the store, its class, and a number that stands for its id.
+    """
+
+    id: str
+    store: Path
+    files: Files = field(compare=False)
+    shards: Mapping[int, int] = field(compare=False)
+    classes: int
+    rows: np.ndarray = field(compare=False)
+    label: np.ndarray = field(compare=False)
+    key: np.ndarray = field(compare=False)
+
+
+def keys(image_ids: Sequence[str]) -> np.ndarray:
+    """(image) uint64, from the ids: whichever images come or go, a split puts the others where they were."""
+    digests = (hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest() for name in image_ids)
+    return np.frombuffer(b"".join(digests), dtype="<u8").astype(np.uint64)
+
+
+def in_two(key: np.ndarray, fit: int, split: int) -> tuple[np.ndarray, np.ndarray]:
+    """A random split: the images to fit on, `fit` of them, and those to judge on.
+
+    The same for every network on these images, so that methods and networks are compared in pairs.
+    """
+    # splitmix64 (Steele, Lea and Flood, OOPSLA 2014): well mixed for every split from one number an image.
+    mixed = key + np.uint64(0x9E3779B97F4A7C15 * (split + 1) % 2**64)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    order = np.argsort(mixed ^ (mixed >> np.uint64(31)), kind="stable")
+    return np.sort(order[:fit]), np.sort(order[fit:])
+
+
+def fitted_on(share: float, images: int) -> int:
+    """How many of some images methods are fitted on; one at least is left to judge them."""
+    return max(0, min(images - 1, round(share * images)))
+
+
+def memory_need(images: int, classes: int, methods: Sequence[str]) -> int:
+    """Bytes of a task: the logits and a copy of both parts, the maps of BBQ, the search of a matrix."""
+    matrix = any(name.startswith("matrix") for name in methods)
+    search = 2 * 20 + 10  # vectors that L-BFGS keeps
+    return 8 * images * classes + 64 * BLOCK + 8 * 40 * images + (8 * search * classes * (classes + 1) if matrix else 0)
+
+
+@functools.lru_cache(maxsize=1)
+def logits_of(scores: Scores) -> np.ndarray:
+    """(image, class) float32, verified; read once by a worker."""
+    from pipeline.store import Reader
+
+    reader = Reader(scores.store, scores.files)["logits"]
+    found = np.empty((len(scores.rows), scores.classes), np.float32)
+    for start, stop in scores.shards.items():
+        at = slice(*np.searchsorted(scores.rows, [start, stop]))
+        found[at] = reader[start:stop][scores.rows[at] - start]
+    try:
+        check_logits(found)
+    except ValueError as error:
+        raise MicrotomeError(f"{scores.store}: {error}") from None
+    return found
+
+
+def measure(scores: Scores, at: int, part: slice, bins: int) -> tuple[int, tuple[Reliability, np.ndarray, np.ndarray]]:
+    """The network as it is, on some of the images: sums, confidences, and whether each is right."""
+    return at, judge(uncalibrated, logits_of(scores)[part], scores.label[part], bins)
+
+
+def one_split(
+    scores: Scores, split: int, images: int, methods: Sequence[str], how: Mapping[str, Any], store: Path
+) -> tuple[int, Files]:
+    """Fit and judge every method on a split, and write what came out."""
+    from pipeline.store import write
+
+    logits = logits_of(scores)
+    to_fit, to_judge = in_two(scores.key, images, split)
+    found = evaluate(
+        logits[to_fit], scores.label[to_fit], logits[to_judge], scores.label[to_judge], methods, how, drawn=split == 0
+    )
+    return split, write(store, {name: ((split, 0, 0), values[None]) for name, values in found.items()})
+
+
+def evaluate(
+    fit_logits: np.ndarray,
+    fit_label: np.ndarray,
+    logits: np.ndarray,
+    label: np.ndarray,
+    methods: Sequence[str],
+    how: Mapping[str, Any],
+    drawn: bool,
+) -> dict[str, np.ndarray]:
+    """`score` (method, measure); `count`, `correct`, `confidence` (method, bin). `drawn`: with what chance does."""
+    bins = how["bins"]
+    found: dict[str, list] = {"score": [], "count": [], "correct": [], "confidence": []}
+    for name in methods:
+        method = fit(name, fit_logits, fit_label, bins, how["penalty"])
+        sums, confidence, right = judge(method, logits, label, bins)
+        known = measures_of(sums, confidence, right, bins, drawn) | facts(method)
+        found["score"].append([float(known.get(measure, np.nan)) for measure in MEASURES])
+        found["count"].append(sums.count)
+        found["correct"].append(sums.correct)
+        found["confidence"].append(sums.confidence)
+    return {name: np.array(values) for name, values in found.items()}
+
+
+def measures_of(
+    sums: Reliability, confidence: np.ndarray, right: np.ndarray, bins: int, drawn: bool
+) -> dict[str, float]:
+    """Every measure of some images, by name."""
+    found = {name: getattr(sums, name) for name in ("accuracy", "mean_confidence", "ece", "ece_debiased", "mce")}
+    found |= {
+        "ece_equal_mass": ece_equal_mass(confidence, right, bins),
+        "classwise_ece": sums.classwise_ece,
+        "nll": sums.nll / sums.images,
+        "brier": sums.brier / sums.images,
+        "floored": sums.floored / sums.images,
+    }
+    if drawn:
+        band = noise(confidence, right, DRAWS, SEED, bins)
+        found |= {"ece_low": band.low, "ece_high": band.high, "ece_null": band.null_mean}
+        found |= {"ece_null_high": band.null_high}
+    return found

@@ -1,0 +1,58 @@
+"""CPU time and memory of fitting and judging each calibration method, in one process, one thread.
+
+    python -m tests.bench.bench_calibration [--images 50000] [--classes 1000] [--methods temperature vector ...]
+
+The logits are random, overconfident, and as many as those of ImageNet's validation images by default. Of each method:
+CPU seconds to fit it on all images, to judge it on all, and how far the process grew beyond the logits themselves.
+"""
+
+import argparse
+import resource
+import time
+
+import numpy as np
+
+from kernels.calibration_methods import NAMES, facts, fit, judge
+
+
+def logits_of(images: int, classes: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    generator = np.random.default_rng(seed)
+    labels = generator.integers(0, classes, images)
+    logits = 2.5 * generator.standard_normal((images, classes), dtype=np.float32)
+    logits[np.arange(images), labels] += generator.normal(8, 3, images).astype(np.float32)
+    return 1.7 * logits, labels
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=50_000)
+    parser.add_argument("--classes", type=int, default=1000)
+    parser.add_argument("--methods", nargs="+", choices=NAMES, default=["uncalibrated", "temperature", "vector"])
+    asked = parser.parse_args()
+    small, few = logits_of(200, 3, 1)
+    for name in NAMES:  # imports are not what is measured
+        fit(name, small, few)
+    logits, labels = logits_of(asked.images, asked.classes, 0)
+    before = grown()
+    print(f"{asked.images:,} x {asked.classes:,} logits, {logits.nbytes / 1e6:.0f} MB")
+    for name in asked.methods:
+        began = time.process_time()
+        method = fit(name, logits, labels)
+        fitted = time.process_time()
+        found, _, _ = judge(method, logits, labels)
+        judged = time.process_time()
+        print(
+            f"{name:20s} fit {fitted - began:7.2f} s, judge {judged - fitted:6.2f} s, "
+            f"grown {grown() - before:5.0f} MB, ECE {found.ece:.4f}, "
+            f"NLL {found.nll / found.images:.4f} {facts(method) or ''}",
+            flush=True,
+        )
+
+
+def grown() -> float:
+    """The largest resident size of this process so far, in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
+
+
+if __name__ == "__main__":
+    main()
