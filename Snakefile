@@ -30,6 +30,7 @@ RESULTS = RUN.plan.results
 wildcard_constraints:
     dataset=r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}",
     network=r"[A-Za-z0-9][A-Za-z0-9._-]{0,80}",
+    comparison=r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}",
     id=r"[0-9a-f]{20}",
 
 
@@ -38,6 +39,7 @@ localrules:
     dissect,
     ablate,
     calibrate,
+    similarity,
 
 
 include: "workflow/rules/common.smk"
@@ -66,11 +68,17 @@ rule calibrate:
         RUN.targets("calibrate"),
 
 
+rule similarity:
+    input:
+        RUN.targets("similarity"),
+
+
 include: "workflow/rules/data.smk"
 include: "workflow/rules/networks.smk"
 include: "workflow/rules/dissection.smk"
 include: "workflow/rules/ablation.smk"
 include: "workflow/rules/calibration.smk"
+include: "workflow/rules/similarity.smk"
 include: "workflow/rules/report.smk"
 
 

@@ -339,6 +339,56 @@ class Calibrate(Strict):
     )
 
 
+Features = Literal["whole", "class_token", "spatial", "pooled"]
+
+
+class Comparison(Strict):
+    """Networks whose layers are compared, each with itself and with the others."""
+
+    networks: Annotated[list[str], Field(min_length=1)] = Field(
+        description="names of networks; with `-untrained` at the end, of their controls"
+    )
+    dataset: Name | None = Field(None, description="on this data set; default: the one that the networks share")
+
+
+class Similarity(Strict):
+    """How alike layers are: CKA and its relatives, within networks and between them."""
+
+    compare: Annotated[dict[Name, Comparison], Field(min_length=1)] = Field(description="by name")
+    images: Annotated[int, Field(ge=4)] = Field(1024, description="images that go through each network, of `split`")
+    minibatch: Annotated[int, Field(ge=4)] = Field(64, description="images of a minibatch")
+    epochs: PositiveInt = Field(1, description="times that the images are shuffled into minibatches")
+    replacement: bool = Field(
+        False, description="draw each minibatch on its own from all images; false: cut a shuffled list of them"
+    )
+    last: Literal["drop", "weigh"] = Field(
+        "drop", description="a smaller last minibatch: dropped, or weighted with n (n - 3), as all then are"
+    )
+    seed: NonNegativeInt = Field(0, description="other minibatches for another seed")
+    split: str | None = Field(None, description="the images' split; default: the one that is dissected")
+    layers: dict[str, Literal["all", "auto"] | Annotated[list[str], Field(min_length=1)]] = Field(
+        {}, description="by network: names or patterns, `auto`, or `all` modules; default: the network's `layers`"
+    )
+    features: Annotated[list[Features], Field(min_length=1)] = Field(
+        ["whole"],
+        description="of each layer: its `whole` output, its `class_token`, its tokens but class and register tokens "
+        "(`spatial`), its mean over the positions (`pooled`)",
+    )
+    neighbours: PositiveInt = Field(10, description="nearest images that mutual neighbours are counted among")
+    procrustes: bool = Field(True, description="orthogonal Procrustes too, the slow one of the measures")
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Similarity":
+        if self.neighbours >= self.minibatch:
+            raise ValueError(f"neighbours: {self.neighbours} is not below the minibatch of {self.minibatch} images")
+        lists: dict[str, Sequence[str]] = {f"compare.{name}": each.networks for name, each in self.compare.items()}
+        lists["features"] = self.features
+        for key, names in lists.items():
+            if twice := [name for at, name in enumerate(names) if name in names[:at]]:
+                raise ValueError(f"{key}: {twice[0]!r} is named twice")
+        return self
+
+
 class Network(NetworkSpec):
     """A network: how to build it, its weights, and the layers to look at."""
 
@@ -470,6 +520,7 @@ class Config(Strict):
     networks: Annotated[dict[Name, Network], Field(min_length=1)] = Field(description="by name")
     segmenters: dict[Name, Segmenter] = Field({}, description="by name")
     calibrate: Calibrate | None = Field(None, description="with this section, networks are calibrated; default: none")
+    similarity: Similarity | None = Field(None, description="how alike layers of networks are; default: not asked")
     controls: Controls = Field(Controls(), description="what the units are compared with")
     cluster: Cluster = Field(Cluster(), description="the workers")
     report: Report = Field(Report(), description="the pages at the end")
@@ -499,6 +550,44 @@ class Config(Strict):
                     if name not in known:
                         raise ValueError(f"calibrate: no {kind} {name!r}{nearest(name, known)}")
         return self
+
+    @model_validator(mode="after")
+    def comparisons(self) -> "Config":
+        if self.similarity is None:
+            return self
+        known = [name + ending for name in self.networks for ending in ("", UNTRAINED)]
+        for network in self.similarity.layers:
+            if network not in known:
+                raise ValueError(f"similarity.layers: no network {network!r}{nearest(network, known)}")
+        for name, comparison in self.similarity.compare.items():
+            where = f"similarity.compare.{name}"
+            for network in comparison.networks:
+                if network not in known:
+                    raise ValueError(f"{where}: no network {network!r}{nearest(network, known)}")
+                if network.endswith(UNTRAINED) and self.networks[network.removesuffix(UNTRAINED)].weights == "random":
+                    raise ValueError(f"{where}: {network!r}: a random network has no control beside it")
+            self.dataset_of(name)
+        return self
+
+    def dataset_of(self, comparison: str) -> str:
+        """The data set of a comparison: the one named, or the only one that all of its networks see."""
+        assert self.similarity is not None
+        asked, where = self.similarity.compare[comparison], f"similarity.compare.{comparison}"
+        if asked.dataset is not None and asked.dataset not in self.datasets:
+            raise ValueError(f"{where}: no data set {asked.dataset!r}{nearest(asked.dataset, self.datasets)}")
+        seen = {}
+        for name in asked.networks:
+            own = self.networks[name.removesuffix(UNTRAINED)].datasets
+            seen[name] = list(self.datasets) if own is None else own
+        shared = [data for data in self.datasets if all(data in each for each in seen.values())]
+        said = "; ".join(f"{name}: {', '.join(each) or 'none'}" for name, each in seen.items())
+        if asked.dataset is not None and asked.dataset not in shared:
+            raise ValueError(f"{where}: not all of its networks see data set {asked.dataset!r} ({said})")
+        if not shared:
+            raise ValueError(f"{where}: its networks share no data set ({said})")
+        if asked.dataset is None and len(shared) > 1:
+            raise ValueError(f"{where}: its networks share {', '.join(shared)}: name one as `dataset`")
+        return asked.dataset or shared[0]
 
     @model_validator(mode="after")
     def sources(self) -> "Config":
@@ -559,7 +648,20 @@ def select(config: Config, only: str | list[str]) -> Config:
         )
         for name, network in networks.items()
     }
-    return config.model_copy(update={"networks": networks})
+    return config.model_copy(update={"networks": networks, "similarity": _still_asked(config, networks, set(chosen))})
+
+
+def _still_asked(config: Config, networks: Mapping[str, Network], datasets: set[str]) -> Similarity | None:
+    """The comparisons whose networks and data set are all among those that stay."""
+    if config.similarity is None:
+        return None
+    compare = {
+        name: asked.model_copy(update={"dataset": config.dataset_of(name)})
+        for name, asked in config.similarity.compare.items()
+        if all(each.removesuffix(UNTRAINED) in networks for each in asked.networks)
+        and config.dataset_of(name) in datasets
+    }
+    return config.similarity.model_copy(update={"compare": compare}) if compare else None
 
 
 def _explain(item: Any) -> str:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline import cluster, concepts, datasets, dissect, extract, ingest, preflight, stage
+from pipeline import cluster, concepts, datasets, dissect, extract, grams, ingest, preflight, stage
 from pipeline.config import UNTRAINED
 from pipeline.errors import MicrotomeError
 from pipeline.layer_info import LayerInfo
@@ -29,6 +29,7 @@ IMAGE = 6e-3  # to decode an image and bring it to size: assumed, until ingest h
 LABELS = 2e-3  # for the label maps of a category of an image: assumed, until they have been made once
 STORED = 19e-9  # to keep, compress and write one value of a layer
 COUNTED = 3.8e-6, 0.6e-9  # to dissect a unit on an image: constant, and for each position of the label map
+GRAM = 1.1  # forwards that a forward with Gram matrices takes
 SHARE = 0.95  # of the free bytes that a run may plan to fill
 LITTLE = 50e6  # bytes that are not worth a refusal before the disk gives its own: such estimates say little
 
@@ -121,7 +122,7 @@ def forecast(plan: Plan) -> list[Cost]:
     for step in plan.steps.values():
         done = (plan.results / step.manifest).exists() and step.manifest not in gone
         before = latest((plan.results / step.manifest).parent, step.stage)
-        estimate = {"ingest": _ingest, "concepts": _concepts, "extract": _extract, "dissect": _dissect}.get(step.stage)
+        estimate = ESTIMATES.get(step.stage)
         cost = estimate(plan, step, splits, done) if estimate else Cost(step, (), 0, 1, None, None)
         provenance = before.provenance if before is not None else {}
         seconds = cost.seconds
@@ -225,6 +226,32 @@ def _dissect(plan: Plan, step: Step, splits: Splits, done: bool) -> Cost:
     )
     seconds = images * units * (constant + position * height * width)
     return Cost(step, (), images, -(-images // dataset.shard_images), seconds, memory)
+
+
+def _grams(plan: Plan, step: Step, splits: Splits, done: bool) -> Cost:
+    assert step.network is not None and step.dataset is not None
+    how, size = step.settings, plan.step("ingest", step.dataset).settings["size"]
+    images = min(splits[step.dataset][how["split"]], how["images"]) * how["epochs"]
+    found = preflight.found(plan, step)
+    layers = len(found["compared"] or found["layers"]) * len(how["features"])
+    minibatch = min(how["minibatch"], images)
+    tasks = max(1, images // minibatch)
+    raw = 8.0 * tasks * layers * minibatch * (minibatch + 1) / 2
+    name = "grams.zarr"
+    there = raw if done else _bytes(plan.results / step.dataset / step.network / name)
+    rate = preflight.speed(plan, step).get("images_per_second")
+    return Cost(
+        step,
+        (Store(name, raw, raw, there),),
+        images,
+        tasks,
+        GRAM * images / rate if rate else None,
+        grams.memory_need(found["parameters"], found["largest"], minibatch, layers, (size[0], size[1])),
+        f"{rate:.3g}" if rate else "",
+    )
+
+
+ESTIMATES = {"ingest": _ingest, "concepts": _concepts, "extract": _extract, "dissect": _dissect, "grams": _grams}
 
 
 def _counted(plan: Plan, step: Step, splits: Splits) -> tuple[int, Any, tuple[int, int], Mapping[str, Any]]:

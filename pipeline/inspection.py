@@ -48,6 +48,7 @@ class Inspection:
         image; None where the network cannot be cut there and all of it runs.
     output : shape of the network's output for one image; (classes,) for a classifier.
     classes : number of logits, or None when the network has no head.
+    compared : names of the layers that are compared, where these are others.
     """
 
     architecture: str
@@ -58,6 +59,7 @@ class Inspection:
     output: tuple[int, ...]
     classes: int | None
     ablation: dict[str, float | None] = field(default_factory=dict)
+    compared: list[str] = field(default_factory=list)
 
     def json(self) -> dict[str, Any]:
         return asdict(self)
@@ -84,6 +86,7 @@ class Request(BaseModel):
     special_tokens: int | None = None
     weights_path: str | None = None
     ablate: Ablation | None = None
+    compare: str | list[str] | None = None
 
 
 class SegmenterRequest(BaseModel):
@@ -103,6 +106,7 @@ def inspect(
     special_tokens: int | None = None,
     weights_path: str | Path | None = None,
     ablate: Ablation | None = None,
+    compare: str | Sequence[str] | None = None,
 ) -> Inspection:
     """Build the network on the meta device, check its checkpoint's names and shapes, and find the wanted layers.
 
@@ -115,6 +119,7 @@ def inspect(
     images : how many images the activations are wanted for.
     weights_path : checkpoint made by the workflow, which replaces the network's own.
     ablate : what is to be removed.
+    compare : layers that are compared with those of other networks, as in `layers.choose`; None: `layers`.
 
     Raises
     ------
@@ -138,6 +143,7 @@ def inspect(
         output=surveyed.output,
         classes=surveyed.classes,
         ablation=_ablation(built, chosen, surveyed.output, input_shape, ablate) if ablate else {},
+        compared=[] if compare is None else [each.name for each in choose(built, surveyed, compare, spec.architecture)],
     )
 
 

@@ -129,9 +129,11 @@ def survey(network: nn.Module, input_shape: tuple[int, int, int], special: int |
 
 
 def choose(network: nn.Module, surveyed: Survey, wanted: str | Sequence[str], name: str) -> list[LayerInfo]:
-    """The wanted ones of the layers of a survey; see `resolve`."""
+    """The wanted ones of the layers of a survey; see `resolve`. `all` are every one."""
     known = {layer.name: layer for layer in surveyed.layers}
-    if wanted == "auto":
+    if wanted == "all":
+        chosen = set(known)
+    elif wanted == "auto":
         chosen = set(_auto(network, known, surveyed.image, name))
     else:
         chosen = set()

@@ -12,7 +12,20 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline import ablate, calibrate, concepts, config, datasets, dissect, extract, ingest, network, published
+from pipeline import (
+    ablate,
+    calibrate,
+    concepts,
+    config,
+    datasets,
+    dissect,
+    extract,
+    grams,
+    ingest,
+    network,
+    published,
+    similarity,
+)
 from pipeline.config import UNTRAINED, Config, Network
 from pipeline.errors import MicrotomeError, about
 from pipeline.identity import FileDigests, digest
@@ -27,13 +40,15 @@ STAGES: dict[str, Any] = {
     "dissect": dissect,
     "ablate": ablate,
     "calibrate": calibrate,
+    "grams": grams,
+    "similarity": similarity,
     "report": report,
 }
 
 
 @dataclass(frozen=True)
 class Step:
-    """One job of the workflow: a stage, for a data set and a network where it has these.
+    """One job of the workflow: a stage, for a data set, a network and a comparison of networks where it has these.
 
     `settings` is everything the id is made of, by name; `parents` are the manifests (relative to the results folder)
     whose outputs it reads.
@@ -46,10 +61,11 @@ class Step:
     network: str | None = None
     parents: tuple[str, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
+    comparison: str | None = None
 
     @property
     def name(self) -> str:
-        return " ".join(part for part in (self.stage, self.dataset, self.network) if part)
+        return " ".join(part for part in (self.stage, self.dataset, self.network, self.comparison) if part)
 
 
 @dataclass(frozen=True)
@@ -83,18 +99,30 @@ class Plan:
         """Folder for what may be lost at any time: caches, pool addresses, plans."""
         return self.results / ".microtome"
 
-    def step(self, stage: str, dataset: str | None = None, network: str | None = None) -> Step:
+    def step(
+        self, stage: str, dataset: str | None = None, network: str | None = None, comparison: str | None = None
+    ) -> Step:
+        """The one step of a stage with these names; a comparison has its data set by itself."""
         for step in self.steps.values():
-            if (step.stage, step.dataset, step.network) == (stage, dataset, network):
+            named = (None if comparison else step.dataset, step.network, step.comparison)
+            if (step.stage, *named) == (stage, dataset, network, comparison):
                 return step
-        raise MicrotomeError(f"the configuration has no step {stage} {dataset or ''} {network or ''}")
+        said = " ".join(filter(None, (dataset, network, comparison)))
+        raise MicrotomeError(f"the configuration has no step {stage} {said}".rstrip())
 
     def of_stage(self, stage: str) -> Iterator[Step]:
         return (step for step in self.steps.values() if step.stage == stage)
 
-    def wanted(self, stage: str, id: str, dataset: str | None = None, network: str | None = None) -> Step:
+    def wanted(
+        self,
+        stage: str,
+        id: str,
+        dataset: str | None = None,
+        network: str | None = None,
+        comparison: str | None = None,
+    ) -> Step:
         """The step, if its id is this one: a job for any other id is refused."""
-        step = self.step(stage, dataset, network)
+        step = self.step(stage, dataset, network, comparison)
         if step.id != id:
             raise MicrotomeError(f"{step.name}: the configuration makes {step.id}, not {id}; ask for it by its word")
         return step
@@ -137,12 +165,14 @@ def make(wanted: Config, rescan: bool = False, arguments: Sequence[str] = ()) ->
     wanted = published.resolve(wanted, scratch, digests)
     plan = Plan(wanted, {}, tuple(arguments))
 
-    def add(stage: str, settings: dict, parents: list[Step], dataset: str = "", network: str = "") -> Step:
+    def add(
+        stage: str, settings: dict, parents: list[Step], dataset: str = "", network: str = "", comparison: str = ""
+    ) -> Step:
         settings = settings | {"version": STAGES[stage].VERSION, "parents": [parent.id for parent in parents]}
         settings = json.loads(json.dumps(settings))  # as a manifest will hold it
         id = digest(settings)
         folder = "/".join(filter(None, ("networks" if network and not dataset else dataset, network)))
-        folder = folder or f"report/{wanted.name}"
+        folder = f"similarity/{comparison}" if comparison else folder or f"report/{wanted.name}"
         step = Step(
             stage=stage,
             id=id,
@@ -151,6 +181,7 @@ def make(wanted: Config, rescan: bool = False, arguments: Sequence[str] = ()) ->
             network=network or None,
             parents=tuple(parent.manifest for parent in parents),
             settings=settings,
+            comparison=comparison or None,
         )
         plan.steps[step.manifest] = step
         return step
@@ -201,7 +232,17 @@ def make(wanted: Config, rescan: bool = False, arguments: Sequence[str] = ()) ->
                 settings = calibrate.settings(wanted.calibrate, data, dataset.dissect.split, found[data])
                 parents = [ingests[data], loaded[name], extracted]
                 calibrated.append(add("calibrate", settings, parents, data, name))
-    add("report", report.settings(wanted), [*loaded.values(), *dissected, *ablated, *calibrated])
+    compared = []
+    for name in wanted.similarity.compare if wanted.similarity else ():
+        assert wanted.similarity is not None
+        data, asked = wanted.dataset_of(name), wanted.similarity
+        parents = []
+        for each in asked.compare[name].networks:
+            settings = grams.settings(each, plan.networks[each], wanted.datasets[data], asked)
+            found[data].require(data, settings["split"])
+            parents.append(add("grams", settings, [ingests[data], loaded[each]], data, each))
+        compared.append(add("similarity", similarity.settings(name, asked), parents, data, comparison=name))
+    add("report", report.settings(wanted), [*loaded.values(), *dissected, *ablated, *calibrated, *compared])
 
     digests.save()
     return plan

@@ -248,6 +248,9 @@ def _request(plan: Plan, step: Step) -> dict[str, Any]:
             "layers": ablated.settings["ablate"]["layers"],
             "classes": ablated.settings["classes"],
         }
+    compared = next((s for s in plan.of_stage("grams") if (s.dataset, s.network) == (step.dataset, step.network)), None)
+    if compared is not None and compared.settings["layers"] != network.layers:
+        request["compare"] = compared.settings["layers"]
     return request
 
 

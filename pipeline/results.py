@@ -100,6 +100,11 @@ class Results(_Folder["Dataset"]):
         }
 
     @property
+    def similarity(self) -> dict[str, xr.Dataset]:
+        """cka, standard_error, neighbours and others (layer_a, layer_b) of every comparison, by its name."""
+        return {file.parent.name: _open(file) for file in sorted(self.path.glob("similarity/*/cka.zarr"))}
+
+    @property
     def reports(self) -> dict[str, Path]:
         """The page of every configuration, by its name."""
         return {file.parent.name: file for file in sorted(self.path.glob("report/*/index.html"))}

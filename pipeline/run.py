@@ -104,9 +104,8 @@ class Run:
 
     def parents(self, stage: str, wildcards: Any) -> list[str]:
         """The manifests that a job reads; a job whose id is not the wanted one is refused."""
-        step = self.plan.wanted(
-            stage, wildcards.id, getattr(wildcards, "dataset", None), getattr(wildcards, "network", None)
-        )
+        named = (getattr(wildcards, name, None) for name in ("dataset", "network", "comparison"))
+        step = self.plan.wanted(stage, wildcards.id, *named)
         return [str(self.plan.results / parent) for parent in step.parents]
 
     def figures(self) -> Iterator[tuple[str, str, dict[str, str]]]:
@@ -196,7 +195,8 @@ def job(stage: str, wildcards: Any, log: str) -> None:
     processes.end_with_main()
     processes.interruptible()
     wanted = Plan.read(Path(os.environ[PLAN]))
-    step = wanted.wanted(stage, wildcards["id"], wildcards.get("dataset"), wildcards.get("network"))
+    named = (wildcards.get(name) for name in ("dataset", "network", "comparison"))
+    step = wanted.wanted(stage, wildcards["id"], *named)
     with Path(log).open("w", encoding="utf-8") as file, contextlib.redirect_stderr(_Both(sys.stderr, file)):
         try:
             plan.STAGES[stage].run(wanted, step)

@@ -27,6 +27,7 @@ class Made:
     id: str = ""
     seconds: float | None = None
     result: Mapping[str, Any] = field(default_factory=dict)
+    comparison: str | None = None
 
 
 @dataclass(frozen=True)

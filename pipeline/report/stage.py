@@ -71,7 +71,15 @@ def made(plan: Plan, step: Step) -> Made:
     from pipeline.report.experiment import Made
 
     manifest = plan.manifest(step)
-    return Made(step.stage, step.dataset, step.network, step.id, manifest.provenance.get("seconds"), manifest.result)
+    return Made(
+        step.stage,
+        step.dataset,
+        step.network,
+        step.id,
+        manifest.provenance.get("seconds"),
+        manifest.result,
+        step.comparison,
+    )
 
 
 def discard(plan: Plan, step: Step) -> list[Path]:

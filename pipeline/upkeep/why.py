@@ -14,11 +14,13 @@ WHAT = {
     "ingest": "shards of images to decode",
     "concepts": "shards of label maps to make",
     "extract": "shards to put through the network",
+    "grams": "minibatches to put through the network",
 }
 DOES = {
     "network": "weights read, drawn or trained; trained only where recipe or training images are others",
     "dissect": "counted from the stores, without a forward",
     "calibrate": "methods fitted again on the splits that are missing, from stored logits",
+    "similarity": "compared from the Gram matrices, without a forward",
     "ablate": "units removed again only on shards of images that changed",
 }
 DIGEST_LENGTHS = (20, 32, 64)  # of ids and checksums, which say nothing to a reader

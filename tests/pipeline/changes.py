@@ -34,7 +34,8 @@ SHARDS = 3  # of 16 images each, that hold the validation images
 
 @dataclass
 class Work:
-    """What a run did. By network: shards put through it (`forwards`), layers written and layers counted, by name."""
+    """What a run did. By network: shards put through it (`forwards`), layers written and layers counted, by name, and
+    minibatches put through it for the similarity of layers."""
 
     steps: list[str] = field(default_factory=list)
     decoded: int = 0
@@ -43,6 +44,7 @@ class Work:
     written: dict[str, list[str]] = field(default_factory=dict)
     counted: dict[str, list[str]] = field(default_factory=dict)
     categories: set[str] = field(default_factory=set)
+    minibatches: dict[str, int] = field(default_factory=dict)
     shard_writes: int = 0
 
     def stages(self, network: str | None = None) -> list[str]:
@@ -153,6 +155,10 @@ def run(raw: dict[str, Any]) -> Work:
             work.steps.append(step.name)
     for path in results.rglob("*.ledger"):
         new = shard_lines(path)[ledgers_before.get(path, 0) :]
+        if path.name == "grams.ledger":
+            if new:
+                work.minibatches[path.parent.name] = len(new)
+            continue
         work.shard_writes += len(new)
         if path.name == "images.ledger":
             work.decoded += len(new)
@@ -226,6 +232,18 @@ def with_training(raw: dict[str, Any]) -> dict[str, Any]:
     return changed(raw, "networks", "cnn", "train", to={"dataset": "scenes", "recipe": {"steps": 3, "batch_size": 8}})
 
 
+def compared(raw: dict[str, Any]) -> dict[str, Any]:
+    """The layers of the two networks compared, in two minibatches."""
+    both = {"compare": {"both": {"networks": ["cnn", "vit"]}}, "images": 32, "minibatch": 16}
+    return changed(raw, "similarity", to=both)
+
+
+def _replaced_beside(folder: Path, raw: dict[str, Any]) -> dict[str, Any]:
+    run(compared(raw))
+    other_weights(folder / "cnn.pt")
+    return compared(raw)
+
+
 CHANGES = [
     Change("nothing", "none", lambda folder, raw: raw),
     Change("checkpoints touched, one copied to another name", "none", _copied),
@@ -275,6 +293,13 @@ CHANGES = [
         "calibration switched on", "the calibrations, from stored logits",
         lambda folder, raw: changed(raw, "calibrate", to={"splits": 2, "methods": ["temperature", "isotonic"]}),
     ),
+    Change(
+        "similarity of the two switched on", "their minibatches", lambda folder, raw: compared(raw),
+    ),
+    Change(
+        "checkpoint of the CNN replaced, where the two are compared", "all of the CNN, nothing of the ViT",
+        lambda folder, raw: _replaced_beside(folder, raw),
+    ),
     Change("text or code of the report", "the report", lambda folder, raw: raw, report_changed),
 ]  # fmt: skip
 
@@ -300,8 +325,11 @@ IMAGES = {
 
 def table(folder: Path) -> Iterator[str]:
     """The rows of the table in the docs."""
-    yield "| change | allowed | images decoded | label maps | forwards | layers written | layers counted | steps |"
-    yield "|---|---|---|---|---|---|---|---|"
+    yield (
+        "| change | allowed | images decoded | label maps | forwards | layers written | layers counted | minibatches | "
+        "steps |"
+    )
+    yield "|---|---|---|---|---|---|---|---|---|"
     base = folder / "base"
     base.mkdir()
     yield _row("(the first run)", "everything", run(experiment(base)))
@@ -327,7 +355,8 @@ def table(folder: Path) -> Iterator[str]:
 def _row(name: str, allowed: str, work: Work) -> str:
     forwards = sum(work.forwards.values())
     written, counted = (sum(map(len, each.values())) for each in (work.written, work.counted))
-    cells = (name, allowed, work.decoded, work.labelled, forwards, written, counted, len(work.steps))
+    minibatches = sum(work.minibatches.values())
+    cells = (name, allowed, work.decoded, work.labelled, forwards, written, counted, minibatches, len(work.steps))
     return "| " + " | ".join(str(cell) if cell != 0 else "–" for cell in cells) + " |"
 
 

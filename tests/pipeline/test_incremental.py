@@ -39,7 +39,7 @@ def base(tmp_path_factory, workers):
 
 def expected(name: str, work: Work) -> dict:
     """What a change may cost. Networks that are not named make nothing."""
-    nothing: dict = {"forwards": {}, "written": {}, "counted": {}, "decoded": 0, "labelled": 0}
+    nothing: dict = {"forwards": {}, "written": {}, "counted": {}, "decoded": 0, "labelled": 0, "minibatches": {}}
     cnn_tail = ["features.conv6"]
     return nothing | {
         "nothing": {},
@@ -73,6 +73,11 @@ def expected(name: str, work: Work) -> dict:
         },
         "ablation of the CNN switched on": {},
         "calibration switched on": {},
+        "similarity of the two switched on": {"minibatches": {"cnn": 2, "vit": 2}},
+        "checkpoint of the CNN replaced, where the two are compared": {
+            "forwards": {"cnn": SHARDS}, "written": {"cnn": CNN_LAYERS}, "counted": {"cnn": CNN_LAYERS},
+            "minibatches": {"cnn": 2},
+        },
         "text or code of the report": {},
     }[name]  # fmt: skip
 
@@ -86,6 +91,7 @@ def test_what_a_change_costs(tmp_path, base, change: Change):
         "counted": {name: layers for name, layers in work.counted.items() if layers},
         "decoded": work.decoded,
         "labelled": work.labelled,
+        "minibatches": work.minibatches,
     }
     assert found == expected(change.name, work)
     match change.name:
@@ -97,6 +103,8 @@ def test_what_a_change_costs(tmp_path, base, change: Change):
         case "calibration switched on":
             assert work.steps == ["calibrate scenes cnn", "calibrate scenes vit", "report"]
             assert work.shard_writes == 2 * 2, "a split of each network"
+        case "similarity of the two switched on":
+            assert work.steps == ["grams scenes cnn", "grams scenes vit", "similarity scenes both", "report"]
         case "text or code of the report":
             assert work.steps == ["report"]
         case "one more source of concepts (colours of the pixels)":

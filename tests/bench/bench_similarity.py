@@ -1,0 +1,201 @@
+"""CPU time and memory of CKA of all pairs of layers, one thread, against the bare forward passes of both networks.
+
+    python -m tests.bench.bench_similarity [--images 512]
+
+Weights and images are random, 64 x 64 pixels, in minibatches of 64. What is timed is what the stages compute: forwards
+with a Gram matrix of every layer, HSIC1 of all pairs within and between the networks, and CKA with its jackknife. Bare
+forwards and ours take turns, minibatch by minibatch, so that other work on the machine disturbs both alike. Memory is
+the highest resident size of a process of its own, less that of one which only does the forwards.
+
+The package pytorch-cka is timed too, and its values compared, where it is installed (`--group bench`).
+"""
+
+import argparse
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import numpy as np
+import torch
+import torchvision
+from torch import nn
+
+from kernels.cka import cka, hsic
+from pipeline.grams import Entry, grams_of
+from pipeline.layers import candidates, one_attention_path
+
+SIZE, MINIBATCH = 64, 64
+ALLOWED_MIB = 32
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=512)
+    parser.add_argument("--memory", choices=["plain", "grams"], help="used by the bench itself: one process's memory")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    if given.memory:
+        print(memory(given.memory == "grams"))
+        return
+    print("networks                                 layers    pairs   forward, s   ours, s   ratio   allowed")
+    blocks(given.images)
+    modules(given.images)
+
+
+def blocks(images: int) -> None:
+    resnet, vit = networks("resnet50")
+    chosen = named(resnet, lambda name: name.count(".") == 1 and name.startswith("layer"))
+    of_vit = named(vit, lambda name: name.startswith("encoder.layers.") and name.count(".") == 2)
+    found = compare("resnet50 blocks, ViT blocks", resnet, vit, chosen, of_vit, images, 1.1)
+    change("one of two changed: resnet50 alone", resnet, vit, chosen, of_vit, images, 1.15)
+    against_package(resnet, vit, chosen, of_vit, images, found)
+
+
+def modules(images: int) -> None:
+    resnet, vit = networks("resnet18")
+    chosen = named(resnet, lambda name: isinstance(resnet.get_submodule(name), CONVOLUTIONS) or in_layer(name))
+    of_vit = named(vit, lambda name: name.startswith("encoder.layers.") and not name.endswith(DROPPED))
+    compare("resnet18 modules, ViT modules", resnet, vit, chosen, of_vit, images, 1.5)
+    plain, grams = (
+        int(subprocess.run([sys.executable, __file__, "--memory", what], check=True, capture_output=True).stdout)
+        for what in ("plain", "grams")
+    )
+    print(f"  memory beyond that of the forwards: {(grams - plain) / 2**20:.1f} MiB (allowed {ALLOWED_MIB})")
+
+
+CONVOLUTIONS = (nn.Conv2d, nn.BatchNorm2d)
+DROPPED = ("dropout", "mlp.2", "mlp.4", "mlp")  # another module's output, in a network that is not trained
+
+
+def in_layer(name: str) -> bool:
+    return name.startswith("layer") and name.count(".") == 1
+
+
+def networks(name: str) -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(0)
+    vit = torchvision.models.VisionTransformer(SIZE, 8, 12, 3, 192, 768)
+    return torchvision.models.get_model(name, weights=None).eval(), vit.eval()
+
+
+def named(network: nn.Module, wanted: Callable[[str], bool]) -> list[Entry]:
+    return [Entry(info, "whole") for info in candidates(network, (3, SIZE, SIZE)) if wanted(info.name)]
+
+
+def minibatches(images: int) -> Iterator[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(images // MINIBATCH):
+        yield torch.randn(MINIBATCH, 3, SIZE, SIZE, generator=generator)
+
+
+@torch.no_grad()
+def forward(network: nn.Module, batch: torch.Tensor) -> None:
+    with one_attention_path():
+        network(batch)
+
+
+def compare(
+    title: str, a: nn.Module, b: nn.Module, of_a: list[Entry], of_b: list[Entry], images: int, allowed: float
+) -> np.ndarray:
+    """Time both networks; return CKA of the first's layers with the second's."""
+    spent = {"plain": 0.0, "ours": 0.0}
+    values = []
+
+    def ours(batch: torch.Tensor) -> None:
+        values.append(hsic(np.concatenate([grams_of(a, batch, of_a), grams_of(b, batch, of_b)]), "unbiased"))
+
+    warm(a, b, of_a, of_b)
+    for batch in minibatches(images):
+        spent["plain"] += seconds(lambda batch=batch: (forward(a, batch), forward(b, batch)))  # type: ignore[misc]
+        spent["ours"] += seconds(lambda batch=batch: ours(batch))  # type: ignore[misc]
+    found = []
+    spent["ours"] += seconds(lambda: found.append(cka(np.stack(values), np.ones(len(values)))))
+    line(title, len(of_a), len(of_b), spent, allowed)
+    return found[0].cka[: len(of_a), len(of_a) :]
+
+
+def change(
+    title: str, a: nn.Module, b: nn.Module, of_a: list[Entry], of_b: list[Entry], images: int, allowed: float
+) -> None:
+    """The second network's Gram matrices are there; the first one changed."""
+    kept = [grams_of(b, batch, of_b) for batch in minibatches(images)]
+    spent = {"plain": 0.0, "ours": 0.0}
+    values = []
+    for batch, known in zip(minibatches(images), kept, strict=True):
+        spent["plain"] += seconds(lambda batch=batch: forward(a, batch))  # type: ignore[misc]
+        spent["ours"] += seconds(
+            lambda batch=batch, known=known: values.append(  # type: ignore[misc]
+                hsic(np.concatenate([grams_of(a, batch, of_a), known]), "unbiased")
+            )
+        )
+    spent["ours"] += seconds(lambda: cka(np.stack(values), np.ones(len(values))))
+    line(title, len(of_a), len(of_b), spent, allowed)
+
+
+def against_package(
+    a: nn.Module, b: nn.Module, of_a: list[Entry], of_b: list[Entry], images: int, ours: np.ndarray
+) -> None:
+    try:
+        from cka import compute_cka
+    except ImportError:
+        print("  pytorch-cka is not installed: not compared")
+        return
+    batches = [(batch,) for batch in minibatches(images)]
+    layers = [[entry.info.name for entry in entries] for entries in (of_a, of_b)]
+    found = []
+    plain = seconds(lambda: [(forward(a, batch), forward(b, batch)) for (batch,) in batches])
+    spent = seconds(
+        lambda: found.append(
+            compute_cka(a, b, batches, layers=layers[0], model2_layers=layers[1], device="cpu", progress=False)
+        )
+    )
+    theirs = np.asarray(found[0][0] if isinstance(found[0], list) else found[0])
+    difference = np.abs(theirs - np.maximum(ours, 0))
+    print(
+        f"  pytorch-cka: {spent / plain:.2f} of the forwards; its values, never negative, differ from ours by "
+        f"at most {difference.max():.1e} (median {np.median(difference):.1e})"
+    )
+
+
+def line(title: str, a: int, b: int, spent: dict[str, float], allowed: float) -> None:
+    ratio = spent["ours"] / spent["plain"]
+    print(
+        f"{title:38} {a:4} {b:4} {a * b:8} {spent['plain']:12.2f} {spent['ours']:9.2f} {ratio:7.3f} {allowed:9.2f}",
+        flush=True,
+    )
+
+
+def warm(a: nn.Module, b: nn.Module, of_a: list[Entry], of_b: list[Entry]) -> None:
+    batch = next(minibatches(MINIBATCH))
+    for network, entries in ((a, of_a), (b, of_b)):
+        forward(network, batch)
+        grams_of(network, batch, entries)
+
+
+def memory(with_grams: bool) -> int:
+    """Highest resident bytes of this process, after four minibatches through both networks."""
+    resnet, vit = networks("resnet18")
+    chosen = named(resnet, lambda name: isinstance(resnet.get_submodule(name), CONVOLUTIONS) or in_layer(name))
+    of_vit = named(vit, lambda name: name.startswith("encoder.layers.") and not name.endswith(DROPPED))
+    for batch in minibatches(4 * MINIBATCH):
+        if with_grams:
+            hsic(np.concatenate([grams_of(resnet, batch, chosen), grams_of(vit, batch, of_vit)]), "unbiased")
+        else:
+            forward(resnet, batch)
+            forward(vit, batch)
+    # Not getrusage: what that says begins with the size of the parent.
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.partition("VmHWM:")[2].split()[0])
+
+
+def seconds(call: Callable[[], object]) -> float:
+    start = time.process_time()
+    call()
+    return time.process_time() - start
+
+
+if __name__ == "__main__":
+    main()
