@@ -197,7 +197,7 @@ def job(stage: str, wildcards: Any, log: str) -> None:
     wanted = Plan.read(Path(os.environ[PLAN]))
     named = (wildcards.get(name) for name in ("dataset", "network", "comparison"))
     step = wanted.wanted(stage, wildcards["id"], *named)
-    with Path(log).open("w", encoding="utf-8") as file, contextlib.redirect_stderr(_Both(sys.stderr, file)):
+    with _Both(sys.stderr, Path(log)) as both, contextlib.redirect_stderr(both):
         try:
             plan.STAGES[stage].run(wanted, step)
         except MicrotomeError as error:
@@ -219,18 +219,29 @@ def job(stage: str, wildcards: Any, log: str) -> None:
 
 
 class _Both(io.TextIOBase):
-    """Writes to the terminal and to a file."""
+    """Writes to the terminal and to a file; a file that cannot be written does not stop what is told there."""
 
-    def __init__(self, terminal: TextIO, file: TextIO) -> None:
-        self.terminal, self.file = terminal, file
+    def __init__(self, terminal: TextIO, path: Path) -> None:
+        self.terminal = terminal
+        self.file: TextIO | None = None
+        with contextlib.suppress(OSError):
+            self.file = path.open("w", encoding="utf-8")
 
     def write(self, text: str) -> int:
-        self.file.write(text)
+        if self.file is not None:
+            with contextlib.suppress(OSError):
+                self.file.write(text)
+                self.file.flush()  # at once: what is still held back would fail again, as the file is closed
         return self.terminal.write(text)
 
     def flush(self) -> None:
-        self.file.flush()
         self.terminal.flush()
+
+    def close(self) -> None:
+        if self.file is not None:
+            with contextlib.suppress(OSError):
+                self.file.close()
+        super().close()
 
     def isatty(self) -> bool:
         return self.terminal.isatty()

@@ -131,9 +131,12 @@ class Case:
 
     # Moments
 
-    def moment(self, running: Running, stage: str) -> bool:
-        """Wait for a random moment of this stage's jobs, their end at the latest; False if the run ended before."""
-        share = self.random.random()
+    def moment(self, running: Running, stage: str, latest: float = 1) -> bool:
+        """Wait for a random moment of this stage's jobs, their end at the latest; False if the run ended before.
+
+        `latest` is a share of their time.
+        """
+        share = latest * self.random.random()
         while not self._job_began(running, stage):
             if running.process.poll() is not None:
                 return False

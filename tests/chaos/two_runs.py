@@ -7,12 +7,14 @@ from pathlib import Path
 import folder
 from case import ROOT, BrokenPromiseError, Case, NotPossibleError, Outcome
 
+EARLY = 0.1  # the second run takes seconds to start, and the first must still work then
+
 
 def second_is_refused(case: Case, stage: str) -> Outcome:
     """A second run while the first works"""
     case.without(stage)
     first = case.start()
-    case.moment(first, stage)
+    case.moment(first, stage, EARLY)
     (main,) = first.processes("snakemake") or (None,)
     second = case.start()
     said = case.end(second)
@@ -35,7 +37,7 @@ def other_checkout(case: Case, stage: str) -> Outcome:
         (where / inside).symlink_to(case.results)
     try:
         first = case.start()
-        case.moment(first, stage)
+        case.moment(first, stage, EARLY)
         (main,) = first.processes("snakemake") or (None,)
         second = case.start(command=command, cwd=where)
         said = case.end(second)
@@ -98,7 +100,7 @@ def without_lock(case: Case, stage: str) -> Outcome:
     """Two runs that both believe they hold the lock (its file was deleted in between)"""
     case.without(stage)
     first = case.start()
-    if not case.moment(first, stage):
+    if not case.moment(first, stage, EARLY):
         raise BrokenPromiseError(f"the first run did not work:\n{first.said[-2000:]}")
     for lock in (case.results / ".microtome").glob("lock*"):
         lock.unlink()
