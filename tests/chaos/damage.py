@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -48,7 +49,11 @@ SWAPPED = "swapped"
 
 
 def groups(results: Path) -> dict[str, list[str]]:
-    """The files that manifests name, by what they are: `images.zarr/image`, `iou.zarr zarr.json`, `units.csv`, ..."""
+    """The files that manifests name, by what they are: `images.zarr/image`, `iou.zarr zarr.json`, `units.csv`, ...
+
+    Arrays in groups of a store, those of a layer each, are of one kind (`ablation.zarr/all`), and so are the pictures
+    of units; a store that is called by the id of a layer is named by its folder.
+    """
     found: dict[str, set[str]] = {}
     for name, manifest in folder.manifests(results).items():
         base = Path(name).parent.parent
@@ -56,11 +61,17 @@ def groups(results: Path) -> dict[str, list[str]]:
             parts = Path(file).parts
             at = next((i for i, part in enumerate(parts) if part.endswith(".zarr")), None)
             if at is None:
-                group = parts[-1] if parts[0] not in ("figures", "tables") else f"{parts[0]} *{Path(file).suffix}"
-            elif parts[-1] == "zarr.json":
-                group = f"{parts[at]} zarr.json"
+                suffix = Path(file).suffix
+                group = parts[-1]
+                if parts[0] in ("figures", "tables") or suffix == ".jpg":
+                    group = f"{parts[0]} all{suffix}"
             else:
-                group = "/".join(parts[at : parts.index("c", at)])
+                store = parts[at - 1] if at and re.fullmatch("[0-9a-f]{20}.*", parts[at]) else parts[at]
+                if parts[-1] == "zarr.json":
+                    group = f"{store} zarr.json"
+                else:
+                    array = parts[at + 1 : parts.index("c", at)]
+                    group = f"{store}/{array[0] if len(array) == 1 else 'all'}"
             found.setdefault(group, set()).add((base / file).as_posix())
     return {group: sorted(files) for group, files in sorted(found.items())}
 

@@ -35,7 +35,7 @@ SHARDS = 3  # of 16 images each, that hold the validation images
 @dataclass
 class Work:
     """What a run did. By network: shards put through it (`forwards`), layers written and layers counted, by name, and
-    minibatches put through it for the similarity of layers."""
+    minibatches put through it for the similarity of layers. Shards are `ablated` without units and without sets."""
 
     steps: list[str] = field(default_factory=list)
     decoded: int = 0
@@ -45,6 +45,7 @@ class Work:
     counted: dict[str, list[str]] = field(default_factory=dict)
     categories: set[str] = field(default_factory=set)
     minibatches: dict[str, int] = field(default_factory=dict)
+    ablated: int = 0
     shard_writes: int = 0
 
     def stages(self, network: str | None = None) -> list[str]:
@@ -85,6 +86,7 @@ def experiment(folder: Path) -> dict[str, Any]:
         },
         "networks": {name: network | {"numerics": {"micro_batch": 8}} for name, network in networks.items()},
         "report": {"cards": 2},
+        "figures": {"formats": []},
     }
 
 
@@ -162,6 +164,8 @@ def run(raw: dict[str, Any]) -> Work:
         work.shard_writes += len(new)
         if path.name == "images.ledger":
             work.decoded += len(new)
+        elif path.parent.name == "ablation-predictions":
+            work.ablated += len(new)
         elif path.name == "concepts.ledger":
             work.labelled += len(new)
     for step in made.of_stage("extract"):
@@ -226,8 +230,9 @@ def _second_network(folder: Path, raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_training(raw: dict[str, Any]) -> dict[str, Any]:
-    """The CNN trained here for a few steps."""
+    """The CNN trained here for a few steps, its units removed from all images of both splits."""
     raw = changed(raw, "networks", "cnn", "weights", to="train")
+    raw = changed(raw, "networks", "cnn", "ablate", to={"sizes": [1, 4]})
     raw = changed(raw, "datasets", "scenes", "images", to={"train": 32, "validation": 40})
     return changed(raw, "networks", "cnn", "train", to={"dataset": "scenes", "recipe": {"steps": 3, "batch_size": 8}})
 
@@ -326,10 +331,10 @@ IMAGES = {
 def table(folder: Path) -> Iterator[str]:
     """The rows of the table in the docs."""
     yield (
-        "| change | allowed | images decoded | label maps | forwards | layers written | layers counted | minibatches | "
-        "steps |"
+        "| change | allowed | images decoded | label maps | forwards | layers written | layers counted | ablated | "
+        "minibatches | steps |"
     )
-    yield "|---|---|---|---|---|---|---|---|---|"
+    yield "|---|---|---|---|---|---|---|---|---|---|"
     base = folder / "base"
     base.mkdir()
     yield _row("(the first run)", "everything", run(experiment(base)))
@@ -356,8 +361,8 @@ def _row(name: str, allowed: str, work: Work) -> str:
     forwards = sum(work.forwards.values())
     written, counted = (sum(map(len, each.values())) for each in (work.written, work.counted))
     minibatches = sum(work.minibatches.values())
-    cells = (name, allowed, work.decoded, work.labelled, forwards, written, counted, minibatches, len(work.steps))
-    return "| " + " | ".join(str(cell) if cell != 0 else "–" for cell in cells) + " |"
+    made = (work.decoded, work.labelled, forwards, written, counted, work.ablated, minibatches, len(work.steps))
+    return "| " + " | ".join((name, allowed, *(str(count or "–") for count in made))) + " |"
 
 
 def main() -> None:

@@ -99,7 +99,7 @@ def test_what_a_change_costs(tmp_path, base, change: Change):
             assert work.steps == []
         case "ablation of the CNN switched on":
             assert work.steps == ["ablate scenes cnn", "report"]
-            assert work.shard_writes == 2 * SHARDS, "without units, and without sets of them"
+            assert work.shard_writes == work.ablated == 2 * SHARDS, "without units, and without sets of them"
         case "calibration switched on":
             assert work.steps == ["calibrate scenes cnn", "calibrate scenes vit", "report"]
             assert work.shard_writes == 2 * 2, "a split of each network"
@@ -117,20 +117,25 @@ def test_a_network_of_another_machine(tmp_path):
     """The same recipe gave other weights there: everything that read the old ones, and no training."""
     raw = with_training(experiment(tmp_path))
     run(raw)
-    retrain_elsewhere(tmp_path, raw)
-    work = run(raw)
+    # Other validation images ask for another accuracy, not for another training.
+    grown = changed(raw, "datasets", "scenes", "images", to={"train": 32, "validation": 44})
+    work = run(grown)
+    assert work.decoded == 1 and set(work.forwards.values()) == {1}
+    assert work.ablated == 2, "the shard that has new images, without units and without sets of them"
+    assert len(list((tmp_path / "results/networks/cnn").glob("training-*"))) == 1
+
+    retrain_elsewhere(tmp_path, grown)
+    elsewhere = (tmp_path / "results/networks/cnn/model.safetensors").read_bytes()
+    work = run(grown)
     assert {name for name, layers in work.written.items() if layers} == {"cnn"}
     assert work.written["cnn"] == work.counted["cnn"] == CNN_LAYERS
-    assert sorted(work.steps) == ["dissect scenes cnn", "extract scenes cnn", "report"]
+    assert sorted(work.steps) == ["ablate scenes cnn", "dissect scenes cnn", "extract scenes cnn", "report"]
+    assert work.ablated == 2 + 2 * SHARDS, "units of both splits, sets of the one that judges"
 
-    # Other validation images ask for another accuracy, not for another training.
-    before = (tmp_path / "results/networks/cnn/model.safetensors").read_bytes()
-    more = changed(raw, "datasets", "scenes", "images", to={"train": 32, "validation": 44})
-    work = run(more)
-    assert work.decoded == 1 and set(work.forwards.values()) == {1, SHARDS}
-    folders = list((tmp_path / "results/networks/cnn").glob("training-*"))
-    assert len(folders) == 1
-    assert (tmp_path / "results/networks/cnn/model.safetensors").read_bytes() != before, "what was trained here is back"
+    run(raw)
+    assert len(list((tmp_path / "results/networks/cnn").glob("training-*"))) == 1
+    back = (tmp_path / "results/networks/cnn/model.safetensors").read_bytes()
+    assert back != elsewhere, "what was trained here is back"
 
 
 @pytest.mark.parametrize("name", IMAGES)
