@@ -22,7 +22,7 @@ from pipeline.config import UNTRAINED, AnyDataset, Network, Similarity
 from pipeline.errors import MicrotomeError
 from pipeline.forward import Model, NonFiniteError, loaded, model_of, network_of, normalise, platform_numerics
 from pipeline.identity import digest
-from pipeline.minibatches import Minibatch, minibatches
+from pipeline.minibatches import SETTINGS, Minibatch, minibatches
 
 if TYPE_CHECKING:
     import torch
@@ -33,10 +33,20 @@ if TYPE_CHECKING:
     from pipeline.plan import Plan, Step
 
 VERSION = 1
-CODE = ("kernels/cka.py", "kernels/gram.py", "pipeline/grams.py", "pipeline/minibatches.py")
+CODE = (
+    "kernels/cka.py",
+    "kernels/gram.py",
+    "kernels/grey.py",
+    "pipeline/checkpoint.py",
+    "pipeline/forward.py",
+    "pipeline/grams.py",
+    "pipeline/layer_id.py",
+    "pipeline/layers.py",
+    "pipeline/libraries",
+    "pipeline/minibatches.py",
+    "pipeline/networks.py",
+)
 REMEDY = "lower `similarity.minibatch`"
-MINIBATCHES = ("images", "minibatch", "epochs", "replacement", "last", "seed")
-TITLES = {"whole": "", "class_token": " [class token]", "spatial": " [spatial]", "pooled": " [pooled]"}
 
 
 def settings(name: str, spec: Network, dataset: AnyDataset, asked: Similarity) -> dict[str, Any]:
@@ -48,7 +58,7 @@ def settings(name: str, spec: Network, dataset: AnyDataset, asked: Similarity) -
         "preprocessing": spec.preprocessing.model_dump(),
         "numerics": spec.numerics.model_dump(exclude={"micro_batch"}),
         "split": asked.split or dataset.dissect.split,
-    } | {key: getattr(asked, key) for key in MINIBATCHES}
+    } | {key: getattr(asked, key) for key in SETTINGS}
 
 
 @dataclass(frozen=True)
@@ -67,10 +77,6 @@ class Entry:
 
     info: LayerInfo
     features: str
-
-    @property
-    def title(self) -> str:
-        return self.info.name + TITLES[self.features]
 
 
 def run(plan: Plan, step: Step) -> None:
@@ -100,7 +106,7 @@ def run(plan: Plan, step: Step) -> None:
             "layer": Array(("layer",), (len(entries),), str, (len(entries),), fill=None),
             "features": Array(("layer",), (len(entries),), str, (len(entries),), fill=None),
         }
-        attrs = {key: step.settings[key] for key in (*MINIBATCHES, "split")}
+        attrs = {key: step.settings[key] for key in (*SETTINGS, "split")}
         create(store, arrays, attrs)
         remove_partials(store)
         made_of = [VERSION, [[prepared.ids[each.info.name], each.features] for each in entries], size]

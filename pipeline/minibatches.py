@@ -11,6 +11,7 @@ import numpy as np
 
 from pipeline.errors import MicrotomeError
 
+SETTINGS = ("images", "minibatch", "epochs", "replacement", "last", "seed")
 FEWEST = 4  # images of a minibatch, for which the unbiased estimator of HSIC is defined
 
 

@@ -20,9 +20,9 @@ from pipeline import stage
 from pipeline.cluster import client, run_tasks
 from pipeline.config import Similarity
 from pipeline.errors import MicrotomeError
-from pipeline.grams import MINIBATCHES, TITLES
 from pipeline.identity import digest
 from pipeline.manifest import write_file
+from pipeline.minibatches import SETTINGS
 from pipeline.result_tables import csv_bytes, number
 
 if TYPE_CHECKING:
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from pipeline.plan import Plan, Step
 
 VERSION = 1
-CODE = ("kernels/alignment.py", "kernels/cka.py", "pipeline/similarity.py")
+CODE = ("kernels/alignment.py", "kernels/cka.py", "pipeline/minibatches.py", "pipeline/similarity.py")
+TITLES = {"whole": "", "class_token": " [class token]", "spatial": " [spatial]", "pooled": " [pooled]"}
 COLUMNS = (
     "network_a", "layer_a", "network_b", "layer_b", "cka", "standard_error", "influence", "most_influential",
     "cka_biased", "neighbours", "neighbours_standard_error", "procrustes", "procrustes_shuffled", "note",
@@ -146,7 +147,7 @@ def check_images(plan: Plan, step: Step) -> dict[str, Any]:
                 f"`make recompute STAGE=grams` makes them again"
             )
     own = facts[first.manifest]
-    how = {key: first.settings[key] for key in (*MINIBATCHES, "split")}
+    how = {key: first.settings[key] for key in (*SETTINGS, "split")}
     return how | {"minibatches": own["minibatches"], "counted": own["count"]}
 
 

@@ -288,6 +288,46 @@ def test_a_constant_layer_is_said_to_be(tmp_path):
     assert rows[1]["cka"] == "" and rows[1]["note"].startswith("cnn/0: the same")
 
 
+def test_the_page_of_the_report(tmp_path):
+    from pipeline.config import Figures
+    from pipeline.report.experiment import Experiment
+    from pipeline.report.pages import similarity as page
+    from pipeline.report.site import render
+    from pipeline.report.stage import made as as_made
+
+    raw = experiment(tmp_path, {"both": {"networks": ["cnn", "vit"]}, "alone": {"networks": ["vit"]}})
+    plan_made = run(raw, *STAGES)
+    steps = tuple(as_made(plan_made, step) for step in plan_made.of_stage("similarity"))
+    for folder in ("figures", "tables"):
+        (tmp_path / "report" / folder).mkdir(parents=True)
+    shown = Experiment(plan_made.results, tmp_path / "report", "Mine", steps, figures=Figures(formats=["png"]))
+    (found,) = page.pages(shown)
+    cka = opened(plan_made).cka.values
+    # What the sentences say is what the numbers say.
+    uniform = {"cnn": cka[0, 1], "vit": cka[2, 3]}
+    for network, value in uniform.items():
+        said = next(each for each in found.findings if each.startswith(f"Two different layers of {network} have"))
+        assert f"CKA of {value:.3f} ±" in said
+    facts = steps[0].result
+    (a, b, difference, error) = facts["difference"][0]
+    assert (a, b) == ("cnn", "vit") and difference == pytest.approx(uniform["vit"] - uniform["cnn"], abs=1e-12)
+    sure = abs(difference) > 2 * error
+    assert any("is more uniform than" in each for each in found.findings) == sure
+    assert any("equally uniform within the error" in each for each in found.findings) != sure
+    best = cka[:2, 2:].max()
+    assert any(each.startswith("Most alike of cnn and vit are ") and f"{best:.3f}" in each for each in found.findings)
+    kinds = [figure.kind for figure in found.figures]
+    assert kinds == ["similarity", "similarity-neighbours"] * 2
+    for figure in found.figures:
+        assert all((tmp_path / "report" / file).stat().st_size for file in figure.written)
+    with (tmp_path / "report" / found.figures[0].files["csv"]).open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 10 and float(rows[1]["cka"]) == pytest.approx(cka[0, 1])
+    html = render(shown, found, [found])
+    assert "cnn and vit" in html and html.count("<figure>") == 4
+    assert page.pages(Experiment(plan_made.results, tmp_path / "report", "None", ())) == []
+
+
 def test_minibatches():
     ids = [f"image {i}" for i in range(40)]
     how = {"images": 30, "minibatch": 8, "epochs": 2, "replacement": False, "last": "weigh", "seed": 0}

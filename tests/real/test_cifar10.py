@@ -87,3 +87,52 @@ def test_what_each_class_loses_without_single_units(beside_data):
     assert found.predicted.sel(split="test").values[unit].tolist() == np.bincount(prediction, minlength=10).tolist()
     right = np.bincount(label[prediction == label], minlength=10)
     assert found.true_positives.sel(split="test").values[unit].tolist() == right.tolist()
+
+
+def test_similarity_of_a_resnet_and_a_vit(beside_data):
+    """Every block of ResNet-56 against every block of the ViT, and one pair of them the plain way, in float64."""
+    said = snakemake(beside_data, ROOT / "config/cifar10.yaml", "similarity", "--config", "only=resnet56,vit")
+    assert "similarity cifar10 resnet56-and-vit" in said and "extract" not in said
+    folder = beside_data / "results/similarity/resnet56-and-vit"
+    found = xarray.open_zarr(folder / "cka.zarr")
+    networks = found.network_a.values.tolist()
+    assert (networks.count("resnet56"), networks.count("vit")) == (27, 4)
+    assert found.image.shape == (15, 64) and len(np.unique(found.image.values)) == 15 * 64
+    assert np.isfinite(found.cka.values).all() and (found.note.values == "").all()
+    (manifest,) = (folder / "done").glob("similarity.*.json")
+    facts = json.loads(manifest.read_text())["manifest"]["result"]
+    a, b, difference, error = facts["difference"][0]
+    print(facts["uniformity"], difference, error)
+    assert (a, b) == ("resnet56", "vit") and difference > 10 * error > 0, "the ViT is the more uniform one"
+
+    images = xarray.open_zarr(beside_data / "results/cifar10/images.zarr").image.values
+    modules = runpy.run_path(str(ROOT / "config/networks/cifar.py"))
+    features = []
+    for name, file, layer, mean, std in (
+        ("resnet56", "cifar_resnet56", "layer3.8", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ("vit", "cifar_vit_d4h4_torchvision", "encoder.layers.encoder_layer_3",
+         (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    ):  # fmt: skip
+        network = modules[name]().eval()
+        network.load_state_dict(torch.load(beside_data / f"data/models/{file}.pt", weights_only=True))
+        seen = []
+        network.get_submodule(layer).register_forward_hook(lambda _, __, output, seen=seen: seen.append(output.clone()))
+        mean, std = (torch.tensor(each).view(3, 1, 1) for each in (mean, std))
+        with torch.no_grad():
+            for part in torch.from_numpy(images).split(100):
+                network((part.float() / 255 - mean) / std)
+        features.append(torch.cat(seen).flatten(1).double().numpy())
+    sums = np.zeros(3)
+    for batch in found.image.values:
+        x, y = (each[batch] - each[batch].mean(0) for each in features)
+        sums += [hsic1(x @ x.T, y @ y.T), hsic1(x @ x.T, x @ x.T), hsic1(y @ y.T, y @ y.T)]
+    cka = found.cka.sel(layer_a="resnet56/layer3.8", layer_b="vit/encoder.layers.encoder_layer_3")
+    np.testing.assert_allclose(float(cka), sums[0] / np.sqrt(sums[1] * sums[2]), atol=1e-5)
+
+
+def hsic1(k, m):
+    """Song et al., "Feature selection via dependence maximization" (JMLR 2012), equation 5."""
+    n = len(k)
+    k, m = k - np.diag(np.diag(k)), m - np.diag(np.diag(m))
+    whole = k.sum() * m.sum() / ((n - 1) * (n - 2))
+    return ((k * m).sum() + whole - 2 * (k.sum(0) @ m.sum(0)) / (n - 2)) / (n * (n - 3))
