@@ -201,7 +201,8 @@ def job(stage: str, wildcards: Any, log: str) -> None:
         try:
             plan.STAGES[stage].run(wanted, step)
         except MicrotomeError as error:
-            print(f"error: {step.name}: {error}", file=sys.stderr)
+            about = "" if str(error).startswith(step.name) else f"{step.name}: "
+            print(f"error: {about}{error}", file=sys.stderr)
         except KeyboardInterrupt:
             print(f"interrupted: {step.name}; finished shards are kept, run again to go on", file=sys.stderr)
         except Exception as error:

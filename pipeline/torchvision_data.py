@@ -125,12 +125,7 @@ def _imagenet_meta(known: Any, root: str) -> tuple[dict[str, tuple[str, ...]], l
                 )
             meta = folder
             Path(folder, archive.name).symlink_to(archive.absolute())
-            try:
-                known.parse_devkit_archive(folder)
-            except ImportError as error:
-                raise MicrotomeError(
-                    f"{archive} is read with scipy, which is not installed: pip install scipy"
-                ) from error
+            known.parse_devkit_archive(folder)
         return known.load_meta_file(meta)
 
 
