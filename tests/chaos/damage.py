@@ -121,7 +121,7 @@ def refused(case: Case, group: str, kind: str) -> Outcome:
         if "Traceback" in said:
             raise BrokenPromiseError(f"a traceback in place of an error:\n{said[-3000:]}")
         # A store's name and the chunk's, or the file's.
-        words = [_store_and_chunk(name) for name in damaged]
+        words = [(store, re.sub(r".*/(?=[^/]+/c/)", "", chunk)) for store, chunk in map(_store_and_chunk, damaged)]
         if not any(all(word in said for word in pair) for pair in words):
             raise BrokenPromiseError(f"the error names none of {words}:\n{said[-3000:]}")
         happened = f"refused by name when {readers} ran again"
