@@ -239,10 +239,13 @@ class Reader:
     def __init__(self, path: Path, files: Mapping[str, tuple[int, int]]) -> None:
         store = _Verifying(path, read_only=True)
         store.expected = files
+        why = None
         try:
             self.group = zarr.open_group(store, mode="r", zarr_format=3, use_consolidated=False)
         except (FileNotFoundError, ValueError, KeyError) as error:
-            raise DamagedStoreError(f"{path}: not a readable zarr store ({error})") from error
+            why = str(error)
+        if why is not None:  # outside, without a context: errors of zarr do not come back from a worker
+            raise DamagedStoreError(f"{path}: not a readable zarr store ({why})")
         self.path = path
 
     @property

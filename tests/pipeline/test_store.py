@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import xarray as xr
 import zarr
+from distributed.protocol.pickle import dumps, loads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -154,8 +155,10 @@ def test_any_reader_notices_a_flipped_bit(tmp_path):
 
 
 def test_a_store_that_is_none(tmp_path):
-    with pytest.raises(DamagedStoreError, match=r"absent\.zarr: not a readable zarr store"):
+    with pytest.raises(DamagedStoreError, match=r"absent\.zarr: not a readable zarr store") as caught:
         Reader(tmp_path / "absent.zarr", {})
+    error = caught.value  # as it comes back from a worker
+    assert type(loads(dumps(error))) is DamagedStoreError
     create(tmp_path / "s", {"x": PLAIN}, {})
     (tmp_path / "s/zarr.json").write_text("{")
     with pytest.raises(DamagedStoreError, match="not a readable zarr store"):
