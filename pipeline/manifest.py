@@ -77,6 +77,15 @@ class Manifest:
             raise MicrotomeError(f"the manifest {path} is damaged ({error}): delete it and run again") from error
 
 
+def recorded(file: Path) -> tuple[int, int] | None:
+    """Size and crc32c of a file, as a manifest in `done/` beside it says; None where none does."""
+    for path in sorted((file.parent / "done").glob("*.json")):
+        files = Manifest.read(path).files
+        if file.name in files:
+            return files[file.name]
+    return None
+
+
 def recorded_files(store: Path) -> Files:
     """Size and crc32c of the files of a store, by name within it, as the manifests say that describe it.
 

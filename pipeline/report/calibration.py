@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.report.results import open_store
+from pipeline.report.results import open_store, read_text
 
 Row = Mapping[str, float]
 
@@ -90,7 +90,7 @@ def read_calibration(results: Path, dataset: str, network: str) -> Calibrated:
     """Read calibration.csv and the store, verified."""
     folder = results / dataset / network
     store = open_store(folder / "calibration.zarr")
-    with (folder / "calibration.csv").open(newline="", encoding="utf-8") as file:
+    with read_text(folder / "calibration.csv") as file:
         rows = {
             row.pop("method"): {name: float(cell) if cell else np.nan for name, cell in row.items()}
             for row in csv.DictReader(file)

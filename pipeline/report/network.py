@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import MicrotomeError
+from pipeline.manifest import recorded
 from pipeline.report.counts import ConceptCount, LayerCount, categories, count_concepts, count_detectors
 from pipeline.report.experiment import Comparison
 from pipeline.report.results import Dissection, Unit, read_dissection, read_units
@@ -76,7 +77,7 @@ def read_network(results: Path, comparison: Comparison) -> Network:
         _same_layers(trained, untrained)
         runs["untrained"] = untrained.units
     permuted = results / comparison.dataset / comparison.network / "units-permuted.csv"
-    if permuted.exists():
+    if permuted.exists() or recorded(permuted):
         runs["permuted"] = read_units(permuted, trained.layer_names)
     return Network(trained, untrained, runs, comparison.permuted_images)
 

@@ -1,6 +1,7 @@
 """What the report reads from a results folder: one network, its layers, its units and its controls."""
 
 import csv
+import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,8 @@ import zarr
 
 from pipeline.dissect import UNIT_COLUMNS as COLUMNS
 from pipeline.errors import MicrotomeError
-from pipeline.manifest import recorded_files
+from pipeline.identity import crc32c
+from pipeline.manifest import recorded, recorded_files
 from pipeline.store import Reader
 
 
@@ -88,7 +90,7 @@ def read_dissection(results: Path, dataset: str, network: str) -> Dissection:
     layers = read_layers(results / dataset, folder / "layers.json")
     units = read_units(folder / "units.csv", [layer.name for layer in layers])
     model_file = results / "networks" / network / "model.json"
-    model = _read_json(model_file) if model_file.exists() else {}
+    model = _read_json(model_file) if model_file.exists() or recorded(model_file) else {}
     return Dissection(dataset, network, layers, units, model)
 
 
@@ -129,7 +131,7 @@ def read_layers(dataset_folder: Path, file: Path) -> list[Layer]:
 
 def read_units(file: Path, layers: Sequence[str]) -> list[Unit]:
     """The rows of a `units.csv`. A layer that is not in `layers` is an error: the files belong to different runs."""
-    with _open(file) as stream:
+    with read_text(file) as stream:
         reader = csv.DictReader(stream)
         missing = set(COLUMNS) - set(reader.fieldnames or ())
         if missing:
@@ -174,7 +176,7 @@ def open_store(path: Path) -> Store:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    with _open(file) as stream:
+    with read_text(file) as stream:
         try:
             content = json.load(stream)
         except json.JSONDecodeError as error:
@@ -184,8 +186,20 @@ def _read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def _open(file: Path) -> IO[str]:
+def read_text(file: Path) -> IO[str]:
+    """A table or a JSON file, as text, if it is what its manifest says was written."""
+    written = recorded(file)
     try:
-        return file.open(encoding="utf-8", newline="")
+        data = file.read_bytes()
     except FileNotFoundError:
-        raise MicrotomeError(f"the report needs {file}, which does not exist; dissect the network first") from None
+        todo = "run `make repair`" if written else "dissect the network first"
+        raise MicrotomeError(f"the report needs {file}, which does not exist; {todo}") from None
+    if written is not None and written != (len(data), crc32c(data)):
+        raise MicrotomeError(
+            f"{file} is not what was written; run `make verify` to find all damage and `make repair` to make only these "
+            f"again"
+        )
+    try:
+        return io.StringIO(data.decode(), newline="")
+    except UnicodeDecodeError as error:
+        raise MicrotomeError(f"{file} is not text in UTF-8 ({error}); make it again") from None

@@ -16,8 +16,10 @@ from report_results import write_results
 
 from pipeline.config import Figures, Report
 from pipeline.errors import MicrotomeError
+from pipeline.manifest import Manifest, write_file
 from pipeline.report import Experiment, Made, build, pages, site
 from pipeline.report.page import Page
+from pipeline.report.results import read_text
 
 HOSTILE = '<script>alert("1")</script>'
 LAYERS = [("stem", 3), ("features.2", 4)]
@@ -369,3 +371,19 @@ def test_missing_and_mixed_up_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(MicrotomeError, match=r"needs the store .*iou\.zarr"):
         report(results, "cnn")
     assert not (results / "report" / "test" / "index.html").exists()
+
+
+def test_a_table_that_is_not_what_was_written(tmp_path):
+    files = write_file(tmp_path, "units.csv", b"layer,unit\n")
+    Manifest(stage="dissect", id="1", digest="", files=files).write(tmp_path / "done/dissect.1.json")
+    assert read_text(tmp_path / "units.csv").read() == "layer,unit\n"
+    for damaged in (b"layer,unif\n", b"layer", b"\xa6", b""):
+        (tmp_path / "units.csv").write_bytes(damaged)
+        with pytest.raises(MicrotomeError, match=r"units\.csv is not what was written; run `make verify`"):
+            read_text(tmp_path / "units.csv")
+    (tmp_path / "units.csv").unlink()
+    with pytest.raises(MicrotomeError, match=r"units\.csv, which does not exist; run `make repair`"):
+        read_text(tmp_path / "units.csv")
+    (tmp_path / "other.csv").write_bytes(b"\xa6")
+    with pytest.raises(MicrotomeError, match=r"other\.csv is not text in UTF-8"):
+        read_text(tmp_path / "other.csv")
