@@ -196,8 +196,8 @@ def read_text(file: Path) -> IO[str]:
         raise MicrotomeError(f"the report needs {file}, which does not exist; {todo}") from None
     if written is not None and written != (len(data), crc32c(data)):
         raise MicrotomeError(
-            f"{file} is not what was written; run `make verify` to find all damage and `make repair` to make only these "
-            f"again"
+            f"{file} is not what was written; run `make verify` to find all damage and `make repair` to make only "
+            f"these again"
         )
     try:
         return io.StringIO(data.decode(), newline="")
