@@ -52,6 +52,7 @@ def client(cluster: Cluster, scratch: Path) -> Iterator[Any]:
     from distributed.client import FutureCancelledError
     from distributed.utils import silence_logging_cmgr
 
+    check_memory(cluster, 0, "Python with torch alone", "there is less than that for a worker: use a larger machine")
     with contextlib.ExitStack() as stack:
         address_file = (
             Path(os.environ[ADDRESS]) if ADDRESS in os.environ else stack.enter_context(pool(cluster, scratch))

@@ -104,6 +104,14 @@ def test_memory():
     )
 
 
+def test_too_little_memory_for_any_worker(tmp_path):
+    with (
+        pytest.raises(MicrotomeError, match=r"torch alone needs about 0\.63 GB a worker, .* may use 0\.40 GB: .*raise"),
+        cluster.client(Cluster(memory="400 MB"), tmp_path),
+    ):
+        pass
+
+
 def test_a_task_that_kills_its_workers():
     """It is given up after some deaths, with a reason, and the pool goes on."""
     with (
