@@ -29,7 +29,7 @@ IMAGE = 6e-3  # to decode an image and bring it to size: assumed, until ingest h
 LABELS = 2e-3  # for the label maps of a category of an image: assumed, until they have been made once
 STORED = 19e-9  # to keep, compress and write one value of a layer
 COUNTED = 3.8e-6, 0.6e-9  # to dissect a unit on an image: constant, and for each position of the label map
-GRAM = 1.1  # forwards that a forward with Gram matrices takes
+GRAM = 1.15  # forwards that a forward with Gram matrices takes
 SHARE = 0.95  # of the free bytes that a run may plan to fill
 LITTLE = 50e6  # bytes that are not worth a refusal before the disk gives its own: such estimates say little
 
