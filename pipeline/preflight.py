@@ -28,7 +28,7 @@ from pipeline.networks import NetworkSpec
 from pipeline.plan import Plan, Step
 from pipeline.processes import in_own_process
 
-VERSION = 3
+VERSION = 4
 LIBRARIES = ("torch", "torchvision", "timm", "transformers")  # of another version, networks may be others
 
 
