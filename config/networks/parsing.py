@@ -21,7 +21,7 @@ class Parsing(nn.Module):
         widths = [width, 2 * width, 4 * width, 4 * width]
         self.down = nn.ModuleList(
             nn.Sequential(_block(before, own), _block(own, own))
-            for before, own in zip([3, *widths], widths, strict=False)
+            for before, own in zip([3, *widths[:-1]], widths, strict=True)
         )
         self.up = nn.ModuleList(
             _block(above + own, own) for above, own in zip(widths[:0:-1], widths[-2::-1], strict=True)

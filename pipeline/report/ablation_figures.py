@@ -37,7 +37,7 @@ def curves(width: float, found: Ablation, kinds: Sequence[str]) -> Figure:
         left=0.55 / width, right=1 - 0.1 / width, bottom=0.44 / height, top=1 - top / height, wspace=0.12, hspace=0.42,
     )  # fmt: skip
     x = np.arange(len(found.sizes))
-    for panel, c in zip(panels.flat, shown, strict=False):
+    for panel, c in zip(panels.flat[: len(shown)], shown, strict=True):
         if len(found.random_loss):
             drawn = found.random_loss[:, RANDOM_KINDS.index(control), :, c]
             panel.fill_between(x, drawn.min(0), drawn.max(0), color=COLOURS[7], alpha=0.3, linewidth=0)

@@ -87,8 +87,8 @@ def recompute(given: argparse.Namespace) -> int:
 
 def _results(given: argparse.Namespace) -> Path:
     """The results folder; any other is not to be written to."""
-    if not (given.results / damage.SCRATCH).is_dir():
-        raise MicrotomeError(f"{given.results} is no results folder: it has no {damage.SCRATCH}/")
+    if not (given.results / damage.SCRATCH).is_dir() and next(damage.manifests(given.results), None) is None:
+        raise MicrotomeError(f"{given.results} is no results folder: it has neither {damage.SCRATCH}/ nor a manifest")
     return given.results
 
 

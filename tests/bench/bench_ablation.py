@@ -10,8 +10,6 @@ is that of the process, so other work on the machine disturbs little.
 
 import argparse
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -24,6 +22,7 @@ from pipeline.ablate_tasks import BATCH_BYTES, BATCH_PAIRS, judged
 from pipeline.layers import Recorder, resolve
 from pipeline.tail import cut, unit_dim
 from pipeline.traced import forward_with
+from tests.bench.timing import seconds
 
 SIZE = 224
 MICRO_BATCH = 16
@@ -105,12 +104,6 @@ def without(network: nn.Module, layer: str, info: object, unit: int, images: tor
     return torch.cat(
         [forward_with(network, layer, x, lambda out: out.index_fill(dim, index, 0)).argmax(1) for x in parts]
     )
-
-
-def seconds(call: Callable[[], object]) -> float:
-    start = time.process_time()
-    call()
-    return time.process_time() - start
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ The package pytorch-cka is timed too, and its values compared, where it is insta
 import argparse
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from torch import nn
 from kernels.cka import cka, hsic
 from pipeline.grams import Entry, grams_of
 from pipeline.layers import candidates, one_attention_path
+from tests.bench.timing import seconds
 
 SIZE, MINIBATCH = 64, 64
 ALLOWED_MIB = 32
@@ -189,12 +189,6 @@ def memory(with_grams: bool) -> int:
     # Not getrusage: what that says begins with the size of the parent.
     status = Path("/proc/self/status").read_text()
     return 1024 * int(status.partition("VmHWM:")[2].split()[0])
-
-
-def seconds(call: Callable[[], object]) -> float:
-    start = time.process_time()
-    call()
-    return time.process_time() - start
 
 
 if __name__ == "__main__":

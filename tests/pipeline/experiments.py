@@ -65,6 +65,23 @@ def bright(value):
 """
 
 
+# A transformer of torchvision, whose weights are large enough for its attention to differ from a mean.
+VIT = """
+from torch import nn
+from torchvision.models import VisionTransformer
+
+
+def vit(classes=12):
+    network = VisionTransformer(
+        image_size=16, patch_size=4, num_layers=2, num_heads=2, hidden_dim=12, mlp_dim=20, num_classes=classes
+    )
+    for weight in network.parameters():
+        if weight.ndim > 1:
+            nn.init.normal_(weight, std=0.6)
+    return network
+"""
+
+
 def scenes(folder: Path, **changes: Any) -> dict[str, Any]:
     """A configuration on scenes of 16 x 16 pixels with a random network; `changes` replace its sections."""
     return {

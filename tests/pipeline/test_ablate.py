@@ -11,7 +11,7 @@ import pytest
 import torch
 import xarray as xr
 import zarr
-from experiments import labelled_images, lines, run, scenes, segmentation, tiny
+from experiments import VIT, labelled_images, lines, run, scenes, segmentation, tiny
 
 import pipeline
 from kernels.ablation import KINDS, random_sets
@@ -27,21 +27,6 @@ from pipeline.traced import forward_with
 
 pytestmark = pytest.mark.usefixtures("workers")
 STAGES = ("ingest", "concepts", "network", "extract", "dissect", "ablate")
-VIT = """
-import torch
-from torch import nn
-from torchvision.models import VisionTransformer
-
-
-def vit(classes=12):
-    network = VisionTransformer(
-        image_size=16, patch_size=4, num_layers=2, num_heads=2, hidden_dim=12, mlp_dim=20, num_classes=classes
-    )
-    for weight in network.parameters():
-        if weight.ndim > 1:
-            nn.init.normal_(weight, std=0.6)
-    return network
-"""
 LAYER = "encoder.layers.encoder_layer_1"
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import xarray as xr
 import zarr
-from experiments import labelled_images, lines, run, scenes, segmentation, tiny, write_image
+from experiments import VIT, labelled_images, lines, run, scenes, segmentation, tiny, write_image
 
 import pipeline
 from pipeline import cluster, config, plan
@@ -24,20 +24,6 @@ from pipeline.networks import load
 
 pytestmark = pytest.mark.usefixtures("workers")
 STAGES = ("ingest", "network", "grams", "similarity")
-VIT = """
-from torch import nn
-from torchvision.models import VisionTransformer
-
-
-def vit(classes=12):
-    network = VisionTransformer(
-        image_size=16, patch_size=4, num_layers=2, num_heads=2, hidden_dim=12, mlp_dim=20, num_classes=classes
-    )
-    for weight in network.parameters():
-        if weight.ndim > 1:
-            nn.init.normal_(weight, std=0.6)
-    return network
-"""
 BLOCKS = [f"encoder.layers.encoder_layer_{block}" for block in range(2)]
 INPLACE = """
 from torch import nn

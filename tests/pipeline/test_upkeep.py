@@ -234,6 +234,15 @@ def test_a_folder_that_holds_no_results_is_left_alone(tmp_path, command):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_results_folder_without_its_scratch_folder_is_repaired(experiment):
+    _, results = experiment
+    shutil.rmtree(results / ".microtome")
+    path = next(layer_store(results).glob("activation/c/**/0"))
+    flip(path)
+    assert main(["repair", str(results)]) == 0
+    assert not path.exists()
+
+
 @pytest.mark.parametrize("name", plan.STAGES)
 def test_every_stage_says_what_it_made(name):
     assert callable(plan.STAGES[name].discard)
