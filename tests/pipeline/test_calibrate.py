@@ -186,7 +186,7 @@ def test_what_is_refused(tmp_path, monkeypatch):
 
 
 def test_memory_is_asked_for_before_anything_is_fitted(tmp_path):
-    raw = experiment(tmp_path) | {"cluster": {"workers": 1, "memory": "1 MB"}}
+    raw = experiment(tmp_path) | {"cluster": {"workers": 1, "memory": "629.15 MB"}}
     calm = {key: value for key, value in raw.items() if key != "cluster"}
     run(calm, *STAGES[:-1])
     with pytest.raises(MicrotomeError, match=r"`calibrate\.methods`"):
