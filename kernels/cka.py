@@ -17,6 +17,7 @@ Gram matrices come packed: their upper triangle with the diagonal, row by row, a
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,8 +34,15 @@ FEWEST = {"unbiased": 4, "biased": 2}  # images of a minibatch
 
 def pack(gram: NDArray) -> Floats:
     """(..., image, image) → (..., n (n + 1) / 2): the upper triangle with the diagonal, row by row."""
-    rows, columns = np.triu_indices(gram.shape[-1])
-    return np.asarray(gram[..., rows, columns], np.float64)
+    n = gram.shape[-1]
+    return np.asarray(gram.reshape(*gram.shape[:-2], n * n).take(_upper(n), -1), np.float64)
+
+
+@functools.cache
+def _upper(n: int) -> NDArray[np.int64]:
+    """Where the upper triangle of a matrix of n rows is, row by row."""
+    rows, columns = np.triu_indices(n)
+    return rows * n + columns
 
 
 def unpack(packed: NDArray) -> Floats:

@@ -3,57 +3,80 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 
-FEATURES = 1024  # of one product in float32, which stay in the cache: more lose digits and time
+FEATURES = 4096  # of one product in float32, which stay in the cache: more lose digits and time
 SAFE = 2.0**-60, 2.0**100  # squared lengths whose products neither vanish nor overflow in float32
+FAR = 8  # squared distance of the first image from the mean over that of the median image, above which it is an outlier
 
 
 def gram(output: torch.Tensor) -> torch.Tensor:
     """The Gram matrix X Xᵀ of the images of a minibatch, (image, image) float64 on the output's device.
 
-    X is (image, feature): the output, flattened, minus its mean over the images. Products of 1024 features each are
-    made in float32 and added in float64. The mean is subtracted in float32, exactly so for a feature whose mean is much
-    larger than its spread; the mean's own rounding moves all images alike, which every later centring removes. The
-    matrix of a layer that gives the same for every image is exactly zero.
+    X is (image, feature): the output, flattened, minus its mean over the images. What is subtracted in float32 is the
+    first image, exactly so for a feature whose mean is much larger than its spread, and without a pass over the output
+    to find the mean; products of 4096 features each are made in float32 and added in float64, where the matrix is
+    centred. Where the first image is an outlier, whose length would take digits from all products, it is done again
+    with the image nearest to the mean. The matrix of a layer that gives the same for every image is exactly zero.
 
     Parameters
     ----------
     output : (image, ...), any number of features, in any memory format; it may be overwritten afterwards.
     """
-    rows = _rows(output)
-    found = _product(rows, 1.0)
-    largest = float(found.diagonal().amax())
-    if SAFE[0] <= largest <= SAFE[1]:
-        return found
-    # Squares of very small or very large values: once more, divided by a power of two, which changes no digit.
-    size = float(rows.abs().amax())
-    if size == 0 or not math.isfinite(size):
-        return found
-    exponent = math.frexp(size)[1]
-    return torch.ldexp(_product(rows, 2.0**-exponent), torch.tensor(2 * exponent, device=found.device))
+    exponent = 0
+    found = _product(output, exponent, 0)
+    if not SAFE[0] <= float(found.diagonal().amax()) <= SAFE[1]:
+        # Squares of very small or very large values: once more, divided by a power of two, which changes no digit.
+        size = float(output.abs().amax())
+        if not math.isfinite(size):
+            return found
+        exponent = math.frexp(size)[1]
+        found = _product(output, exponent, 0)
+    distance, found = float(found.mean()), _centred(found)
+    if distance > FAR * float(found.diagonal().median()):
+        found = _centred(_product(output, exponent, int(found.diagonal().argmin())))
+    return torch.ldexp(found, torch.tensor(2 * exponent, device=found.device))
 
 
-def _product(rows: torch.Tensor, scale: float) -> torch.Tensor:
-    found = torch.zeros((len(rows), len(rows)), dtype=torch.float64, device=rows.device)
+def _product(output: torch.Tensor, exponent: int, origin: int) -> torch.Tensor:
+    """The Gram matrix of the output over 2 to the exponent, from one of its images."""
+    n = len(output)
+    found = torch.zeros((n, n), dtype=torch.float64, device=output.device)
     # Memory of their own: new one for each part would be asked of the system, and cost a tenth of the time.
-    room = rows.new_empty((len(rows), min(FEATURES, rows.shape[1])), dtype=torch.float32)
-    product = rows.new_empty(found.shape, dtype=torch.float32)
-    constant = True
-    for part in rows.split(FEATURES, dim=1):
+    room = found.new_empty(n * FEATURES, dtype=torch.float32)
+    product = room.new_empty((n, n))
+    for part in _parts(_in_memory_order(output)):
         part = part.float()
-        if scale != 1.0:
-            part = part * scale
-        # The mean of equal values need not be that value: whether they are equal is asked of themselves.
-        constant = constant and bool((part == part[:1]).all())
-        centred = torch.sub(part, part.mean(0), out=room[:, : part.shape[1]])
-        found += torch.mm(centred, centred.T, out=product)
-    return torch.zeros_like(found) if constant else found
+        if exponent:
+            part = part * 2.0**-exponent
+        rows = room[: part.numel()].view(part.shape)
+        rows = torch.sub(part, part[origin : origin + 1], out=rows).view(n, -1)
+        found += torch.mm(rows, rows.T, out=product)
+    return found
 
 
-def _rows(output: torch.Tensor) -> torch.Tensor:
-    """(image, feature), the features in the order of the memory: a view where that can be, and the order is nothing."""
+def _centred(found: torch.Tensor) -> torch.Tensor:
+    """HKH with H = I - 11ᵀ / n: the Gram matrix from the mean, whatever it was from."""
+    mean = found.mean(0)
+    mean -= mean.mean() / 2
+    return found - (mean + mean[:, None])
+
+
+def _parts(output: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Views (image, ...) of at most `FEATURES` features each, which together are the output."""
+    inner = output[0, 0].numel()
+    if inner > FEATURES:
+        for one in output.unbind(1):
+            yield from _parts(one)
+    else:
+        yield from output.split(max(1, FEATURES // max(1, inner)), dim=1)
+
+
+def _in_memory_order(output: torch.Tensor) -> torch.Tensor:
+    """(image, feature, ...), the features in the order of the memory, as good as any other and the fastest."""
+    if output.ndim == 1:
+        return output[:, None]
     strides = output.stride()
-    dims = sorted(range(1, output.ndim), key=lambda dim: -strides[dim])
-    return output.permute(0, *dims).reshape(len(output), -1)
+    return output.permute(0, *sorted(range(1, output.ndim), key=lambda dim: -strides[dim]))

@@ -239,7 +239,8 @@ def _grams(plan: Plan, step: Step, splits: Splits, done: bool) -> Cost:
     raw = 8.0 * tasks * layers * minibatch * (minibatch + 1) / 2
     name = "grams.zarr"
     there = raw if done else _bytes(plan.results / step.dataset / step.network / name)
-    rate = preflight.speed(plan, step).get("images_per_second")
+    speed = preflight.speed(plan, step)
+    rate = speed.get("images_per_second")
     return Cost(
         step,
         (Store(name, raw, raw, there),),
@@ -247,7 +248,7 @@ def _grams(plan: Plan, step: Step, splits: Splits, done: bool) -> Cost:
         tasks,
         GRAM * images / rate if rate else None,
         grams.memory_need(found["parameters"], found["largest"], minibatch, layers, (size[0], size[1])),
-        f"{rate:.3g}" if rate else "",
+        _rate(speed),
     )
 
 

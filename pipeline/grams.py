@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from pipeline.manifest import Files
     from pipeline.plan import Plan, Step
 
-VERSION = 1
+VERSION = 2
 CODE = (
     "kernels/cka.py",
     "kernels/gram.py",

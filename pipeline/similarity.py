@@ -251,7 +251,7 @@ def facts(found: Found) -> dict[str, Any]:
     numbers = [[plain(v), plain(e)] for v, e in zip(value, error, strict=True)]
     return {
         "layers": [list(label) for label in found.labels],
-        "uniformity": dict(zip(networks, numbers, strict=False)),
+        "uniformity": dict(zip(networks, numbers[: len(networks)], strict=True)),
         "difference": [[a, b, *own] for (a, b), own in zip(pairs, numbers[len(networks) :], strict=True)],
         "undefined": [found.titles[at] for at in np.flatnonzero(found.cka.constant)],
     }

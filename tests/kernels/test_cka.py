@@ -145,6 +145,19 @@ def test_accuracy_from_float32(estimator, ratio, shape):
     assert found == pytest.approx(xy / math.sqrt(xx * yy), abs=1e-6)
 
 
+@pytest.mark.parametrize("far", [[0], [0, 1, 2, 3], [9], [0, 40]])
+@pytest.mark.parametrize("move", [lambda x: x * 100, lambda x: x + 1e4])
+def test_accuracy_with_outliers(far, move):
+    """As far from the others as a hundred times their spread, and among them the image from which all are counted."""
+    rng = np.random.default_rng(9)
+    x, y = rng.normal(size=(2, 64, 20000)).astype(np.float32)
+    y[:, :500] += x[:, :500]
+    x[far] = move(x[far])
+    found = single(packed(x, y))[0, 1]
+    xx, xy, yy = (plain_hsic(a, b, "unbiased") for a, b in ((x, x), (x, y), (y, y)))
+    assert found == pytest.approx(xy / math.sqrt(xx * yy), abs=1e-6)
+
+
 def test_a_shift_of_all_images_changes_nothing():
     rng = np.random.default_rng(2)
     x, y = rng.integers(-8, 9, (20, 30)), rng.integers(-8, 9, (20, 7))
@@ -185,6 +198,10 @@ def test_a_constant_layer_is_undefined(value, images):
         assert np.isfinite(found.cka[np.ix_([0, 2], [0, 2])]).all()
         assert (found.most_influential[1] == -1).all()
     assert np.isnan(mutual_neighbours(grams, 2)[1]).all() and np.isnan(procrustes(grams)[1]).all()
+
+
+def test_infinite_for_all_images_is_not_constant():
+    assert not gram(torch.full((8, 3000), math.inf)).isfinite().any()
 
 
 def test_one_constant_feature_is_none():
