@@ -1,4 +1,4 @@
-"""How far confidences are from accuracies: reliability bins, calibration errors, their intervals and null bands.
+"""How far confidences are from accuracies: reliability bins and calibration errors.
 
 Definitions: Guo et al., "On Calibration of Modern Neural Networks" (ICML 2017), for bins, ECE and MCE; Nguyen and
 O'Connor (EMNLP 2015) for bins of equal mass; Kumar et al., "Verified Uncertainty Calibration" (NeurIPS 2019), for the
@@ -214,15 +214,8 @@ class Reliability:
 
     @property
     def ece_debiased(self) -> float:
-        """Root of the debiased mean squared gap: from each bin's the variance of its accuracy is subtracted.
-
-        A bin with one image says nothing of its variance and is left out. 0 where noise alone would make larger gaps.
-        """
-        several = self.count > 1
-        count = self.count[several]
-        accuracy = self.correct[several] / count
-        squared = self.gaps[several] ** 2 - accuracy * (1 - accuracy) / (count - 1)
-        return float(np.sqrt(max(0.0, float((count * squared).sum()) / self.images)))
+        """Root of the debiased mean squared gap; 0 where noise alone would make larger gaps."""
+        return float(np.sqrt(np.maximum(0.0, debiased_square(self.count, self.correct, self.confidence))))
 
     @property
     def classwise_ece(self) -> float:
@@ -230,53 +223,18 @@ class Reliability:
         return float(np.abs(self.class_gap).sum()) / self.images / len(self.class_gap)
 
 
+def debiased_square(count: NDArray, correct: NDArray, confidence: Floats) -> Floats:
+    """The debiased mean squared gap, of sums (..., bin): from each bin's the variance of its accuracy is subtracted.
+
+    A bin with one image says nothing of its variance and is left out.
+    """
+    images = np.maximum(count, 1)
+    accuracy = correct / images
+    squared = ((correct - confidence) / images) ** 2 - accuracy * (1 - accuracy) / np.maximum(count - 1, 1)
+    return np.where(count > 1, count * squared, 0.0).sum(-1) / count.sum(-1)
+
+
 def ece_equal_mass(confidence: Floats, right: NDArray[np.bool_], bins: int = BINS) -> float:
     """The ECE in bins that hold as many images each."""
     gap = np.bincount(equal_mass(confidence, bins), right - confidence)
     return float(np.abs(gap).sum()) / len(confidence)
-
-
-# What chance does -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Noise:
-    """An ECE's interval, and what a perfectly calibrated network would show with the same confidences.
-
-    Attributes
-    ----------
-    low, high : 95 % bootstrap interval of the ECE.
-    null_mean, null_high : mean and 95 % quantile of the ECE when each image is right with the probability that its
-        confidence states.
-    """
-
-    low: float
-    high: float
-    null_mean: float
-    null_high: float
-
-
-def noise(confidence: Floats, right: NDArray[np.bool_], draws: int, seed: int, bins: int = BINS) -> Noise:
-    """Draw images with replacement, and labels from the confidences, `draws` times each.
-
-    The ECE of resampled images is too large by about as much as that of the images itself is, since noise adds to every
-    gap. So the interval is the basic one: twice the ECE minus the quantiles of the resampled ones, and not below 0.
-    """
-    images = len(confidence)
-    at = equal_width(confidence, bins)
-    gap = right - confidence
-    generator = np.random.default_rng(seed)
-    resampled, null = np.empty(draws), np.empty(draws)
-    for draw in range(draws):
-        chosen = generator.integers(0, images, images)
-        resampled[draw] = np.abs(np.bincount(at[chosen], gap[chosen], minlength=bins)).sum()
-        other = (generator.random(images) < confidence) - confidence
-        null[draw] = np.abs(np.bincount(at, other, minlength=bins)).sum()
-    ece = np.abs(np.bincount(at, gap, minlength=bins)).sum()
-    low, high = 2 * ece - np.quantile(resampled, [0.975, 0.025])
-    return Noise(
-        max(0.0, float(low)) / images,
-        max(0.0, float(high)) / images,
-        float(null.mean()) / images,
-        float(np.quantile(null, 0.95)) / images,
-    )

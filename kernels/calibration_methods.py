@@ -17,11 +17,10 @@ from numpy.typing import NDArray
 
 from kernels.calibration import BINS, Floats, Ints, Reliability, blocks, softmax
 from kernels.calibration_maps import Outcomes, bbq, histogram_equal_mass, histogram_equal_width, isotonic
-from kernels.calibration_scaling import Scaling, fit_matrix, fit_temperature, fit_vector
+from kernels.calibration_noise import ClasswiseNoise
+from kernels.calibration_scaling import Scaling, fit_matrix, fit_regularised_matrix, fit_temperature, fit_vector
 
 UNCALIBRATED = "uncalibrated"
-PENALTY = 1.0
-"""Of `matrix_odir`: of the mean square of what is off the diagonal, and of the mean square of the bias."""
 
 Map = Callable[[Floats], Floats]
 Calibrated = tuple[Floats, Ints]
@@ -102,8 +101,9 @@ def _scaling(fit: Callable[[NDArray, Ints], Scaling], logits: NDArray, labels: I
     return Softmax(fit(logits, labels))
 
 
-def methods(bins: int = BINS, penalty: float = PENALTY) -> Mapping[str, Callable[[NDArray, Ints], Method]]:
-    """How to fit each method, by name, on logits (image, class) and labels. `bins` of histogram binning."""
+def methods(bins: int = BINS, penalty: float | None = None) -> Mapping[str, Callable[[NDArray, Ints], Method]]:
+    """How to fit each method, by name, on logits (image, class) and labels. `bins` of histogram binning; `penalty` of
+    the regularised matrix, None: chosen on some of the images."""
     width, mass = partial(histogram_equal_width, bins=bins), partial(histogram_equal_mass, bins=bins)
     return {
         UNCALIBRATED: lambda logits, labels: uncalibrated,
@@ -118,14 +118,14 @@ def methods(bins: int = BINS, penalty: float = PENALTY) -> Mapping[str, Callable
         "temperature": partial(_scaling, fit_temperature),
         "vector": partial(_scaling, fit_vector),
         "matrix": partial(_scaling, fit_matrix),
-        "matrix_odir": partial(_scaling, partial(fit_matrix, penalty=penalty)),
+        "matrix_odir": partial(_scaling, partial(fit_regularised_matrix, penalty=penalty)),
     }
 
 
 NAMES = tuple(methods())
 
 
-def fit(name: str, logits: NDArray, labels: Ints, bins: int = BINS, penalty: float = PENALTY) -> Method:
+def fit(name: str, logits: NDArray, labels: Ints, bins: int = BINS, penalty: float | None = None) -> Method:
     """Fit a method on images with finite logits (image, class) and labels (image).
 
     Raises
@@ -139,23 +139,34 @@ def fit(name: str, logits: NDArray, labels: Ints, bins: int = BINS, penalty: flo
     return methods(bins, penalty)[name](logits, labels)
 
 
-def judge(method: Method, logits: NDArray, labels: Ints, bins: int = BINS) -> tuple[Reliability, Floats, Outcomes]:
-    """What a method does on other images: sums, and (image) the confidence and whether the prediction is right."""
+def judge(
+    method: Method, logits: NDArray, labels: Ints, bins: int = BINS, chance: tuple[ClasswiseNoise, int] | None = None
+) -> tuple[Reliability, Floats, Outcomes]:
+    """What a method does on other images: sums, and (image) the confidence and whether the prediction is right.
+
+    `chance`: what is to count them too, and a seed.
+    """
+    generator = np.random.default_rng(chance[1]) if chance else None
     found = Reliability.zeros(logits.shape[1], bins)
     confidence, right = np.empty(len(logits)), np.empty(len(logits), bool)
     for rows in blocks(*logits.shape):
         probabilities, predicted = method(logits[rows])
         found.update(probabilities, labels[rows], predicted)
+        if chance and generator:
+            chance[0].update(probabilities, labels[rows], generator)
         confidence[rows] = probabilities[np.arange(len(predicted)), predicted]
         right[rows] = predicted == labels[rows]
     return found, confidence, right
 
 
 def facts(method: Method) -> dict[str, Any]:
-    """What is worth telling of a fitted method: the temperature, and whether its search converged."""
+    """What is worth telling of a fitted method: temperature, penalty, and whether its search converged."""
     if not isinstance(method, Softmax):
         return {}
-    weight = method.scaling.weight
-    return {"converged": method.scaling.converged} | (
-        {"temperature": 1 / float(weight)} if method.scaling.bias is None else {}
-    )
+    scaling = method.scaling
+    found: dict[str, Any] = {"converged": scaling.converged}
+    if scaling.bias is None:
+        found["temperature"] = 1 / float(scaling.weight)
+    if scaling.penalty is not None:
+        found["penalty"] = scaling.penalty
+    return found

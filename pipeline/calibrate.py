@@ -33,11 +33,12 @@ if TYPE_CHECKING:
     from pipeline.images import Images
     from pipeline.plan import Plan, Step
 
-VERSION = 1
+VERSION = 2
 CODE = (
     "kernels/calibration.py",
     "kernels/calibration_maps.py",
     "kernels/calibration_methods.py",
+    "kernels/calibration_noise.py",
     "kernels/calibration_scaling.py",
     "pipeline/calibrate.py",
     "pipeline/calibrate_results.py",
@@ -158,7 +159,7 @@ def run(plan: Plan, step: Step) -> None:
         fits = [(scores, split, work.fit, methods, work.how, store) for split in missing]
         for split, files in run_tasks(workers, calibrate_tasks.one_split, fits, len(fits), step.name, REMEDY):
             ledger.record(str(split), ids[split], files)
-    whole = calibrate_results.Whole.of([measured[at] for at in range(len(parts))], work.how["bins"])
+    whole = calibrate_results.Whole.of([measured[at] for at in range(len(parts))])
     facts = {
         "images": len(work.rows),
         "fit": work.fit,

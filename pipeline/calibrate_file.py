@@ -20,16 +20,16 @@ from typing import Any, get_args
 import numpy as np
 
 from kernels.calibration import check_labels, check_logits, logits_of
-from kernels.calibration_methods import judge, uncalibrated
+from kernels.calibration_methods import uncalibrated
 from pipeline.calibrate_results import Whole, summary, tables
-from pipeline.calibrate_tasks import chosen, evaluate, fitted_on, in_two, keys
+from pipeline.calibrate_tasks import DRAWS_OF_CLASSES, Judged, chosen, evaluate, fitted_on, in_two, keys
 from pipeline.config import Calibrate, Calibration
 from pipeline.errors import MicrotomeError, nearest
 from pipeline.manifest import write_atomically
 from pipeline.tables import read_table
 
 NAMES = ("logits", "probabilities")
-SHOWN = ("accuracy", "ece", "ece_2.5", "ece_97.5", "nll", "brier", "ece_below_temperature")
+SHOWN = ("accuracy", "ece", "ece_2.5", "ece_97.5", "ece_low", "ece_high", "ece_null_high", "nll", "brier")
 
 
 @dataclass(frozen=True)
@@ -106,10 +106,11 @@ def calibrate(scored: Scored, how: dict[str, Any]) -> tuple[Whole, dict[str, np.
         to_fit, to_judge = in_two(key, images, split)
         fitted, judged = ((scored.logits[rows], scored.labels[rows]) for rows in (to_fit, to_judge))
         try:
-            found.append(evaluate(*fitted, *judged, methods, how, drawn=split == 0))
+            found.append(evaluate(*fitted, *judged, methods, how, seed=split))
         except ValueError as error:
             raise MicrotomeError(f"{scored.name}: {error}") from None
-    whole = Whole.of([judge(uncalibrated, scored.logits, scored.labels, how["bins"])], how["bins"])
+    as_it_is = Judged.of(uncalibrated, scored.logits, scored.labels, how["bins"], DRAWS_OF_CLASSES, seed=0)
+    whole = Whole.of([as_it_is])
     return whole, {name: np.stack([one[name] for one in found]) for name in found[0]}, methods
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kernels.calibration import Reliability
-from pipeline.calibrate_tasks import MEASURES, measures_of
+from pipeline.calibrate_tasks import DRAWS, MEASURES, Judged
 from pipeline.manifest import Files
 from pipeline.result_tables import csv_bytes, number
 from pipeline.store import Array, Reader, create, verified_bytes, write
@@ -21,16 +21,13 @@ if TYPE_CHECKING:
 
 RANGED = ("ece", "nll")
 """Measures of which the table has the range of 95 % of the splits."""
-AVERAGED = MEASURES[:12]
-FIRST = ("ece", *MEASURES[12:])
 ENDINGS = dict.fromkeys(RANGED, ("", "_2.5", "_97.5"))
 COLUMNS = (
     "method",
     "splits",
-    *(f"{name}{ending}" for name in AVERAGED for ending in ENDINGS.get(name, ("",))),
+    *(f"{name}{ending}" for name in MEASURES for ending in ENDINGS.get(name, ("",))),
     "accuracy_change",
     "ece_below_temperature",
-    *(f"first_{name}" for name in FIRST),
 )
 OF_BINS = ("count", "correct", "confidence")
 BIN_COLUMNS = ("images_of", "method", "low", "high", "images", "accuracy", "confidence")
@@ -44,13 +41,10 @@ class Whole:
     measures: dict[str, float]
 
     @staticmethod
-    def of(parts: Sequence[tuple[Reliability, np.ndarray, np.ndarray]], bins: int) -> Whole:
+    def of(parts: Sequence[Judged]) -> Whole:
         """The parts, in the order of the images."""
-        sums = Reliability.zeros(len(parts[0][0].class_gap), bins)
-        for each, _, _ in parts:
-            sums.merge(each)
-        confidence, right = (np.concatenate([part[at] for part in parts]) for at in (1, 2))
-        return Whole(sums, measures_of(sums, confidence, right, bins, drawn=True))
+        judged = Judged.merged(parts)
+        return Whole(judged.sums, judged.measures(DRAWS, seed=0))
 
 
 def layout(methods: int, splits: int, bins: int) -> dict[str, Array]:
@@ -120,7 +114,7 @@ def summary(score: np.ndarray, methods: Sequence[str]) -> list[dict[str, Any]]:
     for m, method in enumerate(methods):
         own = {name: values[:, m] for name, values in by_name.items()}
         row: dict[str, Any] = {"method": method, "splits": len(score)}
-        row |= {name: float(own[name].mean()) for name in AVERAGED}
+        row |= {name: float(own[name].mean()) for name in MEASURES}
         for name in RANGED:
             row |= zip((f"{name}_2.5", f"{name}_97.5"), map(float, np.quantile(own[name], [0.025, 0.975])), strict=True)
         row["accuracy_change"] = float((own["accuracy"] - as_it_is).mean())
@@ -128,15 +122,16 @@ def summary(score: np.ndarray, methods: Sequence[str]) -> list[dict[str, Any]]:
         if "temperature" in methods and method != "temperature":
             other = by_name["ece"][:, methods.index("temperature")]
             row["ece_below_temperature"] = float((own["ece"] < other).mean())
-        rows.append(row | {f"first_{name}": float(own[name][0]) for name in FIRST})
+        rows.append(row)
     return rows
 
 
 def network_facts(plan: Plan, step: Step) -> dict[str, Any]:
     """What calibration may depend on, from the weights' names and shapes and from how the network was trained.
 
-    `depth`: layers with weights; `width`: the median number of their outputs, the last layer aside; `batch_norm`:
-    whether any running variance is kept; `weight_decay` and `steps` of a network that was trained here, else None.
+    `depth`: layers with weights; `width`: the median number of their outputs, the last layer aside; `parameters`;
+    `batch_norm`: whether any running variance is kept; `weight_decay` and `steps` of a network that was trained here,
+    else None.
     """
     from safetensors import safe_open
 
@@ -150,6 +145,7 @@ def network_facts(plan: Plan, step: Step) -> dict[str, Any]:
     return {
         "depth": len(outputs),
         "width": float(np.median(outputs[:-1])) if len(outputs) > 1 else None,
+        "parameters": described["parameters"],
         "batch_norm": any(name.endswith("running_var") for name in shapes),
         "weight_decay": recipe.get("weight_decay"),
         "steps": recipe.get("steps"),

@@ -11,20 +11,29 @@ from typing import Any
 
 import numpy as np
 
-from kernels.calibration import BLOCK, Reliability, check_logits, ece_equal_mass, noise
-from kernels.calibration_methods import NAMES, facts, fit, judge, uncalibrated
+from kernels.calibration import BINS, BLOCK, Reliability, check_logits, ece_equal_mass
+from kernels.calibration_methods import NAMES, Method, facts, fit, judge, uncalibrated
+from kernels.calibration_noise import AT_ONCE, ClasswiseNoise, noise
 from pipeline.errors import MicrotomeError
 from pipeline.manifest import Files
 
+ERRORS = ("ece", "ece_equal_mass", "ece_debiased", "classwise_ece")
+"""Those that have an interval and a null."""
 MEASURES = (
     "accuracy", "mean_confidence", "ece", "ece_equal_mass", "ece_debiased", "mce", "classwise_ece", "nll", "brier",
-    "floored", "temperature", "converged", "ece_low", "ece_high", "ece_null", "ece_null_high",
+    "floored", "temperature", "penalty", "converged",
+    *(f"{error}_{end}" for error in ERRORS
+      for end in ("low", "high", "null", "null_high")),
 )  # fmt: skip
-"""What is known of a method on a split; the last four of the first split alone, and `temperature` of that method."""
+"""What is known of a method on a split; `temperature` and `penalty` of the methods that have one."""
 MATRIX_CLASSES = 100
 """With more, a matrix is fitted only where it is asked for: it takes hours, and has more numbers than images."""
 DRAWS = 1000
-SEED = 0
+"""For the interval and null of the network as it is, over all images."""
+DRAWS_OF_CLASSES = 200
+"""For those of its classwise error, which take more time."""
+DRAWS_OF_SPLIT = 100
+"""For those of a method on a split, of which tables have means."""
 
 
 @dataclass(frozen=True)
@@ -80,10 +89,17 @@ def fitted_on(share: float, images: int) -> int:
 
 
 def memory_need(images: int, classes: int, methods: Sequence[str]) -> int:
-    """Bytes of a task: the logits and a copy of both parts, the maps of BBQ, the search of a matrix."""
+    """Bytes of a task: the logits and a copy of both parts, maps of BBQ, what chance does, the search of a matrix."""
     matrix = any(name.startswith("matrix") for name in methods)
     search = 2 * 20 + 10  # vectors that L-BFGS keeps
-    return 8 * images * classes + 64 * BLOCK + 8 * 40 * images + (8 * search * classes * (classes + 1) if matrix else 0)
+    of_noise = 8 * (4 * AT_ONCE + 6 * BINS * images + 6 * DRAWS_OF_CLASSES * BINS * classes)
+    return (
+        8 * images * classes
+        + 64 * BLOCK
+        + 8 * 40 * images
+        + of_noise
+        + (8 * search * classes * (classes + 1) if matrix else 0)
+    )
 
 
 @functools.lru_cache(maxsize=1)
@@ -103,9 +119,59 @@ def logits_of(scores: Scores) -> np.ndarray:
     return found
 
 
-def measure(scores: Scores, at: int, part: slice, bins: int) -> tuple[int, tuple[Reliability, np.ndarray, np.ndarray]]:
-    """The network as it is, on some of the images: sums, confidences, and whether each is right."""
-    return at, judge(uncalibrated, logits_of(scores)[part], scores.label[part], bins)
+@dataclass
+class Judged:
+    """What is known of some images after a method: sums, (image) confidence and whether it is right, and what chance
+    does to the classwise error."""
+
+    sums: Reliability
+    confidence: np.ndarray
+    right: np.ndarray
+    classwise: ClasswiseNoise
+
+    @staticmethod
+    def of(method: Method, logits: np.ndarray, label: np.ndarray, bins: int, draws: int, seed: int) -> Judged:
+        classwise = ClasswiseNoise.zeros(logits.shape[1], draws, bins)
+        return Judged(*judge(method, logits, label, bins, (classwise, seed)), classwise)
+
+    @staticmethod
+    def merged(parts: Sequence[Judged]) -> Judged:
+        """The parts, in the order of the images."""
+        classes, bins = parts[0].sums.class_gap.shape
+        found = Judged(
+            Reliability.zeros(classes, bins),
+            np.concatenate([each.confidence for each in parts]),
+            np.concatenate([each.right for each in parts]),
+            ClasswiseNoise.zeros(classes, len(parts[0].classwise.weight), bins),
+        )
+        for each in parts:
+            found.sums.merge(each.sums)
+            found.classwise.merge(each.classwise)
+        return found
+
+    def measures(self, draws: int, seed: int) -> dict[str, float]:
+        """Every measure, by name."""
+        sums, (classes, bins) = self.sums, self.sums.class_gap.shape
+        found = {
+            name: getattr(sums, name)
+            for name in ("accuracy", "mean_confidence", "ece", "ece_debiased", "mce", "classwise_ece")
+        }
+        found |= {
+            "ece_equal_mass": ece_equal_mass(self.confidence, self.right, bins),
+            "nll": sums.nll / sums.images,
+            "brier": sums.brier / sums.images,
+            "floored": sums.floored / sums.images,
+        }
+        bands = noise(self.confidence, self.right, draws, seed, bins) | {"classwise_ece": self.classwise.noise(classes)}
+        for name, band in bands.items():
+            found |= {f"{name}_low": band.low, f"{name}_high": band.high}
+            found |= {f"{name}_null": band.null_mean, f"{name}_null_high": band.null_high}
+        return found
+
+
+def measure(scores: Scores, at: int, part: slice, bins: int) -> tuple[int, Judged]:
+    """The network as it is, on some of the images."""
+    return at, Judged.of(uncalibrated, logits_of(scores)[part], scores.label[part], bins, DRAWS_OF_CLASSES, seed=at)
 
 
 def one_split(
@@ -117,7 +183,7 @@ def one_split(
     logits = logits_of(scores)
     to_fit, to_judge = in_two(scores.key, images, split)
     found = evaluate(
-        logits[to_fit], scores.label[to_fit], logits[to_judge], scores.label[to_judge], methods, how, drawn=split == 0
+        logits[to_fit], scores.label[to_fit], logits[to_judge], scores.label[to_judge], methods, how, seed=split
     )
     return split, write(store, {name: ((split, 0, 0), values[None]) for name, values in found.items()})
 
@@ -129,36 +195,16 @@ def evaluate(
     label: np.ndarray,
     methods: Sequence[str],
     how: Mapping[str, Any],
-    drawn: bool,
+    seed: int,
 ) -> dict[str, np.ndarray]:
-    """`score` (method, measure); `count`, `correct`, `confidence` (method, bin). `drawn`: with what chance does."""
+    """`score` (method, measure); `count`, `correct`, `confidence` (method, bin). `seed` of what chance does."""
     bins = how["bins"]
     found: dict[str, list] = {"score": [], "count": [], "correct": [], "confidence": []}
     for name in methods:
         method = fit(name, fit_logits, fit_label, bins, how["penalty"])
-        sums, confidence, right = judge(method, logits, label, bins)
-        known = measures_of(sums, confidence, right, bins, drawn) | facts(method)
+        judged = Judged.of(method, logits, label, bins, DRAWS_OF_SPLIT, seed)
+        known = judged.measures(DRAWS_OF_SPLIT, seed) | facts(method)
         found["score"].append([float(known.get(measure, np.nan)) for measure in MEASURES])
-        found["count"].append(sums.count)
-        found["correct"].append(sums.correct)
-        found["confidence"].append(sums.confidence)
+        for of_bins in ("count", "correct", "confidence"):
+            found[of_bins].append(getattr(judged.sums, of_bins))
     return {name: np.array(values) for name, values in found.items()}
-
-
-def measures_of(
-    sums: Reliability, confidence: np.ndarray, right: np.ndarray, bins: int, drawn: bool
-) -> dict[str, float]:
-    """Every measure of some images, by name."""
-    found = {name: getattr(sums, name) for name in ("accuracy", "mean_confidence", "ece", "ece_debiased", "mce")}
-    found |= {
-        "ece_equal_mass": ece_equal_mass(confidence, right, bins),
-        "classwise_ece": sums.classwise_ece,
-        "nll": sums.nll / sums.images,
-        "brier": sums.brier / sums.images,
-        "floored": sums.floored / sums.images,
-    }
-    if drawn:
-        band = noise(confidence, right, DRAWS, SEED, bins)
-        found |= {"ece_low": band.low, "ece_high": band.high, "ece_null": band.null_mean}
-        found |= {"ece_null_high": band.null_high}
-    return found

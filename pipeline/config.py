@@ -334,8 +334,10 @@ class Calibrate(Strict):
     splits: PositiveInt = Field(20, description="random splits of the images: a single one is noise")
     share: Annotated[float, Field(gt=0, lt=1)] = Field(0.5, description="of the images, to fit on")
     bins: PositiveInt = Field(15, description="of reliability diagrams, calibration errors and histogram binning")
-    penalty: Annotated[float, Field(gt=0)] = Field(
-        1.0, description="of `matrix_odir`, on what is off the diagonal and on the bias"
+    penalty: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="of `matrix_odir`, on what is off the diagonal and on the bias; default: chosen on a fifth of the "
+        "images that are fitted on",
     )
 
 

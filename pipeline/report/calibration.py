@@ -63,8 +63,8 @@ class Calibrated:
 class Point:
     """One network, or one run of a training, in the figures over networks: what it is, and how it is calibrated.
 
-    `facts` : depth, width, batch_norm, weight_decay, steps; None where not known. Whatever trains networks in numbers
-    can make points of its runs, and they are drawn beside the others.
+    `facts` : depth, width, parameters, batch_norm, weight_decay, steps; None where not known. Whatever
+    trains networks in numbers can make points of its runs, and they are drawn beside the others.
     """
 
     name: str
@@ -78,7 +78,13 @@ class Point:
     facts: Mapping[str, Any]
 
 
-FACTORS = {"depth": "layers with weights", "width": "median outputs of a layer", "weight_decay": "weight decay"}
+FACTORS = {
+    "depth": "layers with weights",
+    "width": "median outputs of a layer",
+    "parameters": "parameters",
+    "weight_decay": "weight decay",
+    "steps": "steps of training",
+}
 
 
 def varying(points: list[Point]) -> list[str]:

@@ -113,7 +113,7 @@ def methods(width: float, found: Calibrated) -> Figure:
         panel.tick_params(axis="y", labelcolor=INK)
         panel.grid(axis="x")
         if measure == "ece":
-            band = found.rows["uncalibrated"]["first_ece_null_high"]
+            band = found.rows["uncalibrated"]["ece_null_high"]
             panel.axvspan(0, band, color=COLOURS[7], alpha=0.2, linewidth=0)
             panel.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
             panel.xaxis.set_major_locator(MaxNLocator(5))
