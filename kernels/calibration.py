@@ -31,7 +31,7 @@ def blocks(rows: int, classes: int) -> Iterator[slice]:
 
 
 def check_labels(labels: NDArray, classes: int, rows: int) -> Ints:
-    """The labels as int64, if there is one of 0 ... classes - 1 for each row.
+    """The labels as int64, if there is one of 0 ... classes - 1 for each row, and not the same for all.
 
     Raises
     ------
@@ -44,24 +44,32 @@ def check_labels(labels: NDArray, classes: int, rows: int) -> Ints:
         raise ValueError(f"there are {rows} rows of scores, and labels of shape {labels.shape}: one a row is expected")
     if not rows:
         raise ValueError("there are no images")
+    if labels.dtype.kind not in "biuf":
+        raise ValueError(f"labels of type {labels.dtype}: numbers of classes, 0 to {classes - 1}, are expected")
     inside = (labels >= 0) & (labels < classes)  # a NaN is not
     whole = np.where(inside, labels, -1).astype(np.int64)
     bad = ~inside | (whole != labels)
     if bad.any():
         row = int(bad.argmax())
         raise ValueError(f"row {row}: label {labels[row]} is not one of the classes 0 to {classes - 1}")
+    if (whole == whole[0]).all():
+        raise ValueError(f"rows 0 to {rows - 1} all have the label {whole[0]}: calibration takes images of two classes")
     return whole
 
 
 def check_logits(logits: NDArray) -> None:
-    """Refuse logits (image, class) that are not finite, with `ValueError` naming the row."""
-    if logits.ndim != 2 or not np.issubdtype(logits.dtype, np.floating):
-        raise ValueError(f"logits of shape {logits.shape} and type {logits.dtype}: floats (image, class) are expected")
+    """Refuse logits (image, class) that are not finite or larger than a float32, with `ValueError` naming the row."""
+    if logits.ndim != 2 or logits.dtype.kind != "f" or logits.dtype.itemsize > 8:
+        raise ValueError(
+            f"logits of shape {logits.shape} and type {logits.dtype}: (image, class) of float16, float32 or float64 "
+            f"is expected"
+        )
+    largest = float(np.finfo(np.float32).max)
     for rows in blocks(len(logits), max(1, logits.shape[1])):
-        good = np.isfinite(logits[rows]).all(1)
+        good = (np.abs(logits[rows].astype(np.float64)) <= largest).all(1)  # a NaN is not
         if not good.all():
             row = rows.start + int((~good).argmax())
-            raise ValueError(f"row {row}: a logit is not finite (NaN or infinity)")
+            raise ValueError(f"row {row}: a logit is not finite (NaN, infinity, or beyond float32)")
 
 
 def logits_of(probabilities: NDArray) -> Floats:
@@ -73,9 +81,12 @@ def logits_of(probabilities: NDArray) -> Floats:
         Naming the first row that holds a NaN, a value outside [0, 1], or does not sum to 1 within what its type can
         hold: 5e-3 for float16, else 1e-4.
     """
-    given = np.asarray(probabilities, np.float64)
-    if given.ndim != 2:
-        raise ValueError(f"probabilities of shape {given.shape}: (image, class) is expected")
+    if probabilities.ndim != 2 or probabilities.dtype.kind not in "biuf":
+        raise ValueError(
+            f"probabilities of shape {probabilities.shape} and type {probabilities.dtype}: numbers (image, class) are "
+            f"expected"
+        )
+    given = probabilities.astype(np.float64)
     outside = ~((given >= 0) & (given <= 1)).all(1)
     if outside.any():
         raise ValueError(f"row {int(outside.argmax())}: a probability is not between 0 and 1")

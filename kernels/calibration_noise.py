@@ -36,7 +36,8 @@ def noise(confidence: Floats, right: NDArray[np.bool_], draws: int, seed: int, b
 
     The error of resampled images is too large by about as much as that of the images itself is, since noise adds to
     every gap. So the interval is the basic one: twice the error minus the quantiles of the resampled ones, and not
-    below 0; of the debiased error it is taken of the square. Bins of equal mass stay where those of the images are.
+    below 0. Of the debiased error it is taken of the square; that of the images is not too large, so the resampled ones
+    are moved to have it as their mean. Bins of equal mass stay where those of the images are.
 
     Everything follows from sums in bins, so a draw is a row of numbers, one an image, times a matrix of their bins.
     """
@@ -56,6 +57,7 @@ def noise(confidence: Floats, right: NDArray[np.bool_], draws: int, seed: int, b
         null.append(_errors(np.broadcast_to(count, drawn.shape), drawn, stated, bins))
     found = _errors(count, correct, stated, bins)
     again, calibrated = np.concatenate(resampled), np.concatenate(null)
+    again[:, 2] += found[2] - again[:, 2].mean()
     basic = np.maximum(0.0, 2 * found - np.quantile(again, [0.975, 0.025], axis=0))
     # The last column is a square.
     basic[:, 2], calibrated[:, 2] = np.sqrt(basic[:, 2]), np.sqrt(np.maximum(0.0, calibrated[:, 2]))

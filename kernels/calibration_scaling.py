@@ -255,7 +255,7 @@ def _minimise(
     """L-BFGS from `start`, with parameters in units of 1 / sqrt(second derivative); whether the slope vanished."""
     from scipy.optimize import minimize
 
-    unit = 1 / np.sqrt(np.maximum(curves, 1e-3 * curves.mean()))
+    unit = 1 / np.sqrt(np.maximum(curves, max(1e-3 * curves.mean(), 1e-12)))
 
     def scaled(parameters: Floats) -> tuple[float, Floats]:
         nll, slope = value(parameters * unit)

@@ -128,6 +128,11 @@ def work_of(plan: Plan, step: Step) -> Work:
             f"{step.name}: of {len(rows)} images with a class in split {split!r} {found.fit} are to be fitted on, and "
             f"there are {step.settings['classes']} classes: at least as many images are needed"
         )
+    if (found.label == found.label[0]).all():
+        raise MicrotomeError(
+            f"{step.name}: all {len(rows)} images with a class in split {split!r} have the class {found.label[0]}: "
+            f"calibration takes images of two classes; see `max_images` and the labels of the data set"
+        )
     return found
 
 

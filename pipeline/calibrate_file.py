@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 import sys
+import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +28,7 @@ from pipeline.calibrate_tasks import DRAWS_OF_CLASSES, Judged, chosen, evaluate,
 from pipeline.config import Calibrate, Calibration
 from pipeline.errors import MicrotomeError, nearest
 from pipeline.manifest import write_atomically
-from pipeline.tables import read_table
+from pipeline.tables import Table, read_table
 
 NAMES = ("logits", "probabilities")
 SHOWN = ("accuracy", "ece", "ece_2.5", "ece_97.5", "ece_low", "ece_high", "ece_null_high", "nll", "brier")
@@ -49,8 +51,12 @@ def read(path: Path) -> Scored:
     MicrotomeError
         When it is no such file, or holds a value that cannot be right: with the row.
     """
+    kinds = {".npz": _npz, ".csv": _csv}
+    kind = kinds.get(path.suffix.lower())
+    if kind is None:
+        raise MicrotomeError(f"{path} is neither .npz nor .csv")
     try:
-        values, labels, probable = _npz(path) if path.suffix == ".npz" else _csv(path)
+        values, labels, probable = kind(path)
         logits = logits_of(values) if probable else values
         check_logits(logits)
         return Scored(path.stem, logits, check_labels(labels, logits.shape[1], len(logits)))
@@ -60,40 +66,50 @@ def read(path: Path) -> Scored:
 
 def _npz(path: Path) -> tuple[np.ndarray, np.ndarray, bool]:
     try:
-        with np.load(path, allow_pickle=False) as file:
-            found = {name: file[name] for name in file.files}
+        # Opened here, since numpy leaves a damaged file open. An .npy under this name is none.
+        with path.open("rb") as opened, zipfile.ZipFile(opened) as archive:
+            names = [name.removesuffix(".npy") for name in archive.namelist()]
+            found = dict.fromkeys(names)
+            scores = [name for name in NAMES if name in found]
+            if len(scores) == 1 and "labels" in found:
+                opened.seek(0)
+                with np.load(opened, allow_pickle=False) as file:
+                    return file[scores[0]], file["labels"], scores[0] == "probabilities"
     except OSError as error:
-        raise MicrotomeError(f"cannot read {path}: {error}") from None
-    scores = [name for name in NAMES if name in found]
-    if len(scores) != 1 or "labels" not in found:
-        there = ", ".join(found) or "(none)"
-        raise MicrotomeError(
-            f"{path} has the arrays {there}; expected `labels` and one of {', '.join(NAMES)}{nearest('labels', found)}"
-        )
-    return found[scores[0]], found["labels"], scores[0] == "probabilities"
+        raise MicrotomeError(f"cannot read {path}: {error.strerror or error}") from None
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, MemoryError) as error:
+        raise MicrotomeError(f"{path} is not an npz, or a damaged one: {error}") from None
+    hint = "" if "labels" in found else nearest("labels", found)
+    raise MicrotomeError(
+        f"{path} has the arrays {', '.join(found) or '(none)'}; expected `labels` and one of {', '.join(NAMES)}{hint}"
+    )
 
 
 def _csv(path: Path) -> tuple[np.ndarray, np.ndarray, bool]:
     table = read_table(path)
-    name = table.column(("label",))
-    columns = {key: values for key, values in table.columns.items() if key != name}
-    numbers = np.empty((len(table.lines), len(columns)))
-    for at, (key, values) in enumerate({**columns, name: table.columns[name]}.items()):
-        column = np.array(
-            [_number(table.line(line), key, value) for line, value in zip(table.lines, values, strict=True)]
-        )
-        if key == name:
-            labels = column
-        else:
-            numbers[:, at] = column
-    return numbers, labels, bool(((numbers >= 0) & (numbers <= 1)).all())
+    label = table.column(("label",))
+    if "" in table.columns:
+        raise MicrotomeError(f"{path} has a column without a name: name it, or leave it out if it numbers the rows")
+    scores = [name for name in table.columns if name != label]
+    numbers = np.empty((len(table.lines), len(scores)))
+    for at, name in enumerate(scores):
+        numbers[:, at] = _numbers(table, name)
+    probable = bool(scores) and bool(((numbers >= 0) & (numbers <= 1)).all())
+    return numbers, _numbers(table, label), probable
 
 
-def _number(where: str, column: str, text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise MicrotomeError(f"{where}: {text!r} in column {column!r} is not a number") from None
+def _numbers(table: Table, column: str) -> np.ndarray:
+    """(row) float64."""
+    found = np.empty(len(table.lines))
+    for row, text in enumerate(table.columns[column]):
+        try:
+            if "_" in text:  # Python's own way to write 1000
+                raise ValueError
+            found[row] = float(text)
+        except ValueError:
+            where = table.line(table.lines[row])
+            raise MicrotomeError(f"{where}: {text!r} in column {column!r} is not a number") from None
+    return found
 
 
 def calibrate(scored: Scored, how: dict[str, Any]) -> tuple[Whole, dict[str, np.ndarray], list[str]]:
@@ -150,6 +166,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     files, out = asked.pop("files"), asked.pop("out")
     try:
         how = Calibrate(**asked).model_dump()
+        twice = next((path for path in files if out and [other.stem for other in files].count(path.stem) > 1), None)
+        if twice:
+            raise MicrotomeError(f"there are several files {twice.stem!r}: their tables would be written to one folder")
         for path in files:
             scored = read(path)
             whole, found, methods = calibrate(scored, how)

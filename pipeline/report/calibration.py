@@ -52,10 +52,10 @@ class Calibrated:
 
     def point(self) -> Point:
         facts = self.settings["network"]
-        row = self.rows["uncalibrated"]
+        after = self.rows.get("temperature", self.rows["uncalibrated"])
         return Point(
             self.network, self.dataset, self.whole["ece"], self.whole["ece_low"], self.whole["ece_high"],
-            self.whole["nll"], 1 - self.whole["accuracy"], self.rows.get("temperature", row)["ece"], facts,
+            self.whole["nll"], 1 - self.whole["accuracy"], after["ece"], after["nll"], facts,
         )  # fmt: skip
 
 
@@ -63,6 +63,8 @@ class Calibrated:
 class Point:
     """One network, or one run of a training, in the figures over networks: what it is, and how it is calibrated.
 
+    `ece_temperature`, `nll_temperature` : with a temperature, on images that it was not fitted on; the NLL above it is
+    what overfitting to the NLL costs, since a temperature changes no prediction.
     `facts` : depth, width, parameters, batch_norm, weight_decay, steps; None where not known. Whatever
     trains networks in numbers can make points of its runs, and they are drawn beside the others.
     """
@@ -75,6 +77,7 @@ class Point:
     nll: float
     error: float
     ece_temperature: float
+    nll_temperature: float
     facts: Mapping[str, Any]
 
 
@@ -85,6 +88,9 @@ FACTORS = {
     "weight_decay": "weight decay",
     "steps": "steps of training",
 }
+
+
+FACTS = (*FACTORS, "batch_norm")
 
 
 def varying(points: list[Point]) -> list[str]:

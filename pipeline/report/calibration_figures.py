@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from pipeline.report.calibration import FACTORS, Calibrated, Diagram, Point, varying
+from pipeline.report.calibration import FACTORS, FACTS, Calibrated, Diagram, Point, varying
 from pipeline.report.style import COLOURS, INK, MUTED, shorten
 
 TITLES = {
@@ -113,8 +113,8 @@ def methods(width: float, found: Calibrated) -> Figure:
         panel.tick_params(axis="y", labelcolor=INK)
         panel.grid(axis="x")
         if measure == "ece":
-            band = found.rows["uncalibrated"]["ece_null_high"]
-            panel.axvspan(0, band, color=COLOURS[7], alpha=0.2, linewidth=0)
+            band = [found.rows[name]["ece_null_high"] for name in names]
+            panel.barh(y, band, height=1.0, color=COLOURS[7], alpha=0.2, linewidth=0)
             panel.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
             panel.xaxis.set_major_locator(MaxNLocator(5))
             panel.set_xlabel("ECE; grey: what a calibrated network shows")
@@ -126,11 +126,15 @@ def methods(width: float, found: Calibrated) -> Figure:
 def method_rows(found: Calibrated) -> Iterator[Sequence[object]]:
     for name in shown(found):
         row = found.rows[name]
-        yield name, *(row[f"{measure}{end}"] for measure in ("ece", "nll") for end in ("", "_2.5", "_97.5"))
+        ranges = (row[f"{measure}{end}"] for measure in ("ece", "nll") for end in ("", "_2.5", "_97.5"))
+        yield name, *ranges, *(row[f"ece_{end}"] for end in ("low", "high", "null", "null_high"))
 
 
 def factors(width: float, points: list[Point]) -> Figure:
-    """ECE of networks over what they are made of, and NLL over error; crosses: networks with BatchNorm."""
+    """ECE of networks over what they are made of, and NLL over error; crosses: networks with BatchNorm.
+
+    A line leads from each NLL to that with a temperature.
+    """
     names = [*varying(points), "error"]
     columns = max(1, min(len(names), int(width / 2.2)))
     rows = -(-len(names) // columns)
@@ -149,6 +153,9 @@ def factors(width: float, points: list[Point]) -> Figure:
                 label = f"{shorten(dataset, 20)}, {'with' if norm else 'no'} BatchNorm"
                 if name == "error":
                     panel.plot(x, [p.nll for p in own], label=label, **style)
+                    panel.vlines(
+                        x, [p.nll_temperature for p in own], [p.nll for p in own], style["color"], linewidth=0.8
+                    )
                 else:
                     ece = np.array([p.ece for p in own])
                     ends = np.array([[p.ece - min(p.ece_low, p.ece) for p in own],
@@ -160,10 +167,10 @@ def factors(width: float, points: list[Point]) -> Figure:
         else:
             panel.set(xlabel=FACTORS[name], ylabel="ECE")
             panel.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
-        highest = max(p.nll if name == "error" else max(p.ece, p.ece_high) for p in points)
+        highest = max(max(p.nll, p.nll_temperature) if name == "error" else max(p.ece, p.ece_high) for p in points)
         panel.set_ylim(0, 1.1 * highest or 1)
         panel.margins(x=0.12)
-        panel.xaxis.set_major_locator(MaxNLocator(4, integer=name in ("depth", "width")))
+        panel.xaxis.set_major_locator(MaxNLocator(4, integer=name in ("depth", "width", "steps")))
         panel.grid()
     for panel in grid.flat[len(names) :]:
         panel.set_axis_off()
@@ -176,6 +183,6 @@ def factor_rows(points: list[Point]) -> Iterator[Sequence[object]]:
     for point in points:
         facts = point.facts
         yield (
-            point.dataset, point.name, facts["depth"], facts["width"], facts["batch_norm"], facts["weight_decay"],
-            facts["steps"], point.error, point.nll, point.ece, point.ece_low, point.ece_high, point.ece_temperature,
+            point.dataset, point.name, *(facts[name] for name in FACTS), point.error, point.nll,
+            point.nll_temperature, point.ece, point.ece_low, point.ece_high, point.ece_temperature,
         )  # fmt: skip

@@ -13,7 +13,7 @@ from experiments import labelled_images, lines, run, scenes, segmentation, tiny
 from kernels.calibration import softmax
 from kernels.calibration_methods import NAMES, fit, judge
 from pipeline import calibrate, calibrate_tasks, cluster, config, plan, preflight
-from pipeline.calibrate_tasks import MEASURES, in_two, keys
+from pipeline.calibrate_tasks import ERRORS, MEASURES, in_two, keys
 from pipeline.config import Cluster
 from pipeline.errors import MicrotomeError
 from pipeline.results import Network
@@ -74,7 +74,11 @@ def test_every_number_is_that_of_the_kernels(made):
             assert stored["count"].values.tolist() == sums.count.tolist()
             score = dict(zip(MEASURES, stored.score.values.tolist(), strict=True))
             assert score["ece"] == sums.ece and score["nll"] == sums.nll / 30 and score["accuracy"] == right.mean()
-            assert np.isnan(score["ece_low"]) == (split > 0)
+            assert score["ece_low"] <= score["ece_high"] and 0 <= score["ece_null"] <= score["ece_null_high"]
+            assert np.isnan(score["penalty"]) == (name != "matrix_odir")
+            for error in ERRORS:
+                band = [score[f"{error}_{end}"] for end in ("low", "high", "null", "null_high")]
+                assert np.isfinite(band).all() and band[0] <= band[1] and band[2] <= band[3], (error, name)
     temperature = found.score.sel(calibration="temperature")
     assert (
         temperature.sel(measure="accuracy") == found.score.sel(calibration="uncalibrated", measure="accuracy")
@@ -85,7 +89,7 @@ def test_every_number_is_that_of_the_kernels(made):
     assert whole["nll"] == pytest.approx(-np.log(probabilities[np.arange(60), label]).mean())
     assert int(found.all_count.sum()) == 60
     assert found.attrs["network"] == {
-        "depth": 3, "width": 5.0, "batch_norm": False, "weight_decay": None, "steps": None
+        "depth": 3, "width": 5.0, "parameters": PARAMETERS, "batch_norm": False, "weight_decay": None, "steps": None
     }  # fmt: skip
 
 
@@ -99,7 +103,9 @@ def test_tables_are_means_over_the_splits(made):
             values = found.sel(calibration=name, measure=measure).values
             assert float(row[measure]) == pytest.approx(values.mean(), rel=1e-6)
         assert float(row["ece_2.5"]) <= float(row["ece"]) <= float(row["ece_97.5"])
-        assert float(row["first_ece_low"]) <= float(row["first_ece_high"])
+        for ending in ("low", "high", "null", "null_high"):
+            values = found.sel(calibration=name, measure=f"ece_{ending}").values
+            assert float(row[f"ece_{ending}"]) == pytest.approx(values.mean(), rel=1e-6)
     assert float(rows["temperature"]["accuracy_change"]) == 0 and rows["temperature"]["ece_below_temperature"] == ""
     assert float(rows["temperature"]["temperature"]) > 0 and rows["histogram"]["temperature"] == ""
     bins = table(folder, "calibration-bins.csv")

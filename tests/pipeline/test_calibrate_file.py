@@ -9,6 +9,7 @@ from kernels.calibration import softmax
 from kernels.calibration_methods import NAMES, judge, uncalibrated
 from pipeline.calibrate_file import calibrate, main, read
 from pipeline.calibrate_results import Whole, tables, write_whole_network
+from pipeline.calibrate_tasks import Judged
 from pipeline.config import Calibrate
 from pipeline.errors import MicrotomeError
 from pipeline.report import site
@@ -66,6 +67,16 @@ def test_logits_and_probabilities_of_both_kinds_of_file_are_one(tmp_path, capsys
         ("label,a,b\n", "no images"),
         ("label,a,b\n0,x,2\n", "line 2 of .*: 'x' in column 'a' is not a number"),
         ("name,a,b\n0,1,2\n", "expected one of label"),
+        ("label,a,b\n=1+1,1,2\n", "line 2 of .*: '=1\\+1' in column 'label' is not a number"),
+        ("label,a,b\n0,1_0,2\n", "'1_0' in column 'a' is not a number"),
+        ("label,a,b\n0,-inf,2\n1,0,1\n", "row 0: a logit is not finite"),
+        (",label,a,b\n0,0,1,2\n1,1,2,1\n", "a column without a name: name it, or leave it out"),
+        ("label,a,a\n0,1,2\n", "two columns 'a'"),
+        ("label,a,b\n0,3,2\n0,1,2\n", "rows 0 to 1 all have the label 0"),
+        ("label\n0\n1\n", "there is 0 class"),
+        ("label,a,b\n0,1\n", "line 2 of .* has 2 fields, its header 3"),
+        ('label,a,b\n0,"1,2\n', "not a CSV in UTF-8"),
+        ("", r"has the columns \(none\)"),
     ],
 )
 def test_bad_files_are_refused_with_their_row(tmp_path, content, said):
@@ -82,14 +93,46 @@ def test_bad_arrays_are_refused(tmp_path):
     np.savez(tmp_path / "two.npz", logits=logits, labels=np.array([object()] * len(labels), dtype=object))
     with pytest.raises(MicrotomeError, match=r"two\.npz: .*allow_pickle=False"):
         read(tmp_path / "two.npz")
-    (tmp_path / "three.npz").write_bytes(b"no zip")
-    with pytest.raises(MicrotomeError, match=r"three\.npz"):
-        read(tmp_path / "three.npz")
+    np.savez(tmp_path / "good.npz", logits=logits, labels=labels)
+    good = (tmp_path / "good.npz").read_bytes()
+    damaged = bytes(byte ^ 255 if at == 700 else byte for at, byte in enumerate(good))
+    for content in (b"no zip", b"", good[:300], damaged):
+        (tmp_path / "three.npz").write_bytes(content)
+        with pytest.raises(MicrotomeError, match=r"three\.npz is not an npz, or a damaged one"):
+            read(tmp_path / "three.npz")
+    np.save(tmp_path / "array.npy", logits)
+    with pytest.raises(MicrotomeError, match=r"array\.npy is neither \.npz nor \.csv"):
+        read(tmp_path / "array.npy")
+    with pytest.raises(MicrotomeError, match=r"cannot read .*absent\.npz: No such file"):
+        read(tmp_path / "absent.npz")
+    np.savez(tmp_path / "both.npz", logits=logits, probabilities=softmax(logits), labels=labels)
+    with pytest.raises(MicrotomeError, match="one of logits, probabilities$"):
+        read(tmp_path / "both.npz")
+    write_csv(tmp_path / "good.csv", logits.astype(float), labels)
+    with pytest.raises(SystemExit, match="several files 'good'"):
+        main([str(tmp_path / "good.npz"), str(tmp_path / "good.csv"), "--out", str(tmp_path / "out")])
     np.savez(tmp_path / "four.npz", logits=logits[:5], labels=labels[:5])
     with pytest.raises(SystemExit, match="four: 2 images to calibrate on, and 4 classes"):
         main([str(tmp_path / "four.npz")])
     with pytest.raises(SystemExit, match="splits"):
         main([str(tmp_path / "four.npz"), "--splits", "0"])
+
+
+def test_what_spreadsheets_and_other_programs_write_is_read(tmp_path):
+    logits, labels = made()
+    np.savez(tmp_path / "plain.npz", logits=logits.astype(np.float16), labels=labels.astype(">i2"))
+    (tmp_path / "PLAIN.NPZ").write_bytes((tmp_path / "plain.npz").read_bytes())
+    expected = read(tmp_path / "plain.npz")
+    assert expected.labels.dtype == np.int64 and (read(tmp_path / "PLAIN.NPZ").logits == expected.logits).all()
+    numbers = expected.logits.astype(float)
+    text = write_csv(tmp_path / "plain.csv", numbers, labels).read_text()
+    text = text.replace("label,class 0,class 1", '"Label","=cmd()|1, ""a""","-b"').replace("\n", "\r\n")
+    (tmp_path / "odd.csv").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    for name in ("plain.csv", "odd.csv"):
+        found = read(tmp_path / name)
+        assert (found.logits == numbers).all() and (found.labels == labels).all()
+    np.savez(tmp_path / "certain.npz", probabilities=np.eye(4, dtype=bool)[labels], labels=labels)
+    main([str(tmp_path / "certain.npz"), "--splits", "1"])
 
 
 @pytest.fixture
@@ -102,7 +145,14 @@ def experiment(tmp_path):
         whole, found, methods = calibrate(read(tmp_path / f"{name}.npz"), how)
         folder = tmp_path / "results/scenes" / name
         folder.mkdir(parents=True)
-        network = {"depth": depth, "width": 8.0, "batch_norm": batch_norm, "weight_decay": None, "steps": None}
+        network = {
+            "depth": depth,
+            "width": 8.0,
+            "parameters": 100,
+            "batch_norm": batch_norm,
+            "weight_decay": None,
+            "steps": None,
+        }
         facts = {"images": 240, "fit": 120, "test": 120, "all": whole.measures, "network": network}
         write_whole_network(folder / "calibration.zarr", methods, whole, {**how, **facts})
         for split in range(3):
@@ -142,6 +192,11 @@ def test_a_report_without_calibration_has_no_page(tmp_path):
 
 def test_parts_of_a_whole_are_merged_in_order():
     logits, labels = made()
-    parts = [judge(uncalibrated, logits[at : at + 100], labels[at : at + 100]) for at in range(0, 240, 100)]
-    whole, merged = Whole.of([judge(uncalibrated, logits, labels)], 15), Whole.of(parts, 15)
-    assert merged.measures == pytest.approx(whole.measures, rel=1e-12)
+    rows = [slice(at, at + 100) for at in range(0, 240, 100)]
+    parts = [Judged.of(uncalibrated, logits[at], labels[at], 15, 200, seed) for seed, at in enumerate(rows)]
+    whole = Whole.of([Judged.of(uncalibrated, logits, labels, 15, 200, seed=0)])
+    merged = Whole.of(parts)
+    drawn = {name for name in whole.measures if name.startswith("classwise_ece_")}  # of each part by its own numbers
+    for name, value in whole.measures.items():
+        assert merged.measures[name] == pytest.approx(value, **({"rel": 0.1} if name in drawn else {"rel": 1e-12}))
+    assert len(drawn) == 4

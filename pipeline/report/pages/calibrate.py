@@ -5,7 +5,7 @@ from functools import partial
 
 from pipeline.report import calibration_figures as figures
 from pipeline.report import sentences
-from pipeline.report.calibration import Calibrated, Point, read_calibration
+from pipeline.report.calibration import FACTS, Calibrated, Point, read_calibration
 from pipeline.report.calibration_figures import TITLES
 from pipeline.report.experiment import Experiment
 from pipeline.report.page import Figure, Page
@@ -14,10 +14,12 @@ from pipeline.report.tables import write_table
 
 PAPER = tuple(TITLES)[:7]
 """The columns of Guo et al.'s table."""
-HEADER = ("method", "ece", "ece_2.5", "ece_97.5", "nll", "nll_2.5", "nll_97.5")
+HEADER = (
+    "method", "ece", "ece_2.5", "ece_97.5", "nll", "nll_2.5", "nll_97.5",
+    "ece_low", "ece_high", "ece_null", "ece_null_high",
+)  # fmt: skip
 FACTOR_HEADER = (
-    "dataset", "network", "depth", "width", "batch_norm", "weight_decay", "steps", "error", "nll", "ece", "ece_low",
-    "ece_high", "ece_temperature",
+    "dataset", "network", *FACTS, "error", "nll", "nll_temperature", "ece", "ece_low", "ece_high", "ece_temperature",
 )  # fmt: skip
 
 
@@ -130,7 +132,8 @@ def over_networks(experiment: Experiment, points: list[Point]) -> Figure:
         alt="Scatter plots: calibration error of the networks by what they are made of, and NLL by error",
         caption="ECE of the networks as they are, with its 95 % interval, over what differs between them, and NLL over "
         "the share of images that are not recognised: networks with a higher NLL at the same error are surer of their "
-        "mistakes.",
+        "mistakes. The line leads to the NLL with a temperature: what is above it was lost to overfitting."
+        "",
         header=FACTOR_HEADER,
         rows=figures.factor_rows(points),
     )
