@@ -77,7 +77,11 @@ def isotonic(scores: Floats, outcomes: Outcomes) -> Line:
                 kept.append(i)
         at = (np.searchsorted(kept, np.arange(len(x)), side="right") - 1)[at]
         x, count = x[kept], np.bincount(at)
-    return Line(x, isotonic_regression(np.bincount(at, outcomes) / count, weights=count).x)
+    y = isotonic_regression(np.bincount(at, outcomes) / count, weights=count).x
+    # Of a run of equal values the ends say all; with as many maps as classes the rest would outgrow the logits.
+    changes = np.concatenate([[True], np.diff(y) != 0, [True]])
+    ends = changes[:-1] | changes[1:]
+    return Line(x[ends], y[ends])
 
 
 @dataclass(frozen=True)

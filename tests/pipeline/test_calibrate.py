@@ -3,12 +3,14 @@
 import csv
 import hashlib
 import shutil
+import tracemalloc
 from typing import get_args
 
 import numpy as np
 import pytest
 import xarray as xr
 from experiments import labelled_images, lines, run, scenes, segmentation, tiny
+from safetensors.numpy import load_file
 
 from kernels.calibration import softmax
 from kernels.calibration_methods import NAMES, fit, judge
@@ -26,6 +28,11 @@ def experiment(folder, classes=12, images=60, **how):
     raw = scenes(folder, networks={"tiny": tiny(folder, arguments={"classes": classes, "units": 6}, seed=3)})
     raw["datasets"]["scenes"] |= {"concepts": ["truth"], "images": {"train": 0, "validation": images}}
     return raw | {"calibrate": {"splits": 3} | how}
+
+
+def only_one_class(images, split):
+    label = np.asarray(images.reader()["label"][:])
+    return label == np.bincount(label[label >= 0]).argmax()
 
 
 def contents(folder):
@@ -78,7 +85,7 @@ def test_every_number_is_that_of_the_kernels(made):
             assert np.isnan(score["penalty"]) == (name != "matrix_odir")
             for error in ERRORS:
                 band = [score[f"{error}_{end}"] for end in ("low", "high", "null", "null_high")]
-                assert np.isfinite(band).all() and band[0] <= band[1] and band[2] <= band[3], (error, name)
+                assert np.isfinite(band).all() and band[0] <= band[1] and band[2] <= band[3] + 1e-12, (error, name)
     temperature = found.score.sel(calibration="temperature")
     assert (
         temperature.sel(measure="accuracy") == found.score.sel(calibration="uncalibrated", measure="accuracy")
@@ -88,8 +95,10 @@ def test_every_number_is_that_of_the_kernels(made):
     assert whole["accuracy"] == pytest.approx((probabilities.argmax(1) == label).mean())
     assert whole["nll"] == pytest.approx(-np.log(probabilities[np.arange(60), label]).mean())
     assert int(found.all_count.sum()) == 60
+    weights = load_file(made.results / "networks/tiny/model.safetensors")
+    parameters = sum(array.size for array in weights.values())
     assert found.attrs["network"] == {
-        "depth": 3, "width": 5.0, "parameters": PARAMETERS, "batch_norm": False, "weight_decay": None, "steps": None
+        "depth": 3, "width": 5.0, "parameters": parameters, "batch_norm": False, "weight_decay": None, "steps": None
     }  # fmt: skip
 
 
@@ -198,3 +207,32 @@ def test_memory_is_asked_for_before_anything_is_fitted(tmp_path):
     with pytest.raises(MicrotomeError, match=r"`calibrate\.methods`"):
         run(raw, "calibrate")
     assert calibrate_tasks.memory_need(50_000, 1000, ["matrix"]) < 2e9
+
+
+def test_a_table_takes_no_more_memory_than_was_asked_for():
+    generator = np.random.default_rng(0)
+    logits = generator.standard_normal((24_000, 60), dtype=np.float32)
+    label = generator.integers(0, 60, len(logits))
+    methods = [name for name in NAMES if not name.startswith(("bbq", "matrix", "vector"))]
+    how = {"bins": 15, "penalty": None}
+    tracemalloc.start()
+    try:
+        calibrate_tasks.evaluate(logits[::2], label[::2], logits[1::2], label[1::2], methods, how, seed=0)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    need = calibrate_tasks.memory_need(len(logits), 60, methods)
+    assert peak < need - logits.nbytes, (
+        peak,
+        need,
+    )  # the logits themselves are not traced
+
+
+def test_images_of_one_class_are_refused(tmp_path):
+    raw = experiment(tmp_path, methods=["temperature"])
+    made = run(raw, *STAGES[:-1])
+    step = made.step("calibrate", "scenes", "tiny")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.images.Images.counted", only_one_class)
+        with pytest.raises(MicrotomeError, match=r"all .* images with a class .* have the class"):
+            calibrate.work_of(made, step)

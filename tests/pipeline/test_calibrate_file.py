@@ -106,7 +106,7 @@ def test_bad_arrays_are_refused(tmp_path):
     with pytest.raises(MicrotomeError, match=r"cannot read .*absent\.npz: No such file"):
         read(tmp_path / "absent.npz")
     np.savez(tmp_path / "both.npz", logits=logits, probabilities=softmax(logits), labels=labels)
-    with pytest.raises(MicrotomeError, match="one of logits, probabilities$"):
+    with pytest.raises(MicrotomeError, match=r"one of logits, probabilities$"):
         read(tmp_path / "both.npz")
     write_csv(tmp_path / "good.csv", logits.astype(float), labels)
     with pytest.raises(SystemExit, match="several files 'good'"):
@@ -145,14 +145,8 @@ def experiment(tmp_path):
         whole, found, methods = calibrate(read(tmp_path / f"{name}.npz"), how)
         folder = tmp_path / "results/scenes" / name
         folder.mkdir(parents=True)
-        network = {
-            "depth": depth,
-            "width": 8.0,
-            "parameters": 100,
-            "batch_norm": batch_norm,
-            "weight_decay": None,
-            "steps": None,
-        }
+        network = {"depth": depth, "width": 8.0, "parameters": 100, "batch_norm": batch_norm}
+        network |= {"weight_decay": None, "steps": None}
         facts = {"images": 240, "fit": 120, "test": 120, "all": whole.measures, "network": network}
         write_whole_network(folder / "calibration.zarr", methods, whole, {**how, **facts})
         for split in range(3):
