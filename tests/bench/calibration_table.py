@@ -54,14 +54,15 @@ def lines(found: Mapping[tuple[str, str], Table]) -> Iterator[str]:
         cells = (f"{share:.0f} %; {change:+.2f}" for share, change in zip(shares, changes, strict=True))
         yield f"| {network} | " + " | ".join(cells) + " |"
     yield ""
-    yield "| network | accuracy | mean confidence | ECE of the first split | its interval | null: mean, 95 % | T |"
-    yield "|---|---|---|---|---|---|---|"
+    yield "| network | accuracy | mean confidence | ECE | its interval | null: mean, 95 % | T | penalty |"
+    yield "|---|---|---|---|---|---|---|---|"
     for (_, network), table in found.items():
         row = {name: float(cell) for name, cell in table["uncalibrated"].items() if cell and name != "method"}
-        shown = [f"{100 * row[name]:.2f} %" for name in ("accuracy", "mean_confidence", "first_ece")]
-        shown.append(f"{100 * row['first_ece_low']:.2f} to {100 * row['first_ece_high']:.2f} %")
-        shown.append(f"{100 * row['first_ece_null']:.2f}, {100 * row['first_ece_null_high']:.2f} %")
-        yield f"| {network} | " + " | ".join([*shown, f"{float(table['temperature']['temperature']):.3f}"]) + " |"
+        shown = [f"{100 * row[name]:.2f} %" for name in ("accuracy", "mean_confidence", "ece")]
+        shown.append(f"{100 * row['ece_low']:.2f} to {100 * row['ece_high']:.2f} %")
+        shown.append(f"{100 * row['ece_null']:.2f}, {100 * row['ece_null_high']:.2f} %")
+        shown.append(f"{float(table['temperature']['temperature']):.3f}")
+        yield f"| {network} | " + " | ".join([*shown, f"{float(table['matrix_odir']['penalty']):.0f}"]) + " |"
 
 
 if __name__ == "__main__":
