@@ -14,7 +14,6 @@ docs/ablation.md.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -125,7 +124,7 @@ class Shared:
 def run(plan: Plan, step: Step) -> None:
     from pipeline.ablate_results import layer_files, unit_labels, write_layer, write_tables
     from pipeline.images import Images
-    from pipeline.store import create
+    from pipeline.store import create, remove
 
     assert step.dataset is not None and step.network is not None
     began = stage.begin(plan, step)
@@ -138,7 +137,7 @@ def run(plan: Plan, step: Step) -> None:
     label = np.asarray(reader["label"][:])
     labels = unit_labels(folder, dissected)
     store = folder / "ablation.zarr"
-    shutil.rmtree(store, ignore_errors=True)
+    remove(store)
     create(store, {}, {})
     files: Files = {}
     found = []
@@ -450,11 +449,11 @@ def all_sets(order: np.ndarray, sizes: list[int], draws: int, target: Target) ->
 
 def predict_sets(shared: Shared, target: Target, parts: dict[int, Part], sets: np.ndarray) -> tuple[int, Files]:
     """Have the predictions without each set written for the images that judge: pairs that differ, files."""
-    from pipeline.store import Array, Ledger, create, remove_partials
+    from pipeline.store import Array, Ledger, create, remove, remove_partials
 
     images, step, path = shared.images, shared.images.shard_images, target.set_predictions
     if not len(sets):
-        shutil.rmtree(path, ignore_errors=True)
+        remove(path)
         return 0, {}
     # A pair costs more than that of a unit, as all channels are mixed: never less than a block of units does.
     block = min(len(sets), max(ablate_tasks.TASK_UNITS, 4 * target.block))

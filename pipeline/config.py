@@ -23,6 +23,7 @@ from pydantic import (
 from pipeline.errors import MicrotomeError, nearest
 from pipeline.layer_info import fits
 from pipeline.networks import NetworkSpec
+from pipeline.objects import URL
 from pipeline.recipe import Recipe
 
 RESERVED = ("networks", "layers", "done", "logs", "similarity", "randomization", "report")
@@ -518,6 +519,10 @@ class Config(Strict):
 
     name: Name = Field(description="the report is written to report/<name>")
     results: str = Field("results", description="folder of all results; several experiments may share it")
+    stores: str | None = Field(
+        None,
+        description="`s3://bucket/prefix`: keep the chunk files of stores there (extra `s3`); default: in `results`",
+    )
     datasets: Annotated[dict[Name, AnyDataset], Field(min_length=1)] = Field(description="by name")
     networks: Annotated[dict[Name, Network], Field(min_length=1)] = Field(description="by name")
     segmenters: dict[Name, Segmenter] = Field({}, description="by name")
@@ -527,6 +532,13 @@ class Config(Strict):
     cluster: Cluster = Field(Cluster(), description="the workers")
     report: Report = Field(Report(), description="the pages at the end")
     figures: Figures = Field(Figures(), description="the figures in them")
+
+    @field_validator("stores")
+    @classmethod
+    def place(cls, value: str | None) -> str | None:
+        if value is not None and not URL.fullmatch(value):  # not told: it may hold a secret
+            raise ValueError("it is not of the form s3://bucket or s3://bucket/prefix; credentials are no part of it")
+        return value
 
     @model_validator(mode="after")
     def names(self) -> "Config":

@@ -22,7 +22,8 @@ import numpy as np
 from pipeline import stage
 from pipeline.errors import MicrotomeError
 from pipeline.identity import crc32c, digest
-from pipeline.manifest import Manifest, latest, write_atomically
+from pipeline.manifest import Files, Manifest, latest, write_atomically
+from pipeline.objects import objects_of
 
 if TYPE_CHECKING:
     from pipeline.images import Images
@@ -37,9 +38,11 @@ def keep(plan: Plan, step: Step, images: Images, weights: str) -> None:
 
     To be called by the stage that is the first to overwrite them, before it removes its own manifest.
     """
+    from pipeline.store import remove
+
     assert step.dataset is not None and step.network is not None
     folder = plan.results / step.dataset / step.network
-    shutil.rmtree(folder / FOLDER / weights[:20], ignore_errors=True)  # they are the present ones again
+    remove(folder / FOLDER / weights[:20])  # they are the present ones again
     old = _finished_weights(plan, folder, step)
     if old is None or old == weights:
         return
@@ -53,12 +56,14 @@ def keep(plan: Plan, step: Step, images: Images, weights: str) -> None:
         if (folder / name).exists():
             shutil.copy2(folder / name, temporary / name)
     facts: dict[str, Any] = {"weights_sha256": old}
+    files: Files = {}
     if (folder / "logits.zarr").is_dir():
         # Chunk files are replaced and never changed, so links to them cost nothing and stay what they are.
         shutil.copytree(folder / "logits.zarr", temporary / "logits.zarr", copy_function=_link)
-        facts |= measured(temporary / "logits.zarr", images)
+        if objects := objects_of(folder / "logits.zarr"):
+            files = {f"logits.zarr/{name}": objects.copy(name, home / "logits.zarr") for name in objects.sizes()}
+        facts |= measured(folder / "logits.zarr", images)
     write_atomically(temporary / "facts.json", json.dumps(facts, indent=1))
-    files = {}
     for path in sorted(path for path in temporary.rglob("*") if path.is_file()):
         data = path.read_bytes()
         files[path.relative_to(temporary).as_posix()] = (len(data), crc32c(data))
@@ -115,8 +120,10 @@ def measured(logits: Path, images: Images) -> dict[str, Any]:
     """
     import zarr
 
+    from pipeline.store import Located
+
     try:
-        array = zarr.open_array(logits / "logits", mode="r", zarr_format=3)
+        array = zarr.open_array(Located(logits, read_only=True), path="logits", mode="r", zarr_format=3)
         values, label = np.asarray(array[:]), np.asarray(images.reader()["label"][:])
     except (OSError, ValueError, KeyError, RuntimeError, MicrotomeError):
         return {"accuracy": None, "images": 0}

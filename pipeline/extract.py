@@ -12,7 +12,6 @@ everything else.
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -102,7 +101,7 @@ class Shard:
 
 def run(plan: Plan, step: Step) -> None:
     from pipeline.images import Images
-    from pipeline.store import Ledger, metadata_files
+    from pipeline.store import Ledger, metadata_files, remove
 
     assert step.dataset is not None and step.network is not None
     images = Images.of(plan, step)
@@ -124,7 +123,7 @@ def run(plan: Plan, step: Step) -> None:
         stage.refers_to(plan, step, [layer.store.parent for layer in layers])
         layers = [open_layer(layer, images) for layer in layers]
         if prepared.classes is None:  # those of another network that had this name
-            shutil.rmtree(logits, ignore_errors=True)
+            remove(logits)
         else:
             open_logits(logits, images, prepared.classes)
         logits_ledger = Ledger(logits.with_suffix(".ledger"))
@@ -412,7 +411,7 @@ def extract_shard(
     """
     import torch
 
-    from pipeline.store import Reader, write
+    from pipeline.store import Reader, remove, write
 
     start, stop = bounds
     pixels = torch.from_numpy(Reader(images, files)["image"][start:stop])
@@ -429,7 +428,7 @@ def extract_shard(
         done.files[layer.id] = write(layer.store, one.values(start))
         if layer.pooled:
             # Maps of other images, which the ledger no longer knows.
-            (layer.store / "activation" / "c" / str(shard) / "0" / "0" / "0").unlink(missing_ok=True)
+            remove(layer.store, f"activation/c/{shard}/0/0/0")
     if logits is not None:
         assert head is not None
         refuse_non_finite(head, "logits", start)

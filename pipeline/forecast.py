@@ -7,7 +7,6 @@ from what it took then. A run whose results the disk cannot hold is refused.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from pipeline.config import UNTRAINED
 from pipeline.errors import MicrotomeError
 from pipeline.layer_info import LayerInfo
 from pipeline.manifest import latest
+from pipeline.objects import size_of
 from pipeline.plan import Plan, Step, outdated
 
 # Bytes on the disk for each byte before compression, on the cautious side of what was measured: activations of the demo
@@ -78,11 +78,11 @@ def lines(plan: Plan, costs: Sequence[Cost]) -> list[str]:
             rows += [_layer(store) for store in cost.stores]
     missing = sum(store.missing for cost in costs for store in cost.stores)
     known = [cost.seconds for cost in costs if cost.seconds is not None and not cost.done]
-    free = _free(plan.results)
+    room = plan.config.stores or f"{_gb(_free(plan.results))} GB free"
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     found = ["  ".join(_aligned(row, widths)).rstrip() for row in rows]
     found.append(
-        f"{_gb(missing)} GB to write, {_gb(free)} GB free; about {_time(sum(known) / workers)} on {workers} "
+        f"{_gb(missing)} GB to write, {room}; about {_time(sum(known) / workers)} on {workers} "
         f"worker{'s' * (workers > 1)} of {allowed / 1e9:.1f} GB, beside steps that were never timed"
     )
     left_out = {store.name for cost in costs for store in cost.stores if store.pooled}
@@ -99,6 +99,8 @@ def check_disk(plan: Plan, costs: Sequence[Cost]) -> None:
     MicrotomeError
         With both figures and what to change.
     """
+    if plan.config.stores is not None:
+        return
     stores = [store for cost in costs for store in cost.stores]
     missing, free = sum(store.missing for store in stores), _free(plan.results)
     if missing > max(SHARE * free, LITTLE):
@@ -141,7 +143,7 @@ def _ingest(plan: Plan, step: Step, splits: Splits, done: bool) -> Cost:
     raw = 3 * height * width * images
     name = "images.zarr"
     expected = raw * SHRINKS["pixels"]
-    store = Store(name, raw, expected, expected if done else _bytes(plan.results / step.dataset / name))
+    store = Store(name, raw, expected, expected if done else size_of(plan.results / step.dataset / name))
     memory = ingest.memory_need(dataset, (height, width))
     return Cost(step, (store,), images, -(-images // dataset.shard_images), images * IMAGE, memory)
 
@@ -152,7 +154,7 @@ def _concepts(plan: Plan, step: Step, splits: Splits, done: bool) -> Cost:
     raw = 2 * height * width * len(categories) * images
     name = "concepts.zarr"
     expected = raw * SHRINKS["labels"]
-    store = Store(name, raw, expected, expected if done else _bytes(plan.results / str(step.dataset) / name))
+    store = Store(name, raw, expected, expected if done else size_of(plan.results / str(step.dataset) / name))
     tasks = -(-images // dataset.shard_images)
     networks = preflight.segmenters(plan, step)
     probes = [probe for _, probe in networks]
@@ -238,7 +240,7 @@ def _grams(plan: Plan, step: Step, splits: Splits, done: bool) -> Cost:
     tasks = max(1, images // minibatch)
     raw = 8.0 * tasks * layers * minibatch * (minibatch + 1) / 2
     name = "grams.zarr"
-    there = raw if done else _bytes(plan.results / step.dataset / step.network / name)
+    there = raw if done else size_of(plan.results / step.dataset / step.network / name)
     speed = preflight.speed(plan, step)
     rate = speed.get("images_per_second")
     return Cost(
@@ -275,14 +277,9 @@ def _layers_there(plan: Plan, step: Step, names: Sequence[str]) -> dict[str, flo
     before = latest((plan.results / step.manifest).parent, step.stage)
     if before is not None and extract.same_layers(plan, before, step):
         layers = plan.results / step.dataset / "layers"
-        return {layer["name"]: _bytes(layers / layer["id"] / "activations.zarr") for layer in before.result["layers"]}
-    begun = sum(_bytes(plan.results / folder) for folder in stage.noted(plan, step))
+        return {layer["name"]: size_of(layers / layer["id"] / "activations.zarr") for layer in before.result["layers"]}
+    begun = sum(size_of(plan.results / folder) for folder in stage.noted(plan, step))
     return dict.fromkeys(names, begun / len(names))
-
-
-def _bytes(folder: Path) -> float:
-    """Bytes of the files below a folder; 0 where there is none."""
-    return float(sum((Path(at) / name).stat().st_size for at, _, names in os.walk(folder) for name in names))
 
 
 def _free(folder: Path) -> float:

@@ -9,7 +9,6 @@ Writes
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -226,10 +225,10 @@ def open_store(
     store: Path, dataset: AnyDataset, count: int, size: tuple[int, int], classes: list[str], source: str, ledger: Ledger
 ) -> None:
     """Create the store, or bring the one that holds this data set to more slots; another data set's makes way."""
-    from pipeline.store import Array, create, remove_partials
+    from pipeline.store import Array, create, remove, remove_partials
 
     if source_of(store, ledger) != source:
-        shutil.rmtree(store, ignore_errors=True)
+        remove(store)
         ledger.clear()
     block = (dataset.shard_images, 3, *size)
     arrays = {

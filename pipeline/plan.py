@@ -23,6 +23,7 @@ from pipeline import (
     grams,
     ingest,
     network,
+    objects,
     published,
     similarity,
 )
@@ -162,6 +163,7 @@ def make(wanted: Config, rescan: bool = False, arguments: Sequence[str] = ()) ->
     """Compute every step of a configuration. Reads listings, checkpoints and module files (through memories)."""
     scratch = Plan(wanted, {}).scratch
     digests = FileDigests(scratch / "files.json")
+    objects.settle(Path(wanted.results), wanted.stores)
     wanted = published.resolve(wanted, scratch, digests)
     plan = Plan(wanted, {}, tuple(arguments))
 

@@ -227,9 +227,11 @@ class Layer:
 def _open(path: Path) -> xr.Dataset:
     import xarray as xr
 
+    from pipeline.store import Located
+
     if not path.is_dir():
         raise MicrotomeError(f"{path} is not there; run the workflow first")
-    return xr.open_zarr(path)
+    return xr.open_zarr(Located(path, read_only=True))
 
 
 def _table(path: Path) -> list[dict[str, str]]:

@@ -24,6 +24,7 @@ from zarr.storage import LocalStore
 from pipeline.errors import MicrotomeError
 from pipeline.identity import crc32c
 from pipeline.manifest import Files, write_atomically
+from pipeline.objects import Objects, objects_of
 
 # An absent all-zero chunk could not be told from a lost one, and the scan for such chunks is the write bottleneck.
 # One thread a process: Dask workers are the parallelism.
@@ -79,6 +80,9 @@ def create(path: Path, arrays: Mapping[str, Array], attrs: Mapping[str, Any], co
     layout["attributes"] = attributes
     layout["consolidated_metadata"]["metadata"] = dict(sorted(layout["consolidated_metadata"]["metadata"].items()))
     write_atomically(path / "zarr.json", json.dumps(layout, indent=2))
+    if objects := objects_of(path):
+        for file in descriptions(path):
+            objects.put(file.relative_to(path).as_posix(), file.read_bytes())
 
 
 def _create_array(group: zarr.Group, folder: Path, name: str, array: Array) -> None:
@@ -110,19 +114,23 @@ def _create_array(group: zarr.Group, folder: Path, name: str, array: Array) -> N
                 if existing.shape != array.shape:
                     existing.resize(array.shape)
                 return
-            shutil.rmtree(folder)
+            remove(folder)
     group.create_array(name, **wanted)
 
 
 class _Recorder(LocalStore):
-    """A local store that notes size and crc32c of every chunk file it writes."""
+    """A store that notes size and crc32c of every chunk file it writes, here or to objects."""
 
     files: Files
+    objects: Objects | None
 
     async def set(self, key: str, value: Buffer) -> None:
         data = value.to_bytes()
         self.files[key] = (len(data), crc32c(data))
-        await super().set(key, value)
+        if self.objects is None:
+            await super().set(key, value)
+        else:
+            self.objects.put(key, data)
 
 
 def write(path: Path, values: Mapping[str, tuple[tuple[int, ...], np.ndarray]]) -> Files:
@@ -133,7 +141,7 @@ def write(path: Path, values: Mapping[str, tuple[tuple[int, ...], np.ndarray]]) 
     array's end, else `ValueError`.
     """
     store = _Recorder(path)
-    store.files = {}
+    store.files, store.objects = {}, objects_of(path)
     group = zarr.open_group(store, mode="r+", zarr_format=3, use_consolidated=False)
     for name, (offset, block) in values.items():
         array = group[name]
@@ -156,7 +164,7 @@ def write_whole(
 
     `arrays` maps a name to (dimension names, values); values of dtype object are text.
     """
-    shutil.rmtree(path, ignore_errors=True)
+    remove(path)
     layout = {
         name: Array(dims, values.shape, str if values.dtype == object else values.dtype, values.shape, fill=None)
         for name, (dims, values) in arrays.items()
@@ -177,14 +185,48 @@ def attributes(path: Path) -> Mapping[str, Any]:
 def metadata_files(path: Path) -> Files:
     """Size and crc32c of the zarr.json files of a store and its arrays (small, read back)."""
     found: Files = {}
-    for file in sorted((*path.glob("zarr.json"), *path.glob("*/zarr.json"))):  # below are chunks, maybe a million
+    for file in descriptions(path):
         data = file.read_bytes()
         found[file.relative_to(path).as_posix()] = (len(data), crc32c(data))
     return found
 
 
+def descriptions(path: Path) -> list[Path]:
+    """The zarr.json files of a store and its arrays."""
+    return sorted((*path.glob("zarr.json"), *path.glob("*/zarr.json")))  # below are chunks, maybe a million
+
+
+class Located(LocalStore):
+    """A store as it is, unverified, wherever its chunk files are."""
+
+    async def get(
+        self, key: str, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
+    ) -> Buffer | None:
+        objects = chunks_of(Path(self.root), key)
+        if objects is None:
+            return await super().get(key, prototype, byte_range)
+        try:
+            return _served(objects.get(key), prototype, byte_range)
+        except FileNotFoundError:
+            return None
+
+
+def _served(data: bytes, prototype: BufferPrototype | None, byte_range: ByteRequest | None) -> Buffer:
+    """The part of a file that zarr asks for."""
+    match byte_range:
+        case RangeByteRequest(start, end):
+            data = data[start:end]
+        case OffsetByteRequest(offset):
+            data = data[offset:]
+        case SuffixByteRequest(suffix):
+            data = data[-suffix:]
+    if prototype is None:
+        prototype = zarr.core.buffer.default_buffer_prototype()
+    return prototype.buffer.from_bytes(data)
+
+
 class _Verifying(LocalStore):
-    """A local store that checks each chunk file against what was recorded, once, before serving any byte of it."""
+    """A store that checks each chunk file against what was recorded, once, before serving any byte of it."""
 
     expected: Mapping[str, tuple[int, int]]
     held: tuple[str, bytes] = ("", b"")
@@ -201,16 +243,7 @@ class _Verifying(LocalStore):
             if self.held[0] != key:
                 self.held = (key, verified_bytes(Path(self.root), key, self.expected))
             data = self.held[1]
-        match byte_range:
-            case RangeByteRequest(start, end):
-                data = data[start:end]
-            case OffsetByteRequest(offset):
-                data = data[offset:]
-            case SuffixByteRequest(suffix):
-                data = data[-suffix:]
-        if prototype is None:
-            prototype = zarr.core.buffer.default_buffer_prototype()
-        return prototype.buffer.from_bytes(data)
+        return _served(data, prototype, byte_range)
 
 
 def verified_bytes(root: Path, key: str, expected: Mapping[str, tuple[int, int]]) -> bytes:
@@ -220,7 +253,7 @@ def verified_bytes(root: Path, key: str, expected: Mapping[str, tuple[int, int]]
         raise DamagedStoreError(f"{root}: chunk {key} was never recorded as written; {advice}")
     size, crc = expected[key]
     try:
-        data = (root / key).read_bytes()
+        data = stored_bytes(root, key)
     except OSError as error:
         raise DamagedStoreError(f"{root}: chunk {key} cannot be read ({error.strerror}); {advice}") from error
     if len(data) != size:
@@ -228,6 +261,17 @@ def verified_bytes(root: Path, key: str, expected: Mapping[str, tuple[int, int]]
     if crc32c(data) != crc:
         raise DamagedStoreError(f"{root}: chunk {key} has checksum {crc32c(data):08x}, {crc:08x} was written; {advice}")
     return data
+
+
+def chunks_of(root: Path, key: str) -> Objects | None:
+    """Where a file below a folder is an object, if it is the chunk of a store and these are objects."""
+    return objects_of(root) if "/c/" in key else None
+
+
+def stored_bytes(root: Path, key: str) -> bytes:
+    """The bytes of a file below a folder, wherever it is. Raises `OSError`."""
+    objects = chunks_of(root, key)
+    return (root / key).read_bytes() if objects is None else objects.get(key)
 
 
 class Reader:
@@ -268,6 +312,7 @@ class Ledger:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.entries: dict[str, dict] = {}
+        self._listed: dict[str, int] | None = None
         try:
             lines = path.read_bytes().splitlines()
         except FileNotFoundError:
@@ -283,13 +328,19 @@ class Ledger:
         entry = self.entries.get(shard)
         if entry is None or entry["id"] != id:
             return None
-        for name, (size, _) in entry["files"].items():
-            try:
-                if (store / name).stat().st_size != size:
-                    return None
-            except OSError:
-                return None
-        return entry
+        return entry if all(self._size(store, name) == size for name, (size, _) in entry["files"].items()) else None
+
+    def _size(self, store: Path, name: str) -> int | None:
+        """Bytes of a file of the store, None where it is not there; objects are listed once."""
+        objects = objects_of(store)
+        if objects is not None:
+            if self._listed is None:
+                self._listed = objects.sizes()
+            return self._listed.get(name)
+        try:
+            return (store / name).stat().st_size
+        except OSError:
+            return None
 
     def record(self, shard: str, id: str, files: Files, **facts: Any) -> dict:
         entry = {"shard": shard, "id": id, "files": {k: list(v) for k, v in files.items()}, **facts}
@@ -301,6 +352,7 @@ class Ledger:
                 file.write(b"\n")
             file.write(body + b"\t" + str(crc32c(body)).encode() + b"\n")
         self.entries[shard] = entry
+        self._listed = None
         return entry
 
     def clear(self) -> None:
@@ -325,3 +377,18 @@ def remove_partials(path: Path) -> None:
             shutil.rmtree(left, ignore_errors=True)
         else:
             left.unlink(missing_ok=True)
+
+
+def remove(path: Path, *keys: str) -> None:
+    """Remove a store, or a folder with stores, wherever its chunk files are; with keys, these files alone."""
+    for key in keys:
+        objects = chunks_of(path, key)
+        if objects is None:
+            (path / key).unlink(missing_ok=True)
+        else:
+            objects.remove(key)
+    if not keys:
+        objects = objects_of(path)
+        if objects is not None:
+            objects.remove()
+        shutil.rmtree(path, ignore_errors=True)

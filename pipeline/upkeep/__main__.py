@@ -15,6 +15,7 @@ from pathlib import Path
 from pipeline import config
 from pipeline.errors import MicrotomeError, explained
 from pipeline.lock import RunLock
+from pipeline.objects import size_of
 from pipeline.upkeep import damage, unreferenced
 
 
@@ -60,7 +61,7 @@ def gc(given: argparse.Namespace) -> int:
     total = 0
     with RunLock(_results(given)):
         for folder in unreferenced.folders(given.results):
-            total += (size := unreferenced.size_of(folder))
+            total += (size := size_of(folder))
             print(f"{size / 1e9:8.3f} GB  {folder}")
             if given.yes:
                 unreferenced.remove(folder)

@@ -10,7 +10,7 @@ from pathlib import Path
 from pipeline.errors import MicrotomeError
 from pipeline.identity import crc32c
 from pipeline.manifest import Files, Manifest
-from pipeline.store import Ledger
+from pipeline.store import Ledger, remove, stored_bytes
 
 SCRATCH = ".microtome"
 
@@ -20,8 +20,13 @@ class Damage:
     """One file that is not what was recorded when it was written, and the manifest or ledger that recorded it."""
 
     record: Path
-    file: Path
+    folder: Path
+    name: str
     what: str
+
+    @property
+    def file(self) -> Path:
+        return self.folder / self.name
 
     def __str__(self) -> str:
         return f"{self.file}: {self.what}"
@@ -51,17 +56,17 @@ def verify(results: Path) -> list[Damage]:
             file = folder / name
             if file in found or (file, size, crc) in good:
                 continue
-            what = _compare(file, size, crc)
+            what = _compare(folder, name, size, crc)
             if what is None:
                 good.add((file, size, crc))
             else:
-                found[file] = Damage(record, file, what)
+                found[file] = Damage(record, folder, name, what)
 
     for path in manifests(results):
         try:
             compare(path, path.parent.parent, Manifest.read(path).files)
         except MicrotomeError as error:
-            found[path] = Damage(path, path, str(error))
+            found[path] = Damage(path, path.parent, path.name, str(error))
     for path in ledgers(results):
         ledger, store = Ledger(path), path.with_suffix(".zarr")
         compare(path, store, _inside(store, ledger.files(ledger.entries)))
@@ -91,9 +96,9 @@ def _inside(store: Path, files: Files) -> Files:
     return found
 
 
-def _compare(file: Path, size: int, crc: int) -> str | None:
+def _compare(folder: Path, name: str, size: int, crc: int) -> str | None:
     try:
-        data = file.read_bytes()
+        data = stored_bytes(folder, name)
     except OSError as error:
         return f"cannot be read ({error.strerror})"
     if len(data) != size:
@@ -119,6 +124,6 @@ def repair(results: Path) -> list[Damage]:
             continue
         if any(path.parent.parent / name in files for name in names):
             path.unlink()
-    for file in files:
-        file.unlink(missing_ok=True)
+    for one in damaged:
+        remove(one.folder, one.name)
     return damaged

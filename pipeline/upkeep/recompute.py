@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
-
 from pipeline import plan
 from pipeline.config import Config
 from pipeline.errors import MicrotomeError, nearest
+from pipeline.store import remove
 
 
 def discard(wanted: Config, stage: str) -> list[str]:
@@ -22,7 +21,7 @@ def discard(wanted: Config, stage: str) -> list[str]:
     for step in made.of_stage(stage):
         for path in plan.STAGES[stage].discard(made, step):
             if path.exists():
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                remove(path) if path.is_dir() else path.unlink()
                 removed.append(f"removed {path}")
         for manifest in (made.results / step.manifest).parent.glob(f"{stage}.*.json"):
             manifest.unlink()

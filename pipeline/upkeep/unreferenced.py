@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
+from pipeline import store
 from pipeline.manifest import Manifest
 from pipeline.stage import UNFINISHED
 from pipeline.upkeep.damage import SCRATCH, manifests
@@ -52,8 +52,4 @@ def remove(folder: Path) -> None:
     if folder.name.startswith("dissect-"):
         (folder.parent / "done" / f"{folder.name.replace('-', '.', 1)}.json").unlink(missing_ok=True)
     folder.with_suffix(".ledger").unlink(missing_ok=True)
-    shutil.rmtree(folder)
-
-
-def size_of(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    store.remove(folder)
