@@ -40,6 +40,7 @@ localrules:
     ablate,
     calibrate,
     similarity,
+    sight,
 
 
 include: "workflow/rules/common.smk"
@@ -73,12 +74,18 @@ rule similarity:
         RUN.targets("similarity"),
 
 
+rule sight:
+    input:
+        RUN.targets("sight"),
+
+
 include: "workflow/rules/data.smk"
 include: "workflow/rules/networks.smk"
 include: "workflow/rules/dissection.smk"
 include: "workflow/rules/ablation.smk"
 include: "workflow/rules/calibration.smk"
 include: "workflow/rules/similarity.smk"
+include: "workflow/rules/sight.smk"
 include: "workflow/rules/report.smk"
 
 

@@ -392,6 +392,32 @@ class Similarity(Strict):
         return self
 
 
+Measure = Literal["receptive_field", "attention", "skips", "localisation"]
+
+
+class Sight(Strict):
+    """How networks look at images: how far their layers and their attention reach, what their skip connections pass on,
+    and whether their last layer knows where things are."""
+
+    networks: list[str] | None = Field(
+        None, description="these networks; with `-untrained` at the end, their controls; default: all but controls"
+    )
+    datasets: list[Name] | None = Field(None, description="on these data sets; default: all of the network's")
+    measures: Annotated[list[Measure], Field(min_length=1)] = Field(
+        list(get_args(Measure)), description="what is measured; default: all"
+    )
+    images: Annotated[int, Field(ge=4)] = Field(
+        256, description="images that go through each network, once and once more without each of its skip connections"
+    )
+    minibatch: Annotated[int, Field(ge=4)] = Field(64, description="images of a minibatch")
+    gradients: PositiveInt = Field(8, description="images of a minibatch whose gradients make receptive fields")
+    seed: NonNegativeInt = Field(0, description="other minibatches for another seed")
+    split: str | None = Field(None, description="the images' split; default: the one that is dissected")
+    layers: dict[str, Literal["all", "auto"] | Annotated[list[str], Field(min_length=1)]] = Field(
+        {}, description="by network: names or patterns, `auto`, or `all` modules; default: the network's `layers`"
+    )
+
+
 class Network(NetworkSpec):
     """A network: how to build it, its weights, and the layers to look at."""
 
@@ -528,6 +554,7 @@ class Config(Strict):
     segmenters: dict[Name, Segmenter] = Field({}, description="by name")
     calibrate: Calibrate | None = Field(None, description="with this section, networks are calibrated; default: none")
     similarity: Similarity | None = Field(None, description="how alike layers of networks are; default: not asked")
+    sight: Sight | None = Field(None, description="how networks look at images; default: not asked")
     controls: Controls = Field(Controls(), description="what the units are compared with")
     cluster: Cluster = Field(Cluster(), description="the workers")
     report: Report = Field(Report(), description="the pages at the end")
@@ -563,6 +590,24 @@ class Config(Strict):
                 for name in wished or ():
                     if name not in known:
                         raise ValueError(f"calibrate: no {kind} {name!r}{nearest(name, known)}")
+        return self
+
+    @model_validator(mode="after")
+    def looked_into(self) -> "Config":
+        if self.sight is None:
+            return self
+        known = [name + ending for name in self.networks for ending in ("", UNTRAINED)]
+        for where, wished, there in (
+            ("sight.networks: no network", self.sight.networks or (), known),
+            ("sight.layers: no network", self.sight.layers, known),
+            ("sight.datasets: no data set", self.sight.datasets or (), list(self.datasets)),
+        ):
+            for name in wished:
+                if name not in there:
+                    raise ValueError(f"{where} {name!r}{nearest(name, there)}")
+        for name in self.sight.networks or ():
+            if name.endswith(UNTRAINED) and self.networks[name.removesuffix(UNTRAINED)].weights == "random":
+                raise ValueError(f"sight.networks: {name!r}: a random network has no control beside it")
         return self
 
     @model_validator(mode="after")
@@ -662,7 +707,8 @@ def select(config: Config, only: str | list[str]) -> Config:
         )
         for name, network in networks.items()
     }
-    return config.model_copy(update={"networks": networks, "similarity": _still_asked(config, networks, set(chosen))})
+    kept = {"similarity": _still_asked(config, networks, set(chosen)), "sight": _still_seen(config, networks, chosen)}
+    return config.model_copy(update={"networks": networks} | kept)
 
 
 def _still_asked(config: Config, networks: Mapping[str, Network], datasets: set[str]) -> Similarity | None:
@@ -676,6 +722,23 @@ def _still_asked(config: Config, networks: Mapping[str, Network], datasets: set[
         and config.dataset_of(name) in datasets
     }
     return config.similarity.model_copy(update={"compare": compare}) if compare else None
+
+
+def _still_seen(config: Config, networks: Mapping[str, Network], datasets: Sequence[str]) -> Sight | None:
+    """The section `sight` without the networks and data sets that do not stay."""
+    asked = config.sight
+    if asked is None:
+        return None
+
+    def stay(names: Iterable[str]) -> list[str]:
+        return [name for name in names if name.removesuffix(UNTRAINED) in networks]
+
+    update: dict[str, Any] = {"layers": {name: asked.layers[name] for name in stay(asked.layers)}}
+    if asked.networks is not None:
+        update["networks"] = stay(asked.networks)
+    if asked.datasets is not None:
+        update["datasets"] = [name for name in asked.datasets if name in datasets]
+    return asked.model_copy(update=update)
 
 
 def _explain(item: Any) -> str:

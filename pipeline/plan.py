@@ -25,6 +25,7 @@ from pipeline import (
     network,
     objects,
     published,
+    sight,
     similarity,
 )
 from pipeline.config import UNTRAINED, Config, Network
@@ -43,6 +44,7 @@ STAGES: dict[str, Any] = {
     "calibrate": calibrate,
     "grams": grams,
     "similarity": similarity,
+    "sight": sight,
     "report": report,
 }
 
@@ -205,6 +207,7 @@ def make(wanted: Config, rescan: bool = False, arguments: Sequence[str] = ()) ->
     dissected: list[Step] = []
     ablated: list[Step] = []
     calibrated: list[Step] = []
+    looked_into: list[Step] = []
     calibrate.check(wanted.calibrate, found)
     loaded = {}
     for name, spec in plan.networks.items():
@@ -234,6 +237,10 @@ def make(wanted: Config, rescan: bool = False, arguments: Sequence[str] = ()) ->
                 settings = calibrate.settings(wanted.calibrate, data, dataset.dissect.split, found[data])
                 parents = [ingests[data], loaded[name], extracted]
                 calibrated.append(add("calibrate", settings, parents, data, name))
+            if wanted.sight is not None and sight.wanted(wanted.sight, name, data):
+                settings = sight.settings(name, spec, dataset, wanted.sight)
+                found[data].require(data, settings["split"])
+                looked_into.append(add("sight", settings, [ingests[data], loaded[name]], data, name))
     compared = []
     for name in wanted.similarity.compare if wanted.similarity else ():
         assert wanted.similarity is not None
@@ -244,7 +251,11 @@ def make(wanted: Config, rescan: bool = False, arguments: Sequence[str] = ()) ->
             found[data].require(data, settings["split"])
             parents.append(add("grams", settings, [ingests[data], loaded[each]], data, each))
         compared.append(add("similarity", similarity.settings(name, asked), parents, data, comparison=name))
-    add("report", report.settings(wanted), [*loaded.values(), *dissected, *ablated, *calibrated, *compared])
+    add(
+        "report",
+        report.settings(wanted),
+        [*loaded.values(), *dissected, *ablated, *calibrated, *compared, *looked_into],
+    )
 
     digests.save()
     return plan
