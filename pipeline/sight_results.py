@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kernels.attention import distances
 from kernels.cka import jackknife, ratio
 from kernels.localisation import position_cka
 from kernels.receptive_field import extent
@@ -126,7 +127,12 @@ def _attention(found: Results, work: Work, distance: np.ndarray) -> None:
     modules = work.prepared.attention
     mean, error = _mean(distance)
     dims = ("attention", "head")
-    found.arrays |= {"attention": (("attention",), _text(each.name for each in modules))}
+    grids = [each.info.shape[1:] for each in modules]
+    uniform = [float(distances(grid, _patch(work.image, grid)).mean()) for grid in grids]
+    found.arrays |= {
+        "attention": (("attention",), _text(each.name for each in modules)),
+        "attention_uniform_distance": (("attention",), np.array(uniform)),
+    }
     for kind, name in enumerate(("attention_distance", "attention_distance_renormalised")):
         found.arrays |= {name: (dims, mean[..., kind]), f"{name}_standard_error": (dims, error[..., kind])}
     rows = (
@@ -289,6 +295,10 @@ def _localised_rows(
         where = list(divmod(cell, width)) if cell >= 0 else ["", ""]
         found = list(divmod(int(best[at]), width)) if best[at] >= 0 else ["", ""]
         yield [f"special token {at}" if cell < 0 else "position", *where, *own, mean, *found, notes[at]]
+
+
+def _patch(image: tuple[int, int], grid: tuple[int, int]) -> tuple[float, float]:
+    return image[0] / grid[0], image[1] / grid[1]
 
 
 def _mean(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
