@@ -179,6 +179,12 @@ class Network(_Folder["Layer"]):
         """
         return _open(self.path / "calibration.zarr")
 
+    @cached_property
+    def sight(self) -> xr.Dataset:
+        """How it looks at images: receptive fields (layer, y, x), attention_distance (attention, head), skip_ratio and
+        accuracy_loss (skip), localisation (output, input), as far as they were asked for and the network has them."""
+        return _open(self.path / "sight.zarr")
+
     @property
     def units(self) -> list[dict[str, Any]]:
         """units.csv, one row a unit: numbers are numbers, and None where the table has none."""

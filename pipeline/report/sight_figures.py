@@ -18,15 +18,16 @@ from pipeline.report.style import GRID, INK, MUTED, RUN_COLOURS, bare, grid_of, 
 MOST_FIELDS = 18  # panels of receptive fields: of more layers, evenly spaced ones
 MOST_NAMES = 30  # that are written beside an axis
 PALETTE = "viridis"
+BAR = 0.62  # inches for a scale beside panels
 
 
 def fields(width: float, found: Sight) -> Figure:
     """The receptive fields of layers, from the input on, each with its own largest value in the brightest colour."""
     layers = shown_layers(found)
     rows, columns = grid_of(len(layers), width, 6)
+    image = found.settings["image_size"]
+    figure, panels = _grid(rows, columns, width, width, image[0] / image[1], 0.32)
     side = width / columns
-    figure = Figure(figsize=(width, rows * (side + 0.3)), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).ravel()
     for panel, layer in zip(panels, layers, strict=False):
         field = found.values["receptive_field"][layer]
         panel.imshow(field / field.max(), cmap="magma", vmin=0, vmax=1, interpolation="none")
@@ -146,9 +147,7 @@ def places(width: float, found: Sight) -> Figure:
     height, wide = found.settings["localised_grid"]
     cka = found.values["localisation"]
     rows, columns = grid_of(len(outputs), width, 5)
-    side = width / columns
-    figure = Figure(figsize=(width, rows * (side * height / wide + 0.2)), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    figure, panels = _grid(rows, columns, width, width - BAR, height / wide, 0.2)
     norm = Normalize(min(0.0, float(np.nanmin(cka))), float(np.nanmax(cka)))
     mesh = None
     for panel, output in zip(panels, outputs, strict=False):
@@ -163,7 +162,9 @@ def places(width: float, found: Sight) -> Figure:
     for panel in panels[len(outputs) :]:
         panel.set_axis_off()
     assert mesh is not None
-    bar = figure.colorbar(mesh, ax=list(panels), shrink=0.6, aspect=24, pad=0.01, label="CKA")
+    tall = figure.get_figheight()
+    beside = figure.add_axes((1 - 0.92 * BAR / width, 0.1, 0.1 / width, max(0.5, 1 - 0.7 / tall)))
+    bar = figure.colorbar(mesh, cax=beside, label="CKA")
     bar.outline.set_visible(False)  # type: ignore[operator]
     return figure
 
@@ -174,6 +175,32 @@ def shown_outputs(found: Sight) -> list[int]:
     special = found.settings["localised_special_tokens"]
     lines = [dict.fromkeys((0, side // 2, side - 1)) for side in (height, width)]
     return [*range(min(special, 1)), *(special + y * width + x for y in lines[0] for x in lines[1])]
+
+
+def _grid(
+    rows: int, columns: int, width: float, used: float, proportion: float, title: float
+) -> tuple[Figure, np.ndarray]:
+    """A figure of panels of one proportion (height to width) below titles, in inches; `used` of the width are theirs.
+
+    By hand: matplotlib's own layout takes as long as all the drawing.
+    """
+    gap = 0.06
+    side = (used - gap * (columns + 1)) / columns
+    row = side * proportion + title + gap
+    height = rows * row
+    figure = Figure(figsize=(width, height))
+    panels = [
+        figure.add_axes(
+            (
+                (gap + (side + gap) * (at % columns)) / width,
+                1 - ((at // columns + 1) * row - gap / 2) / height,
+                side / width,
+                side * proportion / height,
+            )
+        )
+        for at in range(rows * columns)
+    ]
+    return figure, np.array(panels)
 
 
 def _plain_numbers(axis: Axis) -> None:

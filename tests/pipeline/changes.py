@@ -35,7 +35,8 @@ SHARDS = 3  # of 16 images each, that hold the validation images
 @dataclass
 class Work:
     """What a run did. By network: shards put through it (`forwards`), layers written and layers counted, by name, and
-    minibatches put through it for the similarity of layers. Shards are `ablated` without units and without sets."""
+    minibatches put through it, for the similarity of layers or for sight. Shards are `ablated` without units and
+    without sets."""
 
     steps: list[str] = field(default_factory=list)
     decoded: int = 0
@@ -157,7 +158,7 @@ def run(raw: dict[str, Any]) -> Work:
             work.steps.append(step.name)
     for path in results.rglob("*.ledger"):
         new = shard_lines(path)[ledgers_before.get(path, 0) :]
-        if path.name == "grams.ledger":
+        if path.name in ("grams.ledger", "sight-minibatches.ledger"):
             if new:
                 work.minibatches[path.parent.name] = len(new)
             continue
@@ -304,6 +305,10 @@ CHANGES = [
     Change(
         "checkpoint of the CNN replaced, where the two are compared", "all of the CNN, nothing of the ViT",
         lambda folder, raw: _replaced_beside(folder, raw),
+    ),
+    Change(
+        "sight of the two switched on", "their minibatches",
+        lambda folder, raw: changed(raw, "sight", to={"images": 32, "minibatch": 16, "gradients": 2}),
     ),
     Change("text or code of the report", "the report", lambda folder, raw: raw, report_changed),
 ]  # fmt: skip

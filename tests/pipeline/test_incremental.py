@@ -74,6 +74,7 @@ def expected(name: str, work: Work) -> dict:
         "ablation of the CNN switched on": {},
         "calibration switched on": {},
         "similarity of the two switched on": {"minibatches": {"cnn": 2, "vit": 2}},
+        "sight of the two switched on": {"minibatches": {"cnn": 2, "vit": 2}},
         "checkpoint of the CNN replaced, where the two are compared": {
             "forwards": {"cnn": SHARDS}, "written": {"cnn": CNN_LAYERS}, "counted": {"cnn": CNN_LAYERS},
             "minibatches": {"cnn": 2},
@@ -105,6 +106,8 @@ def test_what_a_change_costs(tmp_path, base, change: Change):
             assert work.shard_writes == 2 * 2, "a split of each network"
         case "similarity of the two switched on":
             assert work.steps == ["grams scenes cnn", "grams scenes vit", "similarity scenes both", "report"]
+        case "sight of the two switched on":
+            assert work.steps == ["sight scenes cnn", "sight scenes vit", "report"]
         case "text or code of the report":
             assert work.steps == ["report"]
         case "one more source of concepts (colours of the pixels)":

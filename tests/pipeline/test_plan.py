@@ -118,6 +118,7 @@ CHANGES = {
     "networks.tiny.special_tokens": (1, {"extract", "dissect", "report"}),
     "networks.tiny.ablate.draws": (3, {"report"}),  # the section adds a step, and changes none
     "calibrate.share": (0.9, {"report"}),  # as before
+    "sight.images": (64, {"report"}),  # as before
     "controls.images": (8, {"dissect", "report"}),
     "report.title": ("Another", {"report"}),
     "figures.width": ("one", {"report"}),
