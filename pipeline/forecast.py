@@ -254,7 +254,22 @@ def _grams(plan: Plan, step: Step, splits: Splits, done: bool) -> Cost:
     )
 
 
-ESTIMATES = {"ingest": _ingest, "concepts": _concepts, "extract": _extract, "dissect": _dissect, "grams": _grams}
+def _sight(plan: Plan, step: Step, splits: Splits, done: bool) -> Cost:
+    """How often the images go through the network depends on its skips, which are found on the way."""
+    assert step.dataset is not None
+    how = step.settings
+    images = min(splits[step.dataset][how["split"]], how["images"])
+    return Cost(step, (), images, max(1, -(-images // how["minibatch"])), None, None)
+
+
+ESTIMATES = {
+    "ingest": _ingest,
+    "concepts": _concepts,
+    "extract": _extract,
+    "dissect": _dissect,
+    "grams": _grams,
+    "sight": _sight,
+}
 
 
 def _counted(plan: Plan, step: Step, splits: Splits) -> tuple[int, Any, tuple[int, int], Mapping[str, Any]]:

@@ -87,6 +87,7 @@ class Request(BaseModel):
     weights_path: str | None = None
     ablate: Ablation | None = None
     compare: str | list[str] | None = None
+    look: str | list[str] | None = None
 
 
 class SegmenterRequest(BaseModel):
@@ -107,6 +108,7 @@ def inspect(
     weights_path: str | Path | None = None,
     ablate: Ablation | None = None,
     compare: str | Sequence[str] | None = None,
+    look: str | Sequence[str] | None = None,
 ) -> Inspection:
     """Build the network on the meta device, check its checkpoint's names and shapes, and find the wanted layers.
 
@@ -120,6 +122,7 @@ def inspect(
     weights_path : checkpoint made by the workflow, which replaces the network's own.
     ablate : what is to be removed.
     compare : layers that are compared with those of other networks, as in `layers.choose`; None: `layers`.
+    look : layers that are looked into, in the same way; they are only refused where they are unknown.
 
     Raises
     ------
@@ -130,6 +133,8 @@ def inspect(
     built, surveyed = _surveyed(spec, input_shape, special_tokens)
     load_weights(built, spec, weights_path, shapes_only=True)
     chosen = choose(built, surveyed, layers, spec.architecture)
+    if look is not None:
+        choose(built, surveyed, look, spec.architecture)
     # Maps that keep the image's proportions are what convolutions give, in order.
     doubtful = [layer for layer in chosen if layer.spatial and not _certain(layer, input_shape)]
     if doubtful:

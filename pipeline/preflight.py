@@ -251,6 +251,9 @@ def _request(plan: Plan, step: Step) -> dict[str, Any]:
     compared = next((s for s in plan.of_stage("grams") if (s.dataset, s.network) == (step.dataset, step.network)), None)
     if compared is not None and compared.settings["layers"] != network.layers:
         request["compare"] = compared.settings["layers"]
+    seen = next((s for s in plan.of_stage("sight") if (s.dataset, s.network) == (step.dataset, step.network)), None)
+    if seen is not None and seen.settings["layers"] != network.layers:
+        request["look"] = seen.settings["layers"]
     return request
 
 

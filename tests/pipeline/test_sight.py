@@ -16,7 +16,7 @@ from torch import nn
 
 import pipeline
 from kernels.receptive_field import extent
-from pipeline import cluster, config, plan
+from pipeline import cluster, config, forecast, inspection, plan, preflight
 from pipeline.config import Cluster
 from pipeline.errors import MicrotomeError
 from pipeline.forward import normalise
@@ -457,6 +457,18 @@ def test_configurations_that_are_refused(tmp_path, change, message):
     raw["sight"] |= change
     with pytest.raises(MicrotomeError, match=message):
         config.parse(raw)
+
+
+def test_unknown_layers_are_refused_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight, "in_own_process", lambda _, requests, what: inspection.answer(requests))
+    raw = experiment(tmp_path, layers={"cnn": ["a", "bb"]}, networks=["cnn"])
+    with pytest.raises(MicrotomeError, match=r"cnn.*layer 'bb' is not in"):
+        preflight.check(plan.make(config.parse(raw)))
+    raw["sight"]["layers"] = {"cnn": "all"}
+    made = plan.make(config.parse(raw))
+    preflight.check(made)
+    costs = {cost.step.name: cost for cost in forecast.forecast(made)}
+    assert (costs["sight scenes cnn"].images, costs["sight scenes cnn"].tasks) == (16, 3)
 
 
 def test_unknown_layers_and_too_few_images(tmp_path):
