@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zarr
 
 from pipeline.errors import MicrotomeError
+from pipeline.manifest import recorded_files
+from pipeline.store import Reader
 
 REACH_COLUMNS = ("layer", "area", "radius", "radius_standard_error", "deviation_y", "deviation_x")
 ATTENTION_COLUMNS = (
@@ -52,8 +53,10 @@ class Sight:
 def read_sight(results: Path, dataset: str, network: str) -> Sight:
     path = results / dataset / network / "sight.zarr"
     try:
-        store = zarr.open_group(path, mode="r", use_consolidated=False)
-        found = Sight(dataset, network, {name: np.asarray(array) for name, array in store.arrays()}, dict(store.attrs))
+        files = recorded_files(path)
+        store = Reader(path, files)
+        names = [name.removesuffix("/zarr.json") for name in files if name.endswith("/zarr.json")]
+        found = Sight(dataset, network, {name: np.asarray(store[name][:]) for name in names}, dict(store.attrs))
         for measure, array in (
             ("receptive_field", "receptive_field"),
             ("attention", "attention_distance"),
