@@ -213,8 +213,10 @@ def known_ids(store: Path) -> np.ndarray | None:
     """
     import zarr
 
+    from pipeline.store import Located
+
     try:
-        array = zarr.open_array(store / "image_id", mode="r", zarr_format=3)
+        array = zarr.open_array(Located(store, read_only=True), path="image_id", mode="r", zarr_format=3)
         ids = np.asarray(array[:], dtype=object)
     except (FileNotFoundError, ValueError, KeyError):
         return None

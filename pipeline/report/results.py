@@ -15,7 +15,7 @@ from pipeline.dissect import UNIT_COLUMNS as COLUMNS
 from pipeline.errors import MicrotomeError
 from pipeline.identity import crc32c
 from pipeline.manifest import recorded, recorded_files
-from pipeline.store import Reader
+from pipeline.store import Located, Reader
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ def open_store(path: Path) -> Store:
     if recorded:
         return Reader(path, recorded)
     try:
-        return zarr.open_group(path, mode="r", use_consolidated=False)
+        return zarr.open_group(Located(path, read_only=True), mode="r", use_consolidated=False)
     except FileNotFoundError:
         raise MicrotomeError(f"the report needs the store {path}, which does not exist; dissect the network") from None
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zarr
 from matplotlib.figure import Figure
 
 from pipeline.errors import MicrotomeError
+from pipeline.report.results import open_store
 from pipeline.report.style import GRID, INK, bare, shorten
 
 MEASURES = (
@@ -58,7 +58,7 @@ class Similarity:
 def read_similarity(results: Path, name: str) -> Similarity:
     path = results / "similarity" / name / "cka.zarr"
     try:
-        store = zarr.open_group(path, mode="r", use_consolidated=False)
+        store = open_store(path)
         networks = [str(each) for each in np.asarray(store["network_a"])]
         titles = [str(each) for each in np.asarray(store["layer_a"])]
         values = {measure: np.asarray(store[measure]) for measure in MEASURES}

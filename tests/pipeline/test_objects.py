@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import xarray as xr
 import zarr
-from experiments import lines, run, scenes, tiny
+from experiments import labelled_images, lines, run, scenes, segmentation, tiny
 
 import pipeline
 from pipeline import cluster, config, objects, plan
@@ -18,7 +18,7 @@ from pipeline.config import Cluster
 from pipeline.errors import MicrotomeError
 from pipeline.manifest import Manifest
 from pipeline.objects import objects_of, settle, size_of
-from pipeline.store import DamagedStoreError, Reader
+from pipeline.store import DamagedStoreError, Located, Reader
 from pipeline.upkeep import damage, unreferenced
 from pipeline.upkeep.recompute import discard
 
@@ -177,6 +177,19 @@ def test_what_is_thrown_away_is_gone_from_the_bucket(server, tmp_path):
     assert any("/c/" in name for name in logits.sizes())
     discard(config.parse(raw), "extract")
     assert logits.sizes() == {} and objects_of(made.results / "scenes/images.zarr").sizes()
+
+
+def test_images_keep_their_slots(server, tmp_path):
+    names = [f"image{k}" for k in range(6)]
+    labelled_images(tmp_path, names[1:])
+    raw = segmentation(tmp_path) | {"stores": "s3://bucket/slots"}
+    raw["datasets"]["photos"] = {"kind": "imagefolder", "root": str(tmp_path / "images"), "shard_images": 4}
+    store = run(raw, "ingest").results / "photos" / "images.zarr"
+    labelled_images(tmp_path, names[:1])
+    run(raw, "ingest")
+    ids = np.asarray(zarr.open_group(Located(store, read_only=True), mode="r", use_consolidated=False)["image_id"])
+    assert str(ids[5]).endswith("image0.png") and not any("image0.png" in str(one) for one in ids[:5])
+    assert [entry["shard"] for entry in lines(store.with_suffix(".ledger"))] == ["0", "1", "1"]
 
 
 def test_stores_stay_where_they_are(both, tmp_path):
