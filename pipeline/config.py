@@ -6,7 +6,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 from pydantic import (
     BaseModel,
@@ -342,6 +342,53 @@ class Calibrate(Strict):
     )
 
 
+ProbeFeatures = Literal["class_token", "pooled", "spatial"]
+
+
+class Probes(Strict):
+    """Linear probes: how well the classes can be read off each layer by a linear classifier."""
+
+    networks: list[str] | None = Field(
+        None, description="these networks, with `-untrained` at the end their controls; default: all but controls"
+    )
+    datasets: list[Name] | None = Field(None, description="on these data sets; default: all with classes")
+    features: Annotated[list[ProbeFeatures], Field(min_length=1)] = Field(
+        ["class_token", "pooled", "spatial"],
+        description="what is read of a layer: its `class_token`, its mean over the positions (`pooled`), single "
+        "positions (`spatial`); those that it has",
+    )
+    grid: PositiveInt = Field(2, description="single positions a side, evenly spread, each with a probe of its own")
+    shots: list[PositiveInt] = Field([1, 5, 10], description="images of each class to fit on, beside all there are")
+    draws: PositiveInt = Field(10, description="random picks of these images, which are averaged over")
+    fit: str = Field("train", description="the split to fit on")
+    choose: str | None = Field(
+        None, description="the split that chooses the penalty; default: a `share` of `fit`, which is not fitted on"
+    )
+    test: str | None = Field(
+        None, description="the split to judge on; default: the one that is dissected. If it is `fit`, a `share` of it"
+    )
+    share: Annotated[float, Field(gt=0, lt=0.5)] = Field(0.2, description="of the images of a split with two purposes")
+    images: PositiveInt | None = Field(None, description="bound on the images of each split; default: all")
+    penalties: Annotated[list[Annotated[float, Field(ge=1e-9)]], Field(min_length=1)] = Field(
+        [1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0],
+        description="that one is chosen of, for each image and standardised features",
+    )
+    seed: NonNegativeInt = Field(0, description="of the shares and of the picks")
+
+    @model_validator(mode="after")
+    def _apart(self) -> "Probes":
+        for key in ("features", "shots", "penalties"):
+            values = getattr(self, key)
+            if twice := [value for at, value in enumerate(values) if value in values[:at]]:
+                raise ValueError(f"{key}: {twice[0]!r} is named twice")
+        if self.choose is not None and self.choose in (self.fit, self.test):
+            purpose = "fitted" if self.choose == self.fit else "judged"
+            raise ValueError(
+                f"choose: split {self.choose!r} is {purpose} on: name another, or leave `choose` out for a share of `fit`"
+            )
+        return self
+
+
 Features = Literal["whole", "class_token", "spatial", "pooled"]
 
 
@@ -555,6 +602,7 @@ class Config(Strict):
     calibrate: Calibrate | None = Field(None, description="with this section, networks are calibrated; default: none")
     similarity: Similarity | None = Field(None, description="how alike layers of networks are; default: not asked")
     sight: Sight | None = Field(None, description="how networks look at images; default: not asked")
+    probes: Probes | None = Field(None, description="with this section, layers are probed; default: none are")
     controls: Controls = Field(Controls(), description="what the units are compared with")
     cluster: Cluster = Field(Cluster(), description="the workers")
     report: Report = Field(Report(), description="the pages at the end")
@@ -582,15 +630,27 @@ class Config(Strict):
             for dataset in wanted:
                 if dataset not in self.datasets:
                     raise ValueError(f"network {name!r}: no data set {dataset!r}{nearest(dataset, self.datasets)}")
-        if self.calibrate is not None:
+        for section, asked, networks in (
+            ("calibrate", self.calibrate, list(self.networks)),
+            ("probes", self.probes, self.with_controls()),
+        ):
+            if asked is None:
+                continue
             for kind, wished, known in (
-                ("network", self.calibrate.networks, list(self.networks)),
-                ("data set", self.calibrate.datasets, list(self.datasets)),
+                ("network", asked.networks, networks),
+                ("data set", asked.datasets, list(self.datasets)),
             ):
                 for name in wished or ():
                     if name not in known:
-                        raise ValueError(f"calibrate: no {kind} {name!r}{nearest(name, known)}")
+                        raise ValueError(f"{section}: no {kind} {name!r}{nearest(name, known)}")
         return self
+
+    def with_controls(self) -> list[str]:
+        """The names of all networks, each followed by that of its untrained control where it has one."""
+        found = []
+        for name, network in self.networks.items():
+            found += [name] if network.weights == "random" else [name, name + UNTRAINED]
+        return found
 
     @model_validator(mode="after")
     def looked_into(self) -> "Config":
@@ -709,6 +769,28 @@ def select(config: Config, only: str | list[str]) -> Config:
     }
     kept = {"similarity": _still_asked(config, networks, set(chosen)), "sight": _still_seen(config, networks, chosen)}
     return config.model_copy(update={"networks": networks} | kept)
+    asked = {
+        "networks": networks,
+        "similarity": _still_asked(config, networks, set(chosen)),
+        "calibrate": _narrowed(config.calibrate, networks, chosen),
+        "probes": _narrowed(config.probes, networks, chosen),
+    }
+    return config.model_copy(update=asked)
+
+
+Section = TypeVar("Section", Calibrate, Probes)
+
+
+def _narrowed(asked: Section | None, networks: Iterable[str], datasets: Iterable[str]) -> Section | None:
+    """A section without the networks and data sets that do not stay."""
+    if asked is None:
+        return None
+    kept: dict[str, list[str]] = {}
+    if asked.networks is not None:
+        kept["networks"] = [name for name in asked.networks if name.removesuffix(UNTRAINED) in networks]
+    if asked.datasets is not None:
+        kept["datasets"] = [name for name in asked.datasets if name in datasets]
+    return asked.model_copy(update=kept)
 
 
 def _still_asked(config: Config, networks: Mapping[str, Network], datasets: set[str]) -> Similarity | None:

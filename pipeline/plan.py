@@ -24,6 +24,7 @@ from pipeline import (
     ingest,
     network,
     objects,
+    probes,
     published,
     sight,
     similarity,
@@ -42,6 +43,7 @@ STAGES: dict[str, Any] = {
     "dissect": dissect,
     "ablate": ablate,
     "calibrate": calibrate,
+    "probes": probes,
     "grams": grams,
     "similarity": similarity,
     "sight": sight,
@@ -208,7 +210,9 @@ def make(wanted: Config, rescan: bool = False, arguments: Sequence[str] = ()) ->
     ablated: list[Step] = []
     calibrated: list[Step] = []
     looked_into: list[Step] = []
+    probed: list[Step] = []
     calibrate.check(wanted.calibrate, found)
+    probes.check(wanted.probes, found)
     loaded = {}
     for name, spec in plan.networks.items():
         if not datasets_of(wanted, spec):  # `only` left it none
@@ -241,6 +245,9 @@ def make(wanted: Config, rescan: bool = False, arguments: Sequence[str] = ()) ->
                 settings = sight.settings(name, spec, dataset, wanted.sight)
                 found[data].require(data, settings["split"])
                 looked_into.append(add("sight", settings, [ingests[data], loaded[name]], data, name))
+            if wanted.probes is not None and probes.wanted(wanted.probes, name, data, found[data]):
+                settings = probes.settings(wanted.probes, data, dataset.dissect.split, found[data])
+                probed.append(add("probes", settings, [ingests[data], loaded[name], extracted], data, name))
     compared = []
     for name in wanted.similarity.compare if wanted.similarity else ():
         assert wanted.similarity is not None
@@ -256,6 +263,7 @@ def make(wanted: Config, rescan: bool = False, arguments: Sequence[str] = ()) ->
         report.settings(wanted),
         [*loaded.values(), *dissected, *ablated, *calibrated, *compared, *looked_into],
     )
+    add("report", report.settings(wanted), [*loaded.values(), *dissected, *ablated, *calibrated, *probed, *compared])
 
     digests.save()
     return plan
