@@ -154,8 +154,8 @@ def run(plan: Plan, step: Step) -> None:
     table = probes_results.table(store, files)
     output = digest([files, table.decode()])
     files = stage.within(store.name, files)
-    for id, own in held.items():
-        files |= stage.within(f"probe-features/{id}.zarr", own)
+    for id, kept in held.items():
+        files |= stage.within(f"probe-features/{id}.zarr", kept)
     files |= write_file(folder, "probes.csv", table)
     facts = {"counted": division.counts, "network_accuracy": own, "notes": division.notes}
     stage.finish(plan, step, began, output, files, facts, made=(len(made), len(shards_of(images, how))))

@@ -17,7 +17,6 @@ from pipeline.config import Network
 from pipeline.forward import (
     HALF_MAX,
     Model,
-    NonFiniteError,
     forward_in_batches,
     loaded,
     network_of,
@@ -223,11 +222,7 @@ def gather(
         found |= computed(model, images, files, bounds, lacking)
     written = {}
     for layer, _ in layers:
-        values = found.pop(layer.id)
-        good = np.isfinite(values).all((1, 2))
-        if not good.all():
-            raise NonFiniteError(layer.name, start + int(good.argmin()))
-        written[layer.id] = write(layer.features, {"feature": ((start, 0, 0), values)})
+        written[layer.id] = write(layer.features, {"feature": ((start, 0, 0), found.pop(layer.id))})
     return shard, written
 
 
@@ -265,7 +260,6 @@ def computed(
     }
 
     def take(name: str, at: int, output: torch.Tensor) -> None:
-        refuse_non_finite(output, name, start + at)
         layer = by_name[name]
         maps, special = to_maps(output.float(), layer.info)
         for place, vector in enumerate(layer.vectors):
@@ -282,6 +276,8 @@ def computed(
     rounded = {}
     for name, values in found.items():
         layer = by_name[name]
+        # Of what is kept: a mean tells of every position, and `isfinite` on all of them takes as long as a convolution.
+        refuse_non_finite(values, name, start)
         halves = [at for at, vector in enumerate(layer.vectors) if vector.features != "pooled"]
         if halves:
             largest = float(values[:, halves].abs().amax())
