@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -134,9 +135,7 @@ def run(plan: Plan, step: Step) -> None:
     entries = extracted.result["layers"]
     with client(plan.config.cluster, plan.scratch) as workers:
         names = [entry["name"] for entry in entries]
-        (prepared,) = run_tasks(
-            workers, probes_tasks.prepare, [(model, images.size, names)], 1, f"{step.name}: layers"
-        )
+        (prepared,) = run_tasks(workers, probes_tasks.prepare, [(model, images.size, names)], 1, f"{step.name}: layers")
         need = probes_tasks.forward_need(prepared, model.spec, images.shard_images, images.size)
         check_memory(plan.config.cluster, need, step.name, FORWARD_REMEDY)
         layers = layers_of(plan, step, prepared.infos, entries, folder)
@@ -198,9 +197,7 @@ def shards_of(images: Images, how: Mapping[str, Any]) -> list[int]:
     return sorted({shard for split in splits for shard in images.shards(split, how["images"])})
 
 
-def divide(
-    images: Images, label: np.ndarray, how: Mapping[str, Any], classes: Sequence[str], what: str
-) -> Division:
+def divide(images: Images, label: np.ndarray, how: Mapping[str, Any], classes: Sequence[str], what: str) -> Division:
     """Give every image its part: by its split, and where a split has two purposes by a hash of the image's id, so that
     images that come or go move no other."""
     image_id = images.image_ids()
@@ -237,7 +234,7 @@ def divide(
             f"{what}: the {len(slots)} images to fit on are all of class {classes[int(there.argmax())]!r}, and a probe "
             f"takes two"
         )
-    notes = [f"class {classes[c]!r} has no image to fit on, and is never predicted" for c in np.flatnonzero(there == 0)]
+    notes = [f"class {name!r} has no image to fit on, and is never predicted" for name in compress(classes, there == 0)]
     fewest = int(there[there > 0].min())
     shots = [k for k in how["shots"] if k <= fewest]
     if left_out := [k for k in how["shots"] if k > fewest]:
@@ -287,8 +284,8 @@ def gather(
     distinct = {layer.id: layer for layer in layers if layer.vectors}
     if not distinct:
         raise MicrotomeError(
-            f"{step.name}: none of its layers has a {' or a '.join(how['features'])}: `pooled` every layer has; or name "
-            f"other networks in `probes.networks`"
+            f"{step.name}: none of its layers has a {' or a '.join(how['features'])}: `pooled` every layer has; or "
+            f"name other networks in `probes.networks`"
         )
     held: dict[str, dict[int, Files]] = {}
     ledgers: dict[str, Ledger] = {}
@@ -396,7 +393,7 @@ def probe(
                 continue
             one = Task(
                 store, row, column, features, layer, files, ranges, division.part, division.label, division.picks,
-                tuple(division.shots), tuple(how["shots"]), how["grid"], tuple(how["penalties"]), step.settings["classes"],
+                tuple(division.shots), tuple(how["shots"]), how["grid"], tuple(how["penalties"]), len(attrs["classes"]),
             )  # fmt: skip
             check_memory(plan.config.cluster, one.memory_need(division.counts), f"{step.name}: {layer.name}", REMEDY)
             tasks.append((one,))

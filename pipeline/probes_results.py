@@ -21,7 +21,8 @@ def layout(layers: int, features: int, shots: Sequence[str], draws: int, grid: i
     whole = layers, features, len(shots)
     every = (*whole, draws, grid**2)
     found = {
-        name: Array(by_shots, whole, np.float64, (1, 1, len(shots)), fill=np.nan) for name in ("accuracy", "low", "high")
+        name: Array(by_shots, whole, np.float64, (1, 1, len(shots)), fill=np.nan)
+        for name in ("accuracy", "low", "high")
     }
     for name in ("probe_accuracy", "penalty"):
         found[name] = Array(single, every, np.float64, (1, 1, *every[2:]), fill=np.nan)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,6 @@ from pipeline.forward import (
     Model,
     forward_in_batches,
     loaded,
-    network_of,
     refuse_non_finite,
     scale_for,
 )
@@ -133,7 +132,7 @@ class Task:
         return 2 * held + sums + weights + 16 * ROWS * (units + self.classes)
 
 
-def ranks(image_id: Sequence[str], seed: int, purpose: str) -> np.ndarray:
+def ranks(image_id: Iterable[str], seed: int, purpose: str) -> np.ndarray:
     """(image) uint64 by a hash of each id: an order, or a place among all."""
     head = f"{seed}/{purpose}/".encode()
     made = (
@@ -144,7 +143,7 @@ def ranks(image_id: Sequence[str], seed: int, purpose: str) -> np.ndarray:
 
 
 def picks(
-    slots: np.ndarray, label: np.ndarray, image_id: Sequence[str], classes: int, shots: int, draws: int, seed: int
+    slots: np.ndarray, label: np.ndarray, image_id: Iterable[str], classes: int, shots: int, draws: int, seed: int
 ) -> np.ndarray:
     """(draw, class, shot) slots: for each draw, the first images of each class in an order of its own; -1: no more.
 
@@ -255,9 +254,7 @@ def computed(
     start, stop = bounds
     pixels = torch.from_numpy(Reader(images, files)["image"][start:stop])
     by_name = {layer.name: layer for layer in layers}
-    found = {
-        layer.name: torch.empty((stop - start, len(layer.vectors), layer.info.shape[0])) for layer in layers
-    }
+    found = {layer.name: torch.empty((stop - start, len(layer.vectors), layer.info.shape[0])) for layer in layers}
 
     def take(name: str, at: int, output: torch.Tensor) -> None:
         layer = by_name[name]
@@ -297,7 +294,9 @@ def probe(task: Task) -> tuple[str, Files]:
     found = Outcome.empty(task)
     vectors = task.vectors
     if vectors:
-        held = 4 * task.layer.info.shape[0] * task.kept({p: int((task.part == at).sum()) for at, p in enumerate(PARTS, 1)})
+        held = (
+            4 * task.layer.info.shape[0] * task.kept({p: int((task.part == at).sum()) for at, p in enumerate(PARTS, 1)})
+        )
         step = max(1, min(len(vectors), AT_ONCE // max(1, held)))
         right = np.zeros(int((task.part == PARTS.index("test") + 1).sum()))
         for at in range(0, len(vectors), step):
@@ -334,9 +333,7 @@ class Features:
         by_sums = len(slots["fit"]) >= units
         slots["picked"] = np.unique(task.picks[task.picks >= 0]) if by_sums else slots["fit"]
         values = {
-            name: np.empty((len(own), len(vectors), units), np.float32)
-            for name, own in slots.items()
-            if name != "fit"
+            name: np.empty((len(own), len(vectors), units), np.float32) for name, own in slots.items() if name != "fit"
         }
         moments = [Moments.zeros(units, task.classes, device()) for _ in vectors] if by_sums else []
         array = Reader(task.layer.features, task.files)["feature"]
@@ -356,9 +353,9 @@ class Features:
                 own = slice(*np.searchsorted(slots[name], [start, stop]))
                 into[own] = block[slots[name][own] - start]
             if by_sums:
-                own = slots["fit"][slice(*np.searchsorted(slots["fit"], [start, stop]))]
-                waiting.append(block[own - start])
-                labels.append(task.label[own].astype(np.int64))
+                fitted = slots["fit"][slice(*np.searchsorted(slots["fit"], [start, stop]))]
+                waiting.append(block[fitted - start])
+                labels.append(task.label[fitted].astype(np.int64))
                 if sum(map(len, waiting)) >= ROWS:
                     add()
         if waiting:
@@ -424,9 +421,9 @@ class Outcome:
 
     def blocks(self, task: Task) -> dict[str, tuple[tuple[int, ...], np.ndarray]]:
         at = (task.row, task.column)
-        found = {"probe_accuracy": ((*at, 0, 0, 0), self.single), "penalty": ((*at, 0, 0, 0), self.penalty)}
-        found |= {name: ((*at, 0), getattr(self, name)) for name in ("accuracy", "low", "high")}
-        return {name: (offset, values[None, None]) for name, (offset, values) in found.items()}
+        values = {"probe_accuracy": self.single, "penalty": self.penalty}
+        values |= {name: getattr(self, name) for name in ("accuracy", "low", "high")}
+        return {name: ((*at, *[0] * own.ndim), own[None, None]) for name, own in values.items()}
 
 
 def probe_vector(

@@ -1,5 +1,6 @@
 """Ridge classifiers against plain least squares and scikit-learn; sums that merge; what nothing can be fitted on."""
 
+import itertools
 import math
 
 import numpy as np
@@ -28,7 +29,12 @@ def least_squares(x, label, classes, penalty):
     n, mean, std = len(x), x.mean(0), x.std(0)
     z = np.divide(x - mean, std, out=np.zeros_like(x), where=std > 0)
     y = np.eye(classes)[label.numpy()]
-    rows = np.vstack([np.hstack([z, np.ones((n, 1))]), np.hstack([math.sqrt(n * penalty) * np.eye(z.shape[1]), np.zeros((z.shape[1], 1))])])
+    rows = np.vstack(
+        [
+            np.hstack([z, np.ones((n, 1))]),
+            np.hstack([math.sqrt(n * penalty) * np.eye(z.shape[1]), np.zeros((z.shape[1], 1))]),
+        ]
+    )
     targets = np.vstack([y, np.zeros((z.shape[1], classes))])
     solution = np.linalg.lstsq(rows, targets, rcond=None)[0]
 
@@ -81,7 +87,7 @@ def test_any_cut_gives_the_same_sums(seed, cuts):
     x, label = drawn(60, 7, 3, seed=seed, offset=50)
     whole, merged = Moments.of(x, label, 3), Moments.zeros(7, 3)
     bounds = [0, *sorted(cuts), 60]
-    parts = [Moments.of(x[a:b], label[a:b], 3) for a, b in zip(bounds, bounds[1:], strict=False)]
+    parts = [Moments.of(x[a:b], label[a:b], 3) for a, b in itertools.pairwise(bounds)]
     for part in parts[::-1]:
         merged.merge(part)
     for name in ("count", "mean", "scatter", "cross"):
@@ -135,7 +141,7 @@ def test_no_images():
 
 
 def test_wilson():
-    # Newcombe, "Two-sided confidence intervals for the single proportion" (1998), table I: 81 of 263, 15 of 148, 0 of 20
+    # Newcombe, "Two-sided confidence intervals for the single proportion" (1998), table I
     for right, images, low, high in ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611)):
         assert wilson(right, images) == pytest.approx((low, high), abs=5e-5)
     assert wilson(20, 20)[1] == 1.0 and np.isnan(wilson(0, 0)).all()

@@ -105,7 +105,9 @@ def test_accuracies_are_those_of_plain_forwards_and_least_squares(tmp_path):
             one = found.sel(layer=name)
             for kind in found.features.values.tolist():
                 own = one.sel(features=kind)
-                positions = [(y, x) for y, x in zip(one.position_y.values, one.position_x.values, strict=True) if y >= 0]
+                positions = [
+                    (y, x) for y, x in zip(one.position_y.values, one.position_x.values, strict=True) if y >= 0
+                ]
                 has = {"class_token": network == "vit", "pooled": True, "spatial": name != "pool"}[kind]
                 assert bool(np.isfinite(own.accuracy).all()) == has
                 if not has:
@@ -113,14 +115,14 @@ def test_accuracies_are_those_of_plain_forwards_and_least_squares(tmp_path):
                 vectors = features_of(made, network, name, kind, positions)
                 shares = []
                 for position, x in enumerate(vectors):
-                    full, penalty = plain_right(x, label, *parts.values())
+                    full, _ = plain_right(x, label, *parts.values())
                     shares.append(full)
                     cells = own.isel(draw=0, position=position)
                     assert float(cells.probe_accuracy.sel(shots="full")) == pytest.approx(full.mean(), abs=0.051)
                     checked += float(cells.probe_accuracy.sel(shots="full")) == pytest.approx(full.mean())
                     for draw in (0, 1):
                         rows = division.picks[draw, :, :2].ravel()
-                        few, penalty = plain_right(x, label, rows, parts["choose"], parts["test"])
+                        few, _ = plain_right(x, label, rows, parts["choose"], parts["test"])
                         cells = own.isel(draw=draw, position=position).sel(shots="2")
                         checked += float(cells.probe_accuracy) == pytest.approx(few.mean())
                 assert np.isnan(own.probe_accuracy.values[:, :, len(vectors) :]).all()
@@ -323,17 +325,22 @@ def made_of(network):
 
 
 def test_classes_with_few_images(tmp_path):
-    names = [f"{split}/{label}/{i}" for split, count in (("train", 9), ("validation", 4)) for label in "ab" for i in range(count)]
+    names = [
+        f"{split}/{label}/{i}"
+        for split, count in (("train", 9), ("validation", 4))
+        for label in "ab"
+        for i in range(count)
+    ]
     labelled_images(tmp_path, [*names, "validation/c/0", "train/d/0", "train/d/1", "train/d/2"])
     raw = experiment(tmp_path, shots=[1, 5, 40], share=0.3, networks=["cnn"])
-    raw["datasets"] = {
-        "photos": {"kind": "imagefolder", "root": str(tmp_path / "images"), "split": {"folders": True}}
-    }
+    raw["datasets"] = {"photos": {"kind": "imagefolder", "root": str(tmp_path / "images"), "split": {"folders": True}}}
     raw["networks"]["cnn"]["arguments"] = {"classes": 4}
     made = run(raw, *STAGES)
     found = opened(made, "cnn", "photos")
     assert "class 'c' has no image to fit on, and is never predicted" in found.attrs["notes"]
-    assert any(note.startswith("probes of 5, 40 images a class are left out: class 'd' has ") for note in found.attrs["notes"])
+    assert any(
+        note.startswith("probes of 5, 40 images a class are left out: class 'd' has ") for note in found.attrs["notes"]
+    )
     pooled = found.accuracy.sel(features="pooled").values
     assert np.isfinite(pooled[:, [0, 3]]).all() and np.isnan(pooled[:, 1:3]).all()
     # One class alone.
