@@ -1,5 +1,6 @@
 """Copies of a network that are trained on parts of the images: which parts, what is made for them, what is refused."""
 
+import csv
 import itertools
 import json
 
@@ -162,3 +163,33 @@ def test_only_keeps_it_with_its_network(tmp_path):
     assert kept.similarity is not None and list(kept.similarity.comparisons) == ["data"]
     assert config.parse(json.loads(kept.model_dump_json())) == kept
     assert config.parse(raw | {"only": "vit"}).similarity is None
+
+
+def test_the_page_of_the_report(tmp_path, workers):
+    from pipeline.config import Figures
+    from pipeline.report.experiment import Experiment
+    from pipeline.report.pages import similarity as page
+    from pipeline.report.site import render
+    from pipeline.report.stage import made as as_made
+
+    made = run(experiment(tmp_path), *STAGES)
+    for folder in ("figures", "tables"):
+        (tmp_path / "report" / folder).mkdir(parents=True)
+    steps = tuple(as_made(made, step) for step in made.of_stage("similarity"))
+    shown = Experiment(made.results, tmp_path / "report", "Mine", steps, figures=Figures(formats=[]))
+    (found,) = page.pages(shown)
+    cka = xr.open_zarr(made.results / "similarity/data/cka.zarr").cka
+    for fraction in ("0.25", "0.5"):
+        values = {
+            layer: float(cka.sel(layer_a=f"cnn-data{fraction}/{layer}", layer_b=f"cnn/{layer}")) for layer in "ab"
+        }
+        low, high = sorted(values, key=values.__getitem__)
+        said = next(each for each in found.findings if each.startswith(f"Trained on {100 * float(fraction):.1f}"))
+        assert f"at {low}, with a CKA of {values[low]:.3f}" in said and f"at {high}, {values[high]:.3f}" in said
+    assert sum(" uniform" in each for each in found.findings) == 2, "each copy against the network itself"
+    assert found.figures[0].kind == "similarity-fractions"
+    with (tmp_path / "report" / found.figures[0].files["csv"]).open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["fraction"], row["layer"]) for row in rows] == [(f, layer) for f in ("0.25", "0.5") for layer in "ab"]
+    assert float(rows[2]["cka"]) == pytest.approx(float(cka.sel(layer_a="cnn-data0.5/a", layer_b="cnn/a")))
+    assert render(shown, found, [found]).count("<figure>") == len(found.figures)

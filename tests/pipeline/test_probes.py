@@ -427,3 +427,40 @@ def test_other_steps_keep_their_ids_and_only_narrows(tmp_path):
     plain = plan.make(config.parse(raw))
     assert {path for path, step in plain.steps.items() if step.stage != "report"} < set(made.steps)
     assert made.step("probes", "scenes", "vit").manifest.startswith("scenes/vit/done/probes.")
+
+
+def test_the_page_of_the_report(tmp_path):
+    from pipeline.config import Figures
+    from pipeline.report.experiment import Experiment
+    from pipeline.report.pages import probes as page
+    from pipeline.report.site import render
+    from pipeline.report.stage import made as as_made
+
+    raw = experiment(tmp_path, shots=[1, 2, 30])
+    plan_made = run(raw, *STAGES)
+    steps = tuple(as_made(plan_made, step) for step in plan_made.of_stage("probes"))
+    for folder in ("figures", "tables"):
+        (tmp_path / "report" / folder).mkdir(parents=True)
+    shown = Experiment(plan_made.results, tmp_path / "report", "Mine", steps, figures=Figures(formats=["png"]))
+    (found,) = page.pages(shown)
+    for network in ("cnn", "vit"):
+        values = opened(plan_made, network)
+        last = values.accuracy.isel(layer=-1).sel(shots="full")
+        kind = str(last.features.values[int(np.nanargmax(last))])
+        said = next(
+            each for each in found.findings if each.startswith(f"A linear probe of the last layer of {network}")
+        )
+        percent = f"{100 * float(last.sel(features=kind)):.1f}"
+        assert f"({page.TITLES[kind]}), tells the class of {percent}" in said
+        assert f"{network} itself tells {100 * values.attrs['network_accuracy']:.1f}" in said
+    assert sum(each.startswith("Fitted on 2 images of each class in place of ") for each in found.findings) == 2
+    assert [figure.kind for figure in found.figures] == ["probes", "probes-shots"]
+    for figure in found.figures:
+        assert all((tmp_path / "report" / file).stat().st_size for file in figure.written)
+    with (tmp_path / "report" / found.figures[0].files["csv"]).open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["shots"] for row in rows} == {"1", "2", "full", ""}, "what was left out is not shown"
+    assert sum(row["features"] == "network itself" for row in rows) == 2
+    html = render(shown, found, [found])
+    assert html.count("<figure>") == 2 and "probes of 30 images a class are left out" in html
+    assert page.pages(Experiment(plan_made.results, tmp_path / "report", "None", ())) == []

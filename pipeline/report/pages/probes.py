@@ -80,8 +80,8 @@ def findings(one: Probed) -> Iterator[str]:
         few = one.shots[-2]
         values = one.at(last, features, few)
         yield (
-            f"Fitted on {few} {'image' if few == '1' else 'images'} of each class in place of {fitted(one)}, the probe "
-            f"of the last layer tells {with_interval(*values)}."
+            f"Fitted on {sentences.plural(int(few), 'image')} of each class in place of {fitted(one)}, the probe of the "
+            f"last layer tells {with_interval(*values)}."
         )
 
 
@@ -120,8 +120,8 @@ def figures(experiment: Experiment, dataset: str, found: Sequence[Probed]) -> It
                 partial(by_shots, found=shown),
                 kind="probes-shots",
                 alt=f"Line charts: accuracy of few-shot probes over the layers of {names}",
-                caption=f"The same for probes of few images of each class: mean of {draws}, with the 95\u00a0% interval "
-                "over the draws.",
+                caption=f"The same for probes of few images of each class: mean of {draws}, with the 95\u00a0% "
+                "interval over the draws.",
                 header=COLUMNS,
                 rows=rows(shown),
                 labels={"data set": dataset},
