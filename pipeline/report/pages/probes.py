@@ -79,9 +79,10 @@ def findings(one: Probed) -> Iterator[str]:
     if len(one.shots) > 1:
         few = one.shots[-2]
         values = one.at(last, features, few)
+        few_images = sentences.plural(int(few), "image")
         yield (
-            f"Fitted on {sentences.plural(int(few), 'image')} of each class in place of {fitted(one)}, the probe of the "
-            f"last layer tells {with_interval(*values)}."
+            f"Fitted on {few_images} of each class in place of {fitted(one)}, the probe of the last layer tells "
+            f"{with_interval(*values)}."
         )
 
 
