@@ -282,7 +282,7 @@ def _probes(plan: Plan, step: Step, splits: Splits, done: bool) -> Cost:
     infos = [LayerInfo(**{**layer, "shape": tuple(layer["shape"])}) for layer in found["layers"]]
     vectors = sum(info.shape[0] * len(probes_tasks.vectors_of(info, how["features"], how["grid"])) for info in infos)
     name, raw = "probe-features", 4.0 * images * vectors
-    there = raw if done else _bytes(plan.results / step.dataset / step.network / name)
+    there = raw if done else size_of(plan.results / step.dataset / step.network / name)
     prepared = probes_tasks.Prepared(infos, found["parameters"], found["largest"])
     rate = preflight.speed(plan, step).get("images_per_second")
     return Cost(
