@@ -837,11 +837,10 @@ def select(config: Config, only: str | list[str]) -> Config:
         )
         for name, network in networks.items()
     }
-    kept = {"similarity": _still_asked(config, networks, set(chosen)), "sight": _still_seen(config, networks, chosen)}
-    return config.model_copy(update={"networks": networks} | kept)
     asked = {
         "networks": networks,
         "similarity": _still_asked(config, networks, set(chosen)),
+        "sight": _still_seen(config, networks, chosen),
         "calibrate": _narrowed(config.calibrate, networks, chosen),
         "probes": _narrowed(config.probes, networks, chosen),
     }

@@ -262,14 +262,6 @@ def _sight(plan: Plan, step: Step, splits: Splits, done: bool) -> Cost:
     return Cost(step, (), images, max(1, -(-images // how["minibatch"])), None, None)
 
 
-ESTIMATES = {
-    "ingest": _ingest,
-    "concepts": _concepts,
-    "extract": _extract,
-    "dissect": _dissect,
-    "grams": _grams,
-    "sight": _sight,
-}
 def _probes(plan: Plan, step: Step, splits: Splits, done: bool) -> Cost:
     """Features of images that are not extracted take a forward; those of others are read."""
     assert step.network is not None and step.dataset is not None
@@ -297,9 +289,14 @@ def _probes(plan: Plan, step: Step, splits: Splits, done: bool) -> Cost:
 
 
 ESTIMATES = {
-    "ingest": _ingest, "concepts": _concepts, "extract": _extract, "dissect": _dissect, "probes": _probes,
+    "ingest": _ingest,
+    "concepts": _concepts,
+    "extract": _extract,
+    "dissect": _dissect,
+    "probes": _probes,
     "grams": _grams,
-}  # fmt: skip
+    "sight": _sight,
+}
 
 
 def _counted(plan: Plan, step: Step, splits: Splits) -> tuple[int, Any, tuple[int, int], Mapping[str, Any]]:

@@ -274,9 +274,8 @@ def make(wanted: Config, rescan: bool = False, arguments: Sequence[str] = ()) ->
     add(
         "report",
         report.settings(wanted),
-        [*loaded.values(), *dissected, *ablated, *calibrated, *compared, *looked_into],
+        [*loaded.values(), *dissected, *ablated, *calibrated, *probed, *compared, *looked_into],
     )
-    add("report", report.settings(wanted), [*loaded.values(), *dissected, *ablated, *calibrated, *probed, *compared])
 
     digests.save()
     return plan

@@ -184,6 +184,8 @@ class Network(_Folder["Layer"]):
         """How it looks at images: receptive fields (layer, y, x), attention_distance (attention, head), skip_ratio and
         accuracy_loss (skip), localisation (output, input), as far as they were asked for and the network has them."""
         return _open(self.path / "sight.zarr")
+
+    @cached_property
     def probes(self) -> xr.Dataset:
         """accuracy, low, high (layer, features, shots) of linear probes; of single ones probe_accuracy, penalty."""
         return _open(self.path / "probes.zarr")

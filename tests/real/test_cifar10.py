@@ -195,6 +195,8 @@ def test_how_a_resnet_and_a_vit_see(beside_data):
         logits = network.heads(network.encoder.ln(network.encoder.layers[1:](x))[:, 0])
     right = float((logits.argmax(1).numpy() == images.label.values[store.ravel()]).mean())
     assert float(vit.accuracy_without_skip[0]) == right
+
+
 def test_probes_of_a_resnet_and_a_vit(beside_data):
     """2,000 training images and 1,000 test images: accuracy rises over the depth, to about that of the network."""
     for split in ("train", "test"):
