@@ -39,6 +39,7 @@ localrules:
     dissect,
     ablate,
     calibrate,
+    probes,
     similarity,
     sight,
 
@@ -69,6 +70,11 @@ rule calibrate:
         RUN.targets("calibrate"),
 
 
+rule probes:
+    input:
+        RUN.targets("probes"),
+
+
 rule similarity:
     input:
         RUN.targets("similarity"),
@@ -84,6 +90,7 @@ include: "workflow/rules/networks.smk"
 include: "workflow/rules/dissection.smk"
 include: "workflow/rules/ablation.smk"
 include: "workflow/rules/calibration.smk"
+include: "workflow/rules/probes.smk"
 include: "workflow/rules/similarity.smk"
 include: "workflow/rules/sight.smk"
 include: "workflow/rules/report.smk"

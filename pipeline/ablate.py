@@ -228,8 +228,8 @@ def targets(shared: Shared, extracted: Manifest, folder: Path) -> Iterator[tuple
 
 def parts_of(shared: Shared, stored: set[int], activations: Files, logits: Files) -> dict[int, Part]:
     """The shards with their rows, and the chunk files of what is stored of them."""
-    held = by_shard(activations, "activations.zarr", ("activation", "special"))
-    heads = by_shard(logits, "logits.zarr", ("logits",))
+    held = stage.by_shard(activations, "activations.zarr", ("activation", "special"))
+    heads = stage.by_shard(logits, "logits.zarr", ("logits",))
     parts = {}
     for shard, rows in shared.rows.items():
         start, stop = shared.images.range(shard)
@@ -250,16 +250,6 @@ def parts_of(shared: Shared, stored: set[int], activations: Files, logits: Files
             heads[shard] if shard in stored else None,
         )
     return parts
-
-
-def by_shard(files: Files, store: str, arrays: Sequence[str]) -> dict[int, Files]:
-    """The chunk files of some arrays of a store, by shard: each holds the images of one."""
-    found: dict[int, Files] = {}
-    for name, value in stage.below(store, files).items():
-        parts = name.split("/")
-        if parts[0] in arrays and parts[1] == "c":
-            found.setdefault(int(parts[2]), {})[name] = value
-    return found
 
 
 # One layer ------------------------------------------------------------------------------------------------------------

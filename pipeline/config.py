@@ -6,7 +6,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 from pydantic import (
     BaseModel,
@@ -286,6 +286,9 @@ class Train(Strict):
 
     dataset: Name = Field(description="the data set to train on")
     split: str = Field("train", description="its images to train on")
+    fraction: Share = Field(
+        1.0, description="of these images, of each class; those of a smaller fraction are among those of a larger one"
+    )
     recipe: Recipe = Field(Recipe(), description="how it is trained")
 
 
@@ -342,6 +345,53 @@ class Calibrate(Strict):
     )
 
 
+ProbeFeatures = Literal["class_token", "pooled", "spatial"]
+
+
+class Probes(Strict):
+    """Linear probes: how well the classes can be read off each layer by a linear classifier."""
+
+    networks: list[str] | None = Field(
+        None, description="these networks, with `-untrained` at the end their controls; default: all but controls"
+    )
+    datasets: list[Name] | None = Field(None, description="on these data sets; default: all with classes")
+    features: Annotated[list[ProbeFeatures], Field(min_length=1)] = Field(
+        ["class_token", "pooled", "spatial"],
+        description="what is read of a layer: its `class_token`, its mean over the positions (`pooled`), single "
+        "positions (`spatial`); those that it has",
+    )
+    grid: PositiveInt = Field(2, description="single positions a side, evenly spread, each with a probe of its own")
+    shots: list[PositiveInt] = Field([1, 5, 10], description="images of each class to fit on, beside all there are")
+    draws: PositiveInt = Field(10, description="random picks of these images, which are averaged over")
+    fit: str = Field("train", description="the split to fit on")
+    choose: str | None = Field(
+        None, description="the split that chooses the penalty; default: a `share` of `fit`, which is not fitted on"
+    )
+    test: str | None = Field(
+        None, description="the split to judge on; default: the one that is dissected. If it is `fit`, a `share` of it"
+    )
+    share: Annotated[float, Field(gt=0, lt=0.5)] = Field(0.2, description="of the images of a split with two purposes")
+    images: PositiveInt | None = Field(None, description="bound on the images of each split; default: all")
+    penalties: Annotated[list[Annotated[float, Field(ge=1e-9)]], Field(min_length=1)] = Field(
+        [1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0],
+        description="that one is chosen of, for each image and standardised features",
+    )
+    seed: NonNegativeInt = Field(0, description="of the shares and of the picks")
+
+    @model_validator(mode="after")
+    def _apart(self) -> "Probes":
+        for key in ("features", "shots", "penalties"):
+            values = getattr(self, key)
+            if twice := [value for at, value in enumerate(values) if value in values[:at]]:
+                raise ValueError(f"{key}: {twice[0]!r} is named twice")
+        if self.choose is not None and self.choose in (self.fit, self.test):
+            purpose = "fitted" if self.choose == self.fit else "judged"
+            raise ValueError(
+                f"choose: split {self.choose!r} is {purpose} on: name another, or leave it out for a share of `fit`"
+            )
+        return self
+
+
 Features = Literal["whole", "class_token", "spatial", "pooled"]
 
 
@@ -354,10 +404,37 @@ class Comparison(Strict):
     dataset: Name | None = Field(None, description="on this data set; default: the one that the networks share")
 
 
+class DataFraction(Strict):
+    """A network that is trained here, compared with copies of itself that are trained on parts of the images."""
+
+    network: Name = Field(description="a network with `weights: train`")
+    fractions: Annotated[list[Share], Field(min_length=1)] = Field(
+        description="of the images that it is trained on, a copy for each; it itself stands for all of them"
+    )
+    dataset: Name | None = Field(None, description="compared on this data set; default: the one that it sees")
+
+    @property
+    def copies(self) -> dict[str, float]:
+        """The fraction of each copy, by its name, the smallest first."""
+        return {f"{self.network}-data{each:g}": each for each in sorted(self.fractions) if each < 1}
+
+    @model_validator(mode="after")
+    def _distinct(self) -> "DataFraction":
+        written = [f"{each:g}" for each in self.fractions]
+        if twice := [each for at, each in enumerate(written) if each in written[:at]]:
+            raise ValueError(f"fractions: {twice[0]} is there twice")
+        if not self.copies:
+            raise ValueError("fractions: 1 alone is the network itself: name a smaller one to compare it with")
+        return self
+
+
 class Similarity(Strict):
     """How alike layers are: CKA and its relatives, within networks and between them."""
 
-    compare: Annotated[dict[Name, Comparison], Field(min_length=1)] = Field(description="by name")
+    compare: dict[Name, Comparison] = Field({}, description="by name")
+    data_fraction: dict[Name, DataFraction] = Field(
+        {}, description="by name: copies of a network that are trained on parts of its images, compared with it"
+    )
     images: Annotated[int, Field(ge=4)] = Field(1024, description="images that go through each network, of `split`")
     minibatch: Annotated[int, Field(ge=4)] = Field(64, description="images of a minibatch")
     epochs: PositiveInt = Field(1, description="times that the images are shuffled into minibatches")
@@ -380,8 +457,26 @@ class Similarity(Strict):
     neighbours: PositiveInt = Field(10, description="nearest images that mutual neighbours are counted among")
     procrustes: bool = Field(True, description="orthogonal Procrustes too, the slow one of the measures")
 
+    @property
+    def comparisons(self) -> dict[str, Comparison]:
+        """Every comparison by its name, those of copies among them: a network stands after its copies."""
+        fractions = {
+            name: Comparison(networks=[*each.copies, each.network], dataset=each.dataset)
+            for name, each in self.data_fraction.items()
+        }
+        return self.compare | fractions
+
+    def original(self, network: str) -> str:
+        """The network that another is the control or a copy of; a network of the configuration itself."""
+        copied = (each.network for each in self.data_fraction.values() if network in each.copies)
+        return next(copied, network.removesuffix(UNTRAINED))
+
     @model_validator(mode="after")
     def _fits(self) -> "Similarity":
+        if not self.compare and not self.data_fraction:
+            raise ValueError("give networks to `compare`, or a `data_fraction`")
+        if both := [name for name in self.data_fraction if name in self.compare]:
+            raise ValueError(f"data_fraction.{both[0]}: `compare` has a comparison of this name")
         if self.neighbours >= self.minibatch:
             raise ValueError(f"neighbours: {self.neighbours} is not below the minibatch of {self.minibatch} images")
         lists: dict[str, Sequence[str]] = {f"compare.{name}": each.networks for name, each in self.compare.items()}
@@ -555,6 +650,7 @@ class Config(Strict):
     calibrate: Calibrate | None = Field(None, description="with this section, networks are calibrated; default: none")
     similarity: Similarity | None = Field(None, description="how alike layers of networks are; default: not asked")
     sight: Sight | None = Field(None, description="how networks look at images; default: not asked")
+    probes: Probes | None = Field(None, description="with this section, layers are probed; default: none are")
     controls: Controls = Field(Controls(), description="what the units are compared with")
     cluster: Cluster = Field(Cluster(), description="the workers")
     report: Report = Field(Report(), description="the pages at the end")
@@ -582,15 +678,27 @@ class Config(Strict):
             for dataset in wanted:
                 if dataset not in self.datasets:
                     raise ValueError(f"network {name!r}: no data set {dataset!r}{nearest(dataset, self.datasets)}")
-        if self.calibrate is not None:
+        for section, asked, networks in (
+            ("calibrate", self.calibrate, list(self.networks)),
+            ("probes", self.probes, self.with_controls()),
+        ):
+            if asked is None:
+                continue
             for kind, wished, known in (
-                ("network", self.calibrate.networks, list(self.networks)),
-                ("data set", self.calibrate.datasets, list(self.datasets)),
+                ("network", asked.networks, networks),
+                ("data set", asked.datasets, list(self.datasets)),
             ):
                 for name in wished or ():
                     if name not in known:
-                        raise ValueError(f"calibrate: no {kind} {name!r}{nearest(name, known)}")
+                        raise ValueError(f"{section}: no {kind} {name!r}{nearest(name, known)}")
         return self
+
+    def with_controls(self) -> list[str]:
+        """The names of all networks, each followed by that of its untrained control where it has one."""
+        found = []
+        for name, network in self.networks.items():
+            found += [name] if network.weights == "random" else [name, name + UNTRAINED]
+        return found
 
     @model_validator(mode="after")
     def looked_into(self) -> "Config":
@@ -618,6 +726,9 @@ class Config(Strict):
         for network in self.similarity.layers:
             if network not in known:
                 raise ValueError(f"similarity.layers: no network {network!r}{nearest(network, known)}")
+        for name, fractions in self.similarity.data_fraction.items():
+            self._can_be_copied(f"similarity.data_fraction.{name}", fractions)
+            self.dataset_of(name)
         for name, comparison in self.similarity.compare.items():
             where = f"similarity.compare.{name}"
             for network in comparison.networks:
@@ -628,15 +739,34 @@ class Config(Strict):
             self.dataset_of(name)
         return self
 
+    def _can_be_copied(self, where: str, asked: DataFraction) -> None:
+        """Refuse copies of a network that is not trained here, or of a name that is taken."""
+        if asked.network not in self.networks:
+            raise ValueError(f"{where}: no network {asked.network!r}{nearest(asked.network, self.networks)}")
+        if self.networks[asked.network].train is None:
+            weights = self.networks[asked.network].weights
+            raise ValueError(
+                f"{where}: network {asked.network!r} is not trained here (weights: {weights!r}): only one with "
+                f"`weights: train` can be trained on a part of its images"
+            )
+        for copy in asked.copies:
+            if copy in self.networks:
+                raise ValueError(f"{where}: its copy would be called {copy!r}, as a network is: give that another name")
+
+    def original(self, network: str) -> str:
+        """The network of this configuration that another is the control or a copy of; else itself."""
+        return self.similarity.original(network) if self.similarity else network.removesuffix(UNTRAINED)
+
     def dataset_of(self, comparison: str) -> str:
         """The data set of a comparison: the one named, or the only one that all of its networks see."""
         assert self.similarity is not None
-        asked, where = self.similarity.compare[comparison], f"similarity.compare.{comparison}"
+        section = "compare" if comparison in self.similarity.compare else "data_fraction"
+        asked, where = self.similarity.comparisons[comparison], f"similarity.{section}.{comparison}"
         if asked.dataset is not None and asked.dataset not in self.datasets:
             raise ValueError(f"{where}: no data set {asked.dataset!r}{nearest(asked.dataset, self.datasets)}")
         seen = {}
         for name in asked.networks:
-            own = self.networks[name.removesuffix(UNTRAINED)].datasets
+            own = self.networks[self.original(name)].datasets
             seen[name] = list(self.datasets) if own is None else own
         shared = [data for data in self.datasets if all(data in each for each in seen.values())]
         said = "; ".join(f"{name}: {', '.join(each) or 'none'}" for name, each in seen.items())
@@ -707,21 +837,48 @@ def select(config: Config, only: str | list[str]) -> Config:
         )
         for name, network in networks.items()
     }
-    kept = {"similarity": _still_asked(config, networks, set(chosen)), "sight": _still_seen(config, networks, chosen)}
-    return config.model_copy(update={"networks": networks} | kept)
+    asked = {
+        "networks": networks,
+        "similarity": _still_asked(config, networks, set(chosen)),
+        "sight": _still_seen(config, networks, chosen),
+        "calibrate": _narrowed(config.calibrate, networks, chosen),
+        "probes": _narrowed(config.probes, networks, chosen),
+    }
+    return config.model_copy(update=asked)
+
+
+Section = TypeVar("Section", Calibrate, Probes)
+
+
+def _narrowed(asked: Section | None, networks: Iterable[str], datasets: Iterable[str]) -> Section | None:
+    """A section without the networks and data sets that do not stay."""
+    if asked is None:
+        return None
+    kept: dict[str, list[str]] = {}
+    if asked.networks is not None:
+        kept["networks"] = [name for name in asked.networks if name.removesuffix(UNTRAINED) in networks]
+    if asked.datasets is not None:
+        kept["datasets"] = [name for name in asked.datasets if name in datasets]
+    return asked.model_copy(update=kept)
 
 
 def _still_asked(config: Config, networks: Mapping[str, Network], datasets: set[str]) -> Similarity | None:
     """The comparisons whose networks and data set are all among those that stay."""
-    if config.similarity is None:
+    asked = config.similarity
+    if asked is None:
         return None
-    compare = {
-        name: asked.model_copy(update={"dataset": config.dataset_of(name)})
-        for name, asked in config.similarity.compare.items()
-        if all(each.removesuffix(UNTRAINED) in networks for each in asked.networks)
-        and config.dataset_of(name) in datasets
+    stay = {
+        name: {"dataset": config.dataset_of(name)}
+        for name, comparison in asked.comparisons.items()
+        if all(asked.original(each) in networks for each in comparison.networks) and config.dataset_of(name) in datasets
     }
-    return config.similarity.model_copy(update={"compare": compare}) if compare else None
+    sections = {
+        "compare": {name: one.model_copy(update=stay[name]) for name, one in asked.compare.items() if name in stay},
+        "data_fraction": {
+            name: one.model_copy(update=stay[name]) for name, one in asked.data_fraction.items() if name in stay
+        },
+    }
+    return asked.model_copy(update=sections) if stay else None
 
 
 def _still_seen(config: Config, networks: Mapping[str, Network], datasets: Sequence[str]) -> Sight | None:

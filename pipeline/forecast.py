@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline import cluster, concepts, datasets, dissect, extract, grams, ingest, preflight, stage
+from pipeline import cluster, concepts, datasets, dissect, extract, grams, ingest, preflight, probes_tasks, stage
 from pipeline.config import UNTRAINED
 from pipeline.errors import MicrotomeError
 from pipeline.layer_info import LayerInfo
@@ -262,11 +262,38 @@ def _sight(plan: Plan, step: Step, splits: Splits, done: bool) -> Cost:
     return Cost(step, (), images, max(1, -(-images // how["minibatch"])), None, None)
 
 
+def _probes(plan: Plan, step: Step, splits: Splits, done: bool) -> Cost:
+    """Features of images that are not extracted take a forward; those of others are read."""
+    assert step.network is not None and step.dataset is not None
+    how, size = step.settings["probes"], plan.step("ingest", step.dataset).settings["size"]
+    dataset = plan.config.datasets[step.dataset]
+    wanted = {how[key] for key in ("fit", "choose", "test") if how[key] is not None}
+    counts = {split: min(splits[step.dataset][split], how["images"] or splits[step.dataset][split]) for split in wanted}
+    images, computed = sum(counts.values()), sum(counts.values()) - counts.get(dataset.dissect.split, 0)
+    found = preflight.found(plan, step)
+    infos = [LayerInfo(**{**layer, "shape": tuple(layer["shape"])}) for layer in found["layers"]]
+    vectors = sum(info.shape[0] * len(probes_tasks.vectors_of(info, how["features"], how["grid"])) for info in infos)
+    name, raw = "probe-features", 4.0 * images * vectors
+    there = raw if done else size_of(plan.results / step.dataset / step.network / name)
+    prepared = probes_tasks.Prepared(infos, found["parameters"], found["largest"])
+    rate = preflight.speed(plan, step).get("images_per_second")
+    return Cost(
+        step,
+        (Store(name, raw, raw, there),),
+        images,
+        -(-images // dataset.shard_images),
+        computed / rate if rate else None,
+        probes_tasks.forward_need(prepared, plan.networks[step.network], dataset.shard_images, (size[0], size[1])),
+        f"{rate:.3g}" if rate else "",
+    )
+
+
 ESTIMATES = {
     "ingest": _ingest,
     "concepts": _concepts,
     "extract": _extract,
     "dissect": _dissect,
+    "probes": _probes,
     "grams": _grams,
     "sight": _sight,
 }

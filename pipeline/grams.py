@@ -18,7 +18,7 @@ import numpy as np
 
 from pipeline import stage
 from pipeline.cluster import check_memory, client, run_tasks
-from pipeline.config import UNTRAINED, AnyDataset, Network, Similarity
+from pipeline.config import AnyDataset, Network, Similarity
 from pipeline.errors import MicrotomeError
 from pipeline.forward import Model, NonFiniteError, loaded, model_of, network_of, normalise, platform_numerics
 from pipeline.identity import digest
@@ -50,7 +50,7 @@ REMEDY = "lower `similarity.minibatch`"
 
 
 def settings(name: str, spec: Network, dataset: AnyDataset, asked: Similarity) -> dict[str, Any]:
-    layers = asked.layers.get(name) or asked.layers.get(name.removesuffix(UNTRAINED)) or spec.layers
+    layers = asked.layers.get(name) or asked.layers.get(asked.original(name)) or spec.layers
     return {
         "layers": layers,
         "features": list(asked.features),

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline import stage
 from pipeline.cluster import check_memory, client, device, run_tasks
-from pipeline.config import Network
+from pipeline.config import Network, Train
 from pipeline.errors import MicrotomeError
 from pipeline.identity import FileDigests, crc32c, digest
 from pipeline.manifest import write_atomically
@@ -27,6 +27,7 @@ from pipeline.published import installed, weight_files
 if TYPE_CHECKING:
     import numpy as np
 
+    from pipeline.datasets import Summary
     from pipeline.plan import Plan, Step
     from pipeline.store import Reader
 
@@ -55,6 +56,8 @@ def settings(spec: Network, digests: FileDigests) -> dict[str, Any]:
             made_of["train"] = spec.train.model_dump(exclude={"recipe": {"checkpoint_every"}}) | {
                 "seed": spec.seed,
             }
+            if spec.train.fraction == 1:
+                del made_of["train"]["fraction"]
         case "random":
             made_of["random"] = spec.seed
         case _:
@@ -62,6 +65,17 @@ def settings(spec: Network, digests: FileDigests) -> dict[str, Any]:
             if not spec.published:
                 made_of["prefix"] = spec.prefix
     return made_of
+
+
+def check_fraction(name: str, train: Train, found: Summary) -> None:
+    """Refuse a part of the images of a data set that has fewer images than there are classes."""
+    images = found.splits[train.split]
+    part = int(train.fraction * images)
+    if train.fraction < 1 and part < max(2, found.classes):
+        raise MicrotomeError(
+            f"network {name!r}: {train.fraction:g} of the {images:,} images of split {train.split!r} of data set "
+            f"{train.dataset!r} are {part}, and they are of {found.classes} classes: take a larger fraction"
+        )
 
 
 def architecture(spec: NetworkSpec, digests: FileDigests) -> dict[str, Any]:
@@ -165,7 +179,10 @@ def _train(spec: Network, folder: Path, store: Path, files: dict, recipe: str) -
     reader = Reader(store, files)
     split, valid, label = reader["split"][:], reader["valid"][:], reader["label"][:]
     chosen = {part: (split == part) & valid for part in (spec.train.split, "validation")}
-    if not chosen[spec.train.split].any():
+    own = chosen[spec.train.split]
+    if spec.train.fraction < 1:
+        own = part_of(own, label, reader["image_id"][:], spec.train.fraction, spec.train.recipe.seed)
+    if not own.any():
         raise MicrotomeError(
             f"data set {spec.train.dataset!r} has no valid images in split {spec.train.split!r} to train on"
         )
@@ -176,13 +193,18 @@ def _train(spec: Network, folder: Path, store: Path, files: dict, recipe: str) -
             print(f"  network {folder.name}: {so_far}", file=sys.stderr)
 
     network = load(spec.model_copy(update={"weights": "random"}))
-    parts = {part: (_pixels(reader, mask), label[mask]) for part, mask in chosen.items() if mask.any()}
-    pixels, labels = parts[spec.train.split]
+    pixels, labels = _pixels(reader, own), label[own]
+    judging = chosen["validation"]
+    validation = None
+    if own is judging:
+        validation = pixels, labels
+    elif judging.any():
+        validation = _pixels(reader, judging), label[judging]
     training = f"training-{digest([recipe, hashlib.blake2b(pixels.data).hexdigest(), labels.tolist()])}"
     facts = fit(
         network,
-        train=parts[spec.train.split],
-        validation=parts.get("validation"),
+        train=(pixels, labels),
+        validation=validation,
         mean=spec.preprocessing.mean,
         std=spec.preprocessing.std,
         recipe=spec.train.recipe,
@@ -191,6 +213,25 @@ def _train(spec: Network, folder: Path, store: Path, files: dict, recipe: str) -
         device=device(),
     )
     return network, facts | {"training": training}
+
+
+def part_of(mask: np.ndarray, label: np.ndarray, image_id: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """(image) bool: a fraction of the images of a mask, of each class, one image at least; those without a class not.
+
+    In an order of the ids that `seed` changes, so that a smaller part lies within a larger one.
+    """
+    import numpy as np
+
+    slots = np.flatnonzero(mask & (label >= 0))
+    names = (f"{seed}/part/{name}".encode("utf-8", "surrogateescape") for name in image_id[slots])
+    key = np.frombuffer(b"".join(hashlib.blake2b(name, digest_size=8).digest() for name in names), "<u8")
+    order = np.lexsort((key, label[slots]))
+    there = np.bincount(label[slots])
+    place = np.arange(len(slots)) - (np.cumsum(there) - there)[label[slots][order]]
+    wanted = np.maximum(1, np.rint(fraction * there))
+    found = np.zeros(len(mask), bool)
+    found[slots[order[place < wanted[label[slots][order]]]]] = True
+    return found
 
 
 def _pixels(reader: Reader, mask: np.ndarray) -> np.ndarray:

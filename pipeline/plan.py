@@ -24,6 +24,7 @@ from pipeline import (
     ingest,
     network,
     objects,
+    probes,
     published,
     sight,
     similarity,
@@ -42,6 +43,7 @@ STAGES: dict[str, Any] = {
     "dissect": dissect,
     "ablate": ablate,
     "calibrate": calibrate,
+    "probes": probes,
     "grams": grams,
     "similarity": similarity,
     "sight": sight,
@@ -95,6 +97,18 @@ class Plan:
                 # A model of transformers needs its folder for the architecture, too.
                 local = spec.local if spec.transformers is not None else None
                 found[name + UNTRAINED] = spec.model_copy(update=untrained | {"local": local})
+        return found | self.copies
+
+    @property
+    def copies(self) -> dict[str, Network]:
+        """Networks trained on parts of the images, for a `data_fraction`: nothing but their layers is compared."""
+        found = {}
+        for asked in self.config.similarity.data_fraction.values() if self.config.similarity else ():
+            spec = self.config.networks[asked.network]
+            assert spec.train is not None
+            for name, fraction in asked.copies.items():
+                train = spec.train.model_copy(update={"fraction": fraction * spec.train.fraction})
+                found[name] = spec.model_copy(update={"train": train, "ablate": None, "group": None, "datasets": []})
         return found
 
     @property
@@ -208,13 +222,16 @@ def make(wanted: Config, rescan: bool = False, arguments: Sequence[str] = ()) ->
     ablated: list[Step] = []
     calibrated: list[Step] = []
     looked_into: list[Step] = []
+    probed: list[Step] = []
     calibrate.check(wanted.calibrate, found)
+    probes.check(wanted.probes, found)
     loaded = {}
     for name, spec in plan.networks.items():
-        if not datasets_of(wanted, spec):  # `only` left it none
+        if not datasets_of(wanted, spec) and name not in plan.copies:  # `only` left it none
             continue
         if spec.train:
             found[spec.train.dataset].require(spec.train.dataset, spec.train.split)
+            network.check_fraction(name, spec.train, found[spec.train.dataset])
         parents = [ingests[spec.train.dataset]] if spec.train else []
         with about(f"network {name!r}"):
             settings = network.settings(spec, digests)
@@ -241,12 +258,15 @@ def make(wanted: Config, rescan: bool = False, arguments: Sequence[str] = ()) ->
                 settings = sight.settings(name, spec, dataset, wanted.sight)
                 found[data].require(data, settings["split"])
                 looked_into.append(add("sight", settings, [ingests[data], loaded[name]], data, name))
+            if wanted.probes is not None and probes.wanted(wanted.probes, name, data, found[data]):
+                settings = probes.settings(wanted.probes, data, dataset.dissect.split, found[data])
+                probed.append(add("probes", settings, [ingests[data], loaded[name], extracted], data, name))
     compared = []
-    for name in wanted.similarity.compare if wanted.similarity else ():
+    for name in wanted.similarity.comparisons if wanted.similarity else ():
         assert wanted.similarity is not None
         data, asked = wanted.dataset_of(name), wanted.similarity
         parents = []
-        for each in asked.compare[name].networks:
+        for each in asked.comparisons[name].networks:
             settings = grams.settings(each, plan.networks[each], wanted.datasets[data], asked)
             found[data].require(data, settings["split"])
             parents.append(add("grams", settings, [ingests[data], loaded[each]], data, each))
@@ -254,7 +274,7 @@ def make(wanted: Config, rescan: bool = False, arguments: Sequence[str] = ()) ->
     add(
         "report",
         report.settings(wanted),
-        [*loaded.values(), *dissected, *ablated, *calibrated, *compared, *looked_into],
+        [*loaded.values(), *dissected, *ablated, *calibrated, *probed, *compared, *looked_into],
     )
 
     digests.save()

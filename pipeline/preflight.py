@@ -106,8 +106,8 @@ def _classes(plan: Plan, step: Step) -> Iterator[str]:
 
 
 def found(plan: Plan, step: Step) -> dict[str, Any]:
-    """What the inspection found of the network of a step, or of the trained one that it is the control of."""
-    network = (step.network or "").removesuffix(UNTRAINED)
+    """What the inspection found of the network of a step, or of the one that it is the control or a copy of."""
+    network = plan.config.original(step.network or "")
     extracted = plan.step("extract", step.dataset, network)
     return json.loads(_kept(plan, extracted).read_text())
 

@@ -185,6 +185,11 @@ class Network(_Folder["Layer"]):
         accuracy_loss (skip), localisation (output, input), as far as they were asked for and the network has them."""
         return _open(self.path / "sight.zarr")
 
+    @cached_property
+    def probes(self) -> xr.Dataset:
+        """accuracy, low, high (layer, features, shots) of linear probes; of single ones probe_accuracy, penalty."""
+        return _open(self.path / "probes.zarr")
+
     @property
     def units(self) -> list[dict[str, Any]]:
         """units.csv, one row a unit: numbers are numbers, and None where the table has none."""

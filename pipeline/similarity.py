@@ -40,11 +40,12 @@ COLUMNS = (
 
 
 def settings(name: str, asked: Similarity) -> dict[str, Any]:
+    copied = {"fractions": asked.data_fraction[name].copies} if name in asked.data_fraction else {}
     return {
-        "networks": list(asked.compare[name].networks),
+        "networks": list(asked.comparisons[name].networks),
         "neighbours": asked.neighbours,
         "procrustes": asked.procrustes,
-    }
+    } | copied
 
 
 @dataclass(frozen=True)

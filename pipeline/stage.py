@@ -7,7 +7,7 @@ import json
 import platform
 import subprocess
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,6 +92,16 @@ def within(folder: str, files: Mapping[str, tuple[int, int]]) -> Files:
 def below(folder: str, files: Mapping[str, tuple[int, int]]) -> Files:
     """The files of one folder, named from within it."""
     return {name[len(folder) + 1 :]: value for name, value in files.items() if name.startswith(folder + "/")}
+
+
+def by_shard(files: Files, store: str, arrays: Sequence[str]) -> dict[int, Files]:
+    """The chunk files of some arrays of a store, by shard: each holds the images of one."""
+    found: dict[int, Files] = {}
+    for name, value in below(store, files).items():
+        parts = name.split("/")
+        if parts[0] in arrays and parts[1] == "c":
+            found.setdefault(int(parts[2]), {})[name] = value
+    return found
 
 
 @functools.cache

@@ -13,13 +13,14 @@ from matplotlib.figure import Figure
 
 from pipeline.errors import MicrotomeError
 from pipeline.report.results import open_store
-from pipeline.report.style import GRID, INK, bare, shorten
+from pipeline.report.style import COLOURS, GRID, INK, bare, shorten
 
 MEASURES = (
     "cka", "standard_error", "influence", "cka_biased", "neighbours", "neighbours_standard_error", "procrustes",
     "procrustes_shuffled",
 )  # fmt: skip
 COLUMNS = ("network_a", "layer_a", "network_b", "layer_b", *MEASURES)
+LINES = ("-", "--", ":", "-.")
 LABELS = 24  # layers that are named beside a panel; of more, every second or third is
 
 
@@ -42,9 +43,18 @@ class Similarity:
         return list(dict.fromkeys(self.networks))
 
     @property
+    def fractions(self) -> dict[str, float]:
+        """The part of the images that each network was trained on, the smallest first; empty where they are no copies
+        of one. The last has all of them."""
+        copies = self.settings.get("fractions", {})
+        return {name: copies.get(name, 1.0) for name in self.distinct} if copies else {}
+
+    @property
     def panels(self) -> list[tuple[str, str]]:
-        """Within each network, then between each two."""
+        """Within each network, then between each two; of copies of a network, each with that."""
         names = self.distinct
+        if self.fractions:
+            return [(names[-1], names[-1])] + [(name, names[-1]) for name in names[:-1]]
         return [(name, name) for name in names] + [(a, b) for at, a in enumerate(names) for b in names[at + 1 :]]
 
     def rows_of(self, network: str) -> list[int]:
@@ -76,6 +86,46 @@ def rows(found: Similarity) -> Iterator[Sequence[object]]:
         for b in range(a, len(found.layers)):
             named = (found.networks[a], found.layers[a], found.networks[b], found.layers[b])
             yield (*named, *(float(found.values[measure][a, b]) for measure in MEASURES))
+
+
+def same_layers(found: Similarity, copy: str) -> tuple[np.ndarray, np.ndarray]:
+    """CKA of each layer of a copy with the same layer of the network itself, and its standard error."""
+    whole = found.distinct[-1]
+    return found.block("cka", copy, whole).diagonal(), found.block("standard_error", copy, whole).diagonal()
+
+
+FRACTION_COLUMNS = ("fraction", "layer", "cka", "standard_error")
+
+
+def fraction_rows(found: Similarity) -> Iterator[Sequence[object]]:
+    """Each layer of each copy, with the same layer of the network itself."""
+    for copy in found.distinct[:-1]:
+        names = [found.layers[at] for at in found.rows_of(copy)]
+        for name, value, error in zip(names, *same_layers(found, copy), strict=True):
+            yield found.fractions[copy], name, float(value), float(error)
+
+
+def over_fractions(width: float, found: Similarity) -> Figure:
+    """CKA of each layer with the same layer of the network that saw all images: a line for each part of them."""
+    figure = Figure(figsize=(width, 2.9), layout="constrained")
+    panel = figure.subplots()
+    copies = found.distinct[:-1]
+    for number, copy in enumerate(copies):
+        value, error = same_layers(found, copy)
+        x, colour = np.arange(len(value)), COLOURS[number % len(COLOURS)]
+        panel.fill_between(x, value - error, value + error, color=colour, alpha=0.2, linewidth=0)
+        label = f"{100 * found.fractions[copy]:.3g} % of the images"
+        panel.plot(x, value, color=colour, linestyle=LINES[number % len(LINES)], marker="o", label=label)
+    names = [found.layers[at] for at in found.rows_of(copies[0])]
+    step = max(1, math.ceil(len(names) / (LABELS if width > 5 else LABELS // 2)))
+    at = np.arange(0, len(names), step)
+    panel.set_xticks(at, [shorten(names[each], 16) for each in at], rotation=90)
+    panel.tick_params(axis="x", labelsize=6.5, labelcolor=INK)
+    panel.set_ylim(top=1.02)
+    panel.set_ylabel("CKA with all images")
+    panel.grid(axis="y")
+    figure.legend(loc="outside upper left", ncols=max(1, int(width / 1.7)), handlelength=2.6)
+    return figure
 
 
 def heatmaps(width: float, found: Similarity, measure: str, label: str) -> Figure:

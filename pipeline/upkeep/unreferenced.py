@@ -28,10 +28,11 @@ def folders(results: Path) -> list[Path]:
     for layer in sorted(results.glob("*/layers/*/")):
         parts = sorted(layer.glob("dissect-*/"))
         found += [part for part in parts if part not in used] if layer in used else [layer]
-    for predictions in sorted(results.glob("*/*/ablation-predictions/")):
-        finished = list((predictions.parent / "done").glob("ablate.*.json"))
-        kept = {Path(name).parts[1] for path in finished for name in Manifest.read(path).files if "/" in name}
-        found += [folder for folder in sorted(predictions.glob("*.zarr")) if finished and folder.name not in kept]
+    for pattern, stage in (("ablation-predictions", "ablate"), ("probe-features", "probes")):
+        for stores in sorted(results.glob(f"*/*/{pattern}/")):
+            finished = list((stores.parent / "done").glob(f"{stage}.*.json"))
+            kept = {Path(name).parts[1] for path in finished for name in Manifest.read(path).files if "/" in name}
+            found += [folder for folder in sorted(stores.glob("*.zarr")) if finished and folder.name not in kept]
     # What is kept of earlier weights stays, but for what was cut short and what `repair` gave up.
     found += [home for home in sorted(results.glob("*/*/before/*/")) if not list(home.glob("done/before.*.json"))]
     trainings = sorted(results.glob("networks/*/training-*/"))

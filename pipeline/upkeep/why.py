@@ -14,6 +14,7 @@ WHAT = {
     "ingest": "shards of images to decode",
     "concepts": "shards of label maps to make",
     "extract": "shards to put through the network",
+    "probes": "shards of features to keep",
     "grams": "minibatches to put through the network",
 }
 DOES = {

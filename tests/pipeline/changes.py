@@ -300,6 +300,10 @@ CHANGES = [
         lambda folder, raw: changed(raw, "calibrate", to={"splits": 2, "methods": ["temperature", "isotonic"]}),
     ),
     Change(
+        "probes of the CNN switched on", "the probes, from stored activations",
+        lambda folder, raw: changed(raw, "probes", to={"networks": ["cnn"], "fit": "validation", "draws": 2}),
+    ),
+    Change(
         "similarity of the two switched on", "their minibatches", lambda folder, raw: compared(raw),
     ),
     Change(

@@ -73,6 +73,7 @@ def expected(name: str, work: Work) -> dict:
         },
         "ablation of the CNN switched on": {},
         "calibration switched on": {},
+        "probes of the CNN switched on": {},
         "similarity of the two switched on": {"minibatches": {"cnn": 2, "vit": 2}},
         "sight of the two switched on": {"minibatches": {"cnn": 2, "vit": 2}},
         "checkpoint of the CNN replaced, where the two are compared": {
@@ -104,6 +105,9 @@ def test_what_a_change_costs(tmp_path, base, change: Change):
         case "calibration switched on":
             assert work.steps == ["calibrate scenes cnn", "calibrate scenes vit", "report"]
             assert work.shard_writes == 2 * 2, "a split of each network"
+        case "probes of the CNN switched on":
+            assert work.steps == ["probes scenes cnn", "report"]
+            assert work.shard_writes == 3 * SHARDS + 3 * 3, "features of three layers, three kinds of probes of each"
         case "similarity of the two switched on":
             assert work.steps == ["grams scenes cnn", "grams scenes vit", "similarity scenes both", "report"]
         case "sight of the two switched on":

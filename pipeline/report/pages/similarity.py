@@ -11,7 +11,17 @@ import numpy as np
 from pipeline.report import sentences
 from pipeline.report.experiment import Experiment, Made
 from pipeline.report.page import Figure, Page
-from pipeline.report.similarity import COLUMNS, Similarity, heatmaps, read_similarity, rows
+from pipeline.report.similarity import (
+    COLUMNS,
+    FRACTION_COLUMNS,
+    Similarity,
+    fraction_rows,
+    heatmaps,
+    over_fractions,
+    read_similarity,
+    rows,
+    same_layers,
+)
 from pipeline.report.style import draw
 
 SURE = 2
@@ -54,11 +64,13 @@ def section(experiment: Experiment, made: Made) -> Section:
 
 def findings(found: Similarity, made: Made) -> Iterator[str]:
     """What the numbers say, whatever they are."""
+    if found.fractions:
+        yield from of_fractions(found)
     for name, (value, error) in made.result["uniformity"].items():
         if value is not None:
             yield f"Two different layers of {name} have a CKA of {with_error(value, error)} on average."
     for a, b, value, error in made.result["difference"]:
-        if value is None:
+        if value is None or (found.fractions and b != found.distinct[-1]):
             continue
         if error is None:
             said = f"That of {b} is {abs(value):.3f} {'above' if value > 0 else 'below'} that of {a}; one minibatch "
@@ -69,7 +81,7 @@ def findings(found: Similarity, made: Made) -> Iterator[str]:
             more, less = (b, a) if value > 0 else (a, b)
             said = f"{more} is more uniform than {less}, by {with_error(abs(value), error)}."
         yield said
-    for a, b in found.panels[len(found.distinct) :]:
+    for a, b in found.panels[len(found.distinct) :] if not found.fractions else ():
         block = found.block("cka", a, b)
         if not np.isnan(block).all():
             row, column = np.unravel_index(np.nanargmax(block), block.shape)
@@ -88,6 +100,22 @@ def findings(found: Similarity, made: Made) -> Iterator[str]:
         yield f"Not defined, since they give the same for all images: {', '.join(made.result['undefined'])}."
 
 
+def of_fractions(found: Similarity) -> Iterator[str]:
+    """How alike the copies of a network are to it."""
+    whole = found.distinct[-1]
+    for copy in found.distinct[:-1]:
+        value, error = same_layers(found, copy)
+        if np.isnan(value).all():
+            continue
+        names = [found.layers[at] for at in found.rows_of(copy)]
+        low, high = int(np.nanargmin(value)), int(np.nanargmax(value))
+        yield (
+            f"Trained on {sentences.percent(found.fractions[copy], 1)} of the images, {whole} is least like itself "
+            f"trained on all of them at {names[low]}, with a CKA of {with_error(value[low], error[low])}, and most at "
+            f"{names[high]}, {with_error(value[high], error[high])}."
+        )
+
+
 def with_error(value: float, error: float | None) -> str:
     return f"{value:.3f}" + ("" if error is None or np.isnan(error) else f" ± {error:.3f}")
 
@@ -95,6 +123,20 @@ def with_error(value: float, error: float | None) -> str:
 def figures(experiment: Experiment, found: Similarity, made: Made) -> Iterator[Figure]:
     labels = {"comparison": found.name, "data set": str(made.dataset)}
     together = ", ".join(found.distinct)
+    if found.fractions:
+        yield draw(
+            experiment,
+            f"fractions-{found.name}",
+            partial(over_fractions, found=found),
+            kind="similarity-fractions",
+            alt=f"Line chart: CKA of each layer of copies of {found.distinct[-1]} trained on parts of the images with "
+            "the same layer of the network trained on all of them",
+            caption="CKA of each layer with the same layer of the network trained on all images, in execution order, "
+            "with a standard error on either side.",
+            header=FRACTION_COLUMNS,
+            rows=fraction_rows(found),
+            labels=labels,
+        )
     yield draw(
         experiment,
         f"similarity-{found.name}",
