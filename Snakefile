@@ -42,6 +42,7 @@ localrules:
     probes,
     similarity,
     sight,
+    randomize,
 
 
 include: "workflow/rules/common.smk"
@@ -85,6 +86,11 @@ rule sight:
         RUN.targets("sight"),
 
 
+rule randomize:
+    input:
+        RUN.targets("randomize"),
+
+
 include: "workflow/rules/data.smk"
 include: "workflow/rules/networks.smk"
 include: "workflow/rules/dissection.smk"
@@ -93,6 +99,7 @@ include: "workflow/rules/calibration.smk"
 include: "workflow/rules/probes.smk"
 include: "workflow/rules/similarity.smk"
 include: "workflow/rules/sight.smk"
+include: "workflow/rules/randomization.smk"
 include: "workflow/rules/report.smk"
 
 

@@ -12,17 +12,19 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    NonNegativeFloat,
     NonNegativeInt,
     PositiveInt,
     StringConstraints,
     ValidationError,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
 from pipeline.errors import MicrotomeError, nearest
 from pipeline.layer_info import fits
-from pipeline.networks import NetworkSpec
+from pipeline.networks import FROM_RUN, NetworkSpec
 from pipeline.objects import URL
 from pipeline.recipe import Recipe
 
@@ -259,6 +261,17 @@ class Preprocessing(Strict):
     std: tuple[Positive, Positive, Positive] | tuple[Positive] = Field(
         (0.229, 0.224, 0.225), description="those of ImageNet"
     )
+    per_image: bool = Field(
+        False, description="whiten each image by its own mean and deviation instead, as randomization runs do"
+    )
+
+    @model_serializer(mode="wrap")
+    def _only_what_is_said(self, handler: Any) -> dict[str, Any]:
+        """Without `per_image` where it is not used: networks that were made before it keep their ids."""
+        found = handler(self)
+        if not self.per_image:
+            del found["per_image"]
+        return found
 
     @property
     def channels(self) -> int:
@@ -517,8 +530,8 @@ class Network(NetworkSpec):
     """A network: how to build it, its weights, and the layers to look at."""
 
     weights: str = Field(
-        description="a .pt, .pth or .safetensors file, `train`, `random`, or published ones: `pretrained` (timm, "
-        "transformers), `DEFAULT` or another name (torchvision)"
+        description="a .pt, .pth or .safetensors file, `train`, `random`, published ones: `pretrained` (timm, "
+        "transformers), `DEFAULT` or another name (torchvision), or `randomize:<experiment>/<run>`"
     )
     layers: Literal["auto"] | Annotated[list[str], Field(min_length=1)] = Field(
         "auto", description="names of modules, or patterns such as `layer*`; `auto`: the blocks"
@@ -548,6 +561,103 @@ class Network(NetworkSpec):
         if isinstance(self.store, str):
             return self.store == "pooled"
         return any(kept == "pooled" and fits(layer, entry) for entry, kept in self.store.items())
+
+
+Corruption = Literal["true_labels", "corrupted_labels", "random_labels", "shuffled_pixels", "random_pixels", "gaussian"]
+
+
+class Fitting(Strict):
+    """How a run is trained. What a run leaves out its network says, then the experiment, then the paper."""
+
+    epochs: PositiveInt | None = Field(None, description="passes over the images; 100")
+    until_fitted: bool | None = Field(
+        None, description="end with the first epoch that predicted every training image right; false"
+    )
+    batch_size: PositiveInt | None = Field(None, description="images of a step; 128")
+    learning_rate: Positive | None = Field(None, description="of the first epoch; 0.01")
+    decay: Share | None = Field(None, description="factor of the learning rate after each epoch; 0.95")
+    momentum: Annotated[float, Field(ge=0, lt=1)] | None = Field(None, description="of SGD; 0.9")
+    weight_decay: NonNegativeFloat | None = Field(None, description="of matrices and filters; 0")
+    random_crop: bool | None = Field(
+        None, description="a window of each image at random in place of the one in its centre; false"
+    )
+    dropout: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        None, description="share that the network's modules of dropout drop; default: as it is built"
+    )
+
+
+FITTING: dict[str, Any] = {
+    "epochs": 100,
+    "until_fitted": False,
+    "batch_size": 128,
+    "learning_rate": 0.01,
+    "decay": 0.95,
+    "momentum": 0.9,
+    "weight_decay": 0.0,
+    "random_crop": False,
+    "dropout": None,
+}
+
+
+class RunNetwork(NetworkSpec, Fitting):
+    """A network that runs train from random weights, and what of `Fitting` holds for all of its runs."""
+
+    @model_validator(mode="after")
+    def _from_random_weights(self) -> "RunNetwork":
+        for key in ("weights", "local", "download", "seed", "prefix"):
+            if getattr(self, key) != NetworkSpec.model_fields[key].default:
+                raise ValueError(f"leave out `{key}`: runs begin with random weights, from the run's seed")
+        return self
+
+
+class NoiseRun(Fitting):
+    """One training: a network, what it is to fit, and how."""
+
+    network: Name = Field(description="one of the experiment's `networks`")
+    corruption: Corruption = Field("true_labels", description="what is done to the training images or labels")
+    share: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        None, description="with `corrupted_labels`: the probability of each label to be drawn at random"
+    )
+    seed: NonNegativeInt = Field(0, description="of the first weights, the corruption and the order of the images")
+
+    @model_validator(mode="after")
+    def _share_goes_with_corrupted_labels(self) -> "NoiseRun":
+        if (self.corruption == "corrupted_labels") != (self.share is not None):
+            raise ValueError("`corruption: corrupted_labels` and `share` go together")
+        return self
+
+
+class Randomize(Fitting):
+    """How easily networks fit noise: runs on true labels, on corrupted ones, and on images without meaning."""
+
+    dataset: Name = Field(description="the data set")
+    split: str = Field("train", description="its images to train on")
+    test: str = Field("validation", description="its images to test on, whose labels stay true")
+    images: PositiveInt | None = Field(None, description="the first so many of `split`; default: all")
+    test_images: PositiveInt | None = Field(None, description="the first so many of `test`; default: all")
+    crop: PositiveInt = Field(28, description="height and width of what networks see of an image")
+    networks: Annotated[dict[Name, RunNetwork], Field(min_length=1)] = Field(description="by name")
+    runs: Annotated[dict[Name, NoiseRun], Field(min_length=1)] = Field(description="by name")
+    checkpoint_seconds: NonNegativeFloat = Field(15, description="between two checkpoints of a run")
+    together: PositiveInt = Field(4, description="runs side by side on one GPU; on a core there is one")
+
+    @model_validator(mode="after")
+    def _known_networks(self) -> "Randomize":
+        for name, run in self.runs.items():
+            if run.network not in self.networks:
+                raise ValueError(f"runs.{name}: no network {run.network!r}{nearest(run.network, self.networks)}")
+        if self.split == self.test:
+            raise ValueError(f"split and test are both {self.split!r}: runs are to be tested on other images")
+        return self
+
+    def fitting(self, name: str) -> dict[str, Any]:
+        """Every key of `Fitting` for a run, with the value that holds."""
+        run = self.runs[name]
+        levels = (run, self.networks[run.network], self)
+        return {
+            key: next((value for level in levels if (value := getattr(level, key)) is not None), default)
+            for key, default in FITTING.items()
+        }
 
 
 class Head(Strict):
@@ -651,6 +761,7 @@ class Config(Strict):
     similarity: Similarity | None = Field(None, description="how alike layers of networks are; default: not asked")
     sight: Sight | None = Field(None, description="how networks look at images; default: not asked")
     probes: Probes | None = Field(None, description="with this section, layers are probed; default: none are")
+    randomize: dict[Name, Randomize] = Field({}, description="how easily networks fit noise; experiments by name")
     controls: Controls = Field(Controls(), description="what the units are compared with")
     cluster: Cluster = Field(Cluster(), description="the workers")
     report: Report = Field(Report(), description="the pages at the end")
@@ -757,6 +868,36 @@ class Config(Strict):
         """The network of this configuration that another is the control or a copy of; else itself."""
         return self.similarity.original(network) if self.similarity else network.removesuffix(UNTRAINED)
 
+    @model_validator(mode="after")
+    def randomizations(self) -> "Config":
+        for name, asked in self.randomize.items():
+            if asked.dataset not in self.datasets:
+                known = nearest(asked.dataset, self.datasets)
+                raise ValueError(f"randomize.{name}: no data set {asked.dataset!r}{known}")
+        for name, network in self.networks.items():
+            if network.run is not None:
+                self._of_a_run(f"network {name!r}", network, *network.run)
+        return self
+
+    def _of_a_run(self, who: str, network: Network, experiment: str, run: str) -> None:
+        """A network with the weights of a run is that run's network, and sees images as the run did."""
+        if experiment not in self.randomize:
+            raise ValueError(
+                f"{who}: weights: `randomize` has no experiment {experiment!r}{nearest(experiment, self.randomize)}"
+            )
+        asked = self.randomize[experiment]
+        if run not in asked.runs:
+            raise ValueError(f"{who}: weights: randomize.{experiment} has no run {run!r}{nearest(run, asked.runs)}")
+        own = asked.networks[asked.runs[run].network]
+        for key in ("torchvision", "timm", "transformers", "module", "arguments"):
+            if getattr(network, key) != getattr(own, key):
+                raise ValueError(
+                    f"{who}: {key} is {getattr(network, key)!r}, and that of {FROM_RUN}{experiment}/{run} is "
+                    f"{getattr(own, key)!r}: describe the run's network"
+                )
+        if not network.preprocessing.per_image:
+            raise ValueError(f"{who}: runs whiten each image by itself: give `preprocessing: {{per_image: true}}`")
+
     def dataset_of(self, comparison: str) -> str:
         """The data set of a comparison: the one named, or the only one that all of its networks see."""
         assert self.similarity is not None
@@ -837,9 +978,18 @@ def select(config: Config, only: str | list[str]) -> Config:
         )
         for name, network in networks.items()
     }
+    # Experiments on these data sets, and those whose weights a network takes: named networks need no others.
+    named = any(name in config.networks for name in names)
+    needed = {network.run[0] for network in networks.values() if network.run is not None}
+    randomize = {
+        name: asked
+        for name, asked in config.randomize.items()
+        if name in needed or (asked.dataset in chosen and not named)
+    }
     asked = {
         "networks": networks,
         "similarity": _still_asked(config, networks, set(chosen)),
+        "randomize": randomize,
         "sight": _still_seen(config, networks, chosen),
         "calibrate": _narrowed(config.calibrate, networks, chosen),
         "probes": _narrowed(config.probes, networks, chosen),

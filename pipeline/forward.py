@@ -101,19 +101,23 @@ def platform_numerics(version: int) -> dict[str, str]:
 def normalise(pixels: torch.Tensor, spec: Network | Segmenter) -> torch.Tensor:
     """uint8 (image, 3, y, x) → float32 on the device: (x / 255 - mean) / std, in the network's memory format.
 
-    A network with a single mean gets grey images (image, 1, y, x).
+    A network with a single mean gets grey images (image, 1, y, x); with `per_image` each is whitened by itself.
     """
     import torch
 
     from kernels.grey import grey
+    from kernels.whiten import whiten
 
     pixels = pixels.to(device())
     if spec.preprocessing.channels == 1:
         pixels = grey(pixels)
-    x = pixels.float().div_(255)
-    mean = torch.tensor(spec.preprocessing.mean, device=x.device).view(1, -1, 1, 1)
-    std = torch.tensor(spec.preprocessing.std, device=x.device).view(1, -1, 1, 1)
-    x = x.sub_(mean).div_(std)
+    if spec.preprocessing.per_image:
+        x = whiten(pixels.float())
+    else:
+        x = pixels.float().div_(255)
+        mean = torch.tensor(spec.preprocessing.mean, device=x.device).view(1, -1, 1, 1)
+        std = torch.tensor(spec.preprocessing.std, device=x.device).view(1, -1, 1, 1)
+        x = x.sub_(mean).div_(std)
     return x.contiguous(memory_format=torch.channels_last) if spec.numerics.channels_last else x
 
 

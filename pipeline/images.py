@@ -86,3 +86,14 @@ class Images:
 
     def image_ids(self) -> np.ndarray:
         return np.asarray(self.reader()["image_id"][:])
+
+
+def pixels(reader: Reader, rows: np.ndarray) -> np.ndarray:
+    """The images of rising `rows`, uint8 (image, channel, y, x), read a shard at a time: none is held twice."""
+    array = reader["image"]
+    step, found, at = array.chunks[0], np.empty((len(rows), *array.shape[1:]), np.uint8), 0
+    for shard in np.unique(rows // step).tolist():
+        own = rows[(rows >= shard * step) & (rows < (shard + 1) * step)] - shard * step
+        found[at : at + len(own)] = array[shard * step : (shard + 1) * step][own]
+        at += len(own)
+    return found

@@ -90,6 +90,15 @@ class Request(BaseModel):
     look: str | list[str] | None = None
 
 
+class ClassifierRequest(BaseModel):
+    """One classifier that is to be trained on images of a shape (channels, height, width)."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    classifier: NetworkSpec
+    input_shape: tuple[int, int, int]
+
+
 class SegmenterRequest(BaseModel):
     """One segmentation network to inspect, for images of a size (height, width)."""
 
@@ -200,6 +209,10 @@ def _result(each: Any) -> dict[str, Any]:
             "concepts": {name: channels.concepts for name, channels in found.items()},
             "memory": segmenters.memory_need(wanted.segmenter, wanted.size),
         }
+    if isinstance(each, dict) and "classifier" in each:
+        asked = ClassifierRequest.model_validate(each)
+        built, surveyed = _surveyed(asked.classifier, asked.input_shape, None)
+        return {"classes": surveyed.classes, "parameters": sum(each.numel() for each in built.parameters())}
     if isinstance(each, dict) and "micro_batch" in each:
         return measure(Probe.model_validate(each))
     request = Request.model_validate(each)

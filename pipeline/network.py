@@ -11,11 +11,11 @@ import hashlib
 import json
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import stage
+from pipeline import randomize, stage
 from pipeline.cluster import check_memory, client, device, run_tasks
 from pipeline.config import Network, Train
 from pipeline.errors import MicrotomeError
@@ -29,16 +29,17 @@ if TYPE_CHECKING:
 
     from pipeline.datasets import Summary
     from pipeline.plan import Plan, Step
-    from pipeline.store import Reader
 
 VERSION = 1
 REMEDY = "lower `batch_size` of the recipe, or the number of images"
 CODE = (
     "kernels/grey.py",
+    "kernels/whiten.py",
     "pipeline/checkpoint.py",
     "pipeline/libraries",
     "pipeline/network.py",
     "pipeline/networks.py",
+    "pipeline/repeatable.py",
     "pipeline/training.py",
 )
 
@@ -60,6 +61,8 @@ def settings(spec: Network, digests: FileDigests) -> dict[str, Any]:
                 del made_of["train"]["fraction"]
         case "random":
             made_of["random"] = spec.seed
+        case _ if spec.run is not None:
+            made_of["weights"] = "of a run"  # which, the parents say
         case _:
             made_of["checkpoint"] = weights_digest(spec, digests)
             if not spec.published:
@@ -120,8 +123,11 @@ def run(plan: Plan, step: Step) -> None:
         held = manifest.result["images"] * 3 * math.prod(manifest.result["size"])
         what = f"{step.name}, which holds all images,"
         check_memory(plan.config.cluster, held, what, "give the data set fewer images")
+    taken = None
+    if spec.run is not None:
+        taken = randomize.weights_of(plan, plan.steps[step.parents[0]], spec.run[1])
     with client(plan.config.cluster, plan.scratch) as workers:
-        (facts,) = run_tasks(workers, make, [(spec, folder, training)], 1, step.name, REMEDY)
+        (facts,) = run_tasks(workers, make, [(spec, folder, training, taken)], 1, step.name, REMEDY)
     files = {}
     for name in ("model.safetensors", "model.json"):
         data = (folder / name).read_bytes()
@@ -136,14 +142,25 @@ def discard(plan: Plan, step: Step) -> list[Path]:
     return [folder / "model.safetensors", folder / "model.json", *folder.glob("training-*")]
 
 
-def make(spec: Network, folder: Path, training: dict[str, Any] | None) -> dict[str, Any]:
-    """On a worker: build, load or train; write the two files; return the small facts."""
+def make(
+    spec: Network,
+    folder: Path,
+    training: dict[str, Any] | None,
+    taken: tuple[Path, Mapping[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """On a worker: build, load or train; write the two files; return the small facts.
+
+    `taken` are file and facts of a run's weights, where it is one whose weights they are.
+    """
     from pipeline.checkpoint import sha256, write_safetensors
     from pipeline.networks import load
 
     if spec.train is not None:
         assert training is not None
         network, facts = _train(spec, folder, **training)
+    elif taken is not None:
+        path, found = taken
+        network, facts = load(spec, path), {"accuracy": found["test_accuracy"], "run": dict(found)}
     else:
         network, facts = load(spec), {}
     path = folder / "model.safetensors"
@@ -159,7 +176,7 @@ def make(spec: Network, folder: Path, training: dict[str, Any] | None) -> dict[s
         "weights": spec.weights if spec.weights_file is None else spec.weights_file.name,
         "seed": spec.seed,
         "preprocessing": spec.preprocessing.model_dump(),
-        "recipe": spec.train.recipe.model_dump() if spec.train else None,
+        "recipe": spec.train.recipe.model_dump() if spec.train else taken[1]["how"] if taken else None,
     }
     write_atomically(folder / "model.json", json.dumps(described | facts, indent=1))
     return {key: facts[key] for key in ("weights_sha256", "parameters", "accuracy", "training") if key in facts}
@@ -171,6 +188,9 @@ def _train(spec: Network, folder: Path, store: Path, files: dict, recipe: str) -
     Its folder is named after the recipe and the images that are trained on, and stays: when other images come, only the
     accuracy is measured again.
     """
+    import numpy as np
+
+    from pipeline.images import pixels as pixels_of
     from pipeline.networks import load
     from pipeline.store import Reader
     from pipeline.training import CURVE_POINTS, fit
@@ -193,13 +213,13 @@ def _train(spec: Network, folder: Path, store: Path, files: dict, recipe: str) -
             print(f"  network {folder.name}: {so_far}", file=sys.stderr)
 
     network = load(spec.model_copy(update={"weights": "random"}))
-    pixels, labels = _pixels(reader, own), label[own]
+    pixels, labels = pixels_of(reader, np.flatnonzero(own)), label[own]
     judging = chosen["validation"]
     validation = None
     if own is judging:
         validation = pixels, labels
     elif judging.any():
-        validation = _pixels(reader, judging), label[judging]
+        validation = pixels_of(reader, np.flatnonzero(judging)), label[judging]
     training = f"training-{digest([recipe, hashlib.blake2b(pixels.data).hexdigest(), labels.tolist()])}"
     facts = fit(
         network,
@@ -211,6 +231,7 @@ def _train(spec: Network, folder: Path, store: Path, files: dict, recipe: str) -
         folder=folder / training,
         progress=progress,
         device=device(),
+        per_image=spec.preprocessing.per_image,
     )
     return network, facts | {"training": training}
 
@@ -231,18 +252,4 @@ def part_of(mask: np.ndarray, label: np.ndarray, image_id: np.ndarray, fraction:
     wanted = np.maximum(1, np.rint(fraction * there))
     found = np.zeros(len(mask), bool)
     found[slots[order[place < wanted[label[slots][order]]]]] = True
-    return found
-
-
-def _pixels(reader: Reader, mask: np.ndarray) -> np.ndarray:
-    """The images of a mask, uint8 (image, channel, y, x), read a shard at a time: none is held twice."""
-    import numpy as np
-
-    array = reader["image"]
-    step, found, at = array.chunks[0], np.empty((int(mask.sum()), *array.shape[1:]), np.uint8), 0
-    for start in range(0, len(mask), step):
-        rows = np.flatnonzero(mask[start : start + step])
-        if len(rows):
-            found[at : at + len(rows)] = array[start : start + step][rows]
-            at += len(rows)
     return found

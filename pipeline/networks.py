@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 RANDOM = "random"
 TRAINED_HERE = "train"
+FROM_RUN = "randomize:"  # before the names of a randomization experiment and of one of its runs
 PRETRAINED = "pretrained"  # the published weights of a library in which they have no names of their own
 LIBRARIES = ("torchvision", "timm", "transformers")
 _SOURCES = "`torchvision: name`, `timm: name`, `transformers: folder or name` and `module: path.py:function`"
@@ -103,6 +104,8 @@ class NetworkSpec(BaseModel):
             raise ValueError("a module has no published weights: give a checkpoint as `weights: path`")
         if self.published and self.prefix is not None:
             raise ValueError("`prefix` is for a checkpoint of your own; published weights have none")
+        if self.weights.startswith(FROM_RUN) and len(self.run or ()) != 2:
+            raise ValueError(f"weights of a run are named `{FROM_RUN}<experiment>/<run>`, found {self.weights!r}")
         if self.local is not None and not self.published and self.transformers is None:
             raise ValueError("`local` goes with published weights: name the file itself as `weights: path`")
         return self
@@ -132,9 +135,18 @@ class NetworkSpec(BaseModel):
         return self.module is None and self.weights == PRETRAINED
 
     @property
+    def run(self) -> tuple[str, ...] | None:
+        """Names of the randomization experiment and of its run that the weights are of; None where they are not."""
+        if not self.weights.startswith(FROM_RUN):
+            return None
+        return tuple(filter(None, self.weights.removeprefix(FROM_RUN).split("/")))
+
+    @property
     def weights_file(self) -> Path | None:
-        """The checkpoint, or None when the weights are random, trained here or published."""
-        return None if self.weights in (RANDOM, TRAINED_HERE) or self.published else Path(self.weights)
+        """The checkpoint, or None when the weights are random, trained here, of a run or published."""
+        if self.weights in (RANDOM, TRAINED_HERE) or self.published or self.run is not None:
+            return None
+        return Path(self.weights)
 
     @property
     def module_file(self) -> Path | None:
@@ -156,7 +168,7 @@ def load(described: Described, weights_path: str | Path | None = None) -> nn.Mod
         `weights`, and its keys are the network's own: `prefix` does not apply to it.
     """
     spec = NetworkSpec.of(described)
-    if weights_path is None and spec.weights == TRAINED_HERE:
+    if weights_path is None and (spec.weights == TRAINED_HERE or spec.run is not None):
         raise MicrotomeError(f"{spec.architecture} is trained by the workflow: run its network stage first")
     network = build(spec)
     load_weights(network, spec, weights_path)

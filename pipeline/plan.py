@@ -26,6 +26,7 @@ from pipeline import (
     objects,
     probes,
     published,
+    randomize,
     sight,
     similarity,
 )
@@ -47,13 +48,17 @@ STAGES: dict[str, Any] = {
     "grams": grams,
     "similarity": similarity,
     "sight": sight,
+    "randomize": randomize,
     "report": report,
 }
+COMPARISONS = {"similarity": "similarity", "randomize": "randomization"}  # folder of the results, by stage
 
 
 @dataclass(frozen=True)
 class Step:
-    """One job of the workflow: a stage, for a data set, a network and a comparison of networks where it has these.
+    """One job of the workflow: a stage, for a data set, a network and a comparison where it has these.
+
+    A comparison is one of networks (`similarity`) or of runs (`randomize`).
 
     `settings` is everything the id is made of, by name; `parents` are the manifests (relative to the results folder)
     whose outputs it reads.
@@ -184,13 +189,21 @@ def make(wanted: Config, rescan: bool = False, arguments: Sequence[str] = ()) ->
     plan = Plan(wanted, {}, tuple(arguments))
 
     def add(
-        stage: str, settings: dict, parents: list[Step], dataset: str = "", network: str = "", comparison: str = ""
+        stage: str,
+        settings: dict,
+        parents: list[Step],
+        dataset: str = "",
+        network: str = "",
+        comparison: str = "",
+        read: list[str] | None = None,
     ) -> Step:
-        settings = settings | {"version": STAGES[stage].VERSION, "parents": [parent.id for parent in parents]}
+        """`read`: ids of what is read of the parents, where it is a part of them."""
+        read = [parent.id for parent in parents] if read is None else read
+        settings = settings | {"version": STAGES[stage].VERSION, "parents": read}
         settings = json.loads(json.dumps(settings))  # as a manifest will hold it
         id = digest(settings)
         folder = "/".join(filter(None, ("networks" if network and not dataset else dataset, network)))
-        folder = f"similarity/{comparison}" if comparison else folder or f"report/{wanted.name}"
+        folder = f"{COMPARISONS[stage]}/{comparison}" if comparison else folder or f"report/{wanted.name}"
         step = Step(
             stage=stage,
             id=id,
@@ -225,6 +238,11 @@ def make(wanted: Config, rescan: bool = False, arguments: Sequence[str] = ()) ->
     probed: list[Step] = []
     calibrate.check(wanted.calibrate, found)
     probes.check(wanted.probes, found)
+    randomized = {}
+    for name, experiment in wanted.randomize.items():
+        settings = randomize.settings(name, experiment, found[experiment.dataset], digests)
+        parents = [ingests[experiment.dataset]]
+        randomized[name] = add("randomize", settings, parents, experiment.dataset, comparison=name)
     loaded = {}
     for name, spec in plan.networks.items():
         if not datasets_of(wanted, spec) and name not in plan.copies:  # `only` left it none
@@ -235,7 +253,11 @@ def make(wanted: Config, rescan: bool = False, arguments: Sequence[str] = ()) ->
         parents = [ingests[spec.train.dataset]] if spec.train else []
         with about(f"network {name!r}"):
             settings = network.settings(spec, digests)
-        loaded[name] = add("network", settings, parents, network=name)
+        read = None
+        if spec.run is not None:
+            parents = [randomized[spec.run[0]]]
+            read = [digest(randomize.run_settings(parents[0], spec.run[1]))]
+        loaded[name] = add("network", settings, parents, network=name, read=read)
     for name, spec in plan.networks.items():
         untrained = name.endswith(UNTRAINED)
         for data in datasets_of(wanted, spec):
@@ -274,7 +296,7 @@ def make(wanted: Config, rescan: bool = False, arguments: Sequence[str] = ()) ->
     add(
         "report",
         report.settings(wanted),
-        [*loaded.values(), *dissected, *ablated, *calibrated, *probed, *compared, *looked_into],
+        [*loaded.values(), *dissected, *ablated, *calibrated, *probed, *compared, *looked_into, *randomized.values()],
     )
 
     digests.save()

@@ -1,5 +1,5 @@
 """Before any work: every network is built on the meta device, with its layers and its checkpoint's names and shapes.
-Segmenters too, with their outputs and class lists.
+Networks that runs train too, with their logits, and segmenters, with their outputs and class lists.
 
 That needs torch, so it runs in a process of its own, once for a network, a size of images and a choice of layers; what
 was found is kept by that id.
@@ -52,6 +52,7 @@ def check(plan: Plan, probe: bool = False) -> None:
         _ask(plan, unknown)
     errors = [said for step in _steps(plan) for said in _stores(plan, step)]
     errors += [said for step in plan.of_stage("calibrate") for said in _classes(plan, step)]
+    errors += [said for step in plan.of_stage("randomize") for said in _logits(plan, step)]
     if errors:
         raise MicrotomeError("\n  ".join(errors))
 
@@ -103,6 +104,18 @@ def _classes(plan: Plan, step: Step) -> Iterator[str]:
             + (f"it gives {given} logits" if given else "it has no head")
             + f", and the images have {wanted} classes: name other networks or data sets in `calibrate`"
         )
+
+
+def _logits(plan: Plan, step: Step) -> Iterator[str]:
+    """What is wrong with the logits of networks that runs are to train."""
+    wanted = step.settings["classes"]
+    for question in _classifiers(plan, step):
+        given = json.loads(question.kept.read_text())["classes"]
+        if given is None or given < wanted:
+            yield (
+                f"{question.name}: it gives {given or 'no'} logits, and the images have {wanted} classes: "
+                "build it with as many, by `arguments`"
+            )
 
 
 def found(plan: Plan, step: Step) -> dict[str, Any]:
@@ -176,6 +189,7 @@ def questions(plan: Plan) -> list[Question]:
         Question(f"network {step.network!r} on {step.dataset!r}", _kept(plan, step), _request(plan, step))
         for step in _steps(plan)
     ]
+    networks += [question for step in plan.of_stage("randomize") for question in _classifiers(plan, step)]
     return [*networks, *(found for step in plan.of_stage("concepts") for found in _segmenters(plan, step).values())]
 
 
@@ -222,6 +236,22 @@ def _segmenters(plan: Plan, step: Step) -> dict[str, Question]:
         request = {"segmenter": plan.config.segmenters[name].model_dump(), "size": size}
         found[name] = Question(f"segmenter {name!r} on {step.dataset!r}", kept, request)
     return found
+
+
+def _classifiers(plan: Plan, step: Step) -> list[Question]:
+    """The networks that the runs of an experiment train."""
+    assert step.comparison is not None
+    asked = plan.config.randomize[step.comparison]
+    found = {}
+    for name, run in asked.runs.items():
+        request = {
+            "classifier": NetworkSpec.of(asked.networks[run.network]).model_dump(),
+            "input_shape": [3, asked.crop, asked.crop],
+        }
+        made_of = [VERSION, _versions(), step.settings["runs"][name]["network"], request]
+        kept = plan.scratch / "inspected" / f"{digest(made_of)}.json"
+        found[kept] = Question(f"network {run.network!r} of randomize.{step.comparison}", kept, request)
+    return list(found.values())
 
 
 def _kept(plan: Plan, step: Step) -> Path:

@@ -105,6 +105,11 @@ class Results(_Folder["Dataset"]):
         return {file.parent.name: _open(file) for file in sorted(self.path.glob("similarity/*/cka.zarr"))}
 
     @property
+    def randomization(self) -> dict[str, xr.Dataset]:
+        """train_loss, train_accuracy, test_accuracy, seconds (run, epoch) of every experiment, by its name."""
+        return {file.parent.name: _open(file) for file in sorted(self.path.glob("randomization/*/curves.zarr"))}
+
+    @property
     def reports(self) -> dict[str, Path]:
         """The page of every configuration, by its name."""
         return {file.parent.name: file for file in sorted(self.path.glob("report/*/index.html"))}

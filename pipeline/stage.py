@@ -43,7 +43,8 @@ def noted(plan: Plan, step: Step) -> list[str]:
 
 
 def _note(plan: Plan, step: Step) -> Path:
-    return plan.scratch / UNFINISHED / f"{step.stage}.{digest([step.dataset, step.network])}.json"
+    of = [step.dataset, step.network, *([step.comparison] if step.comparison else [])]
+    return plan.scratch / UNFINISHED / f"{step.stage}.{digest(of)}.json"
 
 
 def finish(

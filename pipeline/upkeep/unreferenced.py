@@ -1,4 +1,4 @@
-"""What no network of a results folder refers to any more: layers, dissections of layers, trainings, old manifests."""
+"""What nothing in a results folder refers to any more: layers, dissections of layers, trainings, runs, manifests."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ def folders(results: Path) -> list[Path]:
             used |= {layer, layer / stem.replace(".", "-", 1)}
         if manifest.stage == "network" and "training" in manifest.result:
             used.add(path.parent.parent / manifest.result["training"])
+        if manifest.stage == "randomize":
+            used |= {path.parent.parent / "runs" / run["id"] for run in manifest.result["runs"].values()}
     found = []
     for layer in sorted(results.glob("*/layers/*/")):
         parts = sorted(layer.glob("dissect-*/"))
@@ -37,6 +39,7 @@ def folders(results: Path) -> list[Path]:
     found += [home for home in sorted(results.glob("*/*/before/*/")) if not list(home.glob("done/before.*.json"))]
     trainings = sorted(results.glob("networks/*/training-*/"))
     found += [folder for folder in trainings if folder not in used and folder.parent not in used]
+    found += [folder for folder in sorted(results.glob("randomization/*/runs/*/")) if folder not in used]
     return found + [folder for folder in [results / SCRATCH / "aside"] if folder.is_dir()]
 
 

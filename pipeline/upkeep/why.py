@@ -22,6 +22,7 @@ DOES = {
     "dissect": "counted from the stores, without a forward",
     "calibrate": "methods fitted again on the splits that are missing, from stored logits",
     "similarity": "compared from the Gram matrices, without a forward",
+    "randomize": "trained are runs whose own line of the configuration, or whose images, changed",
     "ablate": "units removed again only on shards of images that changed",
 }
 DIGEST_LENGTHS = (20, 32, 64)  # of ids and checksums, which say nothing to a reader

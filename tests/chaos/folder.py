@@ -32,14 +32,20 @@ def contents(results: Path) -> dict[str, str]:
 
     Of a manifest: all but times and versions; of a ledger: its shards, which stand in the order in which they were
     finished, and twice where they were made twice, when the last line counts; of a page: all but durations, which its
-    manifest does not see either.
+    manifest does not see either; of a training run: all but its seconds.
     """
     return {
         path.relative_to(results).as_posix(): hashlib.sha256(_timeless(path)).hexdigest() for path in files(results)
     }
 
 
+def _tells_time(name: str) -> bool:
+    return name.endswith("/seconds.json") or "/seconds/c/" in name
+
+
 def _timeless(path: Path) -> bytes:
+    if _tells_time(path.as_posix()):
+        return b""
     if path.suffix == ".html":
         return re.sub(rb"\b[\d.,]+ (ms|s|min|h)\b", b"(a time)", path.read_bytes())
     if path.suffix == ".ledger":
@@ -50,6 +56,7 @@ def _timeless(path: Path) -> bytes:
     pages = [name for name in found["files"] if name.endswith(".html")]
     if pages:
         found |= {"digest": None, "files": found["files"] | dict.fromkeys(pages)}
+    found["files"] |= dict.fromkeys(filter(_tells_time, found["files"]))
     return json.dumps(found, sort_keys=True).encode()
 
 

@@ -24,7 +24,12 @@ def undisturbed(tmp_path_factory):
     wanted = yaml.safe_load((Path(__file__).parent / "miniature.yaml").read_text())
     net = wanted["networks"]["net"]
     net |= {"module": f"{ROOT}/tests/workflow/networks/tiny.py:tiny", "weights": "random"}
-    del net["train"], wanted["similarity"], wanted["sight"]  # of the network and its control, and of the network
+    del (
+        net["train"],
+        wanted["similarity"],
+        wanted["sight"],
+        wanted["randomize"],
+    )  # of the network and its control, and of the network
     wanted["cluster"]["workers"] = 1
     (cwd / "miniature.yaml").write_text(yaml.safe_dump(wanted))
     command = [

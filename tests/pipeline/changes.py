@@ -36,7 +36,7 @@ SHARDS = 3  # of 16 images each, that hold the validation images
 class Work:
     """What a run did. By network: shards put through it (`forwards`), layers written and layers counted, by name, and
     minibatches put through it, for the similarity of layers or for sight. Shards are `ablated` without units and
-    without sets."""
+    without sets; runs on corrupted data are `trained`."""
 
     steps: list[str] = field(default_factory=list)
     decoded: int = 0
@@ -47,6 +47,7 @@ class Work:
     categories: set[str] = field(default_factory=set)
     minibatches: dict[str, int] = field(default_factory=dict)
     ablated: int = 0
+    trained: int = 0
     shard_writes: int = 0
 
     def stages(self, network: str | None = None) -> list[str]:
@@ -162,6 +163,9 @@ def run(raw: dict[str, Any]) -> Work:
             if new:
                 work.minibatches[path.parent.name] = len(new)
             continue
+        if path.name == "runs.ledger":
+            work.trained += len(new)
+            continue
         work.shard_writes += len(new)
         if path.name == "images.ledger":
             work.decoded += len(new)
@@ -242,6 +246,20 @@ def compared(raw: dict[str, Any]) -> dict[str, Any]:
     """The layers of the two networks compared, in two minibatches."""
     both = {"compare": {"both": {"networks": ["cnn", "vit"]}}, "images": 32, "minibatch": 16}
     return changed(raw, "similarity", to=both)
+
+
+def randomized(raw: dict[str, Any], share: float = 0.5) -> dict[str, Any]:
+    """A small network trained on true and on corrupted labels."""
+    asked = {
+        "dataset": "scenes", "epochs": 1, "batch_size": 8,
+        "networks": {"mlp": {"module": f"{NETWORKS.parent}/zhang2017.py:mlp", "arguments": {"num_classes": 12}}},
+        "runs": {
+            "true": {"network": "mlp"},
+            "half": {"network": "mlp", "corruption": "corrupted_labels", "share": share},
+        },
+    }  # fmt: skip
+    raw = changed(raw, "datasets", "scenes", "images", to={"train": 24, "validation": 40})
+    return changed(raw, "randomize", to={"noise": asked})
 
 
 def _replaced_beside(folder: Path, raw: dict[str, Any]) -> dict[str, Any]:
@@ -341,9 +359,9 @@ def table(folder: Path) -> Iterator[str]:
     """The rows of the table in the docs."""
     yield (
         "| change | allowed | images decoded | label maps | forwards | layers written | layers counted | ablated | "
-        "minibatches | steps |"
+        "minibatches | runs trained | steps |"
     )
-    yield "|---|---|---|---|---|---|---|---|---|---|"
+    yield "|---|---|---|---|---|---|---|---|---|---|---|"
     base = folder / "base"
     base.mkdir()
     yield _row("(the first run)", "everything", run(experiment(base)))
@@ -355,6 +373,11 @@ def table(folder: Path) -> Iterator[str]:
     run(raw)
     raw = changed(raw, "datasets", "scenes", "images", to={"train": 32, "validation": 44})
     yield _row("four validation images added; the CNN is trained on others", "their shard; no training", run(raw))
+    noise = folder / "noise"
+    noise.mkdir()
+    raw_noise = experiment(noise)
+    run(randomized(raw_noise))
+    yield _row("one line of two randomization runs", "that run", run(randomized(raw_noise, 0.6)))
     retrain_elsewhere(trained, raw)
     yield _row("the trained CNN of another machine: same recipe, other weights", "what read the old weights", run(raw))
     for at, (name, change) in enumerate(IMAGES.items()):
@@ -370,7 +393,8 @@ def _row(name: str, allowed: str, work: Work) -> str:
     forwards = sum(work.forwards.values())
     written, counted = (sum(map(len, each.values())) for each in (work.written, work.counted))
     minibatches = sum(work.minibatches.values())
-    made = (work.decoded, work.labelled, forwards, written, counted, work.ablated, minibatches, len(work.steps))
+    shards = (work.decoded, work.labelled, forwards, written, counted, work.ablated, minibatches)
+    made = (*shards, work.trained, len(work.steps))
     return "| " + " | ".join((name, allowed, *(str(count or "–") for count in made))) + " |"
 
 

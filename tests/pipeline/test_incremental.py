@@ -16,6 +16,7 @@ from changes import (
     changed,
     experiment,
     photographs,
+    randomized,
     retrain_elsewhere,
     run,
     with_training,
@@ -143,6 +144,14 @@ def test_a_network_of_another_machine(tmp_path):
     assert len(list((tmp_path / "results/networks/cnn").glob("training-*"))) == 1
     back = (tmp_path / "results/networks/cnn/model.safetensors").read_bytes()
     assert back != elsewhere, "what was trained here is back"
+
+
+def test_a_line_of_a_randomization_trains_its_run(tmp_path):
+    raw = experiment(tmp_path)
+    assert run(randomized(raw)).trained == 2
+    work = run(randomized(raw, 0.6))
+    assert work.trained == 1 and work.steps == ["randomize scenes noise", "report"]
+    assert not any(work.forwards.values()) and work.shard_writes == 0
 
 
 @pytest.mark.parametrize("name", IMAGES)

@@ -17,7 +17,8 @@ from torch import nn
 
 from pipeline.errors import MicrotomeError
 from pipeline.recipe import Recipe
-from pipeline.training import CHECKPOINT, _augment, _batch, _take, evaluate, fit, learning_rate, native_bfloat16
+from pipeline.repeatable import native_bfloat16
+from pipeline.training import CHECKPOINT, _augment, _batch, _take, evaluate, fit, learning_rate
 
 ROOT = Path(__file__).parents[2]
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)

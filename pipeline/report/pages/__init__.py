@@ -11,7 +11,7 @@ import importlib
 from pipeline.report.experiment import Experiment
 from pipeline.report.page import Page
 
-STAGES = ("dissect", "compare", "ablate", "calibrate", "probes", "similarity", "sight")
+STAGES = ("dissect", "compare", "ablate", "calibrate", "probes", "similarity", "sight", "randomize")
 """The stages with a page, and the comparison of networks, in the order of the report."""
 
 
