@@ -41,6 +41,7 @@ VERSION = 1
 CODE = (
     "kernels/ablation.py",
     "kernels/grey.py",
+    "kernels/whiten.py",
     "pipeline/ablate.py",
     "pipeline/ablate_results.py",
     "pipeline/ablate_tasks.py",

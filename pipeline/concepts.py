@@ -38,6 +38,7 @@ VERSION = 3
 CODE = (
     "kernels/colour.py",
     "kernels/grey.py",
+    "kernels/whiten.py",
     "kernels/segmentation.py",
     "pipeline/checkpoint.py",
     "pipeline/concepts.py",

@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 VERSION = 1
 CODE = (
     "kernels/grey.py",
+    "kernels/whiten.py",
     "pipeline/checkpoint.py",
     "pipeline/extract.py",
     "pipeline/forward.py",

@@ -37,6 +37,7 @@ CODE = (
     "kernels/cka.py",
     "kernels/gram.py",
     "kernels/grey.py",
+    "kernels/whiten.py",
     "pipeline/checkpoint.py",
     "pipeline/forward.py",
     "pipeline/grams.py",

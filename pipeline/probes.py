@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 VERSION = 1
 CODE = (
     "kernels/grey.py",
+    "kernels/whiten.py",
     "kernels/ridge.py",
     "pipeline/checkpoint.py",
     "pipeline/forward.py",

@@ -34,6 +34,7 @@ VERSION = 1
 CODE = (
     "kernels/corruption.py",
     "kernels/whiten.py",
+    "pipeline/checkpoint.py",
     "pipeline/libraries",
     "pipeline/networks.py",
     "pipeline/randomize.py",

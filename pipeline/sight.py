@@ -35,6 +35,7 @@ CODE = (
     "kernels/cka.py",
     "kernels/gram.py",
     "kernels/grey.py",
+    "kernels/whiten.py",
     "kernels/localisation.py",
     "kernels/receptive_field.py",
     "kernels/skips.py",
