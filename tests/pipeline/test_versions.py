@@ -43,6 +43,7 @@ def test_the_code_of_a_stage_is_all_that_it_computes_with(name):
 # Imported, and of a version of their own, or not used for results of the stage.
 ALONE = {
     "ingest": {"kernels/colour.py"},  # by the scenes
+    "network": {"pipeline/randomize.py"},  # whose manifest names the weights
     "calibrate": {"pipeline/calibrate_file.py"},  # the program beside the stage
     "layer_id": {"pipeline/layers.py"},
 }
