@@ -117,13 +117,24 @@ class Run:
                 if path.exists():
                     yield str(path), figure["kind"], figure["labels"]
 
-    def start(self) -> None:
-        """Before the first job: no other run holds the results folder; start the workers."""
+    def start(self, elsewhere: bool = False) -> None:
+        """Before the first job: no other run holds the results folder; start the workers.
+
+        Jobs that run `elsewhere`, as jobs of a queue, have pools of their own there.
+        """
         if self.refused is not None:
             raise self.refused
+        kind = self.plan.config.cluster.kind
+        if elsewhere and kind == "slurm":
+            raise MicrotomeError(
+                "jobs of Snakemake that ask SLURM for jobs: use `cluster: {kind: slurm}` with the profile `default`, "
+                "or the profile `slurm` with `kind: local` or `gpu`"
+            )
         self.began = time.time()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._interrupt)
+        if elsewhere or kind == "address":
+            return
         self.pool, address = cluster.start_pool(self.plan.config.cluster, self.plan.scratch)
         os.environ[cluster.ADDRESS] = str(address.absolute())
         atexit.register(self.stop)
