@@ -33,6 +33,7 @@ THREADS = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THR
 
 WORKER_BASE = 600 << 20  # bytes of a worker that has imported torch and the kernels
 STARTS = 3  # of the workers, before the pool is given up
+CONNECT = 60  # seconds to reach a scheduler
 ALONE = 60  # seconds without any worker after which the pool gives up
 REFRESH = 1.0  # seconds after which a client asks again how many workers there are: the answer grows with their number
 IN_FLIGHT = 4  # tasks a worker that are submitted at a time
@@ -86,7 +87,7 @@ def client(cluster: Cluster, scratch: Path) -> Iterator[Any]:
         stack.enter_context(silence_logging_cmgr(logging.CRITICAL))
         found = None
         try:
-            found = stack.enter_context(Client(address, timeout=60, set_as_default=False, security=security))
+            found = stack.enter_context(Client(address, timeout=CONNECT, set_as_default=False, security=security))
             found.wait_for_workers(1, timeout=60 * cluster.slurm.wait if cluster.kind == "slurm" else 120)
             if cluster.kind in ("address", "slurm"):
                 _check_workers(found, cluster, what)

@@ -4,6 +4,7 @@
 `python -m pipeline.config`.
 """
 
+import ipaddress
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -739,7 +740,13 @@ class Slurm(Strict):
     wait: PositiveInt = Field(60, description="minutes to wait for the first worker")
 
 
-LOOPBACK = ("127.", "[::1]", "localhost:")
+def _loopback(address: str) -> bool:
+    """Whether host:port is on this machine for certain: no name but `localhost` is looked up."""
+    host = address.rpartition(":")[0].strip("[]")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 class Cluster(Strict):
@@ -783,7 +790,7 @@ class Cluster(Strict):
             scheme, _, host = self.address.partition("://")
             if (scheme == "tls") != (self.tls is not None):
                 raise ValueError("a `tls://` address and a section `tls` go together")
-            if scheme == "tcp" and not host.startswith(LOOPBACK) and not self.insecure:
+            if scheme == "tcp" and not _loopback(host) and not self.insecure:
                 raise ValueError(
                     "tcp:// to another host: whoever reaches that port can run code there; use tls://, or say "
                     "`insecure: true`"

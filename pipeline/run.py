@@ -21,6 +21,7 @@ from pipeline.errors import MicrotomeError, explained
 from pipeline.lock import RunLock, taken_over
 from pipeline.manifest import Manifest
 from pipeline.plan import Plan
+from pipeline.privacy import scrub_logs, without_home
 from pipeline.processes import PLAN
 
 GRACE = 6  # seconds that jobs and workers have to end in good order after an interrupt
@@ -51,6 +52,7 @@ class Run:
             self.plan = Plan.read(Path(os.environ[PLAN]))
             return
         processes.announce()
+        atexit.register(scrub_logs, Path(".snakemake/log"), time.time() - 60)
         try:
             self._prepare(raw, dry, arguments(files, overrides or {}))
         except OSError as error:
@@ -242,7 +244,7 @@ class _Both(io.TextIOBase):
     def write(self, text: str) -> int:
         if self.file is not None:
             with contextlib.suppress(OSError):
-                self.file.write(text)
+                self.file.write(without_home(text))
                 self.file.flush()  # at once: what is still held back would fail again, as the file is closed
         return self.terminal.write(text)
 

@@ -7,6 +7,7 @@ made for this pool. Jobs need the same file system, and find the results folder 
 from __future__ import annotations
 
 import shlex
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,10 +24,13 @@ DEATH = 60  # seconds after which a worker without a scheduler ends, and with it
 
 def start(cluster: Cluster, scratch: Path, security: Security, environment: dict[str, str]) -> Any:
     """A `SLURMCluster` without jobs yet: `scale` asks for them."""
+    interrupt = signal.getsignal(signal.SIGINT)
     try:
         from dask_jobqueue import SLURMCluster
     except ImportError:
         raise MicrotomeError("cluster.kind is slurm, which takes the package dask-jobqueue: install .[slurm]") from None
+    finally:
+        signal.signal(signal.SIGINT, interrupt)  # which its import takes for itself
     asked = cluster.slurm
     directives = list(asked.directives)
     if cluster.gpus:

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -284,9 +284,9 @@ def peak(what: str, times: int) -> None:
 # Workers --------------------------------------------------------------------------------------------------------------
 
 
-def on_workers(folder: Path, count: int = 64) -> list[dict[str, float]]:
-    """ResNet-18 at 224 x 224 on 1 and 2 workers: CPU seconds an image of the workers, and images a second of the clock,
-    beside a bare forward on one thread of this process."""
+def on_workers(folder: Path, count: int = 64, of: Sequence[int] = (1, 2)) -> list[dict[str, float]]:
+    """ResNet-18 at 224 x 224 on 1 and 2 workers, or `of` others: CPU seconds an image of the workers, and images a
+    second of the clock, beside a bare forward on one thread of this process."""
     import torch
 
     images = noise(folder / "workers.zarr", count, SIZE, shard=8)
@@ -303,7 +303,7 @@ def on_workers(folder: Path, count: int = 64) -> list[dict[str, float]]:
 
     bare()
     found = []
-    for workers in (1, 2):
+    for workers in of:
         cluster = Cluster(workers=workers)
         every = [
             (model, images.store, images.files_of(k), k, images.range(k), layers, logits)
