@@ -192,8 +192,15 @@ def dissection(folder: Path, bare: float) -> dict[str, Any]:
     }
 
 
-def dissect_once(folder: Path, images: int, units: int, concepts: int, shard: int = 64) -> tuple[float, float]:
-    """The tasks of the stage `dissect` on made activations of 14 x 14 positions: CPU seconds an image of both parts."""
+def dissect_once(
+    folder: Path,
+    images: int,
+    units: int,
+    concepts: int,
+    shard: int = 64,
+    seconds: Callable[[Callable[[], object]], float] = cpu,
+) -> tuple[float, float]:
+    """The tasks of the stage `dissect` on made activations of 14 x 14 positions: seconds an image of both parts."""
     layer, counted, labels = made(folder, images, units, concepts, shard)
     found: dict[str, np.ndarray] = {}
 
@@ -212,7 +219,7 @@ def dissect_once(folder: Path, images: int, units: int, concepts: int, shard: in
         wanted = [(layer, False, {one.shard for one in counted}, found["threshold"])]
         dissect.count_run(wanted, counted, labels, "edge")
 
-    return tuple(min(cpu(call) for _ in range(2)) / images for call in (thresholds, iou))  # type: ignore[return-value]
+    return tuple(min(seconds(call) for _ in range(2)) / images for call in (thresholds, iou))  # type: ignore[return-value]
 
 
 def made(
