@@ -148,9 +148,8 @@ def forward_in_batches(
         with Recorder(network, names, take=taken) as record:
             head, _ = record(normalise(batch, model.spec))
         if head is not None and head.ndim == 2:
-            heads.append(head[:count].float())
-    # At the end: a copy from a GPU waits for all that was asked of it.
-    return torch.cat(heads).cpu() if heads else None
+            heads.append(head[:count].float().cpu())
+    return torch.cat(heads) if heads else None
 
 
 def refuse_non_finite(output: torch.Tensor, layer: str, start: int) -> None:

@@ -21,8 +21,16 @@ SPECS = {
 
 @contextlib.contextmanager
 def a_gpu():
-    """Everything in here is fake, `device()` says cuda, and every CUDA tensor is one."""
-    with FakeTensorMode(allow_non_fake_inputs=True), mock.patch.dict("os.environ", CUDA_VISIBLE_DEVICES="0"):
+    """Everything in here is fake, `device()` says cuda, and every CUDA tensor is one.
+
+    Events and pinned memory, which only a real one has, are left out.
+    """
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True),
+        mock.patch.dict("os.environ", CUDA_VISIBLE_DEVICES="0"),
+        mock.patch.object(torch.cuda, "Event"),
+        mock.patch.object(torch.Tensor, "pin_memory", lambda tensor: tensor),
+    ):
         assert cluster.device() == "cuda"
         yield
 
@@ -36,8 +44,9 @@ def test_two_devices_do_not_mix_here():
 def test_a_forward_is_on_the_gpu_and_its_logits_come_back(name, monkeypatch):
     spec = Network.model_validate(SPECS[name] | {"weights": "random", "numerics": {"micro_batch": 4}})
     model = forward.Model(name, spec.model_dump_json(), None, "", "")
+    sketch = networks.build(spec, device="meta")
     with a_gpu():
-        network = networks.build(spec, device="cuda")  # a fake one cannot be moved there
+        network = sketch.to_empty(device="cuda")
         monkeypatch.setattr(forward, "network_of", lambda _: network)
         found = {}
         pixels = torch.zeros((6, 3, 224, 224), dtype=torch.uint8)
