@@ -3,9 +3,10 @@
     python -m tests.bench.bench_scheduler [--workers 1000] [--tasks 5000]    writes build/bench-scheduler.json
     python -m tests.bench.bench_scheduler --hosts                            1, 2 and 4 workers of one host
 
-The scheduler and the client are in this process, the workers in another: real ones, which do everything but work, so
-that all that is seen is what a task costs to hand out. Tasks come through `pipeline.cluster.run_tasks` with arguments
-of the size that those of `extract` have. CPU seconds are those of the scheduler's own thread.
+The scheduler and the client are real and in this process; the workers are in another, and are all that a scheduler
+sees of a worker: connections, answers, results, a pulse. So what is measured is what a task costs to hand out. Tasks
+come through `pipeline.cluster.run_tasks` with arguments of the size that those of `extract` have. CPU seconds are those of
+the scheduler's own thread.
 """
 
 import argparse
@@ -50,19 +51,75 @@ def main() -> None:
 
 
 async def serve(address: str, count: int) -> None:
-    """So many workers in this process, until the scheduler goes."""
-    from distributed import Worker
+    """So many workers in this process, until it is ended."""
+    from distributed.core import Server, Status
+    from distributed.protocol import to_serialize
+    from distributed.protocol.pickle import dumps
 
-    with tempfile.TemporaryDirectory() as folder:
-        workers = []
-        for at in range(0, count, 50):
-            made = [
-                Worker(address, nthreads=1, name=str(n), local_directory=folder, memory_limit=0, dashboard=False)
-                for n in range(at, min(at + 50, count))
-            ]
-            await asyncio.gather(*made)
-            workers += made
-        await asyncio.gather(*(worker.finished() for worker in workers))
+    kind = dumps(int)
+
+    class Worker(Server):
+        """It registers, answers tasks at once, gives results, and has a pulse."""
+
+        def __init__(self) -> None:
+            super().__init__({"get_data": self.get_data})
+
+        async def start_unsafe(self) -> "Worker":
+            await self.listen("tcp://127.0.0.1")
+            await self.rpc.start()
+            self.comm = await self.rpc.connect(address)
+            self.comm.name = "worker"
+            about = {
+                "op": "register-worker", "reply": False, "address": self.address, "status": "running", "nthreads": 1,
+                "name": self.address, "now": time.time(), "resources": {}, "memory_limit": None, "services": {},
+                "local_directory": "", "nanny": None, "pid": 0, "versions": {}, "metrics": self.metrics(), "extra": {},
+                "stimulus_id": "register", "server_id": self.id,
+            }  # fmt: skip
+            await self.comm.write(about, serializers=["msgpack"])
+            answer = await self.comm.read(deserializers=["msgpack"])
+            assert answer["status"] == "OK", answer
+            self.tasks = [asyncio.ensure_future(self.work()), asyncio.ensure_future(self.pulse(answer))]
+            return self
+
+        def metrics(self) -> dict[str, Any]:
+            return {
+                "task_counts": {}, "bandwidth": {"total": 1e8, "workers": {}, "types": {}}, "managed_bytes": 0,
+                "digests_total_since_heartbeat": {}, "spilled_bytes": {"memory": 0, "disk": 0}, "memory": 1,
+                "transfer": {"incoming_bytes": 0, "incoming_count": 0, "incoming_count_total": 0, "outgoing_bytes": 0,
+                "outgoing_count": 0, "outgoing_count_total": 0}, "event_loop_interval": 0.02, "cpu": 0, "num_fds": 9,
+                "time": time.time(), "host_net_io": {"read_bps": 0, "write_bps": 0},
+                "host_disk_io": {"read_bps": 0, "write_bps": 0},
+            }  # fmt: skip
+
+        async def work(self) -> None:
+            while True:
+                done = [
+                    {
+                        "op": "task-finished", "status": "OK", "key": message["key"], "run_id": message["run_id"],
+                        "nbytes": 28, "type": kind, "typename": "int", "metadata": {}, "thread": 0, "startstops": (),
+                        "stimulus_id": "done",
+                    }
+                    for message in await self.comm.read()
+                    if message["op"] == "compute-task" and not message["key"].startswith("wait")
+                ]  # fmt: skip
+                if done:
+                    await self.comm.write(done)
+
+        async def pulse(self, answer: dict[str, Any]) -> None:
+            scheduler = self.rpc(address)
+            while True:
+                await asyncio.sleep(answer.get("heartbeat-interval", 1))
+                answer = await scheduler.heartbeat_worker(
+                    address=self.address, now=time.time(), metrics=self.metrics(), executing={}, extensions={}
+                )
+
+        async def get_data(self, comm: Any, keys: Any, **_: Any) -> Any:
+            await comm.write({"status": "OK", "data": {key: to_serialize(0) for key in keys}})
+            await comm.read()
+            return Status.dont_reply
+
+    workers = [await Worker() for _ in range(count)]
+    await asyncio.gather(*(task for worker in workers for task in worker.tasks))
 
 
 def measure(count: int, tasks: int) -> dict[str, Any]:
