@@ -57,7 +57,9 @@ exit 1
 def test_the_profile_of_slurm(tmp_path, monkeypatch):
     """A dry run; then what `sbatch` is asked, by stand-ins for the commands of SLURM: this one refuses every job."""
     (tmp_path / "bin").mkdir()
-    said_by = {"sbatch": SBATCH} | dict.fromkeys(("sinfo", "squeue", "sacct"), "#!/usr/bin/env bash\necho 'lab*'\n")
+    said_by = {"sbatch": SBATCH} | dict.fromkeys(
+        ("sinfo", "squeue", "sacct", "sacctmgr"), "#!/usr/bin/env bash\necho lab\n"
+    )
     for name, text in said_by.items():
         (tmp_path / "bin" / name).write_text(text)
         (tmp_path / "bin" / name).chmod(0o755)
