@@ -26,7 +26,6 @@ PAGE = Path(__file__).parents[2] / "docs" / "scale.md"
 MARKS = "<!-- made by python -m tests.bench.scale_plan -->", "<!-- end -->"
 SIZE, SHARD, LABELS, CONCEPTS, CATEGORIES = (224, 224), 64, (56, 56), 300, 3
 GPU_FLOPS = 1e13  # float32 operations a second that a GPU is assumed to reach
-GPUS, CORES = 8, 64  # of the machine that hours are given for
 FILES = 3  # of a shard of a layer: maps, maximum and mean; one more where there are special tokens
 
 IMAGES = {
@@ -175,8 +174,8 @@ def loads(sketches: Sequence[Sketch], scheduler: dict[str, Any]) -> list[tuple[s
                         f"{one.name}, {kind}",
                         f"{workers:,}",
                         f"{seconds:.2g}",
-                        f"{rate:.3g}",
-                        f"{100 * rate / most:.2g} %",
+                        f"{rate:,.1f}",
+                        f"{100 * rate / most:,.1f} %",
                     )
                 )
     return rows

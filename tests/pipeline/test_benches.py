@@ -39,8 +39,8 @@ def test_the_plan_of_a_large_data_set_adds_up(monkeypatch):
     assert found.gpu_task == pytest.approx(1000 * (2e10 / 1e13 + values * 1e-8) / 16)
     rows = scale_plan.loads([one], {"most tasks a second of the scheduler's thread": 100.0})
     seconds = scale_plan.need(one, 1_281_167).gpu_task
-    assert rows[1][1] == "8" and float(rows[1][3]) == pytest.approx(8 / seconds, rel=0.01)
-    assert float(rows[2][4].rstrip(" %")) == pytest.approx(1000 / seconds, rel=0.05)
+    assert rows[1][1] == "8" and float(rows[1][3]) == pytest.approx(8 / seconds, abs=0.06)
+    assert float(rows[2][4].rstrip(" %").replace(",", "")) == pytest.approx(1000 / seconds, rel=0.05)
 
 
 def test_the_layers_of_the_plan_are_there():
