@@ -62,11 +62,12 @@ chaos: $(VENV)/installed
 	  ../../$(BIN)/snakemake --snakefile ../../Snakefile --configfile ../../tests/chaos/miniature.yaml
 
 # uv installs in seconds what takes pip minutes. The kernels are compiled once here, and found compiled later.
-$(VENV)/installed: requirements.lock
+$(VENV)/installed: requirements.lock requirements-slurm.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.x")'
 	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
 	@$(BIN)/uv pip sync --quiet --python $(BIN)/python --require-hashes requirements.lock
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes --no-deps --target $(VENV)/slurm --requirement requirements-slurm.lock
 	@$(BIN)/python -m kernels.compile
 	@touch $@
 
@@ -74,6 +75,8 @@ $(VENV)/installed: requirements.lock
 lock: $(VENV)/installed
 	@$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
 	  --group dev --all-extras pyproject.toml --output-file requirements.lock
+	@$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-header --no-annotate --no-deps \
+	  --group slurm --output-file requirements-slurm.lock
 
 clean:
 	rm -rf $(VENV) .snakemake

@@ -104,7 +104,7 @@ include: "workflow/rules/report.smk"
 
 
 onstart:
-    RUN.start()
+    RUN.start(elsewhere=workflow.non_local_exec)
 
 
 onsuccess:

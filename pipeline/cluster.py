@@ -3,13 +3,16 @@
 A run of the workflow starts one pool of workers (`python -m pipeline.cluster`), which serves all its jobs one after the
 other, so that torch is imported once and not once a job. A stage used without Snakemake starts its own pool. The pool
 holds a pipe to the process that started it: when that process is gone, however it went, the pipe closes and the pool
-ends within a second, workers included.
+ends within a second, workers included. With `kind: address` there is no pool: somebody else's scheduler is asked.
 """
 
 import contextlib
 import copy
+import functools
+import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 import subprocess
@@ -17,10 +20,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pipeline import processes
+from pipeline import devices, processes, tls
 from pipeline.config import Cluster
 from pipeline.errors import MicrotomeError
 
@@ -29,8 +33,20 @@ THREADS = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THR
 
 WORKER_BASE = 600 << 20  # bytes of a worker that has imported torch and the kernels
 STARTS = 3  # of the workers, before the pool is given up
+CONNECT = 60  # seconds to reach a scheduler
 ALONE = 60  # seconds without any worker after which the pool gives up
+REFRESH = 1.0  # seconds after which a client asks again how many workers there are: the answer grows with their number
+IN_FLIGHT = 4  # tasks a worker that are submitted at a time
 DEATHS = 10  # of workers, after which the task that each was computing is at fault
+
+LEAVE = 2, 30  # seconds that a pool has to end in good order, of processes and of jobs of a queue
+
+WORKER_SETTINGS = {
+    "distributed.worker.memory.target": False,
+    "distributed.worker.memory.spill": False,
+    # A paused worker would wait for memory that its own task holds; beyond the limit it is ended and restarted.
+    "distributed.worker.memory.pause": False,
+}
 
 # Dask has workers give freed memory back to the system at once; torch takes it again in every step, and a training
 # costs twice the CPU time (26.9 s against 13.0 s for 60 steps of the demo's ViT).
@@ -46,7 +62,8 @@ def client(cluster: Cluster, scratch: Path) -> Iterator[Any]:
     Raises
     ------
     MicrotomeError
-        When the pool is gone, from the start or later.
+        When the pool is gone, from the start or later; when a scheduler of others cannot be reached, or its workers
+        would give other numbers.
     """
     from distributed import Client
     from distributed.client import FutureCancelledError
@@ -54,28 +71,73 @@ def client(cluster: Cluster, scratch: Path) -> Iterator[Any]:
 
     check_memory(cluster, 0, "Python with torch alone", "there is less than that for a worker: use a larger machine")
     with contextlib.ExitStack() as stack:
-        address_file = (
-            Path(os.environ[ADDRESS]) if ADDRESS in os.environ else stack.enter_context(pool(cluster, scratch))
-        )
-        address = _wait_for(address_file)
+        address_file, security = None, None
+        if cluster.address is not None:
+            address, what = cluster.address, f"the scheduler at {cluster.address}"
+            security = tls.security(cluster.tls.model_dump()) if cluster.tls else None
+        else:
+            address_file = (
+                Path(os.environ[ADDRESS]) if ADDRESS in os.environ else stack.enter_context(pool(cluster, scratch))
+            )
+            started = _wait_for(address_file)
+            address, what = started["address"], f"the pool of workers at {started['address']}"
+            if "tls" in started:
+                security = tls.security({key: str(address_file.parent / name) for key, name in started["tls"].items()})
         # A lost connection is told once, by the error below, and not by everything that notices.
         stack.enter_context(silence_logging_cmgr(logging.CRITICAL))
         found = None
         try:
-            found = stack.enter_context(Client(address, timeout=60, set_as_default=False))
-            found.wait_for_workers(1, timeout=120)
+            found = stack.enter_context(Client(address, timeout=CONNECT, set_as_default=False, security=security))
+            found.wait_for_workers(1, timeout=60 * cluster.slurm.wait if cluster.kind == "slurm" else 120)
+            if cluster.kind in ("address", "slurm"):
+                _check_workers(found, cluster, what)
             yield found
         except MicrotomeError:
             raise
         except Exception as error:  # each call on a client without a scheduler fails in its own way
             if found is not None and found.status == "running" and not isinstance(error, FutureCancelledError):
                 raise
+            if found is None and address_file is None:
+                raise MicrotomeError(f"{what} cannot be reached: {type(error).__name__}: {error}") from None
             why = "ended from outside, or for lack of memory"
             with contextlib.suppress(OSError, ValueError):
-                why = json.loads(address_file.read_text()).get("error", why)
-            raise MicrotomeError(
-                f"the pool of workers at {address} is gone: {why}; finished shards are kept, run again to go on"
-            ) from error
+                if address_file is not None:
+                    why = json.loads(address_file.read_text()).get("error", why)
+            raise MicrotomeError(f"{what} is gone: {why}; finished shards are kept, run again to go on") from error
+
+
+def _check_workers(client: Any, cluster: Cluster, what: str) -> None:
+    """Refuse workers that this run did not start itself where they would give other numbers than it says.
+
+    Raises `MicrotomeError` that names a worker and what is different there.
+    """
+    wanted = facts() | {"device": "cuda" if cluster.on_gpus else "cpu", "threads": 1}
+    try:
+        there = client.run(facts)
+    except ModuleNotFoundError as error:
+        raise MicrotomeError(f"{what}: its workers cannot import this code ({error}): start them with it") from None
+    known = client.scheduler_info(n_workers=-1)["workers"]
+    for worker, said in there.items():
+        said = said | {"threads": known.get(worker, {}).get("nthreads", 1)}
+        for key, value in wanted.items():
+            if said[key] != value:
+                raise MicrotomeError(
+                    f"{what}: worker {worker} has {key} {said[key]}, and this run {value}: its numbers would differ; "
+                    "start it as docs/clusters.md says"
+                )
+
+
+def facts() -> dict[str, Any]:
+    """On a worker, and here: what else decides the numbers that come from it."""
+    return {"code": code(), "device": device(), "torch": ".".join(version("torch").split(".")[:2])}
+
+
+@functools.cache
+def code() -> str:
+    """A digest of the code of stages and kernels, as it lies on the disk."""
+    own = Path(__file__).parent
+    files = sorted(path for folder in (own, own.parent / "kernels") for path in folder.rglob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
 
 
 @contextlib.contextmanager
@@ -125,9 +187,11 @@ def clear(scratch: Path) -> None:
     for file in scratch.glob("pool-*.json"):
         file.unlink(missing_ok=True)
     shutil.rmtree(scratch / "dask", ignore_errors=True)
+    tls.clear(scratch)
 
 
-def _wait_for(address_file: Path, seconds: float = 120) -> str:
+def _wait_for(address_file: Path, seconds: float = 120) -> dict[str, Any]:
+    """What a pool says of itself: `address`, and where connections are encrypted the files of `tls`."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         with contextlib.suppress(OSError, ValueError):
@@ -137,25 +201,21 @@ def _wait_for(address_file: Path, seconds: float = 120) -> str:
             if not processes.lives(found["pid"]):
                 raise MicrotomeError("the pool of workers has ended: run again to go on")
             if "address" in found:
-                return found["address"]
+                return found
         time.sleep(0.02)
     raise MicrotomeError(f"the pool of workers did not start within {seconds:.0f} s (no {address_file})")
 
 
 def workers(cluster: Cluster) -> int:
-    """Return how many workers the pool has: as configured, else one a GPU or one a core."""
+    """Return how many workers there are, as configured, else one a GPU or one a core.
+
+    One where that is not known from here: those of an address, or GPUs of other machines than this one.
+    """
     if cluster.workers is not None:
         return cluster.workers
     if cluster.kind == "gpu":
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        if visible:
-            return len(visible.split(","))
-        import torch
-
-        if not torch.cuda.is_available():
-            raise MicrotomeError("cluster.kind is gpu, but torch sees no GPU: use `kind: local`")
-        return torch.cuda.device_count()
-    return len(os.sched_getaffinity(0))
+        return max(1, len(devices.gpus()))
+    return 1 if cluster.kind == "address" else devices.cores()
 
 
 def memory(cluster: Cluster) -> int:
@@ -164,9 +224,7 @@ def memory(cluster: Cluster) -> int:
         from dask.utils import parse_bytes
 
         return int(parse_bytes(cluster.memory))
-    from distributed.system import MEMORY_LIMIT
-
-    return int(MEMORY_LIMIT) // workers(cluster)
+    return devices.memory() // workers(cluster)
 
 
 def check_memory(cluster: Cluster, need: float, what: str, remedy: str) -> None:
@@ -188,35 +246,90 @@ def check_memory(cluster: Cluster, need: float, what: str, remedy: str) -> None:
 def serve(address_file: Path, cluster: Cluster) -> None:
     """Run the pool until stdin closes."""
     import dask
-    from distributed import Nanny, Scheduler, SpecCluster
 
-    count = workers(cluster)
+    from pipeline.manifest import write_atomically
+
     dask.config.set(
         {
             "distributed.nanny.pre-spawn-environ": THREADS | ALLOCATOR,
-            "distributed.worker.memory.target": False,
-            "distributed.worker.memory.spill": False,
-            # A paused worker would wait for memory that its own task holds; beyond the limit it is ended and restarted.
-            "distributed.worker.memory.pause": False,
+            **WORKER_SETTINGS,
             "distributed.scheduler.allowed-failures": DEATHS,
             "distributed.admin.low-level-log-length": 0,
             "distributed.comm.timeouts.connect": "60s",
         }
     )
-    devices = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
+    scratch, count = address_file.parent, workers(cluster)
+    found: dict[str, Any] = {"pid": os.getpid()}
+    for attempt in range(STARTS):
+        try:
+            if cluster.kind == "slurm":
+                found["tls"] = files = tls.temporary(scratch)
+                local = _jobs(cluster, scratch, files)
+            else:
+                local = _processes(cluster, scratch, count)
+            break
+        except MicrotomeError as error:
+            write_atomically(address_file, json.dumps({"error": str(error)}))
+            os._exit(1)
+        except (OSError, RuntimeError) as error:  # a worker that is killed while it starts takes the others with it
+            if attempt == STARTS - 1:
+                write_atomically(address_file, json.dumps({"error": f"{error} {error.__cause__ or ''}".strip()}))
+                os._exit(1)
+    found["address"] = local.scheduler_address
+    if "tls" in found:
+        found["tls"] = {key: str(Path(name).relative_to(scratch)) for key, name in found["tls"].items()}
+    write_atomically(address_file, json.dumps(found))
+    asked_to_end = threading.Event()
+
+    def wait_for_the_end() -> None:
+        sys.stdin.buffer.read()
+        asked_to_end.set()
+
+    threading.Thread(target=wait_for_the_end, daemon=True).start()
+    # Jobs may wait in their queue for hours before the first of them begins.
+    seen, patience = time.monotonic(), 60 * cluster.slurm.wait if cluster.kind == "slurm" else ALONE
+    while not asked_to_end.wait(1):
+        # One whose restart failed is started anew, which by itself Dask does not.
+        local.scale(count)
+        if local.scheduler is None or local.scheduler.workers:
+            seen = time.monotonic()
+        elif time.monotonic() - seen > patience:
+            why = f"its {count} workers ended, and none has lived for {patience} s"
+            write_atomically(address_file, json.dumps(found | {"error": why}))
+            os._exit(1)
+    address_file.unlink(missing_ok=True)
+    # Closing in good order removes the workers' folders, and jobs from their queue. If it hangs, the pool still goes,
+    # and the workers with it.
+    threading.Timer(LEAVE[cluster.kind == "slurm"] + 1, lambda: os._exit(0)).start()
+    with contextlib.suppress(TimeoutError):
+        local.close(timeout=LEAVE[cluster.kind == "slurm"])
+    if "tls" in found:
+        shutil.rmtree(scratch / Path(found["tls"]["key"]).parent, ignore_errors=True)
+    os._exit(0)
+
+
+def _processes(cluster: Cluster, scratch: Path, count: int) -> Any:
+    """Workers as processes of this machine, which only this machine can reach."""
+    from distributed import Nanny, Scheduler, SpecCluster
+
+    visible = [""] * count
+    if cluster.kind == "gpu":
+        visible = devices.gpus()
+        if count > len(visible):
+            raise MicrotomeError(
+                f"cluster.kind is gpu, and torch sees {len(visible)} GPUs here for {count} workers, one each: "
+                + ("lower `cluster.workers`" if visible else "use `kind: local`")
+            )
     options = {
         "nthreads": 1,
         "host": "127.0.0.1",
-        "local_directory": str(address_file.parent / "dask"),
+        "local_directory": str(scratch / "dask"),
         "memory_limit": memory(cluster),
         "silence_logs": 50,  # a task's error is raised where its result is wanted
         "dashboard": False,
     }
     nannies = {
-        index: {
-            "cls": Nanny,
-            "options": options | {"env": {"CUDA_VISIBLE_DEVICES": devices[index] if cluster.kind == "gpu" else ""}},
-        }
+        index: {"cls": Nanny, "options": options | {"env": {"CUDA_VISIBLE_DEVICES": visible[index]}}}
         for index in range(count)
     }
     scheduler = {
@@ -227,41 +340,17 @@ def serve(address_file: Path, cluster: Cluster) -> None:
             "dashboard_address": "127.0.0.1:8787" if cluster.dashboard else "127.0.0.1:0",
         },
     }
-    from pipeline.manifest import write_atomically
+    return SpecCluster(workers=copy.deepcopy(nannies), scheduler=copy.deepcopy(scheduler), silence_logs=50)
 
-    for attempt in range(STARTS):
-        try:
-            local = SpecCluster(workers=copy.deepcopy(nannies), scheduler=copy.deepcopy(scheduler), silence_logs=50)
-            break
-        except (OSError, RuntimeError) as error:  # a worker that is killed while it starts takes the others with it
-            if attempt == STARTS - 1:
-                write_atomically(address_file, json.dumps({"error": f"{error} {error.__cause__ or ''}".strip()}))
-                os._exit(1)
-    found = {"address": local.scheduler_address, "pid": os.getpid()}
-    write_atomically(address_file, json.dumps(found))
-    asked_to_end = threading.Event()
 
-    def wait_for_the_end() -> None:
-        sys.stdin.buffer.read()
-        asked_to_end.set()
+def _jobs(cluster: Cluster, scratch: Path, files: dict[str, str]) -> Any:
+    """Workers as jobs of a queue, encrypted and with keys of this pool alone."""
+    from pipeline import slurm
 
-    threading.Thread(target=wait_for_the_end, daemon=True).start()
-    seen = time.monotonic()
-    while not asked_to_end.wait(1):
-        # One whose restart failed is started anew, which by itself Dask does not.
-        local.scale(count)
-        if local.scheduler is None or local.scheduler.workers:
-            seen = time.monotonic()
-        elif time.monotonic() - seen > ALONE:
-            why = f"its {count} workers ended, and none has lived for {ALONE} s"
-            write_atomically(address_file, json.dumps(found | {"error": why}))
-            os._exit(1)
-    address_file.unlink(missing_ok=True)
-    # Closing in good order removes the workers' folders. If it hangs, the pool still goes, and the workers with it.
-    threading.Timer(3, lambda: os._exit(0)).start()
-    with contextlib.suppress(TimeoutError):
-        local.close(timeout=2)
-    os._exit(0)
+    settings = {
+        "DASK_" + key.upper().replace(".", "__").replace("-", "_"): str(value) for key, value in WORKER_SETTINGS.items()
+    }
+    return slurm.start(cluster, scratch, tls.security(files), THREADS | ALLOCATOR | settings)
 
 
 def run_tasks(
@@ -283,7 +372,7 @@ def run_tasks(
     tasks = iter(tasks)
     bar = Progress(label, total)
     queue: Any = as_completed(loop=client.loop)
-    pending = 0
+    pending, room, asked = 0, 0, -math.inf
 
     def submit() -> int:
         task = next(tasks, None)
@@ -294,8 +383,10 @@ def run_tasks(
 
     try:
         while True:
-            # Counted each time: the first tasks of a run begin when one worker is there, and others join.
-            pending += sum(submit() for _ in range(4 * workers_of(client) - pending))
+            # Counted again and again: the first tasks of a run begin when one worker is there, and others join.
+            if time.monotonic() - asked > REFRESH:
+                asked, room = time.monotonic(), IN_FLIGHT * workers_of(client)
+            pending += sum(submit() for _ in range(room - pending))
             if not pending:
                 break
             future = next(queue)

@@ -216,7 +216,7 @@ def shard_id(
     made_of: list[Any]
     if source in plan.config.segmenters:
         own = step.settings["segmenters"][source]
-        own = own | {"categories": own["categories"][name]} | segmenters.platform(plan.config.cluster.kind)
+        own = own | {"categories": own["categories"][name]} | segmenters.platform(plan.config.cluster.on_gpus)
         made_of = [images.contents[shard], own]
     else:
         classes = step.settings.get("classes", {}).get(name)

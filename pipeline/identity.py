@@ -41,7 +41,7 @@ class FileDigests:
         path = Path(path)
         try:
             stat = path.stat()
-            key = os.fspath(path.resolve())
+            key = digest(os.fspath(path.resolve()))  # this memory tells nobody where files are
             stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
             entry = self.known.get(key)
             if isinstance(entry, list) and entry[:-1] == stamp:

@@ -22,6 +22,7 @@ from pipeline.errors import MicrotomeError
 from pipeline.identity import FileDigests, crc32c, digest
 from pipeline.manifest import write_atomically
 from pipeline.networks import NetworkSpec, published_file
+from pipeline.privacy import without_home
 from pipeline.published import installed, weight_files
 
 if TYPE_CHECKING:
@@ -170,7 +171,7 @@ def make(
         "parameters": sum(parameter.numel() for parameter in network.parameters()),
     }
     described = {
-        "architecture": spec.module or spec.architecture,
+        "architecture": without_home(spec.module or spec.architecture),
         "library": f"{spec.library} {installed(spec.library)}" if spec.library else None,
         "arguments": spec.arguments,
         "weights": spec.weights if spec.weights_file is None else spec.weights_file.name,

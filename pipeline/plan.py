@@ -34,6 +34,7 @@ from pipeline.config import UNTRAINED, Config, Network
 from pipeline.errors import MicrotomeError, about
 from pipeline.identity import FileDigests, digest
 from pipeline.manifest import Manifest
+from pipeline.privacy import without_home
 from pipeline.report import stage as report
 
 STAGES: dict[str, Any] = {
@@ -161,7 +162,10 @@ class Plan:
 
     def command(self, target: str) -> str:
         """What a person types to make a target of this configuration."""
-        return shlex.join(["snakemake", target, *self.arguments])
+        # A shell knows `~` where it is not quoted.
+        given = (without_home(argument) for argument in self.arguments)
+        quoted = ("~/" + shlex.quote(each[2:]) if each.startswith("~/") else shlex.quote(each) for each in given)
+        return " ".join(["snakemake", shlex.quote(target), *quoted])
 
     def save(self) -> Path:
         from pipeline.manifest import write_atomically
@@ -171,6 +175,7 @@ class Plan:
         path = self.scratch / "plans" / f"{self.config.name}.{digest(body)}.json"
         if not path.exists():
             write_atomically(path, body)
+            path.chmod(0o600)  # it holds paths as they were configured, of keys too
         return path
 
     @staticmethod

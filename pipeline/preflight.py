@@ -167,7 +167,7 @@ def _speed(plan: Plan, spec: Network | Segmenter, input_shape: list[int], whose:
         "input_shape": input_shape,
         "micro_batch": spec.numerics.micro_batch,
         "channels_last": spec.numerics.channels_last,
-        "device": "cuda" if plan.config.cluster.kind == "gpu" else "cpu",
+        "device": "cuda" if plan.config.cluster.on_gpus else "cpu",
     }
     here = [VERSION, _versions(), platform.node(), platform.machine()]
     return Question(f"the speed of {whose}", plan.scratch / "probed" / f"{digest([*here, request])}.json", request)

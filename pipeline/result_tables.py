@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.privacy import without_home
+
 
 def number(value: float) -> str:
     """A number as tables show it: seven significant digits, empty where it is not defined."""
@@ -24,5 +26,8 @@ def csv_bytes(columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> bytes:
 
 def quarantine_csv(refused: Mapping[str, str], root: Path) -> bytes:
     """The table of refused images: id, path below `root`, reason."""
-    rows = ([image_id, str(root / image_id), reason] for image_id, reason in sorted(refused.items()))
+    rows = (
+        [image_id, without_home(str(root / image_id)), without_home(reason)]
+        for image_id, reason in sorted(refused.items())
+    )
     return csv_bytes(("image_id", "path", "reason"), rows)

@@ -21,6 +21,7 @@ from pipeline.errors import MicrotomeError, explained
 from pipeline.lock import RunLock, taken_over
 from pipeline.manifest import Manifest
 from pipeline.plan import Plan
+from pipeline.privacy import scrub_logs, without_home
 from pipeline.processes import PLAN
 
 GRACE = 6  # seconds that jobs and workers have to end in good order after an interrupt
@@ -51,6 +52,7 @@ class Run:
             self.plan = Plan.read(Path(os.environ[PLAN]))
             return
         processes.announce()
+        atexit.register(scrub_logs, Path(".snakemake/log"), time.time() - 60)
         try:
             self._prepare(raw, dry, arguments(files, overrides or {}))
         except OSError as error:
@@ -117,13 +119,24 @@ class Run:
                 if path.exists():
                     yield str(path), figure["kind"], figure["labels"]
 
-    def start(self) -> None:
-        """Before the first job: no other run holds the results folder; start the workers."""
+    def start(self, elsewhere: bool = False) -> None:
+        """Before the first job: no other run holds the results folder; start the workers.
+
+        Jobs that run `elsewhere`, as jobs of a queue, have pools of their own there.
+        """
         if self.refused is not None:
             raise self.refused
+        kind = self.plan.config.cluster.kind
+        if elsewhere and kind == "slurm":
+            raise MicrotomeError(
+                "jobs of Snakemake that ask SLURM for jobs: use `cluster: {kind: slurm}` with the profile `default`, "
+                "or the profile `slurm` with `kind: local` or `gpu`"
+            )
         self.began = time.time()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._interrupt)
+        if elsewhere or kind == "address":
+            return
         self.pool, address = cluster.start_pool(self.plan.config.cluster, self.plan.scratch)
         os.environ[cluster.ADDRESS] = str(address.absolute())
         atexit.register(self.stop)
@@ -231,7 +244,7 @@ class _Both(io.TextIOBase):
     def write(self, text: str) -> int:
         if self.file is not None:
             with contextlib.suppress(OSError):
-                self.file.write(text)
+                self.file.write(without_home(text))
                 self.file.flush()  # at once: what is still held back would fail again, as the file is closed
         return self.terminal.write(text)
 

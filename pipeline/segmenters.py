@@ -105,11 +105,11 @@ def class_list(category: str, head: Head, spec: Segmenter) -> ClassList:
 
 
 @functools.cache
-def platform(cluster: str) -> dict[str, str]:
+def platform(gpus: bool) -> dict[str, str]:
     """What else decides the last bits of scores: the kind of device, and torch's minor version, found without torch."""
     return {
         "dtype": "float32",
-        "device": "cuda" if cluster == "gpu" else "cpu",
+        "device": "cuda" if gpus else "cpu",
         "torch": ".".join(version("torch").split(".")[:2]),
     }
 

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from pipeline.privacy import without_home
 from pipeline.report import sentences
 from pipeline.report.experiment import Experiment
 from pipeline.report.page import Page
@@ -20,7 +21,7 @@ def page(experiment: Experiment) -> Page:
             "networks": networks,
             "models": [model_facts(network.trained.model) for network in networks],
             "versions": flatten(experiment.versions),
-            "configuration": flatten(experiment.configuration),
+            "configuration": flatten(public(experiment.configuration)),
         },
     )
 
@@ -30,8 +31,14 @@ def model_facts(model: Mapping[str, Any]) -> list[tuple[str, str]]:
     return flatten({key: value for key, value in model.items() if key != "curve" and value is not None})
 
 
+def public(configuration: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration without the scheduler it ran on, and where its keys are."""
+    cluster = {key: value for key, value in configuration.get("cluster", {}).items() if key not in ("address", "tls")}
+    return {**configuration, "cluster": cluster} if "cluster" in configuration else dict(configuration)
+
+
 def flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Nested mappings as (dotted name, text) in the order given; lists as JSON."""
+    """Nested mappings as (dotted name, text) in the order given; lists as JSON, `~` for the home folder."""
     rows: list[tuple[str, str]] = []
     for key, value in values.items():
         name = f"{prefix}{key}"
@@ -41,4 +48,4 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]
             rows.append((name, json.dumps(value, ensure_ascii=False, default=str)))
         else:
             rows.append((name, sentences.number(value)))
-    return rows
+    return [(name, without_home(text)) for name, text in rows]

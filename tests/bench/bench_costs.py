@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -192,8 +192,15 @@ def dissection(folder: Path, bare: float) -> dict[str, Any]:
     }
 
 
-def dissect_once(folder: Path, images: int, units: int, concepts: int, shard: int = 64) -> tuple[float, float]:
-    """The tasks of the stage `dissect` on made activations of 14 x 14 positions: CPU seconds an image of both parts."""
+def dissect_once(
+    folder: Path,
+    images: int,
+    units: int,
+    concepts: int,
+    shard: int = 64,
+    seconds: Callable[[Callable[[], object]], float] = cpu,
+) -> tuple[float, float]:
+    """The tasks of the stage `dissect` on made activations of 14 x 14 positions: seconds an image of both parts."""
     layer, counted, labels = made(folder, images, units, concepts, shard)
     found: dict[str, np.ndarray] = {}
 
@@ -212,7 +219,7 @@ def dissect_once(folder: Path, images: int, units: int, concepts: int, shard: in
         wanted = [(layer, False, {one.shard for one in counted}, found["threshold"])]
         dissect.count_run(wanted, counted, labels, "edge")
 
-    return tuple(min(cpu(call) for _ in range(2)) / images for call in (thresholds, iou))  # type: ignore[return-value]
+    return tuple(min(seconds(call) for _ in range(2)) / images for call in (thresholds, iou))  # type: ignore[return-value]
 
 
 def made(
@@ -284,9 +291,9 @@ def peak(what: str, times: int) -> None:
 # Workers --------------------------------------------------------------------------------------------------------------
 
 
-def on_workers(folder: Path, count: int = 64) -> list[dict[str, float]]:
-    """ResNet-18 at 224 x 224 on 1 and 2 workers: CPU seconds an image of the workers, and images a second of the clock,
-    beside a bare forward on one thread of this process."""
+def on_workers(folder: Path, count: int = 64, of: Sequence[int] = (1, 2)) -> list[dict[str, float]]:
+    """ResNet-18 at 224 x 224 on 1 and 2 workers, or `of` others: CPU seconds an image of the workers, and images a
+    second of the clock, beside a bare forward on one thread of this process."""
     import torch
 
     images = noise(folder / "workers.zarr", count, SIZE, shard=8)
@@ -303,7 +310,7 @@ def on_workers(folder: Path, count: int = 64) -> list[dict[str, float]]:
 
     bare()
     found = []
-    for workers in (1, 2):
+    for workers in of:
         cluster = Cluster(workers=workers)
         every = [
             (model, images.store, images.files_of(k), k, images.range(k), layers, logits)

@@ -242,7 +242,6 @@ def test_the_number_of_workers(monkeypatch):
     assert cluster.workers(Cluster(workers=3)) == 3
     assert cluster.workers(Cluster()) == len(os.sched_getaffinity(0))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,2")
-    assert cluster.workers(Cluster(kind="gpu")) == 2
     assert cluster.device() == "cuda"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert cluster.device() == "cpu"

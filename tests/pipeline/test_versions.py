@@ -27,8 +27,8 @@ PLUMBING = {
     f"pipeline/{name}.py"
     for name in (
         "arrays", "cluster", "config", "datasets", "earlier", "errors", "identity", "images", "known_datasets",
-        "label_maps", "layer_info", "listing", "lock", "manifest", "network", "plan", "processes", "published",
-        "recipe", "result_tables", "snapshot", "stage", "store", "tables",
+        "label_maps", "layer_info", "listing", "lock", "manifest", "network", "plan", "privacy", "processes",
+        "published", "recipe", "result_tables", "snapshot", "stage", "store", "tables",
     )
 }  # fmt: skip
 

@@ -1,0 +1,64 @@
+"""Certificates of a scheduler and its workers: those that a configuration names, or made for one pool and gone with it.
+
+Keys are read by Dask from their files. They are in no configuration, plan, store, manifest, log or report.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.errors import MicrotomeError
+
+if TYPE_CHECKING:
+    from distributed import Security
+
+
+def security(files: Mapping[str, str]) -> Security:
+    """Connections that both sides prove themselves for, with the files `ca`, `certificate` and `key`.
+
+    Raises `MicrotomeError` for a file that cannot be read, naming which of the three it is.
+    """
+    from distributed import Security
+
+    paths = {what: str(Path(path).expanduser()) for what, path in files.items()}
+    for what, path in paths.items():
+        try:
+            Path(path).read_bytes()
+        except OSError as error:
+            raise MicrotomeError(f"cluster.tls.{what}: the file cannot be read: {error.strerror}") from None
+    given = {"tls_ca_file": paths["ca"]}
+    for role in ("client", "scheduler", "worker"):
+        given |= {f"tls_{role}_cert": paths["certificate"], f"tls_{role}_key": paths["key"]}
+    return Security(require_encryption=True, **given)
+
+
+def temporary(scratch: Path) -> dict[str, str]:
+    """Make a key and its certificate for one pool, in a folder that only we can read; their files, for `security`."""
+    from distributed import Security
+
+    try:
+        made = Security.temporary().get_tls_config_for_role("scheduler")
+    except ImportError:
+        raise MicrotomeError(
+            "cluster.kind is slurm, which takes the package `cryptography`: install .[slurm]"
+        ) from None
+    # As the scratch folder is named, from the folder that jobs start in: a job's script holds these names.
+    folder = scratch / Path(tempfile.mkdtemp(prefix="tls-", dir=scratch)).name
+    files = {}
+    for what, name in (("certificate", "cert"), ("key", "key")):
+        file = folder / f"{what}.pem"
+        with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as opened:
+            opened.write(made[name])
+        files[what] = str(file)
+    return {"ca": files["certificate"], **files}
+
+
+def clear(scratch: Path) -> None:
+    """Remove the keys of pools that have ended."""
+    for folder in scratch.glob("tls-*"):
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,113 @@
+"""The profiles: what they share, and that SLURM would be asked for what they say."""
+
+import os
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from workflow_run import ROOT, TINY, snakemake
+
+from pipeline import config, plan
+from pipeline.errors import MicrotomeError
+from pipeline.run import Run
+
+SHARED = {"rerun-triggers": ["params"], "rerun-incomplete": True, "nolock": True}
+PLUGIN = Path(sys.executable).parent.parent / "slurm"  # installed apart: it adds a second to every start of snakemake
+
+
+def profile(name):
+    return yaml.safe_load((ROOT / "profiles" / name / "config.yaml").read_text())
+
+
+def experiment(**cluster):
+    return {
+        "name": "mini",
+        "results": "results",
+        "datasets": {"scenes": {"kind": "scenes", "size": 32, "images": {"train": 0, "validation": 8}}},
+        "networks": {"tiny": {"module": f"{TINY}:tiny", "weights": "random", "layers": ["0.1"]}},
+        "cluster": cluster,
+    }
+
+
+@pytest.mark.parametrize("name", ["default", "local", "gpu", "slurm"])
+def test_what_every_profile_says(name):
+    assert profile(name).items() >= SHARED.items()
+
+
+def test_the_profile_of_slurm_names_every_rule():
+    rules = {
+        line.removeprefix("rule ").rstrip(":\n")
+        for file in (ROOT / "workflow" / "rules").glob("*.smk")
+        for line in file.read_text().splitlines()
+        if line.startswith("rule make_")
+    }
+    assert set(profile("slurm")["set-threads"]) == rules
+    assert set(profile("slurm")["set-resources"]) <= rules
+
+
+SBATCH = """#!/usr/bin/env bash
+echo "$@" >> asked
+echo "sbatch: error: this is a stand-in" >&2
+exit 1
+"""
+
+
+def test_the_profile_of_slurm(tmp_path, monkeypatch):
+    """A dry run; then what `sbatch` is asked, by stand-ins for the commands of SLURM: this one refuses every job."""
+    (tmp_path / "bin").mkdir()
+    said_by = {"sbatch": SBATCH} | dict.fromkeys(
+        ("sinfo", "squeue", "sacct", "sacctmgr"), "#!/usr/bin/env bash\necho lab\n"
+    )
+    for name, text in said_by.items():
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", str(PLUGIN))
+    arguments = ["--workflow-profile", str(ROOT / "profiles/slurm"), "--slurm-no-account"]
+
+    said = snakemake(tmp_path, experiment(workers=1), *arguments, "--dry-run")
+    assert len(re.findall(r"^Job \d+: ", said, re.M)) == 6
+    assert "mem_mb=4000" in said and "runtime=60" in said
+    assert not (tmp_path / "asked").exists()
+
+    said = snakemake(tmp_path, experiment(workers=1), *arguments, code=1)
+    asked = {line.partition("--comment rule_")[2].partition("_wild")[0]: line for line in jobs(tmp_path)}
+    assert set(asked) == {"make_ingest", "make_network"}
+    for part in ("-t 60 ", "--mem 32000 ", "--cpus-per-task=8", "--export=ALL"):
+        assert part in asked["make_ingest"]
+    for part in ("-t 1440 ", "--mem 4000 ", "--cpus-per-task=1"):
+        assert part in asked["make_network"]
+    # Jobs have pools of their own: none was started here.
+    assert not list((tmp_path / "results" / ".microtome").glob("pool-*"))
+    assert not (tmp_path / "results" / ".microtome" / "dask").exists()
+
+
+def jobs(folder):
+    """What `sbatch` was asked, a line a job."""
+    return (folder / "asked").read_text().splitlines()
+
+
+def test_a_queue_within_a_queue_is_refused(tmp_path):
+    asked = plan.make(config.parse(experiment(kind="slurm", workers=2, memory="4 GB") | {"results": str(tmp_path)}))
+    run = object.__new__(Run)
+    run.plan, run.refused = asked, None
+    with pytest.raises(MicrotomeError, match="jobs of Snakemake that ask SLURM for jobs"):
+        run.start(elsewhere=True)
+
+
+def test_the_profile_of_gpus_asks_for_them(tmp_path):
+    """It adds to the section of the configuration. Another's numbers are others, so ids are."""
+    plain = snakemake(tmp_path, experiment(workers=1), "--dry-run", "--quiet", "rules")
+    said = snakemake(
+        tmp_path,
+        experiment(workers=1),
+        "--workflow-profile",
+        str(ROOT / "profiles/gpu"),
+        "--dry-run",
+        "--quiet",
+        "rules",
+    )
+    assert "1 worker " in plain
+    assert "torch sees no GPU here" in said or "images/s" in said
