@@ -20,7 +20,9 @@ BLOCK = 2**25  # upsampled values held at once: 256 MB in float64, and a few tim
 
 
 @torch.no_grad()
-def count_tail(activation: NDArray[np.float16], bracket: Bracket, size: Size, border: Border, device: str) -> Tail:
+def count_tail(
+    activation: NDArray[np.float16] | Tensor, bracket: Bracket, size: Size, border: Border, device: str
+) -> Tail:
     """`kernels.threshold.count_tail` on a device."""
     maps = _load(activation, device)
     grid = geometry((maps.shape[2], maps.shape[3]), size)
@@ -40,7 +42,7 @@ def count_tail(activation: NDArray[np.float16], bracket: Bracket, size: Size, bo
 
 @torch.no_grad()
 def intersections(
-    activation: NDArray[np.float16],
+    activation: NDArray[np.float16] | Tensor,
     threshold: NDArray[np.float16],
     labels: Labels,
     group: NDArray[np.int64],
@@ -93,11 +95,14 @@ def round_codes(values: Tensor) -> Tensor:
     return torch.where(values < 0, ZERO - magnitude, ZERO + magnitude)
 
 
-def _load(activation: NDArray[np.float16], device: str) -> Tensor:
-    """Maps (n, units, h, w) on the device. Raises ValueError for a value that is not finite."""
-    maps = torch.from_numpy(np.array(activation, np.float16, order="C")).to(device)
+def _load(activation: NDArray[np.float16] | Tensor, device: str) -> Tensor:
+    """Maps (n, units, h, w) on the device, where a tensor already is. Raises ValueError for a value not finite."""
+    if isinstance(activation, Tensor):
+        maps = activation
+    else:
+        maps = torch.from_numpy(np.array(activation, np.float16, order="C")).to(device)
     strange = (~torch.isfinite(maps)).any(dim=(2, 3)).flatten().nonzero()
-    refuse_non_finite(int(strange[0]) if len(strange) else -1, activation)
+    refuse_non_finite(int(strange[0]) if len(strange) else -1, maps.shape[1])
     return maps
 
 

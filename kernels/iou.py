@@ -273,7 +273,7 @@ def _intersections(
         area,
         area_in_category,
     )
-    refuse_non_finite(bad, activation)
+    refuse_non_finite(bad, activation.shape[1])
     return key, count, area, area_in_category
 
 

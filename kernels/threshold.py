@@ -40,29 +40,33 @@ from kernels.upsample import (
 )
 
 BINS = 2048  # of a unit, at most: wider brackets get bins of several codes, and another pass inside one of them
-MARGINS = (1.25, 1.5, 2.0, 3.0, 5.0, 10.0)  # a sampled bracket reaches from one of these times the quantile to one part
+MARGINS = (1.25, 1.5, 2.0, 3.0, 5.0, 10.0)  # a sampled bracket reaches from one of these times the quantile to a part
 ERRORS = 3.0  # standard errors by which a sampled bracket must hold the quantile
 SAMPLED_ROWS = 16  # and as many columns: the positions of each sampled map that the bracket is taken from
 
 
 @dataclass(frozen=True)
 class Bracket:
-    """Codes between which each unit's threshold is looked for: floor <= code < ceiling; both (units,) int64."""
+    """Codes between which each unit's threshold is looked for: floor <= code < ceiling; both (units,) int64.
+
+    `bins` of a unit, at most: a wider bracket gets bins of several codes, and another pass inside one of them.
+    """
 
     floor: NDArray[np.int64]
     ceiling: NDArray[np.int64]
+    bins: int = BINS
 
     def __post_init__(self) -> None:
         if self.floor.shape != self.ceiling.shape or np.any(self.floor >= self.ceiling):
             raise ValueError("a bracket needs one floor and one ceiling per unit, the floor below the ceiling")
 
     def __getitem__(self, units: NDArray) -> "Bracket":
-        return Bracket(self.floor[units], self.ceiling[units])
+        return Bracket(self.floor[units], self.ceiling[units], self.bins)
 
     @property
     def shift(self) -> NDArray[np.int64]:
-        """The binary logarithm of the codes in one bin: 0 unless the bracket is wider than `BINS`."""
-        bins = (self.ceiling - self.floor + BINS - 1) // BINS
+        """The binary logarithm of the codes in one bin: 0 unless the bracket is wider than `bins`."""
+        bins = (self.ceiling - self.floor + self.bins - 1) // self.bins
         return np.ceil(np.log2(bins)).astype(np.int64)
 
     @property
@@ -87,7 +91,8 @@ class Thresholds:
 class Tail:
     """Counted values of each unit: `count` by bins (see `Bracket.offset`) among `positions` values in all.
 
-    Integers, so merging in any order gives the same bits. At most 2,049 counts a unit, whatever the data.
+    Integers, so merging in any order gives the same bits. At most one more count than `Bracket.bins` a unit, whatever
+    the data.
     """
 
     bracket: Bracket
@@ -96,10 +101,22 @@ class Tail:
 
     def merge(self, other: "Tail") -> "Tail":
         """The tail of both sets of images. Raises ValueError when they were counted in different brackets."""
-        same = np.array_equal(self.bracket.floor, other.bracket.floor)
-        if not same or not np.array_equal(self.bracket.ceiling, other.bracket.ceiling):
-            raise ValueError("these tails were counted in different brackets; count both shards in one bracket")
+        self._refuse_another_bracket(other)
         return Tail(self.bracket, self.positions + other.positions, self.count.astype(np.int64) + other.count)
+
+    def without(self, other: "Tail") -> "Tail":
+        """The tail of these images but those of `other`, which has to be of some of them."""
+        self._refuse_another_bracket(other)
+        left = self.count.astype(np.int64) - other.count
+        if other.positions > self.positions or np.any(left < 0):
+            raise ValueError("these tails are not those of some images and of a part of them")
+        return Tail(self.bracket, self.positions - other.positions, left)
+
+    def _refuse_another_bracket(self, other: "Tail") -> None:
+        mine, its = self.bracket, other.bracket
+        same = np.array_equal(mine.floor, its.floor) and np.array_equal(mine.ceiling, its.ceiling)
+        if not same or mine.bins != its.bins:
+            raise ValueError("these tails were counted in different brackets; count both shards in one bracket")
 
     def result(self, quantile: float) -> Thresholds:
         """The thresholds, with the proof of each: more than floor(quantile * positions) values at or above it, and no
@@ -147,17 +164,35 @@ class Tail:
 def sample_bracket(activation: NDArray[np.float16], size: Size, border: Border, quantile: float) -> Bracket:
     """Where the thresholds probably lie, from maps (n, units, h, w) float16 of some images: those of every 50th, say.
 
-    The images should be spread over the data set: a sample from one class costs further passes, though never a wrong
-    threshold. A hundred or two are enough; memory is some 2 kB a unit and image. Of each map `SAMPLED_ROWS` rows and
-    columns are taken, at phases of the golden ratio, so that they fall on all parts of the cells. A ceiling lies one
-    code above the sample's value, so that a unit that is zero at most positions is certified at once.
+    It is `bracket_of` what `sampled` takes of each map.
     """
-    allowed(quantile, activation.shape[0] * size[0] * size[1])  # refuses what is no quantile, and no images
+    return bracket_of(sampled(activation, size, border), quantile)
+
+
+def sampled(activation: NDArray[np.float16], size: Size, border: Border, phase: float = 0.0) -> NDArray[np.uint16]:
+    """The codes (units, n, positions) at some positions of maps (n, units, h, w) upsampled to `size`.
+
+    Of each map `SAMPLED_ROWS` rows and columns are taken, at phases of the golden ratio, so that they fall on all parts
+    of the cells: 512 bytes a unit and image. Another `phase`, from 0 to 1, takes others: images may be alike.
+    """
     grid = geometry((activation.shape[2], activation.shape[3]), size)
-    part = Geometry(_thinned(grid.rows), _thinned(grid.columns))
-    codes = sample_codes(activation, part, border)
-    codes = np.ascontiguousarray(codes.transpose(1, 0, 2, 3)).reshape(activation.shape[1], activation.shape[0], -1)
-    return Bracket(*_reach(codes, quantile))
+    codes = sample_codes(activation, Geometry(_thinned(grid.rows, phase), _thinned(grid.columns, phase)), border)
+    images, units, rows, columns = codes.shape
+    return np.ascontiguousarray(codes.transpose(1, 0, 2, 3)).reshape(units, images, rows * columns)
+
+
+def bracket_of(
+    codes: NDArray[np.uint16], quantile: float, errors: float = ERRORS, bins: int = BINS, margin: float = MARGINS[0]
+) -> Bracket:
+    """Where the thresholds probably lie, by sampled codes (units, n, positions), within so many standard errors and at
+    least from `margin` times the quantile to one part in it.
+
+    The images should be spread over the data set: a sample from one class costs further passes, though never a wrong
+    threshold. A hundred or two are enough; memory is some 2 kB a unit and image. A ceiling lies one code above the
+    sample's value, so that a unit that is zero at most positions is certified at once.
+    """
+    allowed(quantile, codes[0].size)  # refuses what is no quantile, and no images
+    return Bracket(*_reach(codes, quantile, errors, margin), bins)
 
 
 def count_tail(
@@ -197,7 +232,7 @@ def count_tail(
         frozen(grid.columns.fraction),
         count,
     )
-    refuse_non_finite(bad, activation)
+    refuse_non_finite(bad, activation.shape[1])
     return Tail(bracket, images * size[0] * size[1], count)
 
 
@@ -218,26 +253,28 @@ def allowed(quantile: float, positions: int) -> int:
     return int(Decimal(repr(float(quantile))) * positions)
 
 
-def _reach(codes: NDArray[np.uint16], quantile: float) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _reach(
+    codes: NDArray[np.uint16], quantile: float, errors: float, least: float
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Floor and ceiling of each unit, from sampled codes (units, images, positions).
 
     The floor is the first of some ever lower sample quantiles at which the share of values reaches the quantile by
-    `ERRORS` standard errors of the mean over images; the ceiling likewise from above. So a unit that fires on few
+    so many standard errors of the mean over images; the ceiling likewise from above. So a unit that fires on few
     images gets a wide bracket, one that fires on all a narrow one.
     """
     units, images, positions = codes.shape
     total = images * positions
     ordered = np.sort(codes.reshape(units, total), axis=1)
     floor, ceiling = ordered[:, 0].astype(np.int64), ordered[:, -1].astype(np.int64) + 1
-    for margin in reversed(MARGINS):
+    for margin in (margin for margin in reversed(MARGINS) if margin >= least):
         if margin * quantile < 1:
             candidate = ordered[:, total - 1 - allowed(margin * quantile, total)]
             mean, error = _rate(codes >= candidate[:, None, None])
-            reached = (mean - ERRORS * error > quantile) | (margin == MARGINS[-1])
+            reached = (mean - errors * error > quantile) | (margin == MARGINS[-1])
             floor = np.where(reached, candidate, floor)
         candidate = ordered[:, total - 1 - allowed(quantile / margin, total)] + 1
         mean, error = _rate(codes >= candidate[:, None, None])
-        ceiling = np.where(mean + ERRORS * error < quantile, candidate, ceiling)
+        ceiling = np.where(mean + errors * error < quantile, candidate, ceiling)
     return floor.astype(np.int64), ceiling.astype(np.int64)
 
 
@@ -247,11 +284,11 @@ def _rate(passes: NDArray[np.bool_]) -> tuple[NDArray[np.float64], NDArray[np.fl
     return share.mean(axis=1), share.std(axis=1) / max(passes.shape[1] - 1, 1) ** 0.5
 
 
-def _thinned(axis: Axis) -> Axis:
+def _thinned(axis: Axis, phase: float) -> Axis:
     """Some outputs of an axis, spread evenly but for their phase."""
     length = len(axis.cell)
     if length <= SAMPLED_ROWS:
         return axis
-    spread = (np.arange(SAMPLED_ROWS) + np.arange(SAMPLED_ROWS) * (5**0.5 - 1) / 2 % 1) / SAMPLED_ROWS
+    spread = (np.arange(SAMPLED_ROWS) + (np.arange(SAMPLED_ROWS) * (5**0.5 - 1) / 2 + phase) % 1) / SAMPLED_ROWS
     chosen = (spread * length).astype(np.int64)
     return Axis(axis.cell[chosen], axis.fraction[chosen], axis.start)

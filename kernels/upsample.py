@@ -90,7 +90,7 @@ def sample_codes(activation: NDArray[np.float16], grid: Geometry, border: Border
         frozen(columns.fraction),
         codes,
     )
-    refuse_non_finite(bad, activation)
+    refuse_non_finite(bad, activation.shape[1])
     return codes
 
 
@@ -118,10 +118,10 @@ def frozen(array: NDArray) -> NDArray:
     return view
 
 
-def refuse_non_finite(bad: int, activation: NDArray[np.float16]) -> None:
-    """Raise ValueError for the map number `bad` of a kernel; -1 means that all are finite."""
+def refuse_non_finite(bad: int, units: int) -> None:
+    """Raise ValueError for the map number `bad` of a kernel, of so many units; -1 means that all are finite."""
     if bad >= 0:
-        image, unit = divmod(int(bad), activation.shape[1])
+        image, unit = divmod(int(bad), units)
         raise ValueError(
             f"the map of image {image}, unit {unit} holds a value that is not finite; "
             "expected finite float16 activations (a larger scale keeps values below 65504)"

@@ -222,8 +222,8 @@ def targets(shared: Shared, extracted: Manifest, folder: Path) -> Iterator[tuple
             network=folder,
             replace=shared.how["replace"],
         )
-        # A layer that is stored pooled has no maps: they are computed as those of images that were not extracted.
-        stored = set() if entry.get("store") == "pooled" else set(extracted.result["shards"])
+        # A layer without stored maps: they are computed as those of images that were not extracted.
+        stored = set() if "store" in entry else set(extracted.result["shards"])
         yield target, parts_of(shared, stored, manifest.files, extracted.files)
 
 

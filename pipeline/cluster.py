@@ -31,6 +31,9 @@ from pipeline.errors import MicrotomeError
 ADDRESS = "MICROTOME_POOL"  # environment variable: the file that holds the pool's address
 THREADS = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"), "1")
 
+# A worker with a GPU reads, compresses and writes other shards while the GPU computes one. Numbers do not depend on it.
+GPU_THREADS = 3
+
 WORKER_BASE = 600 << 20  # bytes of a worker that has imported torch and the kernels
 STARTS = 3  # of the workers, before the pool is given up
 CONNECT = 60  # seconds to reach a scheduler
@@ -218,6 +221,11 @@ def workers(cluster: Cluster) -> int:
     return 1 if cluster.kind == "address" else devices.cores()
 
 
+def threads(cluster: Cluster) -> int:
+    """Return how many tasks a worker has at a time."""
+    return GPU_THREADS if cluster.kind == "gpu" else 1
+
+
 def memory(cluster: Cluster) -> int:
     """Return how many bytes a worker may use: as configured, else its share of the machine's memory."""
     if cluster.memory is not None:
@@ -228,14 +236,14 @@ def memory(cluster: Cluster) -> int:
 
 
 def check_memory(cluster: Cluster, need: float, what: str, remedy: str) -> None:
-    """Refuse tasks that need `need` bytes of a worker beside what every worker takes, if it may not use so many.
+    """Refuse tasks that need `need` bytes each beside what every worker takes, if a worker may not use so many.
 
     Raises
     ------
     MicrotomeError
         With both figures and the remedy; before anything is computed.
     """
-    allowed = memory(cluster)
+    allowed, need = memory(cluster), threads(cluster) * need
     if WORKER_BASE + need > allowed:
         raise MicrotomeError(
             f"{what} needs about {(WORKER_BASE + need) / 1e9:.2f} GB a worker, and a worker may use "
@@ -321,7 +329,7 @@ def _processes(cluster: Cluster, scratch: Path, count: int) -> Any:
                 + ("lower `cluster.workers`" if visible else "use `kind: local`")
             )
     options = {
-        "nthreads": 1,
+        "nthreads": threads(cluster),
         "host": "127.0.0.1",
         "local_directory": str(scratch / "dask"),
         "memory_limit": memory(cluster),
@@ -378,7 +386,10 @@ def run_tasks(
         task = next(tasks, None)
         if task is None:
             return 0
-        queue.add(client.submit(function, *task, pure=False))
+        if function in OVERLAPPING:
+            queue.add(client.submit(function, *task, pure=False))
+        else:
+            queue.add(client.submit(alone, function, *task, pure=False))
         return 1
 
     try:
@@ -411,6 +422,24 @@ def run_tasks(
         bar.close()
         for future in list(queue.futures):
             future.cancel()
+
+
+computing = threading.RLock()
+"""On a worker: held by whoever computes on its device. Networks are shared by its threads, with hooks on them."""
+
+OVERLAPPING: set[Callable[..., Any]] = set()
+
+
+def overlapping(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Mark a task that itself holds `computing` where it computes, so that others read and write beside it."""
+    OVERLAPPING.add(function)
+    return function
+
+
+def alone(function: Callable[..., Any], *task: Any) -> Any:
+    """On a worker: a task during which no other computes."""
+    with computing:
+        return function(*task)
 
 
 def _lacks_memory(error: Exception) -> bool:

@@ -37,7 +37,7 @@ TRUTH = "truth"  # concept source: the label maps that come with a data set
 PIXELS = "pixels"  # concept source: colour names of the pixels
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
-Kept = Literal["full", "pooled"]
+Kept = Literal["full", "pooled", "none"]
 Share = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 
@@ -543,7 +543,8 @@ class Network(NetworkSpec):
     numerics: Numerics = Field(Numerics(), description="how it is computed")
     store: Kept | Annotated[dict[str, Kept], Field(min_length=1)] = Field(
         "full",
-        description="of a layer: `full`, or `pooled` without its maps; or one of these by name or pattern of layers",
+        description="of a layer: `full`; `none`, counted in two forward passes and not stored; `pooled`, without its "
+        "maps and not dissected; or one of these by name or pattern of layers",
     )
     train: Train | None = Field(None, description="with `weights: train`, how")
     datasets: list[Name] | None = Field(None, description="the data sets to dissect it on; default: all")
@@ -558,11 +559,16 @@ class Network(NetworkSpec):
             raise ValueError("`weights: train` and a section `train:` go together")
         return self
 
-    def pools(self, layer: str) -> bool:
-        """Whether only the maximum and mean of a layer are kept, and its special tokens, but no maps."""
+    def kept(self, layer: str) -> Kept:
+        """What is kept of a layer: `full` its maps; else the maximum and mean of each, and its special tokens."""
         if isinstance(self.store, str):
-            return self.store == "pooled"
-        return any(kept == "pooled" and fits(layer, entry) for entry, kept in self.store.items())
+            return self.store
+        return next((kept for entry, kept in self.store.items() if fits(layer, entry)), "full")
+
+    @property
+    def streams(self) -> bool:
+        """Whether a layer may be dissected without being stored, in two forward passes."""
+        return "none" in ([self.store] if isinstance(self.store, str) else self.store.values())
 
 
 Corruption = Literal["true_labels", "corrupted_labels", "random_labels", "shuffled_pixels", "random_pixels", "gaussian"]

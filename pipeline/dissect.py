@@ -5,6 +5,7 @@ Writes, for every layer, shared by all networks with that layer,
     layers/<layer id>/dissect-<id>/iou.zarr         intersection (unit, concept) int64 · unit_area (unit) ·
                                                     concept_area (concept) · iou (unit, concept) float32
     layers/<layer id>/dissect-<id>/counts.zarr      the same counts by jackknife group and category
+    layers/<layer id>/dissect-<id>/shown.zarr       of a layer that is not stored: what pictures of its units show
 and for the network
     <network>/layers.json          where these are, by layer name, in execution order
     <network>/units.csv            the label of every unit
@@ -16,32 +17,42 @@ neural network" (PNAS 2020). See docs/dissection.md.
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline import stage
+from pipeline import stage, stream
 from pipeline.cluster import check_memory, client, device, memory, run_tasks, workers_of
 from pipeline.config import AnyDataset
 from pipeline.errors import MicrotomeError
 from pipeline.identity import digest
+from pipeline.layer_info import LayerInfo
 from pipeline.lock import one_at_a_time
 from pipeline.manifest import Files, Manifest, latest, write_file
 from pipeline.result_tables import csv_bytes, number
 
 if TYPE_CHECKING:
-    from kernels.iou import Counts
+    from kernels.iou import Counts, Labels
     from kernels.threshold import Bracket, Tail
     from pipeline.images import Images
     from pipeline.plan import Plan, Step
     from pipeline.store import Reader
+    from pipeline.stream import Streamed
 
 VERSION = 2
-CODE = ("kernels", "pipeline/dissect.py", "pipeline/listing.py")
+CODE = (
+    "kernels",
+    "pipeline/dissect.py",
+    "pipeline/dissect_streamed.py",
+    "pipeline/listing.py",
+    "pipeline/pictures.py",
+    "pipeline/stream.py",
+)
 SAMPLE_SHARDS = 4  # the first shards are a random sample of the images: where the thresholds probably lie
 ACCUMULATOR_BYTES = 2 << 30  # counts that a worker holds at once; layers beyond that go through the images again
 REMEDY = "lower `shard_images` of the data set, or count fewer concepts"
@@ -58,6 +69,10 @@ UNIT_COLUMNS = (
     "threshold",
     "activation_rate",
 )
+
+
+Arrays = dict[str, tuple[tuple[str, ...], np.ndarray]]  # of a store: dimensions and values by name
+SHOWN = ("image", "map", "histogram", "low", "high")
 
 
 def settings(dataset: AnyDataset, permuted: bool, control_images: int | None) -> dict[str, Any]:
@@ -109,6 +124,7 @@ class Layer:
     shape: tuple[int, int, int]
     scale: float
     digest: str
+    streamed: Streamed | None = None  # of a layer whose maps are not stored
 
     def at(self, part: Iterable[Counted]) -> Layer:
         """The same layer with the files of some shards alone: a task carries no more."""
@@ -133,6 +149,7 @@ class Wanted:
 
 
 def run(plan: Plan, step: Step) -> None:
+    from pipeline import dissect_streamed
     from pipeline.images import Images
 
     assert step.dataset is not None and step.network is not None
@@ -169,14 +186,23 @@ def run(plan: Plan, step: Step) -> None:
         missing = list({one.id: one for one in wanted if not finished(one)}.values())
         if missing:
             accumulator = min(ACCUMULATOR_BYTES, memory(plan.config.cluster) // 4)
-            for one in missing:
+            stored = [one for one in missing if one.layer.streamed is None]
+            streamed = [one for one in missing if one.layer.streamed is not None]
+            for one in stored:
                 need = memory_need(one.layer, images.shard_images, size, concepts)
                 check_memory(plan.config.cluster, need, f"{step.name}, layer {one.layer.name!r},", REMEDY)
             with client(plan.config.cluster, plan.scratch) as workers:
                 known = {one.layer.id: found for one in missing if (found := earlier_threshold(one))}
-                lacking = {one.layer.id: one.layer for one in missing if one.layer.id not in known}
+                lacking = {one.layer.id: one.layer for one in stored if one.layer.id not in known}
                 known |= find_thresholds(workers, step.name, lacking, counted, how, size)
-                count_and_write(workers, step.name, missing, known, concepts, how, accumulator)
+                count = functools.partial(count_stored, workers, step.name, known, how)
+                count_and_write(count, stored, known, concepts, how, accumulator)
+                if streamed:
+                    passes = dissect_streamed.Passes(plan, step, workers, images, extracted, counted, how, size)
+                    lacking = {one.layer.id: one.layer for one in streamed if one.layer.id not in known}
+                    known |= passes.thresholds(lacking)
+                    count_and_write(passes.count(known, accumulator), streamed, known, concepts, how, accumulator)
+                    passes.remove()
 
     entries = {}
     files: Files = {}
@@ -232,14 +258,20 @@ def concepts_of(folder: Path, labelled: Manifest) -> Concepts:
 
 def layer_of(plan: Plan, folder: Path, entry: Mapping[str, Any]) -> Layer:
     manifest = Manifest.read(plan.results / entry["manifest"])
+    streamed = None
+    if entry.get("store") == "none":
+        info = LayerInfo(**{**entry["info"], "shape": tuple(entry["info"]["shape"])})
+        home = folder / "layers" / entry["id"]
+        streamed = stream.streamed(home, entry["id"], info, entry["scale"], entry["counted"])
     return Layer(
         name=entry["name"],
         id=entry["id"],
         store=folder / "layers" / entry["id"] / "activations.zarr",
-        files=stage.below("activations.zarr", manifest.files),
+        files=stage.below(streamed.store.name if streamed else "activations.zarr", manifest.files),
         shape=tuple(entry["shape"]),
         scale=entry["scale"],
         digest=manifest.digest,
+        streamed=streamed,
     )
 
 
@@ -302,7 +334,8 @@ def finished(one: Wanted) -> bool:
 def paths_of(one: Wanted, folder: Path) -> dict[str, str]:
     """An entry of layers.json: paths relative to the data set's folder."""
     own = one.layer.store.parent / f"dissect-{one.id}"
-    return {
+    shown = {"shown": (own / "shown.zarr").relative_to(folder).as_posix()} if one.layer.streamed else {}
+    return shown | {
         "id": one.layer.id,
         "activations": one.layer.store.relative_to(folder).as_posix(),
         "thresholds": (own / "thresholds.zarr").relative_to(folder).as_posix(),
@@ -431,42 +464,61 @@ def activation(layer: Layer, one: Counted) -> np.ndarray:
 
 
 def count_and_write(
-    client: Any,
-    label: str,
+    count: Callable[[list[Wanted], Concepts], tuple[dict[tuple[str, bool], Counts], dict[str, Arrays]]],
     missing: list[Wanted],
     thresholds: Mapping[str, Threshold],
     concepts: Concepts,
     how: Mapping[str, Any],
     accumulator: int,
 ) -> None:
-    """Count intersections for every wanted result, a batch of layers at a time; write each when it is done."""
+    """Count intersections for every wanted result, a batch of layers at a time; write each when it is done.
+
+    `count` gives the counts of a batch by (layer id, permuted), and the stores `shown.zarr` of layers that are not
+    stored.
+    """
     for batch in batches(missing, len(concepts.names), accumulator):
         known = {(one.layer.id, one.permuted): earlier_counts(one, concepts) for one in batch}
         rest = {name for one in batch for name in set(one.labels) - set(known[one.layer.id, one.permuted])}
         chosen = only(concepts, [name for name in concepts.categories if name in rest])
         # Areas come with any count; where all categories are known there is nothing to count.
-        shards = {one.shard: one for wanted in batch for one in wanted.counted} if rest else {}
-        tasks = []
-        for part in runs(list(shards.values()), client):
-            wanted = [
-                (
-                    w.layer.at(part),
-                    w.permuted,
-                    {one.shard for one in w.counted} & {one.shard for one in part},
-                    thresholds[w.layer.id].threshold,
-                )
-                for w in batch
-            ]
-            tasks.append((wanted, part, chosen.at(part), how["border"]))
-        totals: dict[tuple[str, bool], Counts] = {}
-        for counts in run_tasks(client, count_run, tasks, len(tasks), f"{label}: IoU"):
-            for key, part in counts.items():
-                totals[key] = add(totals[key], part) if key in totals else part
+        totals, shown = count(batch, chosen) if rest else ({}, {})
         for w in batch:
             key = w.layer.id, w.permuted
             sources = known[key] | (dict.fromkeys(chosen.categories, (totals[key], chosen)) if rest else {})
             counted = [name for name in w.labels if name not in known[key]]
-            write_layer(w, thresholds[w.layer.id], joined(concepts, sources), concepts, how, counted)
+            pictures = None
+            if w.layer.streamed is not None and not w.permuted:
+                pictures = earlier_shown(w) or shown[w.layer.id]
+            write_layer(w, thresholds[w.layer.id], joined(concepts, sources), concepts, how, counted, pictures)
+
+
+def count_stored(
+    client: Any,
+    label: str,
+    thresholds: Mapping[str, Threshold],
+    how: Mapping[str, Any],
+    batch: list[Wanted],
+    chosen: Concepts,
+) -> tuple[dict[tuple[str, bool], Counts], dict[str, Arrays]]:
+    """The counts of layers whose maps are stored."""
+    shards = {one.shard: one for wanted in batch for one in wanted.counted}
+    tasks = []
+    for part in runs(list(shards.values()), client):
+        wanted = [
+            (
+                w.layer.at(part),
+                w.permuted,
+                {one.shard for one in w.counted} & {one.shard for one in part},
+                thresholds[w.layer.id].threshold,
+            )
+            for w in batch
+        ]
+        tasks.append((wanted, part, chosen.at(part), how["border"]))
+    totals: dict[tuple[str, bool], Counts] = {}
+    for counts in run_tasks(client, count_run, tasks, len(tasks), f"{label}: IoU"):
+        for key, part in counts.items():
+            totals[key] = add(totals[key], part) if key in totals else part
+    return totals, {}
 
 
 def only(concepts: Concepts, categories: list[str]) -> Concepts:
@@ -496,6 +548,15 @@ def earlier_counts(one: Wanted, concepts: Concepts) -> dict[str, tuple[Counts, C
             source = replace(concepts, categories=categories, axis=(), names=(), numbers=(), place=place)
             found |= dict.fromkeys(names, (read_counts(stored), source))
     return found
+
+
+def earlier_shown(one: Wanted) -> Arrays | None:
+    """What pictures show of a layer that is not stored, as an earlier result with the same thresholds has it."""
+    for folder, manifest in earlier_results(one):
+        if f"{folder.name}/shown.zarr/zarr.json" in manifest.files:
+            stored = result_store(folder, "shown.zarr", manifest)
+            return {name: (stored[name].metadata.dimension_names, np.asarray(stored[name][:])) for name in SHOWN}
+    return None
 
 
 def read_counts(stored: Reader) -> Counts:
@@ -556,16 +617,13 @@ def count_run(
     wanted: list[tuple[Layer, bool, set[int], np.ndarray]], part: list[Counted], concepts: Concepts, border: Any
 ) -> dict[tuple[str, bool], Counts]:
     """On a worker: the counts of some shards, merged, by (layer id, permuted)."""
-    from kernels.iou import GROUPS, Counts, count_shard, label_columns
+    from kernels.iou import GROUPS, Counts, count_shard
     from pipeline.store import Reader
 
     label_maps = Reader(concepts.store, concepts.files)["label_map"]
-    step = label_maps.chunks[0]
     totals: dict[tuple[str, bool], Counts] = {}
     for one in part:
-        start = one.shard * step
-        maps = np.stack([np.asarray(label_maps[start : start + step, axis]) for axis in concepts.axis], axis=1)
-        labels = label_columns(maps[one.rows], concepts.numbers, concepts.place)
+        labels = labels_of(concepts, label_maps, one)
         read: dict[str, np.ndarray] = {}
         for layer, permuted, shards, threshold in wanted:
             if one.shard not in shards:
@@ -588,6 +646,16 @@ def count_run(
     return totals
 
 
+def labels_of(concepts: Concepts, label_maps: Any, one: Counted) -> Labels:
+    """The label maps of the images of a shard that count, prepared for counting."""
+    from kernels.iou import label_columns
+
+    step = label_maps.chunks[0]
+    start = one.shard * step
+    maps = np.stack([np.asarray(label_maps[start : start + step, axis]) for axis in concepts.axis], axis=1)
+    return label_columns(maps[one.rows], concepts.numbers, concepts.place)
+
+
 def add(total: Counts, part: Counts) -> Counts:
     for one in fields(total):
         mine = getattr(total, one.name)
@@ -602,8 +670,12 @@ def write_layer(
     concepts: Concepts,
     how: Mapping[str, Any],
     counted: list[str],
+    shown: Arrays | None = None,
 ) -> None:
-    """Write the result of one layer; `counted` are the categories that were counted now, for its provenance."""
+    """Write the result of one layer; `counted` are the categories that were counted now, for its provenance.
+
+    `shown` is what pictures show of a layer that is not stored.
+    """
     from kernels.iou import iou
     from pipeline.store import write_whole
 
@@ -659,6 +731,9 @@ def write_layer(
             attrs | {"categories": list(concepts.categories), "category_of_concept": list(concepts.place)},
         ),
     )
+    if shown is not None:
+        written = write_whole(folder / "shown.zarr", shown, {"scale": layer.scale})
+        files |= stage.within(f"{folder.name}/shown.zarr", written)
     Manifest(
         stage="dissect",
         id=wanted.id,

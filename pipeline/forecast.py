@@ -13,12 +13,25 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline import cluster, concepts, datasets, dissect, extract, grams, ingest, preflight, probes_tasks, stage
+from pipeline import (
+    cluster,
+    concepts,
+    datasets,
+    dissect,
+    extract,
+    grams,
+    ingest,
+    preflight,
+    probes_tasks,
+    stage,
+    stream,
+)
 from pipeline.config import UNTRAINED
 from pipeline.errors import MicrotomeError
 from pipeline.layer_info import LayerInfo
 from pipeline.manifest import latest
 from pipeline.objects import size_of
+from pipeline.pictures import KEPT
 from pipeline.plan import Plan, Step, outdated
 
 # Bytes on the disk for each byte before compression, on the cautious side of what was measured: activations of the demo
@@ -29,6 +42,7 @@ IMAGE = 6e-3  # to decode an image and bring it to size: assumed, until ingest h
 LABELS = 2e-3  # for the label maps of a category of an image: assumed, until they have been made once
 STORED = 19e-9  # to keep, compress and write one value of a layer
 COUNTED = 3.8e-6, 0.6e-9  # to dissect a unit on an image: constant, and for each position of the label map
+TAIL = 2000  # bytes of the counters of a unit in a block, compressed
 GRAM = 1.15  # forwards that a forward with Gram matrices takes
 SHARE = 0.95  # of the free bytes that a run may plan to fill
 LITTLE = 50e6  # bytes that are not worth a refusal before the disk gives its own: such estimates say little
@@ -45,7 +59,8 @@ class Store:
     raw: float
     expected: float
     there: float
-    pooled: bool = False
+    kept: str = "full"
+    unstored: float = 0.0  # bytes before compression that `store: none` saves
 
     @property
     def missing(self) -> float:
@@ -85,9 +100,16 @@ def lines(plan: Plan, costs: Sequence[Cost]) -> list[str]:
         f"{_gb(missing)} GB to write, {room}; about {_time(sum(known) / workers)} on {workers} "
         f"worker{'s' * (workers > 1)} of {allowed / 1e9:.1f} GB, beside steps that were never timed"
     )
-    left_out = {store.name for cost in costs for store in cost.stores if store.pooled}
+    left_out = {store.name for cost in costs for store in cost.stores if store.kept == "pooled"}
     if left_out:
         found.append(f"stored pooled, without maps, and left out of dissect: {', '.join(sorted(left_out))}")
+    streamed = {store.name: 0.0 for cost in costs for store in cost.stores if store.kept == "none"}
+    if streamed:
+        saved = sum(store.unstored for cost in costs for store in cost.stores)
+        found.append(
+            f"not stored, and counted in two forward passes in place of one: {', '.join(sorted(streamed))}; saves "
+            f"{_gb(saved * SHRINKS['maps'])} GB on disk"
+        )
     return found
 
 
@@ -107,9 +129,9 @@ def check_disk(plan: Plan, costs: Sequence[Cost]) -> None:
         largest = max(stores, key=lambda store: store.missing)
         raise MicrotomeError(
             f"the results need about {_gb(missing)} GB more, {_gb(largest.missing)} GB of it for {largest.name}, and "
-            f"the file system of {plan.results} has {_gb(free)} GB free: name fewer layers, keep some without maps "
-            f"(`store: {{{largest.name.split(' ')[0]}: pooled}}`), bound the data set with `max_images`, or put "
-            "`results` on a larger disk"
+            f"the file system of {plan.results} has {_gb(free)} GB free: name fewer layers, have some counted "
+            f"without being stored (`store: {{{largest.name.split(' ')[0]}: none}}`), bound the data set with "
+            "`max_images`, or put `results` on a larger disk"
         )
 
 
@@ -132,7 +154,8 @@ def forecast(plan: Plan) -> list[Cost]:
             seconds = provenance["seconds"] / provenance["made"] * cost.tasks * cluster.workers(plan.config.cluster)
         elif not estimate and provenance:
             seconds = provenance["seconds"] * cluster.workers(plan.config.cluster)
-        found.append(replace(cost, seconds=seconds, done=done))
+        memory = None if cost.memory is None else cost.memory * cluster.threads(plan.config.cluster)
+        found.append(replace(cost, seconds=seconds, memory=memory, done=done))
     return found
 
 
@@ -175,16 +198,22 @@ def _extract(plan: Plan, step: Step, splits: Splits, done: bool) -> Cost:
     found = preflight.found(plan, step)
     infos = [LayerInfo(**{**layer, "shape": tuple(layer["shape"])}) for layer in found["layers"]]
     there = {} if done else _layers_there(plan, step, [info.name for info in infos])
-    count = -(-images // dataset.shard_images) * dataset.shard_images  # shards are whole
+    tasks = -(-images // dataset.shard_images)
+    count = tasks * dataset.shard_images  # shards are whole
     stores, kept = [], []
     for info in infos:
         units, height, width = info.shape
-        pooled = network.pools(info.name)
-        kept.append(extract.Layer("", Path(), info, 1.0, pooled))
-        maps = 0 if pooled else 2 * count * units * height * width
+        wish = network.kept(info.name)
+        kept.append(extract.Layer("", Path(), info, 1.0, wish != "full", streamed=wish == "none"))
+        all_maps = 2 * count * units * height * width
+        maps = all_maps if wish == "full" else 0
         beside = count * units * (2 * info.special + 8)
+        if wish == "none":
+            beside += units * (TAIL * min(tasks, stream.BLOCKS) + 2 * KEPT * height * width)
         expected = maps * SHRINKS["maps"] + beside
-        stores.append(Store(info.name, maps + beside, expected, expected if done else there.get(info.name, 0), pooled))
+        stored = expected if done else there.get(info.name, 0)
+        saved = max(0, all_maps - beside) if wish == "none" else 0
+        stores.append(Store(info.name, maps + beside, expected, stored, wish, saved))
     values = sum(store.raw for store in stores) / 2
     speed = preflight.speed(plan, step)
     rate = speed.get("images_per_second")
@@ -193,7 +222,7 @@ def _extract(plan: Plan, step: Step, splits: Splits, done: bool) -> Cost:
         step,
         tuple(stores),
         images,
-        -(-images // dataset.shard_images),
+        tasks,
         count / rate + values * STORED if rate else None,
         extract.memory_need(kept, prepared, network, dataset.shard_images, size),
         _rate(speed),
@@ -212,7 +241,8 @@ def _dissect(plan: Plan, step: Step, splits: Splits, done: bool) -> Cost:
     images, dataset, size, categories = _counted(plan, step, splits)
     height, width = dataset.label_map_size or size
     network = plan.networks[step.network]
-    layers = [layer for layer in preflight.found(plan, step)["layers"] if not network.pools(layer["name"])]
+    found = preflight.found(plan, step)
+    layers = [layer for layer in found["layers"] if network.kept(layer["name"]) != "pooled"]
     units = sum(layer["shape"][0] for layer in layers)
     constant, position = COUNTED
     names = tuple(name for concept_names in categories.values() for name in concept_names)
@@ -226,8 +256,15 @@ def _dissect(plan: Plan, step: Step, splits: Splits, done: bool) -> Cost:
         )
         for layer in layers
     )
-    seconds = images * units * (constant + position * height * width)
-    return Cost(step, (), images, -(-images // dataset.shard_images), seconds, memory)
+    seconds: float | None = images * units * (constant + position * height * width)
+    shown = ""
+    if any(network.kept(layer["name"]) == "none" for layer in layers):
+        speed = preflight.speed(plan, step)
+        rate, shown = speed.get("images_per_second"), _rate(speed)
+        seconds = seconds + images / rate if rate and seconds is not None else None
+        prepared = extract.Prepared([], 0, {}, found["parameters"], found["largest"])
+        memory += extract.forward_need(prepared, network, size)
+    return Cost(step, (), images, -(-images // dataset.shard_images), seconds, memory, shown)
 
 
 def _grams(plan: Plan, step: Step, splits: Splits, done: bool) -> Cost:
@@ -320,7 +357,8 @@ def _layers_there(plan: Plan, step: Step, names: Sequence[str]) -> dict[str, flo
     if before is not None and extract.same_layers(plan, before, step):
         layers = plan.results / step.dataset / "layers"
         return {layer["name"]: size_of(layers / layer["id"] / "activations.zarr") for layer in before.result["layers"]}
-    begun = sum(size_of(plan.results / folder) for folder in stage.noted(plan, step))
+    folders = [folder for folder in stage.noted(plan, step) if not folder.endswith(".zarr")]  # those are inside
+    begun = sum(size_of(plan.results / folder) for folder in folders)
     return dict.fromkeys(names, begun / len(names))
 
 
@@ -342,7 +380,7 @@ def _row(cost: Cost, workers: int, allowed: int) -> tuple[str, ...]:
 
 
 def _layer(store: Store) -> tuple[str, ...]:
-    name = f"  {store.name}" + (" (pooled)" if store.pooled else "")
+    name = f"  {store.name}" + {"pooled": " (pooled)", "none": " (not stored)"}.get(store.kept, "")
     return (name, _gb(store.raw), _gb(store.expected), _gb(store.missing), "", "", "", "", "")
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.cluster import device
+from pipeline.cluster import computing, device
 from pipeline.config import Network, Segmenter
 from pipeline.errors import MicrotomeError
 from pipeline.identity import digest
@@ -108,48 +108,93 @@ def normalise(pixels: torch.Tensor, spec: Network | Segmenter) -> torch.Tensor:
     from kernels.grey import grey
     from kernels.whiten import whiten
 
-    pixels = pixels.to(device())
+    pixels = pixels.to(device(), non_blocking=True)
     if spec.preprocessing.channels == 1:
         pixels = grey(pixels)
     if spec.preprocessing.per_image:
         x = whiten(pixels.float())
     else:
         x = pixels.float().div_(255)
-        mean = torch.tensor(spec.preprocessing.mean, device=x.device).view(1, -1, 1, 1)
-        std = torch.tensor(spec.preprocessing.std, device=x.device).view(1, -1, 1, 1)
+        mean, std = (_constant(values, x.device) for values in (spec.preprocessing.mean, spec.preprocessing.std))
         x = x.sub_(mean).div_(std)
     return x.contiguous(memory_format=torch.channels_last) if spec.numerics.channels_last else x
 
 
+@functools.lru_cache(maxsize=16)
+def _constant(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """One number a channel, there once: to bring it to a GPU is to wait for what the GPU still has to do."""
+    import torch
+
+    return torch.tensor(values, device=device).view(1, -1, 1, 1)
+
+
 def forward_in_batches(
-    model: Model, pixels: torch.Tensor, names: Sequence[str], take: Callable[[str, int, torch.Tensor], None]
+    model: Model,
+    pixels: torch.Tensor,
+    names: Sequence[str],
+    take: Callable[[str, int, torch.Tensor], None],
+    stop_early: bool = False,
 ) -> torch.Tensor | None:
     """The images of one shard through the network; the logits (image, class), None of a network without a head.
 
     In micro-batches of the network's size, the last one padded with black images. `take(name, at, output)` gets the
     output of each layer named, as soon as it is ready, for the images of the shard from `at` on: the next operation may
-    overwrite it.
+    overwrite it. With `stop_early` the forward ends with the last of them, and there are no logits. On a GPU nothing
+    waits for the other before the last micro-batch, unless `take` does.
     """
     import torch
 
     from pipeline.layers import Recorder
 
-    network, size = network_of(model), model.spec.numerics.micro_batch
-    heads = []
-    for at in range(0, len(pixels), size):
-        batch = pixels[at : at + size]
-        count = len(batch)
-        if count < size:
-            batch = torch.cat([batch, batch.new_zeros((size - count, *batch.shape[1:]))])
+    size, on_gpu = model.spec.numerics.micro_batch, device() == "cuda"
+    if on_gpu:
+        pixels = pixels.pin_memory()
+    heads: list[torch.Tensor] = []
+    with computing:
+        network = network_of(model)
+        for at in range(0, len(pixels), size):
+            batch = pixels[at : at + size]
+            count = len(batch)
+            if count < size:
+                batch = torch.cat([batch, batch.new_zeros((size - count, *batch.shape[1:]))])
 
-        def taken(name: str, output: torch.Tensor, at: int = at, count: int = count) -> None:
-            take(name, at, output[:count])
+            def taken(name: str, output: torch.Tensor, at: int = at, count: int = count) -> None:
+                take(name, at, output[:count])
 
-        with Recorder(network, names, take=taken) as record:
-            head, _ = record(normalise(batch, model.spec))
-        if head is not None and head.ndim == 2:
-            heads.append(head[:count].float().cpu())
-    return torch.cat(heads) if heads else None
+            with Recorder(network, names, stop_early, take=taken) as record:
+                head, _ = record(normalise(batch, model.spec))
+            if head is not None and head.ndim == 2:
+                heads.append(head[:count].float())
+        logits = to_host(torch.cat(heads)) if heads else None
+        done = torch.cuda.Event() if on_gpu else None
+        if done is not None:
+            done.record()
+    # Whoever is next has the GPU while this thread waits for its copies.
+    if done is not None:
+        done.synchronize()
+    return logits
+
+
+def host_buffer(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """Memory of this machine for what a network gives: pinned where it comes from a GPU, which then need not wait."""
+    import torch
+
+    return torch.empty(tuple(shape), dtype=dtype, pin_memory=device() == "cuda")
+
+
+def to_host(values: torch.Tensor, target: torch.Tensor | None = None) -> torch.Tensor:
+    """Values in memory of this machine, in `target` where there is one; from a GPU they are there when
+    `forward_in_batches` returns."""
+    if not values.is_cuda:
+        return values if target is None else target.copy_(values)
+    target = host_buffer(values.shape, values.dtype) if target is None else target
+    return target.copy_(values.contiguous(), non_blocking=True)
+
+
+def half(values: torch.Tensor, scale: float) -> torch.Tensor:
+    """float32 values as they are stored: divided by the layer's scale, float16, in the same memory format."""
+    # On the CPU torch changes the type fast and the order fast, and both at once slowly.
+    return (values if scale == 1 else values / scale).half()
 
 
 def refuse_non_finite(output: torch.Tensor, layer: str, start: int) -> None:

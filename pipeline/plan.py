@@ -272,7 +272,10 @@ def make(wanted: Config, rescan: bool = False, arguments: Sequence[str] = ()) ->
                 "extract", extract.settings(spec, dataset, limit), [ingests[data], loaded[name]], data, name
             )
             settings = dissect.settings(dataset, permuted=not untrained, control_images=wanted.controls.images)
-            dissected.append(add("dissect", settings, [ingests[data], labelled[data], extracted], data, name))
+            parents = [ingests[data], labelled[data], extracted]
+            if spec.streams:  # what is not stored is computed again
+                parents.append(loaded[name])
+            dissected.append(add("dissect", settings, parents, data, name))
             if ablate.wanted(spec, data):
                 settings = ablate.settings(name, spec, data, dataset, found[data])
                 parents = [ingests[data], loaded[name], extracted, dissected[-1]]

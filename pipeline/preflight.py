@@ -91,8 +91,11 @@ def _stores(plan: Plan, step: Step) -> Iterator[str]:
         wishes = {entry: kept for entry, kept in entries.items() if fits(name, entry)}
         if len(set(wishes.values())) > 1:
             yield f"{who}, store: layer {name!r} fits {' and '.join(map(repr, wishes))}, which differ"
-    if names and all(map(network.pools, names)):
-        yield f"{who}: every layer is stored pooled, which leaves none to dissect: keep the maps of one, `store: full`"
+    if names and all(network.kept(name) == "pooled" for name in names):
+        yield (
+            f"{who}: every layer is stored pooled, which leaves none to dissect: keep the maps of one, `store: full`, "
+            "or have them counted without being stored, `store: none`"
+        )
 
 
 def _classes(plan: Plan, step: Step) -> Iterator[str]:

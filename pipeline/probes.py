@@ -295,7 +295,7 @@ def gather(
         if layer is None:
             continue
         spatial = any(vector.y is not None for vector in layer.vectors)
-        if not (entry.get("store") == "pooled" and spatial):
+        if not ("store" in entry and spatial):
             manifest = Manifest.read(plan.results / entry["manifest"])
             stored = stage.by_shard(manifest.files, "activations.zarr", layer.arrays)
             held[layer.id] = {shard: stored[shard] for shard in extracted.result["shards"]}

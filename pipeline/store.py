@@ -332,7 +332,7 @@ class Ledger:
 
     def _size(self, store: Path, name: str) -> int | None:
         """Bytes of a file of the store, None where it is not there; objects are listed once."""
-        objects = objects_of(store)
+        objects = chunks_of(store, name)
         if objects is not None:
             if self._listed is None:
                 self._listed = objects.sizes()

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from kernels.iou import mask
+from pipeline.pictures import BINS, KEPT, SAMPLE, bins_of, facts, top_images
 from pipeline.report.experiment import Experiment
 from pipeline.report.results import Dissection, Layer, Store, Unit, open_store
 from pipeline.report.tables import by_iou
@@ -22,11 +23,6 @@ TILE = 112
 """Side of one image of a unit in pixels."""
 UNITS_AT_ONCE = 256
 """Units of one task: bounds its memory, and how often the files of a wide layer are read."""
-ROWS_AT_ONCE = 8192
-"""Images whose maxima are read at once: bounds memory at 50,000 images x thousands of units."""
-SAMPLE = 256
-"""Images that the histograms are made of: the first ones, which are a random sample as images lie in random order."""
-BINS = 32
 RUNNERS_UP = 5
 """Concepts listed for each unit, the best one included."""
 OUTLINE, EDGE = (255, 214, 10), (20, 20, 20)
@@ -112,9 +108,16 @@ def draw_units(
     scale = np.float32(activations.attrs["scale"])  # a power of two: dividing a threshold by it is exact
     threshold = np.asarray(thresholds["threshold"][:]) / scale
     shown = pictures.shown(thresholds.attrs.get("split"))
-    tops, highest = top_images(activations, units, shown, top)
-    tiles = draw_tiles(pictures, activations, threshold, thresholds.attrs.get("border", "edge"), units, tops)
-    histograms = histogram(activations, units, shown, highest / scale)
+    tops, highest = top_images(activations["maximum"], units, shown, top if layer.shown is None else min(top, KEPT))
+    border = thresholds.attrs.get("border", "edge")
+    if layer.shown is None:
+        tiles = draw_tiles(pictures, activations, threshold, border, units, tops)
+        histograms = histogram(activations, units, shown, highest / scale)
+    else:
+        kept = open_store(layer.shown)
+        tiles = draw_kept(pictures, kept, threshold, border, units, tops)
+        stored = {name: np.asarray(kept[name][:]) for name in ("histogram", "low", "high")}
+        histograms = [facts(stored, unit) for unit in units]
     iou = np.asarray(open_store(layer.iou)["iou"][:])
     cards = {}
     for place, unit in enumerate(units):
@@ -156,40 +159,30 @@ def draw_tiles(
     return tiles
 
 
-def top_images(
-    activations: Store, units: Sequence[int], shown: np.ndarray, count: int
-) -> tuple[list[list[int]], np.ndarray]:
-    """Images with the highest maxima of each unit, highest first, ties by image number; and the highest of all.
-
-    Parameters
-    ----------
-    activations : store with `maximum` (image, unit) float32, NaN where an image was not extracted.
-    shown : (image,) bool, the images that may be shown.
-
-    Returns
-    -------
-    one list of images a unit, and (unit,) float32: the highest maximum, NaN where there is none
-    """
-    array = activations["maximum"]
-    columns = np.asarray(units)
-    length = min(array.shape[0], len(shown))
-    values, images = np.empty((0, len(columns)), np.float32), np.empty((0, len(columns)), np.int64)
-    for start in range(0, length, ROWS_AT_ONCE):
-        rows = np.flatnonzero(shown[start : min(start + ROWS_AT_ONCE, length)])
-        if not len(rows):
-            continue
-        # By row: a shard that holds none of them may not have been extracted.
-        block = np.asarray(array[start + rows, int(columns[0]) : int(columns[-1]) + 1])[:, columns - columns[0]]
-        values = np.concatenate([values, block])
-        images = np.concatenate([images, np.broadcast_to(start + rows[:, None], block.shape)])
-        # The sort is stable and images come in order, so of equal maxima the earlier image stays before the later.
-        order = np.argsort(np.where(np.isnan(values), np.inf, -values), axis=0, kind="stable")[:count]
-        values, images = np.take_along_axis(values, order, 0), np.take_along_axis(images, order, 0)
-    found = [
-        [int(image) for image, value in zip(images[:, place], values[:, place], strict=True) if value == value]
-        for place in range(len(columns))
-    ]
-    return found, values[0] if len(values) else np.full(len(columns), np.nan, np.float32)
+def draw_kept(
+    pictures: Pictures,
+    kept: Store,
+    threshold: np.ndarray,
+    border: Any,
+    units: Sequence[int],
+    tops: Sequence[Sequence[int]],
+) -> dict[tuple[int, int], Image.Image]:
+    """As `draw_tiles`, of a layer that is not stored: from the maps that were kept for this."""
+    first, last = units[0], units[-1] + 1
+    images, maps = np.asarray(kept["image"][first:last]), np.asarray(kept["map"][first:last])
+    size = pictures.pixels.shape[2], pictures.pixels.shape[3]
+    wanted = sorted((image, unit) for unit, top in zip(units, tops, strict=True) for image in top)
+    tiles = {}
+    step = pictures.pixels.chunks[0]
+    shard, pixels = -1, np.empty(0)
+    for image, unit in wanted:
+        if image // step != shard:
+            shard = image // step
+            pixels = np.asarray(pictures.pixels[shard * step : (shard + 1) * step])
+        place = int(np.flatnonzero(images[unit - first] == image)[0])
+        region = mask(maps[unit - first, place], threshold[unit], size, border)
+        tiles[unit, image] = tile(pixels[image - shard * step], region)
+    return tiles
 
 
 def histogram(
@@ -214,8 +207,8 @@ def histogram(
             found.append(([], math.nan, math.nan))
             continue
         low, high = values.min(), max(values.max(), np.float32(highest[place]))
-        bins = ((values - low) * (BINS / (high - low or np.float32(1)))).astype(np.int64)
-        found.append((np.bincount(bins.clip(0, BINS - 1), minlength=BINS).tolist(), float(low), float(high)))
+        counts = np.bincount(bins_of(values, low, high), minlength=BINS)
+        found.append((counts.tolist(), float(low), float(high)))
     return found
 
 

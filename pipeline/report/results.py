@@ -57,6 +57,8 @@ class Layer:
     settings: dict[str, Any]
     """Attributes of the IoU store: method, quantile, positions, border, min_iou, images, ..."""
     concepts: int
+    shown: Path | None = None
+    """Of a layer that is not stored: what was kept for pictures."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,7 @@ def read_layers(dataset_folder: Path, file: Path) -> list[Layer]:
                 iou=dataset_folder / paths["iou"],
                 settings=dict(iou.attrs),
                 concepts=iou["iou"].shape[1],
+                shown=dataset_folder / paths["shown"] if "shown" in paths else None,
             )
         )
     if not layers:

@@ -22,13 +22,16 @@ def folders(results: Path) -> list[Path]:
         for name in manifest.includes:
             layer, stem = (results / name).parent.parent, Path(name).stem
             used |= {layer, layer / stem.replace(".", "-", 1)}
+            if manifest.stage == "extract" and (results / name).exists():
+                tails = Manifest.read(results / name).result.get("tails")
+                used |= {layer / f"{tails}.zarr"} if tails else set()
         if manifest.stage == "network" and "training" in manifest.result:
             used.add(path.parent.parent / manifest.result["training"])
         if manifest.stage == "randomize":
             used |= {path.parent.parent / "runs" / run["id"] for run in manifest.result["runs"].values()}
     found = []
     for layer in sorted(results.glob("*/layers/*/")):
-        parts = sorted(layer.glob("dissect-*/"))
+        parts = sorted((*layer.glob("dissect-*/"), *layer.glob("tails-*.zarr/")))
         found += [part for part in parts if part not in used] if layer in used else [layer]
     for pattern, stage in (("ablation-predictions", "ablate"), ("probe-features", "probes")):
         for stores in sorted(results.glob(f"*/*/{pattern}/")):
@@ -40,7 +43,8 @@ def folders(results: Path) -> list[Path]:
     trainings = sorted(results.glob("networks/*/training-*/"))
     found += [folder for folder in trainings if folder not in used and folder.parent not in used]
     found += [folder for folder in sorted(results.glob("randomization/*/runs/*/")) if folder not in used]
-    return found + [folder for folder in [results / SCRATCH / "aside"] if folder.is_dir()]
+    lost = ["aside"] if list((results / SCRATCH / UNFINISHED).glob("*.json")) else ["aside", "blocks"]
+    return found + [folder for name in lost if (folder := results / SCRATCH / name).is_dir()]
 
 
 def _begun(results: Path) -> set[Path]:

@@ -70,9 +70,13 @@ def _named(reason: str, names: Mapping[str, str]) -> str:
 def _cost(made: Plan, step: Step, before: Manifest | None, outdated: Mapping[str, str]) -> tuple[str, float | None]:
     """What the step would do, and in how many seconds going by the last time; None where there was none."""
     last: Mapping[str, Any] = before.provenance if before is not None else {}
-    if step.stage not in WHAT:
-        return DOES.get(step.stage, "made anew"), last.get("seconds")
     parents = [made.steps[path] for path in step.parents]
+    if step.stage not in WHAT:
+        if step.stage == "dissect" and any(parent.stage == "network" for parent in parents):
+            return "counted in a forward of the layers that are not stored, the others from the stores", last.get(
+                "seconds"
+            )
+        return DOES.get(step.stage, "made anew"), last.get("seconds")
     to_come = [parent for parent in parents if not _stands(made, parent, outdated)]
     if not to_come:
         count, total = plan.STAGES[step.stage].pending(made, step)

@@ -181,6 +181,35 @@ def test_what_does_not_fit_is_refused() -> None:
         Bracket(np.array([5]), np.array([5]))
 
 
+def test_a_part_is_taken_off_again():
+    rng = np.random.default_rng(5)
+    activation = rng.normal(size=(9, 3, 4, 4)).astype(np.float16)
+    bracket = sample_bracket(activation[:4], (8, 8), "edge", 0.1)
+    every, rest = (count_tail(maps, bracket, (8, 8), "edge") for maps in (activation, activation[3:]))
+    first = count_tail(activation[:3], bracket, (8, 8), "edge")
+    left = every.without(first)
+    assert left.positions == rest.positions
+    np.testing.assert_array_equal(left.count, rest.count)
+    with pytest.raises(ValueError, match="a part of them"):
+        first.without(every)
+    with pytest.raises(ValueError, match="different brackets"):
+        every.without(count_tail(activation, Bracket(bracket.floor - 1, bracket.ceiling), (8, 8), "edge"))
+
+
+def test_more_bins_prove_in_one_pass_what_few_do_not():
+    rng = np.random.default_rng(6)
+    activation = rng.normal(size=(5, 2, 6, 6)).astype(np.float16)
+    everything = np.full(2, LOWEST), np.full(2, HIGHEST + 1)
+    few, many = (count_tail(activation, Bracket(*everything, bins), (6, 6), "edge") for bins in (BINS, 1 << 16))
+    assert not few.result(0.1).certified.any() and many.result(0.1).certified.all()
+    narrow = sample_bracket(activation, (6, 6), "edge", 0.1)
+    np.testing.assert_array_equal(
+        many.result(0.1).threshold, count_tail(activation, narrow, (6, 6), "edge").result(0.1).threshold
+    )
+    with pytest.raises(ValueError, match="different brackets"):
+        few.merge(many)
+
+
 @pytest.mark.parametrize("value", [np.nan, -np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("device", ["cpu", "cpu:0"])
 def test_a_value_that_is_not_finite_is_named(value: float, device: str) -> None:

@@ -5,7 +5,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import dask
@@ -41,6 +43,19 @@ def square(value):
 
 def fail(value):
     raise MicrotomeError(f"task {value} failed")
+
+
+def holds_the_device():
+    """Whether the thread of this task is the one that computes: another one cannot."""
+
+    def free():
+        got = cluster.computing.acquire(blocking=False)
+        if got:
+            cluster.computing.release()
+        return got
+
+    with ThreadPoolExecutor(1) as other:
+        return not other.submit(free).result()
 
 
 def slow(folder, value):
@@ -102,6 +117,45 @@ def test_memory():
         "a feast needs about 1.53 GB a worker, and a worker may use 1.00 GB: lower the portions, or raise "
         "`cluster.memory`, or lower `cluster.workers`"
     )
+
+
+def test_a_worker_with_a_gpu_has_several_tasks_of_which_one_computes():
+    gpu = Cluster(kind="gpu", workers=1, memory="3 GB")
+    assert cluster.threads(gpu) == cluster.GPU_THREADS > 1 == cluster.threads(Cluster())
+    cluster.check_memory(gpu, 700e6, "a feast", "lower the portions")
+    with pytest.raises(MicrotomeError, match=r"about 3\.03 GB a worker"):
+        cluster.check_memory(gpu, 800e6, "a feast", "lower the portions")
+
+    beside, most, seen = threading.Barrier(3), [0], []
+
+    def computes(share):
+        most[0] += 1
+        seen.append(most[0])
+        time.sleep(share)
+        most[0] -= 1
+
+    @cluster.overlapping
+    def overlaps(share):
+        beside.wait(20)  # all three are here at a time
+        with cluster.computing:
+            computes(share)
+        beside.wait(20)
+
+    with ThreadPoolExecutor(3) as threads:
+        list(threads.map(overlaps, [0.02] * 3))
+        list(threads.map(lambda share: cluster.alone(computes, share), [0.02] * 3))
+    assert seen == [1] * 6
+    assert overlaps in cluster.OVERLAPPING and computes not in cluster.OVERLAPPING
+    cluster.OVERLAPPING.discard(overlaps)
+
+
+def test_tasks_are_alone_unless_they_say_otherwise(client):
+    assert list(cluster.run_tasks(client, holds_the_device, [()], 1, "alone")) == [True]
+    cluster.overlapping(holds_the_device)
+    try:
+        assert list(cluster.run_tasks(client, holds_the_device, [()], 1, "beside others")) == [False]
+    finally:
+        cluster.OVERLAPPING.discard(holds_the_device)
 
 
 def test_too_little_memory_for_any_worker(tmp_path):

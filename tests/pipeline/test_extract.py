@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -109,6 +110,22 @@ def test_the_same_bits_in_any_order_and_on_any_number_of_workers(tmp_path):
             for layer in tasks[k][5]:
                 written = {name: list(value) for name, value in done.files[layer.id].items()}
                 assert written == by_the_pool[layer.id, str(k)]
+
+
+def test_threads_of_one_worker_give_the_same_bits(tmp_path):
+    """As a worker with a GPU has them: they share the network, and the hooks on it."""
+    labelled_images(tmp_path, NAMES)
+    plan = run(segmentation(tmp_path), *STAGES)
+    forward.network_of.cache_clear()
+    into = tasks_of(plan)
+    expected = [extract.extract_shard(*task).files for task in into(tmp_path / "one")]
+    forward.network_of.cache_clear()
+    with ThreadPoolExecutor(3) as threads:
+        for number in range(4):
+            tasks = into(tmp_path / f"three-{number}")
+            found = threads.map(lambda task: extract.extract_shard(*task).files, tasks)
+            assert list(found) == expected
+    assert forward.network_of.cache_info().misses == 1, "loaded once"
 
 
 def test_one_more_layer_is_extracted_alone(tmp_path):

@@ -106,6 +106,24 @@ def test_the_lines(tmp_path, answered):
     assert len(answered) == count, "a network is measured once"
 
 
+def test_what_is_not_stored_is_saved_and_forwarded_again(tmp_path, answered):
+    raw = scenes(tmp_path)
+    raw["datasets"]["scenes"]["images"] = {"train": 0, "validation": 60_000}
+    full = checked(raw, probe=True)
+    raw["networks"]["tiny"]["store"] = {"a": "none"}
+    plan = checked(raw, probe=True)
+    stored, streamed = (by_name(forecast.forecast(each)) for each in (full, plan))
+    before, now = (each["extract scenes tiny"].stores for each in (stored, streamed))
+    assert now[0].kept == "none" and now[1] == before[1]
+    assert now[0].raw < before[0].raw / 10 and now[0].unstored == 60_000 * 2 * 4 * 8 * 8 - now[0].raw
+    first, again = streamed["extract scenes tiny"], streamed["dissect scenes tiny"]
+    assert again.seconds == pytest.approx(stored["dissect scenes tiny"].seconds + 60_000 / float(first.rate), rel=0.01)
+    assert again.rate == first.rate and again.memory > stored["dissect scenes tiny"].memory
+    said = forecast.lines(plan, list(streamed.values()))
+    assert any(line.startswith("  a (not stored)") for line in said)
+    assert said[-1].startswith("not stored, and counted in two forward passes in place of one: a; saves 0.0")
+
+
 @pytest.mark.parametrize(
     ("store", "message"),
     [

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from report_results import SCALE, write_results
 
+from pipeline import pictures
 from pipeline.config import Report
 from pipeline.report import Experiment, Made, cards
 from pipeline.report.results import Unit
@@ -42,9 +43,8 @@ def test_top_images_match_a_full_sort(seed: int, images: int, count: int) -> Non
         expected.append(sorted(usable, key=lambda i: (-maximum[i, number], i))[:count])
         highest.append(max((float(maximum[i, number]) for i in usable), default=math.nan))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cards, "ROWS_AT_ONCE", 7)
-        store: Any = {"maximum": maximum}
-        found, most = cards.top_images(store, units, shown, count)
+        patch.setattr(pictures, "ROWS_AT_ONCE", 7)
+        found, most = pictures.top_images(maximum, units, shown, count)
     assert found == expected
     np.testing.assert_array_equal(most, highest)
 
