@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
+from pydantic import ValidationError
 
 from kernels.calibration import check_labels, check_logits, logits_of
 from kernels.calibration_methods import uncalibrated
 from pipeline.calibrate_results import Whole, summary, tables
 from pipeline.calibrate_tasks import DRAWS_OF_CLASSES, Judged, chosen, evaluate, fitted_on, in_two, keys
-from pipeline.config import Calibrate, Calibration
+from pipeline.config import Calibrate, Calibration, explain
 from pipeline.errors import MicrotomeError, nearest
 from pipeline.manifest import write_atomically
 from pipeline.tables import Table, read_table
@@ -175,5 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print("\n".join(lines(scored, whole, found, methods)), flush=True)
             for name, data in tables(found, methods, whole).items() if out else ():
                 write_atomically(out / scored.name / name, data)
-    except (MicrotomeError, ValueError) as error:
+    except ValidationError as error:
+        sys.exit("\n".join("--" + explain(item).removeprefix("the top level: ") for item in error.errors(include_url=False)))
+    except (MicrotomeError, ValueError, OSError) as error:
         sys.exit(str(error))

@@ -40,10 +40,20 @@ Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,6
 Kept = Literal["full", "pooled", "none"]
 Share = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
+Many = Annotated[int, Field(ge=1, le=100_000)]  # of what is done so often: more is a slip, and would never end
 
 
 class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # An infinite number means nothing for any key, and JSON, which ids are made of, has none.
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def _named_once(lists: Mapping[str, Sequence[Any] | None]) -> None:
+    """Raise where a list, by its key, has an entry twice."""
+    for key, entries in lists.items():
+        for at, entry in enumerate(entries or ()):
+            if entry in (entries or ())[:at]:
+                raise ValueError(f"{key}: {entry!r} is named twice")
 
 
 class Dissect(Strict):
@@ -350,14 +360,19 @@ class Calibrate(Strict):
     methods: list[Calibration] | None = Field(
         None, description="those that are fitted; default: all, with more than 100 classes without the matrices"
     )
-    splits: PositiveInt = Field(20, description="random splits of the images: a single one is noise")
+    splits: Many = Field(20, description="random splits of the images: a single one is noise")
     share: Annotated[float, Field(gt=0, lt=1)] = Field(0.5, description="of the images, to fit on")
-    bins: PositiveInt = Field(15, description="of reliability diagrams, calibration errors and histogram binning")
+    bins: Many = Field(15, description="of reliability diagrams, calibration errors and histogram binning")
     penalty: Annotated[float, Field(gt=0)] | None = Field(
         None,
         description="of `matrix_odir`, on what is off the diagonal and on the bias; default: chosen on a fifth of the "
         "images that are fitted on",
     )
+
+    @model_validator(mode="after")
+    def _distinct(self) -> "Calibrate":
+        _named_once({key: getattr(self, key) for key in ("networks", "datasets", "methods")})
+        return self
 
 
 ProbeFeatures = Literal["class_token", "pooled", "spatial"]
@@ -377,7 +392,7 @@ class Probes(Strict):
     )
     grid: PositiveInt = Field(2, description="single positions a side, evenly spread, each with a probe of its own")
     shots: list[PositiveInt] = Field([1, 5, 10], description="images of each class to fit on, beside all there are")
-    draws: PositiveInt = Field(10, description="random picks of these images, which are averaged over")
+    draws: Many = Field(10, description="random picks of these images, which are averaged over")
     fit: str = Field("train", description="the split to fit on")
     choose: str | None = Field(
         None, description="the split that chooses the penalty; default: a `share` of `fit`, which is not fitted on"
@@ -395,10 +410,8 @@ class Probes(Strict):
 
     @model_validator(mode="after")
     def _apart(self) -> "Probes":
-        for key in ("features", "shots", "penalties"):
-            values = getattr(self, key)
-            if twice := [value for at, value in enumerate(values) if value in values[:at]]:
-                raise ValueError(f"{key}: {twice[0]!r} is named twice")
+        keys = ("networks", "datasets", "features", "shots", "penalties")
+        _named_once({key: getattr(self, key) for key in keys})
         if self.choose is not None and self.choose in (self.fit, self.test):
             purpose = "fitted" if self.choose == self.fit else "judged"
             raise ValueError(
@@ -452,7 +465,7 @@ class Similarity(Strict):
     )
     images: Annotated[int, Field(ge=4)] = Field(1024, description="images that go through each network, of `split`")
     minibatch: Annotated[int, Field(ge=4)] = Field(64, description="images of a minibatch")
-    epochs: PositiveInt = Field(1, description="times that the images are shuffled into minibatches")
+    epochs: Many = Field(1, description="times that the images are shuffled into minibatches")
     replacement: bool = Field(
         False, description="draw each minibatch on its own from all images; false: cut a shuffled list of them"
     )
@@ -496,9 +509,7 @@ class Similarity(Strict):
             raise ValueError(f"neighbours: {self.neighbours} is not below the minibatch of {self.minibatch} images")
         lists: dict[str, Sequence[str]] = {f"compare.{name}": each.networks for name, each in self.compare.items()}
         lists["features"] = self.features
-        for key, names in lists.items():
-            if twice := [name for at, name in enumerate(names) if name in names[:at]]:
-                raise ValueError(f"{key}: {twice[0]!r} is named twice")
+        _named_once(lists)
         return self
 
 
@@ -526,6 +537,11 @@ class Sight(Strict):
     layers: dict[str, Literal["all", "auto"] | Annotated[list[str], Field(min_length=1)]] = Field(
         {}, description="by network: names or patterns, `auto`, or `all` modules; default: the network's `layers`"
     )
+
+    @model_validator(mode="after")
+    def _distinct(self) -> "Sight":
+        _named_once({key: getattr(self, key) for key in ("networks", "datasets", "measures")})
+        return self
 
 
 class Network(NetworkSpec):
@@ -626,7 +642,9 @@ class NoiseRun(Fitting):
     share: Annotated[float, Field(ge=0, le=1)] | None = Field(
         None, description="with `corrupted_labels`: the probability of each label to be drawn at random"
     )
-    seed: NonNegativeInt = Field(0, description="of the first weights, the corruption and the order of the images")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
+        0, description="of the first weights, the corruption and the order of the images"
+    )
 
     @model_validator(mode="after")
     def _share_goes_with_corrupted_labels(self) -> "NoiseRun":
@@ -1045,7 +1063,7 @@ def parse(raw: Mapping[str, Any]) -> Config:
     try:
         config = Config.model_validate(raw)
     except ValidationError as error:
-        lines = [_explain(item) for item in error.errors(include_url=False)]
+        lines = [explain(item) for item in error.errors(include_url=False)]
         raise MicrotomeError("the configuration is refused:\n  " + "\n  ".join(lines)) from None
     return select(config, only) if only is not None else config
 
@@ -1148,7 +1166,8 @@ def _still_seen(config: Config, networks: Mapping[str, Network], datasets: Seque
     return asked.model_copy(update=update)
 
 
-def _explain(item: Any) -> str:
+def explain(item: Any) -> str:
+    """One error of pydantic's, with the key that it is about and what to do."""
     location = [str(part) for part in item["loc"]]
     where = ".".join(location) or "the top level"
     if item["type"] == "extra_forbidden":
@@ -1164,6 +1183,8 @@ def _explain(item: Any) -> str:
         known = tags.replace("'", "").split(", ")
         return f"{where}.{key.strip(chr(39))}: {tag!r} is not one of {', '.join(known)}{nearest(tag, known)}"
     found = "" if item["type"] == "value_error" else f" (found {item['input']!r})"
+    if item["type"] in ("model_type", "dict_type"):
+        return f"{where}: Input should be a section of keys{found}"
     return f"{where}: {item['msg'].removeprefix('Value error, ')}{found}"
 
 

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegative
 class Recipe(BaseModel):
     """Settings of one training run, budgeted in steps: the same recipe gives the same weights on a slow machine."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     steps: PositiveInt = Field(1000, description="optimiser steps")
     batch_size: Annotated[int, Field(ge=2)] = Field(64, description="images of a step")

@@ -114,8 +114,13 @@ def test_bad_arrays_are_refused(tmp_path):
     np.savez(tmp_path / "four.npz", logits=logits[:5], labels=labels[:5])
     with pytest.raises(SystemExit, match="four: 2 images to calibrate on, and 4 classes"):
         main([str(tmp_path / "four.npz")])
-    with pytest.raises(SystemExit, match="splits"):
-        main([str(tmp_path / "four.npz"), "--splits", "0"])
+    four = str(tmp_path / "four.npz")
+    with pytest.raises(SystemExit, match=r"^--splits: Input should be greater than or equal to 1 \(found 0\)$"):
+        main([four, "--splits", "0"])
+    with pytest.raises(SystemExit, match="^--methods: 'bbq' is named twice$"):
+        main([four, "--methods", "bbq", "bbq"])
+    with pytest.raises(SystemExit, match="Not a directory"):
+        main([str(tmp_path / "good.npz"), "--splits", "1", "--methods", "temperature", "--out", four])
 
 
 def test_what_spreadsheets_and_other_programs_write_is_read(tmp_path):

@@ -175,7 +175,7 @@ def test_references_to_data_sets(tmp_path):
         (("datasets", "scenes", "dissect", "quantile"), 1.0, "less than 1"),
         (("datasets",), {}, "at least 1"),
         (("networks",), {}, "at least 1"),
-        (("datasets",), "many", "dictionary"),
+        (("datasets",), "many", "section of keys"),
     ],
 )
 def test_wrong_values(tmp_path, path, value, message):
@@ -251,3 +251,21 @@ def test_what_is_not_there_is_named(tmp_path, monkeypatch):
     raw["datasets"]["d"] = {"kind": "imagefolder", "root": "nowhere"}
     with pytest.raises(MicrotomeError, match=r"^data set 'd': cannot read the folder nowhere/: No such file"):
         plan.make(parse(raw))
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"calibrate": {"methods": ["isotonic", "isotonic"]}}, r"calibrate: methods: 'isotonic' is named twice"),
+        ({"sight": {"measures": ["skips", "skips"]}}, r"sight: measures: 'skips' is named twice"),
+        ({"sight": {"networks": ["tiny", "tiny"]}}, r"sight: networks: 'tiny' is named twice"),
+        ({"probes": {"datasets": ["scenes", "scenes"]}}, r"probes: datasets: 'scenes' is named twice"),
+        ({"calibrate": {"penalty": float("inf")}}, r"calibrate.penalty: Input should be a finite number \(found inf\)"),
+        ({"probes": {"penalties": [float("nan")]}}, r"probes.penalties.0: Input should be a finite number"),
+        ({"calibrate": {"splits": 10**12}}, r"calibrate.splits: Input should be less than or equal to 100000"),
+        ({"probes": []}, r"probes: Input should be a section of keys \(found \[\]\)"),
+    ],
+)
+def test_slips_in_sections_of_questions(tmp_path, section, message):
+    with pytest.raises(MicrotomeError, match=message):
+        parse(scenes(tmp_path) | section)
