@@ -177,6 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for name, data in tables(found, methods, whole).items() if out else ():
                 write_atomically(out / scored.name / name, data)
     except ValidationError as error:
-        sys.exit("\n".join("--" + explain(item).removeprefix("the top level: ") for item in error.errors(include_url=False)))
+        said = [explain(item).removeprefix("the top level: ") for item in error.errors(include_url=False)]
+        sys.exit("\n".join(f"--{line}" for line in said))
     except (MicrotomeError, ValueError, OSError) as error:
         sys.exit(str(error))

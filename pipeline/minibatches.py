@@ -28,6 +28,20 @@ class Minibatch:
         return len(self.images) * (len(self.images) - 3)
 
 
+def require(images: int, how: Mapping[str, Any], what: str) -> None:
+    """Raise where so many images make no minibatch. `how` and `what` as in `minibatches`."""
+    if images < FEWEST:
+        raise MicrotomeError(
+            f"{what}: {images} images, and at least {FEWEST} are needed: name a `split` that has more, or give the "
+            f"data set more"
+        )
+    if how["last"] == "drop" and images < how["minibatch"]:
+        raise MicrotomeError(
+            f"{what}: {images} images make no minibatch of {how['minibatch']}: lower `similarity.minibatch`, or keep a "
+            f"smaller one with `last: weigh`"
+        )
+
+
 def minibatches(candidates: np.ndarray, image_id: Sequence[str], how: Mapping[str, Any], what: str) -> list[Minibatch]:
     """Minibatches of the first images among `candidates` (slots), in an order that depends on ids and seed alone.
 
@@ -47,9 +61,8 @@ def minibatches(candidates: np.ndarray, image_id: Sequence[str], how: Mapping[st
     """
     chosen = [int(slot) for slot in candidates[: how["images"]]]
     size = how["minibatch"]
-    if len(chosen) < FEWEST:
-        raise MicrotomeError(f"{what}: {len(chosen)} images, and similarity takes at least {FEWEST}")
-    found = []
+    require(len(chosen), how, what)
+    found: list[Minibatch] = []
     for epoch in range(how["epochs"]):
         order = sorted(chosen, key=lambda slot: _place(how["seed"], epoch, image_id[slot]))
         if how["replacement"]:
@@ -61,11 +74,6 @@ def minibatches(candidates: np.ndarray, image_id: Sequence[str], how: Mapping[st
             parts = [order[at : at + size] for at in range(0, len(order), size)]
         fewest = size if how["last"] == "drop" else FEWEST
         found += [Minibatch(epoch, tuple(part)) for part in parts if len(part) >= fewest]
-    if not found:
-        raise MicrotomeError(
-            f"{what}: {len(chosen)} images make no minibatch of {size}: lower `similarity.minibatch`, or keep a "
-            f"smaller one with `last: weigh`"
-        )
     return found
 
 

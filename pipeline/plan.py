@@ -22,6 +22,7 @@ from pipeline import (
     extract,
     grams,
     ingest,
+    minibatches,
     network,
     objects,
     probes,
@@ -287,6 +288,8 @@ def make(wanted: Config, rescan: bool = False, arguments: Sequence[str] = ()) ->
             if wanted.sight is not None and sight.wanted(wanted.sight, name, data):
                 settings = sight.settings(name, spec, dataset, wanted.sight)
                 found[data].require(data, settings["split"])
+                count = found[data].splits[settings["split"]]
+                minibatches.require(count, sight.ONCE, f"sight, split {settings['split']!r} of {data!r}")
                 looked_into.append(add("sight", settings, [ingests[data], loaded[name]], data, name))
             if wanted.probes is not None and probes.wanted(wanted.probes, name, data, found[data]):
                 settings = probes.settings(wanted.probes, data, dataset.dissect.split, found[data])
@@ -299,6 +302,8 @@ def make(wanted: Config, rescan: bool = False, arguments: Sequence[str] = ()) ->
         for each in asked.comparisons[name].networks:
             settings = grams.settings(each, plan.networks[each], wanted.datasets[data], asked)
             found[data].require(data, settings["split"])
+            count = min(found[data].splits[settings["split"]], settings["images"])
+            minibatches.require(count, settings, f"similarity.{name}, split {settings['split']!r} of {data!r}")
             parents.append(add("grams", settings, [ingests[data], loaded[each]], data, each))
         compared.append(add("similarity", similarity.settings(name, asked), parents, data, comparison=name))
     add(

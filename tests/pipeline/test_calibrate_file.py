@@ -117,7 +117,7 @@ def test_bad_arrays_are_refused(tmp_path):
     four = str(tmp_path / "four.npz")
     with pytest.raises(SystemExit, match=r"^--splits: Input should be greater than or equal to 1 \(found 0\)$"):
         main([four, "--splits", "0"])
-    with pytest.raises(SystemExit, match="^--methods: 'bbq' is named twice$"):
+    with pytest.raises(SystemExit, match=r"^--methods: 'bbq' is named twice$"):
         main([four, "--methods", "bbq", "bbq"])
     with pytest.raises(SystemExit, match="Not a directory"):
         main([str(tmp_path / "good.npz"), "--splits", "1", "--methods", "temperature", "--out", four])

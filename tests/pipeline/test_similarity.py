@@ -330,7 +330,7 @@ def test_minibatches():
     drawn = minibatches(slots, ids, how | {"replacement": True, "epochs": 30}, "x")
     assert all(len(set(one.images)) == 8 for one in drawn) and len(drawn) == 90
     assert len({i for one in drawn[:3] for i in one.images}) < 24
-    with pytest.raises(MicrotomeError, match="x: 3 images, and similarity takes at least 4"):
+    with pytest.raises(MicrotomeError, match="x: 3 images, and at least 4 are needed"):
         minibatches(slots[:3], ids, how, "x")
     with pytest.raises(MicrotomeError, match="30 images make no minibatch of 64"):
         minibatches(slots, ids, how | {"minibatch": 64, "last": "drop"}, "x")
@@ -383,6 +383,23 @@ def test_configurations_that_are_refused(tmp_path, change, message):
     raw["similarity"] |= change
     with pytest.raises(MicrotomeError, match=message):
         config.parse(raw)
+
+
+def test_too_few_images_are_refused_before_any_work(tmp_path):
+    raw = experiment(tmp_path)
+    raw["similarity"] |= {"images": 100, "minibatch": 64}
+    with pytest.raises(MicrotomeError, match=r"similarity\.\w+, split 'validation' of 'scenes': \d+ images make no"):
+        plan.make(config.parse(raw))
+    raw["similarity"]["last"] = "weigh"
+    plan.make(config.parse(raw))
+    raw["datasets"]["scenes"]["images"]["train"] = 3
+    raw["similarity"]["split"] = "train"
+    with pytest.raises(MicrotomeError, match=r"split 'train' of 'scenes': 3 images, and at least 4 are needed"):
+        plan.make(config.parse(raw))
+    del raw["similarity"]
+    raw["sight"] = {"split": "train"}
+    with pytest.raises(MicrotomeError, match=r"sight, split 'train' of 'scenes': 3 images"):
+        plan.make(config.parse(raw))
 
 
 def test_networks_without_a_common_data_set(tmp_path):
