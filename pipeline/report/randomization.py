@@ -234,6 +234,9 @@ def over_share(width: float, found: Randomized, what: str) -> Figure:
     panel.set_xlabel("share of corrupted labels")
     panel.set_ylabel("epochs" if what == "time" else "test error")
     panel.set_ylim(bottom=0)
+    if not np.isfinite(np.concatenate([line.get_ydata() for line in panel.lines]).astype(float)).any():
+        panel.set(xlim=(-0.05, 1.05), yticks=[])
+        panel.text(0.5, 0.5, "none in the epochs that runs had", ha="center", va="center", transform=panel.transAxes)
     if what == "error":
         panel.set_ylim(top=1)
     panel.grid(axis="y")

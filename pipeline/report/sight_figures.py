@@ -84,8 +84,8 @@ def ratios(width: float, found: Sight) -> Figure:
         panel.set_facecolor(GRID)
         mesh = panel.imshow(shown, cmap=PALETTE, norm=norm, aspect="auto", interpolation="none")
         special = int(found.values["skip_special_tokens"][0])
-        said = {0: "tokens", 1: "tokens, the class token first"}.get(special, f"tokens, {special} special ones first")
-        panel.set_xlabel(said)
+        said = {0: "positions", 1: "tokens, the class token first"}
+        panel.set_xlabel(said.get(special, f"tokens, {special} special ones first"))
         bar = figure.colorbar(mesh, ax=panel, pad=0.01, label="‖z‖ / ‖f(z)‖", shrink=0.8)
         _plain_numbers(bar.ax.yaxis)
         bar.outline.set_visible(False)  # type: ignore[operator]

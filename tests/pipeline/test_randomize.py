@@ -255,6 +255,7 @@ def test_the_page_of_the_report(tmp_path):
     from pipeline.config import Figures
     from pipeline.report.experiment import Experiment
     from pipeline.report.pages import randomize as page
+    from pipeline.report.randomization import over_share, read_randomization
     from pipeline.report.site import render
     from pipeline.report.stage import made as as_made
 
@@ -268,6 +269,8 @@ def test_the_page_of_the_report(tmp_path):
     (found,) = page.pages(shown)
     rows = table(plan_made)
     assert [figure.kind for figure in found.figures] == [f"randomization-{k}" for k in ("curves", "time", "error")]
+    (panel,) = over_share(7.1, read_randomization(shown.results, "noise", steps[0].result), "time").axes
+    assert [text.get_text() for text in panel.texts] == ["none in the epochs that runs had"]  # and no axes of nothing
     with (tmp_path / "report" / found.figures[2].files["csv"]).open(newline="") as file:
         errors = {row["run"]: float(row["test_error"]) for row in csv.DictReader(file)}
     assert errors == {name: pytest.approx(1 - float(rows[name]["test_accuracy"])) for name in ("true", "half")}

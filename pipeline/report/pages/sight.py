@@ -110,10 +110,10 @@ def of_skips(found: Sight) -> Iterator[str]:
     ratio = values["skip_ratio_spatial"]
     if not np.isnan(ratio).all():
         most, least = int(np.nanargmax(ratio)), int(np.nanargmin(ratio))
-        yield (
-            f"what skips a branch is {ratio[least]:.2f} ({names[least]}) to {ratio[most]:.2f} times ({names[most]}) as "
-            f"large as what the branch adds."
-        )
+        times = f"{ratio[most]:.2f} times ({names[most]})"
+        if most != least:
+            times = f"{ratio[least]:.2f} ({names[least]}) to {times}"
+        yield f"what skips a branch is {times} as large as what the branch adds."
     loss, error = values["accuracy_loss"], values["accuracy_loss_standard_error"]
     if not np.isnan(loss).all():
         most = int(np.nanargmax(loss))
