@@ -280,9 +280,10 @@ def test_the_full_table_s_configuration_is_the_paper_s():
     from pipeline.report.randomization import TABLE_1, Run
 
     asked = config.load(Path("config/noise-cifar10.yaml")).randomize["zhang2017"]
+    networks = {name: build(NetworkSpec.of(spec)) for name, spec in asked.networks.items()}
     facts = {}
     for name, one in asked.runs.items():
-        network = build(NetworkSpec.of(asked.networks[one.network]))
+        network = networks[one.network]
         facts[name] = {
             "how": asked.fitting(name) | {"corruption": one.corruption, "share": one.share},
             "parameters": sum(each.numel() for each in network.parameters()),
