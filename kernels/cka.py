@@ -159,7 +159,7 @@ def jackknife(
     Parameters
     ----------
     statistic : from HSIC (layer, layer), summed over minibatches, to numbers of any shape; scale must not matter.
-    hsic, weight : (minibatch, layer, layer), (minibatch).
+    hsic, weight : (minibatch, layer, layer), or any sums over images of as many dimensions; (minibatch).
     epoch : (minibatch), which epoch each is of; default: all of one. Minibatches of one epoch share no image. They are
         left out within their epoch, and the variances of the epochs averaged: that the same images were shuffled again
         makes no standard error smaller.

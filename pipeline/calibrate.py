@@ -48,19 +48,6 @@ IMAGES_AT_ONCE = 16384  # of one task that measures the network as it is
 REMEDY = "lower `max_images` of the data set, or take `matrix` and `matrix_odir` out of `calibrate.methods`"
 
 
-def check(asked: Calibrate | None, found: Mapping[str, Summary]) -> None:
-    """Refuse data sets whose images have no classes, where they are asked for."""
-    if asked is None:
-        return
-    without = [name for name, summary in found.items() if not summary.classes]
-    named = [name for name in asked.datasets or () if name in without]
-    if named or (asked.datasets is None and len(without) == len(found)):
-        raise MicrotomeError(
-            f"calibrate: the images of data set {(named or without)[0]!r} have no classes that a network could be "
-            f"wrong about: give it `labels`, or name others in `calibrate.datasets`"
-        )
-
-
 def wanted(asked: Calibrate, network: str, dataset: str, found: Summary) -> bool:
     """Whether a network is calibrated on a data set; an untrained control is not."""
     return (

@@ -282,7 +282,7 @@ class Preprocessing(Strict):
         """Without `per_image` where it is not used: networks that were made before it keep their ids."""
         found = handler(self)
         if not self.per_image:
-            del found["per_image"]
+            found.pop("per_image", None)  # left out already where defaults are
         return found
 
     @property
@@ -910,11 +910,12 @@ class Config(Strict):
         for section, asked, networks in (
             ("calibrate", self.calibrate, list(self.networks)),
             ("probes", self.probes, self.with_controls()),
+            ("sight", self.sight, self.with_controls()),
         ):
             if asked is None:
                 continue
             for kind, wished, known in (
-                ("network", asked.networks, networks),
+                ("network", [*(asked.networks or ()), *(asked.layers if isinstance(asked, Sight) else ())], networks),
                 ("data set", asked.datasets, list(self.datasets)),
             ):
                 for name in wished or ():
@@ -928,24 +929,6 @@ class Config(Strict):
         for name, network in self.networks.items():
             found += [name] if network.weights == "random" else [name, name + UNTRAINED]
         return found
-
-    @model_validator(mode="after")
-    def looked_into(self) -> "Config":
-        if self.sight is None:
-            return self
-        known = [name + ending for name in self.networks for ending in ("", UNTRAINED)]
-        for where, wished, there in (
-            ("sight.networks: no network", self.sight.networks or (), known),
-            ("sight.layers: no network", self.sight.layers, known),
-            ("sight.datasets: no data set", self.sight.datasets or (), list(self.datasets)),
-        ):
-            for name in wished:
-                if name not in there:
-                    raise ValueError(f"{where} {name!r}{nearest(name, there)}")
-        for name in self.sight.networks or ():
-            if name.endswith(UNTRAINED) and self.networks[name.removesuffix(UNTRAINED)].weights == "random":
-                raise ValueError(f"sight.networks: {name!r}: a random network has no control beside it")
-        return self
 
     @model_validator(mode="after")
     def comparisons(self) -> "Config":
@@ -1108,25 +1091,31 @@ def select(config: Config, only: str | list[str]) -> Config:
         "networks": networks,
         "similarity": _still_asked(config, networks, set(chosen)),
         "randomize": randomize,
-        "sight": _still_seen(config, networks, chosen),
+        "sight": _narrowed(config.sight, networks, chosen),
         "calibrate": _narrowed(config.calibrate, networks, chosen),
         "probes": _narrowed(config.probes, networks, chosen),
     }
     return config.model_copy(update=asked)
 
 
-Section = TypeVar("Section", Calibrate, Probes)
+Section = TypeVar("Section", Calibrate, Probes, Sight)
 
 
 def _narrowed(asked: Section | None, networks: Iterable[str], datasets: Iterable[str]) -> Section | None:
     """A section without the networks and data sets that do not stay."""
     if asked is None:
         return None
-    kept: dict[str, list[str]] = {}
+
+    def stay(names: Iterable[str]) -> list[str]:
+        return [name for name in names if name.removesuffix(UNTRAINED) in networks]
+
+    kept: dict[str, Any] = {}
     if asked.networks is not None:
-        kept["networks"] = [name for name in asked.networks if name.removesuffix(UNTRAINED) in networks]
+        kept["networks"] = stay(asked.networks)
     if asked.datasets is not None:
         kept["datasets"] = [name for name in asked.datasets if name in datasets]
+    if isinstance(asked, Sight):
+        kept["layers"] = {name: asked.layers[name] for name in stay(asked.layers)}
     return asked.model_copy(update=kept)
 
 
@@ -1147,23 +1136,6 @@ def _still_asked(config: Config, networks: Mapping[str, Network], datasets: set[
         },
     }
     return asked.model_copy(update=sections) if stay else None
-
-
-def _still_seen(config: Config, networks: Mapping[str, Network], datasets: Sequence[str]) -> Sight | None:
-    """The section `sight` without the networks and data sets that do not stay."""
-    asked = config.sight
-    if asked is None:
-        return None
-
-    def stay(names: Iterable[str]) -> list[str]:
-        return [name for name in names if name.removesuffix(UNTRAINED) in networks]
-
-    update: dict[str, Any] = {"layers": {name: asked.layers[name] for name in stay(asked.layers)}}
-    if asked.networks is not None:
-        update["networks"] = stay(asked.networks)
-    if asked.datasets is not None:
-        update["datasets"] = [name for name in asked.datasets if name in datasets]
-    return asked.model_copy(update=update)
 
 
 def explain(item: Any) -> str:

@@ -113,7 +113,7 @@ def run(plan: Plan, step: Step) -> None:
         made_of = [VERSION, [[prepared.ids[each.info.name], each.features] for each in entries], size]
         ids = [digest([*made_of, [pixels[slot] for slot in batch.images], batch.images]) for batch in batches]
         tasks = [
-            (model, images.store, files_of(images, batch), images.shard_images, index, batch, entries, size, store)
+            (model, images.store, files_of(images, batch), index, batch, entries, size, store)
             for index, batch in enumerate(batches)
             if not ledger.get(str(index), ids[index], store)
         ]
@@ -236,7 +236,6 @@ def gram_minibatch(
     model: Model,
     images: Path,
     files: Files,
-    shard_images: int,
     index: int,
     batch: Minibatch,
     entries: Sequence[Entry],
@@ -246,11 +245,12 @@ def gram_minibatch(
     """One minibatch through the network in a single forward, and the packed Gram matrices of its layers written."""
     import torch
 
+    from pipeline.images import pixels
     from pipeline.store import Reader, write
 
-    pixels = torch.from_numpy(read_images(Reader(images, files)["image"], batch.images, shard_images))
+    taken = normalise(torch.from_numpy(pixels(Reader(images, files), batch.images)), model.spec)
     try:
-        packed = grams_of(network_of(model), normalise(pixels, model.spec), entries)
+        packed = grams_of(network_of(model), taken, entries)
     except NonFiniteError as error:
         layer, place = error.args
         raise NonFiniteError(layer, batch.images[place]) from None
@@ -262,25 +262,12 @@ def gram_minibatch(
     return index, write(store, {"gram": ((index, 0, 0), row), "image": ((index, 0), slots)})
 
 
-def read_images(array: Any, slots: Sequence[int], shard_images: int) -> np.ndarray:
-    """(image, channel, y, x), in the order of the slots; every shard is read once."""
-    found = np.empty((len(slots), *array.shape[1:]), np.uint8)
-    chosen = np.array(slots)
-    for shard in np.unique(chosen // shard_images):
-        own = np.flatnonzero(chosen // shard_images == shard)
-        start = int(shard) * shard_images
-        found[own] = array[start : start + shard_images][chosen[own] - start]
-    return found
-
-
 def grams_of(network: torch.nn.Module, images: torch.Tensor, entries: Sequence[Entry]) -> np.ndarray:
     """(entry, pair) float64: the packed Gram matrices of images (image, channel, y, x) as the network takes them.
 
     Each is made when its layer's output is ready, which the next operation may overwrite. Raises `NonFiniteError` with
     the layer and the image's place.
     """
-    from kernels.cka import pack
-    from kernels.gram import gram
     from pipeline.layers import Recorder, to_maps
 
     found: dict[tuple[str, str], np.ndarray] = {}
@@ -290,15 +277,23 @@ def grams_of(network: torch.nn.Module, images: torch.Tensor, entries: Sequence[E
 
     def take(name: str, output: torch.Tensor) -> None:
         for entry in of_layer[name]:
-            made = gram(features_of(output, entry, to_maps)).cpu()
-            if not bool(made.isfinite().all()):
-                bad = ~output.isfinite().reshape(len(output), -1).all(1)
-                raise NonFiniteError(name, int(bad.nonzero()[0]))
-            found[name, entry.features] = pack(made.numpy())
+            found[name, entry.features] = packed_gram(features_of(output, entry, to_maps), output, name)
 
     with Recorder(network, list(of_layer), stop_early=True, take=take) as record:
         record(images)
     return np.stack([found[entry.info.name, entry.features] for entry in entries])
+
+
+def packed_gram(features: torch.Tensor, output: torch.Tensor, layer: str) -> np.ndarray:
+    """(pair): the Gram matrix of features of a layer's output; an output that is not finite is refused by its image."""
+    from kernels.cka import pack
+    from kernels.gram import gram
+
+    made = gram(features).cpu()
+    if not bool(made.isfinite().all()):
+        bad = ~output.isfinite().reshape(len(output), -1).all(1)
+        raise NonFiniteError(layer, int(bad.int().argmax()))
+    return pack(made.numpy())
 
 
 def features_of(output: torch.Tensor, entry: Entry, to_maps: Any) -> torch.Tensor:

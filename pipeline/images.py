@@ -88,12 +88,12 @@ class Images:
         return np.asarray(self.reader()["image_id"][:])
 
 
-def pixels(reader: Reader, rows: np.ndarray) -> np.ndarray:
-    """The images of rising `rows`, uint8 (image, channel, y, x), read a shard at a time: none is held twice."""
-    array = reader["image"]
-    step, found, at = array.chunks[0], np.empty((len(rows), *array.shape[1:]), np.uint8), 0
-    for shard in np.unique(rows // step).tolist():
-        own = rows[(rows >= shard * step) & (rows < (shard + 1) * step)] - shard * step
-        found[at : at + len(own)] = array[shard * step : (shard + 1) * step][own]
-        at += len(own)
+def pixels(reader: Reader, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+    """The images of these slots, in their order, uint8 (image, channel, y, x); every shard is read once."""
+    array, chosen = reader["image"], np.asarray(rows, np.int64)
+    step, found = array.chunks[0], np.empty((len(chosen), *array.shape[1:]), np.uint8)
+    order = np.argsort(chosen, kind="stable")
+    shards, first = np.unique(chosen[order] // step, return_index=True)
+    for shard, own in zip(shards.tolist(), np.split(order, first)[1:], strict=True):
+        found[own] = array[shard * step : (shard + 1) * step][chosen[own] - shard * step]
     return found

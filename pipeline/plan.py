@@ -31,7 +31,8 @@ from pipeline import (
     sight,
     similarity,
 )
-from pipeline.config import UNTRAINED, Config, Network
+from pipeline.config import UNTRAINED, Calibrate, Config, Network, Probes
+from pipeline.datasets import Summary
 from pipeline.errors import MicrotomeError, about
 from pipeline.identity import FileDigests, digest
 from pipeline.manifest import Manifest
@@ -242,8 +243,8 @@ def make(wanted: Config, rescan: bool = False, arguments: Sequence[str] = ()) ->
     calibrated: list[Step] = []
     looked_into: list[Step] = []
     probed: list[Step] = []
-    calibrate.check(wanted.calibrate, found)
-    probes.check(wanted.probes, found)
+    check_classes("calibrate", wanted.calibrate, found)
+    check_classes("probes", wanted.probes, found)
     randomized = {}
     for name, experiment in wanted.randomize.items():
         settings = randomize.settings(name, experiment, found[experiment.dataset], digests)
@@ -314,6 +315,19 @@ def make(wanted: Config, rescan: bool = False, arguments: Sequence[str] = ()) ->
 
     digests.save()
     return plan
+
+
+def check_classes(section: str, asked: Calibrate | Probes | None, found: Mapping[str, Summary]) -> None:
+    """Refuse data sets whose images have no classes, where a section that needs them asks for them."""
+    if asked is None:
+        return
+    without = [name for name, summary in found.items() if not summary.classes]
+    named = [name for name in asked.datasets or () if name in without]
+    if named or (asked.datasets is None and len(without) == len(found)):
+        raise MicrotomeError(
+            f"{section}: the images of data set {(named or without)[0]!r} have no classes that a network could tell or "
+            f"be wrong about: give it `labels`, or name others in `{section}.datasets`"
+        )
 
 
 def datasets_of(wanted: Config, spec: Network) -> list[str]:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline import probes_results, probes_tasks, stage
+from pipeline import probes_tasks, stage
 from pipeline.cluster import check_memory, client, run_tasks
 from pipeline.config import UNTRAINED, Probes
 from pipeline.errors import MicrotomeError
@@ -52,19 +52,6 @@ CODE = (
 )
 REMEDY = "lower `probes.images`, `probes.draws` or `probes.shots`"
 FORWARD_REMEDY = "lower `shard_images` of the data set or `numerics.micro_batch` of the network"
-
-
-def check(asked: Probes | None, found: Mapping[str, Summary]) -> None:
-    """Refuse data sets whose images have no classes, where they are asked for."""
-    if asked is None:
-        return
-    without = [name for name, summary in found.items() if not summary.classes]
-    named = [name for name in asked.datasets or () if name in without]
-    if named or (asked.datasets is None and len(without) == len(found)):
-        raise MicrotomeError(
-            f"probes: the images of data set {(named or without)[0]!r} have no classes that a probe could tell: give "
-            f"it `labels`, or name others in `probes.datasets`"
-        )
 
 
 def wanted(asked: Probes, network: str, dataset: str, found: Summary) -> bool:
@@ -121,6 +108,7 @@ class Division:
 
 
 def run(plan: Plan, step: Step) -> None:
+    from pipeline import probes_results
     from pipeline.images import Images
 
     assert step.dataset is not None and step.network is not None
@@ -371,6 +359,7 @@ def probe(
     attrs: Mapping[str, Any],
 ) -> Files:
     """Have every probe of every layer fitted and judged, where it is not yet; the files of probes.zarr."""
+    from pipeline import probes_results
     from pipeline.store import Ledger, create, metadata_files, remove_partials, write
 
     assert step.dataset is not None and step.network is not None

@@ -99,9 +99,8 @@ def run(plan: Plan, step: Step) -> None:
         check_memory(plan.config.cluster, need, step.name, REMEDY)
         pixels = grams.pixel_digests(workers, images, batches, step.name)
         work = sight_tasks.Work(
-            model, images.store, images.shard_images, images.size, prepared, tuple(how["measures"]), how["gradients"],
-            store, places,
-        )  # fmt: skip
+            model, images.store, images.size, prepared, tuple(how["measures"]), how["gradients"], store, places
+        )
         create(store, sight_tasks.arrays(work, len(batches)), {})
         remove_partials(store)
         numerics = model.spec.numerics.model_dump(exclude={"micro_batch"}) | platform_numerics(VERSION)

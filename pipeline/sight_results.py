@@ -100,10 +100,11 @@ def _receptive_fields(found: Results, work: Work, fields: np.ndarray, count: np.
     ]
     total[[not layer.spatial for layer in layers]] = np.nan
     radius = np.array([one.radius for one in reach])
-    error = np.full(len(layers), np.nan)
-    if len(fields) > 1:
-        left = np.array([[extent(field).radius for field in fields.sum(0) - own] for own in fields])
-        error = np.sqrt((len(fields) - 1) * ((left - left.mean(0)) ** 2).mean(0))
+
+    def radii(summed: np.ndarray) -> np.ndarray:
+        return np.array([extent(field).radius for field in summed.reshape(total.shape)])
+
+    _, error = jackknife(radii, fields.reshape(*fields.shape[:2], -1), np.ones(len(fields)))
     deviation = np.array([one.deviation for one in reach])
     found.arrays |= {
         "receptive_field": (("layer", "y", "x"), total),

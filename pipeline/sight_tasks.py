@@ -17,13 +17,14 @@ import numpy as np
 import torch
 
 from kernels.attention import distances, mean_distance
-from kernels.cka import centred, pack
-from kernels.gram import gram
+from kernels.cka import centred
 from kernels.localisation import patches, position_hsic, position_vectors
 from kernels.receptive_field import centre
 from kernels.skips import norm_ratio
 from pipeline import operations
 from pipeline.forward import Model, NonFiniteError, network_of, normalise, refuse_non_finite
+from pipeline.grams import packed_gram
+from pipeline.images import pixels
 from pipeline.layer_info import LayerInfo
 from pipeline.layers import Recorder, choose, first_tensor, one_attention_path, survey, to_maps
 from pipeline.operations import Attention, Operations, Skip
@@ -73,7 +74,6 @@ class Work:
 
     model: Model
     images: Path
-    shard_images: int
     image: tuple[int, int]
     prepared: Prepared
     measures: tuple[str, ...]
@@ -170,11 +170,10 @@ def arrays(work: Work, minibatches: int) -> dict[str, Array]:
 
 def look(work: Work, files: Files, index: int, batch: Minibatch) -> tuple[int, Files]:
     """Every measure of one minibatch, written as one chunk of each array."""
-    from pipeline.grams import read_images
     from pipeline.store import Reader, write
 
-    pixels = torch.from_numpy(read_images(Reader(work.images, files)["image"], batch.images, work.shard_images))
-    network, images = network_of(work.model), normalise(pixels, work.model.spec)
+    given = torch.from_numpy(pixels(Reader(work.images, files), batch.images))
+    network, images = network_of(work.model), normalise(given, work.model.spec)
     try:
         found = measured(work, network, images)
     except NonFiniteError as error:
@@ -256,13 +255,7 @@ class _Look(Operations):
         if self.without is not None and self.additions <= self.without.place:
             assert self.before is not None
             return self.before.packed[name]
-        made = gram(output).cpu()
-        if not bool(made.isfinite().all()):
-            bad = ~output.isfinite().reshape(len(output), -1).all(1)
-            raise NonFiniteError(
-                name if self.without is None else f"{name} without {self.without.name}", int(bad.int().argmax())
-            )
-        return pack(made.numpy())
+        return packed_gram(output, output, self._said(name))
 
     def on_addition(self, place: int, operands: tuple[torch.Tensor, torch.Tensor]) -> int | None:
         skip = self.skips.get(place)
@@ -285,12 +278,15 @@ class _Look(Operations):
         """The class of the highest logit of every image."""
         if self.logits is None or not self.work.prepared.logits:
             return None
-        refuse_non_finite(
-            self.logits, "the logits" if self.without is None else f"the logits without {self.without.name}", 0
-        )
+        refuse_non_finite(self.logits, self._said("the logits"), 0)
         return self.logits.argmax(1).cpu().numpy()
 
+    def _said(self, name: str) -> str:
+        """A layer, and what the network ran without."""
+        return name if self.without is None else f"{name} without {self.without.name}"
+
     def found(self) -> dict[str, np.ndarray]:
+        """What was measured of attention and skips, by the names of `arrays`."""
         found = {}
         if self.attention:
             heads = max(each.heads for each in self.attention.values())

@@ -16,3 +16,10 @@ def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         os.environ[cluster.ADDRESS] = str(address)
         yield
         del os.environ[cluster.ADDRESS]
+
+
+@pytest.fixture(scope="session")
+def two_workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address file of a second pool, for tests that hold what two workers make against what one has made."""
+    with cluster.pool(Cluster(workers=2), tmp_path_factory.mktemp("pool")) as address:
+        yield str(address)

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zarr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from pipeline.errors import MicrotomeError
+from pipeline.report.results import open_store
 from pipeline.report.style import COLOURS, grid_of, shorten
 
 CORRUPTIONS = {
@@ -160,13 +160,13 @@ def with_regularisers(values: Sequence[Any]) -> str:
 
 
 def read_randomization(results: Path, name: str, told: Mapping[str, Any]) -> Randomized:
-    """Read the curves of an experiment; `told` is what its manifest says."""
+    """Read the curves of an experiment, verified; `told` is what its manifest says."""
     path = results / "randomization" / name / "curves.zarr"
     try:
-        store = zarr.open_group(path, mode="r", use_consolidated=False)
+        store = open_store(path)
         names = [str(each) for each in np.asarray(store["run"])]
         curves = {key: np.asarray(store[key]) for key in (*CURVES, "seconds")}
-        classes: Any = zarr.open_group(results / told["dataset"] / "images.zarr", mode="r").attrs["classes"]
+        classes = open_store(results / told["dataset"] / "images.zarr").attrs["classes"]
         runs = [
             Run(each, told["runs"][each], {key: values[at] for key, values in curves.items()})
             for at, each in enumerate(names)

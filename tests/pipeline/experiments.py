@@ -1,7 +1,10 @@
-"""Small experiments for tests: configurations, files to go with them, and stages run one after the other."""
+"""Small experiments for tests: configurations, files to go with them, stages run one after the other, and what a report
+is made of."""
 
+import copy
 import json
-from collections.abc import Iterable, Mapping
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +166,34 @@ def run(raw: Mapping[str, Any], *stages: str) -> Plan:
         if step.stage in stages and not (made.results / step.manifest).exists():
             plan.STAGES[step.stage].run(made, step)
     return made
+
+
+def copied(made: Plan, raw: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The configuration of an experiment that was run, with a copy of its results, for a test that changes them."""
+    shutil.copytree(made.results, folder / "results")
+    return {**copy.deepcopy(dict(raw)), "results": str(folder / "results")}
+
+
+def shown(made: Plan, stage: str, out: Path, formats: Sequence[str] = ("png",)) -> Any:
+    """What the report knows of the steps of a stage, an `Experiment`; its figures and tables go below `out`."""
+    from pipeline.config import Figures
+    from pipeline.report.experiment import Experiment
+    from pipeline.report.stage import made as as_made
+
+    for folder in ("figures", "tables"):
+        (out / folder).mkdir(parents=True, exist_ok=True)
+    steps = tuple(as_made(made, step) for step in made.of_stage(stage))
+    return Experiment(made.results, out, "Mine", steps, figures=Figures(formats=list(formats)))
+
+
+def hsic1(x: np.ndarray, y: np.ndarray) -> float:
+    """The unbiased HSIC of features (image, feature), as its definition is written."""
+    n = len(x)
+    k, m = ((z - z.mean(0)) @ (z - z.mean(0)).T for z in (x, y))
+    np.fill_diagonal(k, 0)
+    np.fill_diagonal(m, 0)
+    total = np.trace(k @ m) + k.sum() * m.sum() / ((n - 1) * (n - 2)) - 2 * (k @ m).sum() / (n - 2)
+    return total / (n * (n - 3))
 
 
 def lines(ledger: Path) -> list[dict[str, Any]]:

@@ -3,7 +3,6 @@
 import csv
 import hashlib
 import json
-import os
 import shutil
 
 import numpy as np
@@ -16,7 +15,6 @@ from experiments import VIT, labelled_images, lines, run, scenes, segmentation, 
 import pipeline
 from kernels.ablation import KINDS, random_sets
 from pipeline import cluster, config, plan, preflight
-from pipeline.config import Cluster
 from pipeline.errors import MicrotomeError
 from pipeline.forward import normalise
 from pipeline.layers import resolve, to_maps
@@ -207,7 +205,7 @@ def check_tables(found, folder, layer):
     assert [int(row["classes_served"]) for row in units] == found.classes_served.values.tolist()
 
 
-def test_the_same_bits_for_any_workers_and_after_a_cut(tmp_path, monkeypatch):
+def test_the_same_bits_for_any_workers_and_after_a_cut(tmp_path, monkeypatch, two_workers):
     raw = experiment(tmp_path, layers=["a", "b"])
     made = run(raw, *STAGES)
     folder = made.results / "scenes" / "tiny"
@@ -234,12 +232,10 @@ def test_the_same_bits_for_any_workers_and_after_a_cut(tmp_path, monkeypatch):
         assert len(good) == count - 2 + made_again
 
     # Two workers, from nothing.
-    monkeypatch.delenv(cluster.ADDRESS)
     shutil.rmtree(folder / "ablation-predictions")
     (folder / made.step("ablate", "scenes", "tiny").manifest.split("/", 2)[2]).unlink()
-    with cluster.pool(Cluster(workers=2), tmp_path / "pool") as address:
-        monkeypatch.setitem(os.environ, cluster.ADDRESS, str(address))
-        run(raw, *STAGES)
+    monkeypatch.setenv(cluster.ADDRESS, two_workers)
+    run(raw, *STAGES)
     assert contents(folder) == before
 
 

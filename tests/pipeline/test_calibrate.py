@@ -16,7 +16,6 @@ from kernels.calibration import softmax
 from kernels.calibration_methods import NAMES, fit, judge
 from pipeline import calibrate, calibrate_tasks, cluster, config, plan, preflight
 from pipeline.calibrate_tasks import ERRORS, MEASURES, in_two, keys
-from pipeline.config import Cluster
 from pipeline.errors import MicrotomeError
 from pipeline.results import Network
 
@@ -133,7 +132,7 @@ def test_the_split_of_an_image_does_not_depend_on_the_others():
     assert 200 < len(together & other) < 300
 
 
-def test_any_number_of_workers_gives_the_same_bytes(made, tmp_path, monkeypatch):
+def test_any_number_of_workers_gives_the_same_bytes(made, tmp_path, monkeypatch, two_workers):
     shutil.copytree(made.results, tmp_path / "results")
     again = plan.make(made.config.model_copy(update={"results": str(tmp_path / "results")}))
     step = again.step("calibrate", "scenes", "tiny")
@@ -141,9 +140,8 @@ def test_any_number_of_workers_gives_the_same_bytes(made, tmp_path, monkeypatch)
     assert len(removed) == 4 and all(path.exists() for path in removed)
     for path in removed:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    with cluster.pool(Cluster(workers=2), tmp_path / "pool") as address:
-        monkeypatch.setenv(cluster.ADDRESS, str(address))
-        calibrate.run(again, step)
+    monkeypatch.setenv(cluster.ADDRESS, two_workers)
+    calibrate.run(again, step)
     assert contents(again.results / "scenes/tiny") == contents(made.results / "scenes/tiny")
 
 

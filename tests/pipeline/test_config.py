@@ -1,6 +1,7 @@
 """The configuration: what is accepted, what is refused, and that the refusal says where and what is near."""
 
 import copy
+import json
 
 import pytest
 import yaml
@@ -269,3 +270,12 @@ def test_what_is_not_there_is_named(tmp_path, monkeypatch):
 def test_slips_in_sections_of_questions(tmp_path, section, message):
     with pytest.raises(MicrotomeError, match=message):
         parse(scenes(tmp_path) | section)
+
+
+def test_what_is_not_default_can_be_written_and_read_again(tmp_path):
+    raw = scenes(tmp_path)
+    raw["networks"]["tiny"]["preprocessing"] = {"mean": [0.1, 0.2, 0.3]}
+    made = parse(raw)
+    said = json.loads(made.model_dump_json(exclude_defaults=True))
+    assert said["networks"]["tiny"]["preprocessing"] == {"mean": [0.1, 0.2, 0.3]}
+    assert parse(said) == made

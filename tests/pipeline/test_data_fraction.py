@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 import xarray as xr
-from experiments import VIT, run, scenes, tiny
+from experiments import VIT, run, scenes, shown, tiny
 
 from pipeline import config, forecast, inspection, network, plan, preflight
 from pipeline.errors import MicrotomeError
@@ -166,18 +166,12 @@ def test_only_keeps_it_with_its_network(tmp_path):
 
 
 def test_the_page_of_the_report(tmp_path, workers):
-    from pipeline.config import Figures
-    from pipeline.report.experiment import Experiment
     from pipeline.report.pages import similarity as page
     from pipeline.report.site import render
-    from pipeline.report.stage import made as as_made
 
     made = run(experiment(tmp_path), *STAGES)
-    for folder in ("figures", "tables"):
-        (tmp_path / "report" / folder).mkdir(parents=True)
-    steps = tuple(as_made(made, step) for step in made.of_stage("similarity"))
-    shown = Experiment(made.results, tmp_path / "report", "Mine", steps, figures=Figures(formats=[]))
-    (found,) = page.pages(shown)
+    compared = shown(made, "similarity", tmp_path / "report", formats=())
+    (found,) = page.pages(compared)
     cka = xr.open_zarr(made.results / "similarity/data/cka.zarr").cka
     for fraction in ("0.25", "0.5"):
         values = {
@@ -192,4 +186,4 @@ def test_the_page_of_the_report(tmp_path, workers):
         rows = list(csv.DictReader(file))
     assert [(row["fraction"], row["layer"]) for row in rows] == [(f, layer) for f in ("0.25", "0.5") for layer in "ab"]
     assert float(rows[2]["cka"]) == pytest.approx(float(cka.sel(layer_a="cnn-data0.5/a", layer_b="cnn/a")))
-    assert render(shown, found, [found]).count("<figure>") == len(found.figures)
+    assert render(compared, found, [found]).count("<figure>") == len(found.figures)

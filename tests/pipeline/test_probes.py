@@ -12,10 +12,9 @@ import pytest
 import torch
 import xarray as xr
 import zarr
-from experiments import VIT, labelled_images, lines, run, scenes, segmentation, tiny, write_image
+from experiments import VIT, copied, labelled_images, lines, run, scenes, segmentation, shown, tiny, write_image
 
 from pipeline import cluster, config, plan, probes, probes_tasks
-from pipeline.config import Cluster
 from pipeline.errors import MicrotomeError
 from pipeline.forward import model_of, normalise
 from pipeline.images import Images
@@ -38,8 +37,14 @@ def experiment(folder, **how):
         "cnn": tiny(folder, arguments={"classes": 12, "units": 6}, seed=3, layers=["a", "b", "pool"]),
         "vit": vit | {"numerics": {"micro_batch": 4}},
     }
-    raw["probes"] = {"draws": 2, "shots": [1, 2], "penalties": PENALTIES} | how
+    raw["probes"] = {"draws": 4, "shots": [1, 2, 30], "penalties": PENALTIES} | how
     return raw
+
+
+@pytest.fixture(scope="module")
+def made(workers, tmp_path_factory):
+    """Run once, for the tests that read; those that change something take a copy."""
+    return run(experiment(tmp_path_factory.mktemp("probes")), *STAGES)
 
 
 def opened(made, network, dataset="scenes"):
@@ -86,8 +91,7 @@ def the_division(made, network="vit", dataset="scenes"):
     return probes.divide(images, np.asarray(images.reader()["label"][:]), step.settings["probes"], classes, step.name)
 
 
-def test_accuracies_are_those_of_plain_forwards_and_least_squares(tmp_path):
-    made = run(experiment(tmp_path), *STAGES)
+def test_accuracies_are_those_of_plain_forwards_and_least_squares(made):
     division = the_division(made)
     parts = {part: division.slots(part) for part in probes_tasks.PARTS}
     label = division.label
@@ -95,12 +99,14 @@ def test_accuracies_are_those_of_plain_forwards_and_least_squares(tmp_path):
     assert set(images.split.values[parts["test"]]) == {"validation"} and len(parts["test"]) == 40
     assert set(images.split.values[np.concatenate([parts["fit"], parts["choose"]])]) == {"train"}
     assert len(parts["fit"]) + len(parts["choose"]) == 150 and 15 <= len(parts["choose"]) <= 45
-    assert division.shots == [1, 2] and division.notes == []
+    (note,) = division.notes
+    assert division.shots == [1, 2] and note.startswith("probes of 30 images a class are left out: class ")
     checked = 0
     for network, names in (("cnn", ["a", "b", "pool"]), ("vit", BLOCKS)):
         found = opened(made, network)
         assert found.layer.values.tolist() == names, "in execution order"
-        assert found.shots.values.tolist() == ["1", "2", "full"]
+        assert found.shots.values.tolist() == ["1", "2", "30", "full"]
+        assert np.isnan(found.probe_accuracy.sel(shots="30")).all()
         for name in names:
             one = found.sel(layer=name)
             for kind in found.features.values.tolist():
@@ -109,7 +115,7 @@ def test_accuracies_are_those_of_plain_forwards_and_least_squares(tmp_path):
                     (y, x) for y, x in zip(one.position_y.values, one.position_x.values, strict=True) if y >= 0
                 ]
                 has = {"class_token": network == "vit", "pooled": True, "spatial": name != "pool"}[kind]
-                assert bool(np.isfinite(own.accuracy).all()) == has
+                assert bool(np.isfinite(own.accuracy.sel(shots=["1", "2", "full"])).all()) == has
                 if not has:
                     continue
                 vectors = features_of(made, network, name, kind, positions)
@@ -133,8 +139,7 @@ def test_accuracies_are_those_of_plain_forwards_and_least_squares(tmp_path):
     assert checked >= 0.9 * 3 * (3 + 4 * 2 + 2 * 2 + 4 * 2)
 
 
-def test_intervals_and_table(tmp_path):
-    made = run(experiment(tmp_path, draws=4), *STAGES)
+def test_intervals_and_table(made):
     found = opened(made, "vit")
     logits = xr.open_zarr(made.results / "scenes/vit/logits.zarr").logits.values
     division = the_division(made)
@@ -165,9 +170,7 @@ def test_intervals_and_table(tmp_path):
     assert float(last["penalty"]) in PENALTIES
 
 
-def test_read_and_computed_features_are_the_same_bits(tmp_path):
-    raw = experiment(tmp_path)
-    made = run(raw, *STAGES)
+def test_read_and_computed_features_are_the_same_bits(made):
     for network in ("cnn", "vit"):
         step = made.step("probes", "scenes", network)
         images, model = Images.of(made, step), model_of(made, step)
@@ -199,8 +202,8 @@ def features_made(made, network):
     return [len(lines(ledger)) for ledger in ledgers]
 
 
-def test_the_same_bits_for_any_workers_and_after_a_cut(tmp_path, monkeypatch):
-    raw = experiment(tmp_path)
+def test_the_same_bits_for_any_workers_and_after_a_cut(made, tmp_path, monkeypatch, two_workers):
+    raw = copied(made, experiment(made.results.parent), tmp_path)
     made = run(raw, *STAGES)
     before = contents(made)
     assert any("probes.csv" in name for name in before) and any("probe-features" in name for name in before)
@@ -219,23 +222,21 @@ def test_the_same_bits_for_any_workers_and_after_a_cut(tmp_path, monkeypatch):
     good = [line for line in ledger.read_bytes().splitlines() if line.rpartition(b"\t")[2].isdigit()]
     assert len(good) == shards, "four shards were made again"
 
-    monkeypatch.delenv(cluster.ADDRESS)
     for network in ("cnn", "vit"):
         for path in probes.discard(made, made.step("probes", "scenes", network)):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         (made.results / made.step("probes", "scenes", network).manifest).unlink()
-    with cluster.pool(Cluster(workers=2), tmp_path / "pool") as address:
-        monkeypatch.setitem(os.environ, cluster.ADDRESS, str(address))
-        run(raw, *STAGES)
+    monkeypatch.setenv(cluster.ADDRESS, two_workers)
+    run(raw, *STAGES)
     assert contents(made) == before
 
 
-def test_other_probes_cost_no_forward(tmp_path):
-    raw = experiment(tmp_path)
+def test_other_probes_cost_no_forward(made, tmp_path):
+    raw = copied(made, experiment(made.results.parent), tmp_path)
     made = run(raw, *STAGES)
     before = [features_made(made, network) for network in ("cnn", "vit")]
     old = opened(made, "vit").accuracy.load()
-    raw["probes"] |= {"shots": [1, 2, 3], "penalties": [1e-3, 0.1], "seed": 4}
+    raw["probes"] |= {"draws": 2, "shots": [1, 2, 3], "penalties": [1e-3, 0.1], "seed": 4}
     made = run(raw, *STAGES)
     assert [features_made(made, network) for network in ("cnn", "vit")] == before
     assert opened(made, "vit").shots.values.tolist() == ["1", "2", "3", "full"]
@@ -429,22 +430,15 @@ def test_other_steps_keep_their_ids_and_only_narrows(tmp_path):
     assert made.step("probes", "scenes", "vit").manifest.startswith("scenes/vit/done/probes.")
 
 
-def test_the_page_of_the_report(tmp_path):
-    from pipeline.config import Figures
+def test_the_page_of_the_report(made, tmp_path):
     from pipeline.report.experiment import Experiment
     from pipeline.report.pages import probes as page
     from pipeline.report.site import render
-    from pipeline.report.stage import made as as_made
 
-    raw = experiment(tmp_path, shots=[1, 2, 30])
-    plan_made = run(raw, *STAGES)
-    steps = tuple(as_made(plan_made, step) for step in plan_made.of_stage("probes"))
-    for folder in ("figures", "tables"):
-        (tmp_path / "report" / folder).mkdir(parents=True)
-    shown = Experiment(plan_made.results, tmp_path / "report", "Mine", steps, figures=Figures(formats=["png"]))
-    (found,) = page.pages(shown)
+    probed = shown(made, "probes", tmp_path / "report")
+    (found,) = page.pages(probed)
     for network in ("cnn", "vit"):
-        values = opened(plan_made, network)
+        values = opened(made, network)
         last = values.accuracy.isel(layer=-1).sel(shots="full")
         kind = str(last.features.values[int(np.nanargmax(last))])
         said = next(
@@ -461,6 +455,6 @@ def test_the_page_of_the_report(tmp_path):
         rows = list(csv.DictReader(file))
     assert {row["shots"] for row in rows} == {"1", "2", "full", ""}, "what was left out is not shown"
     assert sum(row["features"] == "network itself" for row in rows) == 2
-    html = render(shown, found, [found])
+    html = render(probed, found, [found])
     assert html.count("<figure>") == 2 and "probes of 30 images a class are left out" in html
-    assert page.pages(Experiment(plan_made.results, tmp_path / "report", "None", ())) == []
+    assert page.pages(Experiment(made.results, tmp_path / "report", "None", ())) == []

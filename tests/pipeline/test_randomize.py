@@ -2,25 +2,25 @@
 
 import csv
 import json
-import os
 from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 import xarray as xr
-from experiments import lines, run, scenes
+from experiments import lines, run, scenes, shown
 
 import pipeline
 from pipeline import cluster, config, plan, randomize_tasks
 from pipeline.checkpoint import read
-from pipeline.config import Cluster, Corruption
+from pipeline.config import Corruption
 from pipeline.errors import MicrotomeError
 from pipeline.networks import NetworkSpec, build
 from pipeline.randomize_tasks import corrupted
 from pipeline.randomize_training import Sets
 from pipeline.upkeep import damage, unreferenced
 
+pytestmark = pytest.mark.usefixtures("workers")
 STAGES = ("ingest", "randomize")
 NETWORK = """
 from torch import nn
@@ -29,17 +29,6 @@ from torch import nn
 def small(classes=12, units=8):
     return nn.Sequential(nn.Conv2d(3, units, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(units * 36, classes))
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def pool(tmp_path_factory):
-    before = os.environ.get(cluster.ADDRESS)
-    with cluster.pool(Cluster(workers=1), tmp_path_factory.mktemp("pool")) as address:
-        os.environ[cluster.ADDRESS] = str(address)
-        yield
-    del os.environ[cluster.ADDRESS]
-    if before is not None:
-        os.environ[cluster.ADDRESS] = before
 
 
 def experiment(folder, runs=None, **changes):
@@ -134,7 +123,7 @@ def test_a_changed_line_trains_its_run_alone(tmp_path):
     assert trained(run(raw, *STAGES)) == 6
 
 
-def test_the_same_bits_after_a_cut_and_for_any_workers(tmp_path, monkeypatch):
+def test_the_same_bits_after_a_cut_and_for_any_workers(tmp_path, monkeypatch, two_workers):
     raw = experiment(tmp_path)
     made = run(raw, *STAGES)
     folder = made.results / "randomization/noise"
@@ -145,10 +134,8 @@ def test_the_same_bits_after_a_cut_and_for_any_workers(tmp_path, monkeypatch):
     ledger = folder / "runs.ledger"
     whole = ledger.read_bytes().splitlines(keepends=True)
     ledger.write_bytes(whole[0] + whole[1][: len(whole[1]) // 2])
-    monkeypatch.delenv(cluster.ADDRESS)
-    with cluster.pool(Cluster(workers=2), tmp_path / "pool") as address:
-        monkeypatch.setenv(cluster.ADDRESS, str(address))
-        made = run(raw, *STAGES)
+    monkeypatch.setenv(cluster.ADDRESS, two_workers)
+    made = run(raw, *STAGES)
     assert made.manifest(step).digest == digest
     assert {name: (folder / name).read_bytes() for name in stored(made)} == before
 
@@ -252,24 +239,19 @@ def test_a_run_is_a_network_of_the_configuration(tmp_path):
 
 
 def test_the_page_of_the_report(tmp_path):
-    from pipeline.config import Figures
     from pipeline.report.experiment import Experiment
     from pipeline.report.pages import randomize as page
     from pipeline.report.randomization import over_share, read_randomization
     from pipeline.report.site import render
-    from pipeline.report.stage import made as as_made
 
     raw = experiment(tmp_path)
     raw["randomize"]["noise"]["runs"]["wild"] = {"network": "small", "learning_rate": 1e30}
     plan_made = run(raw, *STAGES)
-    steps = tuple(as_made(plan_made, step) for step in plan_made.of_stage("randomize"))
-    for folder in ("figures", "tables"):
-        (tmp_path / "report" / folder).mkdir(parents=True)
-    shown = Experiment(plan_made.results, tmp_path / "report", "Mine", steps, figures=Figures(formats=["png"]))
-    (found,) = page.pages(shown)
+    of_noise = shown(plan_made, "randomize", tmp_path / "report")
+    (found,) = page.pages(of_noise)
     rows = table(plan_made)
     assert [figure.kind for figure in found.figures] == [f"randomization-{k}" for k in ("curves", "time", "error")]
-    (panel,) = over_share(7.1, read_randomization(shown.results, "noise", steps[0].result), "time").axes
+    (panel,) = over_share(7.1, read_randomization(plan_made.results, "noise", of_noise.steps[0].result), "time").axes
     assert [text.get_text() for text in panel.texts] == ["none in the epochs that runs had"]  # and no axes of nothing
     with (tmp_path / "report" / found.figures[2].files["csv"]).open(newline="") as file:
         errors = {row["run"]: float(row["test_error"]) for row in csv.DictReader(file)}
@@ -278,7 +260,7 @@ def test_the_page_of_the_report(tmp_path):
         each.startswith("0 of 2 runs on corrupted data fit all of 36 training images") for each in found.findings
     )
     assert "Diverged: wild." in found.findings
-    html = render(shown, found, [found])
+    html = render(of_noise, found, [found])
     assert html.count("<figure>") == 3 and "diverged in epoch" in html and "Paper" not in html
     assert page.pages(Experiment(plan_made.results, tmp_path / "report", "None", ())) == []
 
@@ -301,9 +283,10 @@ def test_the_full_table_s_configuration_is_the_paper_s():
     from pipeline.report.randomization import TABLE_1, Run
 
     asked = config.load(Path("config/noise-cifar10.yaml")).randomize["zhang2017"]
+    networks = {name: build(NetworkSpec.of(spec)) for name, spec in asked.networks.items()}
     facts = {}
     for name, one in asked.runs.items():
-        network = build(NetworkSpec.of(asked.networks[one.network]))
+        network = networks[one.network]
         facts[name] = {
             "how": asked.fitting(name) | {"corruption": one.corruption, "share": one.share},
             "parameters": sum(each.numel() for each in network.parameters()),

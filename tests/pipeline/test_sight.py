@@ -11,13 +11,12 @@ import pytest
 import torch
 import xarray as xr
 import zarr
-from experiments import VIT, labelled_images, lines, run, scenes, segmentation, tiny, write_image
+from experiments import VIT, copied, hsic1, labelled_images, lines, run, scenes, segmentation, shown, tiny, write_image
 from torch import nn
 
 import pipeline
 from kernels.receptive_field import extent
 from pipeline import cluster, config, forecast, inspection, plan, preflight
-from pipeline.config import Cluster
 from pipeline.errors import MicrotomeError
 from pipeline.forward import normalise
 from pipeline.layers import resolve
@@ -94,15 +93,6 @@ def loaded(made, network):
 def table(made, network, name):
     with (made.results / "scenes" / network / name).open(newline="") as file:
         return list(csv.DictReader(file))
-
-
-def hsic1(x, y):
-    n = len(x)
-    k, m = ((z - z.mean(0)) @ (z - z.mean(0)).T for z in (x, y))
-    np.fill_diagonal(k, 0)
-    np.fill_diagonal(m, 0)
-    total = np.trace(k @ m) + k.sum() * m.sum() / ((n - 1) * (n - 2)) - 2 * (k @ m).sum() / (n - 2)
-    return total / (n * (n - 3))
 
 
 def cka(x, y, batches):
@@ -342,12 +332,12 @@ def contents(results):
     }
 
 
-def test_the_same_bits_for_any_workers_and_after_a_cut(tmp_path, monkeypatch):
-    raw = experiment(tmp_path)
+def test_the_same_bits_for_any_workers_and_after_a_cut(made, tmp_path, monkeypatch, two_workers):
+    raw = copied(made, experiment(made.results.parent), tmp_path)
     del raw["networks"]["cnn"], raw["networks"]["residual"]
     made = run(raw, *STAGES)
     before = contents(made.results)
-    assert sum("sight-minibatches.zarr/hsic_without/c" in name for name in before) == 3
+    assert sum("vit/sight-minibatches.zarr/hsic_without/c" in name for name in before) == 3
     (made.results / made.step("sight", "scenes", "vit").manifest).unlink()
     ledger = made.results / "scenes/vit/sight-minibatches.ledger"
     whole = ledger.read_bytes().splitlines(keepends=True)
@@ -358,11 +348,9 @@ def test_the_same_bits_for_any_workers_and_after_a_cut(tmp_path, monkeypatch):
     good = [line for line in ledger.read_bytes().splitlines() if line.rpartition(b"\t")[2].isdigit()]
     assert len(good) == 3, "two of three minibatches were made again"
 
-    monkeypatch.delenv(cluster.ADDRESS)
     shutil.rmtree(made.results / "scenes/vit")
-    with cluster.pool(Cluster(workers=2), tmp_path / "pool") as address:
-        monkeypatch.setitem(os.environ, cluster.ADDRESS, str(address))
-        run(raw, *STAGES)
+    monkeypatch.setenv(cluster.ADDRESS, two_workers)
+    run(raw, *STAGES)
     assert contents(made.results) == before
 
 
@@ -441,10 +429,10 @@ def test_values_that_are_not_finite_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"networks": ["cnn", "vot"]}, r"sight.networks: no network 'vot'.*vit"),
-        ({"networks": ["cnn-untrained"]}, r"a random network has no control"),
-        ({"datasets": ["scene"]}, r"sight.datasets: no data set 'scene'.*scenes"),
-        ({"layers": {"vti": "all"}}, r"sight.layers: no network 'vti'.*vit"),
+        ({"networks": ["cnn", "vot"]}, r"sight: no network 'vot'.*vit"),
+        ({"networks": ["cnn-untrained"]}, r"sight: no network 'cnn-untrained'"),
+        ({"datasets": ["scene"]}, r"sight: no data set 'scene'.*scenes"),
+        ({"layers": {"vti": "all"}}, r"sight: no network 'vti'.*vit"),
         ({"measures": ["attentions"]}, r"sight.measures.0"),
         ({"measures": []}, r"sight.measures"),
         ({"minibatch": 3}, r"sight.minibatch"),
@@ -519,17 +507,12 @@ def test_other_steps_keep_their_ids(tmp_path):
 
 
 def test_the_page_of_the_report(made, tmp_path):
-    from pipeline.config import Figures
     from pipeline.report.experiment import Experiment
     from pipeline.report.pages import sight as page
     from pipeline.report.site import render
-    from pipeline.report.stage import made as as_made
 
-    steps = tuple(as_made(made, step) for step in made.of_stage("sight"))
-    for folder in ("figures", "tables"):
-        (tmp_path / folder).mkdir()
-    shown = Experiment(made.results, tmp_path, "Mine", steps, figures=Figures(formats=["png"]))
-    (found,) = page.pages(shown)
+    of_sight = shown(made, "sight", tmp_path)
+    (found,) = page.pages(of_sight)
     said = "\n".join(found.findings)
     vit = opened(made, "vit")
     radius, error = (float(vit[f"receptive_radius{end}"][1]) for end in ("", "_standard_error"))
@@ -554,6 +537,6 @@ def test_the_page_of_the_report(made, tmp_path):
     with (tmp_path / found.figures[-1].files["csv"]).open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert float(rows[0]["cka"]) == pytest.approx(float(vit.localisation[0, 0]))
-    html = render(shown, found, [found])
+    html = render(of_sight, found, [found])
     assert "No attention distances: it has no self-attention." in html and html.count("<figure>") == 11
     assert page.pages(Experiment(made.results, tmp_path, "None", ())) == []

@@ -11,11 +11,10 @@ import pytest
 import torch
 import xarray as xr
 import zarr
-from experiments import VIT, labelled_images, lines, run, scenes, segmentation, tiny, write_image
+from experiments import VIT, hsic1, labelled_images, lines, run, scenes, segmentation, shown, tiny, write_image
 
 import pipeline
 from pipeline import cluster, config, plan
-from pipeline.config import Cluster
 from pipeline.errors import MicrotomeError
 from pipeline.forward import normalise
 from pipeline.layers import Recorder, resolve, to_maps
@@ -85,15 +84,6 @@ def outputs(made, network, names, forms=("whole",)):
     return {key: value.double().flatten(1).numpy() for key, value in out.items()}
 
 
-def plain_hsic1(x, y):
-    n = len(x)
-    k, m = ((z - z.mean(0)) @ (z - z.mean(0)).T for z in (x, y))
-    np.fill_diagonal(k, 0)
-    np.fill_diagonal(m, 0)
-    total = np.trace(k @ m) + k.sum() * m.sum() / ((n - 1) * (n - 2)) - 2 * (k @ m).sum() / (n - 2)
-    return total / (n * (n - 3))
-
-
 def opened(made, name="both"):
     return xr.open_zarr(made.results / "similarity" / name / "cka.zarr")
 
@@ -136,7 +126,7 @@ def test_cka_is_that_of_plain_forwards(tmp_path, how):
     for a in range(len(features)):
         for b in range(a, len(features)):
             xy, xx, yy = (
-                sum(w * plain_hsic1(p[batch], q[batch]) for w, batch in zip(weights, batches, strict=True))
+                sum(w * hsic1(p[batch], q[batch]) for w, batch in zip(weights, batches, strict=True))
                 for p, q in ((features[a], features[b]), (features[a],) * 2, (features[b],) * 2)
             )
             assert float(found.cka[a, b]) == pytest.approx(xy / np.sqrt(xx * yy), abs=1e-6)
@@ -184,12 +174,12 @@ def test_outputs_are_taken_before_they_are_overwritten(tmp_path):
     found = opened(made)
     names = [name for name in found.layer_a.values.tolist() if name.startswith("cnn/")]
     assert names == ["cnn/0.conv", "cnn/0.relu", "cnn/0", "cnn/1", "cnn/2"], "in execution order"
-    hsic = [plain_hsic1(features[batch], features[batch]) for batch in found.image.values]
+    hsic = [hsic1(features[batch], features[batch]) for batch in found.image.values]
     np.testing.assert_allclose(found.hsic.values[:, 0, 0], hsic, rtol=1e-5)
     assert float(found.cka.sel(layer_a="cnn/0.conv", layer_b="cnn/0.relu")) < 0.999
 
 
-def test_the_same_bits_for_any_workers_and_after_a_cut(tmp_path, monkeypatch):
+def test_the_same_bits_for_any_workers_and_after_a_cut(tmp_path, monkeypatch, two_workers):
     raw = experiment(tmp_path)
     made = run(raw, *STAGES)
     before = contents(made)
@@ -205,13 +195,11 @@ def test_the_same_bits_for_any_workers_and_after_a_cut(tmp_path, monkeypatch):
     good = [line for line in ledger.read_bytes().splitlines() if line.rpartition(b"\t")[2].isdigit()]
     assert len(good) == 3, "two of three minibatches were made again"
 
-    monkeypatch.delenv(cluster.ADDRESS)
     for network in ("cnn", "vit"):
         shutil.rmtree(made.results / "scenes" / network)
     shutil.rmtree(made.results / "similarity")
-    with cluster.pool(Cluster(workers=2), tmp_path / "pool") as address:
-        monkeypatch.setitem(os.environ, cluster.ADDRESS, str(address))
-        run(raw, *STAGES)
+    monkeypatch.setenv(cluster.ADDRESS, two_workers)
+    run(raw, *STAGES)
     assert contents(made) == before
 
 
@@ -275,26 +263,21 @@ def test_a_constant_layer_is_said_to_be(tmp_path):
 
 
 def test_the_page_of_the_report(tmp_path):
-    from pipeline.config import Figures
     from pipeline.report.experiment import Experiment
     from pipeline.report.pages import similarity as page
     from pipeline.report.site import render
-    from pipeline.report.stage import made as as_made
 
     raw = experiment(tmp_path, {"both": {"networks": ["cnn", "vit"]}, "alone": {"networks": ["vit"]}})
     plan_made = run(raw, *STAGES)
-    steps = tuple(as_made(plan_made, step) for step in plan_made.of_stage("similarity"))
-    for folder in ("figures", "tables"):
-        (tmp_path / "report" / folder).mkdir(parents=True)
-    shown = Experiment(plan_made.results, tmp_path / "report", "Mine", steps, figures=Figures(formats=["png"]))
-    (found,) = page.pages(shown)
+    compared = shown(plan_made, "similarity", tmp_path / "report")
+    (found,) = page.pages(compared)
     cka = opened(plan_made).cka.values
     # What the sentences say is what the numbers say.
     uniform = {"cnn": cka[0, 1], "vit": cka[2, 3]}
     for network, value in uniform.items():
         said = next(each for each in found.findings if each.startswith(f"Two different layers of {network} have"))
         assert f"CKA of {value:.3f} ±" in said
-    facts = steps[0].result
+    facts = compared.of_stage("similarity")[0].result
     (a, b, difference, error) = facts["difference"][0]
     assert (a, b) == ("cnn", "vit") and difference == pytest.approx(uniform["vit"] - uniform["cnn"], abs=1e-12)
     sure = abs(difference) > 2 * error
@@ -309,7 +292,7 @@ def test_the_page_of_the_report(tmp_path):
     with (tmp_path / "report" / found.figures[0].files["csv"]).open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 10 and float(rows[1]["cka"]) == pytest.approx(cka[0, 1])
-    html = render(shown, found, [found])
+    html = render(compared, found, [found])
     assert "cnn and vit" in html and html.count("<figure>") == 4
     assert page.pages(Experiment(plan_made.results, tmp_path / "report", "None", ())) == []
 
