@@ -70,6 +70,7 @@ def client(cluster: Cluster, scratch: Path) -> Iterator[Any]:
     """
     from distributed import Client
     from distributed.client import FutureCancelledError
+    from distributed.comm import CommClosedError
     from distributed.utils import silence_logging_cmgr
 
     check_memory(cluster, 0, "Python with torch alone", "there is less than that for a worker: use a larger machine")
@@ -98,7 +99,9 @@ def client(cluster: Cluster, scratch: Path) -> Iterator[Any]:
         except MicrotomeError:
             raise
         except Exception as error:  # each call on a client without a scheduler fails in its own way
-            if found is not None and found.status == "running" and not isinstance(error, FutureCancelledError):
+            # A connection that closes is noticed before the client itself says that it is closed.
+            lost = isinstance(error, FutureCancelledError | CommClosedError)
+            if found is not None and found.status == "running" and not lost:
                 raise
             if found is None and address_file is None:
                 raise MicrotomeError(f"{what} cannot be reached: {type(error).__name__}: {error}") from None
