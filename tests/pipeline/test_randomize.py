@@ -251,7 +251,7 @@ def test_the_page_of_the_report(tmp_path):
     (found,) = page.pages(of_noise)
     rows = table(plan_made)
     assert [figure.kind for figure in found.figures] == [f"randomization-{k}" for k in ("curves", "time", "error")]
-    (panel,) = over_share(7.1, read_randomization(plan_made.results, "noise", of_noise.steps[0].result), "time").axes
+    (panel,) = over_share(7.1, read_randomization(plan_made.results, "noise", of_noise.made[0].result), "time").axes
     assert [text.get_text() for text in panel.texts] == ["none in the epochs that runs had"]  # and no axes of nothing
     with (tmp_path / "report" / found.figures[2].files["csv"]).open(newline="") as file:
         errors = {row["run"]: float(row["test_error"]) for row in csv.DictReader(file)}
