@@ -1,8 +1,8 @@
 """Whether the positions of a layer's maps lie where its shape suggests: tokens may stand in another order.
 
 Windows of attention, mask units and folded patches give outputs whose numbers fit a grid, and whose tokens do not stand
-row by row. So parts of an image are changed, one at a time: where a layer's change is concentrated, it has to be at
-the same place. Initial weights serve best, since trained ones send some changes to places of their own.
+row by row. So parts of an image are changed, one at a time: where a layer's change is concentrated, it has to show
+at the same place. Initial weights serve best, since trained ones send some changes to places of their own.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ _SQUARES = ((0.125, 0.625), (0.25, 0.125), (0.375, 0.375), (0.5, 0.75), (0.625, 
 _SIDE = 0.125
 _ELSEWHERE = 2  # so many are no accident
 _CONCENTRATED = 4.0  # times the median change of all positions
+_THERE = 0.5  # of the largest change, above the median: a narrow layer may change most at the rim of what a square reaches
 
 
 def check_places(network: nn.Module, layers: Sequence[LayerInfo], input_shape: tuple[int, int, int], name: str) -> None:
@@ -62,16 +63,16 @@ def check_places(network: nn.Module, layers: Sequence[LayerInfo], input_shape: t
 
 
 def _found_at(change: torch.Tensor, box: tuple[slice, slice], image: torch.Size) -> bool | None:
-    """Whether the change (unit, y, x) is largest within one position of the box; None when it is spread out."""
+    """Whether the change (unit, y, x) is large within one position of the box; None when it is spread out."""
     size = change.square().sum(0).sqrt()
-    if not float(size.amax()) > _CONCENTRATED * float(size.median()):
+    median, largest = float(size.median()), float(size.amax())
+    if not largest > _CONCENTRATED * median:
         return None
-    at = divmod(int(size.argmax()), size.shape[1])
-    for where, part, cells, pixels in zip(at, box, size.shape, image, strict=True):
+    for dim, (part, pixels) in enumerate(zip(box, image, strict=True)):
+        cells = change.shape[1 + dim]
         first, last = part.start * cells // pixels, (part.stop - 1) * cells // pixels
-        if not first - 1 <= where <= last + 1:
-            return False
-    return True
+        size = size.narrow(dim, max(first - 1, 0), min(last + 2, cells) - max(first - 1, 0))
+    return float(size.amax()) - median >= _THERE * (largest - median)
 
 
 def _box(corner: tuple[float, float], image: tuple[int, int]) -> tuple[slice, slice]:

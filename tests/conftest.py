@@ -1,12 +1,20 @@
-"""What all tests share: one pool of workers, started by the first test that needs one."""
+"""What all tests share: the same random numbers in every run, and one pool of workers, started by the first need."""
 
 import os
+import sys
 from collections.abc import Iterator
 
 import pytest
 
 from pipeline import cluster
 from pipeline.config import Cluster
+
+
+@pytest.fixture(autouse=True)
+def same_random_numbers() -> None:
+    """Networks with initial weights are the same ones whichever tests run before."""
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

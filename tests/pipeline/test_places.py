@@ -60,7 +60,13 @@ def test_what_is_spread_out_says_nothing():
     check(Ordered(torch.arange(63, -1, -1), mix=1e4))
 
 
-def test_convolutions_and_random_numbers():
+@pytest.mark.parametrize("seed", range(40))
+def test_narrow_convolutions_pass(seed):
+    """Where four channels change most is often two positions from the square."""
+    torch.manual_seed(seed)
     check(nn.Sequential(nn.Conv2d(3, 4, 7, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3, 1, 1)), "2")
+
+
+def test_random_numbers_do_not():
     with pytest.raises(MicrotomeError, match="the forward draws random numbers"):
         check(Noisy(), "conv")
