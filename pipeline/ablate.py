@@ -115,11 +115,7 @@ class Shared:
         try:
             yield from run_tasks(self.workers, function, given, len(given), f"{self.step.name}: {what}")
         except NonFiniteError as error:
-            layer, index = error.args
-            raise MicrotomeError(
-                f"network {self.step.network!r}, layer {layer!r}: the output for image {self.image_id[index]!r} of "
-                f"data set {self.step.dataset!r} is not finite (NaN or infinity)"
-            ) from None
+            raise error.told(self.step, self.image_id) from None
 
 
 def run(plan: Plan, step: Step) -> None:

@@ -23,7 +23,6 @@ import numpy as np
 from pipeline import earlier, stage, stream
 from pipeline.cluster import check_memory, client, overlapping, run_tasks
 from pipeline.config import AnyDataset, Network
-from pipeline.errors import MicrotomeError
 from pipeline.forward import (
     HALF_MAX,
     Model,
@@ -198,11 +197,7 @@ def run(plan: Plan, step: Step) -> None:
                             )
                     tails.record(done)
             except NonFiniteError as error:
-                name, index = error.args
-                raise MicrotomeError(
-                    f"network {step.network!r}, layer {name!r}: the output for image {images.image_ids()[index]!r} of "
-                    f"data set {step.dataset!r} is not finite (NaN or infinity)"
-                ) from None
+                raise error.told(step, images.image_ids()) from None
             if not overflow:
                 break
             # The values of some image are beyond the headroom: those layers again, at a scale that holds all of them.

@@ -18,6 +18,7 @@ from pipeline.errors import MicrotomeError
 from pipeline.identity import digest
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
     from pipeline.plan import Plan, Step
@@ -42,6 +43,14 @@ class Model:
 
 class NonFiniteError(Exception):
     """A layer's output holds a NaN or an infinity; args: layer, image index."""
+
+    def told(self, step: Step, image_id: Sequence[str] | np.ndarray) -> MicrotomeError:
+        """The error as a person reads it; `image_id` of every slot."""
+        layer, index = self.args
+        return MicrotomeError(
+            f"network {step.network!r}, layer {layer!r}: the output for image {image_id[index]!r} of data set "
+            f"{step.dataset!r} is not finite (NaN or infinity)"
+        )
 
 
 def model_of(plan: Plan, step: Step) -> Model:

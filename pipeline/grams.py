@@ -121,11 +121,7 @@ def run(plan: Plan, step: Step) -> None:
             for index, files in run_tasks(workers, gram_minibatch, tasks, len(tasks), step.name, REMEDY):
                 ledger.record(str(index), ids[index], files)
         except NonFiniteError as error:
-            layer, slot = error.args
-            raise MicrotomeError(
-                f"network {step.network!r}, layer {layer!r}: the output for image {image_id[slot]!r} of data set "
-                f"{step.dataset!r} is not finite (NaN or infinity)"
-            ) from None
+            raise error.told(step, image_id) from None
     names: dict[str, tuple[tuple[int, ...], np.ndarray]] = {
         "layer": ((0,), np.array([each.info.name for each in entries], object)),
         "features": ((0,), np.array([each.features for each in entries], object)),

@@ -21,7 +21,9 @@ _SQUARES = ((0.125, 0.625), (0.25, 0.125), (0.375, 0.375), (0.5, 0.75), (0.625, 
 _SIDE = 0.125
 _ELSEWHERE = 2  # so many are no accident
 _CONCENTRATED = 4.0  # times the median change of all positions
-_THERE = 0.5  # of the largest change, above the median: a narrow layer may change most at the rim of what a square reaches
+_THERE = (
+    0.5  # of the largest change, above the median: narrow layers may change most at the rim of what a square reaches
+)
 
 
 def check_places(network: nn.Module, layers: Sequence[LayerInfo], input_shape: tuple[int, int, int], name: str) -> None:

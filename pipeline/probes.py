@@ -311,11 +311,7 @@ def gather(
             for id, files in written.items():
                 ledgers[id].record(str(shard), ids[id, shard], files)
     except NonFiniteError as error:
-        name, index = error.args
-        raise MicrotomeError(
-            f"network {step.network!r}, layer {name!r}: the output for image {images.image_ids()[index]!r} of data set "
-            f"{step.dataset!r} is not finite (NaN or infinity)"
-        ) from None
+        raise error.told(step, images.image_ids()) from None
     files = {id: ledgers[id].files(map(str, shards)) | metadata_files(each.features) for id, each in distinct.items()}
     return made, files
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -102,7 +102,7 @@ class Training:
         self.network = network.to(self.device).to(memory_format=self.format)
         if how["dropout"] is not None:
             set_dropout(network, how["dropout"])
-        self.labels, self.test_labels = self._placed(sets.labels), self._placed(sets.test_labels)
+        self.labels, self.test_labels = self.placed(sets.labels), self.placed(sets.test_labels)
         self.images, self.test_images = Centred(sets.images, self), Centred(sets.test_images, self)
         self.whole = self._every_window(sets.images) if how["random_crop"] else None
         self.size = min(how["batch_size"], len(sets.labels))
@@ -142,11 +142,11 @@ class Training:
         epoch, seed = len(self.curve), self.how["seed"]
         rate = self.how["learning_rate"] * self.how["decay"] ** epoch
         with self._stream():
-            self.rows = self._placed(order(seed, epoch, len(self.labels))[: self.used])
+            self.rows = self.placed(order(seed, epoch, len(self.labels))[: self.used])
             self.windows = None
             if self.whole is not None:
                 room = self.whole.shape[1:3]
-                self.windows = self._placed(stream(seed, WINDOWS, epoch).integers(0, room, (self.used, 2)))
+                self.windows = self.placed(stream(seed, WINDOWS, epoch).integers(0, room, (self.used, 2)))
             self.seeds = stream(seed, NETWORK, epoch).integers(2**63, size=self.steps).tolist()
             self.totals.zero_()
             if self.graph is not None:
@@ -230,12 +230,12 @@ class Training:
     def _every_window(self, images: NDArray[np.uint8]) -> Tensor:
         """A view of all windows of all images: (image, y, x) of the corner, then a window in the network's order."""
         crop, last = self.how["crop"], self.format == torch.channels_last
-        placed = self._placed(images.transpose(0, 2, 3, 1) if last else images)
+        placed = self.placed(images.transpose(0, 2, 3, 1) if last else images)
         at = 1 if last else 2
         views = placed.unfold(at, crop, 1).unfold(at + 1, crop, 1)
         return views.permute(0, 1, 2, 4, 5, 3) if last else views.permute(0, 2, 3, 1, 4, 5)
 
-    def _placed(self, values: NDArray[Any]) -> Tensor:
+    def placed(self, values: NDArray[Any]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(values)).to(self.device)
 
     def _stream(self) -> AbstractContextManager[Any]:
@@ -278,7 +278,7 @@ class Centred:
         top, left = ((length - crop) // 2 for length in images.shape[-2:])
         centre = images[..., top : top + crop, left : left + crop]
         self.last = training.format == torch.channels_last
-        self.pixels = training._placed(centre.transpose(0, 2, 3, 1) if self.last else centre)
+        self.pixels = training.placed(centre.transpose(0, 2, 3, 1) if self.last else centre)
         blocks = [statistics(block.float()) for block in self.pixels.split(4096)]
         self.factor, self.offset = (torch.cat(each) for each in zip(*blocks, strict=True))
 
@@ -306,12 +306,11 @@ def train(trainings: Sequence[Training]) -> None:
         going = [one for one in going if not one.done]
 
 
-def repeatable(device: str) -> ExitStack:
+@contextmanager
+def repeatable(device: str) -> Iterator[None]:
     """The arithmetic in which runs repeat bit for bit, on one thread: workers are the parallelism."""
-    with ExitStack() as stack:
-        stack.enter_context(fixed_arithmetic(1))
-        stack.enter_context(attention(device))
-        return stack.pop_all()
+    with fixed_arithmetic(1), attention(device):
+        yield
 
 
 def set_dropout(network: nn.Module, share: float) -> None:

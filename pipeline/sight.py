@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 from pipeline import grams, stage
 from pipeline.cluster import check_memory, client, run_tasks
 from pipeline.config import UNTRAINED, AnyDataset, Network, Sight
-from pipeline.errors import MicrotomeError
 from pipeline.forward import NonFiniteError, model_of, platform_numerics
 from pipeline.identity import digest
 from pipeline.manifest import write_file
@@ -31,22 +30,11 @@ if TYPE_CHECKING:
 
 VERSION = 1
 CODE = (
+    *grams.CODE,
     "kernels/attention.py",
-    "kernels/cka.py",
-    "kernels/gram.py",
-    "kernels/grey.py",
-    "kernels/whiten.py",
     "kernels/localisation.py",
     "kernels/receptive_field.py",
     "kernels/skips.py",
-    "pipeline/checkpoint.py",
-    "pipeline/forward.py",
-    "pipeline/grams.py",
-    "pipeline/layer_id.py",
-    "pipeline/layers.py",
-    "pipeline/libraries",
-    "pipeline/minibatches.py",
-    "pipeline/networks.py",
     "pipeline/operations.py",
     "pipeline/sight.py",
     "pipeline/sight_results.py",
@@ -122,11 +110,7 @@ def run(plan: Plan, step: Step) -> None:
             for index, files in run_tasks(workers, sight_tasks.look, tasks, len(tasks), step.name, REMEDY):
                 ledger.record(str(index), ids[index], files)
         except NonFiniteError as error:
-            layer, slot = error.args
-            raise MicrotomeError(
-                f"network {step.network!r}, {layer!r}: the output for image {images.image_ids()[slot]!r} of data set "
-                f"{step.dataset!r} is not finite (NaN or infinity)"
-            ) from None
+            raise error.told(step, images.image_ids()) from None
     own = ledger.files(map(str, range(len(batches)))) | metadata_files(store)
     found = sight_results.put_together(work, batches, images, own)
     files = stage.within(store.name, own)

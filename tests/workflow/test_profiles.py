@@ -97,17 +97,10 @@ def test_a_queue_within_a_queue_is_refused(tmp_path):
         run.start(elsewhere=True)
 
 
-def test_the_profile_of_gpus_asks_for_them(tmp_path):
-    """It adds to the section of the configuration. Another's numbers are others, so ids are."""
-    plain = snakemake(tmp_path, experiment(workers=1), "--dry-run", "--quiet", "rules")
-    said = snakemake(
-        tmp_path,
-        experiment(workers=1),
-        "--workflow-profile",
-        str(ROOT / "profiles/gpu"),
-        "--dry-run",
-        "--quiet",
-        "rules",
-    )
-    assert "1 worker " in plain
-    assert "torch sees no GPU here" in said or "images/s" in said
+def test_the_profile_of_gpus_asks_for_them(tmp_path, monkeypatch):
+    """It adds to the section of the configuration, whose workers are then too many where no GPU is to be seen."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    gpus = ("--workflow-profile", str(ROOT / "profiles/gpu"), "dissect")
+    assert "torch sees 0 GPUs here for 1 workers" in snakemake(tmp_path, experiment(workers=1), *gpus, code=1)
+    # What did not fail for it is there: the same configuration on the cores.
+    assert "torch sees" not in snakemake(tmp_path, experiment(workers=1), "dissect")
