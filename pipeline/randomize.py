@@ -2,8 +2,8 @@
 
 Writes, for each experiment of the configuration,
     randomization/<name>/runs.csv     one row a run: what it was, and what came out
-    randomization/<name>/curves.zarr  train_loss, train_accuracy, test_accuracy, seconds (run, epoch) ·
-                                      label (run, image): what was trained on
+    randomization/<name>/curves.zarr  train_loss, train_accuracy, test_accuracy, test_loss, test_ece, seconds
+                                      (run, epoch) · label (run, image): what was trained on
     randomization/<name>/runs/<id>/   weights and facts of each run
 A run is known by its own settings and data: another line of the configuration trains its own run and no other.
 See docs/randomization.md; after Zhang et al., "Understanding deep learning requires rethinking generalization" (2017).
@@ -30,8 +30,9 @@ if TYPE_CHECKING:
     from pipeline.plan import Plan, Step
     from pipeline.randomize_tasks import Data, Run
 
-VERSION = 1
+VERSION = 2
 CODE = (
+    "kernels/calibration.py",
     "kernels/corruption.py",
     "kernels/whiten.py",
     "pipeline/checkpoint.py",

@@ -18,12 +18,15 @@ from pipeline.result_tables import csv_bytes, number
 if TYPE_CHECKING:
     from pipeline.randomize_tasks import Data, Run
 
-CURVES = {"train_loss": "loss", "train_accuracy": "accuracy", "test_accuracy": "test_accuracy"}
+CURVES = {
+    "train_loss": "loss", "train_accuracy": "accuracy",
+    "test_accuracy": "test_accuracy", "test_loss": "test_loss", "test_ece": "test_ece",
+}  # fmt: skip
 COLUMNS = (
     "run", "id", "network", "parameters", "batch_norm", "corruption", "share", "labels_changed", "seed", "random_crop",
     "weight_decay", "dropout", "learning_rate", "decay", "momentum", "batch_size", "epochs", "epochs_run", "outcome",
     "epochs_to_90", "epochs_to_fit", "train_loss", "train_accuracy", "test_accuracy", "best_test_accuracy",
-    "best_epoch",
+    "best_epoch", "test_loss", "lowest_test_loss", "lowest_test_loss_epoch", "test_ece",
 )  # fmt: skip
 
 
@@ -61,9 +64,15 @@ class Outcome:
         """The epoch, from 1, with the highest test accuracy: what early stopping could have kept."""
         return int(np.argmax(self.curve("test_accuracy"))) + 1
 
+    @property
+    def lowest_test_loss_epoch(self) -> int:
+        """The epoch, from 1, after which the NLL of the test images was lowest: later ones overfit it."""
+        loss = self.curve("test_loss")
+        return int(np.argmin(np.where(np.isnan(loss), np.inf, loss))) + 1
+
     def told(self) -> dict[str, Any]:
         """What the manifest says of the run."""
-        how, curve = self.run.how, self.facts["curve"]
+        how, curve, lowest = self.run.how, self.facts["curve"], self.lowest_test_loss_epoch
         return {key: value for key, value in self.facts.items() if key not in ("curve", "labels")} | {
             "id": self.run.id,
             "network": self.run.network.architecture,
@@ -73,6 +82,10 @@ class Outcome:
             "test_accuracy": curve["test_accuracy"][-1],
             "best_epoch": self.best_epoch,
             "best_test_accuracy": curve["test_accuracy"][self.best_epoch - 1],
+            "test_loss": curve["test_loss"][-1],
+            "lowest_test_loss": curve["test_loss"][lowest - 1],
+            "lowest_test_loss_epoch": lowest,
+            "test_ece": curve["test_ece"][-1],
         }
 
 

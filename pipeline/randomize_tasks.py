@@ -133,7 +133,7 @@ def written(run: Run, training: Training, labels: np.ndarray, true: np.ndarray) 
         "outcome": DIVERGED if curve.diverged else FINISHED,
         "curve": {
             name: [value if np.isfinite(value) else None for value in getattr(curve, name)]
-            for name in ("loss", "accuracy", "test_accuracy")
+            for name in ("loss", "accuracy", "test_accuracy", "test_loss", "test_ece")
         },
         "epochs_to_90": curve.reaches(0.9),
         "epochs_to_fit": curve.fitted,

@@ -20,8 +20,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, nll_loss
 
+from kernels.calibration import BINS
 from kernels.whiten import statistics, whitened
 from pipeline.errors import MicrotomeError
 from pipeline.repeatable import (
@@ -54,11 +55,16 @@ class Sets:
 
 @dataclass
 class Curve:
-    """By epoch. Loss and accuracy are those of the minibatches as they were trained on; `loss` NaN: it diverged."""
+    """By epoch. Loss and accuracy are those of the minibatches as they were trained on; `loss` NaN: it diverged.
+
+    Of the test images, after the epoch: accuracy, loss (the NLL of the calibration), and ECE in bins of equal width.
+    """
 
     loss: list[float] = field(default_factory=list)
     accuracy: list[float] = field(default_factory=list)
     test_accuracy: list[float] = field(default_factory=list)
+    test_loss: list[float] = field(default_factory=list)
+    test_ece: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
 
     def __len__(self) -> int:
@@ -127,7 +133,7 @@ class Training:
                 self.curve = Curve(**known["curve"])
         for group in self.optimiser.param_groups:
             group["lr"] = self.rate
-        self.totals = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, right, right of the test images
+        self.totals = torch.zeros(2, dtype=torch.float64, device=self.device)  # loss, right
         self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.graph = self._captured() if self.stream is not None else None
 
@@ -172,16 +178,20 @@ class Training:
             self.graph.replay()
 
     def test(self) -> None:
-        """Count the test images that are recognised, in evaluation mode."""
+        """Judge the network on the test images, in evaluation mode."""
         with self._stream():
-            self.totals[2] = self._right(self.test_images, self.test_labels)
+            self.tested = self._judged(self.test_images, self.test_labels)
 
     def end_epoch(self) -> None:
         """Wait for the device, once, and note what the epoch came to."""
-        loss, right, right_of_test = self.totals.tolist()
+        with self._stream():
+            loss, right, test_loss, test_right, *gaps = torch.cat([self.totals, self.tested]).tolist()
+        count = len(self.test_labels)
         self.curve.loss.append(loss / self.used)
         self.curve.accuracy.append(right / self.used)
-        self.curve.test_accuracy.append(right_of_test / len(self.test_labels))
+        self.curve.test_accuracy.append(test_right / count)
+        self.curve.test_loss.append(test_loss / count)
+        self.curve.test_ece.append(sum(map(abs, gaps)) / count)
         self.curve.seconds.append(time.monotonic() - self.began)
         due = self.done or time.monotonic() - self.saved >= self.between
         if self.checkpoint is not None and due:
@@ -191,8 +201,8 @@ class Training:
     def train_accuracy(self) -> float:
         """Of the network as it is now, in evaluation mode, on the centre of each training image."""
         with self._stream():
-            right = self._right(self.images, self.labels)
-        return float(right) / len(self.labels)
+            _, right, *_ = self._judged(self.images, self.labels).tolist()
+        return right / len(self.labels)
 
     def _learn(self, rows: Tensor, windows: Tensor | None) -> None:
         self.optimiser.zero_grad(set_to_none=True)
@@ -210,15 +220,23 @@ class Training:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16, cache_enabled=False):
             return self.network(images).float()
 
-    def _right(self, images: Centred, labels: Tensor) -> Tensor:
+    def _judged(self, images: Centred, labels: Tensor) -> Tensor:
+        """Sums over the images, in evaluation mode: loss, right, and confidence less accuracy in each bin of it."""
         self.network.eval()
-        right = torch.zeros((), dtype=torch.int64, device=self.device)
+        sums = torch.zeros(2 + BINS, dtype=torch.float64, device=self.device)
+        bins = torch.arange(BINS + 1, device=self.device)
+        edges = bins.double() / BINS
         count = TESTED_AT_ONCE[self.device.type]
         with torch.inference_mode():
             for at in range(0, len(labels), count):
-                logits = self._logits(images[at : at + count])
-                right += (logits.argmax(1) == labels[at : at + count]).sum()
-        return right
+                chances, own = self._logits(images[at : at + count]).double().log_softmax(1), labels[at : at + count]
+                confidence, predicted = chances.exp().max(1)
+                right = (predicted == own).double()
+                within = (torch.searchsorted(edges, confidence) - 1).clamp(0, BINS - 1)[:, None] == bins[:BINS]
+                gaps = (confidence - right) @ within.double()  # a product: sums of scattered values have no order
+                loss = nll_loss(chances, own, reduction="sum")
+                sums += torch.cat([torch.stack([loss, right.sum()]), gaps])
+        return sums
 
     def _windows(self, rows: Tensor, windows: Tensor) -> Tensor:
         """The windows of these rows whose upper left corners are `windows` (image, 2), whitened."""

@@ -106,7 +106,7 @@ class Results(_Folder["Dataset"]):
 
     @property
     def randomization(self) -> dict[str, xr.Dataset]:
-        """train_loss, train_accuracy, test_accuracy, seconds (run, epoch) of every experiment, by its name."""
+        """train_loss, test_accuracy, test_loss, test_ece and others (run, epoch) of every experiment, by its name."""
         return {file.parent.name: _open(file) for file in sorted(self.path.glob("randomization/*/curves.zarr"))}
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ CORRUPTIONS = {
 DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)))
 MARKERS = "osD^v*"
 CIFAR10 = {"airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"}
-CURVES = ("train_loss", "train_accuracy", "test_accuracy")
+CURVES = ("train_loss", "train_accuracy", "test_accuracy", "test_loss", "test_ece")
 CURVE_COLUMNS = ("run", "network", "corruption", "share", "epoch", *CURVES)
 SHARE_COLUMNS = ("run", "network", "share", "epochs_to_90", "epochs_to_fit", "test_error", "best_test_error")
 
@@ -137,6 +137,11 @@ class Randomized:
     def of(self, architecture: tuple[str, int]) -> list[Run]:
         return [run for run in self.runs if run.architecture == architecture]
 
+    @property
+    def true(self) -> list[Run]:
+        """Runs on true labels that did not diverge."""
+        return [run for run in self.runs if run.how["corruption"] == "true_labels" and not run.diverged]
+
     def by_share(self) -> dict[str, list[Run]]:
         """Runs on corrupted labels by network and regularisers, at two shares or more, rising."""
         found: dict[tuple[Any, ...], list[Run]] = {}
@@ -179,8 +184,8 @@ def read_randomization(results: Path, name: str, told: Mapping[str, Any]) -> Ran
     )
 
 
-def curve_rows(found: Randomized) -> Iterator[Sequence[object]]:
-    for run in found.runs:
+def curve_rows(runs: Sequence[Run]) -> Iterator[Sequence[object]]:
+    for run in runs:
         for at in range(run.facts["epochs_run"]):
             values = (float(run.curves[key][at]) for key in CURVES)
             yield (run.name, run.network, run.how["corruption"], run.how["share"], at + 1, *values)
@@ -216,6 +221,31 @@ def learning_curves(width: float, found: Randomized) -> Figure:
     axes[0].set_ylabel("training loss")
     _legend(figure, list(axes), width)
     return figure
+
+
+def over_training(width: float, found: Randomized) -> Figure:
+    """Test error, NLL and ECE by epoch, of the runs on true labels, as in Guo et al.'s figure of overfitting."""
+    runs = found.true
+    figure = Figure(figsize=(width, 2.9 if width > 5 else 6.4), layout="constrained")
+    panels = figure.subplots(*((1, 3) if width > 5 else (3, 1)))
+    for panel, (title, values) in zip(panels, _TESTED.items(), strict=True):
+        for at, run in enumerate(runs):
+            style: dict[str, Any] = {"color": COLOURS[at % len(COLOURS)], "linestyle": DASHES[at % len(DASHES)]}
+            shown = values(run)
+            panel.plot(np.arange(1, len(shown) + 1), shown, linewidth=1.3, label=run.name, **style)
+        panel.set_ylabel(title)
+        panel.set_ylim(bottom=0)
+        panel.set_xlabel("epoch")
+        panel.grid(axis="y")
+    _legend(figure, list(panels), width)
+    return figure
+
+
+_TESTED: Mapping[str, Callable[[Run], np.ndarray]] = {
+    "test error": lambda run: 1 - run.curves["test_accuracy"],
+    "test NLL": lambda run: run.curves["test_loss"],
+    "test ECE": lambda run: run.curves["test_ece"],
+}
 
 
 def over_share(width: float, found: Randomized, what: str) -> Figure:

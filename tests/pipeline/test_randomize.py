@@ -79,6 +79,9 @@ def test_what_is_written(tmp_path):
         tested = found.test_accuracy[at].values
         assert float(row["best_test_accuracy"]) == pytest.approx(tested.max())
         assert int(row["best_epoch"]) == tested.argmax() + 1
+        lost = found.test_loss[at].values
+        assert float(row["lowest_test_loss"]) == pytest.approx(lost.min(), rel=1e-6)
+        assert int(row["lowest_test_loss_epoch"]) == lost.argmin() + 1
     assert rows["random"]["random_crop"] == "True" and rows["half"]["share"] == "0.5" and rows["true"]["share"] == ""
     assert (found.seconds.values > 0).all()
     assert pipeline.open_results(made.results).randomization["noise"].sizes["run"] == 3
@@ -250,18 +253,23 @@ def test_the_page_of_the_report(tmp_path):
     of_noise = shown(plan_made, "randomize", tmp_path / "report")
     (found,) = page.pages(of_noise)
     rows = table(plan_made)
-    assert [figure.kind for figure in found.figures] == [f"randomization-{k}" for k in ("curves", "time", "error")]
+    kinds = ("curves", "calibration", "time", "error")
+    assert [figure.kind for figure in found.figures] == [f"randomization-{kind}" for kind in kinds]
     (panel,) = over_share(7.1, read_randomization(plan_made.results, "noise", of_noise.made[0].result), "time").axes
     assert [text.get_text() for text in panel.texts] == ["none in the epochs that runs had"]  # and no axes of nothing
-    with (tmp_path / "report" / found.figures[2].files["csv"]).open(newline="") as file:
+    with (tmp_path / "report" / found.figures[3].files["csv"]).open(newline="") as file:
         errors = {row["run"]: float(row["test_error"]) for row in csv.DictReader(file)}
     assert errors == {name: pytest.approx(1 - float(rows[name]["test_accuracy"])) for name in ("true", "half")}
     assert any(
         each.startswith("0 of 2 runs on corrupted data fit all of 36 training images") for each in found.findings
     )
     assert "Diverged: wild." in found.findings
+    with (tmp_path / "report" / found.figures[1].files["csv"]).open(newline="") as file:
+        tested = [(row["run"], float(row["test_loss"]), float(row["test_ece"])) for row in csv.DictReader(file)]
+    assert [run for run, _, _ in tested] == ["true"] * 3  # neither noise nor what diverged
+    assert tested[-1][1:] == pytest.approx((float(rows["true"]["test_loss"]), float(rows["true"]["test_ece"])))
     html = render(of_noise, found, [found])
-    assert html.count("<figure>") == 3 and "diverged in epoch" in html and "Paper" not in html
+    assert html.count("<figure>") == 4 and "diverged in epoch" in html and "Paper" not in html
     assert page.pages(Experiment(plan_made.results, tmp_path / "report", "None", ())) == []
 
 

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kernels.calibration import Reliability, softmax
 from kernels.whiten import whiten
 from pipeline import randomize_training
 from pipeline.config import FITTING
@@ -77,8 +78,12 @@ def test_against_plain_torch(float32):
         assert mine.curve.accuracy[epoch] == pytest.approx(right / 43, abs=0.03)
         plain.eval()
         with torch.inference_mode():
-            tested = float((plain(test).argmax(1).numpy() == data.test_labels).mean())
-        assert mine.curve.test_accuracy[epoch] == pytest.approx(tested, abs=0.05)
+            tested = plain(test).numpy()
+        assert mine.curve.test_accuracy[epoch] == pytest.approx((tested.argmax(1) == data.test_labels).mean(), abs=0.05)
+        found = Reliability.zeros(4)
+        found.update(softmax(tested), data.test_labels, tested.argmax(1))
+        assert mine.curve.test_loss[epoch] == pytest.approx(found.nll / len(tested), rel=1e-3)
+        assert mine.curve.test_ece[epoch] == pytest.approx(found.ece, rel=1e-2)
     for (name, own), other in zip(mine.network.state_dict().items(), plain.state_dict().values(), strict=True):
         torch.testing.assert_close(own, other, rtol=1e-3, atol=1e-4, msg=name)
     images_right = float((plain(images).argmax(1) == labels).double().mean())

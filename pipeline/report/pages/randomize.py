@@ -21,6 +21,7 @@ from pipeline.report.randomization import (
     curve_rows,
     learning_curves,
     over_share,
+    over_training,
     read_randomization,
     share_rows,
 )
@@ -114,6 +115,17 @@ def findings(found: Randomized, dissected: Sequence[tuple[Run, Network]]) -> Ite
                 f"{sentences.percent(low.facts['test_accuracy'], 1)} and "
                 f"{sentences.percent(high.facts['test_accuracy'], 1)}."
             )
+    for run in found.true:
+        facts, lowest = run.facts, run.facts["lowest_test_loss_epoch"]
+        if lowest < facts["epochs_run"]:
+            errors = (1 - run.curves["test_accuracy"][at] for at in (lowest - 1, facts["epochs_run"] - 1))
+            before, after = (sentences.percent(float(error), 1) for error in errors)
+            yield (
+                f"The test NLL of {run.name} is lowest after epoch {lowest}, and rises from "
+                f"{sentences.decimal(facts['lowest_test_loss'], 2)} to {sentences.decimal(facts['test_loss'], 2)} by "
+                f"epoch {facts['epochs_run']}, while its test error goes from {before} to {after}; its ECE is "
+                f"{sentences.percent(facts['test_ece'], 1)} then."
+            )
     if diverged := [run.name for run in found.runs if run.diverged]:
         yield f"Diverged: {', '.join(diverged)}."
     for run, network in dissected:
@@ -138,9 +150,22 @@ def figures(experiment: Experiment, found: Randomized) -> Iterator[Figure]:
         alt=f"Line charts: training loss of each network of {name} by epoch, for each corruption",
         caption="Training loss by epoch, of the minibatches as they were trained on.",
         header=CURVE_COLUMNS,
-        rows=curve_rows(found),
+        rows=curve_rows(found.runs),
         labels=labels,
     )
+    if any(run.facts["epochs_run"] > 1 for run in found.true):
+        yield draw(
+            experiment,
+            f"randomization-calibration-{name}",
+            partial(over_training, found=found),
+            kind="randomization-calibration",
+            alt=f"Line charts: test error, NLL and ECE by epoch of the runs of {name} on true labels",
+            caption="Error, NLL and ECE on the test images after each epoch, of the runs on true labels. Where NLL and "
+            "ECE rise while the error does not, a network gets surer of its mistakes: it overfits NLL.",
+            header=CURVE_COLUMNS,
+            rows=curve_rows(found.true),
+            labels=labels,
+        )
     if not found.by_share():
         return
     for what, alt, caption in (
