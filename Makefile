@@ -52,7 +52,7 @@ rescan: $(VENV)/installed
 	@$(BIN)/snakemake --configfile $(CONFIG) --config rescan=true
 
 bench: $(VENV)/installed
-	@export OMP_NUM_THREADS=1; for run in "costs" "dissection --images 64" "ablation --images 8 --plain-units 1" "calibration" "similarity --images 128" "listing 100000" "scenes speed"; do \
+	@export OMP_NUM_THREADS=1; for run in "costs" "dissection --images 64" "ablation --images 8 --plain-units 1" "calibration" "similarity --images 128" looking "listing 100000" "scenes speed"; do \
 	  echo "== $$run"; $(BIN)/python -m tests.bench.bench_$$run || exit 1; done
 
 # Kill, damage and starve a miniature experiment in every way, and compare its results: minutes. ONLY='kill-* repair'
