@@ -13,7 +13,7 @@ demo: $(VENV)/installed
 	@$(BIN)/snakemake --configfile $(CONFIG) --quiet reason host
 
 test: $(VENV)/installed
-	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/installed
 	@$(BIN)/ruff check .

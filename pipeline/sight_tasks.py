@@ -278,7 +278,7 @@ class _Look(Operations):
         """The class of the highest logit of every image."""
         if self.logits is None or not self.work.prepared.logits:
             return None
-        refuse_non_finite(self.logits, self._said("the logits"), 0)
+        refuse_non_finite(self.logits, self._said("logits"), 0)
         return self.logits.argmax(1).cpu().numpy()
 
     def _said(self, name: str) -> str:

@@ -10,6 +10,11 @@ from pipeline import cluster
 from pipeline.config import Cluster
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What runs the whole workflow, file by file the longest, comes first: what is short fills the processes' ends."""
+    items.sort(key=lambda item: item.path.parent.name not in ("chaos", "real", "workflow"))
+
+
 @pytest.fixture(autouse=True)
 def same_random_numbers() -> None:
     """Networks with initial weights are the same ones whichever tests run before."""

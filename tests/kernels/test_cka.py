@@ -129,7 +129,10 @@ def test_estimators_are_those_of_the_definition(n, width, estimator, seed):
     scale = math.sqrt(plain_hsic(x, x, "biased") * plain_hsic(y, y, "biased"))
     assert found[0, 1] == pytest.approx(plain_hsic(x, y, estimator), abs=2e-6 * scale)
     assert found[0, 0] == pytest.approx(plain_hsic(x, x, estimator), abs=2e-6 * plain_hsic(x, x, "biased"))
-    np.testing.assert_array_equal(unpack(packed(x, y))[0], gram(torch.from_numpy(x)).numpy())
+    # The upper triangle is kept: a product of float32 need not be symmetric to the last bit.
+    kept = unpack(packed(x, y))[0]
+    np.testing.assert_array_equal(np.triu(kept), np.triu(gram(torch.from_numpy(x)).numpy()))
+    np.testing.assert_array_equal(kept, kept.T)
 
 
 @pytest.mark.parametrize("estimator", ["unbiased", "biased"])
