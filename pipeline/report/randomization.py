@@ -215,6 +215,7 @@ def learning_curves(width: float, found: Randomized) -> Figure:
         panel.set_title(shorten(found.title(architecture), int(15 * width / columns)))
         panel.set_ylim(bottom=0)
         panel.set_xlabel("epoch")
+        panel.xaxis.get_major_locator().set_params(integer=True)
         panel.grid(axis="y")
     for panel in axes[len(networks) :]:
         panel.set_axis_off()
@@ -236,6 +237,7 @@ def over_training(width: float, found: Randomized) -> Figure:
         panel.set_ylabel(title)
         panel.set_ylim(bottom=0)
         panel.set_xlabel("epoch")
+        panel.xaxis.get_major_locator().set_params(integer=True)
         panel.grid(axis="y")
     _legend(figure, list(panels), width)
     return figure
