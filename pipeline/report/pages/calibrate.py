@@ -55,7 +55,7 @@ def pages(experiment: Experiment) -> list[Page]:
             title="Calibration",
             template="calibration.html.j2",
             values={"sections": sections, "columns": PAPER, "titles": TITLES, "over": over, "table": table,
-                    "best": best},
+                    "best": best, "trained": bool(experiment.of_stage("randomize"))},
             summary="Whether the networks know when they are wrong, and what each method makes of it.",
             findings=[finding(one) for one in sections],
             figures=[figure for one in sections for figure in one.figures] + over,
@@ -132,8 +132,7 @@ def over_networks(experiment: Experiment, points: list[Point]) -> Figure:
         alt="Scatter plots: calibration error of the networks by what they are made of, and NLL by error",
         caption="ECE of the networks as they are, with its 95 % interval, over what differs between them, and NLL over "
         "the share of images that are not recognised: networks with a higher NLL at the same error are surer of their "
-        "mistakes. The line leads to the NLL with a temperature: what is above it was lost to overfitting."
-        "",
+        "mistakes. The line leads to the NLL with a temperature: what is above it was lost to overfitting.",
         header=FACTOR_HEADER,
         rows=figures.factor_rows(points),
     )
