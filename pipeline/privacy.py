@@ -28,8 +28,9 @@ def without_home(text: str) -> str:
 
 
 def scrub_logs(folder: Path, since: float) -> None:
-    """Take home folder and user out of the logs that Snakemake itself wrote; what cannot be written stays."""
-    for path in folder.glob("*.log"):
+    """Take home folder and user out of the logs that Snakemake and its jobs on SLURM wrote; what cannot be written
+    stays."""
+    for path in (*folder.glob("log/*.log"), *folder.glob("slurm_logs/**/*.log")):
         with contextlib.suppress(OSError, UnicodeDecodeError):
             if path.stat().st_mtime >= since:
                 said = path.read_text(encoding="utf-8")

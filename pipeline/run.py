@@ -52,7 +52,7 @@ class Run:
             self.plan = Plan.read(Path(os.environ[PLAN]))
             return
         processes.announce()
-        atexit.register(scrub_logs, Path(".snakemake/log"), time.time() - 60)
+        atexit.register(scrub_logs, Path(".snakemake"), time.time() - 60)
         try:
             self._prepare(raw, dry, arguments(files, overrides or {}))
         except OSError as error:

@@ -10,6 +10,7 @@ the last layer. Thresholds and counts are compared, too.
 
 import argparse
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -70,18 +71,18 @@ def measure(folder: Path, count: int, name: str, times: int) -> None:
     print(f"  on the disk: full {maps / count / 1e6:.2f} MB an image, none {kept / 1e6:.1f} MB in all")
 
 
-def labelled(store: Path, count: int) -> tuple[Concepts, list[Counted]]:
+def labelled(store: Path, count: int, shard: int = SHARD) -> tuple[Concepts, list[Counted]]:
     """300 concepts in three categories, patches of 7 x 7, and which images count: all."""
     rng = np.random.default_rng(0)
     create(
         store,
-        {"label_map": Array(("image", "category", "y", "x"), (count, 3, *LABELS), np.uint16, (SHARD, 1, *LABELS))},
+        {"label_map": Array(("image", "category", "y", "x"), (count, 3, *LABELS), np.uint16, (shard, 1, *LABELS))},
         {},
     )
     files: Files = {}
     counted = []
-    for k, at in enumerate(range(0, count, SHARD)):
-        number = min(SHARD, count - at)
+    for k, at in enumerate(range(0, count, shard)):
+        number = min(shard, count - at)
         patches = [rng.integers(100 * c + 1, 100 * c + 101, (number, 1, 8, 8)) for c in range(3)]
         drawn = np.concatenate(patches, axis=1).repeat(7, axis=2).repeat(7, axis=3).astype(np.uint16)
         files |= write(store, {"label_map": ((at, 0, 0, 0), drawn)})
@@ -128,9 +129,14 @@ def full(
 
 
 def none(
-    folder: Path, model: forward.Model, images: Images, counted: list[Counted], concepts: Concepts
+    folder: Path,
+    model: forward.Model,
+    images: Images,
+    counted: list[Counted],
+    concepts: Concepts,
+    timed: Callable[[Callable[[], object]], float] = seconds,
 ) -> dict[str, float]:
-    """The two passes of layers that are not stored."""
+    """The two passes of layers that are not stored, by `timed`."""
     _, layers = tasks(folder, model, images, pooled=True)
     parts = [stream.Part(one.shard, images.files_of(one.shard), images.range(one.shard), one.rows) for one in counted]
     how = {"quantile": QUANTILE, "border": "edge", "positions": "upsampled", "size": LABELS, "version": 0}
@@ -141,7 +147,7 @@ def none(
         found, _ = stream.sample(model, images.store, parts[: stream.SAMPLE_SHARDS], streamed)
         brackets.update(found)
 
-    spent = {"none: sample": seconds(sample)}
+    spent = {"none: sample": timed(sample)}
     streamed = [replace(layer, bracket=brackets[layer.id]) for layer in streamed]
     ledgers = {layer.id: Ledger(layer.store.with_suffix(".ledger")) for layer in streamed}
     for layer in streamed:
@@ -154,7 +160,7 @@ def none(
         for id, files in done.tails.items():
             ledgers[id].record("0", "", files)
 
-    spent["none: first pass"] = seconds(first)
+    spent["none: first pass"] = timed(first)
     thresholds, missed = {}, 0
     for layer in streamed:
         files = ledgers[layer.id].files(["bracket", "0"])
@@ -184,7 +190,7 @@ def none(
             wanted.append(dissect_streamed.OfLayer(layer, threshold, results, shown))
         dissect_streamed.count_block(model, images.store, 0, members, wanted, concepts, "edge")
 
-    spent["none: second pass"] = seconds(second)
+    spent["none: second pass"] = timed(second)
     for layer in streamed:
         for permuted in (False, True):
             total = Counts.zeros(GROUPS, layer.info.shape[0], 300, 3)

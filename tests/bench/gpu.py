@@ -6,8 +6,9 @@
 The bare forward is `torch.inference_mode` over images that are on the device already, in micro-batches; in float32 as
 the pipeline computes, without TF32, and in bfloat16, which it does not, to see what that would bring. Extraction reads
 images.zarr and writes the stores of one layer and the logits; `dissection` adds thresholds and IoU of as many units as
-that layer has, at 14 x 14 positions, with 300 concepts at 56 x 56. Seconds are those of the clock, with the device
-idle before and after; on the cores, of the CPU.
+that layer has, at 14 x 14 positions, with 300 concepts at 56 x 56; with `store: none` it is the two passes over all
+images, of true labels and permuted ones. Seconds are those of the clock, with the device idle before and after; on the
+cores, of the CPU.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import torch
 from pipeline import forward
 from pipeline.cluster import device
 from tests.bench.bench_costs import dissect_once, network, noise, shards, tasks
+from tests.bench.bench_stream import labelled, none
 
 ROOT = Path(__file__).parents[2]
 RECORD = ROOT / "build" / "gpu.json"
@@ -116,6 +118,10 @@ def one(folder: Path, name: str, layer: str, count: int, size: int, shard: int, 
     rates = {key: count / median(each) for key, each in spent.items()}
     units = full[0].info.shape[0]
     counted = sum(dissect_once(folder / "dissect", count, units, CONCEPTS, shard, seconds))
+    concepts, labels = labelled(folder / "concepts.zarr", count, shard)
+    passes = [none(folder / f"none-{k}", model, images, labels, concepts, seconds) for k in range(2)][-1]
+    rates["extraction, `store: none`"] = count / passes["none: first pass"]
+    rates["dissection, `store: none`"] = count / sum(passes.values())
     rates["dissection, all of it"] = 1 / (1 / rates["extraction, `store: full`"] + counted)
     extract_full = calls["extraction, `store: full`"]
     return {

@@ -12,8 +12,9 @@ def test_the_bench_of_a_gpu_runs_on_the_cores():
     found = gpu.measure({"squeezenet1_1": "features.3"}, images=4, size=32, shard=2, micro_batch=2)
     (one,) = found["networks"].values()
     rates = one["images a second"]
-    assert len(rates) == 5 and all(rate > 0 for rate in rates.values())
+    assert len(rates) == 7 and all(rate > 0 for rate in rates.values())
     assert rates["dissection, all of it"] < rates["extraction, `store: full`"]
+    assert rates["dissection, `store: none`"] < rates["extraction, `store: none`"]
     said = gpu.report(found)
     assert "4 images, on the cores" in said
     assert "aten::" in one["on the device"] and "conv" in one["on the device"]
