@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from pipeline.errors import MicrotomeError
+from pipeline.report import sentences
 from pipeline.report.results import open_store
 from pipeline.report.style import COLOURS, grid_of, shorten
 
@@ -132,7 +133,7 @@ class Randomized:
         """A network's name, with its parameters where another one has the same name."""
         name, parameters = architecture
         alike = sum(other == name for other, _ in self.networks) > 1
-        return f"{name}, {parameters:,} parameters" if alike else name
+        return f"{name}, {sentences.number(parameters)} parameters" if alike else name
 
     def of(self, architecture: tuple[str, int]) -> list[Run]:
         return [run for run in self.runs if run.architecture == architecture]
