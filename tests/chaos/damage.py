@@ -238,8 +238,8 @@ def ledger(case: Case, name: str, kind: str) -> Outcome:
     """A damaged ledger, when its stage runs again"""
     names = [path.relative_to(case.undisturbed).as_posix() for path in case.undisturbed.rglob(f"{name}.ledger")]
     chosen = case.random.choice(sorted(names))
-    store = Path(chosen).with_suffix(".zarr").as_posix()
-    owners = [m for n, m in folder.manifests(case.undisturbed).items() if _owns(n, m, store)]
+    of = chosen.removesuffix(".ledger")  # a store, or a folder with one for each entry
+    owners = [m for n, m in folder.manifests(case.undisturbed).items() if _owns(n, m, (f"{of}.zarr/", f"{of}/"))]
     stage = {"activations": "extract"}.get(owners[0]["stage"], owners[0]["stage"])
     case.without(stage, stores=False)
     damage(case, kind, [chosen])
@@ -250,8 +250,8 @@ def ledger(case: Case, name: str, kind: str) -> Outcome:
     return outcome
 
 
-def _owns(name: str, found: dict, store: str) -> bool:
-    return any((Path(name).parent.parent / file).as_posix().startswith(store + "/") for file in found["files"])
+def _owns(name: str, found: dict, below: tuple[str, ...]) -> bool:
+    return any((Path(name).parent.parent / file).as_posix().startswith(below) for file in found["files"])
 
 
 def after_power_cut(case: Case, stage: str) -> Outcome:
