@@ -268,6 +268,13 @@ def test_null_band_is_what_calibrated_confidences_show(name):
     assert (shown > found.null_high).mean() == pytest.approx(0.05, abs=0.025)
 
 
+def test_the_null_band_ends_above_nineteen_calibrated_networks_in_twenty():
+    confidence, generator = sampled(300, 4)
+    gaps = ((generator.random((8000, 300)) < confidence) - confidence) @ np.eye(15)[equal_width(confidence)]
+    found = noise(confidence, confidence > 2, draws=8000, seed=0)["ece"]
+    assert found.null_high == pytest.approx(np.quantile(np.abs(gaps).sum(1) / 300, 0.95), rel=0.015)
+
+
 def test_null_of_a_network_that_is_right_on_78_percent():
     # Confidences as widely spread as those of a small ViT on CIFAR-10: 0.99 % at 10,000 images, 3.1 % at 1,000, 6.9 %.
     for images, expected in ((10_000, 0.0099), (1000, 0.031), (200, 0.069)):
@@ -330,6 +337,14 @@ def test_chance_in_the_classwise_error_is_that_of_drawn_labels_and_images():
         assert [found.low, found.high] == pytest.approx([low, high], abs=0.004)
 
 
+def test_the_quantiles_of_chance_in_the_classwise_error():
+    """One class and one bin, of which the draws are known: errors of 0, 0.001, ... 1 for ten images."""
+    draws = np.arange(1001) / 100
+    found = ClasswiseNoise(np.array([6.0]), draws[None], np.zeros(1), draws[None], np.full(1001, 10.0), 10).noise(1)
+    assert (found.low, found.high) == pytest.approx((1.2 - 0.975, 1.2 - 0.025))
+    assert (found.null_mean, found.null_high) == pytest.approx((0.5, 0.95))
+
+
 # Methods --------------------------------------------------------------------------------------------------------------
 
 
@@ -343,6 +358,30 @@ def test_temperature_never_changes_a_prediction_and_is_always_positive():
             for nearby in (0.999, 1.001):
                 other = log_softmax(logits * method.scaling.weight * nearby)[np.arange(60), labels].mean()
                 assert -other >= nll(method.scaling, logits, labels)
+
+
+def test_the_temperature_that_is_told_divides_the_logits():
+    logits, labels = made(300, 4, 2)  # overconfident
+    method = fit("temperature", logits, labels)
+    told = facts(method)["temperature"]
+    assert told > 1.5
+    np.testing.assert_allclose(method(logits)[0], softmax(logits / told), rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["vector", "matrix", "matrix_odir"])
+def test_scaling_that_differs_between_classes_predicts_what_it_finds_likeliest(name):
+    logits, labels = made(300, 4, 5, lift=1.0)
+    logits[:, 0] += 2
+    probabilities, predicted = fit(name, logits, labels)(logits)
+    np.testing.assert_array_equal(predicted, probabilities.argmax(1))
+    assert (predicted != logits.argmax(1)).any()
+
+
+def test_what_a_softmax_does_not_notice_is_fixed():
+    logits, labels = made(300, 4, 5)
+    vector, matrix = fit_vector(logits, labels), fit_matrix(logits, labels)
+    for sums in (vector.bias.sum(), matrix.bias.sum(), matrix.weight.sum(0), matrix.weight.sum(1)):
+        np.testing.assert_allclose(sums, 0, atol=1e-12)
 
 
 def test_temperature_of_many_images_is_that_of_all_of_them():
@@ -406,6 +445,16 @@ def test_the_penalty_is_chosen_on_images_that_are_fitted_on():
         fit("matrix", logits, labels)
     )
     assert fit_regularised_matrix(logits[:4], np.arange(4)).penalty in PENALTIES  # one image judges
+
+
+@pytest.mark.parametrize(("images", "classes", "seed", "at"), [(120, 5, 2, 0), (60, 4, 5, 2)])
+def test_images_that_judge_a_penalty_are_not_fitted(images, classes, seed, at):
+    """Judged by images that are fitted, too, the weakest penalty would win."""
+    logits, labels = made(images, classes, seed)
+    held, others = np.split(np.random.default_rng(0).permutation(images), [images // 5])
+    losses = [nll(fit_matrix(logits[others], labels[others], p), logits[held], labels[held]) for p in PENALTIES]
+    assert int(np.argmin(losses)) == at
+    assert fit_regularised_matrix(logits, labels).penalty == PENALTIES[at]
 
 
 def test_isotonic_is_scikit_learns():
@@ -476,6 +525,9 @@ def test_the_elbow_keeps_what_the_rule_says():
     assert maps.elbow(np.array([0.5, 1.0, 0.5])).tolist() == [1]
     assert maps.elbow(np.array([0.1, 1.0, 0.6, 0.1 - 1e-9])).tolist() == [1, 2]
     assert maps.elbow(np.array([1.0, 1.0, 1.0])).tolist() == [0, 1]
+    # A drop of 0.0005 is 0.5 % of the variance, one of 0.00005 no more than 0.05 %.
+    assert maps.elbow(np.array([1.0, 0.5, 0.4995, 0.1])).tolist() == [0, 1, 2]
+    assert maps.elbow(np.array([1.0, 0.5, 0.49995, 0.1])).tolist() == [0]
 
 
 def test_an_empty_bin_gives_its_middle():

@@ -293,6 +293,34 @@ def test_workers_with_other_code_are_refused(monkeypatch, client):
         cluster._check_workers(client, asked, "the pool")
 
 
+class Elsewhere:
+    """A client whose one worker somebody else started, and says this of itself."""
+
+    def __init__(self, threads, said):
+        self.threads, self.said = threads, said
+
+    def run(self, function):
+        return {"tls://node7:1": function() | self.said}
+
+    def scheduler_info(self, n_workers):
+        return {"workers": {"tls://node7:1": {"nthreads": self.threads}}}
+
+
+@pytest.mark.parametrize(
+    ("threads", "said", "message"),
+    [
+        (4, {}, r"node7:1 has threads 4, and this run 1: its numbers would differ"),
+        (1, {"torch": "1.13"}, r"node7:1 has torch 1\.13, and this run \d+\.\d+: its"),
+        (1, {"device": "cuda"}, r"node7:1 has device cuda, and this run cpu: its"),
+    ],
+)
+def test_workers_that_would_give_other_numbers_are_refused(threads, said, message):
+    asked = Cluster(kind="address", address="tcp://localhost:1", memory="4 GB")
+    cluster._check_workers(Elsewhere(1, {}), asked, "the scheduler")
+    with pytest.raises(MicrotomeError, match=message):
+        cluster._check_workers(Elsewhere(threads, said), asked, "the scheduler")
+
+
 @pytest.fixture
 def client(workers, tmp_path):
     with cluster.client(Cluster(workers=1), tmp_path) as found:

@@ -329,6 +329,21 @@ def test_corruptions_of_a_run():
     assert (few != true.labels).sum() < (many != true.labels).sum()
 
 
+def test_test_images_are_corrupted_as_training_images_and_are_others():
+    draw = np.random.default_rng(1)
+    same = draw.integers(0, 256, (9, 3, 12, 12), np.uint8)
+    true = Sets(same, draw.integers(0, 5, 9), same, draw.integers(0, 5, 9))
+    # Nothing drawn for a training image is drawn again for a test image: what is memorised helps with none of them.
+    for name in ("random_pixels", "gaussian"):
+        found = corrupted(true, 5, name, None, 3)
+        assert (found.images == found.test_images).mean() < 0.1, name
+    # The noise of both has the moments of the training images, whatever the test images are.
+    dark = Sets(true.images, true.labels, same // 8, true.test_labels)
+    noise, wanted = corrupted(dark, 5, "gaussian", None, 3), corrupted(true, 5, "gaussian", None, 3)
+    np.testing.assert_array_equal(noise.images, wanted.images)
+    np.testing.assert_array_equal(noise.test_images, wanted.test_images)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels.calibration import Reliability, softmax
+from kernels.calibration import BINS, Reliability, equal_width, softmax
 from kernels.whiten import whiten
 from pipeline import randomize_training
 from pipeline.config import FITTING
@@ -209,3 +209,18 @@ def test_dropout_is_switched():
     one = Training(network(), sets(), settings(dropout=0.5))
     assert one.network[4].p == 0.5
     assert Training(network(0.25), sets(), settings()).network[4].p == 0.25
+
+
+def test_a_confidence_on_the_edge_of_two_bins_is_in_the_lower_one(monkeypatch):
+    """As in the calibration. A network that gives all its classes the same is on an edge, with 3, 5 or 15 of them."""
+    one = Training(network(), sets(), settings())
+    logits = torch.zeros(21, 4)
+    logits[:, 3] = -1000
+    logits[7:, 0] = torch.linspace(0.05, 3, 14)
+    monkeypatch.setattr(one, "_logits", lambda images: logits)
+    confidence = softmax(logits.numpy()).max(1)
+    assert confidence[0] == 1 / 3 and confidence[7] > 1 / 3
+    at = equal_width(confidence)
+    gaps = np.bincount(at, confidence - (logits.argmax(1).numpy() == one.test_labels.numpy()), BINS)
+    assert at[0] + 1 == at[7]
+    np.testing.assert_allclose(one._judged(one.test_images, one.test_labels)[2:], gaps, atol=1e-12)

@@ -155,9 +155,23 @@ def test_smaller_last_minibatch_is_dropped_or_weighed(tmp_path):
     """21 images in minibatches of eight: the last has five, enough for HSIC1."""
     raw = experiment(tmp_path, images=21, minibatch=8, last="weigh")
     raw["datasets"]["scenes"]["images"]["validation"] = 21
-    found = opened(run(raw, *STAGES))
+    made = run(raw, *STAGES)
+    found = opened(made)
     assert (found.image.values >= 0).sum(1).tolist() == [8, 8, 5]
     assert found.weight.values.tolist() == [40, 40, 10]
+    x, y = outputs(made, "cnn", ["a", "b"]).values()
+    batches = [row[row >= 0] for row in found.image.values]
+
+    def unbiased(p, q):
+        return sum(len(batch) * (len(batch) - 3) * hsic1(p[batch], q[batch]) for batch in batches)
+
+    def biased(p, q):
+        centred = [[z[batch] - z[batch].mean(0) for z in (p, q)] for batch in batches]
+        return sum(((k @ k.T) * (m @ m.T)).sum() for k, m in centred)
+
+    for name, summed in (("cka", unbiased), ("cka_biased", biased)):
+        expected = summed(x, y) / np.sqrt(summed(x, x) * summed(y, y))
+        assert float(found[name][0, 1]) == pytest.approx(expected, abs=1e-6), name
     raw["similarity"]["last"] = "drop"
     found = opened(run(raw, *STAGES))
     assert found.weight.values.tolist() == [1, 1] and found.attrs["last"] == "drop"

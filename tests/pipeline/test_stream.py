@@ -214,7 +214,7 @@ def test_on_workers(folder, stored):
 def test_a_run_that_is_cut_short_goes_on_after_the_last_block(folder, stored, here, monkeypatch):
     raw = experiment(folder, "none", fresh(folder, "cut"), ("tiny",))
     raw["networks"]["tiny"]["weights"] = "random"
-    run(raw, *STAGES)
+    wanted = outputs(run(raw, *STAGES))
     whole, tasks = here.images["tiny"], dict(here.tasks)
     raw["results"] = str(folder / fresh(folder, "cut"))
     here.images.clear()
@@ -230,8 +230,24 @@ def test_a_run_that_is_cut_short_goes_on_after_the_last_block(folder, stored, he
     again = here.tasks["tail_block"] - tasks["tail_block"]
     assert here.images["tiny"] == whole + 4 * again and again <= 4
     assert here.tasks["extract_block"] == tasks["extract_block"] and here.tasks["count_block"] == tasks["count_block"]
-    mine = outputs(plan)
-    assert mine and damage.verify(plan.results) == []
+    assert wanted and outputs(plan) == wanted
+    assert damage.verify(plan.results) == []
+
+
+def test_units_that_are_counted_again_go_on_after_the_last_block(folder, here, monkeypatch):
+    monkeypatch.setattr(stream, "BINS", 4)
+    monkeypatch.setattr(stream, "ERRORS", -20.0)
+    raw = experiment(folder, "none", fresh(folder, "cut-again"), ("tiny",))
+    raw["networks"]["tiny"]["weights"] = "random"
+    wanted, tasks = outputs(run(raw, *STAGES)), here.tasks["tail_block"]
+    fresh(folder, "cut-again")
+    here.tasks.clear()
+    here.cut = {"tail_block": 3}  # the two shards of refused label maps, and one block
+    with pytest.raises(RuntimeError, match="cut short"):
+        run(raw, *STAGES)
+    here.cut = {}
+    assert wanted and outputs(run(raw, *STAGES)) == wanted
+    assert here.tasks["tail_block"] == tasks + 2, "no block is counted twice"
 
 
 def test_what_a_change_costs(folder, here):
