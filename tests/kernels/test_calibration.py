@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,8 @@ from kernels.calibration_methods import NAMES, facts, fit, judge, uncalibrated
 from kernels.calibration_noise import ClasswiseNoise, noise
 from kernels.calibration_scaling import PENALTIES, fit_matrix, fit_regularised_matrix, fit_temperature, fit_vector
 
-GOLDEN = Path(__file__).parents[3] / "shared" / "golden" / "calibration.json"
+SHARED = Path(os.environ.get("MICROTOME_SHARED", Path(__file__).parents[3] / "shared"))
+GOLDEN = SHARED / "golden" / "calibration.json"
 FIXTURES = ("k3_over", "k5_under")
 
 
