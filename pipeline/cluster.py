@@ -119,13 +119,22 @@ def _check_workers(client: Any, cluster: Cluster, what: str) -> None:
     """
     wanted = facts() | {"device": "cuda" if cluster.on_gpus else "cpu", "threads": 1}
     try:
+        client.run_on_scheduler(code)
         there = client.run(facts)
     except ModuleNotFoundError as error:
-        raise MicrotomeError(f"{what}: its workers cannot import this code ({error}): start them with it") from None
+        raise MicrotomeError(
+            f"{what}: it, or its workers, cannot import this code ({error}): start both with PYTHONPATH, as "
+            "docs/clusters.md says"
+        ) from None
     known = client.scheduler_info(n_workers=-1)["workers"]
     for worker, said in there.items():
         said = said | {"threads": known.get(worker, {}).get("nthreads", 1)}
         for key, value in wanted.items():
+            if key == "folder" and said[key] != value:
+                raise MicrotomeError(
+                    f"{what}: worker {worker} was started in {said[key]}, and this run in {value}: start it in "
+                    "the same folder, since paths may be relative to it"
+                )
             if said[key] != value:
                 raise MicrotomeError(
                     f"{what}: worker {worker} has {key} {said[key]}, and this run {value}: its numbers would differ; "
@@ -134,8 +143,13 @@ def _check_workers(client: Any, cluster: Cluster, what: str) -> None:
 
 
 def facts() -> dict[str, Any]:
-    """On a worker, and here: what else decides the numbers that come from it."""
-    return {"code": code(), "device": device(), "torch": ".".join(version("torch").split(".")[:2])}
+    """On a worker, and here: what else decides the numbers that come from it, and where paths begin."""
+    return {
+        "code": code(),
+        "device": device(),
+        "torch": ".".join(version("torch").split(".")[:2]),
+        "folder": str(Path.cwd()),
+    }
 
 
 @functools.cache

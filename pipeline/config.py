@@ -804,6 +804,14 @@ class Cluster(Strict):
             raise ValueError("expected tls://host:port or tcp://host:port")
         return address
 
+    @model_validator(mode="before")
+    @classmethod
+    def _taken_out(cls, raw: object) -> object:
+        """A profile takes out what a configuration says with null, which Snakemake hands on as a word."""
+        if not isinstance(raw, dict):
+            return raw
+        return {key: value for key, value in raw.items() if value not in (None, "null")}
+
     @model_validator(mode="after")
     def _agrees(self) -> "Cluster":
         if (self.kind == "address") != (self.address is not None):

@@ -201,7 +201,7 @@ def run(plan: Plan, step: Step) -> None:
                     passes = dissect_streamed.Passes(plan, step, workers, images, extracted, counted, how, size)
                     lacking = {one.layer.id: one.layer for one in streamed if one.layer.id not in known}
                     known |= passes.thresholds(lacking)
-                    count_and_write(passes.count(known, accumulator), streamed, known, concepts, how, accumulator)
+                    count_and_write(passes.count(known), streamed, known, concepts, how, accumulator)
                     passes.remove()
 
     entries = {}
@@ -595,6 +595,14 @@ def memory_need(layer: Layer, images: int, size: tuple[int, int], concepts: Conc
     maps = 2 * 3 * images * units * height * width
     labels = 2 * 3 * images * size[0] * size[1] * len(concepts.categories)
     return maps + labels + 2 * 8 * units * max(2049, GROUPS * len(concepts.names))
+
+
+def counting_need(units: int, concepts: Concepts, images: int, size: tuple[int, int]) -> int:
+    """Bytes of counting so many units of a batch together beside a forward: their counts, twice, and label maps of a
+    shard."""
+    from kernels.iou import GROUPS
+
+    return 16 * GROUPS * units * len(concepts.names) + 6 * images * size[0] * size[1] * len(concepts.categories)
 
 
 def batches(missing: list[Wanted], concepts: int, accumulator: int) -> Iterator[list[Wanted]]:

@@ -17,7 +17,7 @@ import numpy as np
 
 from pipeline import pictures, stage, stream
 from pipeline.cluster import check_memory, device, overlapping, run_tasks
-from pipeline.dissect import Arrays, Concepts, Counted, Layer, Threshold, Wanted, labels_of
+from pipeline.dissect import Arrays, Concepts, Counted, Layer, Threshold, Wanted, counting_need, labels_of
 from pipeline.forward import Model, half, model_of
 from pipeline.identity import digest
 from pipeline.manifest import Files, Manifest
@@ -209,25 +209,25 @@ class Passes:
     # IoU --------------------------------------------------------------------------------------------------------------
 
     def count(
-        self, thresholds: Mapping[str, Threshold], accumulator: int
+        self, thresholds: Mapping[str, Threshold]
     ) -> Callable[[list[Wanted], Concepts], tuple[dict[tuple[str, bool], Counts], dict[str, Arrays]]]:
         """What counts a batch of layers; see `dissect.count_and_write`."""
 
         def counted(batch: list[Wanted], chosen: Concepts) -> tuple[Any, Any]:
-            return self._count(batch, chosen, thresholds, accumulator)
+            return self._count(batch, chosen, thresholds)
 
         return counted
 
     def _count(
-        self, batch: list[Wanted], chosen: Concepts, thresholds: Mapping[str, Threshold], accumulator: int
+        self, batch: list[Wanted], chosen: Concepts, thresholds: Mapping[str, Threshold]
     ) -> tuple[dict[tuple[str, bool], Counts], dict[str, Arrays]]:
         from kernels.iou import GROUPS, Counts, ShardCounts
 
         shown = {w.layer.id: self._shown(w.layer) for w in batch if not w.permuted}
         done = {w.id: Finished(self.plan.scratch, digest([w.id, chosen.categories])) for w in batch}
         layers = {w.layer.id: w.layer.streamed for w in batch if w.layer.streamed is not None}
-        labels = 6 * self.images.shard_images * self.size[0] * self.size[1] * len(chosen.categories)
-        self.check(list(layers.values()), 2 * accumulator + labels)
+        units = sum(w.layer.shape[0] for w in batch)
+        self.check(list(layers.values()), counting_need(units, chosen, self.images.shard_images, self.size))
         tasks = []
         for block in self.blocks:
             of_layers = []

@@ -7,6 +7,7 @@ from what it took then. A run whose results the disk cannot hold is refused.
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -258,12 +259,19 @@ def _dissect(plan: Plan, step: Step, splits: Splits, done: bool) -> Cost:
     )
     seconds: float | None = images * units * (constant + position * height * width)
     shown = ""
-    if any(network.kept(layer["name"]) == "none" for layer in layers):
+    if streamed := [layer for layer in layers if network.kept(layer["name"]) == "none"]:
         speed = preflight.speed(plan, step)
         rate, shown = speed.get("images_per_second"), _rate(speed)
         seconds = seconds + images / rate if rate and seconds is not None else None
         prepared = extract.Prepared([], 0, {}, found["parameters"], found["largest"])
-        memory += extract.forward_need(prepared, network, size)
+        # As many of them are counted together as a worker has room for, with true labels and with permuted ones.
+        room = min(dissect.ACCUMULATOR_BYTES, cluster.memory(plan.config.cluster) // 4)
+        each = [layer["shape"][0] for layer in streamed]
+        one = dissect.counting_need(1, replace(counted, categories=()), 0, (0, 0)) // 2
+        together = max(max(each), min(2 * sum(each), room // max(1, one)))
+        counting = dissect.counting_need(together, counted, dataset.shard_images, (height, width))
+        maps = 12 * network.numerics.micro_batch * max(math.prod(layer["shape"]) for layer in streamed)
+        memory = max(memory, maps + counting + extract.forward_need(prepared, network, size))
     return Cost(step, (), images, -(-images // dataset.shard_images), seconds, memory, shown)
 
 

@@ -144,6 +144,10 @@ def bucket(url: str) -> Any:
         ) from None
     found = URL.fullmatch(url)
     assert found is not None
+    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AWS_ENDPOINT_URL_S3"):
+        # What it says is not repeated: it may hold a password.
+        if name in os.environ and not re.fullmatch(r"https?://[A-Za-z0-9._:\[\]-]+(/[^?#@\s]*)?", os.environ[name]):
+            raise MicrotomeError(f"{name}: expected http://host:port or https://host, without a user or password")
     return S3Store(found["bucket"], prefix=(found["prefix"] or "").strip("/") or None, retry_config=RETRIES)
 
 
@@ -167,7 +171,8 @@ def told(url: str, missing: str | None = None) -> Iterator[None]:
         status = re.search(r"status code: (\d+ [\w ]+)", str(error))
         why = (
             f"it cannot be reached ({status[1] if status else type(error).__name__}): look at its name, "
-            f"AWS_ENDPOINT_URL, AWS_REGION, and AWS_ALLOW_HTTP for a server without TLS"
+            f"AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and at AWS_ALLOW_HTTP for a "
+            f"server without TLS"
         )
     else:
         return

@@ -18,7 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from pipeline import published
+from pipeline import published, tls
 from pipeline.config import UNTRAINED, Network, Segmenter
 from pipeline.errors import MicrotomeError, nearest
 from pipeline.identity import digest
@@ -46,6 +46,8 @@ def check(plan: Plan, probe: bool = False) -> None:
 
     With `probe` the speed of networks is measured too, where it is not known.
     """
+    if plan.config.cluster.tls is not None:
+        tls.check(plan.config.cluster.tls.model_dump())
     asked = [*questions(plan), *(_probes(plan) if probe else [])]
     unknown = list({question.kept: question for question in asked if not question.kept.exists()}.values())
     if unknown:

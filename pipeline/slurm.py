@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import shlex
 import signal
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,13 +37,36 @@ def start(cluster: Cluster, scratch: Path, security: Security, environment: dict
     directives = list(asked.directives)
     if cluster.gpus:
         directives.append("--gres=gpu:1")
-    return SLURMCluster(
+    made = SLURMCluster(
         **options(cluster, scratch, security, environment),
         queue=asked.partition,
         account=asked.account,
         walltime=asked.walltime,
         job_extra_directives=directives,
     )
+    try:
+        check(made.job_script())
+    except MicrotomeError:
+        made.close()
+        raise
+    return made
+
+
+def check(script: str) -> None:
+    """Have SLURM look at a job without taking it: what is wrong is told in its own words.
+
+    dask-jobqueue would log it, ask again and again, and a run would wait for a job that never came.
+    """
+    with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
+        file.write(script)
+        file.flush()
+        try:
+            done = subprocess.run(["sbatch", "--test-only", file.name], capture_output=True, text=True)
+        except FileNotFoundError:
+            raise MicrotomeError("cluster.kind is slurm, and there is no `sbatch` here") from None
+    if done.returncode:
+        said = " ".join(done.stderr.split()) or f"exit status {done.returncode}"
+        raise MicrotomeError(f"SLURM takes no job of `cluster.slurm`: {said}")
 
 
 def options(cluster: Cluster, scratch: Path, security: Security, environment: dict[str, str]) -> dict[str, Any]:

@@ -25,16 +25,22 @@ def security(files: Mapping[str, str]) -> Security:
     """
     from distributed import Security
 
+    paths = check(files)
+    given = {"tls_ca_file": paths["ca"]}
+    for role in ("client", "scheduler", "worker"):
+        given |= {f"tls_{role}_cert": paths["certificate"], f"tls_{role}_key": paths["key"]}
+    return Security(require_encryption=True, **given)
+
+
+def check(files: Mapping[str, str]) -> dict[str, str]:
+    """The paths of `files`; raises as `security` does."""
     paths = {what: str(Path(path).expanduser()) for what, path in files.items()}
     for what, path in paths.items():
         try:
             Path(path).read_bytes()
         except OSError as error:
             raise MicrotomeError(f"cluster.tls.{what}: the file cannot be read: {error.strerror}") from None
-    given = {"tls_ca_file": paths["ca"]}
-    for role in ("client", "scheduler", "worker"):
-        given |= {f"tls_{role}_cert": paths["certificate"], f"tls_{role}_key": paths["key"]}
-    return Security(require_encryption=True, **given)
+    return paths
 
 
 def temporary(scratch: Path) -> dict[str, str]:

@@ -237,6 +237,7 @@ WORKER = [
 def test_two_workers_of_a_scheduler_with_tls(tmp_path, monkeypatch, started):
     """Started by hand: a stage runs on them, and a client without the right certificate does not get in."""
     monkeypatch.delenv(cluster.ADDRESS, raising=False)
+    monkeypatch.chdir(tmp_path)
     files = certificates.make(tmp_path / "certificates")
     told = tmp_path / "scheduler.json"
     started(
@@ -302,6 +303,9 @@ class Elsewhere:
     def run(self, function):
         return {"tls://node7:1": function() | self.said}
 
+    def run_on_scheduler(self, function):
+        return function()
+
     def scheduler_info(self, n_workers):
         return {"workers": {"tls://node7:1": {"nthreads": self.threads}}}
 
@@ -312,6 +316,7 @@ class Elsewhere:
         (4, {}, r"node7:1 has threads 4, and this run 1: its numbers would differ"),
         (1, {"torch": "1.13"}, r"node7:1 has torch 1\.13, and this run \d+\.\d+: its"),
         (1, {"device": "cuda"}, r"node7:1 has device cuda, and this run cpu: its"),
+        (1, {"folder": "/other"}, r"node7:1 was started in /other, and this run in .*: start it in the same folder"),
     ],
 )
 def test_workers_that_would_give_other_numbers_are_refused(threads, said, message):
@@ -338,9 +343,11 @@ def script(asked: Cluster, scratch: Path) -> str:
     """What would be given to `sbatch`."""
     scratch.mkdir(parents=True, exist_ok=True)
     files = tls.temporary(scratch)
-    with slurm.start(asked, scratch, tls.security(files), cluster.THREADS) as made:
-        address = made.scheduler_address
-        text = made.job_script()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(slurm, "check", lambda script: None)
+        with slurm.start(asked, scratch, tls.security(files), cluster.THREADS) as made:
+            address = made.scheduler_address
+            text = made.job_script()
     assert address.startswith("tls://127.0.0.1:")
     return text
 
@@ -434,6 +441,7 @@ def test_a_stage_on_jobqueues_local_cluster(tmp_path, monkeypatch):
 
 SBATCH = """#!/usr/bin/env bash
 # Runs a job at once, as a child of nobody, and says its number.
+[ "$1" = --test-only ] && exit 0
 cp "$1" job.sh
 setsid bash job.sh > job.out 2>&1 &
 echo "Submitted batch job $!"
@@ -442,6 +450,18 @@ SCANCEL = """#!/usr/bin/env bash
 echo "$@" >> cancelled
 kill -- -"$1"
 """
+
+
+def test_what_sbatch_refuses_is_told_in_its_words(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(MicrotomeError, match="there is no `sbatch` here"):
+        slurm.check("")
+    (tmp_path / "sbatch").write_text('#!/bin/sh\necho "sbatch: error: invalid partition: long" >&2\nexit 1\n')
+    (tmp_path / "sbatch").chmod(0o755)
+    with pytest.raises(
+        MicrotomeError, match=r"takes no job of `cluster.slurm`: sbatch: error: invalid partition: long"
+    ):
+        slurm.check("")
 
 
 def test_a_pool_of_slurm_jobs(tmp_path, monkeypatch):

@@ -98,7 +98,8 @@ def test_a_queue_within_a_queue_is_refused(tmp_path):
 
 
 def test_the_profile_of_gpus_asks_for_them(tmp_path, monkeypatch):
-    """It adds to the section of the configuration, whose workers are then too many where no GPU is to be seen."""
+    """It takes the place of the queue that a configuration names, but for its workers, too many where no GPU is."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     gpus = ("--workflow-profile", str(ROOT / "profiles/gpu"), "dissect")
-    assert "torch sees 0 GPUs here for 1 workers" in snakemake(tmp_path, experiment(workers=1), *gpus, code=1)
+    queue = {"kind": "slurm", "memory": "4 GB", "slurm": {"partition": "long"}}
+    assert "torch sees 0 GPUs here for 1 workers" in snakemake(tmp_path, experiment(workers=1, **queue), *gpus, code=1)
