@@ -271,7 +271,8 @@ def _dissect(plan: Plan, step: Step, splits: Splits, done: bool) -> Cost:
         together = max(max(each), min(2 * sum(each), room // max(1, one)))
         counting = dissect.counting_need(together, counted, dataset.shard_images, (height, width))
         maps = 12 * network.numerics.micro_batch * max(math.prod(layer["shape"]) for layer in streamed)
-        memory = max(memory, maps + counting + extract.forward_need(prepared, network, size))
+        merged = 3 * TAIL * sum(each)  # counters in int64, thrice
+        memory = max(memory, maps + counting + merged + extract.forward_need(prepared, network, size))
     return Cost(step, (), images, -(-images // dataset.shard_images), seconds, memory, shown)
 
 

@@ -7,7 +7,7 @@ from collections import namedtuple
 import pytest
 from experiments import run, scenes
 
-from pipeline import config, forecast, preflight, stage
+from pipeline import config, dissect_streamed, forecast, preflight, stage
 from pipeline.errors import MicrotomeError
 from pipeline.plan import make
 from pipeline.probe import Probe, measure
@@ -122,6 +122,18 @@ def test_what_is_not_stored_is_saved_and_forwarded_again(tmp_path, answered):
     said = forecast.lines(plan, list(streamed.values()))
     assert any(line.startswith("  a (not stored)") for line in said)
     assert said[-1].startswith("not stored, and counted in two forward passes in place of one: a; saves 0.0")
+
+
+@pytest.mark.usefixtures("workers")
+def test_the_memory_of_layers_that_are_not_stored_is_foretold(tmp_path, answered, monkeypatch):
+    raw = scenes(tmp_path)
+    raw["networks"]["tiny"]["store"] = "none"
+    foretold = by_name(forecast.forecast(checked(raw)))["dissect scenes tiny"].memory
+    asked = []
+    monkeypatch.setattr(dissect_streamed, "check_memory", lambda cluster, need, *said: asked.append(need))
+    run(raw, *STAGES)
+    assert asked
+    assert max(asked) <= foretold < 8 * max(asked), "enough, and no budget that nothing fills"
 
 
 @pytest.mark.parametrize(

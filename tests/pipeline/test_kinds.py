@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import certificates
 import experiments
@@ -14,7 +15,7 @@ import psutil
 import pytest
 import torch
 
-from pipeline import cluster, config, devices, ingest, plan, slurm, tls
+from pipeline import cluster, config, devices, ingest, plan, preflight, slurm, tls
 from pipeline.config import Cluster
 from pipeline.errors import MicrotomeError
 
@@ -284,6 +285,11 @@ def test_a_key_that_is_not_there_is_told_without_its_path(tmp_path):
     with pytest.raises(MicrotomeError, match=r"^cluster\.tls\.key: the file cannot be read: No such file") as error:
         tls.security(files)
     assert str(tmp_path) not in str(error.value)
+    # And before any work, even in a dry run.
+    section = {"kind": "address", "address": "tls://host:1", "memory": "4 GB", "tls": files}
+    asked = SimpleNamespace(config=SimpleNamespace(cluster=Cluster(**section)))
+    with pytest.raises(MicrotomeError, match=r"^cluster\.tls\.key: the file cannot be read"):
+        preflight.check(asked)
 
 
 def test_workers_with_other_code_are_refused(monkeypatch, client):
@@ -324,6 +330,18 @@ def test_workers_that_would_give_other_numbers_are_refused(threads, said, messag
     cluster._check_workers(Elsewhere(1, {}), asked, "the scheduler")
     with pytest.raises(MicrotomeError, match=message):
         cluster._check_workers(Elsewhere(threads, said), asked, "the scheduler")
+
+
+def test_a_scheduler_without_this_code_is_refused(monkeypatch):
+    def lacks(self, function):
+        raise ModuleNotFoundError("No module named 'pipeline'")
+
+    monkeypatch.setattr(Elsewhere, "run_on_scheduler", lacks)
+    asked = Cluster(kind="address", address="tcp://localhost:1", memory="4 GB")
+    with pytest.raises(
+        MicrotomeError, match=r"the scheduler: it, or its workers, cannot import this code .*PYTHONPATH"
+    ):
+        cluster._check_workers(Elsewhere(1, {}), asked, "the scheduler")
 
 
 @pytest.fixture

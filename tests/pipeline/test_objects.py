@@ -221,6 +221,14 @@ def test_a_bucket_that_is_not_there(server, tmp_path, monkeypatch):
     assert SECRET not in str(refused.value)
 
 
+@pytest.mark.parametrize("given", ["notaurl", "http://user:password@host:9000", "ftp://host", "http://host name"])
+def test_an_endpoint_that_is_none_is_refused_and_not_repeated(tmp_path, monkeypatch, given):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", given)
+    with pytest.raises(MicrotomeError, match=r"^AWS_ENDPOINT_URL: expected http://host:port") as refused:
+        objects.bucket(f"s3://bucket/{len(given)}")
+    assert given not in str(refused.value) and "password@" not in str(refused.value)
+
+
 def test_without_obstore(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "obstore.store", None)
     with pytest.raises(MicrotomeError, match="extra"):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from workflow_run import ROOT, TINY, snakemake
+from workflow_run import ROOT, mini, snakemake
 
 from pipeline import config, plan
 from pipeline.errors import MicrotomeError
@@ -19,16 +19,6 @@ PLUGIN = Path(sys.executable).parent.parent / "slurm"  # installed apart: it add
 
 def profile(name):
     return yaml.safe_load((ROOT / "profiles" / name / "config.yaml").read_text())
-
-
-def experiment(**cluster):
-    return {
-        "name": "mini",
-        "results": "results",
-        "datasets": {"scenes": {"kind": "scenes", "size": 32, "images": {"train": 0, "validation": 8}}},
-        "networks": {"tiny": {"module": f"{TINY}:tiny", "weights": "random", "layers": ["0.1"]}},
-        "cluster": cluster,
-    }
 
 
 @pytest.mark.parametrize("name", ["default", "local", "gpu", "slurm"])
@@ -67,12 +57,12 @@ def test_the_profile_of_slurm(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(PLUGIN))
     arguments = ["--workflow-profile", str(ROOT / "profiles/slurm"), "--slurm-no-account"]
 
-    said = snakemake(tmp_path, experiment(workers=1), *arguments, "--dry-run")
+    said = snakemake(tmp_path, mini(workers=1), *arguments, "--dry-run")
     assert len(re.findall(r"^Job \d+: ", said, re.M)) == 6
     assert "mem_mb=4000" in said and "runtime=60" in said
     assert not (tmp_path / "asked").exists()
 
-    said = snakemake(tmp_path, experiment(workers=1), *arguments, code=1)
+    said = snakemake(tmp_path, mini(workers=1), *arguments, code=1)
     asked = {line.partition("--comment rule_")[2].partition("_wild")[0]: line for line in jobs(tmp_path)}
     assert set(asked) == {"make_ingest", "make_network"}
     for part in ("-t 60 ", "--mem 32000 ", "--cpus-per-task=8", "--export=ALL"):
@@ -90,7 +80,7 @@ def jobs(folder):
 
 
 def test_a_queue_within_a_queue_is_refused(tmp_path):
-    asked = plan.make(config.parse(experiment(kind="slurm", workers=2, memory="4 GB") | {"results": str(tmp_path)}))
+    asked = plan.make(config.parse(mini(kind="slurm", workers=2, memory="4 GB") | {"results": str(tmp_path)}))
     run = object.__new__(Run)
     run.plan, run.refused = asked, None
     with pytest.raises(MicrotomeError, match="jobs of Snakemake that ask SLURM for jobs"):
@@ -102,4 +92,4 @@ def test_the_profile_of_gpus_asks_for_them(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     gpus = ("--workflow-profile", str(ROOT / "profiles/gpu"), "dissect")
     queue = {"kind": "slurm", "memory": "4 GB", "slurm": {"partition": "long"}}
-    assert "torch sees 0 GPUs here for 1 workers" in snakemake(tmp_path, experiment(workers=1, **queue), *gpus, code=1)
+    assert "torch sees 0 GPUs here for 1 workers" in snakemake(tmp_path, mini(workers=1, **queue), *gpus, code=1)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from workflow_run import ROOT, TINY, contents, jobs_run, snakemake
+from workflow_run import ROOT, contents, jobs_run, mini, snakemake
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun")
 PLUGIN = Path(sys.executable).parent.parent / "slurm"
@@ -102,32 +102,22 @@ def asked(*command: str) -> str:
     return subprocess.run(command, check=False, capture_output=True, text=True).stdout
 
 
-def experiment(**cluster):
-    return {
-        "name": "mini",
-        "results": "results",
-        "datasets": {"scenes": {"kind": "scenes", "size": 32, "images": {"train": 0, "validation": 8}}},
-        "networks": {"tiny": {"module": f"{TINY}:tiny", "weights": "random", "layers": ["0.1"]}},
-        "cluster": {"workers": 1} | cluster,
-    }
-
-
 def test_both_ways(slurm, tmp_path, monkeypatch):
     """Jobs of Snakemake, and workers of a pool: the same bytes as without SLURM, and no job is left behind."""
     plain, by_jobs, by_workers = (tmp_path / name for name in ("plain", "jobs", "workers"))
     for folder in (plain, by_jobs, by_workers):
         folder.mkdir()
-    snakemake(plain, experiment(), "dissect")
+    snakemake(plain, mini(workers=1), "dissect")
 
     queue = {"partition": "long", "walltime": "00:10:00", "processes": 2}
-    snakemake(by_workers, experiment(kind="slurm", workers=2, memory="2 GB", slurm=queue), "dissect")
+    snakemake(by_workers, mini(kind="slurm", workers=2, memory="2 GB", slurm=queue), "dissect")
     finished = asked("squeue", "--states=all", "--noheader", "--format=%j")
     assert "microtome" in finished.split()
 
     monkeypatch.setenv("PYTHONPATH", str(PLUGIN))
     profile = ("--workflow-profile", str(ROOT / "profiles/slurm"), "--slurm-no-account")
     quick = ("--slurm-status-command", "squeue", "--slurm-init-seconds-before-status-checks", "2")
-    said = snakemake(by_jobs, experiment(), *profile, *quick, "dissect")
+    said = snakemake(by_jobs, mini(workers=1), *profile, *quick, "dissect")
     assert sum(jobs_run(said).values()) == 5
 
     assert contents(by_workers / "results") == contents(by_jobs / "results") == contents(plain / "results")

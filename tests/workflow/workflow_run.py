@@ -19,6 +19,17 @@ TINY = str(Path(__file__).parent / "networks" / "tiny.py")
 PARSING = str(Path(__file__).parent / "networks" / "parsing.py")
 
 
+def mini(**cluster: Any) -> dict[str, Any]:
+    """The smallest experiment: eight scenes, one layer; `cluster` is its section."""
+    return {
+        "name": "mini",
+        "results": "results",
+        "datasets": {"scenes": {"kind": "scenes", "size": 32, "images": {"train": 0, "validation": 8}}},
+        "networks": {"tiny": {"module": f"{TINY}:tiny", "weights": "random", "layers": ["0.1"]}},
+        "cluster": cluster,
+    }
+
+
 def snakemake(folder: Path, config: Mapping[str, Any] | Path, *arguments: str, code: int = 0) -> str:
     """Run the workflow in `folder` on a configuration; return all that it printed.
 
