@@ -9,6 +9,9 @@ import pytest
 from pipeline import cluster
 from pipeline.config import Cluster
 
+# What tests compute themselves is compared to the bit with what workers computed: under the same limits of threads.
+os.environ |= cluster.THREADS
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What runs the whole workflow, file by file the longest, comes first: what is short fills the processes' ends."""
