@@ -7,7 +7,7 @@ from snakemake.exceptions import WorkflowError
 sys.path.insert(0, workflow.basedir)
 
 from pipeline.errors import MicrotomeError
-from pipeline.run import Run
+from pipeline.run.workflow import Run
 
 if not workflow.overwrite_configfiles:
 

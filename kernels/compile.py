@@ -7,9 +7,9 @@ import time
 
 import numpy as np
 
-from kernels.iou import count_shard, label_columns
-from kernels.threshold import count_tail, sample_bracket
-from kernels.upsample import upsample
+from kernels.dissection.iou import count_shard, label_columns
+from kernels.dissection.threshold import count_tail, sample_bracket
+from kernels.dissection.upsample import upsample
 
 
 def main() -> None:

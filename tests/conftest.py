@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from pipeline import cluster
-from pipeline.config import Cluster
+from pipeline.config.core import Cluster
+from pipeline.workers import pool as cluster
 
 # What tests compute themselves is compared to the bit with what workers computed: under the same limits of threads.
 os.environ |= cluster.THREADS

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote
 
-from pipeline.config import UNTRAINED, Figures, Report
+from pipeline.config.core import UNTRAINED, Figures, Report
 
 if TYPE_CHECKING:
-    from pipeline.report.network import Network
+    from pipeline.stages.dissect.detectors import Network
 
 Result = TypeVar("Result")
 
@@ -89,7 +89,7 @@ class Experiment:
     @cached_property
     def networks(self) -> list[Network]:
         """The dissected networks, read once, in the order of `comparisons`."""
-        from pipeline.report.network import read_network
+        from pipeline.stages.dissect.detectors import read_network
 
         return [read_network(self.results, comparison) for comparison in self.comparisons]
 
@@ -123,7 +123,7 @@ class Experiment:
         """`function(*task)` for every task, on the workers where there are any, in any order."""
         if self.workers is None:
             return (function(*task) for task in tasks)
-        from pipeline.cluster import run_tasks
+        from pipeline.workers.pool import run_tasks
 
         tasks = list(tasks)
         return run_tasks(self.workers, function, tasks, len(tasks), label)

@@ -5,8 +5,8 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from pipeline.report.counts import LayerCount
-from pipeline.report.results import COLUMNS, Unit
+from pipeline.stages.dissect.counting import LayerCount
+from pipeline.stages.dissect.found import COLUMNS, Unit
 
 UNIT_COLUMNS = (*COLUMNS[:6], "iou_over_ceiling", *COLUMNS[6:])
 DETECTOR_COLUMNS = ("run", "layer", "units", "category", "detectors", "unique_detectors")

@@ -12,10 +12,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from pipeline import config
+from pipeline.config import core as config
 from pipeline.errors import MicrotomeError, explained
-from pipeline.lock import RunLock
-from pipeline.objects import size_of
+from pipeline.storage.lock import RunLock
+from pipeline.storage.object_storage import size_of
 from pipeline.upkeep import damage, unreferenced
 
 

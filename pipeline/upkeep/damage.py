@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import MicrotomeError
-from pipeline.identity import crc32c
-from pipeline.manifest import Files, Manifest
-from pipeline.store import Ledger, remove, stored_bytes
+from pipeline.storage.identity import crc32c
+from pipeline.storage.manifest import Files, Manifest
+from pipeline.storage.store import Ledger, remove, stored_bytes
 
 SCRATCH = ".microtome"
 

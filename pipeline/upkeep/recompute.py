@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from pipeline import plan
-from pipeline.config import Config
+from pipeline.config.core import Config
 from pipeline.errors import MicrotomeError, nearest
-from pipeline.store import remove
+from pipeline.plan import step as plan
+from pipeline.storage.store import remove
 
 
 def discard(wanted: Config, stage: str) -> list[str]:

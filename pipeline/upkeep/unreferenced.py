@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from pipeline import store
-from pipeline.manifest import Manifest
-from pipeline.stage import UNFINISHED
+from pipeline.plan.job import UNFINISHED
+from pipeline.storage import store
+from pipeline.storage.manifest import Manifest
 from pipeline.upkeep.damage import SCRATCH, manifests
 
 

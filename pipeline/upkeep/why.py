@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from pipeline import plan
-from pipeline.config import Config
-from pipeline.manifest import Manifest, latest
-from pipeline.plan import Plan, Step
+from pipeline.config.core import Config
+from pipeline.plan import step as plan
+from pipeline.plan.step import Plan, Step
+from pipeline.storage.manifest import Manifest, latest
 
 WHAT = {
     "ingest": "shards of images to decode",

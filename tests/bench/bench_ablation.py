@@ -18,10 +18,10 @@ import torch
 import torchvision
 from torch import nn
 
-from pipeline.ablate_tasks import BATCH_BYTES, BATCH_PAIRS, judged
-from pipeline.layers import Recorder, resolve
-from pipeline.tail import cut, unit_dim
-from pipeline.traced import forward_with
+from pipeline.networks.graph.tail import cut, unit_dim
+from pipeline.networks.graph.trace import forward_with
+from pipeline.networks.layers import Recorder, resolve
+from pipeline.stages.ablate.tasks import BATCH_BYTES, BATCH_PAIRS, judged
 from tests.bench.timing import seconds
 
 SIZE = 224

@@ -14,8 +14,8 @@ import time
 
 import numpy as np
 
-from kernels.calibration_methods import NAMES, facts, fit, judge
-from pipeline.calibrate_tasks import chosen, evaluate, in_two, keys, memory_need
+from kernels.calibration.methods import NAMES, facts, fit, judge
+from pipeline.stages.calibrate.tasks import chosen, evaluate, in_two, keys, memory_need
 
 
 def logits_of(images: int, classes: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

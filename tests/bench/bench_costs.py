@@ -26,15 +26,17 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import dissect, extract, forward
-from pipeline.checkpoint import sha256, write_safetensors
-from pipeline.cluster import client, pool, run_tasks
-from pipeline.config import Cluster, Network
-from pipeline.dissect import Concepts, Counted
-from pipeline.images import Images
-from pipeline.manifest import Files
-from pipeline.networks import load
-from pipeline.store import Array, create, metadata_files, write
+from pipeline.config.core import Cluster, Network
+from pipeline.data.images import Images
+from pipeline.networks import forward
+from pipeline.networks.build import load
+from pipeline.networks.checkpoint import sha256, write_safetensors
+from pipeline.stages.dissect import stage as dissect
+from pipeline.stages.dissect.stage import Concepts, Counted
+from pipeline.stages.extract import stage as extract
+from pipeline.storage.manifest import Files
+from pipeline.storage.store import Array, create, metadata_files, write
+from pipeline.workers.pool import client, pool, run_tasks
 from tests.bench.made import activations
 
 ROOT = Path(__file__).parents[2]

@@ -21,9 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 from numpy.typing import NDArray
 
-from kernels.iou import count_shard, label_columns
-from kernels.threshold import Bracket, Tail, count_tail, sample_bracket
-from kernels.upsample import Size
+from kernels.dissection.iou import count_shard, label_columns
+from kernels.dissection.threshold import Bracket, Tail, count_tail, sample_bracket
+from kernels.dissection.upsample import Size
 from tests.bench.made import activations
 
 SHARD = 64

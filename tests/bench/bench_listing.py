@@ -18,11 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-
-from pipeline import config, dissect, ingest, plan
-from pipeline.images import Images
-from pipeline.plan import Plan
 from tests.pipeline.large_listing import decoded_by_nobody, large
+
+from pipeline.config import core as config
+from pipeline.data.images import Images
+from pipeline.plan import step as plan
+from pipeline.plan.step import Plan
+from pipeline.stages.dissect import stage as dissect
+from pipeline.stages.ingest import stage as ingest
 
 ROOT = Path(__file__).parents[2]
 

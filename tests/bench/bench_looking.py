@@ -17,14 +17,16 @@ from typing import Any
 
 import torch
 
-from pipeline import forward, probes_tasks, sight_tasks
-from pipeline.checkpoint import sha256, write_safetensors
-from pipeline.config import Network
-from pipeline.images import Images
-from pipeline.layers import choose, survey
-from pipeline.minibatches import Minibatch
-from pipeline.networks import load
-from pipeline.store import create
+from pipeline.config.core import Network
+from pipeline.data.images import Images
+from pipeline.data.minibatches import Minibatch
+from pipeline.networks import forward
+from pipeline.networks.build import load
+from pipeline.networks.checkpoint import sha256, write_safetensors
+from pipeline.networks.layers import choose, survey
+from pipeline.stages.probes import tasks as probes_tasks
+from pipeline.stages.sight import tasks as sight_tasks
+from pipeline.storage.store import create
 from tests.bench.bench_costs import noise
 from tests.bench.timing import seconds
 

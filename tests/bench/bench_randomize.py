@@ -25,9 +25,9 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.config import FITTING
-from pipeline.networks import NetworkSpec, load
-from pipeline.randomize_training import Sets, Training, repeatable, train
+from pipeline.config.core import FITTING
+from pipeline.networks.build import NetworkSpec, load
+from pipeline.stages.randomize.training import Sets, Training, repeatable, train
 from tests.bench.timing import seconds
 
 MODULE = "config/networks/zhang2017.py"

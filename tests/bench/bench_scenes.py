@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from kernels.colour import COLOURS, colour_names
-from pipeline.recipe import Recipe
-from pipeline.scenes import CLASSES, CONCEPTS, generate
+from kernels.images.colour_names import COLOURS, colour_names
+from pipeline.config.recipe import Recipe
+from pipeline.data.scenes import CLASSES, CONCEPTS, generate
 
 NETWORKS = Path(__file__).parents[2] / "config" / "networks" / "scenes.py"
 TRAIN, VALIDATION, SIZE = 10_000, 1600, 64
@@ -117,7 +117,7 @@ def concepts(count: int = 2400) -> None:
 def train(name: str, steps: int | None) -> None:
     import torch
 
-    from pipeline.training import fit
+    from pipeline.networks.training.loop import fit
 
     spec = importlib.util.spec_from_file_location("scenes_networks", NETWORKS)
     module = importlib.util.module_from_spec(spec)

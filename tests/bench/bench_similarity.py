@@ -25,9 +25,9 @@ import torch
 import torchvision
 from torch import nn
 
-from kernels.cka import cka, hsic, pack
-from pipeline.grams import Entry, grams_of
-from pipeline.layers import Recorder, candidates, one_attention_path
+from kernels.similarity.cka import cka, hsic, pack
+from pipeline.networks.layers import Recorder, candidates, one_attention_path
+from pipeline.stages.grams.stage import Entry, grams_of
 from tests.bench.timing import seconds
 
 SIZE, MINIBATCH = 64, 64

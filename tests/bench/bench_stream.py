@@ -17,13 +17,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kernels.iou import GROUPS, Counts, ShardCounts
-from pipeline import dissect, dissect_streamed, extract, forward, stream
-from pipeline.dissect import Concepts, Counted
-from pipeline.images import Images
-from pipeline.manifest import Files
-from pipeline.pictures import KEPT
-from pipeline.store import Array, Ledger, create, metadata_files, write
+from kernels.dissection.iou import GROUPS, Counts, ShardCounts
+from pipeline.data.images import Images
+from pipeline.networks import forward
+from pipeline.stages.dissect import stage as dissect
+from pipeline.stages.dissect import streamed as dissect_streamed
+from pipeline.stages.dissect.stage import Concepts, Counted
+from pipeline.stages.extract import stage as extract
+from pipeline.stages.extract import streaming as stream
+from pipeline.stages.extract.pictures import KEPT
+from pipeline.storage.manifest import Files
+from pipeline.storage.store import Array, Ledger, create, metadata_files, write
 from tests.bench.bench_costs import ALL, LABELS, MICRO_BATCH, QUANTILE, SHARD, SIZE, network, noise, shards, tasks
 from tests.bench.timing import seconds
 
@@ -224,7 +228,7 @@ def _files(store: Path) -> list[Path]:
 
 
 def _recorded(path: Path) -> tuple[int, int]:
-    from pipeline.identity import crc32c
+    from pipeline.storage.identity import crc32c
 
     data = path.read_bytes()
     return len(data), crc32c(data)

@@ -27,8 +27,8 @@ from typing import Any
 
 import torch
 
-from pipeline import forward
-from pipeline.cluster import device
+from pipeline.networks import forward
+from pipeline.workers.pool import device
 from tests.bench.bench_costs import dissect_once, network, noise, shards, tasks
 from tests.bench.bench_stream import labelled, none
 

@@ -3,7 +3,7 @@
     python -m tests.bench.bench_scheduler      first: what a scheduler does, into build/bench-scheduler.json
     python -m tests.bench.scale_plan           writes the tables of docs/scale.md, with the rates they go by
 
-Shapes and operations come from the networks on torch's meta device, CPU rates from `pipeline.forecast`, whose rates
+Shapes and operations come from the networks on torch's meta device, CPU rates from `pipeline.run.forecast`, whose rates
 `make bench` measures, and the speed of forwards on a core from the probe of `make plan`. No GPU was at hand: how fast
 one is, is an assumption, named in the table.
 """
@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline import extract, forecast
-from pipeline.config import Network
-from pipeline.layer_info import LayerInfo
+from pipeline.config.core import Network
+from pipeline.networks.layer import LayerInfo
+from pipeline.run import forecast
+from pipeline.stages.extract import stage as extract
 from tests.bench.bench_scheduler import RECORD
 
 PAGE = Path(__file__).parents[2] / "docs" / "scale.md"
@@ -88,9 +89,9 @@ class Need:
 def sketch(name: str) -> Sketch:
     import torch
 
-    from pipeline.layers import choose, survey
-    from pipeline.networks import build
-    from pipeline.probe import _flops
+    from pipeline.networks.build import build
+    from pipeline.networks.layers import choose, survey
+    from pipeline.networks.speed import _flops
 
     network = build(Network.model_validate({"torchvision": name, "weights": "random"}), device="meta")
     surveyed = survey(network, (3, *SIZE), None)
@@ -190,7 +191,7 @@ def table(rows: Sequence[tuple[str, ...]]) -> str:
 
 
 def main() -> None:
-    from pipeline.probe import Probe, measure
+    from pipeline.networks.speed import Probe, measure
 
     scheduler = json.loads(RECORD.read_text())
     sketches = [sketch(name) for name in LAYERS]

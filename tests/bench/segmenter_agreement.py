@@ -20,11 +20,12 @@ import yaml
 from torch.nn.functional import cross_entropy, interpolate
 
 import pipeline
-from pipeline import config, plan
-from pipeline.checkpoint import write_safetensors
-from pipeline.config import NetworkSpec
-from pipeline.networks import build
-from pipeline.scenes import CATEGORIES, CONCEPTS, generate
+from pipeline.config import core as config
+from pipeline.config.core import NetworkSpec
+from pipeline.data.scenes import CATEGORIES, CONCEPTS, generate
+from pipeline.networks.build import build
+from pipeline.networks.checkpoint import write_safetensors
+from pipeline.plan import step as plan
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "config" / "config.yaml"

@@ -17,7 +17,7 @@ MARK = "MICROTOME_CHAOS"  # environment variable: which run a process belongs to
 ROLES: dict[str, Callable[[Sequence[str]], bool]] = {
     "snakemake": lambda line: any(Path(word).name == "snakemake" for word in line[:3]),
     "job": lambda line: any(".snakemake/scripts/" in word for word in line),
-    "pool": lambda line: "pipeline.cluster" in line,
+    "pool": lambda line: "pipeline.workers.pool" in line,
     "worker": lambda line: "--multiprocessing-fork" in line,
 }
 

@@ -12,7 +12,7 @@ import resources
 import yaml
 from case import ROOT, Case, NotPossibleError
 
-from pipeline import cluster
+from pipeline.workers import pool as cluster
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes by /proc")
 

@@ -5,15 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from kernels.ablation import (
-    KINDS,
-    Predictions,
-    balanced_accuracy,
-    classes_served,
-    random_sets,
-    ranked_sets,
-    ranking,
-)
+from kernels.ablation import KINDS, Predictions, balanced_accuracy, classes_served, random_sets, ranked_sets, ranking
 
 CLASSES, VARIANTS, IMAGES = 5, 4, 40
 

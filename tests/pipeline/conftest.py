@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from pipeline import torchvision_data
+from pipeline.data import torchvision_data
 
 
 @pytest.fixture
@@ -13,7 +13,7 @@ def in_process(monkeypatch) -> list[dict]:
     asked: list[dict] = []
 
     def in_own_process(module, request, what):
-        assert module == "pipeline.torchvision_data"
+        assert module == "pipeline.data.torchvision_data"
         asked.append(request)
         return json.loads(json.dumps(torchvision_data.answer(json.loads(json.dumps(request)))))
 

@@ -9,7 +9,9 @@ import pytest
 import zarr
 from PIL import Image
 
-from pipeline import config, ingest, plan
+from pipeline.config import core as config
+from pipeline.plan import step as plan
+from pipeline.stages.ingest import stage as ingest
 
 pytestmark = pytest.mark.usefixtures("workers")
 MNIST = "data/mnist/test10000.npz"

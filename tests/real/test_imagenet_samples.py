@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.config import Network
-from pipeline.decode import Geometry, decode
-from pipeline.forward import normalise
-from pipeline.networks import load
+from pipeline.config.core import Network
+from pipeline.data.decode import Geometry, decode
+from pipeline.networks.build import load
+from pipeline.networks.forward import normalise
 
 SIZE = 224
 HALF = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}

@@ -9,11 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.config import Network
-from pipeline.decode import Geometry, transform_image
-from pipeline.forward import normalise
-from pipeline.inspection import inspect
-from pipeline.networks import load
+from pipeline.config.core import Network
+from pipeline.data.decode import Geometry, transform_image
+from pipeline.networks.build import load
+from pipeline.networks.forward import normalise
+from pipeline.networks.inspection import inspect
 
 COUNT = 2000
 MODULE = "config/networks/mnist.py"

@@ -1,6 +1,6 @@
 """The vocabularies of ADE20K as class lists, from where they lie."""
 
-from pipeline.label_maps import read_class_list
+from pipeline.data.label_maps import read_class_list
 
 
 def test_ade20k(beside_data):

@@ -15,10 +15,11 @@ import pytest
 import xarray
 from workflow_run import PARSING, TINY, contents, jobs_run, ledger_shards, snakemake, states, written
 
-from pipeline import config, plan
-from pipeline.checkpoint import write_safetensors
-from pipeline.lock import RunLock
-from pipeline.networks import NetworkSpec, build
+from pipeline.config import core as config
+from pipeline.networks.build import NetworkSpec, build
+from pipeline.networks.checkpoint import write_safetensors
+from pipeline.plan import step as plan
+from pipeline.storage.lock import RunLock
 
 
 @pytest.fixture

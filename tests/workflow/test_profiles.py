@@ -9,9 +9,10 @@ import pytest
 import yaml
 from workflow_run import ROOT, mini, snakemake
 
-from pipeline import config, plan
+from pipeline.config import core as config
 from pipeline.errors import MicrotomeError
-from pipeline.run import Run
+from pipeline.plan import step as plan
+from pipeline.run.workflow import Run
 
 SHARED = {"rerun-triggers": ["params"], "rerun-incomplete": True, "nolock": True}
 PLUGIN = Path(sys.executable).parent.parent / "slurm"  # installed apart: it adds a second to every start of snakemake

@@ -7,8 +7,9 @@ import pytest
 from safetensors.numpy import save_file
 from workflow_run import TINY, snakemake, written
 
-from pipeline import config, plan
+from pipeline.config import core as config
 from pipeline.errors import MicrotomeError
+from pipeline.plan import step as plan
 
 WEIGHTS = {
     "0.0.weight": (6, 3, 3, 3),

@@ -1,0 +1,1 @@
+"""Network dissection: exact thresholds, intersections with label maps, labels of units."""

@@ -1,0 +1,1 @@
+"""Operations on images: grey, whitening, colour names, corruption, segmentation."""

@@ -1,0 +1,1 @@
+"""Where layers look: attention distance, receptive fields, localisation, skip connections."""

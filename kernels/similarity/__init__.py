@@ -1,0 +1,1 @@
+"""Similarity of representations: Gram matrices, CKA, neighbours, Procrustes."""

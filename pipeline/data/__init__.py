@@ -1,0 +1,1 @@
+"""Data sets: their kinds, listings, pixels and label maps."""

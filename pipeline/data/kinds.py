@@ -1,0 +1,399 @@
+"""The kinds of data sets behind one face: a listing of images, their pixels, their label maps.
+
+Another kind is one more branch in each function here, and one more section in `pipeline.config.core`.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, assert_never
+
+import numpy as np
+
+from pipeline.config.core import (
+    AnyDataset,
+    Cifar10,
+    Csv,
+    ImageFolder,
+    ImageNet,
+    Images,
+    LabelMaps,
+    Npz,
+    Places365,
+    Scenes,
+    Segmentation,
+    Split,
+    Squash,
+)
+from pipeline.errors import MicrotomeError, nearest
+from pipeline.storage.identity import digest
+
+if TYPE_CHECKING:
+    from pipeline.data.decode import Geometry
+    from pipeline.data.label_maps import ClassList
+    from pipeline.data.listing import Listing, SplitRule
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What the plan needs of a data set: `settings`, which its id is made of, the images of each split, and how many
+    classes the images are labelled with (0: no image has a label)."""
+
+    settings: dict[str, Any]
+    splits: dict[str, int]
+    classes: int
+
+    def require(self, name: str, split: str) -> None:
+        """Raise `MicrotomeError` where the data set of this name has no image of a split."""
+        if split not in self.splits:
+            there = ", ".join(f"{known} ({count:,} images)" for known, count in self.splits.items())
+            raise MicrotomeError(
+                f"data set {name!r} has no split {split!r}; it has {there}{nearest(split, self.splits)}"
+            )
+
+
+def summary(dataset: AnyDataset, scratch: Path, version: int, rescan: bool = False) -> Summary:
+    """The summary of a data set: as it is remembered, or made from its listing.
+
+    It is remembered until something that the listing was made from has changed: 1.3 million files cost a start no more
+    than the times of their folders. `version` is that of the code that makes a listing.
+    """
+    # What is remembered has these fields: another code's is not read.
+    asked = [version, list(Summary.__dataclass_fields__), origin(dataset), dataset.model_dump()]
+    memory = scratch / "datasets" / f"{digest(asked)}.json"
+    known = None if rescan else _remembered(memory, scratch)
+    if known is not None:
+        return known
+    began = time.time_ns()
+    listed = listing(dataset, scratch, rescan)
+    classes = len(listed.classes) if (listed.label >= 0).any() else 0
+    made = Summary(settings(dataset, listed), listed.splits(), classes)
+    _remember(memory, made, listed, scratch, began)
+    return made
+
+
+def _remembered(memory: Path, scratch: Path) -> Summary | None:
+    from pipeline.data.snapshot import stamp, unchanged
+
+    try:
+        known = json.loads(memory.read_bytes())
+    except (OSError, ValueError):
+        return None
+    for root, table, sha256 in known["folders"]:
+        if unchanged(root, scratch, Path(table) if table else None) != sha256:
+            return None
+    if any(stamp(Path(path)) != kept for path, kept in known["files"]):
+        return None
+    return Summary(**known["summary"])
+
+
+def _remember(memory: Path, made: Summary, listed: Listing, scratch: Path, began: int) -> None:
+    from pipeline.data.snapshot import SETTLED_NS, stamp, unchanged
+    from pipeline.storage.manifest import write_atomically
+
+    if not listed.walked and not listed.read:
+        return
+    folders = [(str(root), table and str(table), unchanged(root, scratch, table)) for root, table in listed.walked]
+    files = [(str(path), stamp(path)) for path in listed.read]
+    # A folder that is not in the cache is walked at every start; a file that has just changed may change again.
+    if any(sha256 is None for *_, sha256 in folders) or any(kept and kept[1] > began - SETTLED_NS for _, kept in files):
+        return
+    try:
+        write_atomically(memory, json.dumps({"folders": folders, "files": files, "summary": asdict(made)}))
+    except OSError:
+        return  # the next start lists again
+
+
+def settings(dataset: AnyDataset, listed: Listing) -> dict[str, Any]:
+    """What the data set's id is made of: the snapshot of its listing, and how an image becomes an array."""
+    made_of = {
+        "kind": dataset.kind,
+        "listing": listed.digest(),
+        "images": len(listed.images),
+        "size": list(image_size(dataset, listed)),
+        "shard_images": dataset.shard_images,
+        "source": origin(dataset),
+    }
+    if isinstance(dataset, Scenes):
+        from pipeline.data.scenes import VERSION
+
+        made_of["scenes"] = VERSION
+    else:
+        made_of |= {"geometry": repr(geometry(dataset)), "max_pixels": dataset.max_pixels}
+    if isinstance(dataset, Npz):
+        made_of["array"] = dataset.x
+    return made_of
+
+
+def origin(dataset: AnyDataset) -> str:
+    """Where the images come from: while it stays, an image that was known keeps its slot."""
+    match dataset:
+        case Scenes():
+            where: Any = dataset.seed
+        case Npz():
+            parts = {"": dataset.file} if isinstance(dataset.file, str) else dataset.file
+            where = {split: str(Path(file).absolute()) for split, file in parts.items()}
+        case ImageFolder() | Segmentation() | Csv() | ImageNet() | Places365() | Cifar10():
+            where = str(Path(dataset.root).absolute())
+        case _:
+            assert_never(dataset)
+    return digest([dataset.kind, where])
+
+
+def listing(dataset: AnyDataset, scratch: Path, rescan: bool = False) -> Listing:
+    """List the images of a data set, with labels, splits and label maps; no image is opened."""
+    from pipeline.data.listing import bounded
+
+    found = _all_images(dataset, scratch, rescan)
+    return found if dataset.max_images is None else bounded(found, dataset.max_images)
+
+
+def _all_images(dataset: AnyDataset, scratch: Path, rescan: bool) -> Listing:
+    from pipeline.data import arrays
+    from pipeline.data import listing as files
+    from pipeline.data import published_layouts as known_datasets
+
+    match dataset:
+        case Scenes():
+            return _list_scenes(dataset)
+        case ImageFolder():
+            return files.list_imagefolder(
+                dataset.root, split_rule(dataset.split), _path(dataset.labels), cache=scratch, rescan=rescan
+            )
+        case Segmentation():
+            return files.list_segmentation(
+                dataset.root,
+                {category: Path(maps.folder) for category, maps in dataset.label_maps.items()},
+                split_rule(dataset.split),
+                _path(dataset.labels),
+                cache=scratch,
+                rescan=rescan,
+            )
+        case Csv():
+            rule = split_rule(dataset.split) if dataset.split is not None else None
+            return files.list_table(dataset.root, dataset.table, rule, scratch, rescan)
+        case ImageNet():
+            return known_datasets.list_imagenet(
+                Path(dataset.root), dataset.splits, dataset.verify, dataset.unpack, scratch, rescan
+            )
+        case Places365():
+            return known_datasets.list_places365(
+                Path(dataset.root), dataset.splits, dataset.small, dataset.verify, dataset.download, scratch, rescan
+            )
+        case Cifar10():
+            return known_datasets.list_verified_cifar10(
+                Path(dataset.root), dataset.splits, dataset.verify, dataset.download, scratch
+            )
+        case Npz():
+            return arrays.list_npz(_npz_files(dataset), dataset.x, dataset.y, dataset.classes)
+        case _:
+            assert_never(dataset)
+
+
+def _npz_files(dataset: Npz) -> Path | dict[str, Path]:
+    if isinstance(dataset.file, str):
+        return Path(dataset.file)
+    return {split: Path(file) for split, file in dataset.file.items()}
+
+
+def _list_scenes(dataset: Scenes) -> Listing:
+    from pipeline.data.listing import STRINGS, Listing
+    from pipeline.data.scenes import CLASSES
+
+    counts = dataset.images.model_dump()
+    split = np.array([name for name, count in counts.items() for _ in range(count)], STRINGS)
+    index = np.concatenate([np.arange(count) for count in counts.values()])
+    if not len(index):
+        raise MicrotomeError("scenes: no images; give images.train or images.validation a count")
+    absent = np.full(len(index), -1, np.int64)
+    return Listing(
+        root=Path(),
+        image_id=np.array([f"{name}/{i:07d}" for name, i in zip(split, index, strict=True)], STRINGS),
+        size=absent,
+        mtime_ns=absent,
+        label=(index % len(CLASSES)).astype(np.int64),
+        split=split,
+        classes=list(CLASSES),
+    )
+
+
+def split_rule(split: Split) -> SplitRule:
+    from pipeline.data.listing import Fixed, Folders, Share, SplitTable
+
+    if split.folders:
+        return Folders()
+    if split.csv is not None:
+        return SplitTable(Path(split.csv))
+    if split.share is not None:
+        return Share(split.share)
+    assert split.all is not None
+    return Fixed(split.all)
+
+
+def geometry(dataset: Images) -> Geometry:
+    from pipeline.data.decode import Geometry
+
+    resize = dataset.resize.squash if isinstance(dataset.resize, Squash) else dataset.resize
+    return Geometry(resize=resize, crop=dataset.crop)
+
+
+def image_size(dataset: AnyDataset, listed: Listing) -> tuple[int, int]:
+    """(height, width) of every image of the data set; without a crop or a squash, that of its first readable one."""
+    if isinstance(dataset, Scenes):
+        return dataset.size, dataset.size
+    if dataset.crop is not None:
+        return dataset.crop, dataset.crop
+    if isinstance(dataset.resize, Squash):
+        return dataset.resize.squash
+
+    match dataset:
+        case Npz():
+            from pipeline.data.arrays import image_size as size_in
+            from pipeline.data.arrays import member
+
+            path, name, _ = _npz_place(dataset, str(listed.image_id[0]))
+            return geometry(dataset).output_size(*size_in(member(path, name)))
+        case Cifar10():
+            from pipeline.data.arrays import CIFAR10_SIZE
+
+            return geometry(dataset).output_size(*CIFAR10_SIZE)
+
+    from pipeline.data.decode import Refused, size_of
+
+    reason = "no images"
+    for index in range(len(listed)):
+        try:
+            return geometry(dataset).output_size(*size_of(listed.path(index), dataset.max_pixels))
+        except Refused as error:
+            reason = error.reason
+    raise MicrotomeError(f"{dataset.root}: not one of {len(listed)} images can be read; the last: {reason}")
+
+
+def read_image(dataset: AnyDataset, image_id: str, size: tuple[int, int]) -> np.ndarray:
+    """Return one image as uint8 (3, height, width), or raise `decode.Refused`."""
+    from pipeline.data.decode import Refused, decode, transform_array
+
+    match dataset:
+        case Scenes():
+            return _scene(dataset, image_id, image=True)[0]
+        case Npz():
+            from pipeline.data.arrays import npz_image
+
+            pixels = npz_image(*_npz_place(dataset, image_id))
+            image = transform_array(pixels, geometry(dataset), dataset.max_pixels)
+        case Cifar10():
+            from pipeline.data.arrays import cifar10_image
+
+            split, _, index = image_id.partition("/")
+            pixels = cifar10_image(Path(dataset.root), split, int(index))
+            image = transform_array(pixels, geometry(dataset), dataset.max_pixels)
+        case _:
+            image = decode(Path(dataset.root) / image_id, geometry(dataset), dataset.max_pixels)
+    if image.shape[1:] != size:
+        raise Refused(
+            f"{image.shape[2]}x{image.shape[1]} pixels, expected {size[1]}x{size[0]} as the first image: "
+            "give the data set a crop or a squash"
+        )
+    return image
+
+
+def memory_need(dataset: AnyDataset) -> int:
+    """Bytes that a worker needs to read images, beside the images it has read: the largest file, or the arrays held."""
+    match dataset:
+        case Scenes():
+            return 0
+        case Npz():
+            from pipeline.data.arrays import held
+
+            parts = {"": dataset.file} if isinstance(dataset.file, str) else dataset.file
+            return sum(held(Path(file), dataset.x.replace("{split}", split)) for split, file in parts.items())
+        case Cifar10():
+            from pipeline.data.arrays import CIFAR10_BYTES
+
+            return 2 * CIFAR10_BYTES
+        case _:
+            return 2 * 4 * dataset.max_pixels
+
+
+def _npz_place(dataset: Npz, image_id: str) -> tuple[Path, str, int]:
+    """The file, the array and the index of an image of a npz."""
+    split, _, index = image_id.rpartition("/")
+    file = dataset.file if isinstance(dataset.file, str) else dataset.file[split]
+    return Path(file), dataset.x.replace("{split}", split), int(index)
+
+
+def truth_categories(dataset: AnyDataset) -> dict[str, list[str]]:
+    """Concept names by category; `read_label_maps` numbers them from 1, and 0 is nothing."""
+    match dataset:
+        case Scenes():
+            from pipeline.data.scenes import CONCEPTS
+
+            return {category: list(names) for category, names in CONCEPTS.items()}
+        case Segmentation():
+            return {
+                category: list(_class_list(maps).concepts().values()) for category, maps in dataset.label_maps.items()
+            }
+        case _:
+            return {}
+
+
+def read_label_maps(
+    dataset: AnyDataset, image_id: str, paths: Mapping[str, Path | None], size: tuple[int, int]
+) -> dict[str, np.ndarray]:
+    """Return the ground truth of one image, uint16 (height, width) by category, or raise `decode.Refused`.
+
+    `paths` are the image's label maps by category, where the data set has files.
+    """
+    from pipeline.data.decode import Refused, size_of
+    from pipeline.data.label_maps import decode_label_map
+
+    match dataset:
+        case Scenes():
+            from pipeline.data.scenes import CATEGORIES
+
+            return dict(zip(CATEGORIES, _scene(dataset, image_id, image=False)[0], strict=True))
+        case Segmentation():
+            image_size = size_of(Path(dataset.root) / image_id, dataset.max_pixels)
+            found = {}
+            for category, maps in dataset.label_maps.items():
+                path = paths.get(category)
+                if path is None:
+                    raise Refused(f"no label map of category {category!r}")
+                classes, lookup = _lookup(maps.model_dump_json(), Path(maps.classes).stat().st_mtime_ns)
+                label_map = decode_label_map(path, classes, lookup, geometry(dataset), image_size, dataset.max_pixels)
+                if label_map.shape != size:
+                    raise Refused(f"label map {path} gives {label_map.shape}, expected {size}")
+                found[category] = label_map
+            return found
+        case _:
+            raise MicrotomeError(f"data sets of kind {dataset.kind} have no ground truth")
+
+
+@functools.lru_cache(maxsize=64)
+def _lookup(maps: str, mtime_ns: int) -> tuple[ClassList, np.ndarray]:
+    """Class list and look-up table of a category, by its configuration and the list's time: made once a worker."""
+    classes = _class_list(LabelMaps.model_validate_json(maps))
+    return classes, classes.lookup({name: at + 1 for at, name in enumerate(classes.concepts().values())})
+
+
+def _class_list(maps: LabelMaps) -> ClassList:
+    from pipeline.data.label_maps import read_class_list
+
+    return read_class_list(maps.classes, maps.void)
+
+
+def _scene(dataset: Scenes, image_id: str, image: bool) -> np.ndarray:
+    from pipeline.data.scenes import generate
+
+    split, _, index = image_id.partition("/")
+    drawn = generate(dataset.seed, int(index), 1, dataset.size, split, image=image, label_map=not image)
+    return drawn.image if image else drawn.label_map
+
+
+def _path(value: str | None) -> Path | None:
+    return Path(value) if value is not None else None

@@ -1,0 +1,598 @@
+"""What a data set consists of: its images, classes, splits and label maps, without opening one file.
+
+A listing is ordered by image id and does not depend on the order in which a file system returns names, so its digest
+is the id of the data set's snapshot. Slots, groups and shares go by hashes of the image id: they stay as they are when
+images are added or removed.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.data.csv_tables import IMAGE_COLUMNS, LABEL_COLUMNS, SPLIT_COLUMNS, Table, read_table, rows_of
+from pipeline.data.snapshot import Files, Named, snapshot
+from pipeline.errors import MicrotomeError, nearest
+
+IMAGE_EXTENSIONS = frozenset(
+    (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm")
+)
+LABEL_MAP_EXTENSIONS = frozenset((".png",))
+SPLIT_FOLDERS = {"train": "train", "val": "validation", "validation": "validation", "test": "test"}
+SPLIT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+MOST_CLASSES = 1_000_000  # a larger index is a mistake, and would allocate its names
+
+STRINGS = np.dtypes.StringDType()
+
+
+@dataclass
+class Listing:
+    """The images of a data set, in the order of their ids; arrays have one entry an image.
+
+    root: the folder that the ids are relative to. It is not part of any digest: a data set can move.
+    image_id: StringDType, the path below `root` with `/`.
+    size, mtime_ns: int64, of the file; -1 where it cannot be read (a broken link): decoding refuses it.
+    label: int64, index into `classes`; -1 for none.
+    split: StringDType.
+    label_map_roots: category -> folder, sorted by category.
+    label_map_path: category -> StringDType, the path of the label map below its folder; "" for none. As sorted.
+    label_map_size, label_map_mtime_ns: int64 (image, category), in the same order; -1 where there is no label map.
+    refused: image id -> reason, for images that are listed (they have a slot) but cannot be used.
+    ignored: what lies in the folders and is not listed -> how many; keys are extensions or a description.
+    chosen: bool (image,), the images that are used, or None for all: a bound leaves out the others (`bounded`). They
+        keep the slots that they have and get none.
+    walked, read: what the listing was made from, beside the configuration: folders as (root, table or None), as
+        `snapshot` takes them, and single files. While none has changed a listing made again would be the same.
+    """
+
+    root: Path
+    image_id: np.ndarray
+    size: np.ndarray
+    mtime_ns: np.ndarray
+    label: np.ndarray
+    split: np.ndarray
+    classes: list[str]
+    label_map_roots: dict[str, Path] = field(default_factory=dict)
+    label_map_path: dict[str, np.ndarray] = field(default_factory=dict)
+    label_map_size: np.ndarray = field(default_factory=lambda: np.empty((0, 0), np.int64))
+    label_map_mtime_ns: np.ndarray = field(default_factory=lambda: np.empty((0, 0), np.int64))
+    refused: dict[str, str] = field(default_factory=dict)
+    ignored: dict[str, int] = field(default_factory=dict)
+    chosen: np.ndarray | None = None
+    walked: tuple[tuple[Path, Path | None], ...] = ()
+    read: tuple[Path, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.label_map_path:
+            self.label_map_size = self.label_map_mtime_ns = np.empty((len(self.image_id), 0), np.int64)
+
+    def __len__(self) -> int:
+        return len(self.image_id)
+
+    @property
+    def images(self) -> np.ndarray:
+        """The indices of the images that are used, int64, in order."""
+        return np.arange(len(self)) if self.chosen is None else np.flatnonzero(self.chosen)
+
+    def splits(self) -> dict[str, int]:
+        """How many images that are used each split has."""
+        names, counts = np.unique(self.split[self.images], return_counts=True)
+        return {str(name): int(count) for name, count in zip(names, counts, strict=True)}
+
+    def path(self, image: int) -> Path:
+        """Return the path of one image's file."""
+        return self.root / str(self.image_id[image])
+
+    def label_map(self, image: int, category: str) -> Path | None:
+        """Return the path of one image's label map, or None where it has none."""
+        relative = str(self.label_map_path[category][image])
+        return self.label_map_roots[category] / relative if relative else None
+
+    def digest(self) -> str:
+        """Return the sha256 (hex) of all that is used: ids, sizes, times, labels, splits, classes, label maps."""
+        used = slice(None) if self.chosen is None else self.chosen
+        sha256 = hashlib.sha256(b"microtome listing 1")
+        _update_texts(sha256, self.image_id[used])
+        for numbers in (self.size, self.mtime_ns, self.label):
+            sha256.update(numbers[used].astype("<i8").tobytes())
+        _update_texts(sha256, self.split[used])
+        _update_texts(sha256, self.classes)
+        _update_texts(sha256, self.label_map_path)
+        for paths in self.label_map_path.values():
+            _update_texts(sha256, paths[used])
+        for numbers in (self.label_map_size, self.label_map_mtime_ns):
+            sha256.update(numbers[used].astype("<i8").tobytes())
+        return sha256.hexdigest()
+
+    def record_digests(self, images: np.ndarray | None = None) -> np.ndarray:
+        """Return uint8 (image, 16): for each of `images` (default: all) a digest of what it comes from.
+
+        It covers the id, size and mtime_ns of the file, and category, size and mtime_ns of its label maps; not the
+        label or the split, which change no pixel. The digest of a shard's records is the shard's id.
+        """
+        rows = np.arange(len(self)) if images is None else images
+        columns = (self.size[:, None], self.mtime_ns[:, None], self.label_map_size, self.label_map_mtime_ns)
+        numbers = np.concatenate(columns, axis=1)[rows].astype("<i8")
+        width = numbers.shape[1] * 8
+        packed = memoryview(numbers.tobytes())
+        categories = json.dumps(list(self.label_map_path)).encode()
+        # all that precedes the id has a known length, so the id, which comes last, needs none
+        start = hashlib.blake2b(len(categories).to_bytes(8, "little") + categories, digest_size=16, person=b"record")
+        digests = bytearray()
+        for at, image_id in enumerate(self.image_id[rows]):
+            record = start.copy()
+            record.update(packed[at * width : (at + 1) * width])
+            record.update(image_id.encode())
+            digests += record.digest()
+        return np.frombuffer(bytes(digests), np.uint8).reshape(-1, 16)
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Splits are the first folders below the root: train, val or validation, test."""
+
+
+@dataclass(frozen=True)
+class SplitTable:
+    """Splits come from a CSV: a column of images (`tables.IMAGE_COLUMNS`) and a column `split` (val is validation)."""
+
+    path: Path
+
+
+@dataclass(frozen=True)
+class Share:
+    """Each image falls into a split by a hash of its id: `{"train": .8, "validation": .2}`.
+
+    An image keeps its split when others are added or removed. The shares are laid out in the order of their names.
+    """
+
+    shares: Mapping[str, float]
+
+    def __post_init__(self) -> None:
+        for name, share in self.shares.items():
+            _check_split_name(name, "a share")
+            if not 0 < share <= 1:
+                raise MicrotomeError(f"the share of split {name!r} is {share}; expected a number over 0, at most 1")
+        total = sum(self.shares.values())
+        if abs(total - 1) > 1e-6:
+            raise MicrotomeError(f"the shares {dict(self.shares)} add up to {total}; expected 1")
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """All images belong to one split."""
+
+    name: str
+
+    def __post_init__(self) -> None:
+        _check_split_name(self.name, "the data set")
+
+
+SplitRule = Folders | SplitTable | Share | Fixed
+
+
+def list_imagefolder(
+    root: Path | str,
+    split_rule: SplitRule,
+    labels: Path | str | None = None,
+    classes: Sequence[str] | None = None,
+    cache: Path | None = None,
+    rescan: bool = False,
+) -> Listing:
+    """List `root/<class>/**/*.jpg`, or `root/<split>/<class>/**/*.jpg` with `Folders`; classes are sorted by name.
+
+    Without class folders (images directly in the root or the split's folder) labels are -1.
+
+    labels: a CSV with a column of images (`tables.IMAGE_COLUMNS`) and one of labels (`tables.LABEL_COLUMNS`);
+        folders then say nothing about the class.
+    classes: the names in order, where the indices are a network's: they fix the index of each class name.
+    cache, rescan: see `snapshot`; `cache` is a folder.
+
+    Raises `MicrotomeError` for: no folder, no images, images beside class folders, a class folder without images, a
+    name that is not UTF-8, a table that does not match the images.
+    """
+    files = snapshot(root, cache, rescan)
+    listing = _list_images(root, files, split_rule, labels)
+    if labels is not None:
+        listing.label, listing.classes = read_labels(Path(labels), listing.image_id.tolist(), classes)
+    else:
+        depth = 1 if isinstance(split_rule, Folders) else 0
+        listing.label, listing.classes = _classes_from_folders(listing, depth, classes, files)
+    return listing
+
+
+def list_table(
+    root: Path | str, table: Path | str, split_rule: SplitRule | None, cache: Path | None = None, rescan: bool = False
+) -> Listing:
+    """List the images that a CSV names, as paths below `root`: a file that it does not name is not looked at.
+
+    Labels are in the first of `tables.LABEL_COLUMNS`, if one is there (else -1), splits in the column `split`, unless
+    `split_rule` says otherwise; with neither all images are of the split `validation`.
+
+    cache, rescan: see `snapshot`.
+
+    Raises `MicrotomeError` for: a table that is none, no rows, a path twice, a path that is absolute, leads out of the
+    root with `..` or is not in its shortest form.
+    """
+    rows = read_table(Path(table))
+    images = rows.images()
+    if not images:
+        raise MicrotomeError(f"{table} names no images")
+    for line, image in zip(rows.lines, images, strict=True):
+        if not is_inside(image):
+            raise MicrotomeError(
+                f"{rows.line(line)} has the path {image!r}; expected one below {root}, without `..`, `.` or `//`"
+            )
+    order = sorted(range(len(images)), key=images.__getitem__)
+    image_ids = [images[i] for i in order]
+    if split_rule is None:
+        found = rows.find(SPLIT_COLUMNS)
+        split = np.array(_splits_of(rows, order), STRINGS) if found else assign_splits(image_ids, Fixed("validation"))
+    else:
+        split = assign_splits(image_ids, split_rule)
+    label, classes = np.full(len(order), -1, np.int64), list[str]()
+    if rows.find(LABEL_COLUMNS):
+        label, classes = _labels_of(rows, order, None)
+    return list_named(Path(root), Named(Path(table), image_ids), label, split, classes, cache, rescan)
+
+
+def list_named(
+    root: Path,
+    named: Named,
+    label: np.ndarray,
+    split: np.ndarray,
+    classes: list[str],
+    cache: Path | None,
+    rescan: bool,
+) -> Listing:
+    """List files by their names below `root`, sorted, with all that is known of them beside their sizes and times."""
+    check_names(list(named.names), named.table)
+    files = snapshot(root, cache, rescan, named)
+    return Listing(
+        root=root,
+        image_id=np.array(files.names, STRINGS),
+        size=files.size,
+        mtime_ns=files.mtime_ns,
+        label=label,
+        split=split,
+        classes=classes,
+        walked=((root, named.table),),
+        read=(named.table,),
+    )
+
+
+def is_inside(path: str) -> bool:
+    """Whether a relative path stays below its folder and is written in the one shortest way, with `/`."""
+    return "\0" not in path and all(part not in ("", ".", "..") for part in path.split("/"))
+
+
+def list_segmentation(
+    images: Path | str,
+    label_maps: Mapping[str, Path | str],
+    split_rule: SplitRule,
+    labels: Path | str | None = None,
+    classes: Sequence[str] | None = None,
+    cache: Path | None = None,
+    rescan: bool = False,
+) -> Listing:
+    """List images with one PNG label map a category, paired by their paths below the folders without extension.
+
+    An image that lacks a label map of any category is `refused` (it keeps its slot): taken for an image without
+    concepts, it would lower every IoU in silence. An image that shows nothing of a category has a map of void. Label
+    maps without an image are counted in `ignored`.
+
+    label_maps: category -> folder.
+    labels, classes, cache, rescan: as `list_imagefolder`; without `labels` the labels are -1.
+
+    Raises `MicrotomeError` as `list_imagefolder`, and for: two images or two label maps with one stem, a folder in
+    which no label map belongs to an image.
+    """
+    listing = _list_images(images, snapshot(images, cache, rescan), split_rule, labels)
+    if labels is not None:
+        listing.label, listing.classes = read_labels(Path(labels), listing.image_id.tolist(), classes)
+    stems = _stems(listing.image_id.tolist(), images)
+    for category in sorted(label_maps):
+        folder = Path(label_maps[category])
+        _pair(listing, stems, category, folder, snapshot(folder, cache, rescan))
+        listing.walked += ((folder, None),)
+    return listing
+
+
+def _list_images(root: Path | str, files: Files, split_rule: SplitRule, labels: Path | str | None) -> Listing:
+    """Return the images among `files` with their splits, without labels and label maps."""
+    extensions = [extension_of(name) for name in files.names]
+    kept = [i for i, extension in enumerate(extensions) if extension in IMAGE_EXTENSIONS]
+    if not kept:
+        expected = ", ".join(sorted(IMAGE_EXTENSIONS))
+        raise MicrotomeError(f"no images in {root}: found {_count(extensions)}; expected files that end in {expected}")
+    image_ids = [files.names[i] for i in kept]
+    check_names(image_ids, root)
+    ignored = Counter(extension for extension in extensions if extension not in IMAGE_EXTENSIONS)
+    if files.hidden:
+        ignored["hidden"] = files.hidden
+    return Listing(
+        root=Path(root),
+        image_id=np.array(image_ids, STRINGS),
+        size=files.size[kept],
+        mtime_ns=files.mtime_ns[kept],
+        label=np.full(len(image_ids), -1, np.int64),
+        split=assign_splits(image_ids, split_rule),
+        classes=[],
+        ignored=dict(ignored),
+        walked=((Path(root), None),),
+        read=tuple(Path(table) for table in (labels, getattr(split_rule, "path", None)) if table is not None),
+    )
+
+
+def _pair(listing: Listing, stems: list[str], category: str, folder: Path, files: Files) -> None:
+    """Add the label maps of one category to a listing."""
+    extensions = [extension_of(name) for name in files.names]
+    maps = [i for i, extension in enumerate(extensions) if extension in LABEL_MAP_EXTENSIONS]
+    names = [files.names[i] for i in maps]
+    check_names(names, folder)
+    map_of = dict(zip(_stems(names, folder), maps, strict=True))
+    index = np.array([map_of.get(stem, -1) for stem in stems], np.int64)
+    paired = index >= 0
+    if not paired.any():
+        raise MicrotomeError(
+            f"no label map of category {category!r} in {folder} belongs to an image in {listing.root}: the image "
+            f"{str(listing.image_id[0])!r} needs {stems[0] + '.png'!r}; found {_count(extensions)}"
+        )
+    listing.label_map_roots[category] = folder
+    listing.label_map_path[category] = np.array([files.names[i] if i >= 0 else "" for i in index], STRINGS)
+    sizes, times = np.where(paired, files.size[index], -1), np.where(paired, files.mtime_ns[index], -1)
+    listing.label_map_size = np.column_stack([listing.label_map_size, sizes])
+    listing.label_map_mtime_ns = np.column_stack([listing.label_map_mtime_ns, times])
+    for image in np.flatnonzero(~paired):
+        listing.refused.setdefault(str(listing.image_id[image]), f"no label map of category {category!r}")
+    extra = len(maps) - int(paired.sum())
+    if extra:
+        listing.ignored[f"label maps of category {category!r} without an image"] = extra
+
+
+# Classes, splits and labels
+
+
+def _classes_from_folders(
+    listing: Listing, depth: int, classes: Sequence[str] | None, files: Files
+) -> tuple[np.ndarray, list[str]]:
+    """Return label (image,) and the class names: those of the folders at `depth` below the root, if there are any."""
+    root = listing.root
+    paths = [image_id.split("/", depth + 1) for image_id in listing.image_id]
+    loose = ["/".join(path) for path in paths if len(path) < depth + 2]
+    if len(loose) == len(paths):
+        return listing.label, list(classes or [])
+    if loose:
+        raise MicrotomeError(
+            f"{len(loose):,} images in {root} lie beside class folders, the first is {loose[0]!r}; move each into its "
+            "class folder, or give the labels as a CSV"
+        )
+    found = sorted({path[depth] for path in paths})
+    if depth == 0 and set(found) <= SPLIT_FOLDERS.keys():
+        names = ", ".join(found)
+        raise MicrotomeError(f"the folders in {root} are splits, not classes: {names}; take the splits from folders")
+    folders = [name.split("/") for name in files.folders]
+    empty = sorted({path[depth] for path in folders if len(path) == depth + 1 and path[depth]} - set(found))
+    if empty:
+        raise MicrotomeError(
+            f"{len(empty):,} class folders in {root} have no images, the first is {empty[0]!r}; they would shift the "
+            "numbers of the classes: fill or remove them"
+        )
+    names_in_order = found if classes is None else list(classes)
+    number = {name: index for index, name in enumerate(names_in_order)}
+    for name in found:
+        if name not in number:
+            hint = nearest(name, names_in_order)
+            raise MicrotomeError(f"folder {name!r} in {root} is not one of the classes given{hint}")
+    return np.array([number[path[depth]] for path in paths], np.int64), names_in_order
+
+
+def assign_splits(image_ids: Sequence[str], rule: SplitRule) -> np.ndarray:
+    """Return the split of each image, StringDType (image,)."""
+    if isinstance(rule, Fixed):
+        return np.full(len(image_ids), rule.name, STRINGS)
+    if isinstance(rule, Share):
+        names = sorted(rule.shares)
+        edges = np.cumsum([rule.shares[name] for name in names])[:-1]
+        return np.array(names, STRINGS)[np.searchsorted(edges, _hash(image_ids, b"split") / 2.0**64, side="right")]
+    if isinstance(rule, SplitTable):
+        return np.array(_read_splits(rule.path, image_ids), STRINGS)
+    tops = [image_id.partition("/") for image_id in image_ids]
+    for name, slash, rest in tops:
+        if not slash or name not in SPLIT_FOLDERS:
+            raise MicrotomeError(
+                f"the image {name + slash + rest!r} is not in the folder of a split; expected one of "
+                f"{', '.join(SPLIT_FOLDERS)} at the top, or another rule for splits (a CSV, shares, or one name)"
+            )
+    return np.array([SPLIT_FOLDERS[name] for name, _, _ in tops], STRINGS)
+
+
+def _read_splits(path: Path, image_ids: Sequence[str]) -> list[str]:
+    table = read_table(path)
+    return _splits_of(table, rows_of(table, image_ids, "split"))
+
+
+def _splits_of(table: Table, rows: Sequence[int]) -> list[str]:
+    values = table.values(SPLIT_COLUMNS)
+    for name in set(values):
+        _check_split_name(name, table.line(table.lines[values.index(name)]))
+    return ["validation" if values[row] == "val" else values[row] for row in rows]
+
+
+def _check_split_name(name: str, where: str) -> None:
+    if not SPLIT_NAME.fullmatch(name):
+        raise MicrotomeError(f"{where} has the split {name!r}; expected letters, digits and . _ -, at most 64")
+
+
+def read_labels(
+    path: Path, image_ids: Sequence[str], classes: Sequence[str] | None = None
+) -> tuple[np.ndarray, list[str]]:
+    """Return label int64 (image,) and the class names, from a CSV with one row an image.
+
+    Where all labels are whole numbers they are indices, and a column `name` names them (an index without an image is
+    named by its number). Otherwise they are names: sorted, unless `classes` gives their order.
+    """
+    table = read_table(path)
+    table.column(IMAGE_COLUMNS), table.column(LABEL_COLUMNS)
+    return _labels_of(table, rows_of(table, image_ids, "label"), classes)
+
+
+def _labels_of(table: Table, rows: Sequence[int], classes: Sequence[str] | None) -> tuple[np.ndarray, list[str]]:
+    """Return the labels of these rows, and the class names."""
+    values = table.values(LABEL_COLUMNS)
+    if all(re.fullmatch("[0-9]{1,9}", value) for value in values):
+        label = np.array(values).astype(np.int64)
+        return label[rows], _names_of_indices(table, label, classes)
+    names = sorted(set(values)) if classes is None else list(classes)
+    number = {name: index for index, name in enumerate(names)}
+    for line, value in zip(table.lines, values, strict=True):
+        if value not in number:
+            hint = nearest(value, names)
+            raise MicrotomeError(f"{table.line(line)} has the label {value!r}, which is not a class{hint}")
+    return np.array([number[values[row]] for row in rows], np.int64), names
+
+
+def _names_of_indices(table: Table, label: np.ndarray, classes: Sequence[str] | None) -> list[str]:
+    most = MOST_CLASSES if classes is None else len(classes)
+    if (label >= most).any():
+        at = int(np.argmax(label >= most))
+        raise MicrotomeError(f"{table.line(table.lines[at])} has the label {label[at]}; expected 0 to {most - 1:,}")
+    names: dict[int, str] = {}
+    given = table.columns.get("name", [""] * len(label))
+    for at, (index, name) in enumerate(zip(label.tolist(), map(str.strip, given), strict=True)):
+        before = names.setdefault(index, name)
+        if before != name:
+            raise MicrotomeError(f"{table.line(table.lines[at])} names class {index} {name!r}, but it is {before!r}")
+    if classes is not None:
+        return list(classes)
+    return [names.get(index) or str(index) for index in range(max(names) + 1)]
+
+
+# Slots and groups
+
+
+def bounded(listing: Listing, most: int) -> Listing:
+    """Return the listing with the first `most` images of each split chosen, in the order in which slots are given.
+
+    So the chosen ones under a smaller bound are chosen under a larger one, and have their slots already.
+    """
+    order = _in_slot_order(listing, np.arange(len(listing)))
+    split = listing.split[order]
+    chosen = np.zeros(len(listing), bool)
+    for name in np.unique(split):
+        chosen[order[split == name][:most]] = True
+    return replace(listing, chosen=chosen)
+
+
+def slots(listing: Listing, previous_ids: Sequence[str] | np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Return the image id of every slot (StringDType), and its index in `listing` (int64; -1: the image is gone).
+
+    Images of `previous_ids` keep their slots, chosen or not. New ones that are chosen follow, by split and then by a
+    hash of the id, so that a shard mixes the classes and the first shards of a split are a random sample of it.
+    """
+    known = [] if previous_ids is None else np.asarray(previous_ids, STRINGS).tolist()
+    if len(set(known)) != len(known):
+        twice = next(image_id for image_id, n in Counter(known).items() if n > 1)
+        raise MicrotomeError(f"the image id {twice!r} has two slots; the store is damaged: ingest the data set afresh")
+    index_of = dict(zip(listing.image_id.tolist(), range(len(listing)), strict=True))
+    kept = np.array([index_of.get(image_id, -1) for image_id in known], np.int64)
+    is_new = np.ones(len(listing), bool) if listing.chosen is None else listing.chosen.copy()
+    is_new[kept[kept >= 0]] = False
+    new = _in_slot_order(listing, np.flatnonzero(is_new))
+    return np.concatenate([np.array(known, STRINGS), listing.image_id[new]]), np.concatenate([kept, new])
+
+
+def _in_slot_order(listing: Listing, images: np.ndarray) -> np.ndarray:
+    """Return the same indices by split, then by a hash of the id; where two are equal, in the order given."""
+    split = np.unique(listing.split[images], return_inverse=True)[1]
+    return images[np.lexsort((_hash(listing.image_id[images], b"slot"), split))]
+
+
+def group(image_ids: Iterable[str], groups: int = 20) -> np.ndarray:
+    """Return the group of each image, uint8 below `groups`: by a hash of the id that neither slots nor shares use."""
+    if not 1 <= groups <= 256:
+        raise MicrotomeError(f"{groups} groups; expected 1 to 256")
+    return (_hash(image_ids, b"group") % np.uint64(groups)).astype(np.uint8)
+
+
+def derangement(image_ids: Iterable[str]) -> np.ndarray:
+    """Whose label maps each image meets in the permuted control: the next image in the order of a hash of the ids.
+
+    One cycle through all images of a shard, so no image meets its own; a single image has no partner but itself.
+    """
+    keys = [
+        hashlib.blake2b(str(name).encode("utf-8", "surrogateescape"), person=b"derange").digest() for name in image_ids
+    ]
+    order = np.array(sorted(range(len(keys)), key=keys.__getitem__))
+    partner = np.empty(len(order), np.int64)
+    partner[order] = np.roll(order, -1)
+    return partner
+
+
+def _hash(image_ids: Iterable[str], person: bytes) -> np.ndarray:
+    """Return 64 bits of blake2b of each id, uint64; hashes of different purposes (`person`) are independent."""
+    blake2b = hashlib.blake2b
+    joined = b"".join([blake2b(i.encode(), digest_size=8, person=person).digest() for i in image_ids])
+    return np.frombuffer(joined, "<u8").astype(np.uint64)
+
+
+# Names
+
+
+def check_names(names: list[str], folder: Path | str) -> None:
+    """Refuse names that are not UTF-8: they cannot be an image id, which every result stores as text."""
+    if "".join(names).isascii():
+        return
+    wrong = [name for name in names if not _is_utf8(name)]
+    if wrong:
+        raise MicrotomeError(
+            f"{len(wrong):,} names in {folder} are not UTF-8, the first is {os.fsencode(wrong[0])!r}; rename them"
+        )
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _stems(names: Sequence[str], folder: Path | str) -> list[str]:
+    """Return names without their extensions; no two may be the same, or what belongs together is not clear."""
+    stems = [name[: name.rindex(".")] for name in names]
+    first: dict[str, str] = {}
+    for stem, name in zip(stems, names, strict=True):
+        if first.setdefault(stem, name) != name:
+            raise MicrotomeError(
+                f"two names in {folder} differ in their extension alone: {first[stem]!r} and {name!r}; remove one"
+            )
+    return stems
+
+
+def _count(extensions: Iterable[str]) -> str:
+    counts = Counter(extensions)
+    return ", ".join(f"{counts[extension]:,} {extension}" for extension in sorted(counts)) or "no files"
+
+
+def extension_of(name: str) -> str:
+    """Return the extension in lower case, with its dot."""
+    dot = name.rfind(".")
+    if dot <= name.rfind("/"):
+        return "(no extension)"
+    extension = name[dot:].lower()
+    return extension if extension.isascii() else repr(extension)
+
+
+def _update_texts(sha256, texts: Iterable[str]) -> None:
+    """Add texts to a hash so that no two lists add the same bytes: their number, their lengths, then all of them."""
+    encoded = [text.encode() for text in texts]
+    sha256.update(len(encoded).to_bytes(8, "little"))
+    sha256.update(np.array([len(text) for text in encoded], "<i8").tobytes())
+    sha256.update(b"".join(encoded))

@@ -1,0 +1,8 @@
+"""The embedded data set: procedural scenes whose objects, parts, materials and colours are known at every pixel."""
+
+from pipeline.data.scenes.render import SPLITS, Scenes, generate
+from pipeline.data.scenes.vocabulary import CATEGORIES, CLASSES, CONCEPTS
+
+VERSION = 1  # of the pictures and label maps: part of the data set's id
+
+__all__ = ["CATEGORIES", "CLASSES", "CONCEPTS", "SPLITS", "VERSION", "Scenes", "generate"]

@@ -1,0 +1,139 @@
+"""From surface numbers to pictures and label maps."""
+
+from functools import lru_cache
+from hashlib import blake2b
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kernels.images.colour_names import colour_names
+from pipeline.data.scenes.canvas import Canvas, Colour, Draw
+from pipeline.data.scenes.composition import paint_scene
+from pipeline.data.scenes.textures import NOISE_PERIOD, PERIOD, noise_table, textures
+from pipeline.data.scenes.vocabulary import CATEGORIES, CLASSES
+from pipeline.errors import MicrotomeError
+
+SPLITS = ("train", "validation")
+SMALLEST, LARGEST = 16, 1024
+WHITE_BALANCE = 0.06  # of the camera: the most that a channel is off
+
+
+class Scenes(NamedTuple):
+    """Consecutive images of a split with everything that is known about them."""
+
+    image: NDArray[np.uint8]  # (n, 3, size, size) sRGB; n = 0 when not asked for
+    label: NDArray[np.int64]  # (n,) index into CLASSES
+    label_map: NDArray[
+        np.uint8
+    ]  # (n, 4, size, size) concept numbers by category, 0 = nothing; n = 0 when not asked for
+
+
+def generate(
+    seed: int,
+    start: int,
+    count: int,
+    size: int,
+    split: str = "train",
+    *,
+    image: bool = True,
+    label_map: bool = True,
+) -> Scenes:
+    """Draw images `start` to `start + count` of a split.
+
+    Image i is a function of (seed, split, i) and the size alone: not of how many are drawn in a call, nor of the
+    process or the machine. The classes come in turn. The same scene is drawn at every size.
+
+    Parameters
+    ----------
+    seed, start, count : int
+        Any seed; the first image's index and the number of images, both at least 0.
+    size : int
+        Side of the square pictures in pixels, 16 to 1024.
+    split : {"train", "validation"}
+        The splits share no scene.
+    image, label_map : bool
+        Skip the half that is not needed.
+    """
+    if split not in SPLITS:
+        raise MicrotomeError(f"scenes have no split {split!r}; expected one of: {', '.join(SPLITS)}")
+    if not SMALLEST <= size <= LARGEST:
+        raise MicrotomeError(f"scenes are drawn {SMALLEST} to {LARGEST} pixels wide, found size {size}")
+    if start < 0 or count < 0:
+        raise MicrotomeError(f"scenes are numbered from 0, found start {start} and count {count}")
+    pictures = np.empty((count if image else 0, 3, size, size), np.uint8)
+    maps = np.empty((count if label_map else 0, len(CATEGORIES), size, size), np.uint8)
+    label = np.arange(start, start + count, dtype=np.int64) % len(CLASSES)
+    for i in range(count):
+        draw = Draw(_key(seed, split, start + i))
+        canvas, light = paint_scene(draw, size, CLASSES[label[i]])
+        if image:
+            _shade(canvas, light, draw, pictures[i])
+        if label_map:
+            _label(canvas, maps[i])
+    return Scenes(pictures, label, maps)
+
+
+def _key(seed: int, split: str, index: int) -> int:
+    """The random key of one image."""
+    return int.from_bytes(blake2b(f"scenes/{seed}/{split}/{index}".encode(), digest_size=16).digest(), "big")
+
+
+def _label(canvas: Canvas, out: NDArray[np.uint8]) -> None:
+    """Fill the label maps (4, size, size) by one look-up a category."""
+    table = np.array([surface[:3] for surface in canvas.surfaces], np.uint8).T
+    for category in range(3):
+        np.take(table[category], canvas.map, out=out[category], mode="clip")
+    colours = np.array([surface.colour for surface in canvas.surfaces])
+    names = 1 + colour_names(np.round(colours * 255).astype(np.uint8))
+    np.take(names, canvas.map, out=out[3], mode="clip")
+
+
+def _shade(canvas: Canvas, light: Colour, draw: Draw, out: NDArray[np.uint8]) -> None:
+    """Fill the picture (3, size, size): surface colour x light x texture x gradient + noise, as a camera sees it."""
+    size = canvas.size
+    exposure = draw.between(0.75, 1.15)
+    camera = [exposure * draw.between(1 - WHITE_BALANCE, 1 + WHITE_BALANCE) for _ in range(3)]
+    seen = _lit(canvas, light) * np.array(camera, np.float32)[:, None]
+    material = np.array([surface.material * PERIOD * PERIOD for surface in canvas.surfaces], np.int32)
+    down, across = int(draw.random() * PERIOD), int(draw.random() * PERIOD)
+    grain = (
+        textures().reshape(-1).take(material.take(canvas.map) + _tile(size)[down : down + size, across : across + size])
+    )
+    grain += 1
+    ramp = _ramp(size)
+    grain *= (1 + draw.between(-0.1, 0.1) * ramp)[:, None] + draw.between(-0.12, 0.12) * ramp
+    strength = np.float32(255 * draw.between(0.01, 0.035))
+    top, left = int(draw.random() * NOISE_PERIOD), int(draw.random() * NOISE_PERIOD)
+    noise = noise_table(size)[:, top : top + size, left : left + size]
+    for channel in range(3):
+        plane = seen[channel].take(canvas.map)
+        plane *= grain
+        plane += strength * noise[channel]
+        np.clip(plane, 0, 255, out=plane)
+        out[channel] = plane
+
+
+def _lit(canvas: Canvas, light: Colour) -> NDArray[np.float32]:
+    """Colour of every surface as it is seen, shape (3, surfaces), 0 to 255: lit, shaded, and hazy in the distance."""
+    table = np.array([(*surface.colour, *surface[4:]) for surface in canvas.surfaces])
+    colour, (lit, glow, haze) = table[:, :3], table[:, 3:, None].swapaxes(0, 1)
+    shone = colour * (lit * np.array(light))
+    sky = colour[0]  # seen as it is: the sky's palette belongs to the hour already
+    seen = (1 - haze) * shone + haze * sky
+    seen = (1 - glow) * seen + glow * colour
+    seen[0] = sky
+    return (255 * seen.T).astype(np.float32)
+
+
+@lru_cache(maxsize=4)
+def _ramp(size: int) -> NDArray[np.float32]:
+    """From -1 to 1 across the picture."""
+    return np.linspace(-1, 1, size, dtype=np.float32)
+
+
+@lru_cache(maxsize=4)
+def _tile(size: int) -> NDArray[np.int32]:
+    """Position in a texture of every pixel of a picture of this size at every offset."""
+    place = np.arange(PERIOD + size, dtype=np.int32) % PERIOD
+    return place[:, None] * PERIOD + place

@@ -1,0 +1,1 @@
+"""Networks: build, load, inspect and run them."""

@@ -1,0 +1,333 @@
+"""Build a network from its description: a name in a library of networks, or a function in a Python file.
+
+The description itself (`NetworkSpec`) is plain data: picklable, json-able, and imported without torch, so that the
+main process can compute identities with it. torch is imported when a network is built, a library of networks only when
+one of its own is asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import re
+import sys
+import types
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from pipeline.errors import MicrotomeError, nearest
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+RANDOM = "random"
+TRAINED_HERE = "train"
+FROM_RUN = "randomize:"  # before the names of a randomization experiment and of one of its runs
+PRETRAINED = "pretrained"  # the published weights of a library in which they have no names of their own
+LIBRARIES = ("torchvision", "timm", "transformers")
+_SOURCES = "`torchvision: name`, `timm: name`, `transformers: folder or name` and `module: path.py:function`"
+_LONGEST = 500  # characters of an error of others, which may list all keys of a network
+_TORCHVISION_WEIGHTS = re.compile(r"(\w+_Weights\.)?[A-Z][A-Z0-9_]*")
+
+
+class Described(Protocol):
+    """Anything with the fields of a `NetworkSpec`."""
+
+    @property
+    def torchvision(self) -> str | None: ...
+    @property
+    def timm(self) -> str | None: ...
+    @property
+    def transformers(self) -> str | None: ...
+    @property
+    def module(self) -> str | None: ...
+    @property
+    def arguments(self) -> dict[str, Any]: ...
+    @property
+    def weights(self) -> str: ...
+    @property
+    def local(self) -> str | None: ...
+    @property
+    def download(self) -> bool: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def prefix(self) -> str | None: ...
+
+
+class NetworkSpec(BaseModel):
+    """What has to be known to build one network. Exactly one of the libraries and `module` is given."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    torchvision: str | None = Field(None, description="a name that `torchvision.models.get_model` knows")
+    timm: str | None = Field(None, description="a name that `timm.create_model` knows (extra `timm`)")
+    transformers: str | None = Field(
+        None, description="a folder with a config.json, or a name on the hub (extra `transformers`)"
+    )
+    module: str | None = Field(None, description="`path.py:function`; the function returns the network")
+    arguments: dict[str, Any] = Field(
+        default_factory=dict, description="keyword arguments of the builder; for transformers, entries of its config"
+    )
+    weights: str = Field(RANDOM, description="a checkpoint, `random` (the untrained control) or `train` (made here)")
+    local: str | None = Field(
+        None, description="the published file (transformers: folder) itself, where it is not in the library's cache"
+    )
+    download: bool = Field(False, description="fetch published weights that are not on this machine")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="of the initial weights")
+    prefix: str | None = Field(
+        None, description="what every key of the checkpoint starts with and the network's keys do not, `module.` say"
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> NetworkSpec:
+        if sum(value is not None for value in (self.torchvision, self.timm, self.transformers, self.module)) != 1:
+            raise ValueError(f"a network needs exactly one of {_SOURCES}")
+        if self.module is not None:
+            file, colon, function = self.module.rpartition(":")
+            if not (colon and file and function.isidentifier()):
+                raise ValueError(f"module {self.module!r} is not of the form path.py:function")
+        return self
+
+    @model_validator(mode="after")
+    def _weights_of_the_source(self) -> NetworkSpec:
+        if self.weights == PRETRAINED and self.torchvision is not None:
+            raise ValueError(
+                "published weights of torchvision have names: give `weights: DEFAULT` or one of the others"
+            )
+        if self.weights == PRETRAINED and self.module is not None:
+            raise ValueError("a module has no published weights: give a checkpoint as `weights: path`")
+        if self.published and self.prefix is not None:
+            raise ValueError("`prefix` is for a checkpoint of your own; published weights have none")
+        if self.weights.startswith(FROM_RUN) and len(self.run or ()) != 2:
+            raise ValueError(f"weights of a run are named `{FROM_RUN}<experiment>/<run>`, found {self.weights!r}")
+        if self.local is not None and not self.published and self.transformers is None:
+            raise ValueError("`local` goes with published weights: name the file itself as `weights: path`")
+        return self
+
+    @classmethod
+    def of(cls, described: Described) -> NetworkSpec:
+        """The part of a larger description, a network of a configuration say, that builds the network."""
+        if type(described) is cls:
+            return described
+        return cls(**{name: getattr(described, name) for name in cls.model_fields})
+
+    @property
+    def library(self) -> str | None:
+        """The library whose network it is, or None for a module of one's own."""
+        return next((name for name in LIBRARIES if getattr(self, name) is not None), None)
+
+    @property
+    def architecture(self) -> str:
+        """The name by which messages call this network: the library's, or that of the building function."""
+        return self.torchvision or self.timm or self.transformers or self.module_function
+
+    @property
+    def published(self) -> bool:
+        """Whether the weights are those that the library publishes, by name, rather than a file, random or trained."""
+        if self.torchvision is not None:
+            return _TORCHVISION_WEIGHTS.fullmatch(self.weights) is not None
+        return self.module is None and self.weights == PRETRAINED
+
+    @property
+    def run(self) -> tuple[str, ...] | None:
+        """Names of the randomization experiment and of its run that the weights are of; None where they are not."""
+        if not self.weights.startswith(FROM_RUN):
+            return None
+        return tuple(filter(None, self.weights.removeprefix(FROM_RUN).split("/")))
+
+    @property
+    def weights_file(self) -> Path | None:
+        """The checkpoint, or None when the weights are random, trained here, of a run or published."""
+        if self.weights in (RANDOM, TRAINED_HERE) or self.published or self.run is not None:
+            return None
+        return Path(self.weights)
+
+    @property
+    def module_file(self) -> Path | None:
+        return Path(self.module.rpartition(":")[0]) if self.module is not None else None
+
+    @property
+    def module_function(self) -> str:
+        return self.module.rpartition(":")[2] if self.module is not None else ""
+
+
+def load(described: Described, weights_path: str | Path | None = None) -> nn.Module:
+    """The network with its weights, on the CPU, in eval mode.
+
+    Published weights are read from `local`, which `pipeline.networks.published` finds.
+
+    Parameters
+    ----------
+    weights_path : the checkpoint that the workflow made of this network (needed for `weights: train`). It replaces
+        `weights`, and its keys are the network's own: `prefix` does not apply to it.
+    """
+    spec = NetworkSpec.of(described)
+    if weights_path is None and (spec.weights == TRAINED_HERE or spec.run is not None):
+        raise MicrotomeError(f"{spec.architecture} is trained by the workflow: run its network stage first")
+    network = build(spec)
+    load_weights(network, spec, weights_path)
+    return network
+
+
+def load_weights(
+    network: nn.Module, spec: NetworkSpec, weights_path: str | Path | None = None, shapes_only: bool = False
+) -> None:
+    """Load the weights of a description, where it has any, into a network that was built of it.
+
+    `shapes_only` checks names and shapes against a network on the meta device, and reads no values where the library
+    can do without.
+    """
+    from pipeline.networks import checkpoint
+
+    read = checkpoint.shapes if shapes_only else checkpoint.read
+    if weights_path is not None:
+        checkpoint.load_state(network, read(weights_path), weights_path)
+    elif spec.published:
+        path = published_file(spec)
+        checkpoint.load_state(network, _published(spec, shapes_only), path)
+    elif spec.weights_file is not None:
+        checkpoint.load_state(network, read(spec.weights_file, spec.prefix), spec.weights_file)
+
+
+def published_file(spec: NetworkSpec) -> Path:
+    """Where the published weights are: the file, or for transformers the folder."""
+    if spec.local is None and spec.transformers is not None and Path(spec.transformers).is_dir():
+        return Path(spec.transformers)
+    if spec.local is None:
+        raise MicrotomeError(f"{spec.architecture}: published weights were not looked up: give their file as `local`")
+    return Path(spec.local)
+
+
+def build(described: Described, device: str = "cpu") -> nn.Module:
+    """The network as its builder makes it, initialised from its seed, in eval mode.
+
+    `device="meta"` gives shapes without memory or weights. The global random state is left as it was. Builders are
+    expected to draw initial weights from torch's generator, as `torch.nn.init` does.
+
+    Raises
+    ------
+    MicrotomeError
+        Unknown architecture, missing library, file or function, a builder that fails or returns something else.
+    """
+    from torch import nn
+
+    spec = NetworkSpec.of(described)
+    network = _on(spec, device, _file_builder(spec) if spec.library is None else library(spec).builder(spec))
+    if not isinstance(network, nn.Module):
+        raise MicrotomeError(
+            f"{spec.architecture} returned {type(network).__name__}, expected a torch.nn.Module: "
+            f"return the network itself"
+        )
+    return network.eval()
+
+
+def library(spec: NetworkSpec) -> types.ModuleType:
+    """The module of `pipeline.networks.libraries` that knows the library of a network."""
+    assert spec.library is not None
+    try:
+        return import_module(f"pipeline.networks.libraries.of_{spec.library}")
+    except ModuleNotFoundError as error:
+        if error.name != spec.library:
+            raise
+        raise missing(spec.library) from error
+
+
+def missing(name: str) -> MicrotomeError:
+    """That a library, an optional extra, is not installed."""
+    return MicrotomeError(
+        f"{name} is not installed, which networks named by `{name}:` need: install the extra, "
+        f"`pip install '.[{name}]'` in Microtome's folder"
+    )
+
+
+def _published(spec: NetworkSpec, shapes_only: bool) -> dict[str, torch.Tensor]:
+    """The state dict that the library's own code makes of its published file."""
+    read = library(spec).state
+    if shapes_only:
+        # Conversions that need values fail on the meta device, each in its own way; with values they then decide.
+        with contextlib.suppress(Exception):
+            return _on(spec, "meta", lambda **_: read(spec, "meta"))
+    state = _on(spec, "cpu", lambda **_: read(spec, "cpu"))
+    return {key: tensor.to("meta") for key, tensor in state.items()} if shapes_only else state
+
+
+def _on(spec: NetworkSpec, device: str, make: Callable[..., Any]) -> Any:
+    """What a builder makes, with its seed and on a device; whatever goes wrong is told with the call."""
+    import torch
+
+    with _seeded(spec.seed), torch.device(device):
+        try:
+            return make(**spec.arguments)
+        except MicrotomeError:
+            raise
+        except Exception as error:
+            said = str(error) if len(str(error)) <= _LONGEST else f"{str(error)[:_LONGEST]}..."
+            raise MicrotomeError(
+                f"{spec.architecture}({_call(spec.arguments)}) failed: {type(error).__name__}: {said}"
+            ) from error
+
+
+def _file_builder(spec: NetworkSpec) -> Callable[..., Any]:
+    path = spec.module_file
+    assert path is not None
+    module = _import_file(path)
+    function = getattr(module, spec.module_function, None)
+    if not callable(function):
+        known = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
+        raise MicrotomeError(
+            f"function {spec.module_function!r} is not in {path}{nearest(spec.module_function, known)}"
+        )
+    return function
+
+
+def _import_file(path: Path) -> types.ModuleType:
+    """The Python file as a module of a name of its own, never found by `import` and never on `sys.path`.
+
+    The source is compiled from the bytes read here: the import system's bytecode cache goes by time and size, and
+    would run an old version of a file that was replaced with its time kept.
+    """
+    try:
+        source = path.read_bytes()
+    except OSError as error:
+        beside = sorted(p.name for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
+        raise MicrotomeError(
+            f"network file {path} cannot be read ({error.strerror}){nearest(path.name, beside)}"
+        ) from error
+    name = f"microtome_network_{hashlib.sha256(str(path.resolve()).encode() + source).hexdigest()[:24]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    module = types.ModuleType(name)
+    module.__file__ = str(path)
+    # Dataclasses and pickle look a class's module up by name while it is being defined.
+    sys.modules[name] = module
+    try:
+        exec(compile(source, str(path), "exec"), module.__dict__)
+    except BaseException as error:
+        del sys.modules[name]
+        if isinstance(error, Exception):
+            raise MicrotomeError(f"network file {path} cannot be loaded: {type(error).__name__}: {error}") from error
+        raise
+    return module
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Run with torch's CPU generator at `seed`, then put it back. Other devices' generators are not touched."""
+    import torch
+
+    state = torch.get_rng_state()
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
+
+
+def _call(arguments: dict[str, Any]) -> str:
+    return ", ".join(f"{key}={value!r}" for key, value in arguments.items())

@@ -1,0 +1,224 @@
+"""Networks as tasks name them, loaded once a worker, and their forward pass over the images of a shard.
+
+Every stage that runs a network does it here: the same pixels, micro-batches and settings of torch, so the same bits.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.config.core import Network, Segmenter
+from pipeline.errors import MicrotomeError
+from pipeline.storage.identity import digest
+from pipeline.workers.pool import computing, device
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from pipeline.plan.step import Plan, Step
+
+HALF_MAX = 65504.0  # of float16
+
+
+@dataclass(frozen=True)
+class Model:
+    """A network as tasks name it: small, picklable, and equal only for equal networks and weights."""
+
+    name: str
+    spec_json: str
+    weights: Path
+    sha256: str
+    architecture: str  # digest of what builds it: an edited module may compute something else with the same weights
+
+    @property
+    def spec(self) -> Network:
+        return Network.model_validate_json(self.spec_json)
+
+
+class NonFiniteError(Exception):
+    """A layer's output holds a NaN or an infinity; args: layer, image index."""
+
+    def told(self, step: Step, image_id: Sequence[str] | np.ndarray) -> MicrotomeError:
+        """The error as a person reads it; `image_id` of every slot."""
+        layer, index = self.args
+        return MicrotomeError(
+            f"network {step.network!r}, layer {layer!r}: the output for image {image_id[index]!r} of data set "
+            f"{step.dataset!r} is not finite (NaN or infinity)"
+        )
+
+
+def model_of(plan: Plan, step: Step) -> Model:
+    """The network that a step reads, as tasks name it."""
+    network, manifest = plan.parent(step, "network")
+    assert network.network is not None
+    return Model(
+        network.network,
+        plan.networks[network.network].model_dump_json(),
+        plan.results / "networks" / network.network / "model.safetensors",
+        manifest.result["weights_sha256"],
+        digest(network.settings["architecture"]),
+    )
+
+
+def loaded(model: Model) -> torch.nn.Module:
+    """The network with its weights, if the file still is what the stage `network` wrote."""
+    from pipeline.networks.build import load
+    from pipeline.networks.checkpoint import sha256
+
+    if sha256(model.weights) != model.sha256:
+        raise MicrotomeError(
+            f"{model.weights} is not what was written (another sha256): run `make repair` to have it made again"
+        )
+    return load(model.spec, model.weights)
+
+
+@functools.lru_cache(maxsize=2)
+def network_of(model: Model) -> torch.nn.Module:
+    """A worker's copy of a network, loaded once."""
+    return placed(loaded(model), model.spec)
+
+
+def placed(network: torch.nn.Module, spec: Network | Segmenter) -> torch.nn.Module:
+    """A network on the worker's device, in its memory format, and torch set to compute it the same way each time."""
+    import torch
+
+    torch.set_num_threads(1)
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.deterministic = True
+    network = network.to(device())
+    return network.to(memory_format=torch.channels_last) if spec.numerics.channels_last else network
+
+
+def platform_numerics(version: int) -> dict[str, str]:
+    """What else decides the last bits: this module, the device kind and torch's minor version."""
+    import torch
+
+    return {
+        "version": str(version),
+        "dtype": "float32",
+        "device": device(),
+        "torch": ".".join(torch.__version__.split(".")[:2]),
+    }
+
+
+def normalise(pixels: torch.Tensor, spec: Network | Segmenter) -> torch.Tensor:
+    """uint8 (image, 3, y, x) → float32 on the device: (x / 255 - mean) / std, in the network's memory format.
+
+    A network with a single mean gets grey images (image, 1, y, x); with `per_image` each is whitened by itself.
+    """
+    import torch
+
+    from kernels.images.grey import grey
+    from kernels.images.whiten import whiten
+
+    pixels = pixels.to(device(), non_blocking=True)
+    if spec.preprocessing.channels == 1:
+        pixels = grey(pixels)
+    if spec.preprocessing.per_image:
+        x = whiten(pixels.float())
+    else:
+        x = pixels.float().div_(255)
+        mean, std = (_constant(values, x.device) for values in (spec.preprocessing.mean, spec.preprocessing.std))
+        x = x.sub_(mean).div_(std)
+    return x.contiguous(memory_format=torch.channels_last) if spec.numerics.channels_last else x
+
+
+@functools.lru_cache(maxsize=16)
+def _constant(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """One number a channel, there once: to bring it to a GPU is to wait for what the GPU still has to do."""
+    import torch
+
+    return torch.tensor(values, device=device).view(1, -1, 1, 1)
+
+
+def forward_in_batches(
+    model: Model,
+    pixels: torch.Tensor,
+    names: Sequence[str],
+    take: Callable[[str, int, torch.Tensor], None],
+    stop_early: bool = False,
+) -> torch.Tensor | None:
+    """The images of one shard through the network; the logits (image, class), None of a network without a head.
+
+    In micro-batches of the network's size, the last one padded with black images. `take(name, at, output)` gets the
+    output of each layer named, as soon as it is ready, for the images of the shard from `at` on: the next operation may
+    overwrite it. With `stop_early` the forward ends with the last of them, and there are no logits. On a GPU nothing
+    waits for the other before the last micro-batch, unless `take` does.
+    """
+    import torch
+
+    from pipeline.networks.layers import Recorder
+
+    size, on_gpu = model.spec.numerics.micro_batch, device() == "cuda"
+    if on_gpu:
+        pixels = pixels.pin_memory()
+    heads: list[torch.Tensor] = []
+    with computing:
+        network = network_of(model)
+        for at in range(0, len(pixels), size):
+            batch = pixels[at : at + size]
+            count = len(batch)
+            if count < size:
+                batch = torch.cat([batch, batch.new_zeros((size - count, *batch.shape[1:]))])
+
+            def taken(name: str, output: torch.Tensor, at: int = at, count: int = count) -> None:
+                take(name, at, output[:count])
+
+            with Recorder(network, names, stop_early, take=taken) as record:
+                head, _ = record(normalise(batch, model.spec))
+            if head is not None and head.ndim == 2:
+                heads.append(head[:count].float())
+        logits = to_host(torch.cat(heads)) if heads else None
+        done = torch.cuda.Event() if on_gpu else None
+        if done is not None:
+            done.record()
+    # Whoever is next has the GPU while this thread waits for its copies.
+    if done is not None:
+        done.synchronize()
+    return logits
+
+
+def host_buffer(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """Memory of this machine for what a network gives: pinned where it comes from a GPU, which then need not wait."""
+    import torch
+
+    return torch.empty(tuple(shape), dtype=dtype, pin_memory=device() == "cuda")
+
+
+def to_host(values: torch.Tensor, target: torch.Tensor | None = None) -> torch.Tensor:
+    """Values in memory of this machine, in `target` where there is one; from a GPU they are there when
+    `forward_in_batches` returns."""
+    if not values.is_cuda:
+        return values if target is None else target.copy_(values)
+    target = host_buffer(values.shape, values.dtype) if target is None else target
+    return target.copy_(values.contiguous(), non_blocking=True)
+
+
+def half(values: torch.Tensor, scale: float) -> torch.Tensor:
+    """float32 values as they are stored: divided by the layer's scale, float16, in the same memory format."""
+    # On the CPU torch changes the type fast and the order fast, and both at once slowly.
+    return (values if scale == 1 else values / scale).half()
+
+
+def refuse_non_finite(output: torch.Tensor, layer: str, start: int) -> None:
+    """Raise for the first image of `output` (image, ...) that is not finite; the shard begins with image `start`."""
+    good = output.isfinite().reshape(len(output), -1).all(1)
+    if not bool(good.all()):
+        raise NonFiniteError(layer, start + int((~good).nonzero()[0]))
+
+
+def scale_for(largest: float, headroom: bool = False) -> float:
+    """The power of two to divide by, so that `largest` is well inside float16.
+
+    1 for layers of ordinary size (largest value between 2^-6 and 2^9); otherwise `largest` comes to lie below 2^5 with
+    `headroom` (2^11 above it for images unlike the noise), or below 2^15 where it is the maximum over the data.
+    """
+    if headroom and (2.0**-6 <= largest <= 2.0**9 or not math.isfinite(largest) or largest == 0):
+        return 1.0
+    return 2.0 ** (math.frexp(largest)[1] - (5 if headroom else 15))

@@ -1,0 +1,258 @@
+"""What can be refused or planned about networks without work: layers, shapes, bytes, checkpoint keys, classes.
+
+Of segmentation networks, which are sources of concepts: outputs, channels and class lists.
+
+    python -m pipeline.networks.inspection request.json response.json
+
+answers a list of requests in one process, since importing torch and torchvision costs seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import nn
+
+from pipeline.config.core import Segmenter
+from pipeline.errors import MicrotomeError, nearest
+from pipeline.networks import segmenters
+from pipeline.networks.build import Described, NetworkSpec, build, load_weights
+from pipeline.networks.graph.tail import Tail
+from pipeline.networks.graph.trace import UntraceableError, trace
+from pipeline.networks.layer import LayerInfo
+from pipeline.networks.layers import Survey, choose, in_proportion, survey
+from pipeline.networks.speed import Probe, measure
+from pipeline.networks.token_order import check_places
+
+_HALF_BYTES = 2
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a network is, without its weights.
+
+    Attributes
+    ----------
+    layers : the wanted ones, in execution order.
+    activation_bytes : per layer, of its float16 activations for all images, before compression.
+    parameters : number of trainable values.
+    largest : values of the largest output of any module, for one image.
+    ablation : per layer whose units are to be removed, the floating-point operations of one pair of a unit and an
+        image; None where the network cannot be cut there and all of it runs.
+    output : shape of the network's output for one image; (classes,) for a classifier.
+    classes : number of logits, or None when the network has no head.
+    compared : names of the layers that are compared, where these are others.
+    """
+
+    architecture: str
+    layers: list[LayerInfo]
+    activation_bytes: dict[str, int]
+    parameters: int
+    largest: int
+    output: tuple[int, ...]
+    classes: int | None
+    ablation: dict[str, float | None] = field(default_factory=dict)
+    compared: list[str] = field(default_factory=list)
+
+    def json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Ablation(BaseModel):
+    """Layers whose units are to be removed, and the number of classes that images are labelled with."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    layers: str | list[str]
+    classes: int
+
+
+class Request(BaseModel):
+    """One network to inspect; the fields are the arguments of `inspect`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    network: NetworkSpec
+    input_shape: tuple[int, int, int]
+    layers: str | list[str] = "auto"
+    images: int = 0
+    special_tokens: int | None = None
+    weights_path: str | None = None
+    ablate: Ablation | None = None
+    compare: str | list[str] | None = None
+    look: str | list[str] | None = None
+
+
+class ClassifierRequest(BaseModel):
+    """One classifier that is to be trained on images of a shape (channels, height, width)."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    classifier: NetworkSpec
+    input_shape: tuple[int, int, int]
+
+
+class SegmenterRequest(BaseModel):
+    """One segmentation network to inspect, for images of a size (height, width)."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    segmenter: Segmenter
+    size: tuple[int, int]
+
+
+def inspect(
+    network: Described,
+    input_shape: tuple[int, int, int],
+    layers: str | Sequence[str] = "auto",
+    images: int = 0,
+    special_tokens: int | None = None,
+    weights_path: str | Path | None = None,
+    ablate: Ablation | None = None,
+    compare: str | Sequence[str] | None = None,
+    look: str | Sequence[str] | None = None,
+) -> Inspection:
+    """Build the network on the meta device, check its checkpoint's names and shapes, and find the wanted layers.
+
+    A network that cannot be built or run there is built on the CPU instead.
+
+    Parameters
+    ----------
+    input_shape : (channels, height, width) of the images.
+    layers, special_tokens : as in `layers.resolve`.
+    images : how many images the activations are wanted for.
+    weights_path : checkpoint made by the workflow, which replaces the network's own.
+    ablate : what is to be removed.
+    compare : layers that are compared with those of other networks, as in `layers.choose`; None: `layers`.
+    look : layers that are looked into, in the same way; they are only refused where they are unknown.
+
+    Raises
+    ------
+    MicrotomeError
+        For everything that a stage would refuse later: architecture, checkpoint, image size, layers.
+    """
+    spec = NetworkSpec.of(network)
+    built, surveyed = _surveyed(spec, input_shape, special_tokens)
+    load_weights(built, spec, weights_path, shapes_only=True)
+    chosen = choose(built, surveyed, layers, spec.architecture)
+    if look is not None:
+        choose(built, surveyed, look, spec.architecture)
+    # Maps that keep the image's proportions are what convolutions give, in order.
+    doubtful = [layer for layer in chosen if layer.spatial and not _certain(layer, input_shape)]
+    if doubtful:
+        check_places(build(spec), doubtful, input_shape, spec.architecture)
+    return Inspection(
+        architecture=spec.architecture,
+        layers=chosen,
+        activation_bytes={layer.name: _bytes(layer, images) for layer in chosen},
+        parameters=sum(parameter.numel() for parameter in built.parameters()),
+        largest=surveyed.largest,
+        output=surveyed.output,
+        classes=surveyed.classes,
+        ablation=_ablation(built, chosen, surveyed.output, input_shape, ablate) if ablate else {},
+        compared=[] if compare is None else [each.name for each in choose(built, surveyed, compare, spec.architecture)],
+    )
+
+
+def _ablation(
+    network: nn.Module,
+    layers: Sequence[LayerInfo],
+    output: tuple[int, ...],
+    input_shape: tuple[int, int, int],
+    wanted: Ablation,
+) -> dict[str, float | None]:
+    """What a pair costs for each layer; layers that cannot be ablated are refused."""
+    if output != (wanted.classes,):
+        raise MicrotomeError(
+            f"units cannot be ablated: the network gives {output} for an image, and the images have {wanted.classes} "
+            f"classes: expected a logit for each class"
+        )
+    known = {layer.name: layer for layer in layers}
+    costs: dict[str, float | None] = {}
+    for name in list(known)[-1:] if wanted.layers == "last" else wanted.layers:
+        if name not in known:
+            raise MicrotomeError(f"ablate.layers: {name!r} is not among the layers{nearest(name, known)}")
+        try:
+            images = torch.zeros((3, *input_shape), device="meta")
+            costs[name] = Tail(trace(network, name, images), known[name]).cost().pair_flops
+        except UntraceableError:
+            costs[name] = None
+    return costs
+
+
+def answer(requests: Sequence[Any]) -> list[dict[str, Any]]:
+    """Each request (a `Request`, `SegmenterRequest` or `Probe` as json) with its `result` or the `error` to show."""
+    answers: list[dict[str, Any]] = []
+    for each in requests:
+        try:
+            answers.append({"result": _result(each)})
+        except ValidationError as error:
+            first = error.errors()[0]
+            answers.append({"error": f"request: {'.'.join(map(str, first['loc']))}: {first['msg']}"})
+        except MicrotomeError as error:
+            answers.append({"error": str(error)})
+    return answers
+
+
+def _result(each: Any) -> dict[str, Any]:
+    if isinstance(each, dict) and "segmenter" in each:
+        wanted = SegmenterRequest.model_validate(each)
+        found = segmenters.inspect(wanted.segmenter, wanted.size)
+        return {
+            "concepts": {name: channels.concepts for name, channels in found.items()},
+            "memory": segmenters.memory_need(wanted.segmenter, wanted.size),
+        }
+    if isinstance(each, dict) and "classifier" in each:
+        asked = ClassifierRequest.model_validate(each)
+        built, surveyed = _surveyed(asked.classifier, asked.input_shape, None)
+        return {"classes": surveyed.classes, "parameters": sum(each.numel() for each in built.parameters())}
+    if isinstance(each, dict) and "micro_batch" in each:
+        return measure(Probe.model_validate(each))
+    request = Request.model_validate(each)
+    return inspect(**{name: getattr(request, name) for name in Request.model_fields}).json()
+
+
+def main(request_path: str, response_path: str) -> None:
+    """Read a JSON list of requests; write the JSON list of answers, in their order."""
+    requests = json.loads(Path(request_path).read_text())
+    Path(response_path).write_text(json.dumps(answer(requests), indent=1))
+
+
+def _surveyed(spec: NetworkSpec, input_shape: tuple[int, int, int], special: int | None) -> tuple[nn.Module, Survey]:
+    """The network on the meta device and what its forward shows; on the CPU for those that need values for that."""
+    try:
+        network = build(spec, device="meta")
+        if not all(tensor.is_meta for tensor in (*network.parameters(), *network.buffers())):
+            raise NotImplementedError("the builder places tensors itself")
+        return network, survey(network, input_shape, special)
+    # Reading a value (`.item()`), a device named in a forward, numpy: each fails on the meta device in its own way.
+    except Exception:
+        network = build(spec)
+    try:
+        surveyed = survey(network, input_shape, special)
+    except Exception as error:
+        raise MicrotomeError(
+            f"{spec.architecture} cannot take images of shape {tuple(input_shape)}: {type(error).__name__}: {error}"
+        ) from error
+    # Loading shapes into a meta network checks names and shapes and copies nothing.
+    return network.to("meta"), surveyed
+
+
+def _certain(layer: LayerInfo, input_shape: tuple[int, int, int]) -> bool:
+    return layer.layout == "map" and in_proportion(layer.shape[1:], input_shape[1:])
+
+
+def _bytes(layer: LayerInfo, images: int) -> int:
+    units, height, width = layer.shape
+    return images * units * (height * width + layer.special) * _HALF_BYTES
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

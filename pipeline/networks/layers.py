@@ -1,0 +1,467 @@
+"""The layers of a network: which there are, what their outputs look like, and how to record them in one forward.
+
+A layer is a module whose output can be read as units at positions: the map of a convolution, or the tokens of a
+transformer laid back onto the image. Layers are named by module names and listed in execution order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from pipeline.errors import MicrotomeError, nearest
+from pipeline.networks.layer import LayerInfo, Layout, fits
+
+# Class, distillation and register tokens of published transformers are at most a dozen. A larger rest means that the
+# grid was guessed wrong.
+_MOST_SPECIAL = 16
+# Convolutions round and cut borders: a map may be this many positions off the image's proportions.
+_ROUNDING = 2
+_SHOWN = 8
+
+
+@dataclass
+class Survey:
+    """What one forward shows: the layers in execution order, why other modules are none, and the network's output.
+
+    `image` is the (height, width) that it was run on, `output` the shape of the network's own output without the batch,
+    `classes` as in `classes_of`, and `largest` how many values the largest output of any module has for one image: what
+    the memory of a forward goes by.
+    """
+
+    layers: list[LayerInfo] = field(default_factory=list)
+    refused: dict[str, str] = field(default_factory=dict)
+    image: tuple[int, int] = (0, 0)
+    output: tuple[int, ...] = ()
+    classes: int | None = None
+    largest: int = 0
+
+
+def resolve(
+    network: nn.Module,
+    wanted: str | Sequence[str],
+    input_shape: tuple[int, int, int],
+    special: int | None = None,
+    name: str = "",
+) -> list[LayerInfo]:
+    """The wanted layers, in execution order.
+
+    Parameters
+    ----------
+    wanted : `auto` for the blocks, or names and patterns. In a pattern `*`, `?` and `[...]` stand for characters of
+        one part of a name: `layer*` is layer1 to layer4, `layer*.*` their blocks. A pattern takes the layers with
+        more than one position.
+    input_shape : (channels, height, width) of the images.
+    special : number of class and register tokens, when it cannot be found.
+    name : what messages call the network.
+
+    Raises
+    ------
+    MicrotomeError
+        A name that is not a layer (with the reason or the nearest names), a pattern that matches none, no blocks.
+    """
+    return choose(network, survey(network, input_shape, special), wanted, name or type(network).__name__)
+
+
+def candidates(network: nn.Module, input_shape: tuple[int, int, int], special: int | None = None) -> list[LayerInfo]:
+    """Every layer that could be asked for, in order of the first completion of its output."""
+    return survey(network, input_shape, special).layers
+
+
+def survey(network: nn.Module, input_shape: tuple[int, int, int], special: int | None = None) -> Survey:
+    """Run the network once on two blank images, where its parameters are: on the meta device, this costs no memory.
+
+    Two, because an output that does not begin with a 2 does not have the batch first.
+    """
+    device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
+    images = torch.zeros((2, *input_shape), device=device)
+    calls: Counter[str] = Counter()
+    largest = 0
+    outputs: list[tuple[str, nn.Module, object]] = []
+
+    def note(name: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: object) -> None:
+            # The one convolution whose channels torch does not compare on the meta device: generators begin with it.
+            if isinstance(module, nn.ConvTranspose2d) and inputs[0].shape[1] != module.in_channels:
+                raise MicrotomeError(f"{name} gets {inputs[0].shape[1]} channels, expected {module.in_channels}")
+            nonlocal largest
+            tensor = first_tensor(output)
+            largest = max(largest, tensor.numel() // 2 if tensor is not None else 0)
+            calls[name] += 1
+            if calls[name] == 1:
+                outputs.append((name, module, _sketch(tensor)))
+
+        return hook
+
+    modules = [(name, module) for name, module in network.named_modules() if name]
+    hooks = [module.register_forward_hook(note(name)) for name, module in modules]
+    try:
+        with torch.no_grad(), one_attention_path():
+            logits = first_tensor(network(images))
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+    shape = tuple(logits.shape[1:]) if logits is not None else ()
+    found = Survey(image=(input_shape[1], input_shape[2]), output=shape, classes=classes_of(network, logits))
+    found.largest = max(largest, math.prod(shape))
+    reader = _Reader(found.image, special)
+    for name, module, output in outputs:
+        read = reader.read(name, module, output)
+        if calls[name] > 1:
+            found.refused[name] = f"is called {calls[name]} times in one forward, so it has no single output"
+        elif isinstance(read, str):
+            found.refused[name] = read
+        else:
+            found.layers.append(read)
+    for name, _ in modules:
+        if name not in calls:
+            found.refused[name] = "is never called in the forward, so its output cannot be read"
+    return found
+
+
+def choose(network: nn.Module, surveyed: Survey, wanted: str | Sequence[str], name: str) -> list[LayerInfo]:
+    """The wanted ones of the layers of a survey; see `resolve`. `all` are every one."""
+    known = {layer.name: layer for layer in surveyed.layers}
+    if wanted == "all":
+        chosen = set(known)
+    elif wanted == "auto":
+        chosen = set(_auto(network, known, surveyed.image, name))
+    else:
+        chosen = set()
+        for entry in [wanted] if isinstance(wanted, str) else wanted:
+            chosen.update(_matches(entry, known, surveyed.refused, name))
+    return [layer for layer in surveyed.layers if layer.name in chosen]
+
+
+class Recorder:
+    """Records the outputs of layers in one forward, as float32 copies made when each output is ready.
+
+    The copy is needed: a later in-place operation (`ReLU(inplace=True)`, `out += identity`) overwrites the output.
+    `take(name, output)` is called in place of the copy, and has to use the output at once; what it returns is recorded.
+
+    >>> with Recorder(network, ["layer1", "layer2"]) as record:
+    ...     logits, outputs = record(images)
+
+    `stop_early=True` ends the forward with the last layer's output and gives no logits.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        names: Iterable[str],
+        stop_early: bool = False,
+        take: Callable[[str, torch.Tensor], Any] | None = None,
+    ) -> None:
+        self.network = network
+        self.names = list(names)
+        self.stop_early = stop_early
+        self.take = take or (lambda _, output: output.to(torch.float32, copy=True))
+        self.outputs: dict[str, Any] = {}
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._paths = contextlib.ExitStack()
+
+    def __call__(self, images: torch.Tensor) -> tuple[torch.Tensor | None, dict[str, Any]]:
+        """The network's output (None after an early stop) and the layers' outputs as they are, for `to_maps`."""
+        if not self._hooks and self.names:
+            raise RuntimeError("a Recorder records inside its `with` block only")
+        self.outputs = {}
+        logits = None
+        with torch.no_grad(), contextlib.suppress(_Done):
+            logits = first_tensor(self.network(images))
+        missing = [name for name in self.names if name not in self.outputs]
+        if missing:
+            raise MicrotomeError(f"layer {missing[0]!r} was not called in this forward, expected one call")
+        outputs, self.outputs = self.outputs, {}
+        return logits, {name: outputs[name] for name in self.names}
+
+    def __enter__(self) -> Self:
+        self._paths.enter_context(one_attention_path())
+        for name in self.names:
+            self._hooks.append(self.network.get_submodule(name).register_forward_hook(self._keep(name)))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self._paths.close()
+
+    def _keep(self, name: str) -> Any:
+        def hook(module: nn.Module, _: object, output: object) -> None:
+            tensor = first_tensor(output)
+            if tensor is None:
+                raise MicrotomeError(f"layer {name!r} gives {type(output).__name__}, expected a tensor")
+            if name in self.outputs:
+                raise MicrotomeError(f"layer {name!r} is called more than once in one forward, expected one call")
+            self.outputs[name] = self.take(name, tensor.detach())
+            if self.stop_early and len(self.outputs) == len(self.names):
+                raise _Done
+
+        return hook
+
+
+class _Done(BaseException):
+    """Ends a forward; no `except Exception` of a network may catch it."""
+
+
+def to_maps(output: torch.Tensor, layer: LayerInfo) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """An output as maps (batch, unit, y, x), and its special tokens (batch, token, unit) or None. Both are views.
+
+    Raises
+    ------
+    MicrotomeError
+        The output does not have the layer's shape: images of another size, say.
+    """
+    units, height, width = layer.shape
+    tokens = layer.special + height * width
+    expected = {
+        "map": (units, height, width),
+        "channels_last": (height, width, units),
+        "tokens": (tokens, units),
+        "vector": (units,),
+    }[layer.layout]
+    if tuple(output.shape[1:]) != expected:
+        raise MicrotomeError(
+            f"layer {layer.name!r}: output {tuple(output.shape[1:])}, expected {expected}: "
+            f"resolve the layers for images of this size"
+        )
+    if layer.layout == "channels_last":
+        return output.permute(0, 3, 1, 2), None
+    if layer.layout == "tokens":
+        maps = output[:, layer.special :].transpose(1, 2).unflatten(2, (height, width))
+        return maps, output[:, : layer.special] if layer.special else None
+    return output.reshape(output.shape[0], units, height, width), None
+
+
+def first_tensor(output: object) -> torch.Tensor | None:
+    """The tensor that a module's output stands for: itself, or the first of a tuple, list or mapping."""
+    if isinstance(output, torch.Tensor):
+        return output
+    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()
+    return next((value for value in values if isinstance(value, torch.Tensor)), None)
+
+
+def classes_of(network: nn.Module, output: torch.Tensor | None) -> int | None:
+    """How many logits the network gives an image; None when it has no head, only features.
+
+    Logits are (batch, class). A network of timm without its head gives features of that form, and says 0 classes.
+    """
+    if output is None or output.ndim != 2 or getattr(network, "num_classes", None) == 0:
+        return None
+    return output.shape[1]
+
+
+@contextlib.contextmanager
+def one_attention_path() -> Iterator[None]:
+    """Keep torch from its fused attention, which it takes depending on hooks and gradients.
+
+    It rounds otherwise, calls no hook inside, and so the values of a layer would depend on which others are recorded.
+    """
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def _matches(entry: str, known: Mapping[str, LayerInfo], refused: Mapping[str, str], network: str) -> list[str]:
+    if entry in known:
+        return [entry]
+    if entry in refused:
+        raise MicrotomeError(f"layer {entry!r} of {network} {refused[entry]}")
+    if not any(sign in entry for sign in "*?["):
+        known_ones = nearest(entry, known) or f"; it has {_some(known)}"
+        raise MicrotomeError(f"layer {entry!r} is not in {network}{known_ones}")
+    found = [name for name, layer in known.items() if layer.spatial and fits(name, entry)]
+    if not found:
+        raise MicrotomeError(
+            f"pattern {entry!r} matches no layer with more than one position of {network}; it has {_some(known)} "
+            f"(`*` stands for one part of a name, between two dots)"
+        )
+    return found
+
+
+def _auto(network: nn.Module, known: Mapping[str, LayerInfo], image: tuple[int, int], name: str) -> list[str]:
+    """The blocks with more than one position; where there are none, the convolutions."""
+
+    def whole(path: str) -> bool:
+        return path in known and in_proportion(known[path].shape[1:], image)
+
+    def usable(names: Iterable[str]) -> list[str]:
+        return [each for each in names if each in known and known[each].spatial]
+
+    blocks = usable(_blocks(network, "", whole))
+    blocks = blocks or usable(each for each, module in network.named_modules() if isinstance(module, nn.Conv2d))
+    if not blocks:
+        raise MicrotomeError(f"`layers: auto` found no blocks in {name}: name layers; it has {_some(known)}")
+    return blocks
+
+
+def _blocks(module: nn.Module, name: str, whole: Callable[[str], bool]) -> Iterator[str]:
+    """Names of the outermost building blocks, by structure; `whole` says whether a module's output covers the image.
+
+    A block is a module with a forward of its own that is an element of a Sequential or ModuleList, or one of several
+    siblings of its class (GoogLeNet's inceptions), or beside such siblings without holding a Sequential. Where all of
+    them are stages (Swin's), their blocks are taken. A Sequential without such elements is a block when it holds one
+    convolution (conv, norm, activation); one with several (VGG) gives the last activation or norm after each.
+    """
+    composites = [
+        (_join(name, key), child) for key, child in module.named_children() if any(True for _ in child.children())
+    ]
+    if _is_chain(module) and not composites:
+        yield from _plain_blocks(module, name)
+        return
+    classes = Counter(type(child) for _, child in composites if not _is_chain(child))
+    repeated = any(count > 1 for count in classes.values())
+    stages = all(_is_stage(child, path, whole) for path, child in composites if not _is_chain(child))
+    for path, child in composites:
+        if _is_chain(child):
+            yield from _blocks(child, path, whole)
+        elif not stages and (
+            _is_chain(module) or classes[type(child)] > 1 or (repeated and not any(map(_is_chain, child.children())))
+        ):
+            yield path
+        else:
+            yield from _blocks(child, path, whole)
+
+
+def _is_stage(module: nn.Module, name: str, whole: Callable[[str], bool]) -> bool:
+    """Whether exactly one chain in it consists of blocks of one class, each with an output that covers the image.
+
+    An inception has several such branches; inside a block of MobileViT or NesT, the image is cut into patches.
+    """
+
+    def of_blocks(chain: nn.Module, path: str) -> bool:
+        blocks = list(chain.named_children())
+        return len({type(block) for _, block in blocks}) == 1 and all(
+            not _is_chain(block) and any(True for _ in block.children()) and whole(_join(path, key))
+            for key, block in blocks
+        )
+
+    return sum(_is_chain(child) and of_blocks(child, _join(name, key)) for key, child in module.named_children()) == 1
+
+
+def _plain_blocks(chain: nn.Module, name: str) -> Iterator[str]:
+    leaves = list(chain.named_children())
+    weighted = [i for i, (_, leaf) in enumerate(leaves) if isinstance(leaf, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear))]
+    if len(weighted) == 1 and name:
+        yield name
+        return
+    for i in weighted:
+        while i + 1 < len(leaves) and type(leaves[i + 1][1]).__module__ in _ELEMENTWISE:
+            i += 1
+        yield _join(name, leaves[i][0])
+
+
+_ELEMENTWISE = tuple(f"torch.nn.modules.{part}" for part in ("activation", "batchnorm", "dropout", "normalization"))
+
+
+def _is_chain(module: nn.Module) -> bool:
+    """A container that only holds or calls its elements one after the other."""
+    if isinstance(module, nn.Sequential):
+        return type(module).forward is nn.Sequential.forward
+    return type(module) in (nn.ModuleList, nn.ModuleDict)
+
+
+class _Reader:
+    """Reads outputs as layers in execution order, and remembers the maps seen: they settle what a shape leaves open."""
+
+    def __init__(self, image: tuple[int, int], special: int | None) -> None:
+        self.image = image
+        self.special = special
+        self.layouts: dict[tuple[int, ...], Layout] = {}
+        self.grids: dict[int, list[tuple[int, int]]] = {}
+
+    def read(self, name: str, module: nn.Module, output: object) -> LayerInfo | str:
+        """The layer, or why the output cannot be one."""
+        if not isinstance(output, torch.Tensor):
+            return "does not give a tensor"
+        shape = tuple(output.shape[1:])
+        if output.ndim == 0 or output.shape[0] != 2:
+            return f"gives {tuple(output.shape)} for 2 images: expected the batch in the first dimension"
+        special = 0
+        if len(shape) == 1:
+            layout: Layout = "vector"
+            units, height, width = shape[0], 1, 1
+        elif len(shape) == 2:
+            layout = "tokens"
+            tokens, units = shape
+            grid = self._grid(tokens, units)
+            if grid is None:
+                return (
+                    f"gives {tokens} tokens, which do not cover an image of {self.image[0]}x{self.image[1]} as a grid"
+                    + ("" if self.special is None else f" beside {self.special} special tokens")
+                    + ": set `special_tokens` to the number of class and register tokens"
+                )
+            height, width = grid
+            special = tokens - height * width
+        elif len(shape) == 3:
+            layout = self._map_layout(module, shape)
+            units, height, width = shape if layout == "map" else (shape[2], shape[0], shape[1])
+            self.layouts[shape] = layout
+            self.grids.setdefault(units, []).insert(0, (height, width))
+        else:
+            return f"gives {shape} for an image: expected maps, tokens or a vector"
+        dtype = str(output.dtype).removeprefix("torch.")
+        return LayerInfo(name, (units, height, width), layout, special, dtype, type(module).__name__)
+
+    def _map_layout(self, module: nn.Module, shape: tuple[int, int, int]) -> Layout:
+        """Which end the units are at: the module's kind knows, or the image's proportions, or the module before."""
+        if isinstance(module, (nn.Conv2d, nn.BatchNorm2d, nn.GroupNorm)):
+            return "map"
+        # Exactly LayerNorm: torchvision's LayerNorm2d inherits it, and normalises maps.
+        if type(module) in (nn.Linear, nn.LayerNorm):
+            return "channels_last"
+        first, last = in_proportion(shape[1:], self.image), in_proportion(shape[:2], self.image)
+        if first == last:
+            return self.layouts.get(shape, "map")
+        return "map" if first else "channels_last"
+
+    def _grid(self, tokens: int, units: int) -> tuple[int, int] | None:
+        """(y, x) of the tokens: that of a map with as many units seen before (the patches), or from the image."""
+
+        def rest_fits(grid: tuple[int, int]) -> bool:
+            rest = tokens - grid[0] * grid[1]
+            return 0 <= rest <= _MOST_SPECIAL if self.special is None else rest == self.special
+
+        seen = next(filter(rest_fits, self.grids.get(units, [])), None)
+        if seen is not None:
+            return seen
+        height, width = self.image
+        steps = math.gcd(height, width)
+        grids = [(k * height // steps, k * width // steps) for k in range(steps, 0, -1)]
+        # Whole patches first: 36 pixels are rather 9 patches of 4 than 10 of 3.6.
+        grids.sort(key=lambda grid: height % grid[0] != 0)
+        return next(filter(rest_fits, grids), None)
+
+
+def in_proportion(grid: tuple[int, int], image: tuple[int, int]) -> bool:
+    """Whether a grid (y, x) has the proportions of an image (height, width), but for rounding and cut borders."""
+    (y, x), (height, width) = grid, image
+    return abs(y * width - x * height) <= _ROUNDING * max(height, width)
+
+
+def _sketch(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """The tensor's shape and dtype without its memory, which a later layer can then use."""
+    return None if tensor is None else torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+
+
+def _join(name: str, key: str) -> str:
+    return f"{name}.{key}" if name else key
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")

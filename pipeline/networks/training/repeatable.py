@@ -1,0 +1,149 @@
+"""What makes a training repeat bit for bit: random numbers by purpose, fixed arithmetic, and checkpoints.
+
+Shared by the trainings of this project, whatever their schedule: a network of the configuration (`pipeline.networks.training.loop`)
+and runs on corrupted data (`pipeline.stages.randomize.training`).
+"""
+
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from pipeline.errors import MicrotomeError
+from pipeline.storage.manifest import write_atomically
+
+ORDER = 1  # purpose of random numbers: the order of the images
+
+
+class Checkpoint:
+    """A file that a training is taken up from: network, optimiser, and what else is known at that point.
+
+    `key` says of which recipe and data it is; one of others is refused.
+    """
+
+    def __init__(self, path: Path, key: str) -> None:
+        self.path, self.key = path, key
+
+    def save(self, network: nn.Module, optimiser: torch.optim.Optimizer, facts: Mapping[str, Any]) -> None:
+        """Write it whole; `facts` are plain values."""
+        content = {
+            "key": self.key,
+            **facts,
+            "network": network.state_dict(),
+            "optimiser": optimiser.state_dict(),
+        }
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        write_atomically(self.path, buffer.getvalue())
+
+    def load(self, network: nn.Module, optimiser: torch.optim.Optimizer, facts: Sequence[str]) -> dict[str, Any] | None:
+        """Put network and optimiser to where they were and return the facts of these names; None without a file.
+
+        Raises
+        ------
+        MicrotomeError
+            When the file cannot be read, or is of another recipe or data.
+        """
+        for leftover in self.path.parent.glob(f".{self.path.name}.*.partial"):  # of a run killed while it saved
+            leftover.unlink()
+        if not self.path.exists():
+            return None
+        found: dict[str, Any] = {}
+        try:
+            content = torch.load(self.path, map_location="cpu", weights_only=True)
+            key = content["key"]
+            if key == self.key:
+                network.load_state_dict(content["network"], strict=True)
+                optimiser.load_state_dict(content["optimiser"])
+                found = {name: content[name] for name in facts}
+        except Exception as error:  # whatever is wrong with the bytes, the way out is the same
+            raise MicrotomeError(
+                f"training checkpoint {self.path} cannot be read ({type(error).__name__}); delete it to train anew"
+            ) from error
+        if key != self.key:
+            raise MicrotomeError(
+                f"training checkpoint {self.path} is of another recipe or data set; delete it to train anew"
+            )
+        return found
+
+
+def native_bfloat16(device: str) -> bool:
+    """Whether the device multiplies bfloat16 in hardware; where it is emulated, float32 is faster."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def stream(seed: int, purpose: int, number: int) -> np.random.Generator:
+    """Random numbers that depend on nothing else: those of a step, an epoch or a corruption."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, purpose, number])))
+
+
+def order(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
+    """The order of one pass. Made again at each step: 0.2 ms for 10,000 images, and nothing to remember."""
+    return stream(seed, ORDER, epoch).permutation(count)
+
+
+def count_classes(network: nn.Module, images: Tensor) -> int:
+    """How many logits the network gives."""
+    network.eval()
+    with torch.inference_mode():
+        logits = network(images)
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise MicrotomeError(f"the network must give logits of shape (batch, class), found {found}")
+    return logits.shape[1]
+
+
+def check_classes(labels: NDArray[np.int64], classes: int, what: str) -> None:
+    """Refuse labels that are no logit of the network."""
+    if len(labels) and labels.max() >= classes:
+        raise MicrotomeError(
+            f"the network has {classes} classes but the {what} labels go up to {labels.max()}; "
+            f"build it with {labels.max() + 1} or more"
+        )
+
+
+def groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameters with weight decay (matrices and filters) and without (biases, norms)."""
+    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+def attention(device: str) -> AbstractContextManager[None]:
+    """Attention as plain matrix products on a CPU: there the fused backward is half of a small transformer's step."""
+    return sdpa_kernel(SDPBackend.MATH) if torch.device(device).type == "cpu" else nullcontext()
+
+
+@contextmanager
+def fixed_arithmetic(threads: int) -> Iterator[None]:
+    """A set number of threads and deterministic algorithms; torch's own random state is put back afterwards."""
+    before = torch.get_num_threads()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    memory: Any = torch.utils.deterministic
+    fill = memory.fill_uninitialized_memory
+    benchmark = torch.backends.cudnn.benchmark
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    memory.fill_uninitialized_memory = False  # a debugging aid that costs time
+    torch.backends.cudnn.benchmark = False
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        torch.set_num_threads(before)
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        memory.fill_uninitialized_memory = fill
+        torch.backends.cudnn.benchmark = benchmark

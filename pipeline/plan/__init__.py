@@ -1,0 +1,1 @@
+"""Steps, the plan that they make, and what a job of one sees."""

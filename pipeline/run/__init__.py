@@ -1,0 +1,1 @@
+"""One run: configuration, plan, preflight checks, forecast, workflow and jobs."""

@@ -1,0 +1,259 @@
+"""A results folder as xarray, for notebooks and programs that come after.
+
+    results = pipeline.open_results("results")
+    cnn = results["scenes"]["cnn"]
+    cnn.units                                  # one row a unit, as in units.csv
+    cnn["features.conv6"].iou["iou"]           # (unit, concept)
+
+Stores are opened when they are asked for and read when they are computed (xarray over Dask), so opening costs nothing.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pipeline.errors import MicrotomeError, nearest
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+Item = TypeVar("Item")
+NUMBERS = ("iou", "iou_ceiling", "iou_held_out", "ci_low", "ci_high", "threshold", "activation_rate")
+
+
+def open_results(path: str | Path) -> Results:
+    """Open a results folder.
+
+    Raises
+    ------
+    MicrotomeError
+        When there is no such folder, or none that holds a data set.
+    """
+    results = Results(Path(path))
+    if not results.path.is_dir():
+        raise MicrotomeError(f"{path}: no such folder; give the folder of `results:` in the configuration")
+    if not len(results):
+        raise MicrotomeError(f"{path}: no data set has been ingested here; run the workflow first")
+    return results
+
+
+class NotThereError(MicrotomeError, KeyError):
+    """A results folder does not hold what was asked for."""
+
+    __str__ = Exception.__str__  # KeyError's puts quotes around the message
+
+
+class _Folder(Mapping[str, Item]):
+    """What a folder holds, by name."""
+
+    path: Path
+    kind: str
+
+    def names(self) -> list[str]:
+        raise NotImplementedError
+
+    def open(self, name: str) -> Item:
+        raise NotImplementedError
+
+    def __getitem__(self, name: str) -> Item:
+        if name not in self.names():
+            raise NotThereError(f"{self.path}: no {self.kind} {name!r}{nearest(name, self.names(), 5)}")
+        return self.open(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names())
+
+    def __len__(self) -> int:
+        return len(self.names())
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.path}: {', '.join(self.names())}>"
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Results(_Folder["Dataset"]):
+    """A results folder: data sets by name."""
+
+    path: Path
+    kind = "data set"
+
+    def names(self) -> list[str]:
+        return sorted(found.parent.name for found in self.path.glob("*/images.zarr"))
+
+    def open(self, name: str) -> Dataset:
+        return Dataset(self.path / name)
+
+    @property
+    def networks(self) -> dict[str, dict[str, Any]]:
+        """`model.json` of every network: architecture, weights' sha256, preprocessing, accuracy, training curve."""
+        return {
+            file.parent.name: json.loads(file.read_text()) for file in sorted(self.path.glob("networks/*/model.json"))
+        }
+
+    @property
+    def similarity(self) -> dict[str, xr.Dataset]:
+        """cka, standard_error, neighbours and others (layer_a, layer_b) of every comparison, by its name."""
+        return {file.parent.name: _open(file) for file in sorted(self.path.glob("similarity/*/cka.zarr"))}
+
+    @property
+    def randomization(self) -> dict[str, xr.Dataset]:
+        """train_loss, test_accuracy, test_loss, test_ece and others (run, epoch) of every experiment, by its name."""
+        return {file.parent.name: _open(file) for file in sorted(self.path.glob("randomization/*/curves.zarr"))}
+
+    @property
+    def reports(self) -> dict[str, Path]:
+        """The page of every configuration, by its name."""
+        return {file.parent.name: file for file in sorted(self.path.glob("report/*/index.html"))}
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Dataset(_Folder["Network"]):
+    """One data set: its images and label maps, and by name the networks that were dissected on it."""
+
+    path: Path
+    kind = "dissected network"
+
+    def names(self) -> list[str]:
+        return sorted(found.parent.name for found in self.path.glob("*/layers.json"))
+
+    def open(self, name: str) -> Network:
+        return Network(self.path / name)
+
+    @cached_property
+    def images(self) -> xr.Dataset:
+        """image (image, channel, y, x) uint8, label, split, valid (image)."""
+        return _open(self.path / "images.zarr")
+
+    @cached_property
+    def concepts(self) -> xr.Dataset:
+        """label_map (image, category, y, x) uint16; attrs concepts {number: {name, category}}."""
+        return _open(self.path / "concepts.zarr")
+
+    @property
+    def quarantine(self) -> list[dict[str, str]]:
+        """image_id, path, reason of every image that was refused."""
+        return _table(self.path / "quarantine.csv")
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Network(_Folder["Layer"]):
+    """One network on one data set: its logits and units, and its layers by name, in execution order."""
+
+    path: Path
+    kind = "layer"
+
+    @cached_property
+    def paths(self) -> dict[str, dict[str, str]]:
+        """layers.json: where the stores of each layer are."""
+        return json.loads((self.path / "layers.json").read_text())
+
+    def names(self) -> list[str]:
+        return list(self.paths)
+
+    def open(self, name: str) -> Layer:
+        return Layer(self.path.parent, name, self.paths[name])
+
+    @cached_property
+    def logits(self) -> xr.Dataset:
+        """logits (image, class) float32; NaN where a shard was not extracted. A network without a head has none."""
+        path = self.path / "logits.zarr"
+        if not path.is_dir() and (self.path / "layers.json").is_file():
+            raise MicrotomeError(f"{path} is not there: {self.path.name} has no head")
+        return _open(path)
+
+    @cached_property
+    def ablation(self) -> dict[str, xr.Dataset]:
+        """By layer, what each class loses without each unit and without sets of them; empty where none were removed."""
+        store = self.path / "ablation.zarr"
+        return {name: _open(store / name) for name in _open(store).attrs["layers"]} if store.is_dir() else {}
+
+    @cached_property
+    def calibration(self) -> xr.Dataset:
+        """score (split, calibration, measure); count, correct, confidence (split, calibration, bin).
+
+        The network's own over all images: all_count, all_correct, all_confidence (bin).
+        """
+        return _open(self.path / "calibration.zarr")
+
+    @cached_property
+    def sight(self) -> xr.Dataset:
+        """How it looks at images: receptive fields (layer, y, x), attention_distance (attention, head), skip_ratio and
+        accuracy_loss (skip), localisation (output, input), as far as they were asked for and the network has them."""
+        return _open(self.path / "sight.zarr")
+
+    @cached_property
+    def probes(self) -> xr.Dataset:
+        """accuracy, low, high (layer, features, shots) of linear probes; of single ones probe_accuracy, penalty."""
+        return _open(self.path / "probes.zarr")
+
+    @property
+    def units(self) -> list[dict[str, Any]]:
+        """units.csv, one row a unit: numbers are numbers, and None where the table has none."""
+        return list(map(_numbers, _table(self.path / "units.csv")))
+
+    @property
+    def units_permuted(self) -> list[dict[str, Any]]:
+        """The same for the control with permuted label maps; empty where there is none."""
+        file = self.path / "units-permuted.csv"
+        return list(map(_numbers, _table(file))) if file.exists() else []
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer of a network: its stores, shared by all networks with the same layer."""
+
+    dataset: Path
+    name: str
+    paths: Mapping[str, str]
+
+    @property
+    def id(self) -> str:
+        return self.paths["id"]
+
+    @cached_property
+    def activations(self) -> xr.Dataset:
+        """activation (image, unit, y, x) float16, to be multiplied by attrs["scale"]; maximum, mean (image, unit)."""
+        return _open(self.dataset / self.paths["activations"])
+
+    @cached_property
+    def thresholds(self) -> xr.Dataset:
+        """threshold (unit) float32; active (unit) int64."""
+        return _open(self.dataset / self.paths["thresholds"])
+
+    @cached_property
+    def iou(self) -> xr.Dataset:
+        """intersection, iou (unit, concept); unit_area (unit); concept_area (concept)."""
+        return _open(self.dataset / self.paths["iou"])
+
+    @cached_property
+    def counts(self) -> xr.Dataset:
+        """The counts behind the IoU, by jackknife group and category."""
+        return _open((self.dataset / self.paths["iou"]).with_name("counts.zarr"))
+
+
+def _open(path: Path) -> xr.Dataset:
+    import xarray as xr
+
+    from pipeline.storage.store import Located
+
+    if not path.is_dir():
+        raise MicrotomeError(f"{path} is not there; run the workflow first")
+    return xr.open_zarr(Located(path, read_only=True))
+
+
+def _table(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+        return list(csv.DictReader(file))
+
+
+def _numbers(row: dict[str, str]) -> dict[str, Any]:
+    return row | {"unit": int(row["unit"])} | {key: float(row[key]) if row[key] else None for key in NUMBERS}

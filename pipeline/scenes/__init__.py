@@ -1,8 +1,0 @@
-"""The embedded data set: procedural scenes whose objects, parts, materials and colours are known at every pixel."""
-
-from pipeline.scenes.render import SPLITS, Scenes, generate
-from pipeline.scenes.vocabulary import CATEGORIES, CLASSES, CONCEPTS
-
-VERSION = 1  # of the pictures and label maps: part of the data set's id
-
-__all__ = ["CATEGORIES", "CLASSES", "CONCEPTS", "SPLITS", "VERSION", "Scenes", "generate"]

@@ -1,0 +1,1 @@
+"""The stages, one package each; `registry` lists them."""

@@ -1,0 +1,1 @@
+"""What each class loses when units are removed."""

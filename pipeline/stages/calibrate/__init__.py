@@ -1,0 +1,1 @@
+"""Whether networks know when they are wrong."""

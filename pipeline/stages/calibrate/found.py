@@ -1,0 +1,121 @@
+"""What the report reads of a calibration: a network's errors as it is, the table of methods, reliability diagrams."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.stages.dissect.found import open_store, read_text
+
+Row = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Diagram:
+    """A reliability diagram: images, and sums of right ones and of confidences, by bin."""
+
+    count: NDArray[np.int64]
+    correct: NDArray[np.int64]
+    confidence: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """One network on one data set.
+
+    Attributes
+    ----------
+    rows : the table of methods, means over the splits; NaN where a cell is blank.
+    whole : measures of the network as it is, over all images; with interval and null band.
+    all : its diagram. test : those of each method on the images of the first split that judge.
+    settings : attributes of the store: splits, share, images, fit, test, network.
+    """
+
+    dataset: str
+    network: str
+    rows: Mapping[str, Row]
+    whole: Mapping[str, float]
+    all: Diagram
+    test: Mapping[str, Diagram]
+    settings: Mapping[str, Any]
+
+    @property
+    def converged(self) -> bool:
+        """Whether every search of a scaling found its minimum, on all splits."""
+        return all(np.isnan(row["converged"]) or row["converged"] == 1 for row in self.rows.values())
+
+    def point(self) -> Point:
+        facts = self.settings["network"]
+        after = self.rows.get("temperature", self.rows["uncalibrated"])
+        return Point(
+            self.network, self.dataset, self.whole["ece"], self.whole["ece_low"], self.whole["ece_high"],
+            self.whole["nll"], 1 - self.whole["accuracy"], after["ece"], after["nll"], facts,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Point:
+    """One network, or one run of a training, in the figures over networks: what it is, and how it is calibrated.
+
+    `ece_temperature`, `nll_temperature` : with a temperature, on images that it was not fitted on; the NLL above it is
+    what overfitting to the NLL costs, since a temperature changes no prediction.
+    `facts` : depth, width, parameters, batch_norm, weight_decay, steps; None where not known. Whatever
+    trains networks in numbers can make points of its runs, and they are drawn beside the others.
+    """
+
+    name: str
+    dataset: str
+    ece: float
+    ece_low: float
+    ece_high: float
+    nll: float
+    error: float
+    ece_temperature: float
+    nll_temperature: float
+    facts: Mapping[str, Any]
+
+
+FACTORS = {
+    "depth": "layers with weights",
+    "width": "median outputs of a layer",
+    "parameters": "parameters",
+    "weight_decay": "weight decay",
+    "steps": "steps of training",
+}
+
+
+FACTS = (*FACTORS, "batch_norm")
+
+
+def varying(points: list[Point]) -> list[str]:
+    """The factors that have more than one value."""
+    return [name for name in FACTORS if len({p.facts[name] for p in points if p.facts[name] is not None}) > 1]
+
+
+def read_calibration(results: Path, dataset: str, network: str) -> Calibrated:
+    """Read calibration.csv and the store, verified."""
+    folder = results / dataset / network
+    store = open_store(folder / "calibration.zarr")
+    with read_text(folder / "calibration.csv") as file:
+        rows = {
+            row.pop("method"): {name: float(cell) if cell else np.nan for name, cell in row.items()}
+            for row in csv.DictReader(file)
+        }
+    settings = dict(store.attrs)
+    names = np.asarray(store["calibration"][:]).tolist()
+    first = [np.asarray(store[name][0]) for name in ("count", "correct", "confidence")]
+    return Calibrated(
+        dataset,
+        network,
+        rows,
+        settings["all"],
+        Diagram(*(np.asarray(store[f"all_{name}"][:]) for name in ("count", "correct", "confidence"))),
+        {name: Diagram(*(each[at] for each in first)) for at, name in enumerate(names)},
+        settings,
+    )

@@ -1,0 +1,210 @@
+"""What workers do for the stage `calibrate`: read logits, fit methods on some images, and judge them on the others."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kernels.calibration.methods import NAMES, Method, facts, fit, judge, uncalibrated
+from kernels.calibration.reliability import BINS, BLOCK, Reliability, check_logits, ece_equal_mass
+from kernels.calibration.uncertainty import AT_ONCE, ClasswiseNoise, noise
+from pipeline.errors import MicrotomeError
+from pipeline.storage.manifest import Files
+
+ERRORS = ("ece", "ece_equal_mass", "ece_debiased", "classwise_ece")
+"""Those that have an interval and a null."""
+MEASURES = (
+    "accuracy", "mean_confidence", "ece", "ece_equal_mass", "ece_debiased", "mce", "classwise_ece", "nll", "brier",
+    "floored", "temperature", "penalty", "converged",
+    *(f"{error}_{end}" for error in ERRORS
+      for end in ("low", "high", "null", "null_high")),
+)  # fmt: skip
+"""What is known of a method on a split; `temperature` and `penalty` of the methods that have one."""
+MATRIX_CLASSES = 100
+"""With more, a matrix is fitted only where it is asked for: it takes hours, and has more numbers than images."""
+DRAWS = 1000
+"""For the interval and null of the network as it is, over all images."""
+DRAWS_OF_CLASSES = 200
+"""For those of its classwise error, which take more time."""
+DRAWS_OF_SPLIT = 100
+"""For those of a method on a split, of which tables have means."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The logits of the images that count, as tasks name them.
+
+    Attributes
+    ----------
+    id : of all else, so that a worker reads them once.
+    shards : {first image: one past the last} of the shards that hold them.
+    rows, label, key : (image), where each is in the store, its class, and a number that stands for its id.
+    """
+
+    id: str
+    store: Path
+    files: Files = field(compare=False)
+    shards: Mapping[int, int] = field(compare=False)
+    classes: int
+    rows: np.ndarray = field(compare=False)
+    label: np.ndarray = field(compare=False)
+    key: np.ndarray = field(compare=False)
+
+
+def keys(image_ids: Sequence[str]) -> np.ndarray:
+    """(image) uint64, from the ids: whichever images come or go, a split puts the others where they were."""
+    digests = (hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest() for name in image_ids)
+    return np.frombuffer(b"".join(digests), dtype="<u8").astype(np.uint64)
+
+
+def in_two(key: np.ndarray, fit: int, split: int) -> tuple[np.ndarray, np.ndarray]:
+    """A random split: the images to fit on, `fit` of them, and those to judge on.
+
+    The same for every network on these images, so that methods and networks are compared in pairs.
+    """
+    # splitmix64 (Steele, Lea and Flood, OOPSLA 2014): well mixed for every split from one number an image.
+    mixed = key + np.uint64(0x9E3779B97F4A7C15 * (split + 1) % 2**64)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    order = np.argsort(mixed ^ (mixed >> np.uint64(31)), kind="stable")
+    return np.sort(order[:fit]), np.sort(order[fit:])
+
+
+def chosen(methods: Sequence[str] | None, classes: int) -> list[str]:
+    """The methods to fit, in their order; None: those that make sense for so many classes."""
+    if methods is None:
+        return [name for name in NAMES[1:] if classes <= MATRIX_CLASSES or not name.startswith("matrix")]
+    return [name for name in NAMES[1:] if name in methods]
+
+
+def fitted_on(share: float, images: int) -> int:
+    """How many of some images methods are fitted on; one at least is left to judge them."""
+    return max(0, min(images - 1, round(share * images)))
+
+
+def memory_need(images: int, classes: int, methods: Sequence[str]) -> int:
+    """Bytes of a task: the logits and a copy of both parts, maps of BBQ, what chance does, the search of a matrix."""
+    matrix = any(name.startswith("matrix") for name in methods)
+    search = 2 * 20 + 10  # vectors that L-BFGS keeps
+    of_noise = 8 * (4 * AT_ONCE + 6 * BINS * images + 6 * DRAWS_OF_CLASSES * BINS * classes)
+    return (
+        8 * images * classes
+        + 64 * BLOCK
+        + 8 * 40 * images
+        + of_noise
+        + (8 * search * classes * (classes + 1) if matrix else 0)
+    )
+
+
+@functools.lru_cache(maxsize=1)
+def logits_of(scores: Scores) -> np.ndarray:
+    """(image, class) float32, verified; read once by a worker."""
+    from pipeline.storage.store import Reader
+
+    reader = Reader(scores.store, scores.files)["logits"]
+    found = np.empty((len(scores.rows), scores.classes), np.float32)
+    for start, stop in scores.shards.items():
+        at = slice(*np.searchsorted(scores.rows, [start, stop]))
+        found[at] = reader[start:stop][scores.rows[at] - start]
+    try:
+        check_logits(found)
+    except ValueError as error:
+        raise MicrotomeError(f"{scores.store}: {error}") from None
+    return found
+
+
+@dataclass
+class Judged:
+    """What is known of some images after a method: sums, (image) confidence and whether it is right, and what chance
+    does to the classwise error."""
+
+    sums: Reliability
+    confidence: np.ndarray
+    right: np.ndarray
+    classwise: ClasswiseNoise
+
+    @staticmethod
+    def of(method: Method, logits: np.ndarray, label: np.ndarray, bins: int, draws: int, seed: int) -> Judged:
+        classwise = ClasswiseNoise.zeros(logits.shape[1], draws, bins)
+        return Judged(*judge(method, logits, label, bins, (classwise, seed)), classwise)
+
+    @staticmethod
+    def merged(parts: Sequence[Judged]) -> Judged:
+        """The parts, in the order of the images."""
+        classes, bins = parts[0].sums.class_gap.shape
+        found = Judged(
+            Reliability.zeros(classes, bins),
+            np.concatenate([each.confidence for each in parts]),
+            np.concatenate([each.right for each in parts]),
+            ClasswiseNoise.zeros(classes, len(parts[0].classwise.weight), bins),
+        )
+        for each in parts:
+            found.sums.merge(each.sums)
+            found.classwise.merge(each.classwise)
+        return found
+
+    def measures(self, draws: int, seed: int) -> dict[str, float]:
+        """Every measure, by name."""
+        sums, (classes, bins) = self.sums, self.sums.class_gap.shape
+        found = {
+            name: getattr(sums, name)
+            for name in ("accuracy", "mean_confidence", "ece", "ece_debiased", "mce", "classwise_ece")
+        }
+        found |= {
+            "ece_equal_mass": ece_equal_mass(self.confidence, self.right, bins),
+            "nll": sums.nll / sums.images,
+            "brier": sums.brier / sums.images,
+            "floored": sums.floored / sums.images,
+        }
+        bands = noise(self.confidence, self.right, draws, seed, bins) | {"classwise_ece": self.classwise.noise(classes)}
+        for name, band in bands.items():
+            found |= {f"{name}_low": band.low, f"{name}_high": band.high}
+            found |= {f"{name}_null": band.null_mean, f"{name}_null_high": band.null_high}
+        return found
+
+
+def measure(scores: Scores, at: int, part: slice, bins: int) -> tuple[int, Judged]:
+    """The network as it is, on some of the images."""
+    return at, Judged.of(uncalibrated, logits_of(scores)[part], scores.label[part], bins, DRAWS_OF_CLASSES, seed=at)
+
+
+def one_split(
+    scores: Scores, split: int, images: int, methods: Sequence[str], how: Mapping[str, Any], store: Path
+) -> tuple[int, Files]:
+    """Fit and judge every method on a split, and write what came out."""
+    from pipeline.storage.store import write
+
+    logits = logits_of(scores)
+    to_fit, to_judge = in_two(scores.key, images, split)
+    found = evaluate(
+        logits[to_fit], scores.label[to_fit], logits[to_judge], scores.label[to_judge], methods, how, seed=split
+    )
+    return split, write(store, {name: ((split, 0, 0), values[None]) for name, values in found.items()})
+
+
+def evaluate(
+    fit_logits: np.ndarray,
+    fit_label: np.ndarray,
+    logits: np.ndarray,
+    label: np.ndarray,
+    methods: Sequence[str],
+    how: Mapping[str, Any],
+    seed: int,
+) -> dict[str, np.ndarray]:
+    """`score` (method, measure); `count`, `correct`, `confidence` (method, bin). `seed` of what chance does."""
+    bins = how["bins"]
+    found: dict[str, list] = {"score": [], "count": [], "correct": [], "confidence": []}
+    for name in methods:
+        method = fit(name, fit_logits, fit_label, bins, how["penalty"])
+        judged = Judged.of(method, logits, label, bins, DRAWS_OF_SPLIT, seed)
+        known = judged.measures(DRAWS_OF_SPLIT, seed) | facts(method)
+        found["score"].append([float(known.get(measure, np.nan)) for measure in MEASURES])
+        for of_bins in ("count", "correct", "confidence"):
+            found[of_bins].append(getattr(judged.sums, of_bins))
+    return {name: np.array(values) for name, values in found.items()}

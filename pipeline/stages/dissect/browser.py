@@ -1,0 +1,95 @@
+"""The data behind the browser of units: one row a unit, compact, as JSON in the page."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from pipeline.report.experiment import Experiment
+from pipeline.stages.dissect.cards import BINS, SAMPLE, Card, open_pictures
+from pipeline.stages.dissect.detectors import Network, short_names
+from pipeline.stages.dissect.found import open_store
+
+
+def browser_data(experiment: Experiment, network: Network, cards: Mapping[tuple[str, int], Card]) -> dict[str, Any]:
+    """What the script of the browser reads.
+
+    `units` are rows: layer, unit, concept (-1: no label), IoU, ceiling, held-out IoU, ends of the interval, threshold,
+    activation rate, then for units with pictures: images, best concepts as [concept, IoU], histogram, its two ends.
+    Layers, concepts, categories, images and classes are numbers into the lists beside it. None: not defined.
+    """
+    dissection = network.trained
+    pictures = open_pictures(experiment.results / dissection.dataset / "images.zarr")
+    columns = {layer.name: concepts_of(open_store(layer.iou)) for layer in dissection.layers}
+    concepts = _Numbers()
+    images = _Numbers()
+    rows = []
+    for unit in dissection.units:
+        card = cards.get((unit.layer, unit.unit))
+        label = concepts.number((unit.concept, unit.category)) if unit.detector else -1
+        row: list[Any] = [
+            dissection.layer_names.index(unit.layer),
+            unit.unit,
+            label,
+            *(_rounded(value) for value in (unit.iou, unit.iou_ceiling, unit.iou_held_out, unit.ci_low, unit.ci_high)),
+            _rounded(unit.threshold),
+            _rounded(unit.activation_rate),
+        ]
+        if card is not None:
+            row += [
+                [images.number(image) for image in card.images],
+                [[concepts.number(columns[unit.layer][column]), _rounded(iou)] for column, iou in card.concepts],
+                card.histogram,
+                _rounded(card.low),
+                _rounded(card.high),
+            ]
+        rows.append(row)
+    categories = list(network.category_names)
+    categories += sorted({category for _, category in concepts.items} - set(categories))
+    short = short_names(categories)
+    classes = _Numbers()
+    return {
+        "network": dissection.network,
+        "folder": f"units/{experiment.name(dissection.dataset, dissection.network)}",
+        "minIou": dissection.min_iou,
+        "layers": dissection.layer_names,
+        "categories": [short[category] for category in categories],
+        "coloured": len(network.category_names),
+        "concepts": [[name, categories.index(category)] for name, category in concepts.items],
+        "images": [[str(pictures.ids[image]), classes.number(pictures.classes[image])] for image in images.items],
+        "classes": classes.items,
+        "bins": BINS,
+        "sample": min(SAMPLE, _images_of(network)),
+        "units": rows,
+    }
+
+
+def concepts_of(iou: Any) -> list[tuple[str, str]]:
+    """Name and category of every column of an IoU store."""
+    names, categories = np.asarray(iou["concept"][:]), np.asarray(iou["category"][:])
+    return [(str(name), str(category)) for name, category in zip(names, categories, strict=True)]
+
+
+class _Numbers:
+    """Numbers given to things in the order in which they are met."""
+
+    def __init__(self) -> None:
+        self.known: dict[Any, int] = {}
+
+    def number(self, item: Any) -> int:
+        return self.known.setdefault(item, len(self.known))
+
+    @property
+    def items(self) -> list[Any]:
+        return list(self.known)
+
+
+def _images_of(network: Network) -> int:
+    images = network.trained.layers[-1].settings.get("images")
+    return images if isinstance(images, int) else SAMPLE
+
+
+def _rounded(value: float) -> float | None:
+    """Five digits are more than a screen shows."""
+    return None if math.isnan(value) else float(f"{value:.5g}")

@@ -1,0 +1,299 @@
+"""Pictures of units: the images on which each responds most, cut around the region above its threshold.
+
+Beside them what else a card shows and only the stores know: the concepts with the next highest IoU, and a histogram of
+the activation.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from kernels.dissection.iou import mask
+from pipeline.report.experiment import Experiment
+from pipeline.report.tables import by_iou
+from pipeline.stages.dissect.found import Dissection, Layer, Store, Unit, open_store
+from pipeline.stages.extract.pictures import BINS, KEPT, SAMPLE, bins_of, facts, top_images
+
+TILE = 112
+"""Side of one image of a unit in pixels."""
+UNITS_AT_ONCE = 256
+"""Units of one task: bounds its memory, and how often the files of a wide layer are read."""
+RUNNERS_UP = 5
+"""Concepts listed for each unit, the best one included."""
+OUTLINE, EDGE = (255, 214, 10), (20, 20, 20)
+DIM = Image.new("RGB", (TILE, TILE), (27, 27, 27))
+JPEG: dict[str, Any] = {"quality": 85, "subsampling": 0}
+
+
+@dataclass(frozen=True)
+class Card:
+    """What is known of one unit besides its row in `units.csv`.
+
+    Attributes
+    ----------
+    file : its pictures side by side, relative to the report's folder.
+    images : their numbers in `images.zarr`, highest maximum first.
+    concepts : (column of the IoU store, IoU) of the concepts that fit best, best first.
+    histogram : positions of the maps in `BINS` equal bins from `low` to `high`, in units of the activation.
+    """
+
+    file: str
+    images: list[int]
+    concepts: list[tuple[int, float]]
+    histogram: list[int]
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The images of a data set: small columns read once, pixels when they are shown."""
+
+    pixels: Any
+    ids: np.ndarray
+    classes: list[str]
+    """Class name of every image, "" without a label."""
+    valid: np.ndarray
+    split: np.ndarray
+
+    def shown(self, split: str | None) -> np.ndarray:
+        """(image,) bool: the images that may be shown. A split that names no image is not a split: all of them."""
+        of_split = self.split == split
+        return self.valid & of_split if of_split.any() else self.valid
+
+
+def draw_cards(experiment: Experiment, dissection: Dissection) -> dict[tuple[str, int], Card]:
+    """Draw the pictures of the units of a network, as many as the configuration wants; cards by (layer, unit)."""
+    name = experiment.name(dissection.dataset, dissection.network)
+    chosen = best_units(dissection.units, experiment.report.cards)
+    (experiment.out / "units" / name).mkdir(exist_ok=True)
+    images = experiment.results / dissection.dataset / "images.zarr"
+    tasks = [
+        (experiment.out, f"units/{name}/{position:02d}", images, layer, part, experiment.report.top_images)
+        for position, layer in enumerate(dissection.layers)
+        for part in parts(sorted(unit.unit for unit in chosen if unit.layer == layer.name))
+    ]
+    drawn = experiment.map(draw_units, tasks, f"report {dissection.network}: pictures of units")
+    return {(layer, unit): card for layer, of_layer in drawn for unit, card in of_layer.items()}
+
+
+def best_units(units: Iterable[Unit], limit: int) -> list[Unit]:
+    """At most `limit` units: the best detector of each concept first, then the other detectors, then the rest."""
+    best: list[Unit] = []
+    others: list[Unit] = []
+    seen: set[tuple[str, str]] = set()
+    for unit in by_iou(units):
+        concept = (unit.category, unit.concept)
+        (others if not unit.detector or concept in seen else best).append(unit)
+        seen.add(concept)
+    return (best + others)[:limit]
+
+
+def parts(units: Sequence[int]) -> Iterator[Sequence[int]]:
+    """The units of one layer, a task's worth at a time."""
+    return (units[at : at + UNITS_AT_ONCE] for at in range(0, len(units), UNITS_AT_ONCE))
+
+
+def draw_units(
+    out: Path, prefix: str, images: Path, layer: Layer, units: Sequence[int], top: int
+) -> tuple[str, dict[int, Card]]:
+    """On a worker: draw some units of one layer; return the layer's name and the cards by unit."""
+    pictures = open_pictures(images)
+    activations, thresholds = open_store(layer.activations), open_store(layer.thresholds)
+    scale = np.float32(activations.attrs["scale"])  # a power of two: dividing a threshold by it is exact
+    threshold = np.asarray(thresholds["threshold"][:]) / scale
+    shown = pictures.shown(thresholds.attrs.get("split"))
+    tops, highest = top_images(activations["maximum"], units, shown, top if layer.shown is None else min(top, KEPT))
+    border = thresholds.attrs.get("border", "edge")
+    if layer.shown is None:
+        tiles = draw_tiles(pictures, activations, threshold, border, units, tops)
+        histograms = histogram(activations, units, shown, highest / scale)
+    else:
+        kept = open_store(layer.shown)
+        tiles = draw_kept(pictures, kept, threshold, border, units, tops)
+        stored = {name: np.asarray(kept[name][:]) for name in ("histogram", "low", "high")}
+        histograms = [facts(stored, unit) for unit in units]
+    iou = np.asarray(open_store(layer.iou)["iou"][:])
+    cards = {}
+    for place, unit in enumerate(units):
+        file = f"{prefix}-{unit:04d}.jpg"
+        if tops[place]:
+            montage([tiles[unit, image] for image in tops[place]]).save(out / file, **JPEG)
+        counts, low, high = histograms[place]
+        cards[unit] = Card(file, tops[place], best_concepts(iou[unit]), counts, low * float(scale), high * float(scale))
+    return layer.name, cards
+
+
+def draw_tiles(
+    pictures: Pictures,
+    activations: Store,
+    threshold: np.ndarray,
+    border: Any,
+    units: Sequence[int],
+    tops: Sequence[Sequence[int]],
+) -> dict[tuple[int, int], Image.Image]:
+    """A picture of every unit on each of its images, by (unit, image). `threshold` is that of the stored values."""
+    array = activations["activation"]
+    images_a_chunk, units_a_chunk = array.chunks[:2]
+    wanted: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for unit, images in zip(units, tops, strict=True):
+        for image in images:
+            wanted.setdefault((image // images_a_chunk, unit // units_a_chunk), []).append((image, unit))
+    size = pictures.pixels.shape[2], pictures.pixels.shape[3]
+    tiles = {}
+    shard, pixels = -1, np.empty(0)
+    for (row, column), pairs in sorted(wanted.items()):  # in the order of the files, so that each is read once
+        first, start = row * images_a_chunk, column * units_a_chunk
+        if row != shard:
+            shard, pixels = row, np.asarray(pictures.pixels[first : first + images_a_chunk])
+        block = np.asarray(array[first : first + images_a_chunk, start : start + units_a_chunk])
+        of_image, of_unit = (np.array(column) for column in zip(*pairs, strict=True))
+        active = mask(block[of_image - first, of_unit - start], threshold[of_unit, None, None], size, border)
+        for region, (image, unit) in zip(active, pairs, strict=True):
+            tiles[unit, image] = tile(pixels[image - first], region)
+    return tiles
+
+
+def draw_kept(
+    pictures: Pictures,
+    kept: Store,
+    threshold: np.ndarray,
+    border: Any,
+    units: Sequence[int],
+    tops: Sequence[Sequence[int]],
+) -> dict[tuple[int, int], Image.Image]:
+    """As `draw_tiles`, of a layer that is not stored: from the maps that were kept for this."""
+    first, last = units[0], units[-1] + 1
+    images, maps = np.asarray(kept["image"][first:last]), np.asarray(kept["map"][first:last])
+    size = pictures.pixels.shape[2], pictures.pixels.shape[3]
+    wanted = sorted((image, unit) for unit, top in zip(units, tops, strict=True) for image in top)
+    tiles = {}
+    step = pictures.pixels.chunks[0]
+    shard, pixels = -1, np.empty(0)
+    for image, unit in wanted:
+        if image // step != shard:
+            shard = image // step
+            pixels = np.asarray(pictures.pixels[shard * step : (shard + 1) * step])
+        place = int(np.flatnonzero(images[unit - first] == image)[0])
+        region = mask(maps[unit - first, place], threshold[unit], size, border)
+        tiles[unit, image] = tile(pixels[image - shard * step], region)
+    return tiles
+
+
+def histogram(
+    activations: Store, units: Sequence[int], shown: np.ndarray, highest: np.ndarray
+) -> list[tuple[list[int], float, float]]:
+    """Counts of the stored values of each unit in `BINS` bins, with the ends of the range, over the sample's maps.
+
+    The range goes from the lowest value of the sample to the highest of all images. No counts without a value.
+    """
+    array = activations["activation"]
+    step = array.chunks[0]
+    rows = np.flatnonzero(shown[: array.shape[0]])[:SAMPLE]
+    blocks = []
+    for shard in np.unique(rows // step):
+        block = np.asarray(array[shard * step : (shard + 1) * step, units[0] : units[-1] + 1])
+        blocks.append(block[rows[rows // step == shard] - shard * step][:, np.asarray(units) - units[0]])
+    found: list[tuple[list[int], float, float]] = []
+    for place in range(len(units)):
+        values = np.concatenate([block[:, place].ravel() for block in blocks] or [np.empty(0)]).astype(np.float32)
+        values = values[~np.isnan(values)]
+        if not len(values):
+            found.append(([], math.nan, math.nan))
+            continue
+        low, high = values.min(), max(values.max(), np.float32(highest[place]))
+        counts = np.bincount(bins_of(values, low, high), minlength=BINS)
+        found.append((counts.tolist(), float(low), float(high)))
+    return found
+
+
+def best_concepts(iou: np.ndarray) -> list[tuple[int, float]]:
+    """(column, IoU) of the concepts that fit best, of equal ones the first; none that does not overlap at all."""
+    order = np.argsort(np.where(np.isnan(iou), np.inf, -iou), kind="stable")[:RUNNERS_UP]
+    return [(int(column), float(iou[column])) for column in order if iou[column] > 0]
+
+
+def tile(image: np.ndarray, region: np.ndarray) -> Image.Image:
+    """A square cut around the region, everything outside the region dimmed, its edge drawn as a line.
+
+    Parameters
+    ----------
+    image : (channel, y, x) uint8, one or three channels
+    region : (y, x) bool
+
+    Returns
+    -------
+    an RGB picture, TILE x TILE
+    """
+    top, left, side = square_around(region)
+    cut = np.moveaxis(image[:3, top : top + side, left : left + side], 0, -1)
+    picture = Image.fromarray(np.repeat(cut[..., :1], 3, axis=2) if cut.shape[2] < 3 else np.ascontiguousarray(cut))
+    bright = picture.resize((TILE, TILE), Image.Resampling.BICUBIC)
+    dim = Image.blend(DIM, Image.blend(bright.convert("L").convert("RGB"), bright, 0.4), 0.45)
+    small = Image.fromarray(region[top : top + side, left : left + side].astype(np.uint8) * 255)
+    # Resampled smoothly and cut at one half, the outline follows the region without its staircase.
+    inside = np.asarray(small.resize((TILE, TILE), Image.Resampling.BILINEAR)) >= 128
+    near = _grow(inside)
+    wide = _grow(near)
+    drawn = Image.composite(bright, dim, _stencil(inside))
+    drawn.paste(EDGE, mask=_stencil(wide & ~near))  # a dark line outside the yellow one: seen on snow as on asphalt
+    drawn.paste(OUTLINE, mask=_stencil(near & ~inside))
+    return drawn
+
+
+def square_around(region: np.ndarray) -> tuple[int, int, int]:
+    """Top, left and side of the square that shows a region: 1.5 times its extent, at least half the image, inside it.
+
+    A region without any pixel gives the largest square at the image's centre.
+    """
+    height, width = region.shape
+    largest = min(height, width)
+    rows, columns = np.flatnonzero(region.any(axis=1)), np.flatnonzero(region.any(axis=0))
+    if not len(rows):
+        return (height - largest) // 2, (width - largest) // 2, largest
+    extent = max(rows[-1] - rows[0], columns[-1] - columns[0]) + 1
+    side = min(max(math.ceil(1.5 * extent), math.ceil(largest / 2)), largest)
+    top = (rows[0] + rows[-1] + 1 - side) // 2
+    left = (columns[0] + columns[-1] + 1 - side) // 2
+    return min(max(int(top), 0), height - side), min(max(int(left), 0), width - side), int(side)
+
+
+def montage(tiles: Sequence[Image.Image]) -> Image.Image:
+    """Pictures side by side; the page draws the gaps, in the colour of its ground."""
+    canvas = Image.new("RGB", (len(tiles) * TILE, TILE))
+    for place, picture in enumerate(tiles):
+        canvas.paste(picture, (place * TILE, 0))
+    return canvas
+
+
+def open_pictures(path: Path) -> Pictures:
+    """The images of a data set."""
+    store = open_store(path)
+    names = [str(name) for name in store.attrs.get("classes") or []]
+    labels = np.asarray(store["label"][:])
+    return Pictures(
+        pixels=store["image"],
+        ids=np.asarray(store["image_id"][:]),
+        classes=[names[label] if 0 <= label < len(names) else "" for label in labels],
+        valid=np.asarray(store["valid"][:], dtype=bool),
+        split=np.asarray(store["split"][:]),
+    )
+
+
+def _stencil(where: np.ndarray) -> Image.Image:
+    return Image.fromarray(where.astype(np.uint8) * 255)
+
+
+def _grow(mask: np.ndarray) -> np.ndarray:
+    """The mask and its four neighbours."""
+    grown = mask.copy()
+    grown[1:] |= mask[:-1]
+    grown[:-1] |= mask[1:]
+    grown[:, 1:] |= mask[:, :-1]
+    grown[:, :-1] |= mask[:, 1:]
+    return grown

@@ -1,0 +1,178 @@
+"""Sentences made from the numbers. Each states counts and shares only, so that it is true whatever the numbers are."""
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from pipeline.stages.dissect.counting import LayerCount
+
+if TYPE_CHECKING:
+    from pipeline.report.experiment import Experiment, Made
+    from pipeline.stages.dissect.detectors import Network
+
+CONTROLS = {"untrained": "the same network untrained", "permuted": "label maps permuted over the images"}
+
+
+def lead(experiment: "Experiment") -> str:
+    """One sentence for a newcomer: what was looked at, in all."""
+    networks = experiment.networks
+    if not networks:
+        return "This report shows no network."
+    layers = sum(len(network.trained.layers) for network in networks)
+    units = sum(len(network.trained.units) for network in networks)
+    were, their = ("was", "its") if len(networks) == 1 else ("were", "their")
+    return (
+        f"{plural(len(networks), 'network')} {were} cut into {plural(layers, 'layer')}, and each of {their} "
+        f"{plural(units, 'unit')} compared with concepts whose place in the images is known."
+    )
+
+
+def images(ingest: "Made") -> str:
+    """What a data set holds, from the manifest of its images."""
+    height, width = ingest.result["size"]
+    splits = {split: sum(shards.values()) for split, shards in ingest.result["splits"].items()}
+    listed = ", ".join(f"{split} {number(count)}" for split, count in splits.items())
+    return f"{ingest.dataset}: {plural(sum(splits.values()), 'image')} of {width} × {height} pixels ({listed})."
+
+
+def what_was_compared(network: "Network") -> str:
+    """What the units of a network were compared with."""
+    layer = network.trained.layers[-1]
+    images = layer.settings.get("images")
+    where = f" on {plural(images, 'image')}" if isinstance(images, int) else ""
+    return (
+        f"{plural(len(network.trained.units), 'unit')} in {plural(len(network.trained.layers), 'layer')}, compared "
+        f"with {plural(layer.concepts, 'concept')}{where}."
+    )
+
+
+def findings(network: "Network") -> list[str]:
+    """What came out for a network, beside its controls."""
+    found = [against_controls(network), categories_of_last_layer(network), through_the_layers(network)]
+    return [sentence for sentence in [*found, best_unit(network)] if sentence]
+
+
+def against_controls(network: "Network") -> str:
+    """Detectors of the last layer, and in the controls."""
+    layer, count = network.trained.layers[-1], network.last["trained"]
+    text = (
+        f"Of the {plural(count.units, 'unit')} in {layer.name}, the last layer, {number(count.detectors)} "
+        f"{'responds' if count.detectors == 1 else 'respond'} where a concept is "
+        f"(intersection over union above {decimal(network.trained.min_iou, 2)})"
+    )
+    others = []
+    if "untrained" in network.last:
+        others.append(f"{number(network.last['untrained'].detectors)} in the same network untrained")
+    if "permuted" in network.last:
+        others.append(f"{number(network.last['permuted'].detectors)} when the label maps are permuted over the images")
+    return f"{text}, against {' and '.join(others)}." if others else f"{text}."
+
+
+def best_unit(network: "Network") -> str:
+    """The detector with the highest IoU; empty where there is none."""
+    detectors = [unit for unit in network.trained.units if unit.detector]
+    if not detectors:
+        return ""
+    best = max(detectors, key=lambda unit: unit.iou)
+    text = f"The highest IoU is that of unit {best.unit} of {best.layer} with {best.concept}: {decimal(best.iou)}"
+    if math.isnan(best.ci_low):
+        return f"{text}."
+    return f"{text}, 95\u00a0% interval {decimal(best.ci_low)} to {decimal(best.ci_high)}."
+
+
+def categories_of_last_layer(network: "Network") -> str:
+    """Detectors of the last layer by category, most first."""
+    count = network.last["trained"]
+    layer = network.trained.layers[-1].name
+    if not count.detectors:
+        return f"No unit of {layer} has an IoU above {decimal(network.trained.min_iou, 2)} with any concept."
+    parts = sorted(count.by_category.items(), key=lambda item: (-item[1][0], item[0]))
+    listed = ", ".join(f"{network.category_names[name]} {number(detectors)}" for name, (detectors, _) in parts)
+    return (
+        f"{layer} has {plural(count.detectors, 'detector')}, of {plural(count.unique, 'different concept')}. "
+        f"By category: {listed}."
+    )
+
+
+def through_the_layers(network: "Network") -> str:
+    """Share of detectors in the first and in the last layer, for every run; empty with a single layer."""
+    counts = network.counts["trained"]
+    if len(counts) < 2:
+        return ""
+
+    def change(of_run: Sequence[LayerCount]) -> str:
+        return f"{percent(of_run[0].share)} to {percent(of_run[-1].share)}"
+
+    others = [
+        f"{label}: {change(network.counts[run])}"
+        for run, label in (("untrained", "untrained"), ("permuted", "labels permuted"))
+        if run in network.counts
+    ]
+    beside = f" ({'; '.join(others)})" if others else ""
+    return (
+        f"From {counts[0].layer} to {counts[-1].layer}, the first and the last of {number(len(counts))} layers, the "
+        f"share of units that are detectors goes from {change(counts)}{beside}."
+    )
+
+
+def controls(network: "Network") -> str:
+    """Which controls stand beside the network, on how many images, and which are absent."""
+    absent = [text for run, text in CONTROLS.items() if run not in network.counts]
+    parts = []
+    if network.untrained is not None:
+        images = network.untrained.layers[-1].settings.get("images")
+        trained = network.trained.layers[-1].settings.get("images")
+        if isinstance(images, int) and isinstance(trained, int):
+            untrained = "the same" if images == trained else number(images)
+            sentence = f"The network was measured on {plural(trained, 'image')}, the untrained one on {untrained}"
+            if network.permuted_images is not None:
+                permuted = "the same" if network.permuted_images == trained else number(network.permuted_images)
+                sentence += f", permuted labels on {permuted}"
+            parts.append(sentence + ".")
+    if absent:
+        parts.append(f"Not measured here: {' and '.join(absent)}.")
+    return " ".join(parts)
+
+
+def accuracy(model: dict[str, Any]) -> dict[str, float]:
+    """Accuracies of a `model.json` by split; a single number is that of the validation images."""
+    found = model.get("accuracy")
+    if not isinstance(found, dict):
+        found = {"validation": found}
+    return {str(split): float(value) for split, value in found.items() if isinstance(value, int | float)}
+
+
+def number(value: Any) -> str:
+    """An integer with thousands separated by thin spaces; anything else as its text."""
+    return f"{value:,}".replace(",", "\u202f") if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def decimal(value: float, digits: int = 3) -> str:
+    """A fixed number of digits; a dash for NaN."""
+    return "–" if math.isnan(value) else f"{value:.{digits}f}"
+
+
+def percent(value: float, digits: int = 0) -> str:
+    """A share as a percentage; a dash for NaN. Never rounds to 0 or 100 what is neither; does not break."""
+    if math.isnan(value):
+        return "–"
+    step = 0.01 / 10**digits
+    if 0 < value < step / 2:
+        return f"<\u00a0{step * 100:.{digits}f}\u00a0%"
+    if 1 - step / 2 < value < 1:
+        return f">\u00a0{100 - step * 100:.{digits}f}\u00a0%"
+    return f"{value * 100:.{digits}f}\u00a0%"
+
+
+def plural(count: Any, noun: str) -> str:
+    """`1 unit`, `2 units`."""
+    return f"{number(count)} {noun}{'' if count == 1 else 's'}"
+
+
+def seconds(value: float | None) -> str:
+    """A time in seconds, minutes or hours; a dash where it is not known."""
+    if value is None:
+        return "–"
+    if value < 90:
+        return f"{value:.1f} s"
+    return f"{value / 60:.1f} min" if value < 5400 else f"{value / 3600:.1f} h"

@@ -1,0 +1,373 @@
+"use strict";
+// The browser of units: search, filters, sorting, a map of all units, cards, and one unit in full. All text that comes
+// from data is set as text. The address says what is shown: #layer=…&concept=… for filters, #unit=<layer>/<unit> for a unit.
+(() => {
+  const CARDS = 24; // shown at once, and added by each "more"
+  const data = JSON.parse(document.getElementById("units-data").textContent);
+  const units = data.units;
+  // The columns of a row of `units`; see pipeline/stages/dissect/browser.py.
+  const [LAYER, UNIT, CONCEPT, IOU, CEILING, HELD, LOW, HIGH, THRESHOLD, RATE, IMAGES, BEST, HISTOGRAM, FROM, TO] =
+    Array(15).keys();
+
+  const find = (id) => document.getElementById(id);
+  const form = find("browser"), list = find("cards"), more = find("more"), dialog = find("unit"), map = find("map");
+  const fields = form.elements;
+
+  // Words ------------------------------------------------------------------------------------------------------------
+
+  const number = (value, digits = 3) => (value === null ? "–" : value.toFixed(digits));
+  const short = (value) => (value === null ? "–" : String(Number(value.toPrecision(3))));
+  const counted = (count, noun) => `${count.toLocaleString("en").replaceAll(",", "\u202f")} ${noun}${count === 1 ? "" : "s"}`;
+  const concept = (index) => (index < 0 ? "no label" : data.concepts[index][0]);
+  const category = (index) => (index < 0 ? -1 : data.concepts[index][1]);
+  const place = (row) => `${data.layers[row[LAYER]]}, unit ${row[UNIT]}`;
+  const ofCeiling = (row) => (row[CEILING] ? row[IOU] / row[CEILING] : null);
+  const interval = (row) => (row[LOW] === null ? "–" : `${number(row[LOW])} to ${number(row[HIGH])}`);
+  const link = (row) => `#unit=${encodeURIComponent(data.layers[row[LAYER]])}/${row[UNIT]}`;
+  // A category is named with a concept in addresses and menus: two categories may share a name of a concept.
+  const named = (index) => `${data.categories[category(index)]}: ${concept(index)}`;
+
+  const text = units.map((row) =>
+    [concept(row[CONCEPT]), category(row[CONCEPT]) < 0 ? "" : data.categories[category(row[CONCEPT])],
+      data.layers[row[LAYER]]].join("\n").toLowerCase());
+  const address = units.map((row) => `${data.layers[row[LAYER]]}/${row[UNIT]}`.toLowerCase());
+  // A number is that of a unit, or part of a name; with a slash it is the end of layer/unit.
+  const says = (index, word) => text[index].includes(word) || String(units[index][UNIT]) === word
+    || (word.includes("/") && address[index].endsWith(word));
+
+  // Elements ---------------------------------------------------------------------------------------------------------
+
+  function fill(made, attributes, children) {
+    for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+    made.append(...children);
+    return made;
+  }
+  const make = (name, attributes = {}, ...children) => fill(document.createElement(name), attributes, children);
+  const draw = (name, attributes = {}, ...children) =>
+    fill(document.createElementNS("http://www.w3.org/2000/svg", name), attributes, children);
+
+  function dot(index) {
+    const of = category(index);
+    return make("span", { class: `dot ${of < 0 || of >= data.coloured ? "none" : `c${of % 8}`}`, "aria-hidden": "true" });
+  }
+
+  function pictures(row, loading) {
+    if (row.length <= IMAGES || !row[IMAGES].length) return make("p", { class: "empty" }, "No pictures of this unit.");
+    const classes = row[IMAGES].map((image) => data.classes[data.images[image][1]]).filter(Boolean);
+    const what = `${counted(row[IMAGES].length, "image")} on which unit ${row[UNIT]} of ${data.layers[row[LAYER]]} responds most`;
+    const file = `${data.folder}/${String(row[LAYER]).padStart(2, "0")}-${String(row[UNIT]).padStart(4, "0")}.jpg`;
+    const frame = make("span", { class: "pictures" },
+      make("img", { src: file, alt: classes.length ? `${what}: ${classes.join(", ")}` : what, loading }));
+    frame.style.setProperty("--images", row[IMAGES].length);
+    return frame;
+  }
+
+  function bar(row) {
+    const of = (value) => 200 * Math.min(Math.max(value ?? 0, 0), 1);
+    const part = (kind, from, to, y, height) =>
+      draw("rect", { class: kind, x: of(from), y, width: Math.max(of(to) - of(from), 0), height });
+    const made = draw("svg", { class: "bar", viewBox: "0 0 200 12", preserveAspectRatio: "none", role: "img",
+      "aria-label": `IoU ${number(row[IOU])}, ceiling ${number(row[CEILING])}` },
+    part("track", 0, 1, 4, 4), part("ceiling", 0, row[CEILING], 4, 4), part("iou", 0, row[IOU], 4, 4));
+    if (row[LOW] !== null) made.append(part("interval", row[LOW], row[HIGH], 1, 10));
+    return made;
+  }
+
+  // Heights are logarithmic: a unit that is silent nearly everywhere would show one bar only.
+  function histogram(row, height) {
+    if (row.length <= IMAGES || !row[HISTOGRAM].length) return "";
+    const counts = row[HISTOGRAM], most = Math.log1p(Math.max(...counts)), range = row[TO] - row[FROM] || 1;
+    const at = Math.min(Math.max((row[THRESHOLD] - row[FROM]) / range, 0), 1) * 320, step = 320 / counts.length;
+    const made = draw("svg", { class: "histogram", viewBox: `0 0 320 ${height}`, preserveAspectRatio: "none", role: "img",
+      "aria-label": `Histogram of the activation from ${short(row[FROM])} to ${short(row[TO])}, threshold ${short(row[THRESHOLD])}` });
+    const bars = ["", ""];
+    counts.forEach((count, index) => {
+      const tall = count ? Math.max(Math.log1p(count) / most * (height - 2), 1) : 0;
+      bars[(index + 0.5) * step > at ? 1 : 0] += `M${index * step} ${height}v${-tall.toFixed(1)}h${step - 1}v${tall.toFixed(1)}z`;
+    });
+    made.append(draw("path", { class: "below", d: bars[0] }), draw("path", { class: "above", d: bars[1] }));
+    made.append(draw("line", { x1: at, x2: at, y1: 0, y2: height }));
+    return made;
+  }
+
+  function runnersUp(row) {
+    if (row.length <= IMAGES) return [];
+    return row[BEST].filter(([index], rank) => index !== row[CONCEPT] || (row[CONCEPT] < 0 && rank >= 0));
+  }
+
+  function card(index) {
+    const row = units[index];
+    const others = runnersUp(row).slice(0, 3).map(([other, iou]) => `${concept(other)} ${number(iou, 2)}`);
+    const about = make("div", { class: "about" },
+      make("h3", {}, dot(row[CONCEPT]), make("a", { href: link(row) }, concept(row[CONCEPT]))),
+      make("p", { class: "place" }, place(row)),
+      bar(row),
+      make("p", { class: "numbers" }, make("b", {}, number(row[IOU])), ` (${interval(row)}), ceiling ${number(row[CEILING], 2)}`));
+    if (others.length) about.append(make("p", { class: "others" }, `${row[CONCEPT] < 0 ? "best: " : "then "}${others.join(", ")}`));
+    about.append(histogram(row, 26));
+    return make("li", { class: "card" }, pictures(row, "lazy"), about);
+  }
+
+  // Filters and order ------------------------------------------------------------------------------------------------
+
+  const byNumber = (key) => (a, b) => (key(units[b]) ?? -Infinity) - (key(units[a]) ?? -Infinity) || a - b;
+  const byIou = byNumber((row) => row[IOU]);
+  const orders = {
+    iou: byIou,
+    ceiling: byNumber(ofCeiling),
+    held: byNumber((row) => row[HELD]),
+    rate: byNumber((row) => row[RATE]),
+    concept: (a, b) => (units[a][CONCEPT] < 0) - (units[b][CONCEPT] < 0)
+      || concept(units[a][CONCEPT]).localeCompare(concept(units[b][CONCEPT])) || byIou(a, b),
+    layer: (a, b) => a - b,
+  };
+  const facets = {
+    layer: { of: (row) => row[LAYER], names: data.layers },
+    category: { of: (row) => category(row[CONCEPT]), names: data.categories },
+    concept: { of: (row) => row[CONCEPT], names: data.concepts.map((_, index) => named(index)) },
+  };
+  let order = []; // numbers of the units that are shown, in order
+  let shown = 0; // how many of them have a card
+
+  function matches() {
+    const words = fields.q.value.toLowerCase().split(/\s+/).filter(Boolean);
+    const wanted = Object.entries(facets).map(([name, facet]) => [facet.of, fields[name].value]);
+    const found = [];
+    // What would match if this facet alone were open: the numbers in its menu.
+    const counts = wanted.map(() => new Map());
+    units.forEach((row, index) => {
+      if (row[CONCEPT] < 0 && !fields.all.checked) return;
+      if (!words.every((word) => says(index, word))) return;
+      const missed = wanted.filter(([of, value]) => value !== "" && of(row) !== Number(value));
+      wanted.forEach(([of], facet) => {
+        if (missed.length === 0 || (missed.length === 1 && missed[0][0] === of)) {
+          counts[facet].set(of(row), (counts[facet].get(of(row)) ?? 0) + 1);
+        }
+      });
+      if (!missed.length) found.push(index);
+    });
+    Object.keys(facets).forEach((name, facet) => {
+      for (const option of fields[name].options) {
+        if (option.value === "") continue;
+        const count = counts[facet].get(Number(option.value)) ?? 0;
+        option.textContent = `${facets[name].names[option.value]} (${count})`;
+        option.hidden = !count && !option.selected;
+      }
+    });
+    return found;
+  }
+
+  function update() {
+    order = matches().sort(orders[fields.sort.value]);
+    shown = 0;
+    list.replaceChildren();
+    showMore();
+    const all = fields.all.checked ? units.length : units.filter((row) => row[CONCEPT] >= 0).length;
+    find("count").textContent = `${order.length.toLocaleString("en").replaceAll(",", "\u202f")} of ${
+      fields.all.checked ? counted(all, "unit") : counted(all, "unit") + " with a label"}`;
+    drawMap();
+  }
+
+  function showMore() {
+    const next = order.slice(shown, shown + CARDS);
+    list.append(...next.map(card));
+    shown += next.length;
+    more.hidden = shown >= order.length;
+    more.textContent = `Show ${Math.min(CARDS, order.length - shown)} more`;
+    return list.children[shown - next.length];
+  }
+
+  // The map: every unit as a square, a row or more a layer, in the colour of its category, stronger for a higher IoU ---
+
+  let squares = []; // left, top of each unit
+  let side = 12;
+
+  function drawMap() {
+    const style = getComputedStyle(document.documentElement);
+    const colour = (name) => style.getPropertyValue(name).trim();
+    const width = map.parentElement.clientWidth, scale = window.devicePixelRatio || 1;
+    side = units.length > 4000 ? 6 : units.length > 1500 ? 8 : 12;
+    const gap = side > 6 ? 2 : 1, label = 14, perRow = Math.max(1, Math.floor((width + gap) / (side + gap)));
+    let top = 0, before = -1, column = 0;
+    const labels = [];
+    squares = units.map((row) => {
+      if (row[LAYER] !== before) {
+        top += before < 0 ? label : side + label + 8;
+        labels.push([data.layers[row[LAYER]], top - 4]);
+        [before, column] = [row[LAYER], 0];
+      } else if (++column === perRow) {
+        [top, column] = [top + side + gap, 0];
+      }
+      return [column * (side + gap), top];
+    });
+    const height = top + side + 2;
+    [map.width, map.height] = [Math.round(width * scale), Math.round(height * scale)];
+    map.style.height = `${height}px`;
+    const paint = map.getContext("2d");
+    paint.scale(scale, scale);
+    paint.font = `11px ${getComputedStyle(document.body).fontFamily}`;
+    paint.fillStyle = colour("--muted");
+    for (const [name, y] of labels) paint.fillText(name, 0, y, width);
+    const wanted = new Set(order), best = Math.max(...units.map((row) => row[IOU] ?? 0)) || 1;
+    const colours = Array.from({ length: 8 }, (_, index) => colour(`--c${index}`)), track = colour("--track");
+    units.forEach((row, index) => {
+      const of = category(row[CONCEPT]), inside = wanted.has(index);
+      paint.globalAlpha = inside && of >= 0 ? 0.3 + 0.7 * (row[IOU] / best) : 1;
+      paint.fillStyle = inside && of >= 0 ? colours[of % 8] : track;
+      if (inside || of < 0) paint.fillRect(...squares[index], side, side);
+      else paint.fillRect(squares[index][0] + side / 3, squares[index][1] + side / 3, side / 3, side / 3);
+    });
+    paint.globalAlpha = 1;
+  }
+
+  function unitAt(event) {
+    return squares.findIndex(([x, y]) => event.offsetX >= x && event.offsetX < x + side + 1
+      && event.offsetY >= y && event.offsetY < y + side + 1);
+  }
+
+  // One unit in full ---------------------------------------------------------------------------------------------------
+
+  let open = -1;
+
+  function showUnit(index) {
+    open = index;
+    const row = units[index], at = order.indexOf(index);
+    const step = (by, label) => {
+      const button = make("button", { type: "button", "aria-label": `${label} unit` }, by < 0 ? "←" : "→");
+      button.disabled = at < 0 || !(at + by in order);
+      button.addEventListener("click", () => go(at + by));
+      return button;
+    };
+    const close = make("button", { type: "button", "aria-label": "Close" }, "×");
+    close.addEventListener("click", () => dialog.close());
+    const fact = (name, value) => make("div", {}, make("dt", {}, name), make("dd", {}, value));
+    const parts = [
+      make("header", {},
+        make("div", {},
+          make("h2", { id: "unit-title" }, dot(row[CONCEPT]), concept(row[CONCEPT])),
+          make("p", { class: "place" }, row[CONCEPT] < 0 ? "" : `${data.categories[category(row[CONCEPT])]} · `,
+            make("a", { href: link(row) }, place(row)))),
+        make("nav", { "aria-label": "Units" }, step(-1, "Previous"), step(1, "Next"), close)),
+      pictures(row, "eager"),
+    ];
+    if (row.length > IMAGES && row[IMAGES].length) {
+      const names = row[IMAGES].map((image) => {
+        const [id, label] = data.images[image];
+        return make("li", {}, data.classes[label] ? make("b", {}, data.classes[label]) : "", make("span", {}, id));
+      });
+      const captions = make("ol", { class: "captions" }, ...names);
+      captions.style.setProperty("--images", row[IMAGES].length);
+      parts.push(captions);
+    }
+    parts.push(bar(row), make("dl", {}, fact("IoU", make("b", {}, number(row[IOU]))), fact("95 % interval", interval(row)),
+      fact("held-out IoU", number(row[HELD])), fact("ceiling", number(row[CEILING])),
+      fact("IoU / ceiling", number(ofCeiling(row), 2)),
+      fact("activation rate", row[RATE] === null ? "–" : `${(100 * row[RATE]).toFixed(2)} %`)));
+    if (row.length > IMAGES && row[BEST].length) {
+      const most = Math.max(row[BEST][0][1], data.minIou);
+      parts.push(make("h3", {}, "Best concepts"), make("ol", { class: "best" }, ...row[BEST].map(([index, iou]) => {
+        const length = make("span", { class: "length", "aria-hidden": "true" });
+        length.style.width = `${100 * iou / most}%`;
+        return make("li", {}, make("span", {}, dot(index), concept(index)), make("span", { class: "n" }, number(iou)), length);
+      })));
+    }
+    if (row.length > IMAGES && row[HISTOGRAM].length) {
+      parts.push(make("h3", {}, "Activation"), histogram(row, 90),
+        make("p", { class: "ends" }, make("span", {}, short(row[FROM])), make("span", {}, `threshold ${short(row[THRESHOLD])}`),
+          make("span", {}, short(row[TO]))),
+        make("p", { class: "note" }, `Positions of the map with this activation, over ${
+          counted(data.sample, "image")} chosen at random; heights are logarithmic.`));
+    }
+    dialog.replaceChildren(...parts);
+    if (!dialog.open) dialog.showModal();
+    dialog.scrollTop = 0;
+  }
+
+  function go(position) {
+    history.replaceState(null, "", link(units[order[position]]));
+    showUnit(order[position]);
+    dialog.querySelector("nav button:not(:disabled)").focus();
+  }
+
+  // The address --------------------------------------------------------------------------------------------------------
+
+  function filters() {
+    const words = new URLSearchParams();
+    if (fields.q.value) words.set("q", fields.q.value);
+    for (const name of Object.keys(facets)) {
+      if (fields[name].value !== "") words.set(name, facets[name].names[fields[name].value]);
+    }
+    if (fields.sort.value !== "iou") words.set("sort", fields.sort.value);
+    if (fields.all.checked) words.set("all", "1");
+    return `#${words}`;
+  }
+
+  function readAddress() {
+    const words = new URLSearchParams(location.hash.slice(1)), wanted = words.get("unit");
+    if (wanted !== null) {
+      const [layer, unit] = [wanted.slice(0, wanted.lastIndexOf("/")), wanted.slice(wanted.lastIndexOf("/") + 1)];
+      const index = units.findIndex((row) => data.layers[row[LAYER]] === layer && String(row[UNIT]) === unit);
+      if (index >= 0) return showUnit(index);
+    }
+    if (dialog.open) dialog.close();
+    if (["q", "sort", "all", ...Object.keys(facets)].some((name) => words.has(name))) {
+      fields.q.value = words.get("q") ?? "";
+      for (const [name, facet] of Object.entries(facets)) {
+        const index = facet.names.indexOf(words.get(name));
+        fields[name].value = index < 0 ? "" : String(index);
+      }
+      fields.sort.value = words.get("sort") in orders ? words.get("sort") : "iou";
+      fields.all.checked = words.has("all");
+      update();
+    }
+  }
+
+  // Start --------------------------------------------------------------------------------------------------------------
+
+  for (const [name, facet] of Object.entries(facets)) {
+    const present = new Set(units.map(facet.of));
+    const numbers = [...facet.names.keys()].filter((index) => present.has(index));
+    if (name !== "layer") numbers.sort((a, b) => facet.names[a].localeCompare(facet.names[b]));
+    fields[name].append(...numbers.map((index) => make("option", { value: index }, facet.names[index])));
+  }
+  // A network without detectors still has units to look at.
+  fields.all.checked = fields.all.defaultChecked = units.every((row) => row[CONCEPT] < 0);
+  const changed = () => {
+    history.replaceState(null, "", filters());
+    update();
+  };
+  form.addEventListener("input", (event) => event.target === fields.q && changed());
+  form.addEventListener("change", (event) => event.target !== fields.q && changed());
+  form.addEventListener("reset", () => setTimeout(changed));
+  form.addEventListener("submit", (event) => event.preventDefault());
+  more.addEventListener("click", () => showMore()?.querySelector("a").focus({ preventScroll: true }));
+  map.addEventListener("click", (event) => {
+    const index = unitAt(event);
+    if (index >= 0) location.hash = link(units[index]);
+  });
+  map.addEventListener("mousemove", (event) => {
+    const index = unitAt(event);
+    map.title = index < 0 ? "" : `${place(units[index])}: ${concept(units[index][CONCEPT])}, IoU ${number(units[index][IOU])}`;
+    map.classList.toggle("on", index >= 0);
+  });
+  dialog.addEventListener("close", () => {
+    open = -1;
+    if (location.hash.startsWith("#unit=")) history.replaceState(null, "", filters());
+  });
+  dialog.addEventListener("click", (event) => {
+    if (event.target === dialog) dialog.close(); // on the ground around it
+  });
+  dialog.addEventListener("keydown", (event) => {
+    const to = order.indexOf(open) + { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+    if (open >= 0 && order.includes(open) && to in order) go(to);
+  });
+  window.addEventListener("hashchange", readAddress);
+  window.addEventListener("resize", drawMap);
+  window.addEventListener("beforeprint", () => {
+    for (const picture of document.querySelectorAll("img[loading=lazy]")) picture.loading = "eager";
+  });
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawMap);
+  form.hidden = map.hidden = false;
+  update();
+  readAddress();
+})();

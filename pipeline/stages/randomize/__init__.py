@@ -1,0 +1,1 @@
+"""How easily networks fit noise."""

@@ -1,0 +1,187 @@
+"""The page of randomization: how easily networks fit noise, and what one that did has learnt to detect."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from pipeline.networks.build import FROM_RUN
+from pipeline.report.experiment import Experiment, Made
+from pipeline.report.page import Figure, Page
+from pipeline.report.style import draw
+from pipeline.report.tables import write_table
+from pipeline.stages.dissect import sentences
+from pipeline.stages.dissect.detectors import Network
+from pipeline.stages.randomize.found import (
+    CURVE_COLUMNS,
+    PAPER_IMAGES,
+    SHARE_COLUMNS,
+    Randomized,
+    Run,
+    curve_rows,
+    learning_curves,
+    over_share,
+    over_training,
+    read_randomization,
+    share_rows,
+)
+
+TABLE = (
+    "run", "network", "parameters", "random_crop", "weight_decay", "dropout", "corruption", "share", "outcome",
+    "epochs_to_fit", "train_accuracy", "test_accuracy", "best_test_accuracy", "paper_train_accuracy",
+    "paper_test_accuracy",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Section:
+    """One experiment as the page shows it. `dissected` are networks of the configuration that are runs of it."""
+
+    found: Randomized
+    findings: list[str]
+    figures: list[Figure]
+    table: str
+    dissected: list[tuple[Run, Network]]
+
+    @property
+    def beside(self) -> bool:
+        """Whether some of the runs are in the paper's table."""
+        return self.found.cifar10 and any(run.paper for run in self.found.runs)
+
+
+def pages(experiment: Experiment) -> list[Page]:
+    sections = [section(experiment, one) for one in experiment.of_stage("randomize")]
+    if not sections:
+        return []
+    return [
+        Page(
+            file="randomization.html",
+            title="Randomization",
+            template="randomization.html.j2",
+            values={"sections": sections, "paper_images": PAPER_IMAGES},
+            summary="How easily networks fit labels and images without meaning, and what they then detect.",
+            findings=[sentence for one in sections for sentence in one.findings],
+            figures=[figure for one in sections for figure in one.figures],
+            files=[one.table for one in sections],
+            methods="methods-randomize.html.j2",
+        )
+    ]
+
+
+def section(experiment: Experiment, made: Made) -> Section:
+    assert made.comparison is not None
+    found = read_randomization(experiment.results, made.comparison, made.result)
+    table = f"tables/randomization-{found.name}.csv"
+    write_table(experiment.out / table, TABLE, (table_row(found, run) for run in found.runs))
+    dissected = list(dissections(experiment, found))
+    return Section(found, list(findings(found, dissected)), list(figures(experiment, found)), table, dissected)
+
+
+def table_row(found: Randomized, run: Run) -> Sequence[object]:
+    known: Mapping[str, Any] = {**run.how, **run.facts, "run": run.name}
+    paper = (run.paper if found.cifar10 else None) or (None, None)
+    return (*(known[key] for key in TABLE[:-2]), *paper)
+
+
+def dissections(experiment: Experiment, found: Randomized) -> Iterator[tuple[Run, Network]]:
+    """The dissected networks whose weights are those of a run of this experiment, in the order of its runs."""
+    specs = experiment.configuration.get("networks", {})
+    for run in found.runs:
+        for network in experiment.networks:
+            weights = specs.get(network.trained.network, {}).get("weights")
+            if weights == f"{FROM_RUN}{found.name}/{run.name}":
+                yield run, network
+
+
+def findings(found: Randomized, dissected: Sequence[tuple[Run, Network]]) -> Iterator[str]:
+    """What the numbers say, whatever they are."""
+    noise = [run for run in found.runs if run.how["corruption"] != "true_labels" and not run.diverged]
+    fitted = [run for run in noise if run.facts["train_accuracy"] == 1]
+    if noise:
+        labels = sentences.plural(found.images, "training image")
+        yield (
+            f"{len(fitted)} of {sentences.plural(len(noise), 'run')} on corrupted data fit all of {labels} of "
+            f"{found.dataset}."
+        )
+    for title, runs in found.by_share().items():
+        low, high = runs[0], runs[-1]
+        a, b = low.facts["epochs_to_90"], high.facts["epochs_to_90"]
+        if low.share == 0 and a and b:
+            yield (
+                f"{title} predicts nine in ten training images right in epoch {a} with true labels, and in epoch {b} "
+                f"with {sentences.percent(high.share or 0)} of them corrupted; its test accuracy is "
+                f"{sentences.percent(low.facts['test_accuracy'], 1)} and "
+                f"{sentences.percent(high.facts['test_accuracy'], 1)}."
+            )
+    for run in found.true:
+        facts, lowest = run.facts, run.facts["lowest_test_loss_epoch"]
+        if lowest < facts["epochs_run"]:
+            errors = (1 - run.curves["test_accuracy"][at] for at in (lowest - 1, facts["epochs_run"] - 1))
+            before, after = (sentences.percent(float(error), 1) for error in errors)
+            yield (
+                f"The test NLL of {run.name} is lowest after epoch {lowest}, and rises from "
+                f"{sentences.decimal(facts['lowest_test_loss'], 2)} to {sentences.decimal(facts['test_loss'], 2)} by "
+                f"epoch {facts['epochs_run']}, while its test error goes from {before} to {after}; its ECE is "
+                f"{sentences.percent(facts['test_ece'], 1)} then."
+            )
+    if diverged := [run.name for run in found.runs if run.diverged]:
+        yield f"Diverged: {', '.join(diverged)}."
+    for run, network in dissected:
+        count = network.last["trained"]
+        untrained = network.last.get("untrained")
+        beside = f", untrained {sentences.number(untrained.detectors)}" if untrained else ""
+        detectors = sentences.plural(count.detectors, "detector")
+        yield (
+            f"Trained on {run.corruption}, {network.trained.network} has {detectors} "
+            f"among the {sentences.plural(count.units, 'unit')} of {count.layer}{beside}."
+        )
+
+
+def figures(experiment: Experiment, found: Randomized) -> Iterator[Figure]:
+    labels = {"experiment": found.name, "data set": found.dataset}
+    name = found.name
+    yield draw(
+        experiment,
+        f"randomization-curves-{name}",
+        partial(learning_curves, found=found),
+        kind="randomization-curves",
+        alt=f"Line charts: training loss of each network of {name} by epoch, for each corruption",
+        caption="Training loss by epoch, of the minibatches as they were trained on.",
+        header=CURVE_COLUMNS,
+        rows=curve_rows(found.runs),
+        labels=labels,
+    )
+    if any(run.facts["epochs_run"] > 1 for run in found.true):
+        yield draw(
+            experiment,
+            f"randomization-calibration-{name}",
+            partial(over_training, found=found),
+            kind="randomization-calibration",
+            alt=f"Line charts: test error, NLL and ECE by epoch of the runs of {name} on true labels",
+            caption="Error, NLL and ECE on the test images after each epoch, of the runs on true labels. Where NLL and "
+            "ECE rise while the error does not, a network gets surer of its mistakes: it overfits NLL.",
+            header=CURVE_COLUMNS,
+            rows=curve_rows(found.true),
+            labels=labels,
+        )
+    if not found.by_share():
+        return
+    for what, alt, caption in (
+        ("time", "epochs until the training images are fitted",
+         "The first epoch in which all training images (line) and nine in ten (dotted) were predicted right."),
+        ("error", "share of the test images that are not recognised", "Share of the test images, whose labels are "
+         "true, that are not recognised at the end of the training."),
+    ):  # fmt: skip
+        yield draw(
+            experiment,
+            f"randomization-{what}-{name}",
+            partial(over_share, found=found, what=what),
+            kind=f"randomization-{what}",
+            alt=f"Line chart: {alt}, over the share of corrupted labels",
+            caption=caption,
+            header=SHARE_COLUMNS,
+            rows=share_rows(found),
+            labels=labels,
+        )

@@ -1,0 +1,1 @@
+"""Receptive fields, attention distance and skip connections."""

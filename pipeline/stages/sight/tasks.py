@@ -1,0 +1,384 @@
+"""What workers do for the stage `sight`: one minibatch through a network, and every measure of it.
+
+The network runs once as it is; once without each of its skip connections; and once with gradients, for a part of the
+images, with a backward pass from each layer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from kernels.locality.attention import distances, mean_distance
+from kernels.locality.localisation import patches, position_hsic, position_vectors
+from kernels.locality.receptive_field import centre
+from kernels.locality.skips import norm_ratio
+from kernels.similarity.cka import centred
+from pipeline.data.images import pixels
+from pipeline.networks.forward import Model, NonFiniteError, network_of, normalise, refuse_non_finite
+from pipeline.networks.graph import operations
+from pipeline.networks.graph.operations import Attention, Operations, Skip
+from pipeline.networks.layer import LayerInfo
+from pipeline.networks.layers import Recorder, choose, first_tensor, one_attention_path, survey, to_maps
+from pipeline.stages.grams.stage import packed_gram
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import nn
+
+    from pipeline.data.minibatches import Minibatch
+    from pipeline.storage.manifest import Files
+    from pipeline.storage.store import Array
+
+MOST_POSITIONS = 1024  # of a layer whose positions are compared with all patches: a million pairs
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a network says of itself.
+
+    Attributes
+    ----------
+    layers : the wanted ones, in execution order.
+    skips, attention : as `operations.find` gives them.
+    localised : the last of the layers with more than one position, whose positions are compared with patches.
+    absent : of a measure that this network does not have, why.
+    unread : modules whose additions cannot be read.
+    parameters, largest, values : of a forward: weights, values of the largest output and of all outputs of an image.
+    logits : whether the network gives logits.
+    """
+
+    layers: list[LayerInfo]
+    skips: list[Skip]
+    attention: list[Attention]
+    localised: LayerInfo | None
+    absent: dict[str, str]
+    unread: tuple[str, ...]
+    parameters: int
+    largest: int
+    values: int
+    logits: bool
+
+
+@dataclass(frozen=True)
+class Work:
+    """What all minibatches of a step have in common."""
+
+    model: Model
+    images: Path
+    image: tuple[int, int]
+    prepared: Prepared
+    measures: tuple[str, ...]
+    gradients: int  # images of a minibatch
+    store: Path
+    places: int  # of a minibatch
+
+    def wants(self, measure: str) -> bool:
+        return measure in self.measures and measure not in self.prepared.absent
+
+
+def prepare(model: Model, size: tuple[int, int], wanted: str | Sequence[str], special: int | None) -> Prepared:
+    """Look at a network: its layers, and what it does between them."""
+    network, shape = network_of(model), (model.spec.preprocessing.channels, *size)
+    surveyed = survey(network, shape, special)
+    layers = choose(network, surveyed, wanted, model.name)
+    blank = normalise(torch.zeros((2, 3, *size), dtype=torch.uint8), model.spec)
+    found = operations.find(network, blank, {layer.name: layer for layer in surveyed.layers})
+    absent = {}
+    if not found.skips:
+        absent["skips"] = found.without_skips
+    if not found.attention:
+        absent["attention"] = found.without_attention
+    localised = next((layer for layer in reversed(layers) if layer.spatial), None)
+    grid = localised.shape[1:] if localised is not None else (1, 1)
+    if localised is None:
+        absent["localisation"] = "none of its layers has more than one position"
+    elif math.prod(grid) > MOST_POSITIONS or grid[0] > size[0] or grid[1] > size[1]:
+        absent["localisation"] = (
+            f"layer {localised.name!r}, the last with positions, has {grid[0]} x {grid[1]} of them: name a later one"
+        )
+    if not any(layer.spatial for layer in layers):
+        absent["receptive_field"] = "none of its layers has more than one position"
+    return Prepared(
+        layers,
+        found.skips,
+        found.attention,
+        localised,
+        absent,
+        found.unread,
+        sum(each.numel() for each in network.parameters()),
+        surveyed.largest,
+        sum(layer.shape[0] * (layer.special + math.prod(layer.shape[1:])) for layer in surveyed.layers),
+        surveyed.classes is not None,
+    )
+
+
+def memory_need(prepared: Prepared, images: int, gradients: int, size: tuple[int, int]) -> int:
+    """Bytes of a task: the weights, a forward of the minibatch without gradients and one of a few images with them."""
+    forward = 4 * images * (3 * size[0] * size[1] + 4 * prepared.largest)
+    graph = 8 * gradients * (3 * size[0] * size[1] + prepared.values)
+    positions = math.prod(prepared.localised.shape[1:]) if prepared.localised is not None else 0
+    pairs = 8 * images**2 * (4 * len(prepared.layers) + 2 * min(positions, MOST_POSITIONS))
+    return 12 * prepared.parameters + max(forward, graph) + pairs
+
+
+def arrays(work: Work, minibatches: int) -> dict[str, Array]:
+    """The layout of what is kept of each minibatch; only measures that the network has."""
+    from pipeline.storage.store import Array
+
+    found = {}
+
+    def add(name: str, dims: str, shape: tuple[int, ...], dtype: Any = np.float64, fill: Any = np.nan) -> None:
+        names = ("minibatch", *dims.split())
+        found[name] = Array(names, (minibatches, *shape), dtype, (1, *shape), fill=fill)
+
+    prepared, places = work.prepared, work.places
+    layers, skips = len(prepared.layers), len(prepared.skips)
+    add("image", "place", (places,), np.int64, -1)
+    if work.wants("receptive_field"):
+        add("receptive_field", "layer y x", (layers, *work.image))
+        add("gradients", "", (), np.int64, 0)
+    if work.wants("attention"):
+        heads = max(each.heads for each in prepared.attention)
+        add("distance", "place attention head kind", (places, len(prepared.attention), heads, 2))
+    if work.wants("skips"):
+        add("ratio", "place skip part", (places, skips, 2))
+        positions = max(each.info.special + math.prod(each.info.shape[1:]) for each in prepared.skips)
+        add("ratio_sum", "skip position", (skips, positions))
+        add("ratio_count", "skip position", (skips, positions), np.int64, 0)
+        add("predicted", "place network", (places, 1 + skips), np.int64, -1)
+        add("hsic_layer", "layer", (layers,))
+        add("hsic_across", "skip layer", (skips, layers))
+        add("hsic_without", "skip layer layer_b", (skips, layers, layers))
+    if work.wants("localisation"):
+        assert prepared.localised is not None
+        cells = math.prod(prepared.localised.shape[1:])
+        outputs = prepared.localised.special + cells
+        add("hsic_position", "output input", (outputs, cells))
+        add("hsic_output", "output", (outputs,))
+        add("hsic_input", "input", (cells,))
+    return found
+
+
+def look(work: Work, files: Files, index: int, batch: Minibatch) -> tuple[int, Files]:
+    """Every measure of one minibatch, written as one chunk of each array."""
+    from pipeline.storage.store import Reader, write
+
+    given = torch.from_numpy(pixels(Reader(work.images, files), batch.images))
+    network, images = network_of(work.model), normalise(given, work.model.spec)
+    try:
+        found = measured(work, network, images)
+    except NonFiniteError as error:
+        layer, place = error.args
+        raise NonFiniteError(layer, batch.images[place]) from None
+    found["image"] = np.array(batch.images)
+    blocks: dict[str, tuple[tuple[int, ...], np.ndarray]] = {}
+    for name, array in arrays(work, 1).items():
+        block = np.full(array.shape, array.fill, array.dtype)
+        own = found[name]
+        # A smaller last minibatch leaves places empty.
+        block[0, ...][tuple(map(slice, own.shape))] = own
+        blocks[name] = ((index, *(0,) * own.ndim), block)
+    return index, write(work.store, blocks)
+
+
+def measured(work: Work, network: nn.Module, images: torch.Tensor) -> dict[str, np.ndarray]:
+    """The measures of images (image, channel, y, x) as the network takes them, by the names of `arrays`."""
+    found: dict[str, np.ndarray] = {}
+    if set(work.measures) - set(work.prepared.absent) - {"receptive_field"}:
+        whole = _Look(work, network)
+        whole.run(images)
+        found |= whole.found()
+        if work.wants("localisation"):
+            assert work.prepared.localised is not None
+            inputs = position_vectors(patches(images, work.prepared.localised.shape[1:]))
+            names = ("hsic_position", "hsic_output", "hsic_input")
+            found |= dict(zip(names, position_hsic(whole.positions, inputs), strict=True))
+        if work.wants("skips"):
+            found |= without_skips(work, network, images, whole)
+    if work.wants("receptive_field"):
+        some = images[: work.gradients]
+        found["gradients"] = np.array(len(some))
+        found["receptive_field"] = gradients(network, some, work.prepared.layers)
+    return found
+
+
+class _Look(Operations):
+    """One forward, and what is measured on its way: attention, skips, Gram matrices of layers, features of positions.
+
+    With `without`, the skip of one addition is left out, and only Gram matrices are made; those of layers before it are
+    those of `before`, the forward of the whole network.
+    """
+
+    def __init__(
+        self, work: Work, network: nn.Module, without: Skip | None = None, before: _Look | None = None
+    ) -> None:
+        super().__init__(network)
+        self.work, self.without, self.before = work, without, before
+        self.infos = {layer.name: layer for layer in work.prepared.layers}
+        self.skips = {skip.place: skip for skip in work.prepared.skips if work.wants("skips")}
+        self.attention = {each.name: each for each in work.prepared.attention if work.wants("attention")}
+        self.packed: dict[str, np.ndarray] = {}
+        self.ratios: dict[str, torch.Tensor] = {}
+        self.distance: dict[str, torch.Tensor] = {}
+        self.positions = np.zeros((0, 0))
+        self.logits: torch.Tensor | None = None
+
+    def run(self, images: torch.Tensor) -> None:
+        localised = self.work.prepared.localised if self.work.wants("localisation") and self.without is None else None
+        names = list(self.infos) if self.skips else [localised.name] if localised is not None else []
+
+        def take(name: str, output: torch.Tensor) -> None:
+            with self.aside():
+                if self.skips:
+                    self.packed[name] = self.gram_of(name, output)
+                if localised is not None and name == localised.name:
+                    refuse_non_finite(output, name, 0)
+                    maps, special = to_maps(output, localised)
+                    tokens = maps.flatten(2).permute(2, 0, 1)
+                    if special is not None:
+                        tokens = torch.cat([special.transpose(0, 1), tokens])
+                    self.positions = position_vectors(list(tokens))
+
+        with Recorder(self.network, names, take=take) as record, self:
+            self.logits, _ = record(images)
+
+    def gram_of(self, name: str, output: torch.Tensor) -> np.ndarray:
+        if self.without is not None and self.additions <= self.without.place:
+            assert self.before is not None
+            return self.before.packed[name]
+        return packed_gram(output, output, self._said(name))
+
+    def on_addition(self, place: int, operands: tuple[torch.Tensor, torch.Tensor]) -> int | None:
+        skip = self.skips.get(place)
+        if self.without is not None:
+            return (0 if self.without.first else 1) if place == self.without.place else None
+        if skip is not None:
+            z, branch = operands if skip.first else operands[::-1]
+            ratio = norm_ratio(z, branch, 1 if skip.info.layout == "map" else -1)
+            self.ratios[skip.name] = ratio.flatten(1).cpu()
+        return None
+
+    def on_attention(self, module: str, weights: Callable[[], torch.Tensor]) -> None:
+        each = self.attention.get(module)
+        if each is not None and self.without is None:
+            grid = each.info.shape[1], each.info.shape[2]
+            patch = self.work.image[0] / grid[0], self.work.image[1] / grid[1]
+            self.distance[module] = mean_distance(weights(), distances(grid, patch), each.info.special).cpu()
+
+    def predicted(self) -> np.ndarray | None:
+        """The class of the highest logit of every image."""
+        if self.logits is None or not self.work.prepared.logits:
+            return None
+        refuse_non_finite(self.logits, self._said("logits"), 0)
+        return self.logits.argmax(1).cpu().numpy()
+
+    def _said(self, name: str) -> str:
+        """A layer, and what the network ran without."""
+        return name if self.without is None else f"{name} without {self.without.name}"
+
+    def found(self) -> dict[str, np.ndarray]:
+        """What was measured of attention and skips, by the names of `arrays`."""
+        found = {}
+        if self.attention:
+            heads = max(each.heads for each in self.attention.values())
+            count = len(next(iter(self.distance.values())))
+            found["distance"] = np.full((count, len(self.attention), heads, 2), np.nan)
+            for at, each in enumerate(self.attention.values()):
+                found["distance"][:, at, : each.heads] = self.distance[each.name].numpy()
+        if self.skips:
+            positions = max(ratio.shape[1] for ratio in self.ratios.values())
+            count = len(next(iter(self.ratios.values())))
+            found["ratio"] = np.full((count, len(self.skips), 2), np.nan)
+            found["ratio_sum"] = np.full((len(self.skips), positions), np.nan)
+            found["ratio_count"] = np.zeros((len(self.skips), positions), np.int64)
+            for at, skip in enumerate(self.skips.values()):
+                ratio = self.ratios[skip.name]
+                own = slice(ratio.shape[1])
+                found["ratio_sum"][at, own] = ratio.nansum(0).numpy()
+                found["ratio_count"][at, own] = (~ratio.isnan()).sum(0).numpy()
+                parts = ratio[:, : skip.info.special], ratio[:, skip.info.special :]
+                found["ratio"][:, at] = torch.stack([part.nanmean(1) for part in parts], 1).numpy()
+        return found
+
+
+def without_skips(work: Work, network: nn.Module, images: torch.Tensor, whole: _Look) -> dict[str, np.ndarray]:
+    """The network again without each skip: what it predicts, and HSIC1 of its layers with those of the whole one."""
+    layers, skips = work.prepared.layers, work.prepared.skips
+    vectors = _vectors(whole)
+    own = np.einsum("lp,lp->l", vectors, vectors)
+    across = np.empty((len(skips), len(layers)))
+    within = np.empty((len(skips), len(layers), len(layers)))
+    predicted = np.full((len(images), 1 + len(skips)), -1)
+    for at, skip in enumerate(skips):
+        lacking = _Look(work, network, skip, whole)
+        lacking.run(images)
+        changed = _vectors(lacking)
+        across[at] = np.einsum("lp,lp->l", vectors, changed)
+        within[at] = changed @ changed.T
+        if (classes := lacking.predicted()) is not None:
+            predicted[:, 1 + at] = classes
+    if (classes := whole.predicted()) is not None:
+        predicted[:, 0] = classes
+    return {"hsic_layer": own, "hsic_across": across, "hsic_without": within, "predicted": predicted}
+
+
+def _vectors(look: _Look) -> np.ndarray:
+    return centred(np.stack([look.packed[name] for name in look.infos]), "unbiased")
+
+
+def gradients(network: nn.Module, images: torch.Tensor, layers: Sequence[LayerInfo]) -> np.ndarray:
+    """(layer, y, x) float64: |d (sum over units of the centre position) / d input|, the mean over channels, summed over
+    images. Zeros for a layer without positions, or that does not depend on the image."""
+    centres: dict[str, torch.Tensor] = {}
+    infos = {layer.name: layer for layer in layers if layer.spatial}
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(module: object, inputs: object, output: object) -> None:
+            tensor = first_tensor(output)
+            assert tensor is not None
+            y, x = centre(infos[name].shape[1:])
+            # Summed now: a later operation may overwrite the output.
+            centres[name] = to_maps(tensor, infos[name])[0][:, :, y, x].sum()
+
+        return hook
+
+    hooks = [network.get_submodule(name).register_forward_hook(note(name)) for name in infos]
+    found = np.zeros((len(layers), *images.shape[2:]))
+    try:
+        with torch.enable_grad(), one_attention_path(), _without_weights(network):
+            given = images.detach().clone().requires_grad_()
+            # An operation in place cannot be the first to use a tensor that gradients are asked of.
+            network(given.clone())
+            for at, layer in enumerate(layers):
+                if layer.spatial and centres[layer.name].requires_grad:
+                    (gradient,) = torch.autograd.grad(
+                        centres[layer.name], given, retain_graph=True, allow_unused=True, materialize_grads=True
+                    )
+                    refuse_non_finite(gradient, f"{layer.name} (its gradient)", 0)
+                    found[at] = gradient.abs().double().mean(1).sum(0).cpu().numpy()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+@contextmanager
+def _without_weights(network: nn.Module) -> Iterator[None]:
+    """No gradients of the weights, which nobody asks for and which would take as long again."""
+    asked = [each for each in network.parameters() if each.requires_grad]
+    for each in asked:
+        each.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for each in asked:
+            each.requires_grad_(True)

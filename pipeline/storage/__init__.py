@@ -1,0 +1,1 @@
+"""Files on disk: ids, manifests, stores, ledgers, tables."""

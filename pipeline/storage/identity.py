@@ -1,0 +1,63 @@
+"""Content ids: short digests of everything an output depends on. No torch: the main process makes them in seconds."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+
+from pipeline.errors import MicrotomeError
+
+ID_LENGTH = 20  # hex digits: 80 bits
+
+
+def digest(value: Any) -> str:
+    """Return the content id of a JSON-able value: `ID_LENGTH` hex digits of the sha256 of its canonical JSON."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:ID_LENGTH]
+
+
+def crc32c(data: bytes) -> int:
+    return int(google_crc32c.value(data))
+
+
+class FileDigests:
+    """sha256 of files, remembered by path, size, mtime_ns and inode, so that a checkpoint of gigabytes is read once.
+
+    The memory is a JSON file in the results folder; losing it costs a re-read and nothing else.
+    """
+
+    def __init__(self, memory: Path) -> None:
+        self.memory = memory
+        try:
+            known = json.loads(memory.read_bytes())
+        except (OSError, ValueError):
+            known = None
+        self.known: dict[str, list] = known if isinstance(known, dict) else {}
+
+    def __call__(self, path: Path | str) -> str:
+        path = Path(path)
+        try:
+            stat = path.stat()
+            key = digest(os.fspath(path.resolve()))  # this memory tells nobody where files are
+            stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+            entry = self.known.get(key)
+            if isinstance(entry, list) and entry[:-1] == stamp:
+                return entry[-1]
+            with path.open("rb") as file:
+                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise MicrotomeError(f"cannot read {path}: {error.strerror or error}") from error
+        self.known[key] = [*stamp, sha256]
+        return sha256
+
+    def save(self) -> None:
+        """Keep what was learnt; a results folder that cannot be written only loses the memory."""
+        from pipeline.storage.manifest import write_atomically
+
+        try:
+            write_atomically(self.memory, json.dumps(self.known))
+        except OSError:
+            return

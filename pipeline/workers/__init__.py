@@ -1,0 +1,1 @@
+"""Dask workers: the pool, the client and the tasks."""

@@ -1,0 +1,112 @@
+"""Workers as jobs of a SLURM queue, through dask-jobqueue: `cluster: {kind: slurm}`.
+
+The scheduler runs beside Snakemake, on the login node say, and listens on one address of that host, with keys that are
+made for this pool. Jobs need the same file system, and find the results folder where `sbatch` was called.
+"""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import MicrotomeError
+
+if TYPE_CHECKING:
+    from distributed import Security
+
+    from pipeline.config.core import Cluster
+
+DEATH = 60  # seconds after which a worker without a scheduler ends, and with it its job
+
+
+def start(cluster: Cluster, scratch: Path, security: Security, environment: dict[str, str]) -> Any:
+    """A `SLURMCluster` without jobs yet: `scale` asks for them."""
+    interrupt = signal.getsignal(signal.SIGINT)
+    try:
+        from dask_jobqueue import SLURMCluster
+    except ImportError:
+        raise MicrotomeError("cluster.kind is slurm, which takes the package dask-jobqueue: install .[slurm]") from None
+    finally:
+        signal.signal(signal.SIGINT, interrupt)  # which its import takes for itself
+    asked = cluster.slurm
+    directives = list(asked.directives)
+    if cluster.gpus:
+        directives.append("--gres=gpu:1")
+    made = SLURMCluster(
+        **options(cluster, scratch, security, environment),
+        queue=asked.partition,
+        account=asked.account,
+        walltime=asked.walltime,
+        job_extra_directives=directives,
+    )
+    try:
+        check(made.job_script())
+    except MicrotomeError:
+        made.close()
+        raise
+    return made
+
+
+def check(script: str) -> None:
+    """Have SLURM look at a job without taking it: what is wrong is told in its own words.
+
+    dask-jobqueue would log it, ask again and again, and a run would wait for a job that never came.
+    """
+    with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
+        file.write(script)
+        file.flush()
+        try:
+            done = subprocess.run(["sbatch", "--test-only", file.name], capture_output=True, text=True)
+        except FileNotFoundError:
+            raise MicrotomeError("cluster.kind is slurm, and there is no `sbatch` here") from None
+    if done.returncode:
+        said = " ".join(done.stderr.split()) or f"exit status {done.returncode}"
+        raise MicrotomeError(f"SLURM takes no job of `cluster.slurm`: {said}")
+
+
+def options(cluster: Cluster, scratch: Path, security: Security, environment: dict[str, str]) -> dict[str, Any]:
+    """What any queue of dask-jobqueue is given: one job is `processes` workers of one thread each."""
+    from dask.utils import parse_bytes
+    from distributed.utils import get_ip
+
+    asked, count = cluster.slurm, cluster.slurm.processes
+    assert cluster.memory is not None
+    # A worker on the cores must not see the GPUs of its node; with one, SLURM says which.
+    own = environment if cluster.gpus else environment | {"CUDA_VISIBLE_DEVICES": ""}
+    listens = {"interface": asked.interface} if asked.interface else {"host": get_ip()}
+    return {
+        "cores": count,
+        "processes": count,
+        "memory": f"{count * int(parse_bytes(cluster.memory))} B",
+        "python": " ".join(["env", *(shlex.quote(f"{key}={value}") for key, value in own.items()), python()]),
+        "job_name": "microtome",
+        "log_directory": str(scratch / "slurm"),
+        "local_directory": str(scratch / "dask"),
+        "death_timeout": DEATH,
+        "interface": asked.interface,
+        "protocol": "tls://",
+        "security": security,
+        # The page of a worker shows what it does, to all that reach it.
+        "worker_extra_args": ["--no-dashboard", "--dashboard-address", "127.0.0.1:0"],
+        "scheduler_options": {
+            **listens,
+            "dashboard": cluster.dashboard,
+            "dashboard_address": "127.0.0.1:8787" if cluster.dashboard else "127.0.0.1:0",
+        },
+        "silence_logs": 50,
+    }
+
+
+def python() -> str:
+    """This Python, for a job script: from the folder that jobs start in if it can, and without the home's name."""
+    path, home = Path(sys.executable), Path.home()
+    if path.is_relative_to(Path.cwd()):
+        return shlex.quote(str(path.relative_to(Path.cwd())))
+    if path.is_relative_to(home):
+        return '"$HOME"/' + shlex.quote(str(path.relative_to(home)))
+    return shlex.quote(str(path))

@@ -1,0 +1,249 @@
+"""Checkpoints: what is read, what is refused and how, and that nothing in a file is executed."""
+
+import collections
+import os
+import pickle
+import zipfile
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+from pipeline.errors import MicrotomeError
+from pipeline.networks import checkpoint
+
+
+def network():
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+
+
+@pytest.fixture
+def state():
+    torch.manual_seed(3)
+    made = network()
+    made[1].running_mean.normal_()
+    return made.state_dict()
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def write(path, content):
+    if path.suffix == ".safetensors":
+        safetensors.torch.save_file(content, path)
+    else:
+        torch.save(content, path)
+    return path
+
+
+@pytest.mark.parametrize("name", ["w.pt", "w.pth", "w.safetensors", "a b'$(touch x).pt", "naïve<script>.pt"])
+def test_reads_all_formats(tmp_path, state, name):
+    path = write(tmp_path / name, state)
+    assert same(checkpoint.read(path), state)
+    loaded = network()
+    checkpoint.load_into(loaded, path)
+    assert same(loaded.state_dict(), state)
+
+
+def test_reads_files_of_before_the_zip_format(tmp_path, state):
+    path = tmp_path / "old.pt"
+    torch.save(state, path, _use_new_zipfile_serialization=False)
+    assert same(checkpoint.read(path), state)
+    assert checkpoint.shapes(path)["0.weight"].shape == (4, 3, 3, 3)
+
+
+@pytest.mark.parametrize("entry", ["state_dict", "model_state_dict", "model"])
+def test_reads_the_entry_of_a_training_checkpoint(tmp_path, state, entry):
+    optimizer = {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 0.1}]}
+    path = write(tmp_path / "w.pt", {entry: state, "optimizer": optimizer, "epoch": 3})
+    assert same(checkpoint.read(path), state)
+
+
+def test_several_networks_in_one_file_are_refused(tmp_path, state):
+    path = write(tmp_path / "w.pt", {"model": state, "state_dict": state})
+    with pytest.raises(MicrotomeError, match=r"w\.pt holds several networks \(state_dict, model\)"):
+        checkpoint.read(path)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_shapes_reads_no_values(tmp_path, state, suffix):
+    state = {**state, "half": torch.zeros(2, dtype=torch.bfloat16)}
+    shapes = checkpoint.shapes(write(tmp_path / f"w{suffix}", state))
+    assert all(tensor.is_meta for tensor in shapes.values())
+    described = {key: (tensor.shape, tensor.dtype) for key, tensor in shapes.items()}
+    assert described == {key: (tensor.shape, tensor.dtype) for key, tensor in state.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_floating_point_types_are_cast(tmp_path, state, dtype):
+    cast = {key: value.to(dtype) if value.is_floating_point() else value for key, value in state.items()}
+    loaded = network()
+    checkpoint.load_into(loaded, write(tmp_path / "w.pt", cast))
+    assert loaded[0].weight.dtype == torch.float32
+    assert torch.equal(loaded[0].weight, cast["0.weight"].float())
+
+
+def test_batch_counters_may_be_missing(tmp_path, state):
+    del state["1.num_batches_tracked"]
+    checkpoint.load_into(network(), write(tmp_path / "w.pt", dict(state)))
+
+
+def test_prefix(tmp_path, state):
+    path = write(tmp_path / "w.pt", {f"module.{key}": value for key, value in state.items()})
+    assert same(checkpoint.read(path, prefix="module."), state)
+    assert list(checkpoint.shapes(path, prefix="module.")) == list(state)
+    with pytest.raises(MicrotomeError, match=r"7 of 7 keys do not start with the prefix 'model\.'"):
+        checkpoint.read(path, prefix="model.")
+    with pytest.raises(MicrotomeError, match=r"does not fit .* set `prefix: 'module\.'`"):
+        checkpoint.load_into(network(), path)
+    mixed = {**{f"module.{key}": value for key, value in state.items()}, "step": torch.tensor(1)}
+    with pytest.raises(MicrotomeError, match=r"1 of 8 keys do not start with the prefix 'module\.' \(step\)"):
+        checkpoint.read(write(tmp_path / "mixed.pt", mixed), prefix="module.")
+
+
+def test_misfits_are_listed_and_nothing_is_loaded(tmp_path, state):
+    state["0.wieght"] = state.pop("0.weight")
+    state["1.bias"] = torch.zeros(5)
+    path = write(tmp_path / "w.pt", dict(state))
+    with pytest.raises(MicrotomeError) as error:
+        checkpoint.load_into(network(), path)
+    said = str(error.value)
+    assert str(path) in said
+    assert "1 keys missing (0.weight)" in said
+    assert "1 keys too many (0.wieght); nearest: 0.weight" in said
+    assert "1 of another shape (1.bias (5,), expected (4,))" in said
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (torch.zeros(4, 3, 3, 3, dtype=torch.complex64), r"'0\.weight' is (torch\.complex64|C64)"),
+        (torch.zeros(4, 3, 3, 3, dtype=torch.int8), r"'0\.weight' is torch\.int8, the network expects torch\.float32"),
+        (torch.zeros(4, 3, 3, 3, dtype=torch.float8_e4m3fn), r"'0\.weight' is (torch\.float8_e4m3fn|F8_E4M3)"),
+        (torch.full((4, 3, 3, 3), torch.inf), r"108 of 108 values of '0\.weight' are NaN or infinite"),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_values_that_are_refused(tmp_path, state, value, said, suffix):
+    state["0.weight"] = value
+    path = write(tmp_path / f"w{suffix}", dict(state))
+    with pytest.raises(MicrotomeError, match=rf"{path.name}: {said}"):
+        checkpoint.load_into(network(), path)
+
+
+def test_one_nan_is_found(tmp_path, state):
+    state["1.running_var"][2] = torch.nan
+    with pytest.raises(MicrotomeError, match=r"1 of 4 values of '1\.running_var'"):
+        checkpoint.read(write(tmp_path / "w.pt", state))
+
+
+class Harmful:
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.target),)
+
+
+def test_pickled_code_is_refused_and_not_executed(tmp_path, state):
+    target = tmp_path / "executed"
+    zipped, old, plain = tmp_path / "zip.pt", tmp_path / "old.pth", tmp_path / "plain.pt"
+    torch.save({**state, "x": Harmful(target)}, zipped)
+    torch.save({**state, "x": Harmful(target)}, old, _use_new_zipfile_serialization=False)
+    plain.write_bytes(pickle.dumps(Harmful(target)))
+    for path in (zipped, old, plain):
+        for read in (checkpoint.read, checkpoint.shapes):
+            with pytest.raises(MicrotomeError, match=rf"{path.name}\b"):
+                read(path)
+    for path in (zipped, old):
+        with pytest.raises(MicrotomeError, match=r"refused: it holds pickled objects .*mkdir.* nothing was executed"):
+            checkpoint.read(path)
+    assert not target.exists()
+    renamed = tmp_path / "w.safetensors"
+    renamed.write_bytes(zipped.read_bytes())
+    with pytest.raises(MicrotomeError, match=r"w\.safetensors .* cannot be read"):
+        checkpoint.read(renamed)
+
+
+def test_whole_networks_are_refused(tmp_path):
+    path = tmp_path / "network.pt"
+    torch.save(network(), path)
+    with pytest.raises(MicrotomeError, match=r"network\.pt is refused: it holds pickled objects .*Sequential"):
+        checkpoint.read(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "held"),
+    [
+        ([1, 2], "a list"),
+        ({}, "an empty mapping"),
+        ({"epoch": 3, "weights": {"a": 1}}, "a mapping with the entries 'epoch', 'weights'"),
+        (torch.zeros(3), "a Tensor"),
+        (collections.OrderedDict({1: torch.zeros(1)}), "a mapping with the entries '1'"),
+    ],
+)
+def test_other_content_is_refused(tmp_path, content, held):
+    with pytest.raises(MicrotomeError, match=rf"w\.pt holds {held}; expected tensors by name"):
+        checkpoint.read(write(tmp_path / "w.pt", content))
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.999])
+def test_truncated_files_are_refused(tmp_path, state, suffix, share):
+    path = write(tmp_path / f"w{suffix}", dict(state))
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(len(whole) * share)])
+    for read in (checkpoint.read, checkpoint.shapes):
+        with pytest.raises(MicrotomeError, match=rf"w{suffix} .*cannot be read: truncated"):
+            read(path)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_files_that_are_no_checkpoints(tmp_path, state, suffix):
+    path = tmp_path / f"w{suffix}"
+    with pytest.raises(MicrotomeError, match=rf"w{suffix} does not exist"):
+        checkpoint.read(path)
+    path.touch()
+    with pytest.raises(MicrotomeError, match=r"is empty \(0 bytes\)"):
+        checkpoint.read(path)
+    path.write_text("<!DOCTYPE html><html>not found</html>")
+    with pytest.raises(MicrotomeError, match=r"cannot be read"):
+        checkpoint.read(path)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a.txt", "hello")
+    with pytest.raises(MicrotomeError, match=r"cannot be read"):
+        checkpoint.read(path)
+    with pytest.raises(MicrotomeError, match=r"is not a file"):
+        checkpoint.read(tmp_path)
+    other = tmp_path / "w.onnx"
+    other.write_bytes(b"x")
+    with pytest.raises(MicrotomeError, match=r"expected a file ending in \.pt, \.pth, \.safetensors"):
+        checkpoint.read(other)
+    write(tmp_path / "resnet20.pt", state)
+    with pytest.raises(MicrotomeError, match=r"does not exist; nearest: resnet20\.pt"):
+        checkpoint.sha256(tmp_path / "resnet2.pt")
+
+
+def test_written_files_are_whole_and_reproducible(tmp_path, state):
+    state["0.weight"] = state["0.weight"].to(memory_format=torch.channels_last)
+    state["tied"] = state["0.weight"]
+    facts = {str(i): i for i in range(20)}
+    one, other = tmp_path / "one.safetensors", tmp_path / "other.safetensors"
+    checkpoint.write_safetensors(one, state, facts)
+    checkpoint.write_safetensors(other, dict(reversed(state.items())), dict(reversed(facts.items())))
+    assert one.read_bytes() == other.read_bytes()
+    assert checkpoint.sha256(one) == checkpoint.sha256(other)
+    assert same(dict(sorted(checkpoint.read(one).items())), dict(sorted(state.items())))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.safetensors", "other.safetensors"]
+
+
+def test_a_failed_write_leaves_the_file_as_it_was(tmp_path, state):
+    path = tmp_path / "w.safetensors"
+    checkpoint.write_safetensors(path, state)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        checkpoint.write_safetensors(path, state, {"accuracy": float("nan")})
+    assert path.read_bytes() == before
+    assert [each.name for each in tmp_path.iterdir()] == ["w.safetensors"]

@@ -1,0 +1,310 @@
+"""The pool of workers: results and errors of tasks, and that nothing outlives the run that started it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import dask
+import pytest
+from distributed import Client, LocalCluster
+
+from pipeline.config.core import Cluster
+from pipeline.errors import MicrotomeError
+from pipeline.workers import pool as cluster
+
+ROOT = Path(__file__).parents[3]
+START = """
+import sys, time
+from pathlib import Path
+from pipeline import cluster
+from pipeline.config import Cluster
+process, address_file = cluster.start_pool(Cluster(workers=1), Path(sys.argv[1]))
+cluster._wait_for(address_file)
+print(address_file.read_text(), flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def client(workers, tmp_path):
+    with cluster.client(Cluster(workers=1), tmp_path) as found:
+        yield found
+
+
+def square(value):
+    return value * value
+
+
+def fail(value):
+    raise MicrotomeError(f"task {value} failed")
+
+
+def holds_the_device():
+    """Whether the thread of this task is the one that computes: another one cannot."""
+
+    def free():
+        got = cluster.computing.acquire(blocking=False)
+        if got:
+            cluster.computing.release()
+        return got
+
+    with ThreadPoolExecutor(1) as other:
+        return not other.submit(free).result()
+
+
+def slow(folder, value):
+    time.sleep(0.02)
+    Path(folder, str(value)).touch()
+    if value == 3:
+        fail(value)
+
+
+def hungry(kind):
+    import torch
+
+    if kind == "numpy":
+        raise MemoryError("Unable to allocate 8 TiB")
+    if kind == "torch":
+        torch.empty(1 << 50)
+    raise RuntimeError("something else")
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def environment():
+    return {name: os.environ.get(name) for name in (*cluster.THREADS, "CUDA_VISIBLE_DEVICES")}
+
+
+def test_results_of_all_tasks(client):
+    tasks = ((value,) for value in range(50))
+    assert sorted(cluster.run_tasks(client, square, tasks, 50, "squares")) == [value * value for value in range(50)]
+    assert list(cluster.run_tasks(client, square, [], 0, "nothing")) == []
+
+
+def test_the_first_error_is_raised_and_the_rest_is_not_done(client, tmp_path):
+    tasks = ((str(tmp_path), value) for value in range(1000))
+    with pytest.raises(MicrotomeError, match="task 3 failed"):
+        list(cluster.run_tasks(client, slow, tasks, 1000, "slow"))
+    assert 4 <= len(list(tmp_path.glob("[0-9]*"))) < 30
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+def test_out_of_memory_says_what_to_lower(client, kind):
+    with pytest.raises(
+        MicrotomeError, match=r"feast: out of memory \(.*\): lower the portions, or lower `cluster.work"
+    ):
+        list(cluster.run_tasks(client, hungry, [(kind,)], 1, "feast", "lower the portions"))
+    with pytest.raises(RuntimeError, match="something else"):
+        list(cluster.run_tasks(client, hungry, [("else",)], 1, "feast"))
+
+
+def test_memory():
+    assert cluster.memory(Cluster(memory="3 GB", workers=7)) == 3_000_000_000
+    one, two = (cluster.memory(Cluster(workers=count)) for count in (1, 2))
+    assert 0 < two <= one // 2
+    cluster.check_memory(Cluster(memory="1 GB"), 300e6, "a feast", "lower the portions")
+    with pytest.raises(MicrotomeError) as error:
+        cluster.check_memory(Cluster(memory="1 GB"), 900e6, "a feast", "lower the portions")
+    assert str(error.value) == (
+        "a feast needs about 1.53 GB a worker, and a worker may use 1.00 GB: lower the portions, or raise "
+        "`cluster.memory`, or lower `cluster.workers`"
+    )
+
+
+def test_a_worker_with_a_gpu_has_several_tasks_of_which_one_computes():
+    gpu = Cluster(kind="gpu", workers=1, memory="3 GB")
+    assert cluster.threads(gpu) == cluster.GPU_THREADS > 1 == cluster.threads(Cluster())
+    cluster.check_memory(gpu, 700e6, "a feast", "lower the portions")
+    with pytest.raises(MicrotomeError, match=r"about 3\.03 GB a worker"):
+        cluster.check_memory(gpu, 800e6, "a feast", "lower the portions")
+
+    beside, most, seen = threading.Barrier(3), [0], []
+
+    def computes(share):
+        most[0] += 1
+        seen.append(most[0])
+        time.sleep(share)
+        most[0] -= 1
+
+    @cluster.overlapping
+    def overlaps(share):
+        beside.wait(20)  # all three are here at a time
+        with cluster.computing:
+            computes(share)
+        beside.wait(20)
+
+    with ThreadPoolExecutor(3) as threads:
+        list(threads.map(overlaps, [0.02] * 3))
+        list(threads.map(lambda share: cluster.alone(computes, share), [0.02] * 3))
+    assert seen == [1] * 6
+    assert overlaps in cluster.OVERLAPPING and computes not in cluster.OVERLAPPING
+    cluster.OVERLAPPING.discard(overlaps)
+
+
+def test_tasks_are_alone_unless_they_say_otherwise(client):
+    assert list(cluster.run_tasks(client, holds_the_device, [()], 1, "alone")) == [True]
+    cluster.overlapping(holds_the_device)
+    try:
+        assert list(cluster.run_tasks(client, holds_the_device, [()], 1, "beside others")) == [False]
+    finally:
+        cluster.OVERLAPPING.discard(holds_the_device)
+
+
+def test_too_little_memory_for_any_worker(tmp_path):
+    with (
+        pytest.raises(MicrotomeError, match=r"torch alone needs about 0\.63 GB a worker, .* may use 0\.40 GB: .*raise"),
+        cluster.client(Cluster(memory="400 MB"), tmp_path),
+    ):
+        pass
+
+
+def test_a_task_that_kills_its_workers():
+    """It is given up after some deaths, with a reason, and the pool goes on."""
+    with (
+        dask.config.set({"distributed.scheduler.allowed-failures": 0}),
+        LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None, silence_logs=50) as local,
+        Client(local) as found,
+    ):
+        with pytest.raises(MicrotomeError, match="deadly: of 1 workers each died while computing one task"):
+            list(cluster.run_tasks(found, die, [()], 1, "deadly"))
+        assert list(cluster.run_tasks(found, square, [(3,)], 1, "after")) == [9]
+
+
+def test_tasks_are_drawn_a_few_at_a_time(client):
+    drawn = []
+
+    def tasks():
+        for value in range(100):
+            drawn.append(value)
+            yield (value,)
+
+    results = cluster.run_tasks(client, square, tasks(), 100, "few")
+    for _ in range(10):
+        next(results)
+    assert len(drawn) <= 10 + 4 * cluster.workers_of(client)
+    results.close()
+
+
+def test_a_worker_has_one_thread_and_no_gpu(client):
+    (found,) = cluster.run_tasks(client, environment, [()], 1, "environment")
+    assert found == dict.fromkeys(cluster.THREADS, "1") | {"CUDA_VISIBLE_DEVICES": ""}
+    assert cluster.workers_of(client) == 1
+
+
+def test_only_this_machine_is_listened_to(client):
+    info = client.scheduler_info(n_workers=-1)
+    addresses = [info["address"], *info["workers"], *(worker["nanny"] for worker in info["workers"].values())]
+    assert len(addresses) == 3
+    assert all(address.startswith("tcp://127.0.0.1:") for address in addresses)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def gone(pids, seconds=20) -> bool:
+    end = time.monotonic() + seconds
+    while any(map(alive, pids)) and time.monotonic() < end:
+        time.sleep(0.05)
+    return not any(map(alive, pids))
+
+
+def descendants(pid: int) -> list[int]:
+    children = [child for file in Path(f"/proc/{pid}/task").glob("*/children") for child in file.read_text().split()]
+    return [pid, *(one for child in children for one in descendants(int(child)))]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
+def test_the_pool_ends_with_the_process_that_started_it(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-c", START, str(tmp_path)],
+        stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    try:
+        pids = descendants(json.loads(process.stdout.readline())["pid"])
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+    assert len(pids) >= 2  # the pool itself and its worker
+    assert gone(pids)
+    assert not list(tmp_path.glob("pool-*"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
+def test_a_pool_that_is_killed_is_told_in_one_line(tmp_path, monkeypatch, capfd):
+    monkeypatch.delenv(cluster.ADDRESS, raising=False)
+    with cluster.pool(Cluster(workers=1), tmp_path) as address_file:
+        monkeypatch.setenv(cluster.ADDRESS, str(address_file))
+        with (
+            pytest.raises(MicrotomeError, match="is gone: ended from outside"),
+            cluster.client(Cluster(workers=1), tmp_path) as found,
+        ):
+            for _ in cluster.run_tasks(found, square, ((at,) for at in range(1000)), 1000, "killed"):
+                for pid in descendants(json.loads(address_file.read_text())["pid"]):
+                    os.kill(pid, signal.SIGKILL)
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_pool_that_is_gone_before_the_next_tasks(tmp_path, monkeypatch, capfd):
+    monkeypatch.delenv(cluster.ADDRESS, raising=False)
+    with (
+        pytest.raises(MicrotomeError, match="is gone: ended from outside"),
+        cluster.pool(Cluster(workers=1), tmp_path) as address_file,
+    ):
+        monkeypatch.setenv(cluster.ADDRESS, str(address_file))
+        with cluster.client(Cluster(workers=1), tmp_path) as found:
+            os.kill(json.loads(address_file.read_text())["pid"], signal.SIGKILL)
+            found.close()  # as it does by itself when it has waited long enough
+            list(cluster.run_tasks(found, square, [(2,)], 1, "gone"))
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_pool_that_ends_before_it_is_ready_is_told_at_once(tmp_path):
+    with cluster.pool(Cluster(workers=1), tmp_path) as address_file:
+        os.kill(json.loads(address_file.read_text())["pid"], signal.SIGKILL)
+        began = time.monotonic()
+        with pytest.raises(MicrotomeError, match="the pool of workers has ended"):
+            cluster._wait_for(address_file)
+    assert time.monotonic() - began < 10
+
+
+def test_a_pool_that_does_not_start(tmp_path):
+    with pytest.raises(MicrotomeError, match="did not start within 0 s"):
+        cluster._wait_for(tmp_path / "absent.json", seconds=0.1)
+
+
+def test_a_pool_that_says_why_it_does_not_start(tmp_path):
+    (tmp_path / "pool.json").write_text(json.dumps({"error": "Nanny failed to start."}))
+    with pytest.raises(MicrotomeError, match=r"did not start: Nanny failed to start\."):
+        cluster._wait_for(tmp_path / "pool.json")
+
+
+def test_the_number_of_workers(monkeypatch):
+    assert cluster.workers(Cluster(workers=3)) == 3
+    assert cluster.workers(Cluster()) == len(os.sched_getaffinity(0))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,2")
+    assert cluster.device() == "cuda"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert cluster.device() == "cpu"
+
+
+def test_progress_says_where_it_is(capsys):
+    bar = cluster.Progress("shards", 3)
+    bar.step(2)
+    bar.shown -= 11
+    bar.step()
+    bar.close()
+    assert capsys.readouterr().err == "  shards: 3/3, 0 s\n"

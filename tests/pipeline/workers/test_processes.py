@@ -1,0 +1,142 @@
+"""Jobs end with the run that started them, answer to SIGTERM, and are found when they do not."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from pipeline.workers import processes
+
+ROOT = Path(__file__).parents[3]
+JOB = """
+import sys, time
+from pipeline import processes
+processes.end_with_main()
+processes.interruptible()
+try:
+    print("works", flush=True)
+    time.sleep(600)
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+    {then}
+"""
+MAIN = """
+import subprocess, sys, time
+from pipeline import processes
+processes.announce()
+job = subprocess.Popen([sys.executable, "-c", sys.argv[1]], start_new_session=True)
+print(job.pid, flush=True)
+time.sleep(600)
+"""
+
+
+def start(*arguments: str, **environment: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", *arguments],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+    )
+
+
+@pytest.fixture
+def started():
+    found: list[subprocess.Popen] = []
+    yield found
+    for process in found:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def test_a_job_ends_with_the_main_process(started):
+    main = start(MAIN, JOB.format(then=""))
+    started.append(main)
+    job = psutil.Process(int(main.stdout.readline()))
+    assert main.stdout.readline() == "works\n"
+    time.sleep(0.7)
+    assert job.is_running()
+    main.send_signal(signal.SIGKILL)
+    main.wait()
+    assert psutil.wait_procs([job], timeout=5)[1] == []
+
+
+def test_a_job_of_a_main_process_elsewhere_is_left_alone(started):
+    job = start(JOB.format(then=""), MICROTOME_MAIN="another host 1 0.0")
+    started.append(job)
+    assert job.stdout.readline() == "works\n"
+    time.sleep(1.2)
+    assert job.poll() is None
+
+
+def test_sigterm_is_an_interrupt(started):
+    job = start(JOB.format(then="sys.exit(3)"))
+    started.append(job)
+    job.stdout.readline()
+    job.terminate()
+    assert job.wait(5) == 3
+    assert job.stdout.read() == "interrupted\n"
+
+
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_that_is_followed_by_sigterm_is_one_interrupt(started, first):
+    job = start(JOB.format(then="time.sleep(0.5); sys.exit(3)"))
+    started.append(job)
+    job.stdout.readline()
+    job.send_signal(first)
+    assert job.stdout.readline() == "interrupted\n"
+    job.send_signal(signal.SIGTERM)
+    job.send_signal(signal.SIGINT)
+    assert job.wait(5) == 3
+
+
+def test_what_hangs_after_sigterm_is_cut_off(started):
+    job = start(JOB.format(then="time.sleep(600)"))
+    started.append(job)
+    job.stdout.readline()
+    began = time.monotonic()
+    job.terminate()
+    assert job.wait(10) == 1
+    assert 4 < time.monotonic() - began < 9
+
+
+def test_whether_a_process_lives():
+    own = psutil.Process()
+    assert processes.lives(own.pid, own.create_time())
+    assert not processes.lives(own.pid, own.create_time() - 60), "another process had this number before"
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    began = psutil.Process(gone.pid).create_time()
+    time.sleep(1)
+    assert not processes.lives(gone.pid, began), "a zombie"
+    gone.wait()
+    assert not processes.lives(gone.pid, began)
+
+
+def test_what_is_left_of_an_earlier_run_is_ended(tmp_path, started):
+    """Only what belongs to this results folder; what does not end by itself is killed."""
+    plans = tmp_path / "plans"
+    left, other = (
+        start(JOB.format(then=""), MICROTOME_PLAN=str(folder / "a.json")) for folder in (plans, tmp_path / "other")
+    )
+    started += [left, other]
+    for process in started:
+        process.stdout.readline()
+    assert processes.end_leftovers(plans, seconds=0.2) == 1
+    assert left.poll() is not None
+    assert other.poll() is None
+    assert processes.end_leftovers(plans) == 0
+
+
+def test_descendants(started):
+    main = start(MAIN, JOB.format(then=""))
+    started.append(main)
+    job = int(main.stdout.readline())
+    pids = [process.pid for process in processes.descendants()]
+    assert main.pid in pids and job in pids
+    assert not {main.pid, job} & {process.pid for process in processes.descendants(but=[main.pid])}
+    processes.ask_to_end([psutil.Process(job)], signal.SIGKILL)
