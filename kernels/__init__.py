@@ -1,1 +1,1 @@
-"""Pure numerics: arrays in, arrays out. No files, no Dask, no Snakemake, no config."""
+"""Pure numerics: arrays in, arrays out. No files, no Dask, no Snakemake, no configuration."""

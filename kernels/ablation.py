@@ -1,8 +1,8 @@
-"""What classes lose when units are gone: counts of predictions, the scores made from them, and sets of units.
+"""Measure what classes lose when units are removed: prediction counts, the scores made from them, and sets of units.
 
-Scores are those of one class against the rest (Bau et al., "Understanding the role of individual units in a deep neural
+Each score compares one class with the rest (Bau et al., "Understanding the role of individual units in a deep neural
 network", PNAS 2020, section "Role of units in a network"): balanced accuracy is (recall + true negative rate) / 2. All
-counts are integers, so those of parts of the images add up to those of all, in any order.
+counts are integers, so the counts of parts of the images add up to those of all images, in any order.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ TOP = 5
 
 @dataclass
 class Predictions:
-    """Counts over images, for any number of variants of a network (a unit each, say).
+    """Prediction counts over images, for any number of variants of a network (for example, one per removed unit).
 
     Attributes
     ----------
-    images : (class), images whose label it is.
-    true_positives : (variant, class), of these, those predicted to be it.
-    predicted : (variant, class), images predicted to be it, whatever their label.
+    images : (class), images labelled with the class.
+    true_positives : (variant, class), images of the class that are predicted as such.
+    predicted : (variant, class), images predicted as the class, whatever their label.
     in_top5 : (variant, class), images of the class with fewer than five classes above it.
     """
 
@@ -42,8 +42,14 @@ class Predictions:
         return Predictions(np.zeros(classes, np.int64), *(np.zeros(shape, np.int64) for _ in range(3)))
 
     def update(self, label: NDArray, prediction: NDArray, above: NDArray) -> None:
-        """Count some images: label (image), prediction (image, variant), and how many classes have a higher logit than
-        the label's (image, variant)."""
+        """Add images to the counts.
+
+        Parameters
+        ----------
+        label : (image).
+        prediction : (image, variant).
+        above : (image, variant), the number of classes with a higher logit than the label's.
+        """
         variants, classes = self.predicted.shape
         at = np.arange(variants) * classes
         cells = variants * classes
@@ -60,32 +66,32 @@ class Predictions:
 
     @property
     def recall(self) -> Floats:
-        """(variant, class); NaN for a class without images."""
+        """Recall (variant, class); NaN for a class without images."""
         return _ratio(self.true_positives, self.images)
 
     @property
     def precision(self) -> Floats:
-        """(variant, class); NaN for a class that is never predicted."""
+        """Precision (variant, class); NaN for a class that is never predicted."""
         return _ratio(self.true_positives, self.predicted)
 
     @property
     def balanced_accuracy(self) -> Floats:
-        """(variant, class); NaN for a class without images, or without images of others."""
+        """Balanced accuracy (variant, class); NaN for a class with no images, or with all of them."""
         return balanced_accuracy(self.true_positives, self.predicted, self.images, int(self.images.sum()))
 
     @property
     def accuracy(self) -> Floats:
-        """(variant), top-1."""
+        """Top-1 accuracy (variant)."""
         return _ratio(self.true_positives.sum(-1), self.images.sum())
 
     @property
     def top5_accuracy(self) -> Floats:
-        """(variant)."""
+        """Top-5 accuracy (variant)."""
         return _ratio(self.in_top5.sum(-1), self.images.sum())
 
 
 def balanced_accuracy(true_positives: Ints, predicted: Ints, images: Ints, total: int) -> Floats:
-    """(recall + true negative rate) / 2 of one class against the rest, of arrays that end in (class)."""
+    """Compute (recall + true negative rate) / 2 of one class against the rest, for arrays that end in (class)."""
     negatives = total - images
     return (_ratio(true_positives, images) + _ratio(negatives - (predicted - true_positives), negatives)) / 2
 
@@ -96,9 +102,9 @@ def _ratio(part: NDArray, whole: NDArray) -> Floats:
 
 
 def ranking(loss: Floats) -> Ints:
-    """(class, unit): the units of each class from the most important, by loss (unit, class); equal ones by number.
+    """Rank the units of each class: (class, unit), from the largest loss (unit, class) down, ties by unit number.
 
-    A class whose losses are not defined has -1 everywhere.
+    A class whose losses are undefined has -1 everywhere.
     """
     order = np.argsort(-loss.T, axis=1, kind="stable")
     return np.where(np.isnan(loss.T).any(1, keepdims=True), -1, order)
@@ -109,9 +115,12 @@ RANDOM_KINDS = ("remove", "keep")
 
 
 def ranked_sets(order: Ints, sizes: Sequence[int]) -> NDArray[np.bool_]:
-    """(kind, size, class, unit): the units to remove, in the order of `KINDS`. An undefined ranking removes none."""
+    """Choose the units to remove by rank: (kind, size, class, unit) bool, in the order of `KINDS`.
+
+    An undefined ranking removes no unit.
+    """
     classes, units = order.shape
-    place = np.full((classes, units), units)  # of each unit in the ranking
+    place = np.full((classes, units), units)  # each unit's rank
     defined = order[:, 0] >= 0
     place[np.flatnonzero(defined)[:, None], order[defined]] = np.arange(units)
     size = np.asarray(sizes)[:, None, None]
@@ -120,7 +129,10 @@ def ranked_sets(order: Ints, sizes: Sequence[int]) -> NDArray[np.bool_]:
 
 
 def random_sets(units: int, sizes: Sequence[int], draws: int, seed: int) -> NDArray[np.bool_]:
-    """(draw, kind, size, unit): random units to remove, or to keep alone; larger sets of a draw hold the smaller."""
+    """Draw random units to remove, or to keep alone: (draw, kind, size, unit) bool.
+
+    Within a draw, each larger set contains the smaller ones.
+    """
     rng = np.random.default_rng(seed)
     place = np.stack([rng.permutation(units) for _ in range(draws)]) if draws else np.empty((0, units), np.int64)
     removed = place[:, None] < np.asarray(sizes)[:, None]
@@ -131,7 +143,11 @@ SERVED = 4
 
 
 def classes_served(order: Ints, loss: Floats, among: int = SERVED) -> Ints:
-    """(unit): for how many classes a unit is among the most important ones and its loss (unit, class) is above 0."""
+    """Count the classes that each unit serves: (unit).
+
+    A unit serves a class if it is among the `among` most important units of that class and its loss (unit, class) is
+    positive.
+    """
     classes, units = order.shape
     served = np.zeros(units, np.int64)
     for c in range(classes):

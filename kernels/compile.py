@@ -1,13 +1,14 @@
-"""Compile the CPU kernels once and keep them beside their source: `python -m kernels.compile`.
+"""Compile the CPU kernels once and cache them beside their source: `python -m kernels.compile`.
 
-Without it the first run compiles them, once in every worker.
+Until this has run, every worker compiles the kernels itself during the first run.
 """
 
 import time
 
 import numpy as np
 
-from kernels.dissection.iou import count_shard, label_columns
+from kernels.dissection.counts import label_columns
+from kernels.dissection.iou import count_shard
 from kernels.dissection.threshold import count_tail, sample_bracket
 from kernels.dissection.upsample import upsample
 

@@ -1,16 +1,18 @@
-"""Linear classifiers in closed form: ridge regression on class indicators, for any number of penalties at once.
+"""Fit linear classifiers in closed form: ridge regression on class indicators, for any number of penalties at once.
 
-With z an image's features minus their mean over the n images fitted on, divided by their standard deviation, and y its
-class as an indicator vector, the weights of penalty a are those that minimise
+Let z be an image's features minus their mean over the n training images, divided by their standard deviation, and let y
+be its class as an indicator vector. The weights of penalty a minimise
 
     sum over images |y - mean(y) - Wᵀ z|² + n a |W|²,
 
-so a means the same for any features and any number of images. The class of an image is the largest of Wᵀ z + mean(y).
-A feature that is the same for all images has weight 0. All of it follows from sums that can be merged (`Moments`), or,
-where there are fewer images than features, from the images themselves; one eigendecomposition serves all penalties.
+so a means the same for any features and any number of images. The predicted class is the largest entry of Wᵀ z +
+mean(y). A feature that is the same for all images has weight 0. The solution follows from sums that can be merged
+(`Moments`), or from the images themselves if there are fewer images than features. One eigendecomposition serves all
+penalties.
 
-Few-shot probes of this kind: Dosovitskiy et al., "An image is worth 16 x 16 words" (ICLR 2021), section 4.1. Merging:
-Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances" (1979).
+Dosovitskiy et al., "An image is worth 16 x 16 words" (ICLR 2021), section 4.1, describe few-shot probes of this kind.
+The merge follows Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances"
+(1979).
 """
 
 from __future__ import annotations
@@ -22,19 +24,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-ROWS = 4096  # scored at once
+ROWS = 4096  # images scored at once
 
 
 @dataclass
 class Moments:
-    """Sums over images that a ridge regression is made from, in float64 on one device.
+    """Sums over images from which a ridge regression is solved, in float64 on one device.
 
     Attributes
     ----------
-    count : (class), images of each.
+    count : (class), images of each class.
     mean : (feature).
     scatter : (feature, feature), sum of (x - mean)(x - mean)ᵀ.
-    cross : (feature, class), sum of (x - mean)(y - mean of y)ᵀ, with y the indicator of the class.
+    cross : (feature, class), sum of (x - mean)(y - mean of y)ᵀ, where y is the class indicator.
     """
 
     count: Tensor
@@ -51,10 +53,10 @@ class Moments:
 
     @classmethod
     def of(cls, x: Tensor, label: Tensor, classes: int) -> Moments:
-        """Those of images x (image, feature) with labels (image) from 0 on.
+        """Compute the moments of images x (image, feature) with labels (image) from 0 up.
 
-        Values are taken from the first image's, which is exact: features whose mean is a thousand times their spread
-        keep their digits, and those that never change have a scatter of exactly 0.
+        The first image is subtracted from all others beforehand, which is exact. Features whose mean is a thousand
+        times their spread therefore keep their digits, and features that never change have a scatter of exactly 0.
         """
         if not len(x):
             return cls.zeros(x.shape[1], classes, str(x.device))
@@ -63,7 +65,7 @@ class Moments:
         offset = x.mean(0)
         x = x - offset
         count = torch.bincount(label, minlength=classes).double()
-        # As a product: adding up by index has no fixed order on a GPU.
+        # A product, because summing by index has no fixed order on a GPU.
         cross = x.T @ (_indicator(label, classes) - count / len(x))
         return cls(count, first + offset, x.T @ x, cross)
 
@@ -72,7 +74,7 @@ class Moments:
         self.merge(Moments.of(x, label, len(self.count)))
 
     def merge(self, other: Moments) -> None:
-        """Add the images of another; merging in another order changes the last digits."""
+        """Add the images of another; a different merge order changes the last digits."""
         ours, theirs = float(self.count.sum()), float(other.count.sum())
         if not theirs:
             return
@@ -99,11 +101,12 @@ class Ridge:
 
     Attributes
     ----------
-    images : fitted on.
-    mean : (feature), taken off first.
-    basis : (feature, direction), of features that are not standardised.
-    eigenvalue : (direction). coefficient : (direction, class).
-    intercept : (class), the share of each.
+    images : number of images in the fit.
+    mean : (feature), subtracted first.
+    basis : (feature, direction), for features that are not standardised.
+    eigenvalue : (direction).
+    coefficient : (direction, class).
+    intercept : (class), share of each class.
     """
 
     images: int
@@ -115,7 +118,7 @@ class Ridge:
 
     @classmethod
     def of_moments(cls, moments: Moments) -> Ridge:
-        """From sums: the way for more images than features."""
+        """Fit from sums: the method for more images than features."""
         n = moments.images
         if not n:
             raise ValueError("no image to fit on")
@@ -126,7 +129,7 @@ class Ridge:
 
     @classmethod
     def of_images(cls, x: Tensor, label: Tensor, classes: int) -> Ridge:
-        """From images (image, feature) with labels (image): with fewer images than features, by the dual form."""
+        """Fit on images (image, feature) with labels (image); uses the dual form for fewer images than features."""
         n, features = x.shape
         if n >= features or not n:
             return cls.of_moments(Moments.of(x, label, classes))
@@ -143,12 +146,12 @@ class Ridge:
         return cls(n, first + offset, basis, eigenvalue, coefficient, count / n)
 
     def weights(self, penalty: float) -> tuple[Tensor, Tensor]:
-        """(feature, class) and (class): scores are (x - mean) times the first, plus the second."""
+        """Return weights (feature, class) and intercepts (class): the scores are (x - mean) @ weights + intercepts."""
         shrunk = self.coefficient / (self.eigenvalue + self.images * penalty)[:, None]
         return self.basis @ shrunk, self.intercept
 
     def right(self, x: Tensor, label: Tensor, penalties: Sequence[float]) -> Tensor:
-        """(penalty, image) bool: whether the class of each image (image, feature) is the one predicted."""
+        """Return (penalty, image) bool: whether the class of each image (image, feature) is predicted correctly."""
         weights = [self.weights(penalty) for penalty in penalties]
         found = torch.empty((len(penalties), len(x)), dtype=torch.bool, device=x.device)
         for start in range(0, len(x), ROWS):
@@ -159,23 +162,26 @@ class Ridge:
         return found
 
     def choose(self, x: Tensor, label: Tensor, penalties: Sequence[float]) -> float:
-        """The penalty with the most images right; of equal ones the largest."""
+        """Return the penalty that predicts the most images correctly; of equally good ones, the largest."""
         counts = self.right(x, label, penalties).sum(1).tolist()
         return max(zip(counts, penalties, strict=True))[1]
 
 
 def _indicator(label: Tensor, classes: int) -> Tensor:
-    """(image, class): 1 at the class of each image, else 0."""
+    """Return (image, class): 1 at the class of each image, else 0."""
     return torch.nn.functional.one_hot(label, classes).double()
 
 
 def _inverse(variance: Tensor) -> Tensor:
-    """1 / standard deviation (feature); 0 where a feature never changes."""
+    """Compute 1 / standard deviation (feature); 0 for a feature that never changes."""
     return torch.where(variance > 0, variance.clamp_min(torch.finfo(variance.dtype).tiny).rsqrt(), 0.0)
 
 
 def wilson(successes: float, trials: int, quantile: float = 1.959963984540054) -> tuple[float, float]:
-    """The interval of a share (Wilson, "Probable inference", 1927), by default that of 95 %; NaN without trials."""
+    """Compute the Wilson score interval of a share, by default at 95 %; NaN without trials.
+
+    Source: Wilson, "Probable inference" (1927).
+    """
     if trials == 0:
         return math.nan, math.nan
     share, square = successes / trials, quantile**2

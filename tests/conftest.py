@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from pipeline.config.core import Cluster
+from pipeline.config.cluster import Cluster
+from pipeline.workers import client
 from pipeline.workers import pool as cluster
 
 # What tests compute themselves is compared to the bit with what workers computed: under the same limits of threads.
@@ -29,9 +30,9 @@ def same_random_numbers() -> None:
 def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Stages run on one pool for the whole session, so that its worker imports torch and compiles kernels once."""
     with cluster.pool(Cluster(workers=1), tmp_path_factory.mktemp("pool")) as address:
-        os.environ[cluster.ADDRESS] = str(address)
+        os.environ[client.ADDRESS] = str(address)
         yield
-        del os.environ[cluster.ADDRESS]
+        del os.environ[client.ADDRESS]
 
 
 @pytest.fixture(scope="session")

@@ -1,1 +1,1 @@
-"""Calibration: reliability, binning and scaling methods, and the uncertainty of their errors."""
+"""Calibration: reliability, binning and scaling methods, and the uncertainty of calibration errors."""

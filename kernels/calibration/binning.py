@@ -1,8 +1,9 @@
-"""Maps from one probability to a calibrated one: histogram binning, isotonic regression, and BBQ.
+"""Fit maps from a probability to a calibrated one: histogram binning, isotonic regression, and BBQ.
 
-Each is fitted on scores and on whether what they are the probability of came true. Sources: Zadrozny and Elkan (ICML
-2001; KDD 2002) for the first two; for BBQ Naeini, Cooper and Hauskrecht, "Obtaining Well Calibrated Probabilities Using
-Bayesian Binning" (AAAI 2015), with the rules of its authors' program where the paper leaves them open.
+Each map is fitted on scores and outcomes: an outcome is whether the event came true whose probability the score states.
+Sources: Zadrozny and Elkan (ICML 2001; KDD 2002) for the first two; for BBQ, Naeini, Cooper and Hauskrecht, "Obtaining
+Well Calibrated Probabilities Using Bayesian Binning" (AAAI 2015). Where that paper leaves a rule open, BBQ follows its
+authors' program.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from kernels.calibration.reliability import Floats, Ints, equal_width, mass_edge
 Outcomes = NDArray[np.bool_]
 
 ALIKE = float(np.finfo(np.float64).resolution)
-"""Of isotonic regression: scores that differ by less are one."""
+"""Isotonic regression treats scores that differ by less than this as equal."""
 ELBOW = 0.001
-"""Of BBQ: binnings are kept, best first, until two relative likelihoods differ by no more than this share of their
-variance."""
+"""BBQ keeps binnings, best first, until two relative likelihoods differ by no more than this share of their variance.
+"""
 PRIOR = 5e-3
-"""Of BBQ: a bin's prior probability, the middle of its scores, is kept so far from 0 and 1."""
+"""BBQ keeps a bin's prior probability, the middle of its scores, at least this far from 0 and 1."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Steps:
     ----------
     edges : increasing; one fewer than values.
     values : calibrated probabilities.
-    side : of `numpy.searchsorted`: `left` if an edge belongs to what lies below it, `right` if above.
+    side : as in `numpy.searchsorted`: with `left` an edge belongs to the step below it, with `right` to the step above.
     """
 
     edges: Floats
@@ -46,7 +47,7 @@ class Steps:
 
 
 def histogram_equal_width(scores: Floats, outcomes: Outcomes, bins: int) -> Steps:
-    """The share of outcomes in bins (m / M, (m + 1) / M]; an empty bin gives its middle."""
+    """Fit the share of outcomes in the bins (m / M, (m + 1) / M]; an empty bin takes its middle."""
     at = equal_width(scores, bins)
     count = np.bincount(at, minlength=bins)
     middle = (np.arange(bins) + 0.5) / bins
@@ -55,17 +56,20 @@ def histogram_equal_width(scores: Floats, outcomes: Outcomes, bins: int) -> Step
 
 
 def histogram_equal_mass(scores: Floats, outcomes: Outcomes, bins: int) -> Steps:
-    """The share of outcomes in bins that hold as many scores each; equal scores share a bin, so that none is empty."""
+    """Fit the share of outcomes in bins that hold equally many scores.
+
+    Equal scores share a bin, so no bin is empty.
+    """
     edges = mass_edges(scores, min(bins, len(scores)))
     at = np.searchsorted(edges, scores, side="left")
     return Steps(edges, np.bincount(at, outcomes) / np.bincount(at))
 
 
 def isotonic(scores: Floats, outcomes: Outcomes) -> Line:
-    """The increasing function with the least squared error, linear between the scores: scikit-learn's, by scipy.
+    """Fit the increasing function with the least squared error, linear between the scores.
 
-    scikit-learn calls the same function; importing it takes two seconds of every worker. As there, scores that lie less
-    than `ALIKE` above another are counted as that one.
+    scikit-learn calls the same function of scipy, so the fit is the same, but importing scikit-learn takes two seconds
+    in every worker. As in scikit-learn, a score that lies less than `ALIKE` above another counts as that score.
     """
     from scipy.optimize import isotonic_regression
 
@@ -78,7 +82,7 @@ def isotonic(scores: Floats, outcomes: Outcomes) -> Line:
         at = (np.searchsorted(kept, np.arange(len(x)), side="right") - 1)[at]
         x, count = x[kept], np.bincount(at)
     y = isotonic_regression(np.bincount(at, outcomes) / count, weights=count).x
-    # Of a run of equal values the ends say all; with as many maps as classes the rest would outgrow the logits.
+    # The ends of a run of equal values suffice; with one map per class, the rest would outgrow the logits.
     changes = np.concatenate([[True], np.diff(y) != 0, [True]])
     ends = changes[:-1] | changes[1:]
     return Line(x[ends], y[ends])
@@ -86,7 +90,7 @@ def isotonic(scores: Floats, outcomes: Outcomes) -> Line:
 
 @dataclass(frozen=True)
 class Line:
-    """Straight lines between points, constant beyond the first and last."""
+    """Straight lines between points, constant before the first and after the last."""
 
     x: Floats
     y: Floats
@@ -114,17 +118,17 @@ class Average:
 
 @dataclass(frozen=True)
 class Binning:
-    """One binning of equal frequency and its Bayesian score, the logarithm of its marginal likelihood."""
+    """An equal-frequency binning and its Bayesian score, the logarithm of its marginal likelihood."""
 
     steps: Steps
     score: float
 
 
 def bbq(scores: Floats, outcomes: Outcomes) -> Average:
-    """The mean of binnings of equal frequency, weighted by their BDeu score.
+    """Fit the mean of equal-frequency binnings, weighted by their BDeu score.
 
-    From max(1, n^(1/3) / 10) to min(n / 5, 10 n^(1/3)) bins; two pseudo-counts a bin, shared by the middle of its
-    scores; pruned by the elbow rule.
+    The binnings have from max(1, n^(1/3) / 10) to min(n / 5, 10 n^(1/3)) bins. Each bin has two pseudo-counts, divided
+    according to the middle of its scores. The elbow rule prunes the binnings.
     """
     order = np.argsort(scores, kind="stable")
     ordered, positive = scores[order], np.concatenate([[0], np.cumsum(outcomes[order])])
@@ -142,11 +146,18 @@ def bbq(scores: Floats, outcomes: Outcomes) -> Average:
 
 
 def binning(ordered: Floats, positive: Ints, weighted: Floats, bins: int, tied: bool) -> Binning:
-    """A binning of scores in order, `positive[i]` of whose first i came true, with scores that sum to `weighted[i]`.
+    """Bin scores that are sorted in increasing order.
 
-    Each bin holds floor(n / bins), the last one what is left. A bin swallows the next ones while these end in the score
-    that it begins with. Its value is the share of outcomes with one pseudo-count, which is the mean of the scores that
-    came true and the middle of the bin.
+    Each bin holds floor(n / bins) scores, and the last one also the rest. A bin absorbs the next bins as long as they
+    end in the score that it begins with. Its value is the share of outcomes with one pseudo-count; the pseudo-count is
+    the mean of the middle of the bin and of its scores that came true.
+
+    Parameters
+    ----------
+    ordered : (n), the scores.
+    positive : (n + 1), how many of the first i came true.
+    weighted : (n + 1), the sum of the scores among the first i that came true.
+    tied : whether any two scores are equal.
     """
     size = len(ordered) // bins
     last = np.append(np.arange(1, bins) * size, len(ordered)) - 1
@@ -168,7 +179,7 @@ def binning(ordered: Floats, positive: Ints, weighted: Floats, bins: int, tied: 
 
 
 def bdeu(count: Ints, true: Ints, middle: Floats) -> float:
-    """The logarithm of the marginal likelihood of outcomes in bins, with a Beta(2 p, 2 (1 - p)) prior, p the middle."""
+    """Compute the log marginal likelihood of outcomes in bins; the prior is Beta(2 p, 2 (1 - p)), with p the middle."""
     from scipy.special import gammaln
 
     prior = 2 * np.clip(middle, PRIOR, 1 - PRIOR)
@@ -178,10 +189,10 @@ def bdeu(count: Ints, true: Ints, middle: Floats) -> float:
 
 
 def elbow(likelihood: Floats) -> Ints:
-    """The binnings to keep, best first.
+    """Choose the binnings to keep, best first.
 
-    From the best on, those equal to it first, until the next one is less likely by no more than `ELBOW` of the
-    variance; the one where that happens is left out, if it is not the only one.
+    The rule starts at the best binning, passes those equal to it, and continues until the next binning is less likely
+    by no more than `ELBOW` of the variance. It leaves out the binning at which it stops, unless that is the only one.
     """
     order = np.argsort(-likelihood, kind="stable")
     ordered, variance = likelihood[order], likelihood.var()

@@ -1,8 +1,8 @@
-"""Calibration methods by name: fitted on some images, they turn the logits of others into probabilities.
+"""Fit calibration methods by name on some images; they then turn the logits of other images into probabilities.
 
-Maps of one probability (`calibration_maps`) become methods of many classes in two ways. One-vs-rest: one map a class,
-and rows divided by their sum; predictions may change. Top-label: one map of the confidence of the predicted class; the
-prediction stays, and the other classes share what is left as they did before.
+A map of one probability (`kernels.calibration.binning`) becomes a method for many classes in two ways. One-vs-rest fits
+one map per class and divides each row by its sum; predictions may change. Top-label fits one map of the predicted
+class's confidence: the prediction stays, and the other classes share the remainder in their old proportions.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Calibrated = tuple[Floats, Ints]
 
 @dataclass(frozen=True)
 class OneVersusRest:
-    """A map for each class."""
+    """One map per class."""
 
     maps: tuple[Map, ...]
 
@@ -37,14 +37,14 @@ class OneVersusRest:
         before = softmax(logits)
         after = np.stack([each(before[:, c]) for c, each in enumerate(self.maps)], axis=1)
         total = after.sum(1, keepdims=True)
-        # Where every class is given no chance, the row says nothing, and the network's own word stands.
+        # A row that gives no class any probability keeps the network's own probabilities.
         after = np.where(total > 0, after / np.where(total > 0, total, 1), before)
         return after, after.argmax(1)
 
 
 @dataclass(frozen=True)
 class TopLabel:
-    """A map of the confidence."""
+    """One map of the confidence."""
 
     map: Map
 
@@ -65,7 +65,10 @@ class TopLabel:
 
 @dataclass(frozen=True)
 class Softmax:
-    """A scaling of the logits. The prediction is the largest after it; one weight for all classes changes none."""
+    """A scaling of the logits.
+
+    It predicts the class with the largest scaled logit. One weight for all classes changes no prediction.
+    """
 
     scaling: Scaling
 
@@ -102,8 +105,13 @@ def _scaling(fit: Callable[[NDArray, Ints], Scaling], logits: NDArray, labels: I
 
 
 def methods(bins: int = BINS, penalty: float | None = None) -> Mapping[str, Callable[[NDArray, Ints], Method]]:
-    """How to fit each method, by name, on logits (image, class) and labels. `bins` of histogram binning; `penalty` of
-    the regularised matrix, None: chosen on some of the images."""
+    """Return each method's fit function by name; it takes logits (image, class) and labels (image).
+
+    Parameters
+    ----------
+    bins : number of bins of histogram binning.
+    penalty : of the regularised matrix; None chooses it on some of the images.
+    """
     width, mass = partial(histogram_equal_width, bins=bins), partial(histogram_equal_mass, bins=bins)
     return {
         UNCALIBRATED: lambda logits, labels: uncalibrated,
@@ -131,20 +139,22 @@ def fit(name: str, logits: NDArray, labels: Ints, bins: int = BINS, penalty: flo
     Raises
     ------
     ValueError
-        When there are fewer images than classes.
+        If there are fewer images than classes.
     """
     images, classes = logits.shape
     if images < classes:
-        raise ValueError(f"{images} images to calibrate on, and {classes} classes: at least as many images are needed")
+        raise ValueError(
+            f"{images} images to calibrate on, and {classes} classes: there must be at least as many images"
+        )
     return methods(bins, penalty)[name](logits, labels)
 
 
 def judge(
     method: Method, logits: NDArray, labels: Ints, bins: int = BINS, chance: tuple[ClasswiseNoise, int] | None = None
 ) -> tuple[Reliability, Floats, Outcomes]:
-    """What a method does on other images: sums, and (image) the confidence and whether the prediction is right.
+    """Measure a method on other images: sums, and (image) the confidence and whether the prediction is right.
 
-    `chance`: what is to count them too, and a seed.
+    `chance` is a counter that sees the same images, together with the seed of its random numbers.
     """
     generator = np.random.default_rng(chance[1]) if chance else None
     found = Reliability.zeros(logits.shape[1], bins)
@@ -160,7 +170,7 @@ def judge(
 
 
 def facts(method: Method) -> dict[str, Any]:
-    """What is worth telling of a fitted method: temperature, penalty, and whether its search converged."""
+    """Return what to report of a fitted method: temperature, penalty, and whether its search converged."""
     if not isinstance(method, Softmax):
         return {}
     scaling = method.scaling

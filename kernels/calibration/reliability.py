@@ -1,9 +1,9 @@
-"""How far confidences are from accuracies: reliability bins and calibration errors.
+"""Compute reliability bins and calibration errors: how far confidences are from accuracies.
 
 Definitions: Guo et al., "On Calibration of Modern Neural Networks" (ICML 2017), for bins, ECE and MCE; Nguyen and
 O'Connor (EMNLP 2015) for bins of equal mass; Kumar et al., "Verified Uncertainty Calibration" (NeurIPS 2019), for the
-debiased error; Kull et al. (NeurIPS 2019) for the classwise one. Everything is computed in float64, whatever the
-logits' type: a softmax in float16 has rows that miss 1 by up to 2.8e-3.
+debiased error; Kull et al. (NeurIPS 2019) for the classwise error. All arithmetic is in float64, whatever the logits'
+type: a softmax in float16 has rows that miss 1 by up to 2.8e-3.
 """
 
 from __future__ import annotations
@@ -19,33 +19,38 @@ Ints = NDArray[np.int64]
 
 BINS = 15
 FLOOR = 1e-12
-"""Probabilities below count as this in the NLL, which would be infinite where a method gives a class none at all."""
+"""The NLL counts lower probabilities as this one; it would be infinite if a method gave the label none at all."""
 BLOCK = 1 << 17
-"""Values of one block of rows: 1 MB in float64, so that a pass over many images takes no memory of their size."""
+"""Values in one block of rows: 1 MB in float64, so that a pass over many images does not need memory of their size."""
 
 
 def blocks(rows: int, classes: int) -> Iterator[slice]:
-    """Consecutive rows, as many at once as `BLOCK` values make; the same for every machine, and so are all sums."""
+    """Split the rows into consecutive blocks of up to `BLOCK` values.
+
+    The blocks, and therefore all sums, are the same on every machine.
+    """
     step = max(1, BLOCK // classes)
     return (slice(at, min(at + step, rows)) for at in range(0, rows, step))
 
 
 def check_labels(labels: NDArray, classes: int, rows: int) -> Ints:
-    """The labels as int64, if there is one of 0 ... classes - 1 for each row, and not the same for all.
+    """Return the labels as int64 if each row has one of 0 ... classes - 1 and not all labels are equal.
 
     Raises
     ------
     ValueError
-        Naming the first row that is wrong, and what it holds.
+        Naming the first row with a wrong label, and that label.
     """
     if classes < 2:
-        raise ValueError(f"there is {classes} class: calibration takes at least two")
+        raise ValueError(f"there is {classes} class: calibration needs at least two")
     if labels.shape != (rows,):
-        raise ValueError(f"there are {rows} rows of scores, and labels of shape {labels.shape}: one a row is expected")
+        raise ValueError(
+            f"there are {rows} rows of scores and labels of shape {labels.shape}; expected one label per row"
+        )
     if not rows:
         raise ValueError("there are no images")
     if labels.dtype.kind not in "biuf":
-        raise ValueError(f"labels of type {labels.dtype}: numbers of classes, 0 to {classes - 1}, are expected")
+        raise ValueError(f"labels have type {labels.dtype}; expected class numbers, 0 to {classes - 1}")
     inside = (labels >= 0) & (labels < classes)  # a NaN is not
     whole = np.where(inside, labels, -1).astype(np.int64)
     bad = ~inside | (whole != labels)
@@ -53,16 +58,16 @@ def check_labels(labels: NDArray, classes: int, rows: int) -> Ints:
         row = int(bad.argmax())
         raise ValueError(f"row {row}: label {labels[row]} is not one of the classes 0 to {classes - 1}")
     if (whole == whole[0]).all():
-        raise ValueError(f"rows 0 to {rows - 1} all have the label {whole[0]}: calibration takes images of two classes")
+        raise ValueError(f"rows 0 to {rows - 1} all have the label {whole[0]}: calibration needs two classes")
     return whole
 
 
 def check_logits(logits: NDArray) -> None:
-    """Refuse logits (image, class) that are not finite or larger than a float32, with `ValueError` naming the row."""
+    """Refuse logits (image, class) that are not finite or exceed float32, with a `ValueError` that names the row."""
     if logits.ndim != 2 or logits.dtype.kind != "f" or logits.dtype.itemsize > 8:
         raise ValueError(
-            f"logits of shape {logits.shape} and type {logits.dtype}: (image, class) of float16, float32 or float64 "
-            f"is expected"
+            f"logits have shape {logits.shape} and type {logits.dtype}; "
+            f"expected (image, class) in float16, float32 or float64"
         )
     largest = float(np.finfo(np.float32).max)
     for rows in blocks(len(logits), max(1, logits.shape[1])):
@@ -73,18 +78,18 @@ def check_logits(logits: NDArray) -> None:
 
 
 def logits_of(probabilities: NDArray) -> Floats:
-    """Logits (image, class) of probabilities: their logarithms, of rows that are made to sum to 1 in float64.
+    """Compute logits (image, class) from probabilities: the logarithms of rows rescaled to sum to 1, in float64.
 
     Raises
     ------
     ValueError
-        Naming the first row that holds a NaN, a value outside [0, 1], or does not sum to 1 within what its type can
-        hold: 5e-3 for float16, else 1e-4.
+        Naming the first row that holds a NaN or a value outside [0, 1], or whose sum misses 1 by more than its type
+        explains: 5e-3 for float16, else 1e-4.
     """
     if probabilities.ndim != 2 or probabilities.dtype.kind not in "biuf":
         raise ValueError(
-            f"probabilities of shape {probabilities.shape} and type {probabilities.dtype}: numbers (image, class) are "
-            f"expected"
+            f"probabilities have shape {probabilities.shape} and type {probabilities.dtype}; "
+            f"expected numbers (image, class)"
         )
     given = probabilities.astype(np.float64)
     outside = ~((given >= 0) & (given <= 1)).all(1)
@@ -99,7 +104,7 @@ def logits_of(probabilities: NDArray) -> Floats:
 
 
 def log_softmax(logits: NDArray) -> Floats:
-    """(image, class) in float64."""
+    """Compute the log-softmax (image, class) in float64."""
     shifted = logits.astype(np.float64)
     shifted -= shifted.max(1, keepdims=True)
     shifted -= np.log(np.exp(shifted).sum(1, keepdims=True))
@@ -107,7 +112,7 @@ def log_softmax(logits: NDArray) -> Floats:
 
 
 def softmax(logits: NDArray) -> Floats:
-    """(image, class) in float64."""
+    """Compute the softmax (image, class) in float64."""
     shifted = logits.astype(np.float64)
     shifted -= shifted.max(1, keepdims=True)
     np.exp(shifted, out=shifted)
@@ -119,18 +124,18 @@ def softmax(logits: NDArray) -> Floats:
 
 
 def equal_width(confidence: Floats, bins: int = BINS) -> Ints:
-    """The bin m of each confidence, with m / M < confidence <= (m + 1) / M; 0 is in the first bin, 1 in the last."""
+    """Return each confidence's bin m, with m / M < confidence <= (m + 1) / M; 0 is in the first bin."""
     edges = np.arange(bins + 1) / bins
     return np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, bins - 1)
 
 
 def equal_mass(confidence: Floats, bins: int = BINS) -> Ints:
-    """The bin of each confidence, so that all hold as many images, but equal confidences are never in two bins."""
+    """Return the bin of each confidence, in bins that hold equally many images; equal confidences share a bin."""
     return np.searchsorted(mass_edges(confidence, bins), confidence, side="left")
 
 
 def mass_edges(values: Floats, bins: int) -> Floats:
-    """The upper edges, inclusive, of all but the last of `bins` bins of equal mass; fewer where values are equal."""
+    """Return the inclusive upper edges of all but the last of `bins` equal-mass bins; fewer where values are equal."""
     size, larger = divmod(len(values), bins)
     last = np.cumsum(np.full(bins, size) + (np.arange(bins) < larger))[:-1] - 1
     ordered = np.sort(values)
@@ -140,17 +145,19 @@ def mass_edges(values: Floats, bins: int) -> Floats:
 
 @dataclass
 class Reliability:
-    """Sums over images, from which every measure follows that needs no order of the confidences.
+    """Sums over images, enough for every measure that does not need the order of the confidences.
 
-    Sums of parts of the images are merged; floats should be merged in one order, that of the images say, to give the
-    same last bits.
+    Sums of parts of the images can be merged. To get the same last bits, merge floats in one order, for example that of
+    the images.
 
     Attributes
     ----------
-    count, correct : (bin), images with this confidence, and how many of them are predicted rightly.
+    count, correct : (bin), images with this confidence, and how many of them are predicted correctly.
     confidence : (bin), sum of their confidences.
-    class_gap : (class, bin), sum of (1 if it is the label, else 0) - probability of the class, by that probability.
-    nll, brier : sums. floored : images whose label has a probability below `FLOOR`.
+    class_gap : (class, bin), sum of (1 if the class is the label, else 0) - probability of the class, by that
+        probability.
+    nll, brier : sums.
+    floored : images whose label has a probability below `FLOOR`.
     """
 
     count: Ints
@@ -168,7 +175,7 @@ class Reliability:
         )
 
     def update(self, probabilities: Floats, labels: Ints, predicted: Ints) -> None:
-        """Count some images: probabilities (image, class), labels and predicted classes (image)."""
+        """Add images: probabilities (image, class), labels and predicted classes (image)."""
         images, classes = probabilities.shape
         bins = len(self.count)
         row = np.arange(images)
@@ -209,35 +216,36 @@ class Reliability:
 
     @property
     def gaps(self) -> Floats:
-        """(bin), accuracy - mean confidence of the images in it; NaN in an empty one."""
+        """Accuracy minus mean confidence of the images in each bin, (bin); NaN in an empty bin."""
         with np.errstate(invalid="ignore"):
             return (self.correct - self.confidence) / np.where(self.count, self.count, np.nan)
 
     @property
     def ece(self) -> float:
-        """Expected calibration error: the mean over images of the gap of their bin, without its sign."""
+        """Expected calibration error: the mean over images of the absolute gap of their bin."""
         return float(np.abs(self.correct - self.confidence).sum()) / self.images
 
     @property
     def mce(self) -> float:
-        """Maximum calibration error: the largest gap of a bin."""
+        """Maximum calibration error: the largest absolute gap of a bin."""
         return float(np.nanmax(np.abs(self.gaps)))
 
     @property
     def ece_debiased(self) -> float:
-        """Root of the debiased mean squared gap; 0 where noise alone would make larger gaps."""
+        """Root of the debiased mean squared gap; 0 where noise alone would give larger gaps."""
         return float(np.sqrt(np.maximum(0.0, debiased_square(self.count, self.correct, self.confidence))))
 
     @property
     def classwise_ece(self) -> float:
-        """The mean over classes of the ECE of their probabilities, against whether they are the label."""
+        """Mean over classes of the ECE of their probabilities, against whether the class is the label."""
         return float(np.abs(self.class_gap).sum()) / self.images / len(self.class_gap)
 
 
 def debiased_square(count: NDArray, correct: NDArray, confidence: Floats) -> Floats:
-    """The debiased mean squared gap, of sums (..., bin): from each bin's the variance of its accuracy is subtracted.
+    """Compute the debiased mean squared gap from sums (..., bin).
 
-    A bin with one image says nothing of its variance and is left out.
+    The variance of each bin's accuracy is subtracted from its squared gap. A bin with one image has no variance
+    estimate and is left out.
     """
     images = np.maximum(count, 1)
     accuracy = correct / images
@@ -246,6 +254,6 @@ def debiased_square(count: NDArray, correct: NDArray, confidence: Floats) -> Flo
 
 
 def ece_equal_mass(confidence: Floats, right: NDArray[np.bool_], bins: int = BINS) -> float:
-    """The ECE in bins that hold as many images each."""
+    """Compute the ECE in bins that hold equally many images."""
     gap = np.bincount(equal_mass(confidence, bins), right - confidence)
     return float(np.abs(gap).sum()) / len(confidence)

@@ -1,8 +1,9 @@
-"""Temperature, vector and matrix scaling: softmax of scaled logits, fitted by their negative log likelihood (NLL).
+"""Fit temperature, vector and matrix scaling: softmax of scaled logits with the lowest negative log likelihood (NLL).
 
-Guo et al., "On Calibration of Modern Neural Networks" (ICML 2017), section 4.2; the regularisation of matrix scaling is
-ODIR of Kull et al., "Beyond temperature scaling" (NeurIPS 2019). All three are convex, so what is found is the minimum;
-in images that the scaled logits can tell apart without an error the minimum is at infinity, and `converged` tells.
+Sources: Guo et al., "On Calibration of Modern Neural Networks" (ICML 2017), section 4.2; the regularisation of matrix
+scaling is ODIR of Kull et al., "Beyond temperature scaling" (NeurIPS 2019). All three problems are convex, so the fit
+is the minimum. If the scaled logits can separate the images without an error, the minimum is at infinity and
+`converged` is False.
 """
 
 from __future__ import annotations
@@ -16,18 +17,18 @@ from numpy.typing import NDArray
 from kernels.calibration.reliability import Floats, Ints, blocks, softmax
 
 LIMITS = 1e-3, 1e3
-"""Of a temperature, in units of the logits' mean standard deviation within a row."""
+"""Lowest and highest temperature, in units of the logits' mean standard deviation within a row."""
 PENALTIES = 1000.0, 100.0, 10.0, 1.0, 0.1
-"""Of a regularised matrix, those that are tried."""
+"""Penalties of a regularised matrix to choose from, strongest first."""
 HELD_OUT = 5
-"""One image of so many judges the penalties."""
+"""One in this many images judges the penalties."""
 SAMPLE = 4096
-"""Images that a temperature is first fitted on: passes over all of them then begin next to the minimum."""
+"""A temperature is first fitted on about this many images, so that passes over all of them start near the minimum."""
 
 
 @dataclass(frozen=True)
 class Scaling:
-    """softmax(W (z - mean of z over the classes) + b), or softmax(z / T).
+    """The map softmax(W (z - mean of z over the classes) + b), or softmax(z / T).
 
     Attributes
     ----------
@@ -45,22 +46,22 @@ class Scaling:
     penalty: float | None = None
 
     def scaled(self, logits: NDArray) -> Floats:
-        """(image, class) of logits after scaling, in float64."""
+        """Scale logits (image, class), in float64."""
         if self.bias is None:
             return logits.astype(np.float64) * self.weight
         z = centred(logits, self.centre)
         return (z * self.weight if np.ndim(self.weight) == 1 else z @ np.asarray(self.weight).T) + self.bias
 
     def __call__(self, logits: NDArray) -> Floats:
-        """Probabilities (image, class)."""
+        """Compute probabilities (image, class)."""
         return softmax(self.scaled(logits))
 
 
 def centred(logits: NDArray, centre: bool = True) -> Floats:
-    """The logits less their mean in each row; with `centre` False as they are, in float64.
+    """Subtract the mean of each row from the logits, in float64; with `centre` False, leave them as they are.
 
-    A softmax does not notice what is added to a whole row, and neither does a temperature. Weights that differ between
-    classes do: without this they would depend on a number that means nothing.
+    A softmax ignores a constant that is added to a whole row, and so does a temperature. Weights that differ between
+    classes do not: without centring they would depend on a number that means nothing.
     """
     z = logits.astype(np.float64)
     if centre:
@@ -72,10 +73,10 @@ def centred(logits: NDArray, centre: bool = True) -> Floats:
 
 
 def fit_temperature(logits: NDArray, labels: Ints) -> Scaling:
-    """The temperature T > 0 with the lowest NLL, by Newton's method in 1 / T, in which the NLL is convex.
+    """Fit the temperature T > 0 with the lowest NLL, by Newton's method in 1 / T, in which the NLL is convex.
 
-    `weight` is 1 / T. Where the minimum is at infinity or at 0 or below (a network that is always right, or no better
-    than chance) it is the nearest limit, and `converged` is False.
+    `weight` is 1 / T. If the minimum is at infinity, or at 0 or below (a network that is always right, or no better
+    than chance), the result is the nearest limit and `converged` is False.
     """
     spread, never_below, gain = _survey(logits, labels)
     low, high = (1 / (limit * spread) for limit in reversed(LIMITS))
@@ -90,9 +91,12 @@ def fit_temperature(logits: NDArray, labels: Ints) -> Scaling:
 
 
 def _survey(logits: NDArray, labels: Ints) -> tuple[float, bool, float]:
-    """The mean standard deviation within a row (1 where all logits are equal); whether no label's logit is below
-    another, so that the NLL falls for ever; and the mean of the labels' logits above their row's mean, minus which is
-    its slope at 1 / T = 0."""
+    """Summarise the logits before the search for a temperature.
+
+    Returns the mean standard deviation within a row (1 if all logits are equal); whether no label's logit is below
+    another of its row, so that the NLL falls forever; and the sum of the labels' logits above their row's mean, which
+    is minus the slope of the summed NLL at 1 / T = 0.
+    """
     spread = gain = 0.0
     never_below = True
     for rows in blocks(*logits.shape):
@@ -107,10 +111,10 @@ def _survey(logits: NDArray, labels: Ints) -> tuple[float, bool, float]:
 def _newton(
     logits: NDArray, labels: Ints, start: float, low: float, high: float, tolerance: float
 ) -> tuple[float, bool]:
-    """The root of the NLL's slope between two values of 1 / T, or the limit next to it; and whether it is a root.
+    """Find the root of the NLL's slope between two values of 1 / T, or the nearest limit; and say whether it is a root.
 
-    A step that leaves the values still possible halves them instead, on a logarithmic scale. The slope's tolerance is
-    in units of the logits' spread, 1 / sqrt(low high).
+    If a step leaves the interval that is still possible, the search halves the interval instead, on a logarithmic
+    scale. The tolerance of the slope is in units of the logits' spread, 1 / sqrt(low high).
     """
     at, unit = start, np.sqrt(low * high)
     for _ in range(100):
@@ -127,7 +131,7 @@ def _newton(
 
 
 def _slope(logits: NDArray, labels: Ints, weight: float) -> tuple[float, float]:
-    """First and second derivative of the mean NLL by 1 / T: E[z] - z of the label, and the variance of z."""
+    """Compute the mean NLL's first and second derivative by 1 / T: E[z] - z of the label, and the variance of z."""
     slope = curvature = 0.0
     for rows in blocks(*logits.shape):
         z = logits[rows].astype(np.float64)
@@ -147,9 +151,9 @@ def _slope(logits: NDArray, labels: Ints, weight: float) -> tuple[float, float]:
 
 
 def fit_vector(logits: NDArray, labels: Ints, centre: bool = True, steps: int = 500) -> Scaling:
-    """A weight and a bias for each class with the lowest NLL; the biases sum to 0.
+    """Fit one weight and one bias per class with the lowest NLL; the biases sum to 0.
 
-    The search begins at the fitted temperature, and takes each parameter in the unit in which the NLL curves alike.
+    The search starts at the fitted temperature, with each parameter in the unit in which the NLL curves alike.
     """
     images, classes = logits.shape
     begin = fit_temperature(logits, labels).weight
@@ -177,10 +181,10 @@ def fit_vector(logits: NDArray, labels: Ints, centre: bool = True, steps: int = 
 
 
 def fit_matrix(logits: NDArray, labels: Ints, penalty: float = 0.0, centre: bool = True, steps: int = 500) -> Scaling:
-    """A matrix and a bias with the lowest NLL + penalty x (mean square off the diagonal + mean square of the bias).
+    """Fit a matrix and a bias with the lowest NLL + penalty x (mean square off the diagonal + mean square of the bias).
 
-    Without a penalty the matrix is one of many that do the same to centred logits: that of them whose rows and columns
-    sum to 0.
+    Without a penalty, many matrices do the same to centred logits; the result is the one whose rows and columns sum to
+    0.
     """
     images, classes = logits.shape
     begin = fit_temperature(logits, labels).weight
@@ -212,15 +216,17 @@ def fit_matrix(logits: NDArray, labels: Ints, penalty: float = 0.0, centre: bool
     found, converged = _minimise(value, start.ravel(), (curves / images + ridge).ravel(), steps)
     both = found.reshape(classes, classes + 1)
     weight, bias = both[:, :-1], both[:, -1]
-    if not penalty:  # of the many, the one of least norm
+    if not penalty:  # of the equivalent matrices, the one of least norm
         weight, bias = weight - weight.mean(0), bias - bias.mean()
         weight = centred(weight, centre)
     return Scaling(weight, bias, converged, centre, penalty or None)
 
 
 def fit_regularised_matrix(logits: NDArray, labels: Ints, penalty: float | None = None) -> Scaling:
-    """`fit_matrix` with a penalty; None: the one of `PENALTIES` with the lowest NLL on a fifth of the images, when the
-    others are fitted. The strongest comes first, and the first that is worse than the one before it ends the search.
+    """Run `fit_matrix` with a penalty; None chooses it from `PENALTIES`.
+
+    The chosen penalty has the lowest NLL on a fifth of the images, after a fit on the others. The search starts at the
+    strongest penalty and ends at the first that is worse than the one before it.
     """
     if penalty is None:
         order = np.random.default_rng(0).permutation(len(logits))
@@ -238,7 +244,7 @@ def fit_regularised_matrix(logits: NDArray, labels: Ints, penalty: float | None 
 
 
 def _nll(scaled: Floats, labels: Ints) -> tuple[float, Floats]:
-    """The sum of the NLL over some images, and its slope by their scaled logits, probability - 1 of the label."""
+    """Compute the summed NLL and its gradient by the scaled logits: the probability, minus 1 at the label."""
     row = np.arange(len(scaled))
     scaled -= scaled.max(1, keepdims=True)
     true = scaled[row, labels]
@@ -252,7 +258,10 @@ def _nll(scaled: Floats, labels: Ints) -> tuple[float, Floats]:
 def _minimise(
     value: Callable[[Floats], tuple[float, Floats]], start: Floats, curves: Floats, steps: int
 ) -> tuple[Floats, bool]:
-    """L-BFGS from `start`, with parameters in units of 1 / sqrt(second derivative); whether the slope vanished."""
+    """Run L-BFGS from `start`, with parameters in units of 1 / sqrt(second derivative).
+
+    Returns the parameters and whether the gradient vanished.
+    """
     from scipy.optimize import minimize
 
     unit = 1 / np.sqrt(np.maximum(curves, max(1e-3 * curves.mean(), 1e-12)))

@@ -1,4 +1,4 @@
-"""What chance does to a calibration error: its bootstrap interval, and what a perfectly calibrated network shows."""
+"""Estimate what chance does to a calibration error: its bootstrap interval, and its size under perfect calibration."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ AT_ONCE = 1 << 19
 
 @dataclass(frozen=True)
 class Noise:
-    """An error's interval, and what a perfectly calibrated network would show with the same confidences.
+    """An error's interval, and the error that a perfectly calibrated network would show with the same confidences.
 
     Attributes
     ----------
     low, high : 95 % bootstrap interval of the error.
-    null_mean, null_high : mean and 95 % quantile of the error when each image is right with the probability that its
+    null_mean, null_high : mean and 95 % quantile of the error if each image is right with the probability that its
         confidence states.
     """
 
@@ -31,15 +31,17 @@ class Noise:
 
 
 def noise(confidence: Floats, right: NDArray[np.bool_], draws: int, seed: int, bins: int = BINS) -> dict[str, Noise]:
-    """Draw images with replacement, and labels from the confidences, `draws` times each: for every error by bins of the
-    confidence, `ece`, `ece_equal_mass` and `ece_debiased`.
+    """Estimate the noise of the errors by bins of the confidence: `ece`, `ece_equal_mass` and `ece_debiased`.
 
-    The error of resampled images is too large by about as much as that of the images itself is, since noise adds to
-    every gap. So the interval is the basic one: twice the error minus the quantiles of the resampled ones, and not
-    below 0. Of the debiased error it is taken of the square; that of the images is not too large, so the resampled ones
-    are moved to have it as their mean. Bins of equal mass stay where those of the images are.
+    The function draws images with replacement, and labels from the confidences, `draws` times each.
 
-    Everything follows from sums in bins, so a draw is a row of numbers, one an image, times a matrix of their bins.
+    Resampled images overstate the error by about as much as the images themselves do, since noise adds to every gap.
+    The interval is therefore the basic one: twice the error minus the quantiles of the resampled errors, and at least
+    0. The interval of the debiased error is taken on its square. That error does not overstate, so the resampled ones
+    are shifted to have it as their mean. Bins of equal mass keep the edges that they have on the original images.
+
+    Everything follows from sums in bins, so a draw is a row of numbers, one per image, times a matrix of the images'
+    bins.
     """
     images = len(confidence)
     held = np.concatenate([np.eye(bins)[of(confidence, bins)] for of in (equal_width, equal_mass)], axis=1)
@@ -72,7 +74,7 @@ def _in_three(sums: Floats) -> tuple[Floats, Floats, Floats]:
 
 
 def _errors(count: Floats, correct: Floats, confidence: Floats, bins: int) -> Floats:
-    """(..., 3): the ECE, that of equal mass, and the square of the debiased one, of sums in both kinds of bins."""
+    """Compute ECE, equal-mass ECE and squared debiased ECE, (..., 3), from sums in both kinds of bins."""
     gaps = np.abs(correct - confidence)
     width = (..., slice(bins))
     return np.stack(
@@ -87,17 +89,18 @@ def _errors(count: Floats, correct: Floats, confidence: Floats, bins: int) -> Fl
 
 @dataclass
 class ClasswiseNoise:
-    """The same of the classwise ECE, from sums over images in any number of parts.
+    """The noise of the classwise ECE, from sums over images in any number of parts.
 
-    Resampling gives each image a weight of its own, a Poisson number of mean 1, so that parts need not know of each
-    other; with many images that is drawing with replacement. Labels are drawn from all probabilities of an image.
+    Resampling gives each image its own weight, a Poisson number of mean 1, so the parts need not know of each other;
+    with many images this amounts to drawing with replacement. Labels are drawn from all probabilities of an image.
 
     Attributes
     ----------
-    gap, resampled : (class x bin), (class x bin, draw), sums of (1 if it is the label, else 0) - probability, by class
-        and bin of the probability; of the images as they are, and weighted.
+    gap, resampled : (class x bin), (class x bin, draw), sums of (1 if the class is the label, else 0) - probability, by
+        class and bin of the probability; unweighted and weighted.
     expected, drawn : (class x bin), (class x bin, draw), sums of probabilities, and counts of drawn labels.
-    weight : (draw), sum of the weights. images : their number.
+    weight : (draw), sum of the weights.
+    images : number of images.
     """
 
     gap: Floats
@@ -114,7 +117,7 @@ class ClasswiseNoise:
         return ClasswiseNoise(np.zeros(cells), np.zeros(several), np.zeros(cells), np.zeros(several), np.zeros(draws))
 
     def update(self, probabilities: Floats, labels: Ints, generator: np.random.Generator) -> None:
-        """Count some images: probabilities (image, class) and labels (image)."""
+        """Add images: probabilities (image, class) and labels (image)."""
         from scipy.sparse import csr_array
 
         (images, classes), (cells, draws) = probabilities.shape, self.drawn.shape
@@ -127,7 +130,7 @@ class ClasswiseNoise:
         start = classes * np.arange(images + 1)
         self.resampled += csr_array((gap.ravel(), cell.ravel(), start), shape=(images, cells)).T @ weight
         self.weight += weight.sum(0)
-        # A row's probabilities end where those of the next begin: one search for all.
+        # Each row's cumulative probabilities end where the next row's begin, so one search serves all rows.
         ends = (probabilities.cumsum(1) + row).ravel()
         found = np.searchsorted(ends, generator.random((images, draws)) + row, side="right") - classes * row
         label = np.clip(found, 0, classes - 1)

@@ -1,8 +1,8 @@
-"""float16 as integers: a monotone code per value, and comparisons after rounding that need no rounding.
+"""Treat float16 as integers: one monotone code per value, and comparisons after rounding that need no rounding.
 
-A float16 has 65,536 bit patterns, so an integer histogram over codes is an exact distribution, and `half(v) > t` for a
-float64 `v` is one comparison with a float64 cut that is found once per threshold. The code of a value is
-32768 + sign * magnitude bits: it grows with the value, and -0 and +0, which compare equal, share code 32768.
+A float16 has 65,536 bit patterns, so an integer histogram over codes is an exact distribution. For a float64 `v`,
+`half(v) > t` is one comparison with a float64 cut, found once per threshold. The code of a value is 32768 + sign *
+magnitude bits: it increases with the value, and -0 and +0, which compare equal, share code 32768.
 """
 
 import numpy as np
@@ -15,24 +15,24 @@ HIGHEST = ZERO + 0x7BFF  # the code of 65504
 
 
 def code(values: ArrayLike) -> NDArray[np.uint16]:
-    """The codes of float16 values, any shape; a NaN has a code beyond the infinities."""
+    """Return the codes of float16 values of any shape; a NaN has a code beyond the infinities."""
     bits = np.asarray(values, np.float16).view(np.uint16).astype(np.int32)
     magnitude = bits & 0x7FFF
     return np.asarray(np.where(bits >= 0x8000, ZERO - magnitude, ZERO + magnitude), np.uint16)
 
 
 def value(codes: ArrayLike) -> NDArray[np.float16]:
-    """The float16 values of codes, any shape; the inverse of `code`, with +0 for zero."""
+    """Return the float16 values of codes of any shape: the inverse of `code`, with +0 for zero."""
     key = np.asarray(codes).astype(np.int32) - ZERO
     return np.asarray(np.where(key < 0, 0x8000 - key, key), np.uint16).view(np.float16)
 
 
 def cut(threshold: ArrayLike) -> NDArray[np.float64]:
-    """The float64 `c` for which `half(v) > threshold` exactly when `v > c`, for every float64 `v`; any shape.
+    """Return the float64 `c` such that `half(v) > threshold` if and only if `v > c`, for every float64 `v`; any shape.
 
-    Between the threshold and the next float16 lies the midpoint. Round-to-nearest-even sends the midpoint itself to
-    the neighbour with the even mantissa; where that is the upper one, the midpoint passes too and the cut is the
-    float64 just below. Values from 65520 on round to infinity. Raises ValueError for a NaN.
+    The midpoint lies between the threshold and the next float16. Round-to-nearest-even sends the midpoint itself to the
+    neighbour with the even mantissa. If that is the upper neighbour, the midpoint passes too, and the cut is the
+    float64 just below it. Values from 65520 up round to infinity. Raises ValueError for a NaN.
     """
     below = code(threshold).astype(np.int32)
     if np.any(np.isnan(np.asarray(threshold, np.float16))):
@@ -45,5 +45,5 @@ def cut(threshold: ArrayLike) -> NDArray[np.float64]:
 
 
 def _extended(codes: NDArray[np.int32]) -> NDArray[np.float64]:
-    """Values as float64, with 65536 in place of infinity: where rounding to float16 acts as if it were there."""
+    """Return values as float64 with 65536 in place of infinity; rounding to float16 acts as if it were there."""
     return np.clip(value(codes).astype(np.float64), -65536.0, 65536.0)

@@ -1,7 +1,7 @@
-"""What counts say about single units: the best concept, its IoU on images it was not chosen on, an interval, a ceiling.
+"""Label single units from counts: the best concept, its held-out IoU, a confidence interval, and a ceiling.
 
-Images are split into groups by a hash of their ids (`kernels.dissection.iou.GROUPS`), and everything here follows from the counts
-by group. Nothing is clamped away from zero; what is undefined is NaN or 0, as each function says.
+Images are split into groups by a hash of their ids (`kernels.dissection.counts.GROUPS`), and every result follows from
+the counts by group. Nothing is clamped away from zero; undefined values are NaN or 0, as each function says.
 """
 
 import math
@@ -11,7 +11,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from kernels.dissection.iou import Counts, Union, area_seen, iou, ratio
+from kernels.dissection.counts import Counts, Union, area_seen, iou, ratio
 
 CONFIDENCE = 0.95
 NONE = -1  # the column of a unit that meets no concept
@@ -19,10 +19,13 @@ NONE = -1  # the column of a unit that meets no concept
 
 @dataclass(frozen=True)
 class UnitLabels:
-    """One row a unit, each (units,).
+    """One row per unit; every array is (units,).
 
-    Attributes: `column` int64, the concept with the highest IoU (of equal ones the first; `NONE` where none is above
-    0); `iou` float64, that IoU; `held_out`, `low` and `high`, `ceiling` float64 as the functions below give them.
+    Attributes
+    ----------
+    column : int64, the concept with the highest IoU, the first of equal ones; `NONE` if no IoU is above 0.
+    iou : float64, that IoU.
+    held_out, low, high, ceiling : float64, as the functions below return them.
     """
 
     column: NDArray[np.int64]
@@ -34,7 +37,10 @@ class UnitLabels:
 
 
 def label_units(counts: Counts, category: ArrayLike, union: Union = "all") -> UnitLabels:
-    """Label each unit by its best concept; `category` (concepts,) and `union` as for `kernels.dissection.iou.iou`."""
+    """Label each unit with its best concept.
+
+    `category` (concepts,) and `union` are as for `kernels.dissection.counts.iou`.
+    """
     column, best = best_concept(iou(counts, category, union))
     low, high = interval(counts, category, union, column)
     return UnitLabels(
@@ -48,9 +54,9 @@ def label_units(counts: Counts, category: ArrayLike, union: Union = "all") -> Un
 
 
 def best_concept(values: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """The column of each unit's highest IoU, of equal ones the first, and that IoU; from (units, concepts).
+    """Return the column of each unit's highest IoU, the first of equal ones, and that IoU, from (units, concepts).
 
-    A unit whose IoUs are all 0, one that never fires say, has column `NONE` and IoU 0.
+    A unit whose IoUs are all 0, for example one that never fires, has column `NONE` and IoU 0.
     """
     units, concepts = values.shape
     if concepts == 0:
@@ -61,9 +67,9 @@ def best_concept(values: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArra
 
 
 def held_out(counts: Counts, category: ArrayLike, union: Union = "all") -> NDArray[np.float64]:
-    """IoU (units,) on the odd groups of the concept that is best on the even groups, free of the bias of choosing.
+    """Compute IoU (units,) on the odd groups, of the concept that is best on the even groups: free of selection bias.
 
-    NaN where no concept could be chosen, and everywhere when the odd groups hold no image.
+    NaN if no concept could be chosen; NaN for every unit if the odd groups hold no image.
     """
     column, _ = best_concept(iou(counts, category, union, slice(0, None, 2)))
     together, either = _by_group(counts, category, union, column)
@@ -74,11 +80,12 @@ def held_out(counts: Counts, category: ArrayLike, union: Union = "all") -> NDArr
 def interval(
     counts: Counts, category: ArrayLike, union: Union, column: NDArray[np.int64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Low and high end (units,) of the confidence interval of IoU(unit, column), by the jackknife over groups.
+    """Compute the confidence interval of IoU(unit, column) by the jackknife over groups: low and high ends (units,).
 
-    With theta_i the IoU without group i, for the g groups that hold images: standard error
-    sqrt((g - 1) / g * sum((theta_i - mean)^2)) (Efron & Tibshirani 1993, equation 11.5), times the quantile of
-    Student's t with g - 1 degrees of freedom, clipped to [0, 1]. NaN with fewer than two groups or no concept.
+    Let theta_i be the IoU without group i, for the g groups that hold images. The standard error is sqrt((g - 1) / g *
+    sum((theta_i - mean)^2)) (Efron & Tibshirani 1993, equation 11.5). The interval reaches the standard error times the
+    quantile of Student's t with g - 1 degrees of freedom to either side, clipped to [0, 1]. NaN if there are fewer than
+    two groups, or no concept.
     """
     held = counts.pixels > 0
     groups = int(held.sum())
@@ -95,8 +102,10 @@ def interval(
 
 
 def ceiling(counts: Counts, category: ArrayLike, union: Union, column: NDArray[np.int64]) -> NDArray[np.float64]:
-    """The highest IoU (units,) that areas allow: min(p, q) / max(p, q) for a concept that covers a share p of the
-    pixels and a unit active at a share q of them. NaN where there is no concept."""
+    """Compute the highest IoU (units,) that the areas allow: min(p, q) / max(p, q).
+
+    The concept covers a share p of the pixels, and the unit is active at a share q of them. NaN if there is no concept.
+    """
     if counts.concept_area.shape[1] == 0:
         return np.full(len(column), np.nan)
     place = np.asarray(category, np.int64)[column]
@@ -108,7 +117,7 @@ def ceiling(counts: Counts, category: ArrayLike, union: Union, column: NDArray[n
 def _by_group(
     counts: Counts, category: ArrayLike, union: Union, column: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Intersection and union (groups, units) of each unit with its column; anything where that is `NONE`."""
+    """Return intersection and union (groups, units) of each unit with its column; arbitrary where that is `NONE`."""
     if counts.concept_area.shape[1] == 0:
         return counts.unit_area * 0, counts.unit_area
     units = np.arange(len(column))
@@ -119,10 +128,10 @@ def _by_group(
 
 @lru_cache(maxsize=64)
 def student_t(freedom: int, confidence: float = CONFIDENCE) -> float:
-    """The t with P(|T| <= t) = `confidence` for Student's T with a whole number of degrees of freedom.
+    """Return the t with P(|T| <= t) = `confidence`, for Student's T with an integer number of degrees of freedom.
 
-    The finite series of Abramowitz & Stegun (1964), 26.7.3 and 26.7.4, in the angle theta = atan(t / sqrt(freedom)),
-    solved by bisection.
+    The function solves the finite series of Abramowitz & Stegun (1964), 26.7.3 and 26.7.4, by bisection, in the angle
+    theta = atan(t / sqrt(freedom)).
     """
     low, high = 0.0, math.pi / 2
     for _ in range(100):
@@ -132,7 +141,7 @@ def student_t(freedom: int, confidence: float = CONFIDENCE) -> float:
 
 
 def _inside(angle: float, freedom: int) -> float:
-    """P(|T| <= sqrt(freedom) tan(angle))."""
+    """Compute P(|T| <= sqrt(freedom) tan(angle))."""
     sine, cosine = math.sin(angle), math.cos(angle)
     odd = freedom % 2
     term = cosine if odd else 1.0

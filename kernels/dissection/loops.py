@@ -1,10 +1,11 @@
-"""The compiled loops of dissection, in one file: numba's cache of a function notices changes of its own file only.
+"""Compiled loops of dissection, in one file because numba's cache of a function only notices changes of its own file.
 
-Maps come as the bits of float16 (numba has no float16 on the CPU), (n, units, h * w) int16, every array contiguous and
-every input read-only (`kernels.dissection.upsample.frozen`), so that each loop is compiled once. Nothing here uses fastmath:
-multiplications and additions are rounded one by one, in the order written, as in `kernels/dissection/on_device.py`.
+Maps come as the bits of float16 (numba has no float16 on the CPU), (n, units, h * w) int16. Every array is contiguous
+and every input read-only (`kernels.dissection.upsample.frozen`), so each loop is compiled once. Nothing here uses
+fastmath: multiplications and additions are rounded one by one, in the order written, as in
+`kernels/dissection/on_device.py`.
 
-A loop answers -1, or the number image * units + unit of the first map that holds a value that is not finite.
+A loop returns -1, or the number image * units + unit of the first map that holds a value that is not finite.
 """
 
 from typing import Any
@@ -23,7 +24,7 @@ SLACK = 1e-12  # of the largest corner: far above what rounding can add to a val
 
 @njit(cache=True, nogil=True)
 def sample(bits, width, zeros, row_cell, row_fraction, column_cell, column_fraction, codes):  # type: ignore[no-untyped-def]
-    """Write `codes` (n, units, rows, columns) uint16: maps of a width at every one of some rows and columns."""
+    """Write `codes` (n, units, rows, columns) uint16: maps of a given width, sampled at some rows and columns."""
     images, units, positions = bits.shape
     padded = np.empty((positions // width + 2, width + 2))
     for image in range(images):
@@ -46,10 +47,10 @@ def sample(bits, width, zeros, row_cell, row_fraction, column_cell, column_fract
 def tail(  # type: ignore[no-untyped-def]
     bits, cut, floor, ceiling, shift, offset, zeros, row_start, row_fraction, column_start, column_fraction, count
 ):
-    """Add to `count` the values above each unit's floor, by bins of 2**shift codes; the last bin is the ceiling's.
+    """Add the values above each unit's floor to `count`, in bins of 2**shift codes; the last bin starts at the ceiling.
 
-    `cut` (units,) float64 is the floor's, `floor`, `ceiling`, `shift` (units,) int64, and unit u has the bins
-    offset[u] .. offset[u + 1]. Where the corners of a cell are equal, all of it is.
+    `cut` (units,) float64 belongs to the floor. `floor`, `ceiling` and `shift` are (units,) int64, and unit u has the
+    bins offset[u] .. offset[u + 1]. If the corners of a cell are equal, the whole cell has their value.
     """
     images, units, _ = bits.shape
     h, w = len(row_start) - 2, len(column_start) - 2
@@ -93,10 +94,11 @@ def tail(  # type: ignore[no-untyped-def]
 def scan(  # type: ignore[no-untyped-def]
     padded, least, row_start, row_fraction, column_start, column_fraction, upper, fall, flat, numbers, positions
 ):
-    """Find the outputs above `least`: write `numbers`, their values, but for flat cells, or `positions`, y * W + x.
+    """Find the outputs above `least`, and return how many there are.
 
-    The other of the two is None. Returns how many. Only cells with a corner above `least` are interpolated, those side
-    by side in one stretch; each value is written and kept by moving on, which costs less than to branch.
+    The loop writes either `numbers`, their values (flat cells excepted), or `positions`, y * W + x; the other is None.
+    It interpolates only cells with a corner above `least`, and neighbouring ones in one stretch. It writes each value
+    and keeps it by moving on, which is cheaper than a branch.
     """
     rows, columns = padded.shape[0] - 1, padded.shape[1] - 1
     wanted = np.empty(columns + 1, np.bool_)
@@ -127,7 +129,7 @@ def scan(  # type: ignore[no-untyped-def]
 
 @njit(nogil=True)
 def choose(padded, i, least, flat, wanted):  # type: ignore[no-untyped-def]
-    """Write which cells of row i to interpolate, and return how many: no value in a cell exceeds its highest corner."""
+    """Mark the cells of row i to interpolate, and return how many: no value in a cell exceeds its highest corner."""
     top, bottom = padded[i], padded[i + 1]
     columns = len(top) - 1
     left = (top[0] > least) | (bottom[0] > least)
@@ -145,16 +147,16 @@ def choose(padded, i, least, flat, wanted):  # type: ignore[no-untyped-def]
 
 @njit(nogil=True)
 def is_flat(padded, i, j):  # type: ignore[no-untyped-def]
-    """Whether the corners of the cell (i, j) are equal, and with them all of it."""
+    """Return whether the corners of the cell (i, j), and therefore all its values, are equal."""
     corner = padded[i, j]
     return corner == padded[i, j + 1] and corner == padded[i + 1, j] and corner == padded[i + 1, j + 1]
 
 
 @njit(nogil=True)
 def edges(padded, i, start, end, column_start, column_fraction, upper, fall):  # type: ignore[no-untyped-def]
-    """Interpolate along the upper edges of the cells (i, start .. end), and the fall to the lower ones; outputs in all.
+    """Interpolate along the upper edges of the cells (i, start .. end), and find the fall to the lower edges.
 
-    At `down` of a cell's height the values are upper + down * fall.
+    Returns the number of outputs. At `down` of a cell's height, the values are upper + down * fall.
     """
     k = 0
     for j in range(start, end):
@@ -172,8 +174,8 @@ def edges(padded, i, start, end, column_start, column_fraction, upper, fall):  #
 def label_columns(label_map, lookup, column, present, area):  # type: ignore[no-untyped-def]
     """Translate label maps (n, categories, H, W) uint16 into `column` (n, H * W, categories) uint16.
 
-    `lookup` (categories, 65536) says which column a number has in a category. Writes `present` (n, categories): whether
-    there is any label; and adds to `area` (n, columns) the pixels of each column.
+    `lookup` (categories, 65536) gives the column of each number in each category. The loop writes `present` (n,
+    categories), whether there is any label, and adds the pixels of each column to `area` (n, columns).
     """
     images, categories, height, width = label_map.shape
     for image in range(images):
@@ -208,12 +210,12 @@ def intersections(  # type: ignore[no-untyped-def]
     unit_area,
     unit_area_in_category,
 ):
-    """Count the pixels where unit and concept meet, for one group of images after the other.
+    """Count the pixels where units and concepts meet, one group of images after another.
 
-    `order` (n,) lists the images by group, group g at group_start[g] .. group_start[g + 1]; image i meets the labels of
-    partner[i]. Adds to `unit_area` (groups, units) and `unit_area_in_category` (groups, units, categories) int64, and
-    returns (bad map or -1, keys int64, counts int32): only what is not zero, by key (group * units + unit) * concepts +
-    concept, ascending.
+    `order` (n,) lists the images by group, group g at group_start[g] .. group_start[g + 1]. Image i meets the labels of
+    partner[i]. The loop adds to `unit_area` (groups, units) and `unit_area_in_category` (groups, units, categories)
+    int64. It returns (bad map or -1, keys int64, counts int32) without zero counts, by ascending key (group * units +
+    unit) * concepts + concept.
     """
     units, categories = bits.shape[1], column.shape[2]
     padded = np.empty((len(row_start), len(column_start)))
@@ -277,15 +279,15 @@ def intersections(  # type: ignore[no-untyped-def]
 
 @njit(nogil=True)
 def bin_of(code, first, last, floor, ceiling, shift):  # type: ignore[no-untyped-def]
-    """The bin of a code that is not below the floor."""
+    """Return the bin of a code at or above the floor."""
     return last if code >= ceiling else first + ((code - floor) >> shift)
 
 
 @njit(nogil=True)
 def extremes(bits):  # type: ignore[no-untyped-def]
-    """(highest, lowest, largest magnitude) of a map (h * w,) of int16 bits, as codes minus 32768.
+    """Return (highest, lowest, largest magnitude) of a map (h * w,) of int16 bits, as codes minus 32768.
 
-    A magnitude of 0x7C00 or more is an infinity or a NaN. All of it stays int16, which makes it five times faster.
+    A magnitude of 0x7C00 or more is an infinity or a NaN. Everything stays int16, which makes it five times faster.
     """
     highest, lowest, largest = np.int16(-32768), np.int16(32767), np.int16(0)
     for k in range(len(bits)):
@@ -312,7 +314,7 @@ def pad(bits, zeros, padded):  # type: ignore[no-untyped-def]
 
 @njit(nogil=True)
 def blend(a, b, c, d, down, right):  # type: ignore[no-untyped-def]
-    """The value in a cell with corners a b over c d, `down` and `right` of a, as fractions: along the rows first."""
+    """Interpolate in a cell with corners a b over c d, at fractions `down` and `right` from a: along the rows first."""
     top = a + right * (b - a)
     bottom = c + right * (d - c)
     return top + down * (bottom - top)
@@ -320,7 +322,7 @@ def blend(a, b, c, d, down, right):  # type: ignore[no-untyped-def]
 
 @njit(nogil=True)
 def number_of(bits):  # type: ignore[no-untyped-def]
-    """The float64 of one finite float16, given as int16 bits."""
+    """Convert one finite float16, given as int16 bits, to float64."""
     magnitude = np.int64(bits) & 0x7FFF
     small = np.float64(magnitude) * SPACING
     normal = np.int64((magnitude << 42) + (1008 << 52)).view(np.float64)
@@ -330,7 +332,7 @@ def number_of(bits):  # type: ignore[no-untyped-def]
 
 @njit(nogil=True)
 def code_of(number):  # type: ignore[no-untyped-def]
-    """The code of one float64 rounded to float16 (to nearest, ties to even; overflow to infinity); not for NaN."""
+    """Return the code of a float64 rounded to float16 (to nearest, ties to even; overflow to infinity); not for NaN."""
     size = np.float64(abs(number))
     exact: Any = size.view(np.int64)
     normal = min(((exact + 0x1FFFFFFFFFF + ((exact >> 42) & 1)) >> 42) - (1008 << 10), NOT_FINITE)

@@ -1,8 +1,8 @@
-"""The loops of dissection in torch, for a GPU (or any device that has float64): the same integers as `kernels.dissection.loops`.
+"""Run the loops of dissection in torch, on a GPU or any device with float64, to the same integers as the CPU's.
 
-Maps with a value above the threshold are upsampled whole, some at a time, in the float64 operations of the loops, in
-their order, each rounded by itself. Rounding to float16 is done on the bits: torch goes from float64 through float32,
-which rounds twice.
+Maps with a value above the threshold are upsampled whole, several at a time. The float64 operations are those of
+`kernels.dissection.loops`, in the same order, each rounded by itself. Rounding to float16 works on the bits, because
+torch goes from float64 through float32 and so rounds twice.
 """
 
 import numpy as np
@@ -11,19 +11,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad
 
+from kernels.dissection.brackets import Bracket, Tail, floor_cut
+from kernels.dissection.counts import Labels
 from kernels.dissection.half import INFINITY, ZERO, cut
-from kernels.dissection.iou import Labels
-from kernels.dissection.threshold import Bracket, Tail, floor_cut
 from kernels.dissection.upsample import Border, Geometry, Size, blends_zeros, geometry, refuse_non_finite
 
-BLOCK = 2**25  # upsampled values held at once: 256 MB in float64, and a few times that for a moment
+BLOCK = 2**25  # upsampled values held at once: 256 MB in float64, and briefly a few times that
 
 
 @torch.no_grad()
 def count_tail(
     activation: NDArray[np.float16] | Tensor, bracket: Bracket, size: Size, border: Border, device: str
 ) -> Tail:
-    """`kernels.dissection.threshold.count_tail` on a device."""
+    """Run `kernels.dissection.threshold.count_tail` on a device."""
     maps = _load(activation, device)
     grid = geometry((maps.shape[2], maps.shape[3]), size)
     floor, ceiling, shift, offset = (
@@ -51,7 +51,7 @@ def intersections(
     groups: int,
     device: str,
 ) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]:
-    """Keys, counts, unit area and unit area in categories, as `kernels.dissection.iou.count_shard` assembles them."""
+    """Return keys, counts, unit area and unit area by category, for `kernels.dissection.iou.count_shard`."""
     maps = _load(activation, device)
     units, categories, concepts = maps.shape[1], labels.column.shape[2], labels.concepts
     grid = geometry((maps.shape[2], maps.shape[3]), labels.size)
@@ -86,7 +86,7 @@ def intersections(
 
 
 def round_codes(values: Tensor) -> Tensor:
-    """The codes, int64, of float64 values rounded to float16: `kernels.dissection.loops.code_of`."""
+    """Return the int64 codes of float64 values rounded to float16, as `kernels.dissection.loops.code_of` does."""
     size = values.abs()
     bits = size.view(torch.int64)
     normal = ((bits + 0x1FFFFFFFFFF + ((bits >> 42) & 1)) >> 42) - (1008 << 10)
@@ -96,7 +96,10 @@ def round_codes(values: Tensor) -> Tensor:
 
 
 def _load(activation: NDArray[np.float16] | Tensor, device: str) -> Tensor:
-    """Maps (n, units, h, w) on the device, where a tensor already is. Raises ValueError for a value not finite."""
+    """Load maps (n, units, h, w) onto the device, unless they are a tensor there already.
+
+    Raises ValueError if a value is not finite.
+    """
     if isinstance(activation, Tensor):
         maps = activation
     else:
@@ -107,7 +110,7 @@ def _load(activation: NDArray[np.float16] | Tensor, device: str) -> Tensor:
 
 
 def _upsampled(maps: Tensor, least: Tensor, grid: Geometry, border: Border):  # type: ignore[no-untyped-def]
-    """Yield (image, unit, values (m, H, W) float64) of the maps that hold, border included, a value above `least`."""
+    """Yield (image, unit, values (m, H, W) float64) of the maps that hold a value above `least`, border included."""
     highest = maps.amax(dim=(2, 3)).double()
     zeros = blends_zeros(border)
     if zeros:

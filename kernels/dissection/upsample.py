@@ -1,14 +1,14 @@
-"""Bilinear upsampling of activation maps with half-pixel centres, exact and by cells.
+"""Upsample activation maps bilinearly with half-pixel centres, exactly and cell by cell.
 
 Output row `r` of H samples the input of h rows at `(r + 1/2) h / H - 1/2`. The map is padded by one on each side, with
 its edge values (`border="edge"`: torch's `interpolate(align_corners=False)`) or with zeros (`border="zeros"`: what lies
 outside counts as 0 and blends in, as in the code of Bau et al., PNAS 2020, which samples with `padding_mode="zeros"`).
-Four neighbours of the padded map are the corners of a cell, and each cell owns a block of output positions, where no
-value exceeds the highest corner. There is no antialiasing when H < h.
+Four neighbours of the padded map are the corners of a cell. Each cell owns a block of output positions, whose values do
+not exceed the highest corner. There is no antialiasing if H < h.
 
 The arithmetic is float64 in one fixed order, followed by one rounding to float16 (to nearest, ties to even). For
 float16 input and a ratio of sizes that is a power of two up to 32, every step before the rounding is exact. For other
-ratios the order is what makes two implementations agree bit for bit.
+ratios, the fixed order makes two implementations agree bit for bit.
 """
 
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ Size = tuple[int, int]
 
 
 def upsample(maps: NDArray[np.float16], size: Size, border: Border = "edge") -> NDArray[np.float16]:
-    """Maps (..., h, w) float16 at `size` = (H, W): float16 (..., H, W). Raises ValueError for a value not finite."""
+    """Upsample maps (..., h, w) float16 to `size` = (H, W), float16. Raises ValueError if a value is not finite."""
     stack = np.asarray(maps, np.float16)
     batch = stack.reshape(-1, 1, *stack.shape[-2:])
     grid = geometry((batch.shape[2], batch.shape[3]), size)
@@ -34,10 +34,13 @@ def upsample(maps: NDArray[np.float16], size: Size, border: Border = "edge") -> 
 
 @dataclass(frozen=True)
 class Axis:
-    """How the outputs along one axis lie in the cells of the padded input: cell `c` is between its items c and c + 1.
+    """How the outputs along one axis lie in the cells of the padded input; cell `c` is between its items c and c + 1.
 
-    Attributes: `cell` (outputs,) int64 and `fraction` (outputs,) float64: the cell of each output and how far into it;
-    `start` (cells + 1,) int64: cell `c` owns the outputs start[c] .. start[c + 1].
+    Attributes
+    ----------
+    cell : (outputs,) int64, the cell of each output.
+    fraction : (outputs,) float64, how far into the cell the output lies.
+    start : (cells + 1,) int64; cell `c` owns the outputs start[c] .. start[c + 1].
     """
 
     cell: NDArray[np.int64]
@@ -54,7 +57,7 @@ class Geometry:
 
 
 def geometry(size_in: Size, size_out: Size) -> Geometry:
-    """The geometry of (h, w) -> (H, W)."""
+    """Compute the geometry of (h, w) -> (H, W)."""
     if min(*size_in, *size_out) < 1:
         raise ValueError(f"cannot upsample {size_in} to {size_out}: every side must be at least 1")
     return Geometry(axis(size_in[0], size_out[0]), axis(size_in[1], size_out[1]))
@@ -62,7 +65,10 @@ def geometry(size_in: Size, size_out: Size) -> Geometry:
 
 @lru_cache(maxsize=64)
 def axis(length_in: int, length_out: int) -> Axis:
-    """One axis of a geometry. Positions are ratios of integers, so each fraction is rounded once and never near 1."""
+    """Compute one axis of a geometry.
+
+    Positions are ratios of integers, so each fraction is rounded once and is never near 1.
+    """
     position = (2 * np.arange(length_out, dtype=np.int64) + 1) * length_in - length_out
     below = position // (2 * length_out)
     fraction = (position - below * 2 * length_out) / (2 * length_out)
@@ -74,7 +80,7 @@ def axis(length_in: int, length_out: int) -> Axis:
 
 
 def sample_codes(activation: NDArray[np.float16], grid: Geometry, border: Border) -> NDArray[np.uint16]:
-    """Codes (n, units, rows, columns) of maps (n, units, h, w) at the outputs of `grid`, or any part of its outputs."""
+    """Return codes (n, units, rows, columns) of maps (n, units, h, w) at the outputs of `grid`, or any part of them."""
     shape = (*activation.shape[:2], len(grid.rows.cell), len(grid.columns.cell))
     codes = np.empty(shape, np.uint16)
     rows, columns = grid.rows, grid.columns
@@ -95,14 +101,14 @@ def sample_codes(activation: NDArray[np.float16], grid: Geometry, border: Border
 
 
 def blends_zeros(border: str) -> bool:
-    """Whether a border setting blends with zeros; refuses any but the two."""
+    """Return whether a border setting blends with zeros; any setting but the two is refused."""
     if border not in ("edge", "zeros"):
         raise ValueError(f"border {border!r} is not known; expected 'edge' or 'zeros'")
     return border == "zeros"
 
 
 def bits_of(activation: NDArray[np.float16]) -> NDArray[np.int16]:
-    """Maps (n, units, h, w) float16 as int16 bits (n, units, h * w), without a copy when they are contiguous."""
+    """View maps (n, units, h, w) float16 as int16 bits (n, units, h * w), without a copy if they are contiguous."""
     if activation.dtype != np.float16 or activation.ndim != 4:
         raise ValueError(
             f"activations are {activation.dtype} of shape {activation.shape}; expected float16 (image, unit, y, x)"
@@ -112,14 +118,14 @@ def bits_of(activation: NDArray[np.float16]) -> NDArray[np.int16]:
 
 
 def frozen(array: NDArray) -> NDArray:
-    """A contiguous, read-only view: numba compiles a loop again for arrays that can be written, so it gets none."""
+    """Return a contiguous, read-only view: numba compiles another version of a loop for arrays that can be written."""
     view = np.ascontiguousarray(array).view()
     view.flags.writeable = False
     return view
 
 
 def refuse_non_finite(bad: int, units: int) -> None:
-    """Raise ValueError for the map number `bad` of a kernel, of so many units; -1 means that all are finite."""
+    """Raise ValueError for the map number `bad` of a kernel, given the number of units; -1: all maps are finite."""
     if bad >= 0:
         image, unit = divmod(int(bad), units)
         raise ValueError(

@@ -1,9 +1,9 @@
-"""Colour names: which of eleven basic colour terms a pixel would be called by.
+"""Name the colour of each pixel with one of eleven basic colour terms.
 
-The eleven terms are those of Berlin & Kay, *Basic Color Terms* (1969). The partition of the colour cube below is a rule
-written down by hand and not learned from anybody's naming data: hue comes from HSV, lightness and chroma from CIELAB
-(D65), because HSV hue separates blue from purple cleanly while CIELAB lightness is what makes dark orange *brown* and
-light red *pink*. Borderline colours (teal, beige, maroon) have no right answer; the rule is only made to be stable.
+The eleven terms are those of Berlin & Kay, *Basic Color Terms* (1969). A handwritten rule partitions the colour cube;
+it was not learned from anybody's naming data. Hue comes from HSV, because HSV hue separates blue from purple cleanly;
+lightness and chroma come from CIELAB (D65), because CIELAB lightness makes dark orange *brown* and light red *pink*.
+Borderline colours (teal, beige, maroon) have no right answer, so the rule is only required to be stable.
 """
 
 from functools import lru_cache
@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 COLOURS = ("black", "grey", "white", "red", "orange", "yellow", "green", "blue", "purple", "pink", "brown")
 
-BITS = 5  # a channel; 32,768 table entries, each named by the colour at its bin's centre
-BLOCK = 1 << 16  # pixels at a time, so that the index array stays in the cache
+BITS = 5  # per channel; 32,768 table entries, each named after the colour at its bin's centre
+BLOCK = 1 << 16  # pixels at a time, so that the index array stays in cache
 
 
 def colour_names(rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -31,7 +31,7 @@ def colour_names(rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
         Index into `COLOURS`.
     """
     if rgb.dtype != np.uint8 or rgb.ndim == 0 or rgb.shape[-1] != 3:
-        raise ValueError(f"colour_names wants uint8 of shape (..., 3), found {rgb.dtype} of shape {rgb.shape}")
+        raise ValueError(f"colour_names expects uint8 of shape (..., 3), found {rgb.dtype} of shape {rgb.shape}")
     table = colour_table()
     names = np.empty(rgb.shape[:-1], np.uint8)
     if rgb.ndim == 1:
@@ -44,7 +44,7 @@ def colour_names(rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def _index(rgb: NDArray[np.uint8]) -> NDArray[np.intp]:
-    """Number of the table entry of each pixel: the high bits of red, green and blue side by side."""
+    """Return each pixel's index into the table: the high bits of red, green and blue side by side."""
     drop = 8 - BITS
     index = (rgb[..., 0] >> drop).astype(np.intp)
     for channel in (1, 2):
@@ -55,7 +55,7 @@ def _index(rgb: NDArray[np.uint8]) -> NDArray[np.intp]:
 
 @lru_cache(maxsize=1)
 def colour_table() -> NDArray[np.uint8]:
-    """The colour name of every bin, shape (2 ** (3 * BITS),), red in the highest bits."""
+    """Return the colour name of every bin, shape (2 ** (3 * BITS),), with red in the highest bits."""
     level = (np.arange(1 << BITS) + 0.5) / (1 << BITS)
     red, green, blue = np.meshgrid(level, level, level, indexing="ij")
     table = _partition(np.stack([red, green, blue], axis=-1)).reshape(-1)
@@ -64,7 +64,7 @@ def colour_table() -> NDArray[np.uint8]:
 
 
 def _partition(rgb: NDArray[np.float64]) -> NDArray[np.uint8]:
-    """Colour name of sRGB in [0, 1]. Later lines overrule earlier ones."""
+    """Name colours of sRGB in [0, 1]. Later lines override earlier ones."""
     hue, value = _hue_value(rgb)
     lightness, chroma = _lightness_chroma(rgb)
     name = np.full(hue.shape, COLOURS.index("red"), np.uint8)
@@ -96,7 +96,7 @@ def _partition(rgb: NDArray[np.float64]) -> NDArray[np.uint8]:
 
 
 def _hue_value(rgb: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """HSV hue in degrees [0, 360), 0 for greys, and HSV value in [0, 1]."""
+    """Return HSV hue in degrees [0, 360), 0 for greys, and HSV value in [0, 1]."""
     red, green, blue = np.moveaxis(rgb, -1, 0)
     value = rgb.max(-1)
     spread = value - rgb.min(-1)
@@ -110,7 +110,7 @@ def _hue_value(rgb: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[n
 
 
 def _lightness_chroma(rgb: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """CIELAB L* in [0, 100] and C*ab of sRGB (IEC 61966-2-1, white point D65)."""
+    """Return CIELAB L* in [0, 100] and C*ab of sRGB (IEC 61966-2-1, white point D65)."""
     linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
     to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
     xyz = linear @ to_xyz.T / to_xyz.sum(1)

@@ -1,4 +1,4 @@
-"""Attention weights as they are before they meet the values, and how far they reach across the image."""
+"""Compute attention weights before they meet the values, and how far they reach across the image."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ def attention_weights(
     causal: bool = False,
     scale: float | None = None,
 ) -> torch.Tensor:
-    """softmax(scale * query keyᵀ + mask), (..., query, key) float32: what a fused kernel does not give out.
+    """Compute softmax(scale * query keyᵀ + mask), (..., query, key) float32, which fused kernels do not return.
 
     Parameters
     ----------
     query, key : (..., head, token, unit), as `torch.nn.functional.scaled_dot_product_attention` takes them: after
-        projection, normalisation and rotation. Of grouped heads, `key` has a divisor of the number of heads of `query`.
-    mask : broadcast to (..., query, key); boolean: False is masked; else it is added.
-    causal : each token attends to itself and those before it.
+        projection, normalisation and rotation. With grouped heads, the number of heads of `key` divides that of
+        `query`.
+    mask : broadcast to (..., query, key). A boolean mask is False where masked; any other is added.
+    causal : each token attends to itself and to those before it.
     scale : default 1 / sqrt(units).
     """
     query, key = query.float(), key.float()
@@ -38,9 +39,9 @@ def attention_weights(
 
 
 def distances(grid: tuple[int, int], patch: tuple[float, float]) -> torch.Tensor:
-    """(position, position) float64: pixels between the centres of the patches of a grid (y, x), row by row.
+    """Compute the pixels between the centres of the patches of a grid (y, x), row by row: (position, position) float64.
 
-    `patch` is the height and width of one in pixels.
+    `patch` is the height and width of a patch in pixels.
     """
     y, x = torch.meshgrid(*(torch.arange(side, dtype=torch.float64) for side in grid), indexing="ij")
     place = torch.stack([y.flatten() * patch[0], x.flatten() * patch[1]], 1)
@@ -48,17 +49,17 @@ def distances(grid: tuple[int, int], patch: tuple[float, float]) -> torch.Tensor
 
 
 def mean_distance(weights: torch.Tensor, distance: torch.Tensor, special: int = 0) -> torch.Tensor:
-    """(image, head, 2) float64: the distance over which the patches attend, on average over the attending patches.
+    """Compute the distance over which patches attend, averaged over the attending patches: (image, head, 2) float64.
 
-    Class and register tokens, which have no place, are dropped on both sides. First as the weights are, so that what
-    goes to those tokens counts as no distance; then with the weights of each patch renormalised to 1 over the patches
-    (NaN where a patch gives all its weight to other tokens).
+    Class and register tokens have no place in the image and are dropped on both sides. The first value uses the weights
+    as they are, so that a weight on such a token counts as distance zero. The second renormalises each patch's weights
+    to sum to 1 over the patches; it is NaN if a patch gives all its weight to other tokens.
 
     Parameters
     ----------
     weights : (image, head, query, key), tokens of the grid last.
-    distance : (position, position), as `distances` gives it.
-    special : tokens before those of the grid.
+    distance : (position, position), as `distances` returns it.
+    special : number of tokens before those of the grid.
     """
     weights = weights[..., special:, special:].double()
     distance = distance.to(weights.device)

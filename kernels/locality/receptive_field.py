@@ -1,4 +1,4 @@
-"""Effective receptive fields: which pixels the output at the centre of a layer depends on, and how far they reach.
+"""Measure effective receptive fields: the pixels on which the output at the centre of a layer depends, and their reach.
 
 The effective receptive field is |d (sum over units of the centre position) / d input|, averaged over images (Luo et
 al., "Understanding the effective receptive field in deep convolutional neural networks", NeurIPS 2016; Raghu et al.,
@@ -18,11 +18,11 @@ SHARE = 1 - 0.9545  # of the maximum, above which a pixel counts: two standard d
 
 @dataclass(frozen=True)
 class Extent:
-    """How far a receptive field reaches, in pixels; all NaN where no pixel has any weight.
+    """How far a receptive field reaches, in pixels; all NaN if no pixel has any weight.
 
     Attributes
     ----------
-    area : pixels above 1 - 0.9545 of the maximum.
+    area : number of pixels above 1 - 0.9545 of the maximum.
     radius : of the disc of that area.
     deviation : (y, x), the standard deviation of the field as a distribution, about its own mean.
     """
@@ -33,14 +33,17 @@ class Extent:
 
 
 def centre(grid: tuple[int, int]) -> tuple[int, int]:
-    """The centre position (y, x) of a grid. Of an even number of rows it is the lower of the two in the middle, of an
-    even number of columns the right one: one position of the grid, whatever its size, and not a mean of several, whose
-    field would be larger."""
+    """Return the centre position (y, x) of a grid.
+
+    Of an even number of rows it is the lower of the two in the middle, of an even number of columns the right one. It
+    is one position of the grid, whatever the grid's size, because the field of a mean of several positions would be
+    larger.
+    """
     return grid[0] // 2, grid[1] // 2
 
 
 def extent(field: NDArray) -> Extent:
-    """Area, radius and standard deviation of a receptive field (y, x) of weights that are not negative."""
+    """Compute area, radius and standard deviation of a receptive field (y, x) of non-negative weights."""
     field = np.asarray(field, np.float64)
     largest = field.max(initial=0)
     if not largest > 0:

@@ -1,4 +1,4 @@
-"""Residual additions: how much of their sum is passed on as it was, against what the branch adds to it."""
+"""Measure residual additions: how much of the sum is passed on unchanged, compared with what the branch adds."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 
 def norm_ratio(skip: torch.Tensor, branch: torch.Tensor, dim: int) -> torch.Tensor:
-    """||z|| / ||f(z)|| along the units `dim`, float64; NaN where f(z) is zero.
+    """Compute ||z|| / ||f(z)|| along the units `dim`, float64; NaN where f(z) is zero.
 
     Raghu et al., "Do vision transformers see like convolutional neural networks?" (NeurIPS 2021), section 5.
     """

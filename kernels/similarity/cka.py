@@ -1,4 +1,4 @@
-"""Linear CKA from Gram matrices, over minibatches: estimators of HSIC, their ratio, and how far it can be trusted.
+"""Compute linear CKA from Gram matrices, over minibatches: estimators of HSIC, their ratio, and its uncertainty.
 
 K and L are Gram matrices (image, image) of two layers for the same n images, and HSIC measures their dependence:
 
@@ -9,10 +9,10 @@ K and L are Gram matrices (image, image) of two layers for the same n images, an
               network representations revisited", ICML 2019, equation 3)
 
 CKA over minibatches is the ratio of averages, mean HSIC(K, L) / sqrt(mean HSIC(K, K) mean HSIC(L, L)) (Nguyen et al.,
-"Do wide and deep networks learn the same things?", ICLR 2021), never the average of ratios. HSIC1 of independent layers
-is negative half of the time; nothing is clamped.
+"Do wide and deep networks learn the same things?", ICLR 2021), never the average of ratios. For independent layers,
+HSIC1 is negative half of the time; nothing is clamped.
 
-Gram matrices come packed: their upper triangle with the diagonal, row by row, as `pack` makes it. All in float64.
+Gram matrices come packed by `pack`: the upper triangle with the diagonal, row by row. Everything is in float64.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 Estimator = Literal["unbiased", "biased"]
 
-FEWEST = {"unbiased": 4, "biased": 2}  # images of a minibatch
+FEWEST = {"unbiased": 4, "biased": 2}  # images per minibatch
 
 
 def pack(gram: NDArray) -> Floats:
-    """(..., image, image) → (..., n (n + 1) / 2): the upper triangle with the diagonal, row by row."""
+    """Pack matrices (..., image, image) into (..., n (n + 1) / 2): the upper triangle with the diagonal, row by row."""
     n = gram.shape[-1]
     return np.asarray(gram.reshape(*gram.shape[:-2], n * n).take(_upper(n), -1), np.float64)
 
 
 @functools.cache
 def _upper(n: int) -> NDArray[np.int64]:
-    """Where the upper triangle of a matrix of n rows is, row by row."""
+    """Return the flat indices of the upper triangle of an n x n matrix, row by row."""
     rows, columns = np.triu_indices(n)
     return rows * n + columns
 
 
 def unpack(packed: NDArray) -> Floats:
-    """The inverse of `pack`."""
+    """Invert `pack`."""
     n = images_of(packed.shape[-1])
     rows, columns = np.triu_indices(n)
     gram = np.empty((*packed.shape[:-1], n, n))
@@ -56,7 +56,7 @@ def unpack(packed: NDArray) -> Floats:
 
 
 def images_of(pairs: int) -> int:
-    """How many images have so many pairs, an image with itself among them."""
+    """Return the number of images that have this many pairs, counting each image with itself."""
     n = (math.isqrt(8 * pairs + 1) - 1) // 2
     if n * (n + 1) // 2 != pairs:
         raise ValueError(f"{pairs} is not n (n + 1) / 2 for any number of images n")
@@ -64,16 +64,16 @@ def images_of(pairs: int) -> int:
 
 
 def centred(packed: NDArray, estimator: Estimator) -> Floats:
-    """(layer, pair): the centred matrices as vectors whose scalar product is HSIC of two layers.
+    """Centre packed matrices (layer, pair) into vectors whose scalar product is HSIC of two layers.
 
     Raises
     ------
     ValueError
-        Fewer than four images, for which the unbiased estimator is not defined (biased: fewer than two).
+        If there are fewer than four images, for which the unbiased estimator is undefined (biased: fewer than two).
     """
     n = images_of(packed.shape[-1])
     if n < FEWEST[estimator]:
-        raise ValueError(f"{n} images: the {estimator} estimator takes at least {FEWEST[estimator]}")
+        raise ValueError(f"{n} images: the {estimator} estimator needs at least {FEWEST[estimator]}")
     gram = unpack(packed)
     # Each pair of different images stands for two entries of the matrix.
     if estimator == "unbiased":
@@ -93,8 +93,10 @@ def centred(packed: NDArray, estimator: Estimator) -> Floats:
 
 
 def hsic(packed: NDArray, estimator: Estimator) -> Floats:
-    """(layer, layer) of one minibatch, from the Gram matrices (layer, pair) of all layers, those of several networks
-    among them."""
+    """Compute HSIC (layer, layer) of one minibatch from the Gram matrices (layer, pair) of all layers.
+
+    The layers may belong to several networks.
+    """
     vectors = centred(packed, estimator)
     return vectors @ vectors.T
 
@@ -105,11 +107,11 @@ class Cka:
 
     Attributes
     ----------
-    cka : (layer, layer); NaN where it is not defined.
-    standard_error : (layer, layer), by jackknife over minibatches; NaN where there is a single one.
+    cka : (layer, layer); NaN where undefined.
+    standard_error : (layer, layer), by jackknife over minibatches; NaN if there is only one.
     influence : (layer, layer), the largest change of a cell when one minibatch is left out.
-    most_influential : (layer, layer), the minibatch that is; -1 where that is not defined.
-    constant : (layer), layers of which HSIC with themselves is zero: they give the same for all images.
+    most_influential : (layer, layer), that minibatch; -1 where undefined.
+    constant : (layer), layers whose HSIC with themselves is zero: they give the same output for all images.
     """
 
     cka: Floats
@@ -120,12 +122,12 @@ class Cka:
 
 
 def cka(hsic: Floats, weight: NDArray, epoch: NDArray | None = None) -> Cka:
-    """Linear CKA over minibatches.
+    """Compute linear CKA over minibatches.
 
     Parameters
     ----------
     hsic : (minibatch, layer, layer).
-    weight : (minibatch), n (n - 3) say; where all minibatches are of one size, any constant.
+    weight : (minibatch), for example n (n - 3); any constant if all minibatches have one size.
     epoch : as for `jackknife`.
     """
     hsic = np.asarray(hsic, np.float64)
@@ -141,12 +143,12 @@ def cka(hsic: Floats, weight: NDArray, epoch: NDArray | None = None) -> Cka:
 
 
 def ratio(hsic: Floats) -> Floats:
-    """CKA (layer, layer) from HSIC summed or averaged over minibatches; NaN for a layer without any with itself."""
+    """Compute CKA (layer, layer) from HSIC summed or averaged over minibatches; NaN for a constant layer."""
     own = np.diagonal(hsic)
-    # Roots apart: the product of two small numbers may be zero.
+    # Separate roots, because the product of two small numbers may be zero.
     length = np.sqrt(np.where(own > 0, own, np.nan))
     found = hsic / np.outer(length, length)
-    # A layer is itself, to the last digit.
+    # A layer agrees with itself to the last digit.
     found[np.diag_indices_from(found)] = np.where(own > 0, 1.0, np.nan)
     return found
 
@@ -154,15 +156,17 @@ def ratio(hsic: Floats) -> Floats:
 def jackknife(
     statistic: Callable[[Floats], Floats], hsic: Floats, weight: NDArray, epoch: NDArray | None = None
 ) -> tuple[Floats, Floats]:
-    """A statistic of summed HSIC, and its standard error by leaving out one minibatch at a time; NaN for a single one.
+    """Compute a statistic of summed HSIC, and its standard error by leaving out one minibatch at a time.
+
+    The standard error is NaN if there is only one minibatch.
 
     Parameters
     ----------
-    statistic : from HSIC (layer, layer), summed over minibatches, to numbers of any shape; scale must not matter.
+    statistic : from HSIC (layer, layer), summed over minibatches, to numbers of any shape; it must not depend on scale.
     hsic, weight : (minibatch, layer, layer), or any sums over images of as many dimensions; (minibatch).
-    epoch : (minibatch), which epoch each is of; default: all of one. Minibatches of one epoch share no image. They are
-        left out within their epoch, and the variances of the epochs averaged: that the same images were shuffled again
-        makes no standard error smaller.
+    epoch : (minibatch), the epoch of each; by default all are of one epoch. Minibatches of one epoch share no image.
+        Each is left out within its epoch, and the variances of the epochs are averaged: shuffling the same images again
+        does not reduce the standard error.
     """
     weighted = np.asarray(hsic, np.float64) * np.asarray(weight, np.float64)[:, None, None]
     epoch = np.zeros(len(weighted), int) if epoch is None else np.asarray(epoch)

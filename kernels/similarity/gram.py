@@ -1,4 +1,4 @@
-"""Gram matrices of a layer's outputs: what linear CKA and its relatives are made from, whatever the layer's shape."""
+"""Compute Gram matrices of a layer's outputs, the input of linear CKA and its relatives, whatever the layer's shape."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ from collections.abc import Iterator
 
 import torch
 
-FEATURES = 4096  # of one product in float32, which stay in the cache: more lose digits and time
+FEATURES = 4096  # per product in float32; they stay in cache, and more would lose digits and time
 SAFE = 2.0**-60, 2.0**100  # squared lengths whose products neither vanish nor overflow in float32
 FAR = 8  # squared distance of the first image from the mean over that of the median image, above which it is an outlier
 
 
 def gram(output: torch.Tensor) -> torch.Tensor:
-    """The Gram matrix X Xᵀ of the images of a minibatch, (image, image) float64 on the output's device.
+    """Compute the Gram matrix X Xᵀ of the images of a minibatch, (image, image) float64 on the output's device.
 
-    X is (image, feature): the output, flattened, minus its mean over the images. What is subtracted in float32 is the
-    first image, exactly so for a feature whose mean is much larger than its spread, and without a pass over the output
-    to find the mean; products of 4096 features each are made in float32 and added in float64, where the matrix is
-    centred. Where the first image is an outlier, whose length would take digits from all products, it is done again
-    with the image nearest to the mean. The matrix of a layer that gives the same for every image is exactly zero.
+    X is (image, feature): the output, flattened, minus its mean over the images. In float32 the first image is
+    subtracted instead of the mean. This is exact for a feature whose mean is much larger than its spread, and it needs
+    no pass over the output to find the mean. Products of 4096 features each are computed in float32 and added in
+    float64, where the matrix is centred. If the first image is an outlier, its length would cost all products digits,
+    so the product is computed again with the image nearest to the mean. The matrix of a layer that gives the same
+    output for every image is exactly zero.
 
     Parameters
     ----------
@@ -28,7 +29,7 @@ def gram(output: torch.Tensor) -> torch.Tensor:
     exponent = 0
     found = _product(output, exponent, 0)
     if not SAFE[0] <= float(found.diagonal().amax()) <= SAFE[1]:
-        # Squares of very small or very large values: once more, divided by a power of two, which changes no digit.
+        # The squares are too small or too large: repeat with values over a power of two, which changes no digit.
         size = float(output.abs().amax())
         if not math.isfinite(size):
             return found
@@ -41,10 +42,10 @@ def gram(output: torch.Tensor) -> torch.Tensor:
 
 
 def _product(output: torch.Tensor, exponent: int, origin: int) -> torch.Tensor:
-    """The Gram matrix of the output over 2 to the exponent, from one of its images."""
+    """Compute the Gram matrix of the output over 2 to the exponent, relative to one of its images."""
     n = len(output)
     found = torch.zeros((n, n), dtype=torch.float64, device=output.device)
-    # Memory of their own: new one for each part would be asked of the system, and cost a tenth of the time.
+    # The parts share a buffer: allocating memory for each would cost a tenth of the time.
     room = found.new_empty(n * FEATURES, dtype=torch.float32)
     product = room.new_empty((n, n))
     for part in _parts(_in_memory_order(output)):
@@ -58,14 +59,14 @@ def _product(output: torch.Tensor, exponent: int, origin: int) -> torch.Tensor:
 
 
 def _centred(found: torch.Tensor) -> torch.Tensor:
-    """HKH with H = I - 11ᵀ / n: the Gram matrix from the mean, whatever it was from."""
+    """Compute HKH with H = I - 11ᵀ / n: the Gram matrix relative to the mean, whatever its origin was."""
     mean = found.mean(0)
     mean -= mean.mean() / 2
     return found - (mean + mean[:, None])
 
 
 def _parts(output: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Views (image, ...) of at most `FEATURES` features each, which together are the output."""
+    """Yield views (image, ...) of at most `FEATURES` features each, which together are the output."""
     inner = output[0, 0].numel()
     if inner > FEATURES:
         for one in output.unbind(1):
@@ -75,7 +76,7 @@ def _parts(output: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 def _in_memory_order(output: torch.Tensor) -> torch.Tensor:
-    """(image, feature, ...), the features in the order of the memory, as good as any other and the fastest."""
+    """Return (image, feature, ...) with the features in memory order: as good as any other order, and the fastest."""
     if output.ndim == 1:
         return output[:, None]
     strides = output.stride()

@@ -5,17 +5,36 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pipeline.errors import MicrotomeError
-from pipeline.plan import job as stage
 from pipeline.storage.manifest import Files, Manifest
-from pipeline.storage.store import Reader
+from pipeline.storage.record import Record
+from pipeline.storage.store import Reader, StoreRef
 
-if TYPE_CHECKING:
-    from pipeline.plan.step import Plan, Step
+
+class Ingested(Record):
+    """What the manifest of `ingest` says of a data set.
+
+    Attributes
+    ----------
+    images : slots, those of removed images included. size : (height, width).
+    splits : valid images by split and shard.
+    contents : of each shard, the digest of its pixels; None: no image of it is used.
+    records : of each shard, the id of what it was made from; None likewise.
+    refused, ignored : how many inputs were refused, and how many files are no images.
+    """
+
+    images: int
+    size: tuple[int, int]
+    shard_images: int
+    classes: list[str]
+    splits: dict[str, dict[str, int]]
+    contents: list[str | None]
+    records: list[str | None]
+    refused: int
+    ignored: int
 
 
 @dataclass(frozen=True)
@@ -33,25 +52,20 @@ class Images:
     shard_images: int
     contents: Sequence[str | None]
     splits: dict[str, dict[str, int]]  # valid images by split and shard
-
-    @staticmethod
-    def of(plan: Plan, step: Step) -> Images:
-        """The images that a step reads, from its parent `ingest`."""
-        ingest, manifest = plan.parent(step, "ingest")
-        assert ingest.dataset is not None
-        return Images.from_manifest(plan.results / ingest.dataset / "images.zarr", manifest)
+    classes: list[str]
 
     @staticmethod
     def from_manifest(store: Path, manifest: Manifest) -> Images:
-        facts = manifest.result
+        facts, ref = Ingested.read(manifest.result), StoreRef.of_manifest(store.parent, store.name, manifest.files)
         return Images(
-            store=store,
-            files=stage.below("images.zarr", manifest.files),
-            count=facts["images"],
-            size=(facts["size"][0], facts["size"][1]),
-            shard_images=facts["shard_images"],
-            contents=facts["contents"],
-            splits=facts["splits"],
+            ref.path,
+            ref.files,
+            facts.images,
+            facts.size,
+            facts.shard_images,
+            facts.contents,
+            facts.splits,
+            facts.classes,
         )
 
     def reader(self) -> Reader:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, assert_never
 
 import numpy as np
 
-from pipeline.config.core import (
+from pipeline.config.datasets import (
     AnyDataset,
     Cifar10,
     Csv,
@@ -94,7 +94,7 @@ def _remembered(memory: Path, scratch: Path) -> Summary | None:
 
 def _remember(memory: Path, made: Summary, listed: Listing, scratch: Path, began: int) -> None:
     from pipeline.data.snapshot import SETTLED_NS, stamp, unchanged
-    from pipeline.storage.manifest import write_atomically
+    from pipeline.storage.atomic import write_atomically
 
     if not listed.walked and not listed.read:
         return

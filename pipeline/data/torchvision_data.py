@@ -20,8 +20,8 @@ from typing import Any
 
 from pipeline.data.snapshot import stamp
 from pipeline.errors import MicrotomeError
+from pipeline.storage.atomic import write_atomically
 from pipeline.storage.identity import digest
-from pipeline.storage.manifest import write_atomically
 from pipeline.workers.processes import in_own_process
 
 VERSION = 1

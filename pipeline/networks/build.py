@@ -9,152 +9,21 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import re
 import sys
 import types
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-
+from pipeline.config.networks import TRAINED_HERE, Described, NetworkSpec
 from pipeline.errors import MicrotomeError, nearest
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-RANDOM = "random"
-TRAINED_HERE = "train"
-FROM_RUN = "randomize:"  # before the names of a randomization experiment and of one of its runs
-PRETRAINED = "pretrained"  # the published weights of a library in which they have no names of their own
-LIBRARIES = ("torchvision", "timm", "transformers")
-_SOURCES = "`torchvision: name`, `timm: name`, `transformers: folder or name` and `module: path.py:function`"
 _LONGEST = 500  # characters of an error of others, which may list all keys of a network
-_TORCHVISION_WEIGHTS = re.compile(r"(\w+_Weights\.)?[A-Z][A-Z0-9_]*")
-
-
-class Described(Protocol):
-    """Anything with the fields of a `NetworkSpec`."""
-
-    @property
-    def torchvision(self) -> str | None: ...
-    @property
-    def timm(self) -> str | None: ...
-    @property
-    def transformers(self) -> str | None: ...
-    @property
-    def module(self) -> str | None: ...
-    @property
-    def arguments(self) -> dict[str, Any]: ...
-    @property
-    def weights(self) -> str: ...
-    @property
-    def local(self) -> str | None: ...
-    @property
-    def download(self) -> bool: ...
-    @property
-    def seed(self) -> int: ...
-    @property
-    def prefix(self) -> str | None: ...
-
-
-class NetworkSpec(BaseModel):
-    """What has to be known to build one network. Exactly one of the libraries and `module` is given."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    torchvision: str | None = Field(None, description="a name that `torchvision.models.get_model` knows")
-    timm: str | None = Field(None, description="a name that `timm.create_model` knows (extra `timm`)")
-    transformers: str | None = Field(
-        None, description="a folder with a config.json, or a name on the hub (extra `transformers`)"
-    )
-    module: str | None = Field(None, description="`path.py:function`; the function returns the network")
-    arguments: dict[str, Any] = Field(
-        default_factory=dict, description="keyword arguments of the builder; for transformers, entries of its config"
-    )
-    weights: str = Field(RANDOM, description="a checkpoint, `random` (the untrained control) or `train` (made here)")
-    local: str | None = Field(
-        None, description="the published file (transformers: folder) itself, where it is not in the library's cache"
-    )
-    download: bool = Field(False, description="fetch published weights that are not on this machine")
-    seed: int = Field(default=0, ge=0, lt=2**63, description="of the initial weights")
-    prefix: str | None = Field(
-        None, description="what every key of the checkpoint starts with and the network's keys do not, `module.` say"
-    )
-
-    @model_validator(mode="after")
-    def _one_source(self) -> NetworkSpec:
-        if sum(value is not None for value in (self.torchvision, self.timm, self.transformers, self.module)) != 1:
-            raise ValueError(f"a network needs exactly one of {_SOURCES}")
-        if self.module is not None:
-            file, colon, function = self.module.rpartition(":")
-            if not (colon and file and function.isidentifier()):
-                raise ValueError(f"module {self.module!r} is not of the form path.py:function")
-        return self
-
-    @model_validator(mode="after")
-    def _weights_of_the_source(self) -> NetworkSpec:
-        if self.weights == PRETRAINED and self.torchvision is not None:
-            raise ValueError(
-                "published weights of torchvision have names: give `weights: DEFAULT` or one of the others"
-            )
-        if self.weights == PRETRAINED and self.module is not None:
-            raise ValueError("a module has no published weights: give a checkpoint as `weights: path`")
-        if self.published and self.prefix is not None:
-            raise ValueError("`prefix` is for a checkpoint of your own; published weights have none")
-        if self.weights.startswith(FROM_RUN) and len(self.run or ()) != 2:
-            raise ValueError(f"weights of a run are named `{FROM_RUN}<experiment>/<run>`, found {self.weights!r}")
-        if self.local is not None and not self.published and self.transformers is None:
-            raise ValueError("`local` goes with published weights: name the file itself as `weights: path`")
-        return self
-
-    @classmethod
-    def of(cls, described: Described) -> NetworkSpec:
-        """The part of a larger description, a network of a configuration say, that builds the network."""
-        if type(described) is cls:
-            return described
-        return cls(**{name: getattr(described, name) for name in cls.model_fields})
-
-    @property
-    def library(self) -> str | None:
-        """The library whose network it is, or None for a module of one's own."""
-        return next((name for name in LIBRARIES if getattr(self, name) is not None), None)
-
-    @property
-    def architecture(self) -> str:
-        """The name by which messages call this network: the library's, or that of the building function."""
-        return self.torchvision or self.timm or self.transformers or self.module_function
-
-    @property
-    def published(self) -> bool:
-        """Whether the weights are those that the library publishes, by name, rather than a file, random or trained."""
-        if self.torchvision is not None:
-            return _TORCHVISION_WEIGHTS.fullmatch(self.weights) is not None
-        return self.module is None and self.weights == PRETRAINED
-
-    @property
-    def run(self) -> tuple[str, ...] | None:
-        """Names of the randomization experiment and of its run that the weights are of; None where they are not."""
-        if not self.weights.startswith(FROM_RUN):
-            return None
-        return tuple(filter(None, self.weights.removeprefix(FROM_RUN).split("/")))
-
-    @property
-    def weights_file(self) -> Path | None:
-        """The checkpoint, or None when the weights are random, trained here, of a run or published."""
-        if self.weights in (RANDOM, TRAINED_HERE) or self.published or self.run is not None:
-            return None
-        return Path(self.weights)
-
-    @property
-    def module_file(self) -> Path | None:
-        return Path(self.module.rpartition(":")[0]) if self.module is not None else None
-
-    @property
-    def module_function(self) -> str:
-        return self.module.rpartition(":")[2] if self.module is not None else ""
 
 
 def load(described: Described, weights_path: str | Path | None = None) -> nn.Module:

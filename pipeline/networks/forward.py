@@ -12,16 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.config.core import Network, Segmenter
+from pipeline.config.networks import Network, Segmenter
 from pipeline.errors import MicrotomeError
-from pipeline.storage.identity import digest
-from pipeline.workers.pool import computing, device
+from pipeline.workers.devices import device
+from pipeline.workers.tasks import computing
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from pipeline.plan.step import Plan, Step
 
 HALF_MAX = 65504.0  # of float16
 
@@ -43,27 +42,6 @@ class Model:
 
 class NonFiniteError(Exception):
     """A layer's output holds a NaN or an infinity; args: layer, image index."""
-
-    def told(self, step: Step, image_id: Sequence[str] | np.ndarray) -> MicrotomeError:
-        """The error as a person reads it; `image_id` of every slot."""
-        layer, index = self.args
-        return MicrotomeError(
-            f"network {step.network!r}, layer {layer!r}: the output for image {image_id[index]!r} of data set "
-            f"{step.dataset!r} is not finite (NaN or infinity)"
-        )
-
-
-def model_of(plan: Plan, step: Step) -> Model:
-    """The network that a step reads, as tasks name it."""
-    network, manifest = plan.parent(step, "network")
-    assert network.network is not None
-    return Model(
-        network.network,
-        plan.networks[network.network].model_dump_json(),
-        plan.results / "networks" / network.network / "model.safetensors",
-        manifest.result["weights_sha256"],
-        digest(network.settings["architecture"]),
-    )
 
 
 def loaded(model: Model) -> torch.nn.Module:

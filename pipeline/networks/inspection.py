@@ -20,10 +20,10 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
-from pipeline.config.core import Segmenter
+from pipeline.config.networks import Described, NetworkSpec, Segmenter
 from pipeline.errors import MicrotomeError, nearest
 from pipeline.networks import segmenters
-from pipeline.networks.build import Described, NetworkSpec, build, load_weights
+from pipeline.networks.build import build, load_weights
 from pipeline.networks.graph.tail import Tail
 from pipeline.networks.graph.trace import UntraceableError, trace
 from pipeline.networks.layer import LayerInfo

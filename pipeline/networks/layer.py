@@ -1,6 +1,5 @@
 """What is known of a layer before any image, as tasks carry it: imported without torch."""
 
-import fnmatch
 from dataclasses import dataclass
 from typing import Literal
 
@@ -32,11 +31,3 @@ class LayerInfo:
     @property
     def spatial(self) -> bool:
         return self.shape[1] * self.shape[2] > 1
-
-
-def fits(name: str, pattern: str) -> bool:
-    """Whether a layer's name is this one, or fits a pattern: `*`, `?` and `[...]` stand for characters of one part."""
-    names, parts = name.split("."), pattern.split(".")
-    return name == pattern or (
-        len(names) == len(parts) and all(fnmatch.fnmatchcase(*pair) for pair in zip(names, parts, strict=True))
-    )

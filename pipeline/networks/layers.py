@@ -17,8 +17,9 @@ from typing import Any, Self
 import torch
 from torch import nn
 
+from pipeline.config.patterns import fits
 from pipeline.errors import MicrotomeError, nearest
-from pipeline.networks.layer import LayerInfo, Layout, fits
+from pipeline.networks.layer import LayerInfo, Layout
 
 # Class, distillation and register tokens of published transformers are at most a dozen. A larger rest means that the
 # grid was guessed wrong.

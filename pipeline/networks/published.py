@@ -20,11 +20,12 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from pipeline.config.core import Config, Network, Preprocessing, Segmenter
+from pipeline.config.core import Core
+from pipeline.config.networks import Network, NetworkSpec, Preprocessing, Segmenter
 from pipeline.errors import MicrotomeError
-from pipeline.networks.build import NetworkSpec, library, missing
+from pipeline.networks.build import library, missing
+from pipeline.storage.atomic import write_atomically
 from pipeline.storage.identity import FileDigests
-from pipeline.storage.manifest import write_atomically
 from pipeline.workers.processes import in_own_process
 
 MEMORY = "published.json"
@@ -68,7 +69,7 @@ class Request(BaseModel):
     network: NetworkSpec
 
 
-def resolve(config: Config, scratch: Path, digests: FileDigests) -> Config:
+def resolve(config: Core, scratch: Path, digests: FileDigests) -> Core:
     """The configuration with every network of a library, and every segmenter that a data set names, made explicit.
 
     Published weights get the path of their file as `local`, and the arguments that they ask of the builder; means and

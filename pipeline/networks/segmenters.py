@@ -10,23 +10,30 @@ from __future__ import annotations
 import functools
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.config.core import Head, Segmenter
+from pipeline.config.base import PIXELS, TRUTH
+from pipeline.config.core import Core
+from pipeline.config.datasets import AnyDataset
+from pipeline.config.networks import Head, NetworkSpec, Segmenter
+from pipeline.data import kinds as datasets
 from pipeline.errors import MicrotomeError, nearest
-from pipeline.networks.build import NetworkSpec, published_file
-from pipeline.stages.network import stage as network
+from pipeline.networks import identity, segmenters
+from pipeline.networks.build import published_file
 from pipeline.storage.identity import FileDigests, digest
 
 if TYPE_CHECKING:
     import torch
 
     from pipeline.data.label_maps import ClassList
+
+COLOUR = f"{PIXELS}/colour"  # the category computed from the pixels
+
 
 DEFAULT_OUTPUTS = ("out", "logits")  # torchvision's and transformers' names of the scores that count
 MODEL = "model"  # in place of a class list: the names that come with the network
@@ -38,8 +45,8 @@ MASK_SIZES = {"mask2former": (384, 384), "maskformer": None}
 def settings(spec: Segmenter, digests: FileDigests) -> dict[str, Any]:
     """What label maps of this source are made of, beside the pixels; class lists by their content."""
     return {
-        "architecture": network.architecture(spec, digests),
-        "checkpoint": network.weights_digest(spec, digests),
+        "architecture": identity.architecture(spec, digests),
+        "checkpoint": identity.weights_digest(spec, digests),
         "prefix": spec.prefix,
         "preprocessing": spec.preprocessing.model_dump(),
         "resize": spec.resize,
@@ -326,6 +333,21 @@ def _network(model: Model, size: tuple[int, int]) -> tuple[torch.nn.Module, dict
     from pipeline.networks.forward import placed
 
     spec = model.spec
-    if digest(network.weights_digest(spec, sha256)) != model.weights:
+    if digest(identity.weights_digest(spec, sha256)) != model.weights:
         raise MicrotomeError(f"segmenter {model.name!r}: its weights were changed during the run: run again")
     return placed(load(spec), spec), inspect(spec, size)
+
+
+def wanted_categories(dataset: AnyDataset, wanted: Core) -> dict[str, Sequence[str]]:
+    """Concept names by category, of the sources the configuration names, in its order."""
+    from kernels.images.colour_names import COLOURS
+
+    found: dict[str, Sequence[str]] = {}
+    for source in dataset.concepts:
+        if source == PIXELS:
+            found[COLOUR] = list(COLOURS)
+        else:
+            truth = source == TRUTH
+            own = datasets.truth_categories(dataset) if truth else concepts(wanted.segmenters[source])
+            found |= {f"{source}/{name}": list(names) for name, names in own.items()}
+    return found

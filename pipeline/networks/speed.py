@@ -16,7 +16,8 @@ from pydantic import BaseModel, ConfigDict
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.networks.build import NetworkSpec, build
+from pipeline.config.networks import NetworkSpec
+from pipeline.networks.build import build
 from pipeline.networks.layers import one_attention_path
 
 LONGEST = 4.0  # seconds of a probe, beside those of building the network

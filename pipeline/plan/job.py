@@ -1,122 +1,317 @@
-"""What every stage does at its beginning and its end, where the manifest is written that proves it finished."""
+"""A job: one step of a plan with all that a stage needs to do it."""
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import json
-import platform
-import subprocess
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from importlib.metadata import version
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.config.base import UNTRAINED
+from pipeline.config.cluster import Cluster
+from pipeline.config.core import Core
+from pipeline.config.datasets import AnyDataset
+from pipeline.config.networks import Network
+from pipeline.data.images import Images
+from pipeline.errors import MicrotomeError
+from pipeline.networks.forward import Model, NonFiniteError
+from pipeline.plan.step import Plan, Step
+from pipeline.storage.atomic import write_atomically
 from pipeline.storage.identity import digest
-from pipeline.storage.manifest import Files, Manifest, remove_others, write_atomically
+from pipeline.storage.manifest import Files, Manifest, latest, remove_others
+from pipeline.storage.provenance import provenance
+from pipeline.storage.record import Record
+from pipeline.workers import client, memory, resumable
+from pipeline.workers.resumable import Done, Parts
 
 if TYPE_CHECKING:
-    from pipeline.plan.step import Plan, Step
+    import numpy as np
 
 UNFINISHED = "unfinished"  # folder of the scratch folder: what steps that were begun refer to
-PACKAGES = ("torch", "torchvision", "numpy", "numba", "zarr", "dask", "snakemake")
 
 
-def begin(plan: Plan, step: Step) -> float:
-    """Remove the manifests that describe what this step is about to rewrite; return the time it began."""
-    remove_others((plan.results / step.manifest).parent, step.stage)
-    return time.time()
+class Job:
+    """One step of a plan, as its stage sees it.
 
-
-def refers_to(plan: Plan, step: Step, folders: Iterable[Path]) -> None:
-    """Note the folders that a step fills, so that they are not swept up before it is finished."""
-    names = sorted({folder.relative_to(plan.results).as_posix() for folder in folders})
-    write_atomically(_note(plan, step), json.dumps({"step": step.name, "folders": names}))
-
-
-def noted(plan: Plan, step: Step) -> list[str]:
-    """The folders, relative to the results, that a step had begun to fill when it was interrupted."""
-    try:
-        return json.loads(_note(plan, step).read_text())["folders"]
-    except (OSError, ValueError):
-        return []
-
-
-def _note(plan: Plan, step: Step) -> Path:
-    of = [step.dataset, step.network, *([step.comparison] if step.comparison else [])]
-    return plan.scratch / UNFINISHED / f"{step.stage}.{digest(of)}.json"
-
-
-def finish(
-    plan: Plan,
-    step: Step,
-    began: float,
-    output: str,
-    files: Files,
-    result: Mapping[str, Any] | None = None,
-    includes: Mapping[str, str] | None = None,
-    made: tuple[int, int] | None = None,
-) -> Manifest:
-    """Write the manifest of a finished step.
-
-    Parameters
-    ----------
-    began : as `begin` returned it.
-    output : digest of the output.
-    files : size and crc32c of its files, relative to the folder that holds `done/`.
-    result, includes : as in `Manifest`.
-    made : how many shards were made now, of how many; the others were there.
+    A stage reads its settings, its parents' manifests, images and network here; it begins, notes what it fills, and
+    finishes with a manifest. `stages` are those of the registry by name (`pipeline.plan.stage.Stage`).
     """
-    manifest = Manifest(
-        stage=step.stage,
-        id=step.id,
-        digest=output,
-        parents={path: plan.manifest(plan.steps[path]).digest for path in step.parents},
-        files=files,
-        includes=includes or {},
-        result=result or {},
-        settings=step.settings,
-        provenance=provenance()
-        | {"began": began, "seconds": round(time.time() - began, 3)}
-        | ({"made": made[0], "shards": made[1]} if made else {}),
-    )
-    manifest.write(plan.results / step.manifest)
-    _note(plan, step).unlink(missing_ok=True)
-    return manifest
+
+    def __init__(self, plan: Plan, step: Step, stages: Mapping[str, Any]) -> None:
+        self._plan, self._step, self.stages = plan, step, stages
+        self._began = time.time()
+
+    # What it is -------------------------------------------------------------------------------------------------------
+
+    @property
+    def step(self) -> Step:
+        return self._step
+
+    @property
+    def stage(self) -> Any:
+        """Its `pipeline.plan.stage.Stage`."""
+        return self.stages[self._step.stage]
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return self._step.name
+
+    @property
+    def id(self) -> str:
+        return self._step.id
+
+    @property
+    def dataset(self) -> str:
+        """The name of its data set."""
+        return _there(self._step.dataset, self, "data set")
+
+    @property
+    def network(self) -> str:
+        """The name of its network: one of the configuration, a control, or a copy."""
+        return _there(self._step.network, self, "network")
+
+    @property
+    def experiment(self) -> str:
+        """The name of its experiment, or of its comparison."""
+        return _there(self._step.experiment, self, "experiment")
+
+    @cached_property
+    def settings(self) -> Any:
+        """Everything its id is made of, beside the version and the parents, as its stage types it."""
+        return self.stage.settings.read(self._step.settings)
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """What its id is the digest of, as JSON: the settings, `version`, and `parents`, the ids of what it reads."""
+        return self._step.settings
+
+    @property
+    def config(self) -> Core:
+        return self._plan.config
+
+    @property
+    def cluster(self) -> Cluster:
+        return self.config.cluster
+
+    @property
+    def section(self) -> Any:
+        """The stage's own section of the configuration."""
+        assert self.stage.section is not None
+        return self.config.section(self.stage.section.key)
+
+    @property
+    def dataset_spec(self) -> AnyDataset:
+        return self.config.datasets[self.dataset]
+
+    @property
+    def network_spec(self) -> Network:
+        return self._plan.networks[self.network]
+
+    @property
+    def original(self) -> str:
+        """The network of the configuration that its network is the control or a copy of; else that itself."""
+        return self._plan.original(self.network)
+
+    @property
+    def splits(self) -> Mapping[str, int]:
+        """The images of each split of its data set, as they are listed."""
+        return self._plan.splits[self.dataset]
+
+    @property
+    def is_control(self) -> bool:
+        """Whether its network is an untrained control."""
+        return self.network.endswith(UNTRAINED)
+
+    # Where it is ------------------------------------------------------------------------------------------------------
+
+    @property
+    def results(self) -> Path:
+        return self._plan.results
+
+    @property
+    def scratch(self) -> Path:
+        """Folder for what may be lost at any time."""
+        return self._plan.scratch
+
+    @property
+    def manifest(self) -> Path:
+        """The file that proves it finished."""
+        return self.results / self._step.manifest
+
+    @property
+    def folder(self) -> Path:
+        """The folder of its results, which holds `done/`."""
+        return self.manifest.parent.parent
+
+    @property
+    def dataset_folder(self) -> Path:
+        return self.results / self.dataset
+
+    @property
+    def command(self) -> str:
+        """What a person types to have it done."""
+        return self._plan.command(self._step.stage)
+
+    # What it reads ----------------------------------------------------------------------------------------------------
+
+    def parent(self, stage: str) -> Manifest:
+        """Return the manifest of its parent of this stage."""
+        return self._plan.manifest(self._plan.parent(self._step, stage))
+
+    def parent_job(self, stage: str) -> Job:
+        """Return its parent of this stage as a job; `KeyError` where it has none."""
+        return Job(self._plan, self._plan.parent(self._step, stage), self.stages)
+
+    @property
+    def parents(self) -> list[Job]:
+        """Its parents as jobs, in the order of its id."""
+        return [Job(self._plan, self._plan.steps[path], self.stages) for path in self._step.parents]
+
+    def jobs(self, stage: str | None = None) -> Iterator[Job]:
+        """All jobs of the plan, or those of one stage."""
+        return jobs(self._plan, self.stages, stage)
+
+    def beside(self, stage: str, network: str | None = None) -> Job | None:
+        """Return the job of another stage for the same data set and network, or for another network; None: no such."""
+        network = network or self.network
+        same = (job for job in self.jobs(stage) if (job._step.dataset, job._step.network) == (self.dataset, network))
+        return next(same, None)
+
+    @cached_property
+    def images(self) -> Images:
+        """The images of its parent `ingest`."""
+        ingested = self.parent_job("ingest")
+        return Images.from_manifest(ingested.folder / "images.zarr", self.parent("ingest"))
+
+    @cached_property
+    def model(self) -> Model:
+        """The network of its parent `network`, as tasks name it."""
+        made = self.parent_job("network")
+        return Model(
+            made.network,
+            made.network_spec.model_dump_json(),
+            made.folder / "model.safetensors",
+            self.parent("network").result["weights_sha256"],
+            digest(made.identity["architecture"]),
+        )
+
+    def read(self) -> Manifest:
+        """Return its own manifest."""
+        return Manifest.read(self.manifest)
+
+    def before(self) -> Manifest | None:
+        """Return the manifest of the last time that this was done, with whatever settings."""
+        return latest(self.manifest.parent, self._step.stage)
+
+    def resumed(
+        self,
+        workers: Any,
+        task: Callable[..., Done],
+        stores: Mapping[str, Parts],
+        arguments: Callable[[str, list[str]], tuple],
+        remedy: str,
+        what: str = "",
+    ) -> set[str]:
+        """Do every part that some store lacks; see `pipeline.workers.resumable.resumed`."""
+        label = f"{self.name}: {what}" if what else self.name
+        return resumable.resumed(workers, task, stores, arguments, label, remedy)
+
+    # Doing it ---------------------------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Remove the manifests that describe what this job is about to rewrite."""
+        remove_others(self.manifest.parent, self._step.stage)
+        self._began = time.time()
+
+    def workers(self) -> AbstractContextManager[Any]:
+        """Return the client of the run's workers."""
+        return client.client(self.cluster, self.scratch)
+
+    def check_memory(self, need: float, remedy: str, what: str = "") -> None:
+        """Refuse tasks that need more bytes each than a worker may use."""
+        memory.check_memory(self.cluster, need, what or self.name, remedy)
+
+    def refers_to(self, folders: Iterable[Path]) -> None:
+        """Note the folders that this job fills, so that they are not swept up before it is finished."""
+        names = sorted({folder.relative_to(self.results).as_posix() for folder in folders})
+        write_atomically(self._note, json.dumps({"step": self.name, "folders": names}))
+
+    def noted(self) -> list[str]:
+        """Return the folders, relative to the results, that it had begun to fill when it was interrupted."""
+        try:
+            return json.loads(self._note.read_text())["folders"]
+        except (OSError, ValueError):
+            return []
+
+    @property
+    def _note(self) -> Path:
+        key = self._step.key
+        of = [key.dataset, key.network, *([key.experiment] if key.experiment else [])]
+        return self.scratch / UNFINISHED / f"{self._step.stage}.{digest(of)}.json"
+
+    def told(self, error: NonFiniteError, image_id: Sequence[str] | np.ndarray) -> MicrotomeError:
+        """Return the error as a person reads it; `image_id` of every slot."""
+        layer, index = error.args
+        return MicrotomeError(
+            f"network {self.network!r}, layer {layer!r}: the output for image {image_id[index]!r} of data set "
+            f"{self.dataset!r} is not finite (NaN or infinity)"
+        )
+
+    @contextlib.contextmanager
+    def finite(self, images: Images) -> Iterator[None]:
+        """Name the image where a task found an output that is not finite."""
+        try:
+            yield
+        except NonFiniteError as error:
+            raise self.told(error, images.image_ids()) from None
+
+    def finish(
+        self,
+        output: str,
+        files: Files,
+        result: Record | None = None,
+        includes: Mapping[str, str] | None = None,
+        made: tuple[int, int] | None = None,
+    ) -> Manifest:
+        """Write the manifest that proves this job finished.
+
+        Parameters
+        ----------
+        output : digest of the output.
+        files : size and crc32c of its files, relative to the folder that holds `done/`.
+        result, includes : as in `Manifest`.
+        made : how many shards were made now, of how many; the others were there.
+        """
+        plan, step = self._plan, self._step
+        manifest = Manifest(
+            stage=step.stage,
+            id=step.id,
+            digest=output,
+            parents={path: plan.manifest(plan.steps[path]).digest for path in step.parents},
+            files=files,
+            includes=includes or {},
+            result=result.written() if result is not None else {},
+            settings=step.settings,
+            provenance=provenance()
+            | {"began": self._began, "seconds": round(time.time() - self._began, 3)}
+            | ({"made": made[0], "shards": made[1]} if made else {}),
+        )
+        manifest.write(self.manifest)
+        self._note.unlink(missing_ok=True)
+        return manifest
 
 
-def within(folder: str, files: Mapping[str, tuple[int, int]]) -> Files:
-    """The same files, named from one folder further up."""
-    return {f"{folder}/{name}": value for name, value in files.items()}
+def jobs(plan: Plan, stages: Mapping[str, Any], stage: str | None = None) -> Iterator[Job]:
+    """All jobs of a plan, parents before children, or those of one stage."""
+    return (Job(plan, step, stages) for step in plan.steps.values() if stage is None or step.stage == stage)
 
 
-def below(folder: str, files: Mapping[str, tuple[int, int]]) -> Files:
-    """The files of one folder, named from within it."""
-    return {name[len(folder) + 1 :]: value for name, value in files.items() if name.startswith(folder + "/")}
-
-
-def by_shard(files: Files, store: str, arrays: Sequence[str]) -> dict[int, Files]:
-    """The chunk files of some arrays of a store, by shard: each holds the images of one."""
-    found: dict[int, Files] = {}
-    for name, value in below(store, files).items():
-        parts = name.split("/")
-        if parts[0] in arrays and parts[1] == "c":
-            found.setdefault(int(parts[2]), {})[name] = value
-    return found
-
-
-@functools.cache
-def provenance() -> dict[str, Any]:
-    """Versions and the git revision, for a reader of the result; no id depends on them."""
-    root = Path(__file__).parents[2]
-    try:
-        git = subprocess.run(
-            ["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True, timeout=10
-        ).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired):
-        git = ""
-    return {
-        "revision": git or "unknown",
-        "python": platform.python_version(),
-        "packages": {name: version(name) for name in PACKAGES},
-    }
+def _there(name: str | None, job: Job, what: str) -> str:
+    if name is None:
+        raise KeyError(f"{job.name} has no {what}")
+    return name

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote
 
-from pipeline.config.core import UNTRAINED, Figures, Report
+from pipeline.config.base import UNTRAINED
+from pipeline.config.report import Figures, Report
 
 if TYPE_CHECKING:
     from pipeline.stages.dissect.detectors import Network
@@ -123,7 +124,7 @@ class Experiment:
         """`function(*task)` for every task, on the workers where there are any, in any order."""
         if self.workers is None:
             return (function(*task) for task in tasks)
-        from pipeline.workers.pool import run_tasks
+        from pipeline.workers.tasks import run_tasks
 
         tasks = list(tasks)
         return run_tasks(self.workers, function, tasks, len(tasks), label)

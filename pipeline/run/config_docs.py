@@ -12,8 +12,9 @@ from typing import Any, get_args
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from pipeline.config.core import PRESETS, Config
-from pipeline.storage.manifest import write_atomically
+from pipeline.config.datasets import PRESETS
+from pipeline.run.experiment import Config
+from pipeline.storage.atomic import write_atomically
 
 FOLDER = Path(__file__).parents[2] / "config"
 HEAD = """# Configuration

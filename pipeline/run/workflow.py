@@ -3,32 +3,32 @@
 from __future__ import annotations
 
 import atexit
-import contextlib
-import io
+import math
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from pipeline.config import core as config
 from pipeline.errors import MicrotomeError, explained
-from pipeline.plan import inspected as preflight
-from pipeline.plan import step as plan
-from pipeline.plan.step import Plan
-from pipeline.run import forecast
-from pipeline.storage.lock import RunLock, taken_over
+from pipeline.plan import settle
+from pipeline.plan.job import Job
+from pipeline.plan.stage import Stage
+from pipeline.plan.step import Key, Step
+from pipeline.run import experiment, forecast, planner, preflight
+from pipeline.stages.registry import STAGES
+from pipeline.storage.lock import RunLock
 from pipeline.storage.manifest import Manifest
-from pipeline.storage.redact import scrub_logs, without_home
+from pipeline.storage.redact import scrub_logs
+from pipeline.workers import client, memory, processes
 from pipeline.workers import pool as cluster
-from pipeline.workers import processes
 from pipeline.workers.processes import PLAN
 
+LEAST_MB = 4000  # of a worker, in what a job asks a queue for
 GRACE = 6  # seconds that jobs and workers have to end in good order after an interrupt
 
 
@@ -54,7 +54,7 @@ class Run:
         own = str(Path(__file__).parents[2])
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [own, os.environ.get("PYTHONPATH")]))
         if not main and PLAN in os.environ:
-            self.plan = Plan.read(Path(os.environ[PLAN]))
+            self.plan = planner.read(Path(os.environ[PLAN]))
             return
         processes.announce()
         atexit.register(scrub_logs, Path(".snakemake"), time.time() - 60)
@@ -66,14 +66,14 @@ class Run:
             raise MicrotomeError(said) from error
 
     def _prepare(self, raw: Mapping[str, Any], dry: bool, asked: Sequence[str]) -> None:
-        wanted = config.parse({key: value for key, value in raw.items() if key != "rescan"})
-        self.plan = plan.make(wanted, bool(raw.get("rescan")), asked)
+        wanted = experiment.parse({key: value for key, value in raw.items() if key != "rescan"})
+        self.plan = planner.make(wanted, bool(raw.get("rescan")), asked)
         self.lock = RunLock(self.plan.results)
         preflight.check(self.plan, probe=dry)
         costs = forecast.forecast(self.plan)
         if dry:
             said = (*preflight.sizes(self.plan), *forecast.lines(self.plan, costs))
-            for line in (*said, *plan.settle(self.plan, dry=True)):
+            for line in (*said, *settle.settle(self.plan, dry=True)):
                 print(line, file=sys.stderr)
         forecast.check_disk(self.plan, costs)
         if dry:
@@ -87,9 +87,9 @@ class Run:
         atexit.register(self.lock.release)
         if self.lock.left_open:
             self._clear_up()
-        for line in plan.settle(self.plan):
+        for line in settle.settle(self.plan):
             print(f"made again: {line}", file=sys.stderr)
-        os.environ[PLAN] = str(self.plan.save().absolute())
+        os.environ[PLAN] = str(planner.save(self.plan).absolute())
 
     def _clear_up(self) -> None:
         """The run before did not end in good order: wait for what is left of it, remove its temporary files."""
@@ -105,15 +105,33 @@ class Run:
             if marker.is_file():
                 marker.unlink()
 
+    @property
+    def stages(self) -> list[Stage]:
+        return list(STAGES.values())
+
+    def path(self, stage: Stage, folder: str, suffix: str) -> str:
+        """Return the file of a stage's jobs in `done` or `logs`, with Snakemake's wildcards."""
+        home = stage.folder_of(Key("{dataset}", "{network}", "{experiment}"), self.plan.config.name)
+        return str(self.plan.results / home / folder / f"{stage.name}.{{id}}.{suffix}")
+
+    def memory(self, stage: str, wildcards: Any, threads: int) -> int:
+        """Return the megabytes of a job with a worker for each of `threads`, by the stage's own estimate."""
+        job = Job(self.plan, self._wanted(stage, wildcards), STAGES)
+        estimate = job.stage.cost(job, False).memory if job.stage.cost is not None else None
+        need = (estimate or 0) * memory.threads(self.plan.config.cluster) + memory.WORKER_BASE
+        return threads * max(LEAST_MB, math.ceil(need / 1e6))
+
     def targets(self, stage: str) -> list[str]:
         """The manifests of a stage, as Snakemake names them."""
         return [str(self.plan.results / step.manifest) for step in self.plan.of_stage(stage)]
 
     def parents(self, stage: str, wildcards: Any) -> list[str]:
         """The manifests that a job reads; a job whose id is not the wanted one is refused."""
-        named = (getattr(wildcards, name, None) for name in ("dataset", "network", "comparison"))
-        step = self.plan.wanted(stage, wildcards.id, *named)
-        return [str(self.plan.results / parent) for parent in step.parents]
+        return [str(self.plan.results / parent) for parent in self._wanted(stage, wildcards).parents]
+
+    def _wanted(self, stage: str, wildcards: Any) -> Step:
+        named = (getattr(wildcards, name, None) for name in ("dataset", "network", "experiment"))
+        return self.plan.wanted(stage, wildcards.id, *named)
 
     def figures(self) -> Iterator[tuple[str, str, dict[str, str]]]:
         """Path, kind and labels of every figure of the finished report; none where it is still to be made."""
@@ -143,7 +161,7 @@ class Run:
         if elsewhere or kind == "address":
             return
         self.pool, address = cluster.start_pool(self.plan.config.cluster, self.plan.scratch)
-        os.environ[cluster.ADDRESS] = str(address.absolute())
+        os.environ[client.ADDRESS] = str(address.absolute())
         atexit.register(self.stop)
 
     def stop(self, failed: bool = False) -> None:
@@ -203,64 +221,3 @@ def _read(path: Path) -> Manifest | None:
         return Manifest.read(path)
     except (FileNotFoundError, MicrotomeError):
         return None
-
-
-def job(stage: str, wildcards: Any, log: str) -> None:
-    """Run one stage as a job of the workflow; an error a user can act on is printed without a traceback.
-
-    What is printed goes to the terminal and to `log`, whose folder exists.
-    """
-    processes.end_with_main()
-    processes.interruptible()
-    wanted = Plan.read(Path(os.environ[PLAN]))
-    named = (wildcards.get(name) for name in ("dataset", "network", "comparison"))
-    step = wanted.wanted(stage, wildcards["id"], *named)
-    with _Both(sys.stderr, Path(log)) as both, contextlib.redirect_stderr(both):
-        try:
-            plan.STAGES[stage].run(wanted, step)
-        except MicrotomeError as error:
-            about = "" if str(error).startswith(step.name) else f"{step.name}: "
-            print(f"error: {about}{error}", file=sys.stderr)
-        except KeyboardInterrupt:
-            print(f"interrupted: {step.name}; finished shards are kept, run again to go on", file=sys.stderr)
-        except Exception as error:
-            main = processes.main()
-            said = explained(error) if isinstance(error, OSError) else None
-            if said is None and main is not None:
-                said = taken_over(wanted.results, *main[:2])
-            if said is None:
-                traceback.print_exc()
-            else:
-                print(f"error: {step.name}: {said}", file=sys.stderr)
-        else:
-            return
-    sys.exit(1)
-
-
-class _Both(io.TextIOBase):
-    """Writes to the terminal and to a file; a file that cannot be written does not stop what is told there."""
-
-    def __init__(self, terminal: TextIO, path: Path) -> None:
-        self.terminal = terminal
-        self.file: TextIO | None = None
-        with contextlib.suppress(OSError):
-            self.file = path.open("w", encoding="utf-8")
-
-    def write(self, text: str) -> int:
-        if self.file is not None:
-            with contextlib.suppress(OSError):
-                self.file.write(without_home(text))
-                self.file.flush()  # at once: what is still held back would fail again, as the file is closed
-        return self.terminal.write(text)
-
-    def flush(self) -> None:
-        self.terminal.flush()
-
-    def close(self) -> None:
-        if self.file is not None:
-            with contextlib.suppress(OSError):
-                self.file.close()
-        super().close()
-
-    def isatty(self) -> bool:
-        return self.terminal.isatty()

@@ -55,7 +55,7 @@ class FileDigests:
 
     def save(self) -> None:
         """Keep what was learnt; a results folder that cannot be written only loses the memory."""
-        from pipeline.storage.manifest import write_atomically
+        from pipeline.storage.atomic import write_atomically
 
         try:
             write_atomically(self.memory, json.dumps(self.known))

@@ -7,33 +7,16 @@ crc32c of every file. It is written last and atomically, and removed before anyt
 
 import contextlib
 import json
-import os
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import MicrotomeError
+from pipeline.storage.atomic import write_atomically
 from pipeline.storage.identity import crc32c
 
 Files = dict[str, tuple[int, int]]  # path relative to the manifest's base folder → (size, crc32c)
-
-
-def write_atomically(path: Path, data: str | bytes) -> None:
-    """Write a whole file or nothing: temporary file beside it, fsync, rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 @dataclass(frozen=True)
@@ -123,3 +106,33 @@ def write_file(folder: Path, name: str, data: bytes) -> Files:
     """Write a file whole, and return what a manifest says of it: its name, size and crc32c."""
     write_atomically(folder / name, data)
     return {name: (len(data), crc32c(data))}
+
+
+def within(folder: str, files: Mapping[str, tuple[int, int]]) -> Files:
+    """The same files, named from one folder further up."""
+    return {f"{folder}/{name}": value for name, value in files.items()}
+
+
+def below(folder: str, files: Mapping[str, tuple[int, int]]) -> Files:
+    """The files of one folder, named from within it."""
+    return {name[len(folder) + 1 :]: value for name, value in files.items() if name.startswith(folder + "/")}
+
+
+def by_shard(files: Files, store: str, arrays: Sequence[str]) -> dict[int, Files]:
+    """The chunk files of some arrays of a store, by shard: each holds the images of one."""
+    found: dict[int, Files] = {}
+    for name, value in below(store, files).items():
+        parts = name.split("/")
+        if parts[0] in arrays and parts[1] == "c":
+            found.setdefault(int(parts[2]), {})[name] = value
+    return found
+
+
+def unnamed_stores(folder: Path, stage: str) -> list[Path]:
+    """Return the stores in a folder that no manifest of a stage names; none while the stage has no manifest beside it.
+
+    What was begun and not finished may still need all of them.
+    """
+    finished = [Manifest.read(path) for path in (folder.parent / "done").glob(f"{stage}.*.json")]
+    named = {name.partition("/")[0] for manifest in finished for name in below(folder.name, manifest.files)}
+    return [store for store in sorted(folder.glob("*.zarr")) if finished and store.name not in named]

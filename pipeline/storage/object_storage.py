@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import MicrotomeError
+from pipeline.storage.atomic import write_atomically
 from pipeline.storage.identity import crc32c
-from pipeline.storage.manifest import write_atomically
 
 NAME = "microtome-stores.json"
 URL = re.compile(r"s3://(?P<bucket>[a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(/(?P<prefix>[^?#\s]*))?")

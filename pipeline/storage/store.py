@@ -11,6 +11,7 @@ import shutil
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import LocalStore
 
 from pipeline.errors import MicrotomeError
+from pipeline.storage.atomic import write_atomically
 from pipeline.storage.identity import crc32c
-from pipeline.storage.manifest import Files, write_atomically
+from pipeline.storage.manifest import Files, below
 from pipeline.storage.object_storage import Objects, objects_of
 
 # An absent all-zero chunk could not be told from a lost one, and the scan for such chunks is the write bottleneck.
@@ -299,6 +301,48 @@ class Reader:
     def __getitem__(self, name: str) -> Any:
         """An array of the store (`zarr.Array`); a slice of it is a numpy array."""
         return self.group[name]
+
+
+@dataclass(frozen=True)
+class StoreRef:
+    """A store as tasks name it: where it is, and those of its files that may be read, with size and crc32c."""
+
+    path: Path
+    files: Files
+
+    @staticmethod
+    def of_manifest(folder: Path, name: str, files: Files) -> "StoreRef":
+        """Return the store `folder/name`, whose files a manifest names from the folder."""
+        return StoreRef(folder / name, below(name, files))
+
+    def of(self, arrays: Iterable[str], shards: Iterable[int]) -> "StoreRef":
+        """Return the same store with the files of some arrays, and of these those of some shards, alone.
+
+        The first index of a chunk is its shard. A task carries no more than it reads.
+        """
+        wanted = list(shards)
+        names = ["zarr.json"]
+        for array in arrays:
+            names += [
+                f"{array}/zarr.json",
+                *(name for shard in wanted for name in self._chunks.get((array, shard), ())),
+            ]
+        return StoreRef(self.path, {name: self.files[name] for name in names if name in self.files})
+
+    @cached_property
+    def _chunks(self) -> dict[tuple[str, int], list[str]]:
+        found: dict[tuple[str, int], list[str]] = {}
+        for name in self.files:
+            array, chunk, place = name.partition("/c/")
+            if chunk:
+                found.setdefault((array, int(place.partition("/")[0])), []).append(name)
+        return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path, "files": self.files}
+
+    def open(self) -> "Reader":
+        return Reader(self.path, self.files)
 
 
 class Ledger:

@@ -12,8 +12,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from pipeline.config import core as config
+from pipeline.config.core import Core
 from pipeline.errors import MicrotomeError, explained
+from pipeline.run import experiment
 from pipeline.storage.lock import RunLock
 from pipeline.storage.object_storage import size_of
 from pipeline.upkeep import damage, unreferenced
@@ -93,9 +94,9 @@ def _results(given: argparse.Namespace) -> Path:
     return given.results
 
 
-def _wanted(given: argparse.Namespace) -> config.Config:
-    wanted = config.load(given.config)
-    return config.select(wanted, given.only) if given.only else wanted
+def _wanted(given: argparse.Namespace) -> Core:
+    wanted = experiment.load(given.config)
+    return experiment.select(wanted, given.only) if given.only else wanted
 
 
 if __name__ == "__main__":

@@ -5,49 +5,36 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from pipeline.config.core import Config
-from pipeline.plan import step as plan
-from pipeline.plan.step import Plan, Step
-from pipeline.storage.manifest import Manifest, latest
+from pipeline.config.core import Core
+from pipeline.plan.job import Job
+from pipeline.plan.settle import outdated
+from pipeline.run import planner
+from pipeline.stages.registry import jobs
+from pipeline.storage.manifest import Manifest
 
-WHAT = {
-    "ingest": "shards of images to decode",
-    "concepts": "shards of label maps to make",
-    "extract": "shards to put through the network",
-    "probes": "shards of features to keep",
-    "grams": "minibatches to put through the network",
-}
-DOES = {
-    "network": "weights read, drawn or trained; trained only where recipe or training images are others",
-    "dissect": "counted from the stores, without a forward",
-    "calibrate": "methods fitted again on the splits that are missing, from stored logits",
-    "similarity": "compared from the Gram matrices, without a forward",
-    "randomize": "trained are runs whose own line of the configuration, or whose images, changed",
-    "ablate": "units removed again only on shards of images that changed",
-}
 DIGEST_LENGTHS = (20, 32, 64)  # of ids and checksums, which say nothing to a reader
 
 
-def explain(wanted: Config) -> list[str]:
-    """One line a step that would run, one below for each reason, and one with its cost."""
-    made = plan.make(wanted)
-    outdated = plan.outdated(made)
-    names = {step.manifest: step.name for step in made.steps.values()}
+def explain(config: Core) -> list[str]:
+    """Return one line per step that would run, one below for each reason, and one with its cost."""
+    plan = planner.make(config)
+    stale = outdated(plan)
+    names = {step.manifest: step.name for step in plan.steps.values()}
     lines: list[str] = []
     seconds: list[float | None] = []
-    for step in made.steps.values():
-        if _stands(made, step, outdated):
+    for job in jobs(plan):
+        if _stands(job, stale):
             continue
-        before = latest((made.results / step.manifest).parent, step.stage)
-        lines.append(step.name)
-        if step.manifest in outdated:
-            lines.append(f"    {_named(outdated[step.manifest], names)}")
+        before = job.before()
+        lines.append(job.name)
+        if _path(job) in stale:
+            lines.append(f"    {_named(stale[_path(job)], names)}")
         elif before is None:
             lines.append("    not made yet, or not finished")
         else:
-            parents = [made.steps[path].name for path in step.parents]
-            lines += [f"    {change}" for change in _changes(before.settings, step.settings, parents)]
-        work, cost = _cost(made, step, before, outdated)
+            parents = [parent.name for parent in job.parents]
+            lines += [f"    {change}" for change in _changes(before.settings, job.identity, parents)]
+        work, cost = _cost(job, before, stale)
         seconds.append(cost)
         lines.append(f"    → {work}" + ("" if cost is None else f", about {cost:.0f} s"))
     if lines:
@@ -67,36 +54,38 @@ def _named(reason: str, names: Mapping[str, str]) -> str:
     return reason
 
 
-def _cost(made: Plan, step: Step, before: Manifest | None, outdated: Mapping[str, str]) -> tuple[str, float | None]:
-    """What the step would do, and in how many seconds going by the last time; None where there was none."""
+def _cost(job: Job, before: Manifest | None, stale: Mapping[str, str]) -> tuple[str, float | None]:
+    """Return what the step would do, and in how many seconds going by the last time; None where there was none."""
     last: Mapping[str, Any] = before.provenance if before is not None else {}
-    parents = [made.steps[path] for path in step.parents]
-    if step.stage not in WHAT:
-        if step.stage == "dissect" and any(parent.stage == "network" for parent in parents):
-            return "counted in a forward of the layers that are not stored, the others from the stores", last.get(
-                "seconds"
-            )
-        return DOES.get(step.stage, "made anew"), last.get("seconds")
-    to_come = [parent for parent in parents if not _stands(made, parent, outdated)]
+    pending, counts, explains = job.stage.pending, job.stage.counts, job.stage.explains
+    if pending is None:
+        return explains if isinstance(explains, str) else explains(job.step), last.get("seconds")
+    to_come = [parent for parent in job.parents if not _stands(parent, stale)]
     if not to_come:
-        count, total = plan.STAGES[step.stage].pending(made, step)
-        said = f"{count} of {total} {WHAT[step.stage]}"
-    elif [parent.stage for parent in to_come] == ["ingest"] and "shards" in last:
+        count, total = pending(job)
+        said = f"{count} of {total} {counts}"
+    elif [parent.stage.name for parent in to_come] == ["ingest"] and "shards" in last:
         # What was made from the images that stay is kept.
-        count = min(plan.STAGES["ingest"].pending(made, to_come[0])[0], last["shards"])
-        said = f"at most {count} {WHAT[step.stage]}"
+        ingest = to_come[0]
+        assert ingest.stage.pending is not None
+        count = min(ingest.stage.pending(ingest)[0], last["shards"])
+        said = f"at most {count} {counts}"
     elif "shards" in last:
         count = last["shards"]
-        said = f"at most {count} {WHAT[step.stage]}"
+        said = f"at most {count} {counts}"
     else:
-        return f"all {WHAT[step.stage]}", None
+        return f"all {counts}", None
     if not last.get("made"):
         return said, None if count else 0
     return said, last["seconds"] / last["made"] * count
 
 
-def _stands(made: Plan, step: Step, outdated: Mapping[str, str]) -> bool:
-    return (made.results / step.manifest).exists() and step.manifest not in outdated
+def _stands(job: Job, stale: Mapping[str, str]) -> bool:
+    return job.manifest.exists() and _path(job) not in stale
+
+
+def _path(job: Job) -> str:
+    return job.manifest.relative_to(job.results).as_posix()
 
 
 def _changes(before: Any, now: Any, parents: list[str], name: str = "") -> Iterator[str]:

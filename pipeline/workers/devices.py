@@ -27,3 +27,8 @@ def gpus() -> list[str]:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     return [name.strip() for name in named.split(",")][:count] if named else [str(each) for each in range(count)]
+
+
+def device() -> str:
+    """On a worker: `cuda` when it was given a GPU, else `cpu`; torch is not imported to find out."""
+    return "cuda" if os.environ.get("CUDA_VISIBLE_DEVICES") else "cpu"

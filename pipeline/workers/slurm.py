@@ -19,7 +19,7 @@ from pipeline.errors import MicrotomeError
 if TYPE_CHECKING:
     from distributed import Security
 
-    from pipeline.config.core import Cluster
+    from pipeline.config.cluster import Cluster
 
 DEATH = 60  # seconds after which a worker without a scheduler ends, and with it its job
 

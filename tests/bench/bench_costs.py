@@ -26,17 +26,23 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.config.core import Cluster, Network
+from pipeline.config.cluster import Cluster
+from pipeline.config.networks import Network
 from pipeline.data.images import Images
-from pipeline.networks import forward
+from pipeline.networks import forward, prepare
 from pipeline.networks.build import load
 from pipeline.networks.checkpoint import sha256, write_safetensors
-from pipeline.stages.dissect import stage as dissect
-from pipeline.stages.dissect.stage import Concepts, Counted
+from pipeline.stages.dissect import intersections, work
+from pipeline.stages.dissect import thresholds as dissect_thresholds
+from pipeline.stages.dissect.work import Concepts, Counted
+from pipeline.stages.extract import layers as extract_layers
 from pipeline.stages.extract import stage as extract
+from pipeline.stages.extract import tasks as extract_tasks
 from pipeline.storage.manifest import Files
 from pipeline.storage.store import Array, create, metadata_files, write
-from pipeline.workers.pool import client, pool, run_tasks
+from pipeline.workers.client import client
+from pipeline.workers.pool import pool
+from pipeline.workers.tasks import run_tasks
 from tests.bench.made import activations
 
 ROOT = Path(__file__).parents[2]
@@ -161,17 +167,19 @@ def network(folder: Path, name: str, layers: list[str], micro_batch: int) -> for
 
 def tasks(
     folder: Path, model: forward.Model, images: Images, pooled: bool = False
-) -> tuple[extract.Prepared, list[extract.Layer]]:
-    prepared = extract.prepare(model, images.size, extract.VERSION)
-    layers = [extract.Layer(id, folder / id / "activations.zarr", *rest, pooled) for id, *rest in prepared.layers]
+) -> tuple[prepare.Prepared, list[extract_layers.Layer]]:
+    prepared = prepare.prepare(model, images.size, extract.VERSION)
+    layers = [
+        extract_layers.Layer(id, folder / id / "activations.zarr", *rest, pooled) for id, *rest in prepared.layers
+    ]
     assert prepared.classes is not None
-    extract.open_logits(folder / "logits.zarr", images, prepared.classes)
-    return prepared, [extract.open_layer(layer, images) for layer in layers]
+    extract_layers.open_logits(folder / "logits.zarr", images, prepared.classes)
+    return prepared, [extract_layers.open_layer(layer, images) for layer in layers]
 
 
-def shards(model: forward.Model, images: Images, layers: list[extract.Layer], logits: Path) -> None:
+def shards(model: forward.Model, images: Images, layers: list[extract_layers.Layer], logits: Path) -> None:
     for k in range(len(images.contents)):
-        extract.extract_shard(model, images.store, images.files_of(k), k, images.range(k), layers, logits)
+        extract_tasks.extract_shard(model, images.store, images.files_of(k), k, images.range(k), layers, logits)
 
 
 # Dissection -----------------------------------------------------------------------------------------------------------
@@ -207,11 +215,11 @@ def dissect_once(
     found: dict[str, np.ndarray] = {}
 
     def thresholds() -> None:
-        sample = counted[: dissect.SAMPLE_SHARDS]
-        _, bracket = dissect.sample_layer(layer.at(sample), sample, LABELS, "edge", QUANTILE)
+        sample = counted[: dissect_thresholds.SAMPLE_SHARDS]
+        _, bracket = dissect_thresholds.sample_layer(layer.at(sample), sample, LABELS, "edge", QUANTILE)
         threshold, left = np.zeros(units, np.float16), np.arange(units)
         while len(left):
-            _, tail = dissect.tail_layer(layer, left, bracket, counted, LABELS, "edge")
+            _, tail = dissect_thresholds.tail_layer(layer, left, bracket, counted, LABELS, "edge")
             result = tail.result(QUANTILE)
             threshold[left[result.certified]] = result.threshold[result.certified]
             bracket, left = tail.refine(QUANTILE)[~result.certified], left[~result.certified]
@@ -219,14 +227,14 @@ def dissect_once(
 
     def iou() -> None:
         wanted = [(layer, False, {one.shard for one in counted}, found["threshold"])]
-        dissect.count_run(wanted, counted, labels, "edge")
+        intersections.count_run(wanted, counted, labels, "edge")
 
     return tuple(min(seconds(call) for _ in range(2)) / images for call in (thresholds, iou))  # type: ignore[return-value]
 
 
 def made(
     folder: Path, images: int, units: int, concepts: int, shard: int
-) -> tuple[dissect.Layer, list[Counted], Concepts]:
+) -> tuple[work.Layer, list[Counted], Concepts]:
     """Stores of activations and of label maps in three categories, patches of 7 x 7."""
     rng = np.random.default_rng(0)
     maps, size = folder / "activations.zarr", (images, units, 14, 14)
@@ -256,7 +264,7 @@ def made(
         label_files |= write(label, {"label_map": ((at, 0, 0, 0), drawn)})
         rows = np.arange(count)
         counted.append(Counted(k, rows, rows % 20, np.roll(rows, 1)))
-    layer = dissect.Layer("conv5_3", "made", maps, files | metadata_files(maps), (units, 14, 14), 1.0, "")
+    layer = work.Layer("conv5_3", "made", maps, files | metadata_files(maps), (units, 14, 14), 1.0, "")
     numbers = tuple(range(1, concepts + 1))
     names = tuple(map(str, numbers))
     place = tuple(int(np.searchsorted(edges, number, side="right")) - 1 for number in numbers)
@@ -322,13 +330,13 @@ def on_workers(folder: Path, count: int = 64, of: Sequence[int] = (1, 2)) -> lis
             os.environ["MICROTOME_POOL"] = str(address)
             with client(cluster, folder) as there:
                 there.wait_for_workers(workers, timeout=120)
-                list(run_tasks(there, extract.extract_shard, every[:2], 2, "first"))  # loads the network
+                list(run_tasks(there, extract_tasks.extract_shard, every[:2], 2, "first"))  # loads the network
                 there.run(forward.network_of, model)
                 began = time.perf_counter()
                 spent = cpu(bare)
                 clock = time.perf_counter() - began
                 before, began = sum(there.run(time.process_time).values()), time.perf_counter()
-                list(run_tasks(there, extract.extract_shard, every, len(every), f"{workers} workers"))
+                list(run_tasks(there, extract_tasks.extract_shard, every, len(every), f"{workers} workers"))
                 took = time.perf_counter() - began
                 used = sum(there.run(time.process_time).values()) - before
             del os.environ["MICROTOME_POOL"]

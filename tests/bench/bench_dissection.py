@@ -21,8 +21,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 from numpy.typing import NDArray
 
-from kernels.dissection.iou import count_shard, label_columns
-from kernels.dissection.threshold import Bracket, Tail, count_tail, sample_bracket
+from kernels.dissection.brackets import Bracket, Tail
+from kernels.dissection.counts import label_columns
+from kernels.dissection.iou import count_shard
+from kernels.dissection.threshold import count_tail, sample_bracket
 from kernels.dissection.upsample import Size
 from tests.bench.made import activations
 

@@ -20,11 +20,10 @@ from typing import Any
 import yaml
 from tests.pipeline.large_listing import decoded_by_nobody, large
 
-from pipeline.config import core as config
 from pipeline.data.images import Images
-from pipeline.plan import step as plan
 from pipeline.plan.step import Plan
-from pipeline.stages.dissect import stage as dissect
+from pipeline.run import experiment, planner
+from pipeline.stages.dissect import work
 from pipeline.stages.ingest import stage as ingest
 
 ROOT = Path(__file__).parents[2]
@@ -48,16 +47,16 @@ def main() -> None:
 def measure(folder: Path, count: int) -> None:
     print(f"{count:,} images", flush=True)
     raw = large(folder, count)
-    wanted = config.parse(raw)
-    made: Plan = report("plan, the first time", plan.make, wanted)
-    report("plan, at every later start", plan.make, wanted)
+    wanted = experiment.parse(raw)
+    made: Plan = report("plan, the first time", planner.make, wanted)
+    report("plan, at every later start", planner.make, wanted)
     dry_run(folder, raw)
     step = made.step("ingest", "large")
     with decoded_by_nobody():
         report("ingest, all but decoding", ingest.run, made, step)
     images = Images.of(made, made.step("extract", "large", "resnet"))
-    counted = report("images that count", dissect.counted_images, images, "validation", images.shards("validation"), [])
-    report("id of that choice", dissect.basis, counted)
+    counted = report("images that count", work.counted_images, images, "validation", images.shards("validation"), [])
+    report("id of that choice", work.basis, counted)
 
 
 def report(what: str, function: Callable[..., Any], *arguments: Any) -> Any:

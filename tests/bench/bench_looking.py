@@ -17,14 +17,14 @@ from typing import Any
 
 import torch
 
-from pipeline.config.core import Network
+from pipeline.config.networks import Network
 from pipeline.data.images import Images
 from pipeline.data.minibatches import Minibatch
 from pipeline.networks import forward
 from pipeline.networks.build import load
 from pipeline.networks.checkpoint import sha256, write_safetensors
 from pipeline.networks.layers import choose, survey
-from pipeline.stages.probes import tasks as probes_tasks
+from pipeline.stages.probes import tasks
 from pipeline.stages.sight import tasks as sight_tasks
 from pipeline.storage.store import create
 from tests.bench.bench_costs import noise
@@ -97,13 +97,13 @@ def probed(title: str, model: forward.Model, images: Images, folder: Path) -> No
     surveyed = survey(forward.network_of(model), (3, *images.size), None)
     layers = []
     for info in choose(forward.network_of(model), surveyed, model.spec.layers, title):
-        vectors = probes_tasks.vectors_of(info, ("pooled", "class_token", "spatial"), 3)
-        layers.append(probes_tasks.Layer(info, info.name, 1.0, folder, folder / "features", vectors))
+        vectors = tasks.vectors_of(info, ("pooled", "class_token", "spatial"), 3)
+        layers.append(tasks.Layer(info, info.name, 1.0, folder, folder / "features", vectors))
     shards = [images.range(at) for at in range(len(images.contents))]
 
     def run() -> None:
         for at, bounds in enumerate(shards):
-            probes_tasks.computed(model, images.store, images.files_of(at), bounds, layers)
+            tasks.computed(model, images.store, images.files_of(at), bounds, layers)
 
     row(title, len(layers), "probes: features", model, images, run, 1.0)
 

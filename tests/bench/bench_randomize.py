@@ -25,8 +25,9 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.config.core import FITTING
-from pipeline.networks.build import NetworkSpec, load
+from pipeline.config.networks import NetworkSpec
+from pipeline.networks.build import load
+from pipeline.stages.randomize.settings import FITTING
 from pipeline.stages.randomize.training import Sets, Training, repeatable, train
 from tests.bench.timing import seconds
 

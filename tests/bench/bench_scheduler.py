@@ -5,7 +5,7 @@
 
 The scheduler and the client are real and in this process; the workers are in another, and are all that a scheduler
 sees of a worker: connections, answers, results, a pulse. So what is measured is what a task costs to hand out. Tasks
-come through `pipeline.workers.pool.run_tasks`, with arguments of the size that those of `extract` have. CPU seconds are
+come through `pipeline.workers.tasks.run_tasks`, with arguments of the size that those of `extract` have. CPU seconds are
 those of the scheduler's own thread.
 """
 
@@ -23,7 +23,7 @@ from typing import Any
 import dask
 import psutil
 
-from pipeline.workers.pool import IN_FLIGHT, REFRESH, run_tasks, workers_of
+from pipeline.workers.tasks import IN_FLIGHT, REFRESH, run_tasks, workers_of
 
 ROOT = Path(__file__).parents[2]
 RECORD = ROOT / "build" / "bench-scheduler.json"

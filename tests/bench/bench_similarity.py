@@ -26,8 +26,8 @@ import torchvision
 from torch import nn
 
 from kernels.similarity.cka import cka, hsic, pack
+from pipeline.networks.features import Entry, grams_of
 from pipeline.networks.layers import Recorder, candidates, one_attention_path
-from pipeline.stages.grams.stage import Entry, grams_of
 from tests.bench.timing import seconds
 
 SIZE, MINIBATCH = 64, 64

@@ -17,14 +17,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kernels.dissection.iou import GROUPS, Counts, ShardCounts
+from kernels.dissection.counts import GROUPS, Counts, ShardCounts
 from pipeline.data.images import Images
 from pipeline.networks import forward
-from pipeline.stages.dissect import stage as dissect
+from pipeline.stages.dissect import intersections, work
 from pipeline.stages.dissect import streamed as dissect_streamed
-from pipeline.stages.dissect.stage import Concepts, Counted
-from pipeline.stages.extract import stage as extract
+from pipeline.stages.dissect import thresholds as dissect_thresholds
+from pipeline.stages.dissect.work import Concepts, Counted
 from pipeline.stages.extract import streaming as stream
+from pipeline.stages.extract import tasks as extract_tasks
 from pipeline.stages.extract.pictures import KEPT
 from pipeline.storage.manifest import Files
 from pipeline.storage.store import Array, Ledger, create, metadata_files, write
@@ -109,14 +110,16 @@ def full(
     stored = []
     for layer in layers:
         files = {path.relative_to(layer.store).as_posix(): _recorded(path) for path in _files(layer.store)}
-        stored.append(dissect.Layer(layer.name, layer.id, layer.store, files, layer.info.shape, layer.scale, layer.id))
+        stored.append(work.Layer(layer.name, layer.id, layer.store, files, layer.info.shape, layer.scale, layer.id))
 
     def thresholds() -> None:
         for layer in stored:
-            _, bracket = dissect.sample_layer(layer, counted[: dissect.SAMPLE_SHARDS], LABELS, "edge", QUANTILE)
+            _, bracket = dissect_thresholds.sample_layer(
+                layer, counted[: dissect_thresholds.SAMPLE_SHARDS], LABELS, "edge", QUANTILE
+            )
             threshold, left = np.zeros(layer.shape[0], np.float16), np.arange(layer.shape[0])
             while len(left):
-                _, tail = dissect.tail_layer(layer, left, bracket, counted, LABELS, "edge")
+                _, tail = dissect_thresholds.tail_layer(layer, left, bracket, counted, LABELS, "edge")
                 result = tail.result(QUANTILE)
                 threshold[left[result.certified]] = result.threshold[result.certified]
                 bracket, left = tail.refine(QUANTILE)[~result.certified], left[~result.certified]
@@ -126,7 +129,7 @@ def full(
     every = {one.shard for one in counted}
     wanted = [(layer, permuted, every, found[layer.id]) for layer in stored for permuted in (False, True)]
     counts: list[dict[tuple[str, bool], Counts]] = []
-    spent["full: IoU"] = seconds(lambda: counts.append(dissect.count_run(wanted, counted, concepts, "edge")))
+    spent["full: IoU"] = seconds(lambda: counts.append(intersections.count_run(wanted, counted, concepts, "edge")))
     for (id, permuted), each in counts[0].items():
         np.savez(folder / f"{id}-{permuted}.npz", threshold=found[id], intersection=each.intersection)
     return spent
@@ -160,7 +163,7 @@ def none(
 
     def first() -> None:
         members = [(part, part.rows, layers, logits) for part in parts]
-        done = extract.extract_block(model, images.store, 0, members, streamed)
+        done = extract_tasks.extract_block(model, images.store, 0, members, streamed)
         for id, files in done.tails.items():
             ledgers[id].record("0", "", files)
 

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from pipeline.networks import forward
-from pipeline.workers.pool import device
+from pipeline.workers.devices import device
 from tests.bench.bench_costs import dissect_once, network, noise, shards, tasks
 from tests.bench.bench_stream import labelled, none
 

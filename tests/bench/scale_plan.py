@@ -17,10 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.core import Network
+from pipeline.config.networks import Network
+from pipeline.networks import prepare
 from pipeline.networks.layer import LayerInfo
-from pipeline.run import forecast
-from pipeline.stages.extract import stage as extract
+from pipeline.plan import cost
+from pipeline.stages.dissect import stage
+from pipeline.stages.extract import layers as extract_layers
+from pipeline.stages.extract import stage as extract_stage
+from pipeline.stages.extract import tasks as extract_tasks
+from pipeline.stages.ingest import stage as ingest_stage
 from tests.bench.bench_scheduler import RECORD
 
 PAGE = Path(__file__).parents[2] / "docs" / "scale.md"
@@ -104,18 +109,18 @@ def sketch(name: str) -> Sketch:
 def need(one: Sketch, images: int) -> Need:
     """The arithmetic, all of it."""
     tasks = -(-images // SHARD)
-    constant, position = forecast.COUNTED
+    constant, position = stage.COUNTED
     files = sum(FILES + (layer.special > 0) for layer in one.layers)
     hour = 3600
     return Need(
         images,
         tasks,
         files=tasks * files,
-        stored=images * one.values * 2 * forecast.SHRINKS["maps"],
-        pixels=images * 3 * SIZE[0] * SIZE[1] * forecast.SHRINKS["pixels"],
-        labels=images * 2 * CATEGORIES * LABELS[0] * LABELS[1] * forecast.SHRINKS["labels"],
-        decoding=images * forecast.IMAGE / hour,
-        storing=images * one.values * forecast.STORED / hour,
+        stored=images * one.values * 2 * cost.SHRINKS["maps"],
+        pixels=images * 3 * SIZE[0] * SIZE[1] * cost.SHRINKS["pixels"],
+        labels=images * 2 * CATEGORIES * LABELS[0] * LABELS[1] * cost.SHRINKS["labels"],
+        decoding=images * ingest_stage.IMAGE / hour,
+        storing=images * one.values * extract_stage.STORED / hour,
         counting=images * one.units * (constant + position * LABELS[0] * LABELS[1]) / hour,
         forward=images * one.flops / GPU_FLOPS / hour,
     )
@@ -124,9 +129,9 @@ def need(one: Sketch, images: int) -> Need:
 def worker_bytes(one: Sketch) -> int:
     """What a task of `extract` needs of a worker."""
     spec = Network.model_validate({"torchvision": one.name, "weights": "random"})
-    layers = [extract.Layer("", Path(), layer, 1.0) for layer in one.layers]
-    prepared = extract.Prepared([], 0, {}, one.parameters, one.largest)
-    return extract.memory_need(layers, prepared, spec, SHARD, SIZE)
+    layers = [extract_layers.Layer("", Path(), layer, 1.0) for layer in one.layers]
+    prepared = prepare.Prepared([], 0, {}, one.parameters, one.largest)
+    return extract_tasks.memory_need(layers, prepared, spec, SHARD, SIZE)
 
 
 def networks(sketches: Sequence[Sketch], speeds: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
@@ -134,7 +139,7 @@ def networks(sketches: Sequence[Sketch], speeds: Sequence[dict[str, Any]]) -> li
     for one, speed in zip(sketches, speeds, strict=True):
         rate = speed.get("images_per_second")
         shown = "" if rate is None else f"{'' if speed['images'] else '~'}{rate:.2g}"
-        mb = one.values * 2 * forecast.SHRINKS["maps"] / 1e6
+        mb = one.values * 2 * cost.SHRINKS["maps"] / 1e6
         rows.append(
             (one.name, f"{one.flops / 1e9:.1f}", f"{one.units:,}", f"{mb:.1f}", shown, f"{worker_bytes(one) / 1e9:.1f}")
         )

@@ -20,12 +20,13 @@ import yaml
 from torch.nn.functional import cross_entropy, interpolate
 
 import pipeline
-from pipeline.config import core as config
 from pipeline.config.core import NetworkSpec
 from pipeline.data.scenes import CATEGORIES, CONCEPTS, generate
 from pipeline.networks.build import build
 from pipeline.networks.checkpoint import write_safetensors
-from pipeline.plan import step as plan
+from pipeline.plan import settle
+from pipeline.run import experiment, planner
+from pipeline.stages import registry
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "config" / "config.yaml"
@@ -168,12 +169,12 @@ def dissect(folder: Path, names: list[str]) -> Any:
         "networks": {"cnn": cnn},
     }
     (folder / "agreement.yaml").write_text(yaml.safe_dump(raw, sort_keys=False))
-    made = plan.make(config.parse(raw))
-    plan.settle(made)
+    made = planner.make(experiment.parse(raw))
+    settle.settle(made)
     for step in made.steps.values():
         wanted = step.stage != "report" and not str(step.network).endswith("-untrained")
         if wanted and not (made.results / step.manifest).exists():
-            plan.STAGES[step.stage].run(made, step)
+            registry.STAGES[step.stage].run(made, step)
     return pipeline.open_results(made.results)
 
 

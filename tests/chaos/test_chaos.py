@@ -12,7 +12,7 @@ import resources
 import yaml
 from case import ROOT, Case, NotPossibleError
 
-from pipeline.workers import pool as cluster
+from pipeline.workers import client
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes by /proc")
 
@@ -49,7 +49,7 @@ def undisturbed(tmp_path_factory):
 
 @pytest.fixture
 def case(undisturbed, tmp_path, monkeypatch):
-    monkeypatch.delenv(cluster.ADDRESS, raising=False)
+    monkeypatch.delenv(client.ADDRESS, raising=False)
     command, cwd = undisturbed
     made = Case(command, cwd, cwd / "results", cwd / "undisturbed", tmp_path, random.Random(0))
     yield made

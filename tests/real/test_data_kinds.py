@@ -9,8 +9,7 @@ import pytest
 import zarr
 from PIL import Image
 
-from pipeline.config import core as config
-from pipeline.plan import step as plan
+from pipeline.run import experiment, planner
 from pipeline.stages.ingest import stage as ingest
 
 pytestmark = pytest.mark.usefixtures("workers")
@@ -25,7 +24,7 @@ def ingested(folder: Path, **dataset: Any) -> zarr.Group:
         "datasets": {"real": dataset},
         "networks": {"n": NETWORK},
     }
-    made = plan.make(config.parse(raw))
+    made = planner.make(experiment.parse(raw))
     step = made.step("ingest", "real")
     ingest.run(made, step)
     assert made.manifest(step).result["refused"] == 0

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.config.core import Network
+from pipeline.config.networks import Network
 from pipeline.data.decode import Geometry, decode
 from pipeline.networks.build import load
 from pipeline.networks.forward import normalise

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.config.core import Network
+from pipeline.config.networks import Network
 from pipeline.data.decode import Geometry, transform_image
 from pipeline.networks.build import load
 from pipeline.networks.forward import normalise

@@ -8,12 +8,14 @@ tell; results of layers that are new; and which steps ran at all.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,8 +24,10 @@ from unittest import mock
 import numpy as np
 from experiments import labelled_images, segmentation, write_image
 
-from pipeline.config import core as config
-from pipeline.plan import step as plan
+from pipeline.plan import settle
+from pipeline.run import experiment as run_experiment
+from pipeline.run import planner
+from pipeline.stages import registry
 from pipeline.storage.manifest import Manifest
 
 ROOT = Path(__file__).parents[2]
@@ -102,7 +106,8 @@ def photographs(folder: Path) -> dict[str, Any]:
 def write_weights(path: Path, function: str, arguments: dict[str, Any], seed: int) -> None:
     import torch
 
-    from pipeline.networks.build import NetworkSpec, load
+    from pipeline.config.networks import NetworkSpec
+    from pipeline.networks.build import load
 
     made = load(NetworkSpec(module=f"{NETWORKS}:{function}", weights="random", arguments=arguments, seed=seed))
     torch.save(made.state_dict(), path)
@@ -127,7 +132,7 @@ def retrain_elsewhere(folder: Path, raw: dict[str, Any]) -> None:
     from pipeline.networks.checkpoint import read, sha256, write_safetensors
     from pipeline.storage.identity import crc32c
 
-    made = plan.make(config.parse(raw))
+    made = planner.make(run_experiment.parse(raw))
     step = made.step("network", network="cnn")
     home = made.results / "networks" / "cnn"
     state = read(home / "model.safetensors")
@@ -147,17 +152,17 @@ def _nudged(state: dict[str, Any]) -> dict[str, Any]:
 
 def run(raw: dict[str, Any]) -> Work:
     """Make what is wanted and not there, stage by stage as a library, and say what was done."""
-    wanted = config.parse(raw)
+    wanted = run_experiment.parse(raw)
     results = Path(wanted.results)
     ledgers_before = {path: len(shard_lines(path)) for path in results.rglob("*.ledger")}
     counted_before = set(results.rglob("layers/*/done/dissect.*.json"))
-    made = plan.make(wanted)
-    plan.settle(made)
+    made = planner.make(wanted)
+    settle.settle(made)
     work = Work()
-    for step in made.steps.values():
-        if not (made.results / step.manifest).exists():
-            plan.STAGES[step.stage].run(made, step)
-            work.steps.append(step.name)
+    for job in registry.jobs(made):
+        if not job.manifest.exists():
+            job.stage.run(job)
+            work.steps.append(job.name)
     for path in results.rglob("*.ledger"):
         new = shard_lines(path)[ledgers_before.get(path, 0) :]
         if path.name in ("grams.ledger", "sight-minibatches.ledger"):
@@ -201,15 +206,20 @@ def shard_lines(ledger: Path) -> list[str]:
 
 @contextmanager
 def version_raised(stage: str) -> Iterator[None]:
-    module = plan.STAGES[stage]
-    with mock.patch.object(module, "VERSION", module.VERSION + 1):
+    version = registry.STAGES[stage].version + 1
+    raised = dataclasses.replace(registry.STAGES[stage], version=version)
+    inside = f"pipeline.stages.{stage}."
+    modules = [each for name, each in sys.modules.items() if name.startswith(inside) and hasattr(each, "VERSION")]
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.dict(registry.STAGES, {stage: raised}))
+        for module in modules:
+            stack.enter_context(mock.patch.object(module, "VERSION", version))
         yield
 
 
 @contextmanager
 def report_changed() -> Iterator[None]:
-    before = plan.STAGES["report"].settings
-    with mock.patch.object(plan.STAGES["report"], "settings", lambda wanted: before(wanted) | {"code": "changed"}):
+    with mock.patch("pipeline.stages.report.stage.code", lambda: "changed"):
         yield
 
 
@@ -400,11 +410,12 @@ def _row(name: str, allowed: str, work: Work) -> str:
 
 
 def main() -> None:
-    from pipeline.config.core import Cluster
+    from pipeline.config.cluster import Cluster
+    from pipeline.workers import client
     from pipeline.workers import pool as cluster
 
     with tempfile.TemporaryDirectory() as folder, cluster.pool(Cluster(workers=1), Path(folder, "pool")) as address:
-        os.environ[cluster.ADDRESS] = str(address)
+        os.environ[client.ADDRESS] = str(address)
         for line in table(Path(folder)):
             print(line, flush=True)
 

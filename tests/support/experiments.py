@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pipeline.config import core as config
-from pipeline.plan import step as plan
+from pipeline.plan import settle
+from pipeline.plan.job import Job
 from pipeline.plan.step import Plan
+from pipeline.run import experiment, planner
+from pipeline.stages.registry import STAGES, jobs
 
 SIZE = 16
 NETWORK = """
@@ -161,12 +163,17 @@ def segmentation(folder: Path, **changes: Any) -> dict[str, Any]:
 
 def run(raw: Mapping[str, Any], *stages: str) -> Plan:
     """Make the plan of a configuration, settle it, and run the wanted stages that are not finished."""
-    made = plan.make(config.parse(raw))
-    plan.settle(made)
-    for step in made.steps.values():
-        if step.stage in stages and not (made.results / step.manifest).exists():
-            plan.STAGES[step.stage].run(made, step)
+    made = planner.make(experiment.parse(raw))
+    settle.settle(made)
+    for each in jobs(made):
+        if each.stage.name in stages and not each.manifest.exists():
+            each.stage.run(each)
     return made
+
+
+def job(made: Plan, stage: str, *names: str) -> Job:
+    """The job of a stage for these names, as `Plan.step` takes them."""
+    return Job(made, made.step(stage, *names), STAGES)
 
 
 def copied(made: Plan, raw: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -177,7 +184,7 @@ def copied(made: Plan, raw: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 def shown(made: Plan, stage: str, out: Path, formats: Sequence[str] = ("png",)) -> Any:
     """What the report knows of the steps of a stage, an `Experiment`; its figures and tables go below `out`."""
-    from pipeline.config.core import Figures
+    from pipeline.config.report import Figures
     from pipeline.report.experiment import Experiment
     from pipeline.stages.report.stage import made as as_made
 

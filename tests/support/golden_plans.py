@@ -19,10 +19,9 @@ from unittest.mock import patch
 import yaml
 from PIL import Image
 
-from pipeline.config import core as config
 from pipeline.data import torchvision_data
-from pipeline.plan import step as plan
 from pipeline.plan.step import Plan, Step
+from pipeline.run import experiment, planner
 from pipeline.storage.identity import digest
 
 ROOT = Path(__file__).parents[2]
@@ -39,7 +38,8 @@ def data(folder: Path) -> None:
     """Write what the ready-made configurations read, in miniature and with fixed times."""
     import miniatures
 
-    (folder / "config").symlink_to(ROOT / "config")
+    for name in ("config", "tests"):
+        (folder / name).symlink_to(ROOT / name)
     root = folder / "data"
     for split, count in (("train", 6), ("test", 72)):
         for at, name in enumerate(("bird", "cat", "ship") * (count // 3)):
@@ -96,7 +96,7 @@ def ready_made() -> dict[str, dict[str, Any]]:
             raw["calibrate"]["datasets"] = ["mnist28"]
         found[file.stem] = raw
     raw = yaml.safe_load((ROOT / "tests/chaos/miniature.yaml").read_text())
-    raw["networks"]["net"]["module"] = f"{ROOT}/tests/workflow/networks/tiny.py:tiny"
+    raw["networks"]["net"]["module"] = "tests/workflow/networks/tiny.py:tiny"
     raw["randomize"]["noise"]["networks"]["tiny"]["module"] = "config/networks/zhang2017.py:tiny"
     return found | {"chaos": raw}
 
@@ -127,7 +127,7 @@ def small(folder: Path) -> dict[str, dict[str, Any]]:
         picture(photos / "images" / f"{at}.bmp", at, (16, 16))
         label_map = photos / "maps" / f"{at}.png"
         label_map.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("L", (16, 16), at % 3).save(label_map, "BMP")
+        Image.new("L", (16, 16), at % 3).save(label_map, "PNG", compress_level=0)
     (photos / "labels.csv").write_text("image,label\n" + "".join(f"{at}.bmp,{'ab'[at % 2]}\n" for at in range(6)))
     (photos / "table.csv").write_text("path,label,split\n" + "".join(f"{at}.bmp,x,train\n" for at in range(6)))
     (folder / "parsing.pt").write_bytes(b"weights")
@@ -136,7 +136,7 @@ def small(folder: Path) -> dict[str, dict[str, Any]]:
     old(photos)
     os.utime(folder / "digits.npz", ns=(10**18, 10**18))
     parsing = {
-        "module": f"{ROOT}/tests/workflow/networks/parsing.py:Parsing",
+        "module": "tests/workflow/networks/parsing.py:Parsing",
         "weights": str(folder / "parsing.pt"),
         "categories": {"thing": {"output": "thing", "classes": str(folder / "things.txt"), "void": [0]}},
     }
@@ -210,8 +210,8 @@ def plans(folder: Path, only: Callable[[str], bool] = lambda name: True) -> dict
     with inside(folder), here, patch.object(torchvision_data, "in_own_process", in_process):
         for name, raw in (ready_made() | small(folder)).items():
             if only(name):
-                wanted = config.parse(raw | {"results": str(folder / "results" / name)})
-                found[name] = described(plan.make(wanted))
+                wanted = experiment.parse(raw | {"results": str(folder / "results" / name)})
+                found[name] = described(planner.make(wanted))
     return found
 
 

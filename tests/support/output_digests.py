@@ -24,25 +24,26 @@ def run_all() -> dict[str, dict[str, str]]:
     import golden_plans
     from chaos.folder import contents
 
-    from pipeline.config import core as config
-    from pipeline.config.core import Cluster
-    from pipeline.plan import step as plan
+    from pipeline.config.cluster import Cluster
+    from pipeline.run import experiment, planner
+    from pipeline.stages import registry
+    from pipeline.workers import client
     from pipeline.workers import pool as cluster
 
     shutil.rmtree(FOLDER, ignore_errors=True)
     FOLDER.mkdir()
     found = {}
     with golden_plans.inside(FOLDER), cluster.pool(Cluster(workers=2), FOLDER / "pool") as address:
-        os.environ[cluster.ADDRESS] = str(address)
+        os.environ[client.ADDRESS] = str(address)
         golden_plans.data(FOLDER)
         raws = {"chaos": golden_plans.ready_made()["chaos"]} | golden_plans.small(FOLDER)
         raws["data"]["segmenters"]["parsed"]["weights"] = parsing_weights()
         for name in ("chaos", *EXPERIMENTS):
             raw = raws[name] | {"results": str(FOLDER / "results" / name)}
-            made = plan.make(config.parse(raw))
-            for step in made.steps.values():
-                if step.stage != "report":
-                    plan.STAGES[step.stage].run(made, step)
+            made = planner.make(experiment.parse(raw))
+            for job in registry.jobs(made):
+                if job.stage.name != "report":
+                    job.stage.run(job)
             found[name] = contents(made.results)
     return found
 

@@ -42,12 +42,12 @@ class Versioned:
 
 def versioned() -> dict[str, Versioned]:
     """Every stage that names its code, the scenes, and the layer ids."""
-    from pipeline.plan.step import STAGES
+    from pipeline.stages.registry import STAGES
 
     found = {
-        name: Versioned(stage.__name__, "VERSION", stage.CODE)
+        name: Versioned(f"pipeline.stages.{name}.stage", "VERSION", stage.code)
         for name, stage in STAGES.items()
-        if hasattr(stage, "CODE")
+        if stage.code
     }
     found["scenes"] = Versioned(
         "pipeline.data.scenes", "VERSION", ("kernels/images/colour_names.py", "pipeline/data/scenes")

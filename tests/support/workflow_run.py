@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from pipeline.storage.manifest import Manifest
-from pipeline.workers import pool as cluster
+from pipeline.workers import client
 
 ROOT = Path(__file__).parents[2]
 TINY = str(ROOT / "tests/workflow/networks" / "tiny.py")
@@ -40,7 +40,7 @@ def snakemake(folder: Path, config: Mapping[str, Any] | Path, *arguments: str, c
     else:
         file = folder / f"{config['name']}.yaml"
         file.write_text(yaml.safe_dump(dict(config)))
-    environment = {key: value for key, value in os.environ.items() if key != cluster.ADDRESS}
+    environment = {key: value for key, value in os.environ.items() if key != client.ADDRESS}
     done = subprocess.run(
         [sys.executable, "-m", "snakemake", "--snakefile", ROOT / "Snakefile", *arguments, "--configfile", file],
         cwd=folder,

@@ -15,10 +15,11 @@ import pytest
 import xarray
 from workflow_run import PARSING, TINY, contents, jobs_run, ledger_shards, snakemake, states, written
 
-from pipeline.config import core as config
-from pipeline.networks.build import NetworkSpec, build
+from pipeline.config.networks import NetworkSpec
+from pipeline.networks.build import build
 from pipeline.networks.checkpoint import write_safetensors
-from pipeline.plan import step as plan
+from pipeline.run import experiment, planner
+from pipeline.stages import registry
 from pipeline.storage.lock import RunLock
 
 
@@ -146,10 +147,10 @@ def test_two_experiments_in_one_folder(tmp_path, first, second):
 
 def _in_a_fresh_folder(results: Path, wanted: dict) -> dict[str, str]:
     """The results of a configuration, made by the stages as a library."""
-    made = plan.make(config.parse(wanted | {"results": str(results)}))
+    made = planner.make(experiment.parse(wanted | {"results": str(results)}))
     for step in made.steps.values():
         if step.stage != "report":
-            plan.STAGES[step.stage].run(made, step)
+            registry.STAGES[step.stage].run(Job(made, step, registry.STAGES))
     return contents(results)
 
 

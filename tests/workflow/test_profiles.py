@@ -9,9 +9,8 @@ import pytest
 import yaml
 from workflow_run import ROOT, mini, snakemake
 
-from pipeline.config import core as config
 from pipeline.errors import MicrotomeError
-from pipeline.plan import step as plan
+from pipeline.run import experiment, planner
 from pipeline.run.workflow import Run
 
 SHARED = {"rerun-triggers": ["params"], "rerun-incomplete": True, "nolock": True}
@@ -81,7 +80,7 @@ def jobs(folder):
 
 
 def test_a_queue_within_a_queue_is_refused(tmp_path):
-    asked = plan.make(config.parse(mini(kind="slurm", workers=2, memory="4 GB") | {"results": str(tmp_path)}))
+    asked = planner.make(experiment.parse(mini(kind="slurm", workers=2, memory="4 GB") | {"results": str(tmp_path)}))
     run = object.__new__(Run)
     run.plan, run.refused = asked, None
     with pytest.raises(MicrotomeError, match="jobs of Snakemake that ask SLURM for jobs"):

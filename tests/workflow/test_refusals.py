@@ -7,9 +7,9 @@ import pytest
 from safetensors.numpy import save_file
 from workflow_run import TINY, snakemake, written
 
-from pipeline.config import core as config
 from pipeline.errors import MicrotomeError
-from pipeline.plan import step as plan
+from pipeline.run import experiment as run_experiment
+from pipeline.run import planner
 
 WEIGHTS = {
     "0.0.weight": (6, 3, 3, 3),
@@ -121,7 +121,7 @@ def test_data_and_networks_that_are_not_there(tmp_path, experiment, monkeypatch)
 
     def refused(**changes):
         with pytest.raises(MicrotomeError) as error:
-            plan.make(config.parse(experiment | changes))
+            planner.make(run_experiment.parse(experiment | changes))
         assert not (tmp_path / "results").exists() or not written(tmp_path / "results")
         return str(error.value)
 

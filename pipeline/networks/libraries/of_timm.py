@@ -9,9 +9,10 @@ from urllib.parse import urlsplit
 import timm
 import torch
 
+from pipeline.config.networks import NetworkSpec
 from pipeline.errors import MicrotomeError, nearest
 from pipeline.networks import checkpoint
-from pipeline.networks.build import NetworkSpec, published_file
+from pipeline.networks.build import published_file
 from pipeline.networks.published import Published
 
 # Arguments that read or fetch weights; a network's weights come from `weights` and nowhere else.

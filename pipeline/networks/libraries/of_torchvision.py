@@ -13,9 +13,10 @@ import torch
 import torchvision
 from torchvision.models import WeightsEnum
 
+from pipeline.config.networks import NetworkSpec
 from pipeline.errors import MicrotomeError, nearest
 from pipeline.networks import checkpoint
-from pipeline.networks.build import NetworkSpec, published_file
+from pipeline.networks.build import published_file
 from pipeline.networks.published import Published
 
 # Arguments that fetch weights; a network's weights come from `weights` and nowhere else.

@@ -11,9 +11,10 @@ import torch
 import transformers
 from transformers.utils import logging
 
+from pipeline.config.networks import NetworkSpec
 from pipeline.errors import MicrotomeError, nearest
 from pipeline.networks import checkpoint
-from pipeline.networks.build import NetworkSpec, published_file
+from pipeline.networks.build import published_file
 from pipeline.networks.published import weight_files
 
 _SHOWN = 4

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline.errors import MicrotomeError
-from pipeline.storage.manifest import write_atomically
+from pipeline.storage.atomic import write_atomically
 
 ORDER = 1  # purpose of random numbers: the order of the images
 

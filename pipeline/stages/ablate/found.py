@@ -1,6 +1,5 @@
 """What the report reads of an ablation: one layer's losses, its ranked units, and what sets of them do."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kernels.ablation import SERVED
-from pipeline.stages.dissect.found import Unit, open_store
+from pipeline.stages.ablate.results import AblatedLayer
+from pipeline.stages.ablate.settings import Measure
+from pipeline.stages.dissect.found import Unit
+from pipeline.storage.read_back import open_store
 
 Floats = NDArray[np.float64]
 
@@ -26,7 +28,7 @@ class Ablation:
     rank_loss, judge_loss : (unit, class). accuracy_loss : (unit), on the split that judges.
     set_loss : (kind, size, class); random_loss : (draw, random kind, size, class); both may have no sizes.
     recognised : (class), whether any image of the class is, with all units, on the split that ranks.
-    settings : attributes of the group: `rank`, `judge`, `replace`, counts of images and pairs, notes.
+    measure : how losses were measured. notes : what a reader has to know.
     """
 
     dataset: str
@@ -46,10 +48,11 @@ class Ablation:
     balanced_accuracy: Floats
     accuracy: float
     recognised: NDArray[np.bool_]
-    settings: Mapping[str, Any]
+    measure: Measure
+    notes: list[str]
 
     def top(self, c: int) -> list[int]:
-        """The units that a class depends on most: at most four, and only those whose loss is above 0."""
+        """Return the units that a class depends on most: at most four, and only those whose loss is above 0."""
         best = [unit for unit in self.order[c, :SERVED].tolist() if unit >= 0]
         return [unit for unit in best if self.rank_loss[unit, c] > 0]
 
@@ -70,7 +73,7 @@ class Ablation:
         return [self.classes[c] for c in self.by_dependence if not self.recognised[c]]
 
     def served_groups(self) -> list[tuple[int, int, float]]:
-        """(classes served, units, their mean IoU), for each number of classes that occurs."""
+        """Return (classes served, units, their mean IoU) for each number of classes that occurs."""
         iou = np.array([unit.iou for unit in self.units])
         return [
             (int(n), int((self.served == n).sum()), float(np.nanmean(iou[self.served == n])))
@@ -86,11 +89,11 @@ def read_ablation(results: Path, dataset: str, network: str, layer: str, units: 
     def array(name: str) -> Any:
         return np.asarray(group[name][:])
 
-    settings = dict(group.attrs)
+    measure, facts = Measure.read(group.attrs), AblatedLayer.read(group.attrs)
     splits = array("split").tolist()
-    rank, judge = splits.index(settings["rank"]), splits.index(settings["judge"])
+    rank, judge = splits.index(measure.rank), splits.index(measure.judge)
     loss, own = array("balanced_accuracy_loss"), [unit for unit in units if unit.layer == layer]
-    has_sets, has_draws = settings["sets"] > 0, settings["sets"] > 0 and settings["draws"] > 0
+    has_sets, has_draws = facts.sets > 0, facts.sets > 0 and measure.draws > 0
     classes = array("class").tolist()
     return Ablation(
         dataset,
@@ -110,5 +113,6 @@ def read_ablation(results: Path, dataset: str, network: str, layer: str, units: 
         array("balanced_accuracy")[judge],
         float(array("accuracy")[judge]),
         array("recall")[rank] > 0,
-        settings,
+        measure,
+        facts.notes,
     )

@@ -7,14 +7,14 @@ from functools import partial
 
 from PIL import Image
 
+from pipeline.report import words
 from pipeline.report.experiment import Experiment
 from pipeline.report.page import Figure, Page
 from pipeline.report.style import draw
 from pipeline.report.tables import write_table
-from pipeline.stages.ablate import figures as ablation_figures
+from pipeline.stages.ablate import figures
 from pipeline.stages.ablate.found import Ablation, read_ablation
-from pipeline.stages.dissect import sentences
-from pipeline.stages.dissect.cards import TILE
+from pipeline.stages.ablate.results import Ablated
 from pipeline.stages.dissect.found import Unit
 
 
@@ -43,14 +43,14 @@ class Section:
 
 
 def pages(experiment: Experiment) -> list[Page]:
-    made = experiment.of_stage("ablate")
-    if not made:
+    ablated = experiment.of_stage("ablate")
+    if not ablated:
         return []
     sections = []
-    for one in made:
+    for one in ablated:
         assert one.dataset is not None and one.network is not None
-        for facts in one.result["layers"]:
-            sections.append(section(experiment, one.dataset, one.network, facts["layer"]))
+        for layer in Ablated.read(one.result).layers:
+            sections.append(section(experiment, one.dataset, one.network, layer.layer))
     return [
         Page(
             file="ablation.html",
@@ -100,8 +100,8 @@ def section(experiment: Experiment, dataset: str, network: str, layer: str) -> S
         ),
     )
     label = experiment.label(dataset, network)
-    figures = {figure.kind: figure for figure in draw_all(experiment, found, f"{name}-{position:02d}", label)}
-    return Section(found, label, tables, concepts, figures, table)
+    drawn = {figure.kind: figure for figure in draw_all(experiment, found, f"{name}-{position:02d}", label)}
+    return Section(found, label, tables, concepts, drawn, table)
 
 
 def row(experiment: Experiment, found: Ablation, pictures: str, unit: int, c: int) -> Row:
@@ -109,7 +109,7 @@ def row(experiment: Experiment, found: Ablation, pictures: str, unit: int, c: in
     images = 0
     if (experiment.out / file).exists():
         with Image.open(experiment.out / file) as strip:
-            images = round(strip.width / TILE)
+            images = round(strip.width / strip.height)  # squares side by side
     return Row(
         found.units[unit],
         file if images else "",
@@ -121,20 +121,20 @@ def row(experiment: Experiment, found: Ablation, pictures: str, unit: int, c: in
 
 
 def finding(one: Section) -> str:
-    """How many classes lose something by a single unit, and the one that loses most."""
+    """Say how many classes lose something by a single unit, and which loses most."""
     found = one.found
-    rank, judge = found.settings["rank"], found.settings["judge"]
+    rank, judge = found.measure.rank, found.measure.judge
     depending = sum(bool(found.top(c)) for c in found.by_dependence)
     text = (
         f"{one.label}, {found.layer}: of {len(found.classes)} classes, {depending} lose balanced accuracy on "
-        f"split {rank} when one of {sentences.plural(len(found.units), 'unit')} is removed"
+        f"split {rank} when one of {words.plural(len(found.units), 'unit')} is removed"
     )
     if not depending:
         return f"{text}."
     c = found.by_dependence[0]
     unit = int(found.order[c, 0])
     named = f" ({found.units[unit].concept})" if found.units[unit].concept else ""
-    lost = [sentences.percent(float(loss[unit, c]), 1) for loss in (found.rank_loss, found.judge_loss)]
+    lost = [words.percent(float(loss[unit, c]), 1) for loss in (found.rank_loss, found.judge_loss)]
     return f"{text}; {found.classes[c]} most, {lost[0]} without unit {unit}{named}, and {lost[1]} on split {judge}."
 
 
@@ -142,8 +142,8 @@ def draw_all(experiment: Experiment, found: Ablation, name: str, label: str) -> 
     labels = {"network": found.network, "data set": found.dataset}
     header = ("class", "kind", "size", "loss", "random_mean", "random_low", "random_high")
     shown = ""
-    if len(found.by_dependence) > ablation_figures.CLASSES:
-        shown = f" The {ablation_figures.CLASSES} classes that depend most on single units."
+    if len(found.by_dependence) > figures.CLASSES:
+        shown = f" The {figures.CLASSES} classes that depend most on single units."
     if found.sizes and found.by_dependence:
         for kind, kinds, what in (
             ("ablation-removed", ("remove_most", "remove_least"), "are removed"),
@@ -152,33 +152,33 @@ def draw_all(experiment: Experiment, found: Ablation, name: str, label: str) -> 
             yield draw(
                 experiment,
                 f"{kind}-{name}",
-                partial(ablation_figures.curves, found=found, kinds=kinds),
+                partial(figures.curves, found=found, kinds=kinds),
                 kind=kind,
                 alt=f"Line charts, one a class: balanced accuracy that {label} loses when sets of units {what}",
                 caption=f"Balanced accuracy that each class loses when units of {found.layer} {what}, ranked by their "
-                f"loss on split {found.settings['rank']}; measured on split {found.settings['judge']}.{shown}",
+                f"loss on split {found.measure.rank}; measured on split {found.measure.judge}.{shown}",
                 header=header,
-                rows=ablation_figures.curve_rows(found, kinds),
+                rows=figures.curve_rows(found, kinds),
                 labels=labels,
             )
-    if ablation_figures.shown_units(found):
+    if figures.shown_units(found):
         yield draw(
             experiment,
             f"ablation-classes-{name}",
-            partial(ablation_figures.heatmap, found=found),
+            partial(figures.heatmap, found=found),
             kind="ablation-classes",
             alt=f"Heat map: balanced accuracy that each class of {label} loses without each unit",
             caption=f"Balanced accuracy that a class loses without a single unit of {found.layer}, on split "
-            f"{found.settings['judge']}: the units that any class depends on. Below zero it gains.{shown}",
+            f"{found.measure.judge}: the units that any class depends on. Below zero it gains.{shown}",
             header=("class", "unit", "loss_rank", "loss_judge"),
-            rows=ablation_figures.heatmap_rows(found),
+            rows=figures.heatmap_rows(found),
             labels=labels,
         )
     if found.served_groups():
         yield draw(
             experiment,
             f"ablation-served-{name}",
-            partial(ablation_figures.served, found=found),
+            partial(figures.served, found=found),
             kind="ablation-served",
             alt=f"Bar chart: mean IoU of the units of {label} by the number of classes they are important to",
             caption=f"Mean IoU of the units of {found.layer} by the number of classes that count them among their four "
@@ -190,5 +190,5 @@ def draw_all(experiment: Experiment, found: Ablation, name: str, label: str) -> 
 
 
 def counted(names: Sequence[str]) -> str:
-    """Names in order of their first place; one that is there several times once, with its number."""
+    """Return names in order of their first place; one that is there several times once, with its number."""
     return ", ".join(name if count == 1 else f"{name} × {count}" for name, count in Counter(names).items())

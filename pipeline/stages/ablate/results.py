@@ -1,23 +1,22 @@
-"""What the stage `ablate` writes of its counts: a group of ablation.zarr for each layer, and three tables."""
+"""What the stage `ablate` writes of its counts: a group of ablation.zarr for each layer, three tables, and facts."""
 
 from __future__ import annotations
 
 import csv
 import io
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from kernels.ablation import KINDS, RANDOM_KINDS, balanced_accuracy, classes_served
-from pipeline.plan import job as stage
-from pipeline.storage.manifest import Files, Manifest
+from kernels.ablation import KINDS, RANDOM_KINDS, Predictions, balanced_accuracy, classes_served
+from pipeline.stages.ablate.settings import Measure
+from pipeline.storage.manifest import Files, Manifest, within
+from pipeline.storage.record import Record
 from pipeline.storage.store import metadata_files, verified_bytes, write_whole
 from pipeline.storage.tables import csv_bytes, number
-
-if TYPE_CHECKING:
-    from pipeline.stages.ablate.stage import Ablated
 
 TOP_UNITS = 20  # of each class, in ablation.csv
 CLASS_COLUMNS = (
@@ -62,14 +61,85 @@ SCORES = ("accuracy", "top5_accuracy")
 Labels = Mapping[tuple[str, int], Mapping[str, str]]  # a row of units.csv by layer and unit
 
 
+class AblatedLayer(Record):
+    """What is known of a layer whose units were removed.
+
+    Attributes
+    ----------
+    pairs : of a unit and an image. pairs_that_differ, set_pairs_that_differ : those that were computed, since the unit,
+        or the set, makes a difference there.
+    logits_difference, logits_largest : how far logits from stored values are from the network's own, and the largest of
+        these, both without a sign. predictions_changed : images that are told another class for it.
+    sets : how many sets of units. whole_network : whether all of the network runs for each pair.
+    pair_flops : floating-point operations of a pair. counted : images by split.
+    """
+
+    units: int
+    pairs: int
+    pairs_that_differ: int
+    logits_difference: float
+    logits_largest: float
+    predictions_changed: int
+    set_pairs_that_differ: int
+    layer: str
+    sets: int
+    whole_network: bool
+    pair_flops: float
+    counted: dict[str, int]
+    notes: list[str]
+
+
+class Ablated(Record):
+    """What the manifest of `ablate` says: each layer whose units were removed."""
+
+    layers: list[AblatedLayer]
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> Ablated:
+        return cls.read(manifest.result)
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What was counted for one layer.
+
+    Attributes
+    ----------
+    measure : how.
+    whole, without : by split, counts with nothing removed (one variant) and with each unit removed.
+    order : (class, unit), most important first, by the losses on the split that ranks.
+    sizes : of the sets, those below the number of units.
+    set_counts : true positives, predicted and correct x (kind, size, class), on the split that judges.
+    random : counts on the same of the random sets, (draw, kind, size) in this order.
+    """
+
+    layer: str
+    measure: Measure
+    whole: dict[str, Predictions]
+    without: dict[str, Predictions]
+    order: np.ndarray
+    sizes: list[int]
+    set_counts: np.ndarray
+    random: Predictions
+    facts: AblatedLayer
+
+    @property
+    def loss(self) -> dict[str, np.ndarray]:
+        """By split, (unit, class) of balanced accuracy."""
+        return {
+            split: self.whole[split].balanced_accuracy - without.balanced_accuracy
+            for split, without in self.without.items()
+        }
+
+
 def unit_labels(folder: Path, dissected: Manifest) -> Labels:
-    """units.csv of the dissection, verified."""
+    """Return units.csv of the dissection, verified."""
     text = verified_bytes(folder, "units.csv", dissected.files).decode()
     return {(row["layer"], int(row["unit"])): row for row in csv.DictReader(io.StringIO(text))}
 
 
-def write_layer(path: Path, classes: list[str], found: Ablated, name: str) -> Files:
-    """Write the group of a layer; its files, named from the folder of the network."""
+def write_layer(path: Path, classes: list[str], found: Counted, name: str) -> Files:
+    """Write the group of a layer; return its files, named from the folder of the network."""
     units = len(next(iter(found.without.values())).predicted)
     splits = list(found.whole)
     whole, without = found.whole.values(), found.without.values()
@@ -103,27 +173,26 @@ def write_layer(path: Path, classes: list[str], found: Ablated, name: str) -> Fi
             "set_predicted": (of_set, found.set_counts[1]),
             "set_correct": (of_set, found.set_counts[2]),
         }
-        if found.draws:
+        if found.measure.draws:
             of_draw = ("draw", "random_kind", "size", "class")
-            shape = (found.draws, len(RANDOM_KINDS), len(found.sizes), len(classes))
+            shape = (found.measure.draws, len(RANDOM_KINDS), len(found.sizes), len(classes))
             arrays |= {
                 "random_kind": (("random_kind",), np.array(RANDOM_KINDS, object)),
                 "random_loss": (of_draw, random_losses(found)),
                 "random_true_positives": (of_draw, found.random.true_positives.reshape(shape)),
                 "random_predicted": (of_draw, found.random.predicted.reshape(shape)),
             }
-    attrs = {key: value for key, value in found.how.items() if key not in ("layers", "sizes")} | found.facts
-    return stage.within(name, write_whole(path, arrays, attrs))
+    return within(name, write_whole(path, arrays, found.measure.written() | found.facts.written()))
 
 
 def layer_files(store: Path) -> Files:
-    """The group that holds the layers."""
-    return stage.within(store.name, {"zarr.json": metadata_files(store)["zarr.json"]})
+    """Return the file that describes the group with all layers."""
+    return within(store.name, {"zarr.json": metadata_files(store)["zarr.json"]})
 
 
-def set_losses(found: Ablated) -> tuple[np.ndarray, np.ndarray]:
+def set_losses(found: Counted) -> tuple[np.ndarray, np.ndarray]:
     """(kind, size, class) of the class's balanced accuracy, and of the accuracy over all classes, without its set."""
-    judged = found.whole[found.how["judge"]]
+    judged = found.whole[found.measure.judge]
     total = int(judged.images.sum())
     positives, predicted, correct = found.set_counts
     after = balanced_accuracy(positives, predicted, judged.images, total)
@@ -132,15 +201,15 @@ def set_losses(found: Ablated) -> tuple[np.ndarray, np.ndarray]:
     return loss, np.where(undefined, np.nan, judged.accuracy[0] - correct / total)
 
 
-def random_losses(found: Ablated) -> np.ndarray:
+def random_losses(found: Counted) -> np.ndarray:
     """(draw, kind, size, class) of balanced accuracy, without random sets."""
-    judged = found.whole[found.how["judge"]]
+    judged = found.whole[found.measure.judge]
     loss = judged.balanced_accuracy - found.random.balanced_accuracy
-    return loss.reshape(found.draws, len(RANDOM_KINDS), len(found.sizes), -1)
+    return loss.reshape(found.measure.draws, len(RANDOM_KINDS), len(found.sizes), -1)
 
 
-def write_tables(layers: Iterable[Ablated], labels: Labels, classes: list[str]) -> dict[str, bytes]:
-    """The three tables, by file name."""
+def write_tables(layers: Iterable[Counted], labels: Labels, classes: list[str]) -> dict[str, bytes]:
+    """Return the three tables, by file name."""
     rows: dict[str, list[list[Any]]] = {"ablation.csv": [], "ablation-sets.csv": [], "ablation-units.csv": []}
     for found in layers:
         rows["ablation.csv"] += class_rows(found, labels, classes)
@@ -150,9 +219,9 @@ def write_tables(layers: Iterable[Ablated], labels: Labels, classes: list[str]) 
     return {name: csv_bytes(given, rows[name]) for name, given in zip(rows, columns, strict=True)}
 
 
-def class_rows(found: Ablated, labels: Labels, classes: list[str]) -> list[list[Any]]:
-    """The most important units of each class; none where a class could not be ranked."""
-    rank, judge = found.how["rank"], found.how["judge"]
+def class_rows(found: Counted, labels: Labels, classes: list[str]) -> list[list[Any]]:
+    """Return the most important units of each class; none where a class could not be ranked."""
+    rank, judge = found.measure.rank, found.measure.judge
     recall = found.whole[judge].recall - found.without[judge].recall
     precision = found.whole[judge].precision - found.without[judge].precision
     return [
@@ -170,12 +239,12 @@ def class_rows(found: Ablated, labels: Labels, classes: list[str]) -> list[list[
     ]
 
 
-def set_rows(found: Ablated, classes: list[str]) -> list[list[Any]]:
-    """For every class, kind and size, the losses without the set, and mean and range without random ones."""
+def set_rows(found: Counted, classes: list[str]) -> list[list[Any]]:
+    """Return for every class, kind and size the losses without the set, and mean and range without random ones."""
     if not found.sizes:
         return []
     loss, accuracy = set_losses(found)
-    random = random_losses(found) if found.draws else None
+    random = random_losses(found) if found.measure.draws else None
     rows = []
     for c, name in enumerate(classes):
         for k, kind in enumerate(KINDS):
@@ -189,12 +258,11 @@ def set_rows(found: Ablated, classes: list[str]) -> list[list[Any]]:
     return rows
 
 
-def unit_rows(found: Ablated, labels: Labels) -> list[list[Any]]:
-    """Every unit, with the number of classes it is important to and what is lost over all classes."""
-    served = classes_served(found.order, found.loss[found.how["rank"]])
-    lost = [
-        found.whole[split].accuracy - found.without[split].accuracy for split in (found.how["rank"], found.how["judge"])
-    ]
+def unit_rows(found: Counted, labels: Labels) -> list[list[Any]]:
+    """Return every unit, with the number of classes it is important to and what is lost over all classes."""
+    rank, judge = found.measure.rank, found.measure.judge
+    served = classes_served(found.order, found.loss[rank])
+    lost = [found.whole[split].accuracy - found.without[split].accuracy for split in (rank, judge)]
     return [
         [found.layer, *described(found.layer, unit, labels), int(count), *(number(each[unit]) for each in lost)]
         for unit, count in enumerate(served)
@@ -202,6 +270,6 @@ def unit_rows(found: Ablated, labels: Labels) -> list[list[Any]]:
 
 
 def described(layer: str, unit: int, labels: Labels) -> list[Any]:
-    """Unit, concept, category, IoU."""
+    """Return unit, concept, category and IoU."""
     row = labels[layer, unit]
     return [unit, row["concept"], row["category"], row["iou"]]

@@ -1,4 +1,4 @@
-"""What the workers of the stage `ablate` do: one shard, without some units of a layer, each prediction written down.
+"""What workers do for the stage `ablate`: predict one shard without some units of a layer, and write it down.
 
 The activations of a shard that `extract` stored are read. Those of another (training images, mostly) are computed as
 `extract` would, in the same micro-batches and rounded to the same float16, and not stored: a forward pass costs less
@@ -27,8 +27,9 @@ from pipeline.networks.forward import (
     scale_for,
 )
 from pipeline.networks.layer import LayerInfo
-from pipeline.storage.manifest import Files
-from pipeline.workers.pool import device
+from pipeline.storage.store import StoreRef, write
+from pipeline.workers.devices import device
+from pipeline.workers.resumable import Done
 
 if TYPE_CHECKING:
     import torch
@@ -39,32 +40,32 @@ TASK_FLOPS = 4e11  # of one task, about: some seconds on a core. A block of unit
 TASK_UNITS = 16  # the fewest units of a block: a shard that is not stored is computed again for each block
 BATCH_BYTES = 256 << 20  # of the pairs that run at once, and of the images whose units are held apart at once
 BATCH_PAIRS = 8192
+UNITS, SETS = "units", "sets"  # the stores of predictions, as tasks name them
 
 
 @dataclass(frozen=True)
-class Part:
+class Shard:
     """The images of one shard that count, as tasks name them.
 
     Attributes
     ----------
-    start, stop : of the shard.
+    start, stop : its first image, and one past its last.
     rows : places in the shard, all splits together, in order.
     label : of each row.
     partner : for each row, which row gives the values of the replacement `shuffled`.
-    pixels : the chunk file of the images.
-    activations : chunk files of the stored layer; None where the shard was not extracted.
-    logits : the same of the network's logits.
+    images : where its pixels are.
+    activations, logits : where those of the network are; None where the layer's are not stored.
     """
 
-    shard: int
+    number: int
     start: int
     stop: int
     rows: np.ndarray
     label: np.ndarray
     partner: np.ndarray
-    pixels: Files
-    activations: Files | None = None
-    logits: Files | None = None
+    images: StoreRef
+    activations: StoreRef | None = None
+    logits: StoreRef | None = None
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Prepared:
     ----------
     classes : number of logits.
     block, pairs, images : units of a task, pairs of a unit and an image that run at once, images begun at once.
-    whole : all of the network runs for each pair, since it could not be cut.
+    whole : whether all of the network runs for each pair, since it could not be cut.
     memory : bytes that a task needs, about.
     """
 
@@ -95,15 +96,14 @@ class Target(Prepared):
 
     Attributes
     ----------
-    id, store, scale : of its activations.
-    network : folder of the network on this data set.
+    id, scale : of its activations.
+    folder : of the network on this data set.
     replace, mean : what a removed unit gives; the mean (unit) and that in each special token (token, unit).
     """
 
     id: str
-    store: Path
     scale: float
-    network: Path
+    folder: Path
     replace: str
     mean: tuple[np.ndarray, np.ndarray] | None = None
 
@@ -113,20 +113,20 @@ class Target(Prepared):
 
     @property
     def predictions(self) -> Path:
-        return self.network / "ablation-predictions" / f"{self.id}.zarr"
+        return self.folder / "ablation-predictions" / f"{self.id}.zarr"
 
     @property
     def set_predictions(self) -> Path:
-        return self.network / "ablation-predictions" / f"{self.id}-sets.zarr"
+        return self.folder / "ablation-predictions" / f"{self.id}-sets.zarr"
 
     @property
     def dtype(self) -> Any:
-        """Of the number of a class; -1: the image does not count."""
+        """The type of the number of a class; -1: the image does not count."""
         return np.int16 if self.classes < 1 << 15 else np.int32
 
 
 def prepare(model: Model, size: tuple[int, int], names: list[str], shard_images: int) -> list[Prepared]:
-    """Cut the network after each layer, and say how its work is divided: by its cost alone, so always alike."""
+    """Cut the network after each layer, and divide its work: by its cost alone, so always alike."""
     from pipeline.networks.layers import resolve
 
     network = network_of(model)
@@ -151,14 +151,14 @@ def prepare(model: Model, size: tuple[int, int], names: list[str], shard_images:
 
 @functools.lru_cache(maxsize=4)
 def tail_of(model: Model, info: LayerInfo, size: tuple[int, int]) -> Tail:
-    """A worker's copy of the tail after a layer, found and checked once, on fixed noise."""
+    """Return a worker's copy of the tail after a layer, found and checked once, on fixed noise."""
     from pipeline.networks.graph.tail import cut
 
     return cut(network_of(model), info, noise(model, size))
 
 
 def noise(model: Model, size: tuple[int, int]) -> torch.Tensor:
-    """Three images as the network takes them, always the same."""
+    """Return three images as the network takes them, always the same."""
     import torch
 
     pixels = torch.randint(0, 256, (3, 3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -166,33 +166,31 @@ def noise(model: Model, size: tuple[int, int]) -> torch.Tensor:
 
 
 def sum_shard(
-    model: Model, images: Path, target: Target, part: Part, rows: np.ndarray
+    model: Model, target: Target, shard: Shard, rows: np.ndarray
 ) -> tuple[int, list[float], list[list[float]]]:
-    """For the replacement `mean`: the shard, and sums over some of its rows: of each unit's mean over the positions,
-    and of each special token's units."""
+    """Sum over some rows of a shard, for the replacement `mean`.
+
+    Returns the shard's number, the sum of each unit's mean over the positions, and those of each special token's units.
+    """
     import torch
 
-    maps, special, _, _ = activations(model, images, target, part)
+    maps, special, _, _ = activations(model, target, shard)
     chosen = torch.from_numpy(rows)
     total = maps[chosen].double().mean((2, 3)).sum(0).tolist()
-    return part.shard, total, special[chosen].double().sum(0).tolist() if special is not None else []
+    return shard.number, total, special[chosen].double().sum(0).tolist() if special is not None else []
 
 
-def without_units(
-    model: Model, images: Path, target: Target, part: Part, first: int
-) -> tuple[int, int, Files, dict[str, Any]]:
-    """One shard without each unit of the block that begins with unit `first`: shard, block, files, facts."""
+def without_units(model: Model, target: Target, shard: Shard, first: int) -> Done:
+    """Predict the images of one shard without each unit of the block that begins with unit `first`."""
     import torch
 
-    from pipeline.storage.store import write
-
     last = min(first + target.block, target.units)
-    shape = len(part.rows), last - first
+    shape = len(shard.rows), last - first
     prediction, above = np.empty(shape, np.int64), np.empty(shape, np.int64)
     whole = np.empty(shape[0], np.int64), np.empty(shape[0], np.int64)
     facts: dict[str, Any] = {"pairs": 0}
-    for rows, tail, state, logits, true_logits in begun(model, images, target, part):
-        label = torch.from_numpy(part.label[rows]).to(logits.device)
+    for rows, tail, state, logits, true_logits in begun(model, target, shard):
+        label = torch.from_numpy(shard.label[rows]).to(logits.device)
         own = judged(logits, label)
         for each, into, alone in zip(own, (prediction, above), whole, strict=True):
             into[rows], alone[rows] = each[:, None].cpu().numpy(), each.cpu().numpy()
@@ -203,47 +201,42 @@ def without_units(
         if first == 0:
             compare(facts, logits.cpu().numpy(), true_logits)
     values: dict[str, tuple[tuple[int, ...], np.ndarray]] = {
-        "prediction": ((part.start, first), full(target, part, prediction)),
-        "above": ((part.start, first), full(target, part, above)),
+        "prediction": ((shard.start, first), full(target, shard, prediction)),
+        "above": ((shard.start, first), full(target, shard, above)),
     }
     if first == 0:
-        values["prediction_whole"] = ((part.start,), full(target, part, whole[0]))
-        values["above_whole"] = ((part.start,), full(target, part, whole[1]))
-    return part.shard, first, write(target.predictions, values), facts
+        values["prediction_whole"] = ((shard.start,), full(target, shard, whole[0]))
+        values["above_whole"] = ((shard.start,), full(target, shard, whole[1]))
+    return Done(f"{shard.number}.{first}", {UNITS: write(target.predictions, values)}, facts)
 
 
-def without_sets(
-    model: Model, images: Path, target: Target, part: Part, first: int, packed: np.ndarray
-) -> tuple[int, int, Files, dict[str, Any]]:
-    """One shard without each of some sets of units, (set, unit) packed to bits: shard, first set, files, facts."""
+def without_sets(model: Model, target: Target, shard: Shard, first: int, packed: np.ndarray) -> Done:
+    """Predict the images of one shard without each of some sets of units: (set, unit) packed to bits, from set `first`
+    on."""
     import torch
 
-    from pipeline.storage.store import write
-
     sets = torch.from_numpy(np.unpackbits(packed, axis=1, count=target.units).astype(bool))
-    prediction = np.empty((len(part.rows), len(sets)), np.int64)
+    prediction = np.empty((len(shard.rows), len(sets)), np.int64)
     facts = {"pairs": 0}
-    for rows, tail, state, logits, _ in begun(model, images, target, part):
+    for rows, tail, state, logits, _ in begun(model, target, shard):
         prediction[rows] = logits.argmax(1)[:, None].cpu().numpy()
         for chosen, image, changed in tail.without_sets(state, sets.to(logits.device), target.pairs):
             at = image.cpu().numpy() + rows.start, chosen.cpu().numpy()
             prediction[at] = changed.argmax(1).cpu().numpy()
             facts["pairs"] += len(chosen)
-    values = {"prediction": ((part.start, first), full(target, part, prediction))}
-    return part.shard, first, write(target.set_predictions, values), facts
+    values = {"prediction": ((shard.start, first), full(target, shard, prediction))}
+    return Done(f"{shard.number}.{first}", {SETS: write(target.set_predictions, values)}, facts)
 
 
-def begun(
-    model: Model, images: Path, target: Target, part: Part
-) -> Iterator[tuple[slice, Tail, State, torch.Tensor, np.ndarray]]:
-    """The rows of a shard, some at a time: which, the tail, its state, its logits, and the network's own logits."""
+def begun(model: Model, target: Target, shard: Shard) -> Iterator[tuple[slice, Tail, State, torch.Tensor, np.ndarray]]:
+    """Begin the rows of a shard, some at a time: which, the tail, its state, its logits, the network's own logits."""
     import torch
 
-    maps, special, pixels, logits = activations(model, images, target, part)
+    maps, special, pixels, logits = activations(model, target, shard)
     tail = tail_of(model, target.info, (pixels.shape[2], pixels.shape[3]))
-    partner = torch.from_numpy(part.partner)
-    for start in range(0, len(part.rows), target.images):
-        rows = slice(start, min(start + target.images, len(part.rows)))
+    partner = torch.from_numpy(shard.partner)
+    for start in range(0, len(shard.rows), target.images):
+        rows = slice(start, min(start + target.images, len(shard.rows)))
         output = as_output(maps[rows], None if special is None else special[rows], target.info, model)
         match target.replace:
             case "zero":
@@ -260,30 +253,29 @@ def begun(
         found = tail.logits(state, target.pairs)
         if not bool(found.isfinite().all()):
             raise MicrotomeError(
-                f"network {model.name!r}: logits of shard {part.shard} computed from layer {target.info.name!r} are "
+                f"network {model.name!r}: logits of shard {shard.number} computed from layer {target.info.name!r} are "
                 f"not finite"
             )
         yield rows, tail, state, found, logits[rows]
 
 
 def activations(
-    model: Model, images: Path, target: Target, part: Part
+    model: Model, target: Target, shard: Shard
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, np.ndarray]:
-    """Maps (row, unit, y, x) and special tokens, float32 with the rounding of the store; pixels; logits."""
+    """Return maps (row, unit, y, x) and special tokens, float32 with the rounding of the store; pixels; logits."""
     import torch
 
     from pipeline.networks.layers import to_maps
-    from pipeline.storage.store import Reader
 
-    pixels = torch.from_numpy(Reader(images, part.pixels)["image"][part.start : part.stop])
-    rows = torch.from_numpy(part.rows)
-    if part.activations is not None and part.logits is not None:
-        stored = Reader(target.store, part.activations)
-        maps = torch.from_numpy(np.asarray(stored["activation"][part.start : part.stop]))[rows]
+    pixels = torch.from_numpy(shard.images.open()["image"][shard.start : shard.stop])
+    rows = torch.from_numpy(shard.rows)
+    if shard.activations is not None and shard.logits is not None:
+        stored = shard.activations.open()
+        maps = torch.from_numpy(np.asarray(stored["activation"][shard.start : shard.stop]))[rows]
         special = None
         if target.info.special:
-            special = torch.from_numpy(np.asarray(stored["special"][part.start : part.stop]))[rows]
-        logits = Reader(target.network / "logits.zarr", part.logits)["logits"][part.start : part.stop]
+            special = torch.from_numpy(np.asarray(stored["special"][shard.start : shard.stop]))[rows]
+        logits = shard.logits.open()["logits"][shard.start : shard.stop]
         scale = target.scale
     else:
         name = target.info.name
@@ -293,7 +285,7 @@ def activations(
         )
         assert head is not None
         output, logits = torch.cat(outputs), head.numpy()
-        refuse_non_finite(output, name, part.start)
+        refuse_non_finite(output, name, shard.start)
         largest = float(output.abs().amax())
         scale = target.scale if largest <= HALF_MAX * target.scale else scale_for(largest)
         maps, special = to_maps(output, target.info)
@@ -303,12 +295,12 @@ def activations(
         maps.float() * scale,
         special.float() * scale if special is not None else None,
         pixels[rows],
-        np.asarray(logits)[part.rows],
+        np.asarray(logits)[shard.rows],
     )
 
 
 def as_output(maps: torch.Tensor, special: torch.Tensor | None, info: LayerInfo, model: Model) -> torch.Tensor:
-    """Maps (row, unit, y, x) and special tokens as the layer gives them: the reverse of `layers.to_maps`."""
+    """Return maps (row, unit, y, x) and special tokens as the layer gives them: the reverse of `layers.to_maps`."""
     import torch
 
     maps = maps.to(device())
@@ -324,7 +316,7 @@ def as_output(maps: torch.Tensor, special: torch.Tensor | None, info: LayerInfo,
 
 
 def mean_output(target: Target, count: int, model: Model) -> torch.Tensor:
-    """The output of a layer whose units are all at their mean, for `count` images."""
+    """Return the output of a layer whose units are all at their mean, for `count` images."""
     import torch
 
     assert target.mean is not None
@@ -336,7 +328,7 @@ def mean_output(target: Target, count: int, model: Model) -> torch.Tensor:
 
 
 def judged(logits: torch.Tensor, label: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The class with the highest logit, and how many have a higher one than the label has."""
+    """Return the class with the highest logit, and how many have a higher one than the label has."""
     return logits.argmax(1), (logits > logits.gather(1, label[:, None])).sum(1)
 
 
@@ -347,8 +339,8 @@ def compare(facts: dict[str, Any], logits: np.ndarray, true: np.ndarray) -> None
     facts["changed"] = facts.get("changed", 0) + int((logits.argmax(1) != true.argmax(1)).sum())
 
 
-def full(target: Target, part: Part, values: np.ndarray) -> np.ndarray:
-    """Values of the rows, as a whole shard with -1 where an image does not count."""
-    shard = np.full((part.stop - part.start, *values.shape[1:]), -1, target.dtype)
-    shard[part.rows] = values
-    return shard
+def full(target: Target, shard: Shard, values: np.ndarray) -> np.ndarray:
+    """Return the values of the rows as those of a whole shard, with -1 where an image does not count."""
+    whole = np.full((shard.stop - shard.start, *values.shape[1:]), -1, target.dtype)
+    whole[shard.rows] = values
+    return whole

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from pipeline.report.style import COLOURS, INK, MUTED, shorten
-from pipeline.stages.calibrate.found import FACTORS, FACTS, Calibrated, Diagram, Point, varying
+from pipeline.stages.calibrate.found import FACTORS, FACTS, Calibration, Diagram, Point, varying
 
 TITLES = {
     "uncalibrated": "as it is",
@@ -28,17 +28,17 @@ TITLES = {
 """The methods, in the order of Guo et al.'s table, then the others."""
 
 
-def shown(found: Calibrated) -> list[str]:
+def shown(found: Calibration) -> list[str]:
     return [name for name in TITLES if name in found.rows]
 
 
-def panels(found: Calibrated) -> list[tuple[str, Diagram]]:
+def panels(found: Calibration) -> list[tuple[str, Diagram]]:
     """The reliability diagrams that are drawn."""
     drawn = [("as it is, all images", found.all), ("as it is, test images", found.test["uncalibrated"])]
     return [*drawn, *((TITLES[name], found.test[name]) for name in ("temperature",) if name in found.test)]
 
 
-def reliability(width: float, found: Calibrated) -> Figure:
+def reliability(width: float, found: Calibration) -> Figure:
     """Accuracy over confidence, by bin; the share of images below."""
     diagrams = panels(found)
     columns = max(1, min(len(diagrams), int(width / 1.7)))
@@ -84,7 +84,7 @@ def _bars(upper: Axes, lower: Axes, diagram: Diagram) -> None:
     lower.yaxis.set_major_locator(MaxNLocator(2))
 
 
-def reliability_rows(found: Calibrated) -> Iterator[Sequence[object]]:
+def reliability_rows(found: Calibration) -> Iterator[Sequence[object]]:
     for title, diagram in panels(found):
         bins = len(diagram.count)
         for m, (count, correct, confidence) in enumerate(
@@ -94,7 +94,7 @@ def reliability_rows(found: Calibrated) -> Iterator[Sequence[object]]:
             yield title, m / bins, (m + 1) / bins, int(count), *shares
 
 
-def methods(width: float, found: Calibrated) -> Figure:
+def methods(width: float, found: Calibration) -> Figure:
     """ECE and NLL of every method: mean over the splits, and the range of 95 % of them."""
     names = shown(found)
     side_by_side = width > 5
@@ -123,7 +123,7 @@ def methods(width: float, found: Calibrated) -> Figure:
     return figure
 
 
-def method_rows(found: Calibrated) -> Iterator[Sequence[object]]:
+def method_rows(found: Calibration) -> Iterator[Sequence[object]]:
     for name in shown(found):
         row = found.rows[name]
         ranges = (row[f"{measure}{end}"] for measure in ("ece", "nll") for end in ("", "_2.5", "_97.5"))
@@ -144,11 +144,11 @@ def factors(width: float, points: list[Point]) -> Figure:
     for panel, name in zip(grid.flat, names, strict=False):
         for d, dataset in enumerate(datasets):
             for norm, marker in ((True, "X"), (False, "o")):
-                own = [p for p in points if p.dataset == dataset and p.facts["batch_norm"] == norm]
-                own = [p for p in own if name == "error" or p.facts[name] is not None]
+                own = [p for p in points if p.dataset == dataset and p.facts.batch_norm == norm]
+                own = [p for p in own if name == "error" or getattr(p.facts, name) is not None]
                 if not own:
                     continue
-                x = np.array([p.error if name == "error" else p.facts[name] for p in own], float)
+                x = np.array([p.error if name == "error" else getattr(p.facts, name) for p in own], float)
                 style = {"color": COLOURS[d % len(COLOURS)], "marker": marker, "linestyle": "none", "markersize": 5}
                 label = f"{shorten(dataset, 20)}, {'with' if norm else 'no'} BatchNorm"
                 if name == "error":
@@ -181,8 +181,7 @@ def factors(width: float, points: list[Point]) -> Figure:
 
 def factor_rows(points: list[Point]) -> Iterator[Sequence[object]]:
     for point in points:
-        facts = point.facts
         yield (
-            point.dataset, point.name, *(facts[name] for name in FACTS), point.error, point.nll,
+            point.dataset, point.name, *(getattr(point.facts, name) for name in FACTS), point.error, point.nll,
             point.nll_temperature, point.ece, point.ece_low, point.ece_high, point.ece_temperature,
         )  # fmt: skip

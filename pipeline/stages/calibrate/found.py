@@ -1,4 +1,4 @@
-"""What the report reads of a calibration: a network's errors as it is, the table of methods, reliability diagrams."""
+"""What the report reads of a calibration: errors of a network as it is, the table of methods, reliability diagrams."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import csv
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.stages.dissect.found import open_store, read_text
+from pipeline.stages.calibrate.results import OF_BINS, Calibrated, NetworkFacts
+from pipeline.stages.calibrate.settings import Fitting
+from pipeline.storage.read_back import open_store, read_text
 
 Row = Mapping[str, float]
 
@@ -26,24 +27,29 @@ class Diagram:
 
 
 @dataclass(frozen=True)
-class Calibrated:
-    """One network on one data set.
+class Calibration:
+    """The calibration of one network on one data set.
 
     Attributes
     ----------
     rows : the table of methods, means over the splits; NaN where a cell is blank.
-    whole : measures of the network as it is, over all images; with interval and null band.
-    all : its diagram. test : those of each method on the images of the first split that judge.
-    settings : attributes of the store: splits, share, images, fit, test, network.
+    all : the diagram of the network as it is, over all images.
+    test : the diagram of each method, on the images of the first split that judge.
+    settings : how methods were fitted. facts : of the images and the network.
     """
 
     dataset: str
     network: str
     rows: Mapping[str, Row]
-    whole: Mapping[str, float]
     all: Diagram
     test: Mapping[str, Diagram]
-    settings: Mapping[str, Any]
+    settings: Fitting
+    facts: Calibrated
+
+    @property
+    def whole(self) -> Mapping[str, float]:
+        """Measures of the network as it is, over all images; with interval and null band."""
+        return self.facts.all
 
     @property
     def converged(self) -> bool:
@@ -51,11 +57,10 @@ class Calibrated:
         return all(np.isnan(row["converged"]) or row["converged"] == 1 for row in self.rows.values())
 
     def point(self) -> Point:
-        facts = self.settings["network"]
         after = self.rows.get("temperature", self.rows["uncalibrated"])
         return Point(
             self.network, self.dataset, self.whole["ece"], self.whole["ece_low"], self.whole["ece_high"],
-            self.whole["nll"], 1 - self.whole["accuracy"], after["ece"], after["nll"], facts,
+            self.whole["nll"], 1 - self.whole["accuracy"], after["ece"], after["nll"], self.facts.network,
         )  # fmt: skip
 
 
@@ -65,8 +70,7 @@ class Point:
 
     `ece_temperature`, `nll_temperature` : with a temperature, on images that it was not fitted on; the NLL above it is
     what overfitting to the NLL costs, since a temperature changes no prediction.
-    `facts` : depth, width, parameters, batch_norm, weight_decay, steps; None where not known. Whatever
-    trains networks in numbers can make points of its runs, and they are drawn beside the others.
+    Whatever trains networks in numbers can make points of its runs, and they are drawn beside the others.
     """
 
     name: str
@@ -78,7 +82,7 @@ class Point:
     error: float
     ece_temperature: float
     nll_temperature: float
-    facts: Mapping[str, Any]
+    facts: NetworkFacts
 
 
 FACTORS = {
@@ -88,17 +92,16 @@ FACTORS = {
     "weight_decay": "weight decay",
     "steps": "steps of training",
 }
-
-
 FACTS = (*FACTORS, "batch_norm")
 
 
 def varying(points: list[Point]) -> list[str]:
-    """The factors that have more than one value."""
-    return [name for name in FACTORS if len({p.facts[name] for p in points if p.facts[name] is not None}) > 1]
+    """Return the factors that have more than one value."""
+    values = {name: {getattr(point.facts, name) for point in points} - {None} for name in FACTORS}
+    return [name for name, different in values.items() if len(different) > 1]
 
 
-def read_calibration(results: Path, dataset: str, network: str) -> Calibrated:
+def read_calibration(results: Path, dataset: str, network: str) -> Calibration:
     """Read calibration.csv and the store, verified."""
     folder = results / dataset / network
     store = open_store(folder / "calibration.zarr")
@@ -107,15 +110,14 @@ def read_calibration(results: Path, dataset: str, network: str) -> Calibrated:
             row.pop("method"): {name: float(cell) if cell else np.nan for name, cell in row.items()}
             for row in csv.DictReader(file)
         }
-    settings = dict(store.attrs)
     names = np.asarray(store["calibration"][:]).tolist()
-    first = [np.asarray(store[name][0]) for name in ("count", "correct", "confidence")]
-    return Calibrated(
+    first = [np.asarray(store[name][0]) for name in OF_BINS]
+    return Calibration(
         dataset,
         network,
         rows,
-        settings["all"],
-        Diagram(*(np.asarray(store[f"all_{name}"][:]) for name in ("count", "correct", "confidence"))),
+        Diagram(*(np.asarray(store[f"all_{name}"][:]) for name in OF_BINS)),
         {name: Diagram(*(each[at] for each in first)) for at, name in enumerate(names)},
-        settings,
+        Fitting.read(store.attrs),
+        Calibrated.read(store.attrs),
     )

@@ -3,14 +3,14 @@
 from dataclasses import dataclass
 from functools import partial
 
+from pipeline.report import words
 from pipeline.report.experiment import Experiment
 from pipeline.report.page import Figure, Page
 from pipeline.report.style import draw
 from pipeline.report.tables import write_table
-from pipeline.stages.calibrate import figures as figures
+from pipeline.stages.calibrate import figures
 from pipeline.stages.calibrate.figures import TITLES
-from pipeline.stages.calibrate.found import FACTS, Calibrated, Point, read_calibration
-from pipeline.stages.dissect import sentences
+from pipeline.stages.calibrate.found import FACTS, Calibration, Point, read_calibration
 
 PAPER = tuple(TITLES)[:7]
 """The columns of Guo et al.'s table."""
@@ -27,17 +27,17 @@ FACTOR_HEADER = (
 class Section:
     """One network as the page shows it."""
 
-    found: Calibrated
+    found: Calibration
     label: str
     figures: list[Figure]
 
 
 def pages(experiment: Experiment) -> list[Page]:
-    made = experiment.of_stage("calibrate")
-    if not made:
+    calibrated = experiment.of_stage("calibrate")
+    if not calibrated:
         return []
     sections = []
-    for one in made:
+    for one in calibrated:
         assert one.dataset is not None and one.network is not None
         found = read_calibration(experiment.results, one.dataset, one.network)
         sections.append(Section(found, experiment.label(one.dataset, one.network), drawn(experiment, found)))
@@ -65,8 +65,8 @@ def pages(experiment: Experiment) -> list[Page]:
     ]  # fmt: skip
 
 
-def best(found: Calibrated, measure: str) -> str:
-    """The method with the lowest mean of a measure, among those of the paper's table."""
+def best(found: Calibration, measure: str) -> str:
+    """Return the method with the lowest mean of a measure, among those of the paper's table."""
     return min((name for name in PAPER if name in found.rows), key=lambda name: found.rows[name][measure])
 
 
@@ -74,26 +74,26 @@ def finding(one: Section) -> str:
     found = one.found
     whole, row = found.whole, found.rows["uncalibrated"]
     text = (
-        f"{one.label} is right on {sentences.percent(whole['accuracy'], 1)} of "
-        f"{sentences.plural(found.settings['images'], 'image')} and states a mean confidence of "
-        f"{sentences.percent(whole['mean_confidence'], 1)}; its ECE is {sentences.percent(whole['ece'], 2)}, where a "
-        f"calibrated network would show up to {sentences.percent(whole['ece_null_high'], 2)}"
+        f"{one.label} is right on {words.percent(whole['accuracy'], 1)} of "
+        f"{words.plural(found.facts.images, 'image')} and states a mean confidence of "
+        f"{words.percent(whole['mean_confidence'], 1)}; its ECE is {words.percent(whole['ece'], 2)}, where a "
+        f"calibrated network would show up to {words.percent(whole['ece_null_high'], 2)}"
     )
     if "temperature" not in found.rows:
         return f"{text}."
     after = found.rows["temperature"]
     return (
-        f"{text}. With a temperature of {sentences.decimal(after['temperature'], 2)} it is "
-        f"{sentences.percent(after['ece'], 2)} instead of {sentences.percent(row['ece'], 2)}, the mean over "
-        f"{sentences.plural(int(after['splits']), 'split')}."
+        f"{text}. With a temperature of {words.decimal(after['temperature'], 2)} it is "
+        f"{words.percent(after['ece'], 2)} instead of {words.percent(row['ece'], 2)}, the mean over "
+        f"{words.plural(int(after['splits']), 'split')}."
     )
 
 
-def drawn(experiment: Experiment, found: Calibrated) -> list[Figure]:
+def drawn(experiment: Experiment, found: Calibration) -> list[Figure]:
     name = experiment.name(found.dataset, found.network)
     labels = {"network": found.network, "data set": found.dataset}
     label = experiment.label(found.dataset, found.network)
-    splits, test = sentences.plural(found.settings["splits"], "split"), found.settings["test"]
+    splits, test = words.plural(found.settings.splits, "split"), found.facts.test
     return [
         draw(
             experiment,
@@ -103,7 +103,7 @@ def drawn(experiment: Experiment, found: Calibrated) -> list[Figure]:
             alt=f"Bar charts: accuracy of {label} over its confidence",
             caption="Accuracy of the images whose confidence lies in a bin, and how far it is from their mean "
             "confidence: orange where they are right less often than stated, light blue where more often; below, how "
-            f"many they are. Test images: the {sentences.number(test)} of the first split that nothing was fitted on.",
+            f"many they are. Test images: the {words.number(test)} of the first split that nothing was fitted on.",
             header=("diagram", "low", "high", "images", "accuracy", "confidence"),
             rows=figures.reliability_rows(found),
             labels=labels,
@@ -114,7 +114,7 @@ def drawn(experiment: Experiment, found: Calibrated) -> list[Figure]:
             partial(figures.methods, found=found),
             kind="calibration-methods",
             alt=f"Dot charts: ECE and NLL of {label} with each calibration method",
-            caption=f"ECE and NLL on {sentences.plural(test, 'test image')}, mean over {splits} (point) and the range "
+            caption=f"ECE and NLL on {words.plural(test, 'test image')}, mean over {splits} (point) and the range "
             "of 95 % of them (line).",
             header=HEADER,
             rows=figures.method_rows(found),

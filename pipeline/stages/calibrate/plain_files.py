@@ -17,19 +17,20 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import numpy as np
 from pydantic import ValidationError
 
 from kernels.calibration.methods import uncalibrated
 from kernels.calibration.reliability import check_labels, check_logits, logits_of
-from pipeline.config.core import Calibrate, Calibration, explain
+from pipeline.config.messages import explain
 from pipeline.data.csv_tables import Table, read_table
 from pipeline.errors import MicrotomeError, nearest
 from pipeline.stages.calibrate.results import Whole, summary, tables
+from pipeline.stages.calibrate.settings import Calibrate, Calibration
 from pipeline.stages.calibrate.tasks import DRAWS_OF_CLASSES, Judged, chosen, evaluate, fitted_on, in_two, keys
-from pipeline.storage.manifest import write_atomically
+from pipeline.storage.atomic import write_atomically
 
 NAMES = ("logits", "probabilities")
 SHOWN = ("accuracy", "ece", "ece_2.5", "ece_97.5", "ece_low", "ece_high", "ece_null_high", "nll", "brier")
@@ -45,7 +46,7 @@ class Scored:
 
 
 def read(path: Path) -> Scored:
-    """Read a file.
+    """Read a file of scores.
 
     Raises
     ------
@@ -113,26 +114,26 @@ def _numbers(table: Table, column: str) -> np.ndarray:
     return found
 
 
-def calibrate(scored: Scored, how: dict[str, Any]) -> tuple[Whole, dict[str, np.ndarray], list[str]]:
-    """The file as it is, what came out by split, and the methods; `how` as in the configuration."""
-    methods = ["uncalibrated", *chosen(how["methods"], scored.logits.shape[1])]
-    images = fitted_on(how["share"], len(scored.labels))
+def calibrate(scored: Scored, section: Calibrate) -> tuple[Whole, dict[str, np.ndarray], list[str]]:
+    """Judge a file as it is, and fit the methods; return what came out by split, and the methods."""
+    methods = ["uncalibrated", *chosen(section.methods, scored.logits.shape[1])]
+    images = fitted_on(section.share, len(scored.labels))
     key = keys([str(row) for row in range(len(scored.labels))])
     found = []
-    for split in range(how["splits"]):
+    for split in range(section.splits):
         to_fit, to_judge = in_two(key, images, split)
         fitted, judged = ((scored.logits[rows], scored.labels[rows]) for rows in (to_fit, to_judge))
         try:
-            found.append(evaluate(*fitted, *judged, methods, how, seed=split))
+            found.append(evaluate(*fitted, *judged, methods, section.bins, section.penalty, seed=split))
         except ValueError as error:
             raise MicrotomeError(f"{scored.name}: {error}") from None
-    as_it_is = Judged.of(uncalibrated, scored.logits, scored.labels, how["bins"], DRAWS_OF_CLASSES, seed=0)
+    as_it_is = Judged.of(uncalibrated, scored.logits, scored.labels, section.bins, DRAWS_OF_CLASSES, seed=0)
     whole = Whole.of([as_it_is])
     return whole, {name: np.stack([one[name] for one in found]) for name in found[0]}, methods
 
 
 def lines(scored: Scored, whole: Whole, found: dict[str, np.ndarray], methods: Sequence[str]) -> list[str]:
-    """What is printed of a file."""
+    """Return what is printed of a file."""
     of, splits = whole.measures, len(found["score"])
     head = (
         f"{scored.name}: {len(scored.labels):,} images, {scored.logits.shape[1]:,} classes; accuracy "
@@ -163,21 +164,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--bins", type=int, default=default.bins)
     parser.add_argument("--penalty", type=float, default=default.penalty, help="of matrix_odir")
     parser.add_argument("--out", type=Path, help="folder for the tables")
-    asked = vars(parser.parse_args(arguments))
-    files, out = asked.pop("files"), asked.pop("out")
+    given = vars(parser.parse_args(arguments))
+    files, out = given.pop("files"), given.pop("out")
     try:
-        how = Calibrate(**asked).model_dump()
+        section = Calibrate(**given)
         twice = next((path for path in files if out and [other.stem for other in files].count(path.stem) > 1), None)
         if twice:
             raise MicrotomeError(f"there are several files {twice.stem!r}: their tables would be written to one folder")
         for path in files:
             scored = read(path)
-            whole, found, methods = calibrate(scored, how)
+            whole, found, methods = calibrate(scored, section)
             print("\n".join(lines(scored, whole, found, methods)), flush=True)
             for name, data in tables(found, methods, whole).items() if out else ():
                 write_atomically(out / scored.name / name, data)
     except ValidationError as error:
-        said = [explain(item).removeprefix("the top level: ") for item in error.errors(include_url=False)]
+        said = [explain(item, Calibrate).removeprefix("the top level: ") for item in error.errors(include_url=False)]
         sys.exit("\n".join(f"--{line}" for line in said))
     except (MicrotomeError, ValueError, OSError) as error:
         sys.exit(str(error))

@@ -1,4 +1,4 @@
-"""What the stage `calibrate` writes: calibration.zarr, and two tables made from it."""
+"""What the stage `calibrate` writes: calibration.zarr, two tables made from it, and facts of the network."""
 
 from __future__ import annotations
 
@@ -6,18 +6,17 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from kernels.calibration.reliability import Reliability
+from pipeline.stages.calibrate.settings import Fitting
 from pipeline.stages.calibrate.tasks import DRAWS, MEASURES, Judged
-from pipeline.storage.manifest import Files
+from pipeline.storage.manifest import Files, Manifest
+from pipeline.storage.record import Record
 from pipeline.storage.store import Array, Reader, create, verified_bytes, write
 from pipeline.storage.tables import csv_bytes, number
-
-if TYPE_CHECKING:
-    from pipeline.plan.step import Plan, Step
 
 RANGED = ("ece", "nll")
 """Measures of which the table has the range of 95 % of the splits."""
@@ -33,6 +32,44 @@ OF_BINS = ("count", "correct", "confidence")
 BIN_COLUMNS = ("images_of", "method", "low", "high", "images", "accuracy", "confidence")
 
 
+class NetworkFacts(Record):
+    """What calibration may depend on.
+
+    Attributes
+    ----------
+    depth : layers with weights. width : the median number of their outputs, the last layer aside.
+    batch_norm : whether any running variance is kept.
+    weight_decay, steps : of a network that was trained here, else None.
+    """
+
+    depth: int
+    width: float | None
+    parameters: int
+    batch_norm: bool
+    weight_decay: float | None
+    steps: int | None
+
+
+class Calibrated(Record):
+    """What the manifest of `calibrate` says.
+
+    Attributes
+    ----------
+    images : that count, of which methods are fitted on `fit` and judged on `test`.
+    all : measures of the network as it is, over all images.
+    """
+
+    images: int
+    fit: int
+    test: int
+    all: dict[str, float]
+    network: NetworkFacts
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> Calibrated:
+        return cls.read(manifest.result)
+
+
 @dataclass(frozen=True)
 class Whole:
     """The network as it is, over all images."""
@@ -42,13 +79,13 @@ class Whole:
 
     @staticmethod
     def of(parts: Sequence[Judged]) -> Whole:
-        """The parts, in the order of the images."""
+        """Merge the parts, in the order of the images."""
         judged = Judged.merged(parts)
         return Whole(judged.sums, judged.measures(DRAWS, seed=0))
 
 
 def layout(methods: int, splits: int, bins: int) -> dict[str, Array]:
-    """One file a split and array, so that a task writes whole files."""
+    """Lay out one file a split and array, so that a task writes whole files."""
     of_bins = ("split", "calibration", "bin"), (splits, methods, bins), (1, methods, bins)
     of_scores = ("split", "calibration", "measure"), (splits, methods, len(MEASURES)), (1, methods, len(MEASURES))
     found = {"score": Array(*of_scores[:2], np.float64, of_scores[2], fill=np.nan)}
@@ -65,10 +102,11 @@ def open_store(store: Path, methods: Sequence[str], splits: int, bins: int) -> N
     create(store, layout(len(methods), splits, bins), {})
 
 
-def write_whole_network(store: Path, methods: Sequence[str], whole: Whole, attrs: Mapping[str, Any]) -> Files:
-    """Write all that is not of a split; the files."""
-    splits, bins = attrs["splits"], attrs["bins"]
-    create(store, layout(len(methods), splits, bins), attrs)
+def write_whole_network(
+    store: Path, methods: Sequence[str], whole: Whole, settings: Fitting, facts: Calibrated
+) -> Files:
+    """Write all that is not of a split; return the files."""
+    create(store, layout(len(methods), settings.splits, settings.bins), settings.written() | facts.written())
     return write(
         store,
         {
@@ -82,13 +120,13 @@ def write_whole_network(store: Path, methods: Sequence[str], whole: Whole, attrs
 
 
 def write_tables(store: Path, files: Files, methods: Sequence[str], whole: Whole) -> dict[str, bytes]:
-    """The two tables, from what is stored."""
+    """Make the two tables from what is stored."""
     reader = Reader(store, files)
     return tables({name: np.asarray(reader[name][:]) for name in ("score", *OF_BINS)}, methods, whole)
 
 
 def tables(found: Mapping[str, np.ndarray], methods: Sequence[str], whole: Whole) -> dict[str, bytes]:
-    """calibration.csv and calibration-bins.csv, by name, of `score` (split, method, measure) and the sums of bins."""
+    """Make calibration.csv and calibration-bins.csv, by name, of `score` (split, method, measure) and sums of bins."""
     rows = ([_cell(row[name]) for name in COLUMNS] for row in summary(found["score"], methods))
     sums = [("all", "uncalibrated", *(getattr(whole.sums, name) for name in OF_BINS))]
     sums += [("test", method, *(found[name][0, at] for name in OF_BINS)) for at, method in enumerate(methods)]
@@ -107,7 +145,7 @@ def _cell(value: Any) -> Any:
 
 
 def summary(score: np.ndarray, methods: Sequence[str]) -> list[dict[str, Any]]:
-    """A row of `COLUMNS` for each method, from the scores (split, method, measure)."""
+    """Return a row of `COLUMNS` for each method, from the scores (split, method, measure)."""
     by_name = {name: score[..., at] for at, name in enumerate(MEASURES)}
     as_it_is = by_name["accuracy"][:, methods.index("uncalibrated")]
     rows = []
@@ -126,27 +164,23 @@ def summary(score: np.ndarray, methods: Sequence[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def network_facts(plan: Plan, step: Step) -> dict[str, Any]:
-    """What calibration may depend on, from the weights' names and shapes and from how the network was trained.
+def network_facts(folder: Path, network: Manifest) -> NetworkFacts:
+    """Read from a network's folder what calibration may depend on.
 
-    `depth`: layers with weights; `width`: the median number of their outputs, the last layer aside; `parameters`;
-    `batch_norm`: whether any running variance is kept; `weight_decay` and `steps` of a network that was trained here,
-    else None.
+    That is the weights' names and shapes, and how the network was trained.
     """
     from safetensors import safe_open
 
-    network, manifest = plan.parent(step, "network")
-    home = plan.results / "networks" / str(network.network)
-    described = json.loads(verified_bytes(home, "model.json", manifest.files))
-    with safe_open(home / "model.safetensors", framework="numpy") as file:
+    described = json.loads(verified_bytes(folder, "model.json", network.files))
+    with safe_open(folder / "model.safetensors", framework="numpy") as file:
         shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (not a mapping)
     outputs = [shape[0] for name, shape in shapes.items() if name.endswith("weight") and len(shape) > 1]
     recipe = described.get("recipe") or {}
-    return {
-        "depth": len(outputs),
-        "width": float(np.median(outputs[:-1])) if len(outputs) > 1 else None,
-        "parameters": described["parameters"],
-        "batch_norm": any(name.endswith("running_var") for name in shapes),
-        "weight_decay": recipe.get("weight_decay"),
-        "steps": recipe.get("steps"),
-    }
+    return NetworkFacts(
+        depth=len(outputs),
+        width=float(np.median(outputs[:-1])) if len(outputs) > 1 else None,
+        parameters=described["parameters"],
+        batch_norm=any(name.endswith("running_var") for name in shapes),
+        weight_decay=recipe.get("weight_decay"),
+        steps=recipe.get("steps"),
+    )

@@ -13,26 +13,45 @@ Definitions: Guo et al., "On Calibration of Modern Neural Networks" (ICML 2017).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from pipeline.config.core import UNTRAINED, Calibrate
 from pipeline.errors import MicrotomeError
-from pipeline.plan import job as stage
-from pipeline.stages.calibrate import tasks as calibrate_tasks
+from pipeline.plan.inspected import found
+from pipeline.plan.job import Job
+from pipeline.plan.stage import Draft, Page, Stage, Wanted
+from pipeline.plan.step import Key
+from pipeline.stages.calibrate.results import (
+    Calibrated,
+    Whole,
+    network_facts,
+    open_store,
+    write_tables,
+    write_whole_network,
+)
+from pipeline.stages.calibrate.settings import SECTION, Calibrate, Fitting, Settings
+from pipeline.stages.calibrate.tasks import (
+    STORE,
+    Judged,
+    Scores,
+    chosen,
+    fitted_on,
+    keys,
+    measure,
+    memory_need,
+    one_split,
+)
+from pipeline.stages.extract.results import Extracted, logits
 from pipeline.storage.identity import digest
-from pipeline.storage.manifest import Files, write_file
-from pipeline.workers.pool import check_memory, client, run_tasks
-
-if TYPE_CHECKING:
-    from pipeline.data.images import Images
-    from pipeline.data.kinds import Summary
-    from pipeline.plan.step import Plan, Step
+from pipeline.storage.manifest import within, write_file
+from pipeline.storage.store import StoreRef, metadata_files, remove_partials
+from pipeline.workers.resumable import Parts
+from pipeline.workers.tasks import run_tasks
 
 VERSION = 2
 CODE = (
@@ -41,154 +60,180 @@ CODE = (
     "kernels/calibration/methods.py",
     "kernels/calibration/uncertainty.py",
     "kernels/calibration/scaling.py",
-    "pipeline/stages/calibrate/stage.py",
     "pipeline/stages/calibrate/results.py",
+    "pipeline/stages/calibrate/settings.py",
+    "pipeline/stages/calibrate/stage.py",
     "pipeline/stages/calibrate/tasks.py",
 )
 IMAGES_AT_ONCE = 16384  # of one task that measures the network as it is
 REMEDY = "lower `max_images` of the data set, or take `matrix` and `matrix_odir` out of `calibrate.methods`"
 
 
-def wanted(asked: Calibrate, network: str, dataset: str, found: Summary) -> bool:
-    """Whether a network is calibrated on a data set; an untrained control is not."""
-    return (
-        not network.endswith(UNTRAINED)
-        and (asked.networks is None or network in asked.networks)
-        and (found.classes > 0 if asked.datasets is None else dataset in asked.datasets)
-    )
+def steps(draft: Draft) -> Iterator[Wanted]:
+    section = draft.config.section(SECTION.key)
+    if section is None:
+        return
+    draft.require_classes(SECTION.key, section.datasets)
+    for dataset, network in draft.pairs():
+        if section.applies(network, dataset) and draft.summaries[dataset].classes:
+            parents = (
+                draft.step("ingest", dataset),
+                draft.step("network", network=network),
+                draft.step("extract", dataset, network),
+            )
+            yield Wanted(Key(dataset, network), settings_of(draft, section, dataset), parents)
 
 
-def settings(asked: Calibrate, name: str, split: str, found: Summary) -> dict[str, Any]:
-    """What the id is made of beside the parents; too few images are refused here."""
-    few = calibrate_tasks.fitted_on(asked.share, found.splits[split])
-    if few < found.classes:
+def settings_of(draft: Draft, section: Calibrate, dataset: str) -> Settings:
+    """Return what the id is made of; refuse too few images."""
+    summary = draft.summaries[dataset]
+    images = summary.splits[draft.config.datasets[dataset].dissect.split]
+    few = fitted_on(section.share, images)
+    if few < summary.classes:
         raise MicrotomeError(
-            f"calibrate, data set {name!r}: {few} of its {found.splits[split]} images are to be fitted on, and there "
-            f"are {found.classes} classes: at least as many images are needed; raise `max_images` or `calibrate.share`"
+            f"calibrate, data set {dataset!r}: {few} of its {images} images are to be fitted on, and there are "
+            f"{summary.classes} classes: at least as many images are needed; raise `max_images` or `calibrate.share`"
         )
-    how = asked.model_dump(exclude={"networks", "datasets"})
-    return {
-        "calibrate": how | {"methods": calibrate_tasks.chosen(how["methods"], found.classes)},
-        "classes": found.classes,
-    }
+    given = section.model_dump(exclude={"networks", "datasets"})
+    given["methods"] = chosen(section.methods, summary.classes)
+    return Settings(calibrate=Fitting(**given), classes=summary.classes)
+
+
+def check(job: Job) -> Iterator[str]:
+    """Say what is wrong with the logits of a network that is to be calibrated."""
+    given, classes = found(job)["classes"], job.settings.classes
+    if given != classes:
+        yield (
+            f"network {job.network!r} on {job.dataset!r} cannot be calibrated: "
+            + (f"it gives {given} logits" if given else "it has no head")
+            + f", and the images have {classes} classes: name other networks or data sets in `calibrate`"
+        )
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a step is about to do: the images that count, and the id of what each split is made from."""
+    """What a job is about to do.
 
-    images: Images
+    Attributes
+    ----------
+    rows, label, image_id : of the images that count, in their order: place, class and id.
+    shards : {first image: one past the last} of the shards that hold them.
+    """
+
+    settings: Fitting
+    logits: StoreRef
     rows: np.ndarray
     label: np.ndarray
     image_id: np.ndarray
-    logits: Files
-    how: Mapping[str, Any]
+    shards: dict[int, int]
 
     @property
     def fit(self) -> int:
         """Images that methods are fitted on."""
-        return calibrate_tasks.fitted_on(self.how["share"], len(self.rows))
+        return fitted_on(self.settings.share, len(self.rows))
 
     @cached_property
     def made_of(self) -> str:
         """Digest of what every split depends on: the logits, the images that count, and the settings."""
-        how = {key: value for key, value in self.how.items() if key != "splits"}
-        return digest([VERSION, how, self.logits, self.rows.tolist(), self.label.tolist(), self.image_id.tolist()])
+        settings = {key: value for key, value in self.settings.written().items() if key != "splits"}
+        images = [self.rows.tolist(), self.label.tolist(), self.image_id.tolist()]
+        return digest([VERSION, settings, self.logits.files, *images])
 
-
-def work_of(plan: Plan, step: Step) -> Work:
-    from pipeline.data.images import Images
-
-    images = Images.of(plan, step)
-    _, extracted = plan.parent(step, "extract")
-    split, shards = extracted.settings["split"], extracted.result["shards"]
-    label = np.asarray(images.reader()["label"][:])
-    counts = images.counted(split) & (label >= 0)
-    held = np.zeros(images.count, bool)
-    for shard in shards:
-        held[slice(*images.range(shard))] = True
-    rows = np.flatnonzero(counts & held)
-    logits = stage.below("logits.zarr", extracted.files)
-    how = step.settings["calibrate"]
-    found = Work(images, rows, label[rows], images.image_ids()[rows], logits, how)
-    if found.fit < step.settings["classes"]:
-        raise MicrotomeError(
-            f"{step.name}: of {len(rows)} images with a class in split {split!r} {found.fit} are to be fitted on, and "
-            f"there are {step.settings['classes']} classes: at least as many images are needed"
+    def scores(self, job: Job) -> Scores:
+        """Return the logits as tasks name them."""
+        return Scores(
+            digest([str(self.logits.path), job.name, self.made_of]),
+            self.logits,
+            self.shards,
+            job.settings.classes,
+            self.rows,
+            self.label,
+            keys(self.image_id.tolist()),
         )
-    if (found.label == found.label[0]).all():
+
+
+def work_of(job: Job) -> Work:
+    """Choose the images that count; refuse too few of them, and those of one class alone."""
+    images, extraction, settings = job.images, job.parent("extract"), job.settings
+    split = extraction.settings["split"]
+    label = np.asarray(images.reader()["label"][:])
+    stored = np.zeros(images.count, bool)
+    for shard in Extracted.of(extraction).shards:
+        stored[slice(*images.range(shard))] = True
+    rows = np.flatnonzero(images.counted(split) & (label >= 0) & stored)
+    shards = dict(images.range(shard) for shard in sorted(set((rows // images.shard_images).tolist())))
+    work = Work(settings.calibrate, logits(job.folder, extraction), rows, label[rows], images.image_ids()[rows], shards)
+    if work.fit < settings.classes:
         raise MicrotomeError(
-            f"{step.name}: all {len(rows)} images with a class in split {split!r} have the class {found.label[0]}: "
+            f"{job.name}: of {len(rows)} images with a class in split {split!r} {work.fit} are to be fitted on, and "
+            f"there are {settings.classes} classes: at least as many images are needed"
+        )
+    if (work.label == work.label[0]).all():
+        raise MicrotomeError(
+            f"{job.name}: all {len(rows)} images with a class in split {split!r} have the class {work.label[0]}: "
             f"calibration takes images of two classes; see `max_images` and the labels of the data set"
         )
-    return found
+    return work
 
 
-def run(plan: Plan, step: Step) -> None:
-    from pipeline.stages.calibrate import results as calibrate_results
-    from pipeline.storage.store import Ledger, metadata_files, remove_partials
-
-    assert step.dataset is not None and step.network is not None
-    began = stage.begin(plan, step)
-    work = work_of(plan, step)
-    folder = plan.results / step.dataset / step.network
-    store = folder / "calibration.zarr"
-    methods = ["uncalibrated", *work.how["methods"]]
-    ledger = Ledger(store.with_suffix(".ledger"))
-    splits = work.how["splits"]
-    ids = {split: digest([split, work.made_of]) for split in range(splits)}
-    calibrate_results.open_store(store, methods, splits, work.how["bins"])
+def run(job: Job) -> None:
+    job.begin()
+    work = work_of(job)
+    store = job.folder / "calibration.zarr"
+    settings, methods = work.settings, ["uncalibrated", *work.settings.methods]
+    parts = Parts(store, {str(split): digest([split, work.made_of]) for split in range(settings.splits)})
+    open_store(store, methods, settings.splits, settings.bins)
     remove_partials(store)
-    scores = scores_of(folder, step, work)
-    missing = [split for split in range(splits) if not ledger.get(str(split), ids[split], store)]
-    parts = [slice(at, at + IMAGES_AT_ONCE) for at in range(0, len(work.rows), IMAGES_AT_ONCE)]
-    need = calibrate_tasks.memory_need(len(work.rows), step.settings["classes"], methods)
-    check_memory(plan.config.cluster, need, step.name, REMEDY)
-    with client(plan.config.cluster, plan.scratch) as workers:
-        measured: dict[int, Any] = {}
-        tasks = [(scores, at, part, work.how["bins"]) for at, part in enumerate(parts)]
-        for at, one in run_tasks(workers, calibrate_tasks.measure, tasks, len(tasks), f"{step.name}: as it is", REMEDY):
-            measured[at] = one
-        fits = [(scores, split, work.fit, methods, work.how, store) for split in missing]
-        for split, files in run_tasks(workers, calibrate_tasks.one_split, fits, len(fits), step.name, REMEDY):
-            ledger.record(str(split), ids[split], files)
-    whole = calibrate_results.Whole.of([measured[at] for at in range(len(parts))])
-    facts = {
-        "images": len(work.rows),
-        "fit": work.fit,
-        "test": len(work.rows) - work.fit,
-        "all": whole.measures,
-        "network": calibrate_results.network_facts(plan, step),
-    }
-    files = ledger.files(map(str, range(splits)))
-    files |= calibrate_results.write_whole_network(store, methods, whole, {**work.how, **facts})
-    tables = calibrate_results.write_tables(store, files | metadata_files(store), methods, whole)
-    output = digest([files, {name: table.decode() for name, table in tables.items()}])
-    files = stage.within(store.name, files | metadata_files(store))
-    for name, data in tables.items():
-        files |= write_file(folder, name, data)
-    stage.finish(plan, step, began, output, files, facts, made=(len(missing), splits))
+    scores = work.scores(job)
+    job.check_memory(memory_need(len(work.rows), job.settings.classes, methods), REMEDY)
 
+    def arguments(part: str, _: list[str]) -> tuple:
+        return scores, int(part), work.fit, methods, settings, store
 
-def scores_of(folder: Path, step: Step, work: Work) -> calibrate_tasks.Scores:
-    shards = {}
-    for shard in sorted(set((work.rows // work.images.shard_images).tolist())):
-        start, stop = work.images.range(shard)
-        shards[start] = stop
-    return calibrate_tasks.Scores(
-        digest([step.name, work.made_of]),
-        folder / "logits.zarr",
-        work.logits,
-        shards,
-        step.settings["classes"],
-        work.rows,
-        work.label,
-        calibrate_tasks.keys(work.image_id.tolist()),
+    with job.workers() as workers:
+        whole = as_it_is(job, workers, scores, settings.bins)
+        fitted = job.resumed(workers, one_split, {STORE: parts}, arguments, REMEDY)
+    facts = Calibrated(
+        images=len(work.rows),
+        fit=work.fit,
+        test=len(work.rows) - work.fit,
+        all=whole.measures,
+        network=network_facts(job.parent_job("network").folder, job.parent("network")),
     )
+    files = parts.files() | write_whole_network(store, methods, whole, settings, facts)
+    tables = write_tables(store, files | metadata_files(store), methods, whole)
+    output = digest([files, {name: table.decode() for name, table in tables.items()}])
+    files = within(store.name, files | metadata_files(store))
+    for name, data in tables.items():
+        files |= write_file(job.folder, name, data)
+    job.finish(output, files, facts, made=(len(fitted), settings.splits))
 
 
-def discard(plan: Plan, step: Step) -> list[Path]:
-    """The files and folders that this step made."""
-    assert step.dataset is not None and step.network is not None
-    folder = plan.results / step.dataset / step.network
+def as_it_is(job: Job, workers: Any, scores: Scores, bins: int) -> Whole:
+    """Measure the network as it is, over all images; parts are merged in their order."""
+    parts = [slice(at, at + IMAGES_AT_ONCE) for at in range(0, len(scores.rows), IMAGES_AT_ONCE)]
+    tasks = [(scores, at, part, bins) for at, part in enumerate(parts)]
+    judged: dict[int, Judged] = dict(run_tasks(workers, measure, tasks, len(tasks), f"{job.name}: as it is", REMEDY))
+    return Whole.of([judged[at] for at in range(len(parts))])
+
+
+def made(job: Job) -> list[Path]:
+    folder = job.folder
     return [folder / "calibration.zarr", folder / "calibration.ledger", *folder.glob("calibration*.csv")]
+
+
+STAGE = Stage(
+    name="calibrate",
+    version=VERSION,
+    code=CODE,
+    says="Calibrate {wildcards.network} on {wildcards.dataset}",
+    place="pair",
+    section=SECTION,
+    settings=Settings,
+    steps=steps,
+    check=check,
+    run=run,
+    explains="methods fitted again on the splits that are missing, from stored logits",
+    made=made,
+    pages=(Page("pipeline.stages.calibrate.page", 40),),
+)

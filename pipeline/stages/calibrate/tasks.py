@@ -7,7 +7,6 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -15,8 +14,11 @@ from kernels.calibration.methods import NAMES, Method, facts, fit, judge, uncali
 from kernels.calibration.reliability import BINS, BLOCK, Reliability, check_logits, ece_equal_mass
 from kernels.calibration.uncertainty import AT_ONCE, ClasswiseNoise, noise
 from pipeline.errors import MicrotomeError
-from pipeline.storage.manifest import Files
+from pipeline.stages.calibrate.settings import Fitting
+from pipeline.storage.store import StoreRef, write
+from pipeline.workers.resumable import Done
 
+STORE = "calibration"  # as tasks name it
 ERRORS = ("ece", "ece_equal_mass", "ece_debiased", "classwise_ece")
 """Those that have an interval and a null."""
 MEASURES = (
@@ -43,13 +45,13 @@ class Scores:
     Attributes
     ----------
     id : of all else, so that a worker reads them once.
+    logits : where they are.
     shards : {first image: one past the last} of the shards that hold them.
     rows, label, key : (image), where each is in the store, its class, and a number that stands for its id.
     """
 
     id: str
-    store: Path
-    files: Files = field(compare=False)
+    logits: StoreRef = field(compare=False)
     shards: Mapping[int, int] = field(compare=False)
     classes: int
     rows: np.ndarray = field(compare=False)
@@ -58,15 +60,15 @@ class Scores:
 
 
 def keys(image_ids: Sequence[str]) -> np.ndarray:
-    """(image) uint64, from the ids: whichever images come or go, a split puts the others where they were."""
+    """Return (image) uint64, from the ids: whichever images come or go, a split puts the others where they were."""
     digests = (hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest() for name in image_ids)
     return np.frombuffer(b"".join(digests), dtype="<u8").astype(np.uint64)
 
 
 def in_two(key: np.ndarray, fit: int, split: int) -> tuple[np.ndarray, np.ndarray]:
-    """A random split: the images to fit on, `fit` of them, and those to judge on.
+    """Split the images at random: those to fit on, `fit` of them, and those to judge on.
 
-    The same for every network on these images, so that methods and networks are compared in pairs.
+    The split is the same for every network on these images, so that methods and networks are compared in pairs.
     """
     # splitmix64 (Steele, Lea and Flood, OOPSLA 2014): well mixed for every split from one number an image.
     mixed = key + np.uint64(0x9E3779B97F4A7C15 * (split + 1) % 2**64)
@@ -77,19 +79,22 @@ def in_two(key: np.ndarray, fit: int, split: int) -> tuple[np.ndarray, np.ndarra
 
 
 def chosen(methods: Sequence[str] | None, classes: int) -> list[str]:
-    """The methods to fit, in their order; None: those that make sense for so many classes."""
+    """Return the methods to fit, in their order; for None those that make sense for so many classes."""
     if methods is None:
         return [name for name in NAMES[1:] if classes <= MATRIX_CLASSES or not name.startswith("matrix")]
     return [name for name in NAMES[1:] if name in methods]
 
 
 def fitted_on(share: float, images: int) -> int:
-    """How many of some images methods are fitted on; one at least is left to judge them."""
+    """Return how many of some images methods are fitted on; one at least is left to judge them."""
     return max(0, min(images - 1, round(share * images)))
 
 
 def memory_need(images: int, classes: int, methods: Sequence[str]) -> int:
-    """Bytes of a task: the logits and a copy of both parts, maps of BBQ, what chance does, the search of a matrix."""
+    """Return the bytes of a task.
+
+    They are the logits and a copy of both parts, maps of BBQ, what chance does, and the search of a matrix.
+    """
     matrix = any(name.startswith("matrix") for name in methods)
     search = 2 * 20 + 10  # vectors that L-BFGS keeps
     of_noise = 8 * (4 * AT_ONCE + 6 * BINS * images + 6 * DRAWS_OF_CLASSES * BINS * classes)
@@ -104,10 +109,8 @@ def memory_need(images: int, classes: int, methods: Sequence[str]) -> int:
 
 @functools.lru_cache(maxsize=1)
 def logits_of(scores: Scores) -> np.ndarray:
-    """(image, class) float32, verified; read once by a worker."""
-    from pipeline.storage.store import Reader
-
-    reader = Reader(scores.store, scores.files)["logits"]
+    """Return (image, class) float32, verified; a worker reads them once."""
+    reader = scores.logits.open()["logits"]
     found = np.empty((len(scores.rows), scores.classes), np.float32)
     for start, stop in scores.shards.items():
         at = slice(*np.searchsorted(scores.rows, [start, stop]))
@@ -115,7 +118,7 @@ def logits_of(scores: Scores) -> np.ndarray:
     try:
         check_logits(found)
     except ValueError as error:
-        raise MicrotomeError(f"{scores.store}: {error}") from None
+        raise MicrotomeError(f"{scores.logits.path}: {error}") from None
     return found
 
 
@@ -136,7 +139,7 @@ class Judged:
 
     @staticmethod
     def merged(parts: Sequence[Judged]) -> Judged:
-        """The parts, in the order of the images."""
+        """Merge the parts, in the order of the images."""
         classes, bins = parts[0].sums.class_gap.shape
         found = Judged(
             Reliability.zeros(classes, bins),
@@ -150,7 +153,7 @@ class Judged:
         return found
 
     def measures(self, draws: int, seed: int) -> dict[str, float]:
-        """Every measure, by name."""
+        """Return every measure, by name."""
         sums, (classes, bins) = self.sums, self.sums.class_gap.shape
         found = {
             name: getattr(sums, name)
@@ -170,22 +173,26 @@ class Judged:
 
 
 def measure(scores: Scores, at: int, part: slice, bins: int) -> tuple[int, Judged]:
-    """The network as it is, on some of the images."""
+    """Judge the network as it is, on some of the images."""
     return at, Judged.of(uncalibrated, logits_of(scores)[part], scores.label[part], bins, DRAWS_OF_CLASSES, seed=at)
 
 
-def one_split(
-    scores: Scores, split: int, images: int, methods: Sequence[str], how: Mapping[str, Any], store: Path
-) -> tuple[int, Files]:
+def one_split(scores: Scores, split: int, images: int, methods: Sequence[str], settings: Fitting, store: Path) -> Done:
     """Fit and judge every method on a split, and write what came out."""
-    from pipeline.storage.store import write
-
     logits = logits_of(scores)
     to_fit, to_judge = in_two(scores.key, images, split)
     found = evaluate(
-        logits[to_fit], scores.label[to_fit], logits[to_judge], scores.label[to_judge], methods, how, seed=split
+        logits[to_fit],
+        scores.label[to_fit],
+        logits[to_judge],
+        scores.label[to_judge],
+        methods,
+        settings.bins,
+        settings.penalty,
+        seed=split,
     )
-    return split, write(store, {name: ((split, 0, 0), values[None]) for name, values in found.items()})
+    files = write(store, {name: ((split, 0, 0), values[None]) for name, values in found.items()})
+    return Done(str(split), {STORE: files})
 
 
 def evaluate(
@@ -194,14 +201,17 @@ def evaluate(
     logits: np.ndarray,
     label: np.ndarray,
     methods: Sequence[str],
-    how: Mapping[str, Any],
+    bins: int,
+    penalty: float | None,
     seed: int,
 ) -> dict[str, np.ndarray]:
-    """`score` (method, measure); `count`, `correct`, `confidence` (method, bin). `seed` of what chance does."""
-    bins = how["bins"]
+    """Fit every method on some images, and judge it on others; `seed` is that of what chance does.
+
+    Returns `score` (method, measure), and `count`, `correct` and `confidence` (method, bin).
+    """
     found: dict[str, list] = {"score": [], "count": [], "correct": [], "confidence": []}
     for name in methods:
-        method = fit(name, fit_logits, fit_label, bins, how["penalty"])
+        method = fit(name, fit_logits, fit_label, bins, penalty)
         judged = Judged.of(method, logits, label, bins, DRAWS_OF_SPLIT, seed)
         known = judged.measures(DRAWS_OF_SPLIT, seed) | facts(method)
         found["score"].append([float(known.get(measure, np.nan)) for measure in MEASURES])

@@ -12,27 +12,38 @@ those that are there as they are, and so does another version of one.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.config.core import PIXELS, TRUTH, AnyDataset, Config, Segmentation, Segmenter
-from pipeline.data import kinds as datasets
-from pipeline.errors import MicrotomeError
+from pipeline.config.base import PIXELS, TRUTH
+from pipeline.config.datasets import AnyDataset, Segmentation
+from pipeline.data import kinds
+from pipeline.errors import MicrotomeError, about
 from pipeline.networks import segmenters
-from pipeline.plan import job as stage
+from pipeline.networks.segmenters import wanted_categories
+from pipeline.plan.cost import SHRINKS, Cost, Store, rate_of
+from pipeline.plan.counted import Counted, ingested
+from pipeline.plan.inspected import inspected, speed_of
+from pipeline.plan.job import Job
+from pipeline.plan.question import Question
+from pipeline.plan.stage import Draft, Stage, Wanted
+from pipeline.plan.step import Key
+from pipeline.stages.concepts.results import Category, Labelled
+from pipeline.stages.concepts.settings import ClassList, Settings
+from pipeline.stages.concepts.tasks import Numbering, label_shard
+from pipeline.storage import manifest
+from pipeline.storage.atomic import write_atomically
 from pipeline.storage.identity import FileDigests, crc32c, digest
-from pipeline.storage.manifest import Files, Manifest, write_atomically
+from pipeline.storage.object_storage import size_of
 from pipeline.storage.tables import quarantine_csv
-from pipeline.workers.pool import check_memory, client, run_tasks
+from pipeline.workers.resumable import Parts, lacking
+from pipeline.workers.tasks import run_tasks
 
 if TYPE_CHECKING:
     from pipeline.data.images import Images
-    from pipeline.plan.step import Plan, Step
     from pipeline.storage.store import Ledger
 
 REMEDY = "lower `shard_images` of the data set or `numerics.micro_batch` of the segmenter"
@@ -43,7 +54,10 @@ CODE = (
     "kernels/images/whiten.py",
     "kernels/images/segmentation.py",
     "pipeline/networks/checkpoint.py",
+    "pipeline/stages/concepts/results.py",
+    "pipeline/stages/concepts/settings.py",
     "pipeline/stages/concepts/stage.py",
+    "pipeline/stages/concepts/tasks.py",
     "pipeline/data/kinds.py",
     "pipeline/data/decode.py",
     "pipeline/networks/forward.py",
@@ -54,236 +68,181 @@ CODE = (
     "pipeline/data/scenes",
     "pipeline/networks/segmenters.py",
 )
-COLOUR = f"{PIXELS}/colour"  # the category computed from the pixels
+LABELS = 2e-3  # CPU seconds for the label maps of a category of an image: assumed, until they have been made once
 UINT16 = 65535
 TABLE = "table"  # the entry of the ledger that holds the concepts with their numbers, and the categories
 
 
-def settings(dataset: AnyDataset, known: Mapping[str, Segmenter], digests: FileDigests) -> dict[str, Any]:
-    """What the label maps' id is made of beside the images: the sources, in order, class lists and segmenters."""
-    made_of: dict[str, Any] = {
-        "sources": list(dataset.concepts),
-        "split": dataset.dissect.split,
-        "label_map_size": dataset.label_map_size,
-    }
+def steps(draft: Draft) -> Iterator[Wanted]:
+    config = draft.config
+    for name in sorted({data for network in config.networks.values() for data in config.datasets_of(network)}):
+        dataset = config.datasets[name]
+        draft.summaries[name].require(name, dataset.dissect.split)
+        with about(f"data set {name!r}"):
+            settings = settings_of(dataset, config.segmenters, draft.digests)
+        yield Wanted(Key(dataset=name), settings, (draft.step("ingest", name),))
+
+
+def settings_of(dataset: AnyDataset, known: Mapping[str, Any], digests: FileDigests) -> Settings:
+    """Return what the label maps' id is made of beside the images."""
+    optional: dict[str, Any] = {}
     if isinstance(dataset, Segmentation) and TRUTH in dataset.concepts:
-        made_of["classes"] = {
-            name: {"list": digests(maps.classes), "void": maps.void} for name, maps in dataset.label_maps.items()
+        optional["classes"] = {
+            name: ClassList(list=digests(maps.classes), void=maps.void) for name, maps in dataset.label_maps.items()
         }
-    named = [name for name in dataset.concepts if name in known]
-    if named:
-        made_of["segmenters"] = {name: segmenters.settings(known[name], digests) for name in named}
-    return made_of
+    if named := [name for name in dataset.concepts if name in known]:
+        optional["segmenters"] = {name: segmenters.settings(known[name], digests) for name in named}
+    return Settings(
+        sources=dataset.concepts, split=dataset.dissect.split, label_map_size=dataset.label_map_size, **optional
+    )
 
 
-@dataclass(frozen=True)
-class Category:
-    """One category as tasks name it: its place on the category axis and the number of each of its concepts."""
+def run(job: Job) -> None:
+    from pipeline.storage.store import Ledger, StoreRef, attributes, metadata_files, write
 
-    name: str
-    place: int
-    numbers: tuple[int, ...]  # of the concepts, in the order of the source's own numbers 1, 2, ...
-
-    @property
-    def source(self) -> str:
-        return self.name.partition("/")[0]
-
-    @property
-    def own_name(self) -> str:
-        """Its name within the source."""
-        return self.name.partition("/")[2]
-
-
-@dataclass
-class Shard:
-    shard: int
-    files: dict[str, Files]  # by category
-    contents: dict[str, str]
-    refused: dict[str, str] = field(default_factory=dict)
-
-
-def run(plan: Plan, step: Step) -> None:
-    from pipeline.data.images import Images
-    from pipeline.storage.store import Ledger, attributes, metadata_files, write
-
-    assert step.dataset is not None
-    began = stage.begin(plan, step)
-    dataset = plan.config.datasets[step.dataset]
-    images = Images.of(plan, step)
-    _, ingest = plan.parent(step, "ingest")
-    folder = plan.results / step.dataset
+    job.begin()
+    dataset, images, settings = job.dataset_spec, job.images, job.settings
+    folder = job.folder
     store = folder / "concepts.zarr"
     ledger = Ledger(store.with_suffix(".ledger"))
-    networks = models(plan, step)
-    wanted = wanted_categories(dataset, plan.config)
-    categories = open_store(store, ledger, images, label_map_size(dataset, images), wanted)
-    shards = images.shards(step.settings["split"])
+    networks = models(job)
+    wanted = wanted_categories(dataset, job.config)
+    size = dataset.label_map_size or images.size
+    categories = {each.name: each for each in open_store(store, ledger, images, size, wanted)}
+    shards = images.shards(settings.split)
     image_id = images.image_ids()
-    listed = datasets.listing(dataset, plan.scratch)
+    listed = kinds.listing(dataset, job.scratch)
     index_of = {str(name): index for index, name in enumerate(listed.image_id)}
+    parts = parts_of(job, store, ledger, shards, {name: each.numbers for name, each in categories.items()})
 
-    size = label_map_size(dataset, images)
+    def arguments(shard: str, names: list[str]) -> tuple:
+        """Made as it is handed out: the paths of a million label maps are not held at once."""
+        start, stop = images.range(int(shard))
+        items = []
+        for name in map(str, image_id[start:stop]):
+            index = index_of.get(name)
+            paths = {c: listed.label_map(index, c) for c in listed.label_map_path} if index is not None else {}
+            items.append((name if index is not None else None, paths))
+        missing = [categories[name] for name in names]
+        used = {c.source: networks[c.source] for c in missing if c.source in networks}
+        pixels = StoreRef(images.store, images.files_of(int(shard)))
+        return dataset, store, pixels, shard, start, items, missing, used, images.size, size
 
-    def id_of(shard: int, category: Category) -> str:
-        return shard_id(plan, step, images, ingest, shard, category.name, category.numbers)
-
-    lacking = {}
-    for shard in shards:
-        missing = [c for c in categories if not ledger.get(f"{shard} {c.name}", id_of(shard, c), store)]
-        if missing:
-            lacking[shard] = missing
-
-    def tasks() -> Iterator[tuple]:
-        """Made as they are handed out: the paths of a million label maps are not held at once."""
-        for shard, missing in lacking.items():
-            start, stop = images.range(shard)
-            items = []
-            for name in map(str, image_id[start:stop]):
-                index = index_of.get(name)
-                paths = {c: listed.label_map(index, c) for c in listed.label_map_path} if index is not None else {}
-                items.append((name if index is not None else None, paths))
-            used = {c.source: networks[c.source] for c in missing if c.source in networks}
-            files = images.files_of(shard)
-            yield (dataset, store, images.store, files, shard, start, items, missing, used, images.size, size)
-
-    with client(plan.config.cluster, plan.scratch) as workers:
-        if lacking:
+    with job.workers() as workers:
+        if left := lacking(parts):
             need = memory_need(images.shard_images, images.size, len(categories))
-            used = {c.source for missing in lacking.values() for c in missing}
+            used = {categories[name].source for names in left.values() for name in names}
             asked = [(networks[name].spec, images.size) for name in networks if name in used]
-            need += max(run_tasks(workers, segmenters.memory_need, asked, len(asked), f"{step.name}: size"), default=0)
-            check_memory(plan.config.cluster, need, step.name, REMEDY)
-        for done in run_tasks(workers, label_shard, tasks(), len(lacking), step.name, REMEDY):
-            for category in categories:
-                if category.name in done.files:
-                    ledger.record(
-                        f"{done.shard} {category.name}",
-                        id_of(done.shard, category),
-                        done.files[category.name],
-                        content=done.contents[category.name],
-                        refused=done.refused if category.source == TRUTH else {},
-                    )
+            need += max(run_tasks(workers, segmenters.memory_need, asked, len(asked), f"{job.name}: size"), default=0)
+            job.check_memory(need, REMEDY)
+        made = job.resumed(workers, label_shard, parts, arguments, REMEDY)
 
-    entries = {c.name: [ledger.entries[f"{shard} {c.name}"] for shard in shards] for c in categories}
-    counted = images.counted(step.settings["split"])
+    entries = {name: list(own.entries().values()) for name, own in parts.items()}
+    counted = images.counted(settings.split)
     counts = set(map(str, image_id[counted]))
     refused = {k: v for row in entries.values() for entry in row for k, v in entry["refused"].items() if k in counts}
     allowed = getattr(dataset, "max_bad_fraction", 0.0)
     if len(refused) > allowed * counted.sum():
         shown = "; ".join(f"{name!r}: {reason}" for name, reason in sorted(refused.items())[:5])
         raise MicrotomeError(
-            f"data set {step.dataset!r}: the label maps of {len(refused)} of {counted.sum()} images were refused, more "
+            f"data set {job.dataset!r}: the label maps of {len(refused)} of {counted.sum()} images were refused, more "
             f"than max_bad_fraction = {allowed:g} allows: {shown}"
         )
-    files = ledger.files(f"{shard} {c.name}" for c in categories for shard in shards)
+    files = {name: value for own in parts.values() for name, value in own.files().items()}
     output = digest(
-        {"files": files, "refused": sorted(refused), "categories": [[c.name, c.numbers] for c in categories]}
+        {
+            "files": files,
+            "refused": sorted(refused),
+            "categories": [[name, each.numbers] for name, each in categories.items()],
+        }
     )
     quarantine = quarantine_csv(refused, Path(getattr(dataset, "root", "")))
     write_atomically(folder / "concepts-quarantine.csv", quarantine)
     files |= write(store, {"category": ((0,), np.array(attributes(store)["categories"], dtype=object))})
-    files = stage.within("concepts.zarr", files | metadata_files(store))
+    files = manifest.within("concepts.zarr", files | metadata_files(store))
     files["concepts-quarantine.csv"] = (len(quarantine), crc32c(quarantine))
-    result = {
-        "shards": shards,
-        "categories": [
-            {
-                "name": c.name,
-                "place": c.place,
-                "numbers": c.numbers,
-                "concepts": wanted[c.name],
-                "contents": [entry["content"] for entry in entries[c.name]],
-            }
-            for c in categories
+    result = Labelled(
+        shards=shards,
+        categories=[
+            Category(
+                name=name,
+                place=each.place,
+                numbers=each.numbers,
+                concepts=list(wanted[name]),
+                contents=[entry["content"] for entry in entries[name]],
+            )
+            for name, each in categories.items()
         ],
-        "refused": sorted(refused),
-        "size": size,
-    }
-    stage.finish(plan, step, began, output, files, result, made=(len(lacking), len(shards)))
+        refused=sorted(refused),
+        size=size,
+    )
+    job.finish(output, files, result, made=(len(made), len(shards)))
 
 
-def models(plan: Plan, step: Step) -> dict[str, segmenters.Model]:
-    """The segmenters of a data set as tasks name them, with the checkpoints that the plan was made with."""
+def models(job: Job) -> dict[str, segmenters.Model]:
+    """Return the segmenters of a data set as tasks name them, with the checkpoints that the plan was made with."""
     return {
-        name: segmenters.Model(name, plan.config.segmenters[name].model_dump_json(), digest(made_of["checkpoint"]))
-        for name, made_of in step.settings.get("segmenters", {}).items()
+        name: segmenters.Model(name, job.config.segmenters[name].model_dump_json(), digest(made_of["checkpoint"]))
+        for name, made_of in (job.settings.segmenters or {}).items()
     }
 
 
-def shard_id(
-    plan: Plan, step: Step, images: Images, ingest: Manifest, shard: int, category: str, numbers: Sequence[int]
-) -> str:
-    """What the label maps of one shard and category are made from. Of a segmenter, other categories do not matter."""
-    source, _, name = category.partition("/")
-    made_of: list[Any]
-    if source in plan.config.segmenters:
-        own = step.settings["segmenters"][source]
-        own = own | {"categories": own["categories"][name]} | segmenters.platform(plan.config.cluster.on_gpus)
-        made_of = [images.contents[shard], own]
-    else:
-        classes = step.settings.get("classes", {}).get(name)
-        made_of = [images.contents[shard]] if source == PIXELS else [ingest.result["records"][shard], classes]
-    return digest([VERSION, *made_of, category, numbers, step.settings["label_map_size"]])
+def parts_of(
+    job: Job, store: Path, ledger: Ledger, shards: Sequence[int], numbers: Mapping[str, Sequence[int]]
+) -> dict[str, Parts]:
+    """Return the shards of each category, with what the label maps of each are made from.
+
+    Of a segmenter, other categories do not matter.
+    """
+    images, settings, found = job.images, job.settings, {}
+    records = job.parent("ingest").result["records"]
+    for category, own_numbers in numbers.items():
+        source, _, name = category.partition("/")
+        ids = {}
+        for shard in shards:
+            made_of: list[Any]
+            if source in job.config.segmenters:
+                own = settings.segmenters[source]
+                own = own | {"categories": own["categories"][name]} | segmenters.platform(job.cluster.on_gpus)
+                made_of = [images.contents[shard], own]
+            elif source == PIXELS:
+                made_of = [images.contents[shard]]
+            else:
+                classes = (settings.classes or {}).get(name)
+                made_of = [records[shard], classes.written() if classes is not None else None]
+            ids[str(shard)] = digest([VERSION, *made_of, category, own_numbers, settings.label_map_size])
+        found[category] = Parts(store, ids, ledger, suffix=f" {category}")
+    return found
 
 
 def memory_need(images: int, size: tuple[int, int], categories: int) -> int:
-    """Bytes of a task: label maps as read, numbered and compressed, and the pixels that colours come from."""
+    """Estimate the bytes of a task: label maps as read, numbered and compressed, and the pixels for colours."""
     return images * size[0] * size[1] * (6 * categories + 12)
 
 
-def pending(plan: Plan, step: Step) -> tuple[int, int]:
-    """How many shards a run would label now, of how many, with the images that are ingested."""
-    from pipeline.data.images import Images
+def pending(job: Job) -> tuple[int, int]:
+    """Count the shards that a run would label now, and all of them, with the images that are ingested."""
     from pipeline.storage.store import Ledger
 
-    assert step.dataset is not None
-    images = Images.of(plan, step)
-    _, ingest = plan.parent(step, "ingest")
-    store = plan.results / step.dataset / "concepts.zarr"
+    store = job.folder / "concepts.zarr"
     ledger = Ledger(store.with_suffix(".ledger"))
     known = ledger.entries.get(TABLE, {}).get("concepts", {})
     number_of = {(entry["category"], entry["name"]): int(number) for number, entry in known.items()}
-    wanted = {
+    numbers = {
         category: [number_of.get((category, name), 0) for name in names]
-        for category, names in wanted_categories(plan.config.datasets[step.dataset], plan.config).items()
+        for category, names in wanted_categories(job.dataset_spec, job.config).items()
     }
-    shards = images.shards(step.settings["split"])
-    missing = [
-        shard
-        for shard in shards
-        if not all(
-            ledger.get(f"{shard} {name}", shard_id(plan, step, images, ingest, shard, name, numbers), store)
-            for name, numbers in wanted.items()
-        )
-    ]
-    return len(missing), len(shards)
+    shards = job.images.shards(job.settings.split)
+    return len(lacking(parts_of(job, store, ledger, shards, numbers))), len(shards)
 
 
-def discard(plan: Plan, step: Step) -> list[Path]:
-    """The files and folders that this step made."""
-    assert step.dataset is not None
-    folder = plan.results / step.dataset
-    return [folder / "concepts.zarr", folder / "concepts.ledger"]
-
-
-def wanted_categories(dataset: AnyDataset, wanted: Config) -> dict[str, Sequence[str]]:
-    """Concept names by category, of the sources the configuration names, in its order."""
-    from kernels.images.colour_names import COLOURS
-
-    found: dict[str, Sequence[str]] = {}
-    for source in dataset.concepts:
-        if source == PIXELS:
-            found[COLOUR] = list(COLOURS)
-        else:
-            truth = source == TRUTH
-            own = datasets.truth_categories(dataset) if truth else segmenters.concepts(wanted.segmenters[source])
-            found |= {f"{source}/{name}": list(names) for name, names in own.items()}
-    return found
+def made(job: Job) -> list[Path]:
+    return [job.folder / "concepts.zarr", job.folder / "concepts.ledger"]
 
 
 def open_store(
     store: Path, ledger: Ledger, images: Images, size: tuple[int, int], wanted: Mapping[str, Sequence[str]]
-) -> list[Category]:
+) -> list[Numbering]:
     """Create the store or take it up; categories and concepts that are new to it are appended.
 
     Where the store's zarr.json is damaged, its ledger knows the numbers that were given out.
@@ -318,104 +277,86 @@ def open_store(
         ledger.record(TABLE, digest(attrs), {}, **attrs)
     remove_partials(store)
     return [
-        Category(name, places.index(name), tuple(number_of[name, concept] for concept in concepts))
+        Numbering(name, places.index(name), tuple(number_of[name, concept] for concept in concepts))
         for name, concepts in wanted.items()
     ]
 
 
-def label_shard(
-    dataset: AnyDataset,
-    store: Path,
-    images: Path,
-    image_files: Files,
-    shard: int,
-    start: int,
-    items: list[tuple[str | None, dict[str, Path | None]]],
-    categories: list[Category],
-    networks: Mapping[str, segmenters.Model],
-    image_size: tuple[int, int],
-    size: tuple[int, int],
-) -> Shard:
-    """On a worker: the label maps of one shard, in the given categories, numbered and written.
-
-    They are made at the size of the images, and taken to another size by the label under the centre of each position.
-    """
-    from pipeline.storage.store import Reader, write
-
-    maps: dict[str, np.ndarray] = {}  # in the source's own numbers
-    refused: dict[str, str] = {}
-    for source in dict.fromkeys(category.source for category in categories):
-        names = [category.own_name for category in categories if category.source == source]
-        if source == TRUTH:
-            own, refused = _truth(dataset, items, names, image_size)
-        else:
-            pixels = np.asarray(Reader(images, image_files)["image"][start : start + len(items)])
-            own = _colours(pixels) if source == PIXELS else _segmented(networks[source], pixels, names, items)
-        maps |= {f"{source}/{name}": block for name, block in own.items()}
-    files, contents = {}, {}
-    for category in categories:
-        block = np.array([0, *category.numbers], np.uint16)[resized(maps[category.name], size)][:, None]
-        files[category.name] = write(store, {"label_map": ((start, category.place, 0, 0), block)})
-        # Whether truth was read in this task or in an earlier one says nothing of the other sources.
-        missing = sorted(refused) if category.source == TRUTH else []
-        contents[category.name] = hashlib.blake2b(block.tobytes() + repr(missing).encode(), digest_size=16).hexdigest()
-    return Shard(shard, files, contents, refused)
+def questions(job: Job) -> list[Question]:
+    """Return what the inspection is asked about the segmenters of a data set."""
+    return list(_questions(job).values())
 
 
-def label_map_size(dataset: AnyDataset, images: Images) -> tuple[int, int]:
-    """(height, width) of the label maps of a data set."""
-    return dataset.label_map_size or images.size
+def _questions(job: Job) -> dict[str, Question]:
+    found, size = {}, list(ingested(job))
+    for name, made_of in (job.settings.segmenters or {}).items():
+        request = {"segmenter": job.config.segmenters[name].model_dump(), "size": size}
+        found[name] = Question(
+            f"segmenter {name!r} on {job.dataset!r}", inspected(job.scratch, [made_of, size]), request
+        )
+    return found
 
 
-def resized(maps: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Label maps (image, y, x) at another size: position i of n takes the label at floor((i + 1/2) m / n) of m."""
-    if maps.shape[1:] == size:
-        return maps
-    rows, columns = ((2 * np.arange(n) + 1) * m // (2 * n) for n, m in zip(size, maps.shape[1:], strict=True))
-    return maps[:, rows[:, None], columns]
+def speeds(job: Job) -> list[Question]:
+    """Return what the probe is asked about the speed of the segmenters of a data set."""
+    return [_speed(job, name) for name in job.settings.segmenters or {}]
 
 
-def _truth(
-    dataset: AnyDataset,
-    items: list[tuple[str | None, dict[str, Path | None]]],
-    names: Sequence[str],
-    size: tuple[int, int],
-) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """The data set's own label maps, uint16 (image, y, x) by category, and why images were refused."""
-    from pipeline.data.decode import Refused
-
-    maps = {name: np.zeros((len(items), *size), np.uint16) for name in names}
-    refused: dict[str, str] = {}
-    for at, (image_id, paths) in enumerate(items):
-        if image_id is None:
-            continue
-        try:
-            own = datasets.read_label_maps(dataset, image_id, paths, size)
-        except Refused as error:
-            refused[image_id] = error.reason
-            continue
-        for name in names:
-            maps[name][at] = own[name]
-    return maps, refused
+def _speed(job: Job, name: str) -> Question:
+    spec = job.config.segmenters[name]
+    random = spec.model_copy(update={"weights": "random", "prefix": None})
+    size = spec.resize or ingested(job)
+    return speed_of(job, random, [3, *size], f"segmenter {name!r} on {job.dataset!r}")
 
 
-def _colours(pixels: np.ndarray) -> dict[str, np.ndarray]:
-    """The colour name of every pixel, uint16 (image, y, x), numbered from 1 in the order of `COLOURS`."""
-    from kernels.images.colour_names import colour_names
+def sizes(job: Job) -> Iterator[str]:
+    """Tell what segmenters name."""
+    for question in questions(job):
+        concepts = question.answer["concepts"]
+        named = ", ".join(f"{len(names)} of {category}" for category, names in concepts.items())
+        yield f"{question.name}: concepts, {named}"
 
-    return {"colour": colour_names(np.moveaxis(pixels, 1, -1)).astype(np.uint16) + 1}
+
+def cost(job: Job, done: bool) -> Cost:
+    counted, dataset = Counted.of(job), job.dataset_spec
+    height, width = counted.label_map_size
+    raw = 2 * height * width * len(counted.categories) * counted.images
+    name = "concepts.zarr"
+    expected = raw * SHRINKS["labels"]
+    store = Store(name, raw, expected, expected if done else size_of(job.folder / name))
+    asked = _questions(job)
+    probes = [_speed(job, each).answer for each in asked]
+    rates: list[float] = [probe.get("images_per_second", 0.0) for probe in probes]  # 0: not known
+    known = all(rates)
+    seconds = counted.images * len(counted.categories) * LABELS + sum(counted.images / rate for rate in rates if rate)
+    memory = memory_need(dataset.shard_images, counted.size, len(counted.categories))
+    memory += max((question.answer["memory"] for question in asked.values()), default=0)
+    together = {"images_per_second": 1 / sum(1 / rate for rate in rates)} if rates and known else {}
+    together |= {"images": min((probe.get("images", 0) for probe in probes), default=0)}
+    return Cost(
+        (store,),
+        counted.images,
+        counted.shards(dataset.shard_images),
+        seconds if known else None,
+        memory,
+        rate_of(together) if rates else "",
+    )
 
 
-def _segmented(
-    model: segmenters.Model,
-    pixels: np.ndarray,
-    names: Sequence[str],
-    items: list[tuple[str | None, dict[str, Path | None]]],
-) -> dict[str, np.ndarray]:
-    try:
-        return segmenters.label_maps(model, pixels, names)
-    except segmenters.NonFiniteScoresError as error:
-        (at,) = error.args
-        raise MicrotomeError(
-            f"segmenter {model.name!r}: the scores for image {items[at][0]!r} are not finite (NaN or infinity)"
-        ) from None
+STAGE = Stage(
+    name="concepts",
+    version=VERSION,
+    says="Label maps of {wildcards.dataset}",
+    place="dataset",
+    steps=steps,
+    run=run,
+    settings=Settings,
+    code=CODE,
+    questions=questions,
+    speeds=speeds,
+    sizes=sizes,
+    cost=cost,
+    pending=pending,
+    counts="shards of label maps to make",
+    made=made,
+)

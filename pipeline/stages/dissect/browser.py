@@ -9,7 +9,7 @@ import numpy as np
 from pipeline.report.experiment import Experiment
 from pipeline.stages.dissect.cards import BINS, SAMPLE, Card, open_pictures
 from pipeline.stages.dissect.detectors import Network, short_names
-from pipeline.stages.dissect.found import open_store
+from pipeline.storage.read_back import open_store
 
 
 def browser_data(experiment: Experiment, network: Network, cards: Mapping[tuple[str, int], Card]) -> dict[str, Any]:

@@ -15,9 +15,10 @@ from PIL import Image
 
 from kernels.dissection.iou import mask
 from pipeline.report.experiment import Experiment
-from pipeline.report.tables import by_iou
-from pipeline.stages.dissect.found import Dissection, Layer, Store, Unit, open_store
+from pipeline.stages.dissect.found import Dissection, Layer, Unit
+from pipeline.stages.dissect.tables import by_iou
 from pipeline.stages.extract.pictures import BINS, KEPT, SAMPLE, bins_of, facts, top_images
+from pipeline.storage.read_back import Store, open_store
 
 TILE = 112
 """Side of one image of a unit in pixels."""

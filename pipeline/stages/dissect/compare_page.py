@@ -6,11 +6,11 @@ import numpy as np
 from matplotlib.figure import Figure as Drawing
 from matplotlib.ticker import PercentFormatter
 
+from pipeline.report import words
 from pipeline.report.experiment import Experiment
 from pipeline.report.page import Figure, Page
 from pipeline.report.style import COLOURS, MUTED, draw, shorten
 from pipeline.report.tables import write_table
-from pipeline.stages.dissect import sentences
 from pipeline.stages.dissect.compared import Group, Replaced, changes, groups, replaced
 
 RELABELLED = 30
@@ -45,8 +45,8 @@ def pages(experiment: Experiment) -> list[Page]:
 def of_group(group: Group) -> str:
     mean, spread = group.spread(len(group.layers) - 1)
     return (
-        f"Over the {sentences.plural(len(group.members), 'network')} of {group.name}, {sentences.percent(mean)} "
-        f"(standard deviation {sentences.percent(spread, 1)}) of the units of {group.layers[-1]} are detectors."
+        f"Over the {words.plural(len(group.members), 'network')} of {group.name}, {words.percent(mean)} "
+        f"(standard deviation {words.percent(spread, 1)}) of the units of {group.layers[-1]} are detectors."
     )
 
 
@@ -55,10 +55,10 @@ def of_replaced(one: Replaced) -> str:
     known = {(unit.layer, unit.unit) for unit in before.units}
     shared = sum((unit.layer, unit.unit) in known for unit in one.now.units)
     return (
-        f"{one.network.trained.network} was replaced: {sentences.number(before.detectors)} detectors before, "
-        f"{sentences.number(one.now.detectors)} now; accuracy {sentences.percent(before.accuracy, 1)} before, "
-        f"{sentences.percent(one.now.accuracy, 1)} now; {sentences.number(len(one.relabelled))} of "
-        f"{sentences.plural(shared, 'unit')} have another label."
+        f"{one.network.trained.network} was replaced: {words.number(before.detectors)} detectors before, "
+        f"{words.number(one.now.detectors)} now; accuracy {words.percent(before.accuracy, 1)} before, "
+        f"{words.percent(one.now.accuracy, 1)} now; {words.number(len(one.relabelled))} of "
+        f"{words.plural(shared, 'unit')} have another label."
     )
 
 

@@ -3,14 +3,15 @@
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from pipeline.report import words
 from pipeline.report.experiment import Experiment
 from pipeline.report.page import Figure, Page, Picture
 from pipeline.report.style import draw
-from pipeline.report.tables import DETECTOR_COLUMNS, by_iou, detector_rows, write_units
 from pipeline.stages.dissect import figures, sentences
 from pipeline.stages.dissect.browser import browser_data
 from pipeline.stages.dissect.cards import Card, best_units, draw_cards
 from pipeline.stages.dissect.detectors import Network
+from pipeline.stages.dissect.tables import DETECTOR_COLUMNS, by_iou, detector_rows, write_units
 
 ROWS_WITHOUT_SCRIPT = 50
 """Rows of the table that stands in for the browser of units where no script runs."""
@@ -68,7 +69,7 @@ def best_pictures(experiment: Experiment, network: Network, cards: Mapping[tuple
                 images=len(card.images),
                 alt=f"Images on which unit {unit.unit} of {unit.layer} responds most",
                 title=unit.concept,
-                text=f"{unit.layer}, unit {unit.unit} · IoU {sentences.decimal(unit.iou)}",
+                text=f"{unit.layer}, unit {unit.unit} · IoU {words.decimal(unit.iou)}",
                 link=experiment.link_to(of.dataset, of.network, unit.layer, unit.unit),
             )
 
@@ -78,7 +79,7 @@ def draw_all(experiment: Experiment, network: Network) -> Iterator[Figure]:
     name = experiment.name(network.trained.dataset, network.trained.network)
     label, short = network.trained.network, network.category_names
     labels = {"network": label, "data set": network.trained.dataset}
-    limit = sentences.decimal(network.trained.min_iou, 2)
+    limit = words.decimal(network.trained.min_iou, 2)
     yield draw(
         experiment,
         f"detectors-{name}",

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from pipeline.report.words import decimal, number, percent, plural
 from pipeline.stages.dissect.counting import LayerCount
 
 if TYPE_CHECKING:
@@ -140,39 +141,3 @@ def accuracy(model: dict[str, Any]) -> dict[str, float]:
     if not isinstance(found, dict):
         found = {"validation": found}
     return {str(split): float(value) for split, value in found.items() if isinstance(value, int | float)}
-
-
-def number(value: Any) -> str:
-    """An integer with thousands separated by thin spaces; anything else as its text."""
-    return f"{value:,}".replace(",", "\u202f") if isinstance(value, int) and not isinstance(value, bool) else str(value)
-
-
-def decimal(value: float, digits: int = 3) -> str:
-    """A fixed number of digits; a dash for NaN."""
-    return "–" if math.isnan(value) else f"{value:.{digits}f}"
-
-
-def percent(value: float, digits: int = 0) -> str:
-    """A share as a percentage; a dash for NaN. Never rounds to 0 or 100 what is neither; does not break."""
-    if math.isnan(value):
-        return "–"
-    step = 0.01 / 10**digits
-    if 0 < value < step / 2:
-        return f"<\u00a0{step * 100:.{digits}f}\u00a0%"
-    if 1 - step / 2 < value < 1:
-        return f">\u00a0{100 - step * 100:.{digits}f}\u00a0%"
-    return f"{value * 100:.{digits}f}\u00a0%"
-
-
-def plural(count: Any, noun: str) -> str:
-    """`1 unit`, `2 units`."""
-    return f"{number(count)} {noun}{'' if count == 1 else 's'}"
-
-
-def seconds(value: float | None) -> str:
-    """A time in seconds, minutes or hours; a dash where it is not known."""
-    if value is None:
-        return "–"
-    if value < 90:
-        return f"{value:.1f} s"
-    return f"{value / 60:.1f} min" if value < 5400 else f"{value / 3600:.1f} h"

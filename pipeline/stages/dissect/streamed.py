@@ -1,8 +1,8 @@
-"""The dissection of layers that are not stored: thresholds from their tails, IoU in a second forward pass.
+"""The dissection of streamed layers: thresholds from their tails, IoU in a second forward pass.
 
-See `pipeline.stages.extract.streaming`. Units whose thresholds the tails do not prove are counted again in another bracket, in a forward
-pass of their layers alone. Passes are cut into blocks of shards; what is counted of a block is kept in the scratch
-folder until the results are written.
+See `pipeline.stages.extract.streaming`. Units whose thresholds the tails do not prove are counted again in another
+bracket, in a forward pass of their layers alone. Passes are cut into blocks of shards. The scratch folder keeps what is
+counted of a block until the results are written.
 """
 
 from __future__ import annotations
@@ -15,23 +15,26 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.networks.forward import Model, half, model_of
-from pipeline.plan import job as stage
-from pipeline.stages.dissect.stage import Arrays, Concepts, Counted, Layer, Threshold, Wanted, counting_need, labels_of
+from pipeline.networks.forward import Model, half
+from pipeline.stages.dissect.intersections import counting_need, labels_of
+from pipeline.stages.dissect.results import Arrays
+from pipeline.stages.dissect.settings import Method
+from pipeline.stages.dissect.work import Concepts, Counted, Layer, Threshold, Wanted
 from pipeline.stages.extract import pictures
 from pipeline.stages.extract import streaming as stream
+from pipeline.stages.extract.results import Extracted
 from pipeline.stages.extract.streaming import Finished, Part, Streamed
 from pipeline.storage.identity import digest
-from pipeline.storage.manifest import Files, Manifest
-from pipeline.workers.pool import check_memory, device, overlapping, run_tasks
+from pipeline.storage.manifest import Files
+from pipeline.workers.devices import device
+from pipeline.workers.tasks import overlapping, run_tasks
 
 if TYPE_CHECKING:
     import torch
 
-    from kernels.dissection.iou import Counts
-    from kernels.dissection.threshold import Tail
-    from pipeline.data.images import Images
-    from pipeline.plan.step import Plan, Step
+    from kernels.dissection.brackets import Tail
+    from kernels.dissection.counts import Counts
+    from pipeline.plan.job import Job
 
 REMEDY = "lower `numerics.micro_batch` of the network, count fewer concepts, or name fewer layers"
 AREAS = ("unit_area", "unit_area_in_category", "concept_area", "pixels", "pixels_in_category")
@@ -76,22 +79,21 @@ class Passes:
 
     def __init__(
         self,
-        plan: Plan,
-        step: Step,
+        job: Job,
         workers: Any,
-        images: Images,
-        extracted: Manifest,
+        extracted: Extracted,
         counted: list[Counted],
-        how: Mapping[str, Any],
+        method: Method,
         size: tuple[int, int],
     ) -> None:
-        self.plan, self.step, self.workers, self.images = plan, step, workers, images
-        self.how, self.size, self.extracted = how, size, extracted
-        self.model = model_of(plan, step)
-        self.shards: list[int] = extracted.result["shards"]
+        images = job.images
+        self.job, self.workers, self.images = job, workers, images
+        self.method, self.size, self.extracted = method, size, extracted
+        self.model = job.model
+        self.shards = extracted.shards
         self.blocks = stream.blocks(self.shards, len(images.contents))
         self.counted = {one.shard: one for one in counted}
-        self.may_count = images.counted(how["split"])
+        self.may_count = images.counted(method.split)
         self.may_count &= np.isin(np.arange(images.count) // images.shard_images, self.shards)
         self.finished: list[Finished] = []
 
@@ -104,9 +106,10 @@ class Passes:
         return [self.part(shard, self.counted[shard].rows) for shard in members]
 
     def check(self, layers: list[Streamed], beside: int) -> None:
-        need = self.extracted.result["forward_bytes"] + beside
+        assert self.extracted.forward_bytes is not None
+        need = self.extracted.forward_bytes + beside
         need += stream.memory_need(layers, self.model.spec.numerics.micro_batch)
-        check_memory(self.plan.config.cluster, need, self.step.name, REMEDY)
+        self.job.check_memory(need, REMEDY)
 
     # Thresholds -------------------------------------------------------------------------------------------------------
 
@@ -124,12 +127,12 @@ class Passes:
             pending = {}
             for id, tail in tails.items():
                 units = every[id]
-                result = tail.result(self.how["quantile"])
+                result = tail.result(self.method.quantile)
                 done = units[result.certified]
                 found[id].threshold[done] = result.threshold[result.certified]
                 found[id].active[done] = result.active[result.certified]
                 if not result.certified.all():
-                    again = tail.refine(self.how["quantile"])[~result.certified]
+                    again = tail.refine(self.method.quantile)[~result.certified]
                     streamed = layers[id].streamed
                     assert streamed is not None
                     pending[id] = replace(streamed, bracket=again), units[~result.certified]
@@ -142,8 +145,8 @@ class Passes:
         """The tails that the extraction counted, less those of images whose label maps were refused since."""
         tails: dict[str, Tail] = {}
         for id, layer in layers.items():
-            assert layer.streamed is not None
-            tails[id], _ = stream.read_tail(layer.streamed, layer.files, self.blocks)
+            assert layer.streamed is not None and layer.tails is not None
+            tails[id], _ = stream.read_tail(layer.streamed, layer.tails.files, self.blocks)
         refused = []
         for shard in self.shards:
             start, stop = self.images.range(shard)
@@ -160,7 +163,7 @@ class Passes:
                 wanted.append((one, np.arange(layer.shape[0]), None))
             self.check([one for one, _, _ in wanted], 0)
             tasks = [(self.model, self.images.store, part.shard, [part], wanted) for part in refused]
-            label = f"{self.step.name}: images without label maps"
+            label = f"{self.job.name}: images without label maps"
             for _, less in run_tasks(self.workers, stream.tail_block, tasks, len(tasks), label, REMEDY):
                 tails = {id: tail.without(less[id]) for id, tail in tails.items()}
         return tails
@@ -169,7 +172,7 @@ class Passes:
         self, pending: Mapping[str, tuple[Streamed, np.ndarray]], digests: Mapping[str, str], number: int
     ) -> dict[str, Tail]:
         """The tails of some units in their brackets, over all images."""
-        from kernels.dissection.threshold import Tail
+        from kernels.dissection.brackets import Tail
 
         if not pending:
             return {}
@@ -177,7 +180,7 @@ class Passes:
         for id, (layer, units) in pending.items():
             bracket = layer.counters
             made_of = [digests[id], units.tolist(), bracket.floor.tolist(), bracket.ceiling.tolist()]
-            done[id] = Finished(self.plan.scratch, digest([*made_of, [part.tolist() for part in self._rows()]]))
+            done[id] = Finished(self.job.scratch, digest([*made_of, [part.tolist() for part in self._rows()]]))
         self.check([layer for layer, _ in pending.values()], 0)
         tasks = []
         blocks = [block for block in self.blocks if self.parts(block)]
@@ -185,7 +188,7 @@ class Passes:
             wanted = [(*pending[id], one.folder) for id, one in done.items() if not one.has(block, "")]
             if wanted:
                 tasks.append((self.model, self.images.store, block, self.parts(block), wanted))
-        label = f"{self.step.name}: thresholds, pass {number + 1}"
+        label = f"{self.job.name}: thresholds, pass {number + 1}"
         for block, files in run_tasks(self.workers, stream.tail_block, tasks, len(tasks), label, REMEDY):
             for id, written in files.items():
                 done[id].record(block, "", written)
@@ -206,7 +209,7 @@ class Passes:
         for one in self.finished:
             one.remove()
         with contextlib.suppress(OSError):  # those of another step are there
-            stream.blocks_folder(self.plan.scratch).rmdir()
+            stream.blocks_folder(self.job.scratch).rmdir()
 
     # IoU --------------------------------------------------------------------------------------------------------------
 
@@ -223,10 +226,10 @@ class Passes:
     def _count(
         self, batch: list[Wanted], chosen: Concepts, thresholds: Mapping[str, Threshold]
     ) -> tuple[dict[tuple[str, bool], Counts], dict[str, Arrays]]:
-        from kernels.dissection.iou import GROUPS, Counts, ShardCounts
+        from kernels.dissection.counts import GROUPS, Counts, ShardCounts
 
         shown = {w.layer.id: self._shown(w.layer) for w in batch if not w.permuted}
-        done = {w.id: Finished(self.plan.scratch, digest([w.id, chosen.categories])) for w in batch}
+        done = {w.id: Finished(self.job.scratch, digest([w.id, chosen.categories])) for w in batch}
         layers = {w.layer.id: w.layer.streamed for w in batch if w.layer.streamed is not None}
         units = sum(w.layer.shape[0] for w in batch)
         self.check(list(layers.values()), counting_need(units, chosen, self.images.shard_images, self.size))
@@ -248,9 +251,9 @@ class Passes:
                     (self.part(shard, np.empty(0, np.int64)), self.counted.get(shard)) for shard in self.blocks[block]
                 ]
                 at = chosen.at(one for _, one in members if one is not None)
-                tasks.append((self.model, self.images.store, block, members, of_layers, at, self.how["border"]))
+                tasks.append((self.model, self.images.store, block, members, of_layers, at, self.method.border))
         for block, files in run_tasks(
-            self.workers, count_block, tasks, len(tasks), f"{self.step.name}: IoU, not stored", REMEDY
+            self.workers, count_block, tasks, len(tasks), f"{self.job.name}: IoU, not stored", REMEDY
         ):
             for id, written in files.items():
                 done[id].record(block, "", written)
@@ -272,26 +275,19 @@ class Passes:
         return totals, pictures_of
 
     def _shown(self, layer: Layer) -> Shown:
-        from pipeline.storage.store import Reader
-
-        assert layer.streamed is not None
-        manifest = Manifest.read(self.plan.results / self._entry(layer.id)["manifest"])
-        files = stage.below("activations.zarr", manifest.files)
+        assert layer.streamed is not None and layer.tails is not None
         units = range(layer.shape[0])
-        maximum = Reader(layer.store, files)["maximum"]
+        maximum = layer.store.open()["maximum"]
         tops, highest = pictures.top_images(maximum, units, self.may_count, pictures.KEPT)
         image = np.full((len(units), pictures.KEPT), -1, np.int64)
         for unit, top in enumerate(tops):
             image[unit, : len(top)] = top
         sample = pictures.sample_of(self.may_count)
-        _, low = stream.read_tail(layer.streamed, layer.files, self.blocks)
+        _, low = stream.read_tail(layer.streamed, layer.tails.files, self.blocks)
         largest = np.asarray(maximum[sample, 0 : len(units)]).max(0)
         scale = np.float32(layer.scale)
         stored = (largest / scale).astype(np.float16).astype(np.float32)
         return Shown(image, sample, low, np.maximum(stored, highest / scale))
-
-    def _entry(self, id: str) -> Mapping[str, Any]:
-        return next(e for e in self.extracted.result["layers"] if e["id"] == id and e.get("store") == "none")
 
 
 class Kept:
@@ -332,10 +328,10 @@ def count_block(
     border: Any,
 ) -> tuple[int, dict[str, Files]]:
     """On a worker: a block of shards through the network, counted for every result wanted; the files written, by id."""
-    from kernels.dissection.iou import GROUPS, Counts, count_shard
-    from pipeline.storage.store import Reader
+    from kernels.dissection.counts import GROUPS, Counts
+    from kernels.dissection.iou import count_shard
 
-    label_maps = Reader(concepts.store, concepts.files)["label_map"]
+    label_maps = concepts.store.open()["label_map"]
     by_id = {one.layer.id: one for one in wanted}
     totals = {
         id: Counts.zeros(GROUPS, len(one.threshold), len(concepts.names), len(concepts.categories))

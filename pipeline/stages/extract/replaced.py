@@ -20,30 +20,30 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.errors import MicrotomeError
-from pipeline.plan import job as stage
+from pipeline.storage import provenance
+from pipeline.storage.atomic import write_atomically
 from pipeline.storage.identity import crc32c, digest
-from pipeline.storage.manifest import Files, Manifest, latest, write_atomically
+from pipeline.storage.manifest import Files, Manifest, latest
 from pipeline.storage.object_storage import objects_of
 
 if TYPE_CHECKING:
     from pipeline.data.images import Images
-    from pipeline.plan.step import Plan, Step
+    from pipeline.plan.job import Job
 
 FOLDER = "before"
 TABLES = ("units.csv", "units-permuted.csv", "layers.json")
 
 
-def keep(plan: Plan, step: Step, images: Images, weights: str) -> None:
+def keep(job: Job) -> None:
     """Keep the finished results of other weights, if this network on this data set has any, before they are replaced.
 
     To be called by the stage that is the first to overwrite them, before it removes its own manifest.
     """
     from pipeline.storage.store import remove
 
-    assert step.dataset is not None and step.network is not None
-    folder = plan.results / step.dataset / step.network
+    folder, images, weights = job.folder, job.images, job.model.sha256
     remove(folder / FOLDER / weights[:20])  # they are the present ones again
-    old = _finished_weights(plan, folder, step)
+    old = _finished_weights(job)
     if old is None or old == weights:
         return
     home = folder / FOLDER / old[:20]
@@ -72,7 +72,7 @@ def keep(plan: Plan, step: Step, images: Images, weights: str) -> None:
         id=home.name,
         digest=digest(files),
         files=files,
-        provenance=stage.provenance() | {"began": time.time()},
+        provenance=provenance.provenance() | {"began": time.time()},
     ).write(temporary / "done" / f"{FOLDER}.{home.name}.json")
     temporary.rename(home)
 
@@ -87,9 +87,10 @@ def _link(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
-def _finished_weights(plan: Plan, folder: Path, step: Step) -> str | None:
+def _finished_weights(job: Job) -> str | None:
     """sha256 of the weights that the finished dissection in this folder was made with; None where there is none."""
-    aside = plan.scratch / "aside" / folder.relative_to(plan.results) / "done"
+    folder = job.folder
+    aside = job.scratch / "aside" / folder.relative_to(job.results) / "done"
     for done in (folder / "done", aside):
         dissected, extracted = latest(done, "dissect"), latest(done, "extract")
         if dissected is None or extracted is None or not _is_written(folder / "units.csv", dissected):

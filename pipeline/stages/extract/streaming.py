@@ -1,9 +1,9 @@
 """Layers that are not stored (`store: none`): what is counted of their maps while the network computes them.
 
 Two forward passes over the images take the place of the maps. The first, in the stage `extract`, counts the tail of
-every unit (`kernels.dissection.threshold`) in a bracket that comes from some of the images; the second, in `dissect`, meets the
-thresholds with the label maps. In both the maps are rounded as a store would hold them, in the same micro-batches, so
-thresholds and IoU are those of a layer that is stored, to the bit.
+every unit (`kernels.dissection.threshold`) in a bracket that comes from some of the images; the second, in `dissect`,
+meets the thresholds with the label maps. In both the maps are rounded as a store would hold them, in the same
+micro-batches, so thresholds and IoU are those of a layer that is stored, to the bit.
 
 Writes, beside the layer's `activations.zarr`,
     layers/<layer id>/tails-<id>.zarr  count (block, bin) int64: values of each unit by bins of float16 codes ·
@@ -24,18 +24,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.networks.forward import HALF_MAX, Model, forward_in_batches, half
+from pipeline.stages.extract.settings import Tails
+from pipeline.storage.atomic import write_atomically
 from pipeline.storage.identity import crc32c, digest
-from pipeline.storage.manifest import Files, write_atomically
-from pipeline.workers.pool import device, overlapping
+from pipeline.storage.manifest import Files
+from pipeline.workers.devices import device
+from pipeline.workers.tasks import overlapping
 
 if TYPE_CHECKING:
     import torch
 
-    from kernels.dissection.threshold import Bracket, Tail
+    from kernels.dissection.brackets import Bracket, Tail
     from pipeline.data.images import Images
     from pipeline.networks.layer import LayerInfo
     from pipeline.storage.store import Ledger
 
+TAIL = 2000  # bytes of the counters of a unit in a block, compressed
 BLOCKS = 64
 SAMPLE_SHARDS, SAMPLE_IMAGES = 4, 32  # images of each of the first shards: where the thresholds probably lie
 # A unit that is missed costs another forward pass: the brackets are wider than those of stored maps, and so are bins.
@@ -82,19 +86,12 @@ class Part:
     rows: np.ndarray
 
 
-def settings(how: Mapping[str, Any], label_map_size: Sequence[int] | None) -> dict[str, Any]:
-    """What the tails of a layer depend on beside the layer: part of the id of an extraction that counts them."""
-    from pipeline.stages.dissect.stage import VERSION
-
-    return {key: how[key] for key in ("quantile", "border", "positions")} | {"size": label_map_size, "version": VERSION}
-
-
-def streamed(folder: Path, id: str, info: LayerInfo, scale: float, how: Mapping[str, Any]) -> Streamed:
-    """A layer with the store of its tails, in `folder`; `how` are settings with the size of the label maps."""
-    height, width = how["size"] if how["positions"] == "upsampled" else info.shape[1:]
-    name = digest([how["version"], how["quantile"], how["border"], [height, width], scale])
+def streamed(folder: Path, id: str, info: LayerInfo, scale: float, settings: Tails) -> Streamed:
+    """Return a layer with the store of its tails, in `folder`; `settings` have the size of the label maps."""
+    height, width = settings.counted_at(info.shape[1:])
+    name = digest([settings.version, settings.quantile, settings.border, [height, width], scale])
     store = folder / f"tails-{name}.zarr"
-    return Streamed(id, info, scale, store, (height, width), how["border"], how["quantile"])
+    return Streamed(id, info, scale, store, (height, width), settings.border, settings.quantile)
 
 
 def blocks(shards: Iterable[int], total: int) -> dict[int, list[int]]:
@@ -132,7 +129,7 @@ def with_bracket(layer: Streamed, ledger: Ledger) -> Streamed:
 
     Any bracket gives the same thresholds, so one that is there stays, whatever became of the images it came from.
     """
-    from kernels.dissection.threshold import Bracket
+    from kernels.dissection.brackets import Bracket
     from pipeline.storage.store import Reader, attributes
 
     entry = ledger.get("bracket", "", layer.store)
@@ -174,8 +171,9 @@ def sample(
     """
     import torch
 
+    from kernels.dissection.brackets import Bracket, bracket_of
     from kernels.dissection.half import HIGHEST, LOWEST
-    from kernels.dissection.threshold import Bracket, bracket_of, sampled
+    from kernels.dissection.threshold import sampled
     from pipeline.networks.layers import to_maps
     from pipeline.storage.store import Reader
 
@@ -231,7 +229,7 @@ class Counter:
     """On a worker: the tail of a layer over the shards of a block, from each output as soon as it is ready."""
 
     def __init__(self, layer: Streamed) -> None:
-        from kernels.dissection.threshold import Tail
+        from kernels.dissection.brackets import Tail
 
         self.layer = layer
         bracket = layer.counters
@@ -287,7 +285,7 @@ def as_stored(maps: torch.Tensor, rows: np.ndarray, scale: float) -> np.ndarray 
 
 def read_tail(layer: Streamed, files: Files, wanted: Iterable[int]) -> tuple[Tail, np.ndarray]:
     """The tail over some blocks, and the lowest stored value of every unit over the images of the pictures' sample."""
-    from kernels.dissection.threshold import Bracket, Tail
+    from kernels.dissection.brackets import Bracket, Tail
     from pipeline.storage.store import Reader
 
     stored = Reader(layer.store, files)

@@ -9,25 +9,30 @@ Writes
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.config.core import AnyDataset
-from pipeline.data import kinds as datasets
+from pipeline.config.datasets import AnyDataset
+from pipeline.data import kinds
+from pipeline.data.images import Ingested
 from pipeline.errors import MicrotomeError
-from pipeline.plan import job as stage
+from pipeline.plan.cost import SHRINKS, Cost, Store
+from pipeline.plan.job import Job
+from pipeline.plan.stage import Draft, Stage, Wanted
+from pipeline.plan.step import Key
+from pipeline.stages.ingest.settings import Settings
+from pipeline.storage import manifest
+from pipeline.storage.atomic import write_atomically
 from pipeline.storage.identity import crc32c, digest
-from pipeline.storage.manifest import Files, write_atomically
+from pipeline.storage.object_storage import size_of
 from pipeline.storage.tables import quarantine_csv
-from pipeline.workers.pool import check_memory, client, run_tasks
+from pipeline.workers.resumable import Done, Parts
 
 if TYPE_CHECKING:
     from pipeline.data.listing import Listing
-    from pipeline.plan.step import Plan, Step
     from pipeline.storage.store import Ledger
 
 VERSION = 2
@@ -35,6 +40,7 @@ CODE = (
     "pipeline/data/arrays.py",
     "pipeline/data/kinds.py",
     "pipeline/data/decode.py",
+    "pipeline/stages/ingest/settings.py",
     "pipeline/stages/ingest/stage.py",
     "pipeline/data/listing.py",
     "pipeline/data/plain_pickle.py",
@@ -46,65 +52,54 @@ CODE = (
 )
 SOURCE = "source"  # the entry of the ledger that says where the images come from
 REMEDY = "lower `shard_images` or `max_pixels` of the data set"
+IMAGE = 6e-3  # CPU seconds to decode an image and bring it to size: assumed, until ingest has run once
 COLUMN = (65536,)  # chunk of what has one value an image: the same for any number, so that a longer store keeps its ids
 
 
-@dataclass
-class Shard:
-    """What a task says of its shard: the files it wrote, the digest of its pixels, and what it refused and why."""
-
-    shard: int
-    files: Files
-    content: str
-    refused: dict[str, str] = field(default_factory=dict)
+def steps(draft: Draft) -> Iterator[Wanted]:
+    for name in draft.config.datasets:
+        yield Wanted(Key(dataset=name), Settings.read(draft.summaries[name].settings))
 
 
-def run(plan: Plan, step: Step) -> None:
+def run(job: Job) -> None:
     from pipeline.storage.store import Ledger, metadata_files, write
 
-    assert step.dataset is not None
-    began = stage.begin(plan, step)
-    dataset = plan.config.datasets[step.dataset]
-    folder = plan.results / step.dataset
+    job.begin()
+    dataset, settings = job.dataset_spec, job.settings
+    folder = job.folder
     store = folder / "images.zarr"
-    listed = datasets.listing(dataset, plan.scratch)
-    if listed.digest() != step.settings["listing"]:
-        raise MicrotomeError(f"data set {step.dataset!r} changed while this run began: run again")
-    source = step.settings["source"]
+    listed = kinds.listing(dataset, job.scratch)
+    if listed.digest() != settings.listing:
+        raise MicrotomeError(f"data set {job.dataset!r} changed while this run began: run again")
     ledger = Ledger(store.with_suffix(".ledger"))
-    image_id, at = slots_of(listed, store, ledger, source)
-    size = (step.settings["size"][0], step.settings["size"][1])
+    image_id, at = slots_of(listed, store, ledger, settings.source)
     per_shard = dataset.shard_images
-    open_store(store, dataset, len(image_id), size, listed.classes, source, ledger)
-
+    open_store(store, dataset, len(image_id), settings.size, listed.classes, settings.source, ledger)
     used = is_used(listed, at)
-    ids = shard_ids(step, listed, at, per_shard)
-    missing = [shard for shard, id in ids.items() if not ledger.get(str(shard), id, store)]
+    parts = Parts(store, shard_ids(job.identity, listed, at, per_shard))
 
-    def tasks() -> Iterator[tuple]:
-        """Made as they are handed out: a million names are not held twice."""
-        for shard in missing:
-            part = slice(shard * per_shard, (shard + 1) * per_shard)
-            items = [str(name) if i >= 0 else None for name, i in zip(image_id[part], at[part], strict=True)]
-            known = {name: listed.refused[name] for name in items if name in listed.refused}
-            yield (dataset, store, shard, part.start, items, known, size)
+    def arguments(shard: str, _: list[str]) -> tuple:
+        """Made as it is handed out: a million names are not held twice."""
+        part = slice(int(shard) * per_shard, (int(shard) + 1) * per_shard)
+        items = [str(name) if i >= 0 else None for name, i in zip(image_id[part], at[part], strict=True)]
+        known = {name: listed.refused[name] for name in items if name in listed.refused}
+        return dataset, store, shard, part.start, items, known, settings.size
 
-    if missing:
-        check_memory(plan.config.cluster, memory_need(dataset, size), step.name, REMEDY)
-    with client(plan.config.cluster, plan.scratch) as workers:
-        for done in run_tasks(workers, ingest_shard, tasks(), len(missing), step.name, REMEDY):
-            ledger.record(str(done.shard), ids[done.shard], done.files, content=done.content, refused=done.refused)
+    if parts.missing():
+        job.check_memory(memory_need(dataset, settings.size), REMEDY)
+    with job.workers() as workers:
+        made = job.resumed(workers, ingest_shard, {"": parts}, arguments, REMEDY)
 
-    entries = {shard: ledger.entries[str(shard)] for shard in ids}
+    entries = {int(shard): entry for shard, entry in parts.entries().items()}
     refused = {name: reason for entry in entries.values() for name, reason in entry["refused"].items()}
     is_refused = np.fromiter((name in refused for name in image_id), bool, len(image_id))
     valid = used & ~is_refused
     refused = {str(name): refused[name] for name in image_id[used & is_refused]}
-    files = ledger.files(map(str, ids))
-    _check_refused(step.dataset, refused, len(listed.images), getattr(dataset, "max_bad_fraction", 1.0))
+    files = parts.files()
+    _check_refused(job.dataset, refused, len(listed.images), getattr(dataset, "max_bad_fraction", 1.0))
     if not valid.any():
         raise MicrotomeError(
-            f"data set {step.dataset!r}: not one of {len(listed.images)} images can be used: {_some(refused)}"
+            f"data set {job.dataset!r}: not one of {len(listed.images)} images can be used: {_some(refused)}"
         )
     label = np.where(used, listed.label[at], -1)
     split = np.where(used, listed.split[at], "")
@@ -116,48 +111,53 @@ def run(plan: Plan, step: Step) -> None:
     write_atomically(folder / "quarantine.csv", quarantine)
 
     shard_of = np.arange(len(image_id)) // per_shard
-    result = {
-        "images": len(image_id),
-        "size": list(size),
-        "shard_images": per_shard,
-        "classes": listed.classes,
-        "splits": {str(name): shards_of(shard_of[valid & (split == name)]) for name in np.unique(split[valid])},
-        # None: no image of the shard is used
-        "contents": [entries[shard]["content"] if shard in entries else None for shard in range(shard_of[-1] + 1)],
-        "records": [ids.get(shard) for shard in range(shard_of[-1] + 1)],
-        "refused": len(refused),
-        "ignored": listed.ignored,
-    }
+    shards = range(shard_of[-1] + 1)
+    result = Ingested(
+        images=len(image_id),
+        size=settings.size,
+        shard_images=per_shard,
+        classes=listed.classes,
+        splits={str(name): shards_of(shard_of[valid & (split == name)]) for name in np.unique(split[valid])},
+        contents=[entries[shard]["content"] if shard in entries else None for shard in shards],
+        records=[parts.ids.get(str(shard)) for shard in shards],
+        refused=len(refused),
+        ignored=listed.ignored,
+    )
     output = digest({"files": files, "classes": listed.classes})
-    files = stage.within("images.zarr", files | metadata_files(store))
+    files = manifest.within("images.zarr", files | metadata_files(store))
     files["quarantine.csv"] = (len(quarantine), crc32c(quarantine))
-    stage.finish(plan, step, began, output, files, result, made=(len(missing), len(ids)))
+    job.finish(output, files, result, made=(len(made), len(parts.ids)))
 
 
 def memory_need(dataset: AnyDataset, size: tuple[int, int]) -> int:
     """Bytes of a task: the pixels of a shard, as read and compressed, and what reading takes."""
-    return 2 * 3 * dataset.shard_images * size[0] * size[1] + datasets.memory_need(dataset)
+    return 2 * 3 * dataset.shard_images * size[0] * size[1] + kinds.memory_need(dataset)
 
 
-def pending(plan: Plan, step: Step) -> tuple[int, int]:
-    """How many shards a run would decode now, of how many."""
+def pending(job: Job) -> tuple[int, int]:
+    """Count the shards that a run would decode now, and all of them."""
     from pipeline.storage.store import Ledger
 
-    assert step.dataset is not None
-    dataset = plan.config.datasets[step.dataset]
-    store = plan.results / step.dataset / "images.zarr"
-    listed = datasets.listing(dataset, plan.scratch)
-    ledger = Ledger(store.with_suffix(".ledger"))
-    _, at = slots_of(listed, store, ledger, step.settings["source"])
-    ids = shard_ids(step, listed, at, dataset.shard_images)
-    return sum(not ledger.get(str(shard), id, store) for shard, id in ids.items()), len(ids)
+    dataset, store = job.dataset_spec, job.folder / "images.zarr"
+    listed = kinds.listing(dataset, job.scratch)
+    _, at = slots_of(listed, store, Ledger(store.with_suffix(".ledger")), job.settings.source)
+    parts = Parts(store, shard_ids(job.identity, listed, at, dataset.shard_images))
+    return len(parts.missing()), len(parts.ids)
 
 
-def discard(plan: Plan, step: Step) -> list[Path]:
-    """The files and folders that this step made."""
-    assert step.dataset is not None
-    folder = plan.results / step.dataset
-    return [folder / "images.zarr", folder / "images.ledger"]
+def made(job: Job) -> list[Path]:
+    return [job.folder / "images.zarr", job.folder / "images.ledger"]
+
+
+def cost(job: Job, done: bool) -> Cost:
+    settings, name = job.settings, "images.zarr"
+    raw = 3 * settings.size[0] * settings.size[1] * settings.images
+    expected = raw * SHRINKS["pixels"]
+    store = Store(name, raw, expected, expected if done else size_of(job.folder / name))
+    memory = memory_need(job.dataset_spec, settings.size)
+    return Cost(
+        (store,), settings.images, -(-settings.images // settings.shard_images), settings.images * IMAGE, memory
+    )
 
 
 def slots_of(listed: Listing, store: Path, ledger: Ledger, source: str) -> tuple[np.ndarray, np.ndarray]:
@@ -175,13 +175,14 @@ def is_used(listed: Listing, at: np.ndarray) -> np.ndarray:
     return used
 
 
-def shard_ids(step: Step, listed: Listing, at: np.ndarray, per_shard: int) -> dict[int, str]:
-    """What each shard is made from: the records of all its images, within the bound or not, and how they are decoded.
+def shard_ids(identity: Mapping[str, Any], listed: Listing, at: np.ndarray, per_shard: int) -> dict[str, str]:
+    """Return what each shard is made from: the records of all its images, within the bound or not, and how they are
+    decoded, of which `identity` is that of the step.
 
     A shard whose images are all beyond the bound has none: it stays as it is. One with an image that is gone is made,
     so that nothing of that image stays.
     """
-    common = {key: value for key, value in step.settings.items() if key not in ("listing", "images")}
+    common = {key: value for key, value in identity.items() if key not in ("listing", "images")}
     wanted = np.unique(np.flatnonzero(is_used(listed, at) | (at < 0)) // per_shard)
     known = (at >= 0) & np.isin(np.arange(len(at)) // per_shard, wanted)
     records = np.zeros((len(at), 16), np.uint8)
@@ -190,7 +191,7 @@ def shard_ids(step: Step, listed: Listing, at: np.ndarray, per_shard: int) -> di
     for shard in wanted.tolist():
         part = slice(shard * per_shard, (shard + 1) * per_shard)
         made_of = [record.tobytes().hex() if i >= 0 else "" for record, i in zip(records[part], at[part], strict=True)]
-        ids[shard] = digest([common, made_of])
+        ids[str(shard)] = digest([common, made_of])
     return ids
 
 
@@ -250,13 +251,16 @@ def open_store(
 def ingest_shard(
     dataset: AnyDataset,
     store: Path,
-    shard: int,
+    shard: str,
     start: int,
     items: list[str | None],
     known_refused: dict[str, str],
     size: tuple[int, int],
-) -> Shard:
-    """On a worker: decode the images of one shard and write them. A refused or vanished image leaves black pixels."""
+) -> Done:
+    """On a worker: decode the images of one shard and write them. A refused or vanished image leaves black pixels.
+
+    The facts are the digest of the shard's pixels, and what was refused and why.
+    """
     from pipeline.data.decode import Refused
     from pipeline.storage.store import write
 
@@ -267,12 +271,13 @@ def ingest_shard(
         if image_id is None or image_id in refused:
             continue
         try:
-            pixels[i] = datasets.read_image(dataset, image_id, size)
+            pixels[i] = kinds.read_image(dataset, image_id, size)
             usable[i] = True
         except Refused as error:
             refused[image_id] = error.reason
     content = hashlib.blake2b(pixels.tobytes() + usable.tobytes(), digest_size=16).hexdigest()
-    return Shard(shard, write(store, {"image": ((start, 0, 0, 0), pixels)}), content, refused)
+    files = write(store, {"image": ((start, 0, 0, 0), pixels)})
+    return Done(shard, {"": files}, {"content": content, "refused": refused})
 
 
 def _check_refused(name: str, refused: dict[str, str], count: int, allowed: float) -> None:
@@ -286,3 +291,20 @@ def _check_refused(name: str, refused: dict[str, str], count: int, allowed: floa
 def _some(refused: dict[str, str], shown: int = 5) -> str:
     lines = [f"{image_id!r}: {reason}" for image_id, reason in sorted(refused.items())[:shown]]
     return "; ".join(lines) + ("; ..." if len(refused) > shown else "")
+
+
+STAGE = Stage(
+    name="ingest",
+    version=VERSION,
+    says="Decode {wildcards.dataset}",
+    place="dataset",
+    steps=steps,
+    run=run,
+    settings=Settings,
+    code=CODE,
+    cost=cost,
+    pending=pending,
+    counts="shards of images to decode",
+    made=made,
+    priority=2,  # training waits for it
+)

@@ -7,30 +7,26 @@ Writes
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from pipeline.config.core import Network, Train
-from pipeline.errors import MicrotomeError
-from pipeline.networks.build import NetworkSpec, published_file
-from pipeline.networks.published import installed, weight_files
-from pipeline.plan import job as stage
-from pipeline.stages.randomize import stage as randomize
+from pipeline.config.networks import Network, Train
+from pipeline.data.images import Ingested
+from pipeline.data.kinds import Summary
+from pipeline.errors import MicrotomeError, about
+from pipeline.networks.identity import architecture, weights_digest
+from pipeline.plan.job import Job
+from pipeline.plan.stage import Draft, Stage, Wanted
+from pipeline.plan.step import Key, Step
+from pipeline.stages.network.settings import Settings
+from pipeline.stages.network.tasks import Training, make
+from pipeline.stages.randomize.results import run_settings, weights_of
 from pipeline.storage.identity import FileDigests, crc32c, digest
-from pipeline.storage.manifest import write_atomically
-from pipeline.storage.redact import without_home
-from pipeline.workers.pool import check_memory, client, device, run_tasks
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from pipeline.data.kinds import Summary
-    from pipeline.plan.step import Plan, Step
+from pipeline.storage.manifest import Manifest
+from pipeline.storage.store import StoreRef
+from pipeline.workers.tasks import run_tasks
 
 VERSION = 1
 REMEDY = "lower `batch_size` of the recipe, or the number of images"
@@ -39,37 +35,56 @@ CODE = (
     "kernels/images/whiten.py",
     "pipeline/networks/checkpoint.py",
     "pipeline/networks/libraries",
+    "pipeline/stages/network/results.py",
+    "pipeline/stages/network/settings.py",
     "pipeline/stages/network/stage.py",
+    "pipeline/stages/network/tasks.py",
     "pipeline/networks/build.py",
     "pipeline/networks/training/repeatable.py",
     "pipeline/networks/training/loop.py",
 )
 
 
-def settings(spec: Network, digests: FileDigests) -> dict[str, Any]:
-    """What the network's id is made of; for a trained one its recipe, since its weights are not known before."""
-    made_of: dict[str, Any] = {
-        "architecture": architecture(spec, digests),
-        "preprocessing": spec.preprocessing.model_dump(),  # model.json tells it, and a training depends on it
-    }
+def steps(draft: Draft) -> Iterator[Wanted]:
+    for name, spec in draft.networks.items():
+        copied = name not in draft.config.networks and spec.weights == "train"
+        if not draft.config.datasets_of(spec) and not copied:  # `only` left it none
+            continue
+        parents: tuple[Step, ...] = ()
+        read = None
+        if spec.train is not None:
+            summary = draft.summaries[spec.train.dataset]
+            summary.require(spec.train.dataset, spec.train.split)
+            check_fraction(name, spec.train, summary)
+            parents = (draft.step("ingest", spec.train.dataset),)
+        if spec.run is not None:
+            experiment, run = spec.run
+            parents = (next(step for step in draft.of_stage("randomize") if step.experiment == experiment),)
+            read = (digest(run_settings(parents[0].settings, run)),)
+        with about(f"network {name!r}"):
+            settings = settings_of(spec, draft.digests)
+        yield Wanted(Key(network=name), settings, parents, read)
+
+
+def settings_of(spec: Network, digests: FileDigests) -> Settings:
+    """Return what the network's id is made of."""
+    weights: dict[str, Any]
     match spec.weights:
         case "train":
             assert spec.train is not None
-            # How often it is saved changes no weight.
-            made_of["train"] = spec.train.model_dump(exclude={"recipe": {"checkpoint_every"}}) | {
-                "seed": spec.seed,
-            }
+            train = spec.train.model_dump(exclude={"recipe": {"checkpoint_every"}}) | {"seed": spec.seed}
             if spec.train.fraction == 1:
-                del made_of["train"]["fraction"]
+                del train["fraction"]
+            weights = {"train": train}
         case "random":
-            made_of["random"] = spec.seed
+            weights = {"random": spec.seed}
         case _ if spec.run is not None:
-            made_of["weights"] = "of a run"  # which, the parents say
+            weights = {"weights": "of a run"}
         case _:
-            made_of["checkpoint"] = weights_digest(spec, digests)
+            weights = {"checkpoint": weights_digest(spec, digests)}
             if not spec.published:
-                made_of["prefix"] = spec.prefix
-    return made_of
+                weights["prefix"] = spec.prefix
+    return Settings(architecture=architecture(spec, digests), preprocessing=spec.preprocessing, **weights)
 
 
 def check_fraction(name: str, train: Train, found: Summary) -> None:
@@ -83,175 +98,59 @@ def check_fraction(name: str, train: Train, found: Summary) -> None:
         )
 
 
-def architecture(spec: NetworkSpec, digests: FileDigests) -> dict[str, Any]:
-    """The builder and its arguments; for a module or a model of transformers, the digest of the file it is made by."""
-    if spec.torchvision is not None:
-        return {"torchvision": spec.torchvision, "arguments": spec.arguments}
-    if spec.timm is not None:
-        return {"timm": spec.timm, "arguments": spec.arguments}
-    if spec.transformers is not None:
-        return {"transformers": digests(published_file(spec) / "config.json"), "arguments": spec.arguments}
-    assert spec.module is not None
-    path, _, function = spec.module.rpartition(":")
-    return {"module": digests(path), "function": function, "arguments": spec.arguments}
-
-
-def weights_digest(spec: NetworkSpec, digests: Callable[[Path], str]) -> str | dict[str, str]:
-    """sha256 of the checkpoint or the published file; where published weights are in several files, of each."""
-    if not spec.published:
-        return digests(Path(spec.weights))
-    path = published_file(spec)
-    if spec.transformers is None:
-        return digests(path)
-    return {file.name: digests(file) for file in weight_files(path)}
-
-
-def run(plan: Plan, step: Step) -> None:
-    assert step.network is not None
-    began = stage.begin(plan, step)
-    spec = plan.networks[step.network]
-    folder = plan.results / "networks" / step.network
+def run(job: Job) -> None:
+    job.begin()
+    spec, folder = job.network_spec, job.folder
     folder.mkdir(parents=True, exist_ok=True)
     training = None
     if spec.train is not None:
-        ingest, manifest = plan.parent(step, "ingest")
-        assert ingest.dataset is not None
-        training = {
-            "store": plan.results / ingest.dataset / "images.zarr",
-            "files": stage.below("images.zarr", manifest.files),
-            "recipe": digest({key: value for key, value in step.settings.items() if key != "parents"}),
-        }
-        stage.refers_to(plan, step, [folder])
-        held = manifest.result["images"] * 3 * math.prod(manifest.result["size"])
-        what = f"{step.name}, which holds all images,"
-        check_memory(plan.config.cluster, held, what, "give the data set fewer images")
-    taken = None
-    if spec.run is not None:
-        taken = randomize.weights_of(plan, plan.steps[step.parents[0]], spec.run[1])
-    with client(plan.config.cluster, plan.scratch) as workers:
-        (facts,) = run_tasks(workers, make, [(spec, folder, training, taken)], 1, step.name, REMEDY)
+        ingest, manifest = job.parent_job("ingest"), job.parent("ingest")
+        ingested = Ingested.read(manifest.result)
+        recipe = digest({key: value for key, value in job.identity.items() if key != "parents"})
+        training = Training(StoreRef.of_manifest(ingest.folder, "images.zarr", manifest.files), recipe)
+        job.refers_to([folder])
+        held = ingested.images * 3 * math.prod(ingested.size)
+        job.check_memory(held, "give the data set fewer images", f"{job.name}, which holds all images,")
+    taken = weights_of(job.parent_job("randomize"), spec.run[1]) if spec.run is not None else None
+    with job.workers() as workers:
+        (made,) = run_tasks(workers, make, [(spec, folder, training, taken)], 1, job.name, REMEDY)
     files = {}
     for name in ("model.safetensors", "model.json"):
         data = (folder / name).read_bytes()
         files[name] = (len(data), crc32c(data))
-    stage.finish(plan, step, began, facts["weights_sha256"], files, facts)
+    job.finish(made.weights_sha256, files, made)
 
 
-def discard(plan: Plan, step: Step) -> list[Path]:
-    """The files and folders that this step made, with what a training left to be taken up again."""
-    assert step.network is not None
-    folder = plan.results / "networks" / step.network
+def made(job: Job) -> list[Path]:
+    """Return the network's files, with what a training left to be taken up again."""
+    folder = job.folder
     return [folder / "model.safetensors", folder / "model.json", *folder.glob("training-*")]
 
 
-def make(
-    spec: Network,
-    folder: Path,
-    training: dict[str, Any] | None,
-    taken: tuple[Path, Mapping[str, Any]] | None = None,
-) -> dict[str, Any]:
-    """On a worker: build, load or train; write the two files; return the small facts.
-
-    `taken` are file and facts of a run's weights, where it is one whose weights they are.
-    """
-    from pipeline.networks.build import load
-    from pipeline.networks.checkpoint import sha256, write_safetensors
-
-    if spec.train is not None:
-        assert training is not None
-        network, facts = _train(spec, folder, **training)
-    elif taken is not None:
-        path, found = taken
-        network, facts = load(spec, path), {"accuracy": found["test_accuracy"], "run": dict(found)}
-    else:
-        network, facts = load(spec), {}
-    path = folder / "model.safetensors"
-    write_safetensors(path, network.state_dict())
-    facts |= {
-        "weights_sha256": sha256(path),
-        "parameters": sum(parameter.numel() for parameter in network.parameters()),
-    }
-    described = {
-        "architecture": without_home(spec.module or spec.architecture),
-        "library": f"{spec.library} {installed(spec.library)}" if spec.library else None,
-        "arguments": spec.arguments,
-        "weights": spec.weights if spec.weights_file is None else spec.weights_file.name,
-        "seed": spec.seed,
-        "preprocessing": spec.preprocessing.model_dump(),
-        "recipe": spec.train.recipe.model_dump() if spec.train else taken[1]["how"] if taken else None,
-    }
-    write_atomically(folder / "model.json", json.dumps(described | facts, indent=1))
-    return {key: facts[key] for key in ("weights_sha256", "parameters", "accuracy", "training") if key in facts}
+def owned(manifest: Manifest, path: Path) -> set[Path]:
+    """Return the folder of the training that a network's weights come from."""
+    training = manifest.result.get("training")
+    return {path.parent.parent / training} if training is not None else set()
 
 
-def _train(spec: Network, folder: Path, store: Path, files: dict, recipe: str) -> tuple[Any, dict[str, Any]]:
-    """Train, or take up a training that was cut short.
-
-    Its folder is named after the recipe and the images that are trained on, and stays: when other images come, only the
-    accuracy is measured again.
-    """
-    import numpy as np
-
-    from pipeline.data.images import pixels as pixels_of
-    from pipeline.networks.build import load
-    from pipeline.networks.training.loop import CURVE_POINTS, fit
-    from pipeline.storage.store import Reader
-
-    assert spec.train is not None
-    reader = Reader(store, files)
-    split, valid, label = reader["split"][:], reader["valid"][:], reader["label"][:]
-    chosen = {part: (split == part) & valid for part in (spec.train.split, "validation")}
-    own = chosen[spec.train.split]
-    if spec.train.fraction < 1:
-        own = part_of(own, label, reader["image_id"][:], spec.train.fraction, spec.train.recipe.seed)
-    if not own.any():
-        raise MicrotomeError(
-            f"data set {spec.train.dataset!r} has no valid images in split {spec.train.split!r} to train on"
-        )
-
-    def progress(done: int, steps: int, loss: float, accuracy: float) -> None:
-        if done % max(1, steps // 10) < max(1, steps // CURVE_POINTS):
-            so_far = f"step {done}/{steps}, loss {loss:.2f}, accuracy {accuracy:.0%}"
-            print(f"  network {folder.name}: {so_far}", file=sys.stderr)
-
-    network = load(spec.model_copy(update={"weights": "random"}))
-    pixels, labels = pixels_of(reader, np.flatnonzero(own)), label[own]
-    judging = chosen["validation"]
-    validation = None
-    if own is judging:
-        validation = pixels, labels
-    elif judging.any():
-        validation = pixels_of(reader, np.flatnonzero(judging)), label[judging]
-    training = f"training-{digest([recipe, hashlib.blake2b(pixels.data).hexdigest(), labels.tolist()])}"
-    facts = fit(
-        network,
-        train=(pixels, labels),
-        validation=validation,
-        mean=spec.preprocessing.mean,
-        std=spec.preprocessing.std,
-        recipe=spec.train.recipe,
-        folder=folder / training,
-        progress=progress,
-        device=device(),
-        per_image=spec.preprocessing.per_image,
-    )
-    return network, facts | {"training": training}
+def unreferenced(results: Path, used: set[Path]) -> Iterator[Path]:
+    """Yield the folders of trainings that no network comes from."""
+    trainings = sorted(results.glob("networks/*/training-*/"))
+    yield from (folder for folder in trainings if folder not in used and folder.parent not in used)
 
 
-def part_of(mask: np.ndarray, label: np.ndarray, image_id: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """(image) bool: a fraction of the images of a mask, of each class, one image at least; those without a class not.
-
-    In an order of the ids that `seed` changes, so that a smaller part lies within a larger one.
-    """
-    import numpy as np
-
-    slots = np.flatnonzero(mask & (label >= 0))
-    names = (f"{seed}/part/{name}".encode("utf-8", "surrogateescape") for name in image_id[slots])
-    key = np.frombuffer(b"".join(hashlib.blake2b(name, digest_size=8).digest() for name in names), "<u8")
-    order = np.lexsort((key, label[slots]))
-    there = np.bincount(label[slots])
-    place = np.arange(len(slots)) - (np.cumsum(there) - there)[label[slots][order]]
-    wanted = np.maximum(1, np.rint(fraction * there))
-    found = np.zeros(len(mask), bool)
-    found[slots[order[place < wanted[label[slots][order]]]]] = True
-    return found
+STAGE = Stage(
+    name="network",
+    version=VERSION,
+    says="Weights of {wildcards.network}",
+    place="network",
+    steps=steps,
+    run=run,
+    settings=Settings,
+    code=CODE,
+    explains="weights read, drawn or trained; trained only where recipe or training images are others",
+    made=made,
+    owned=owned,
+    unreferenced=unreferenced,
+    priority=1,  # training is the longest chain: first
+)

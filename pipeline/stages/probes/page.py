@@ -8,11 +8,12 @@ from functools import partial
 
 import numpy as np
 
+from pipeline.report import words
 from pipeline.report.experiment import Experiment
 from pipeline.report.page import Figure, Page
 from pipeline.report.style import draw
-from pipeline.stages.dissect import sentences
-from pipeline.stages.probes.found import COLUMNS, FULL, TITLES, Probed, by_features, by_shots, read_probes, rows
+from pipeline.stages.probes.figures import COLUMNS, TITLES, by_features, by_shots, rows
+from pipeline.stages.probes.found import FULL, Probes, read_probes
 
 BESIDE = 4
 """Networks of one figure."""
@@ -23,14 +24,14 @@ class Section:
     """One data set as the page shows it."""
 
     dataset: str
-    found: list[Probed]
+    found: list[Probes]
     findings: list[str]
     notes: list[str]
     figures: list[Figure]
 
 
 def pages(experiment: Experiment) -> list[Page]:
-    by_dataset: dict[str, list[Probed]] = {}
+    by_dataset: dict[str, list[Probes]] = {}
     for one in experiment.of_stage("probes"):
         assert one.dataset is not None and one.network is not None
         by_dataset.setdefault(one.dataset, []).append(read_probes(experiment.results, one.dataset, one.network))
@@ -51,19 +52,19 @@ def pages(experiment: Experiment) -> list[Page]:
     ]
 
 
-def section(experiment: Experiment, dataset: str, found: list[Probed]) -> Section:
+def section(experiment: Experiment, dataset: str, found: list[Probes]) -> Section:
     said = [sentence for one in found for sentence in findings(one)]
-    notes = [f"{one.network}: {note}." for one in found for note in one.settings["notes"]]
+    notes = [f"{one.network}: {note}." for one in found for note in one.facts.notes]
     return Section(dataset, found, said, list(dict.fromkeys(notes)), list(figures(experiment, dataset, found)))
 
 
-def findings(one: Probed) -> Iterator[str]:
-    """What the numbers say, whatever they are."""
+def findings(one: Probes) -> Iterator[str]:
+    """Say what the numbers are, whatever they are."""
     last = len(one.layers) - 1
     features = one.best_features(last)
     accuracy, low, high = one.at(last, features, FULL)
-    own = one.settings["network_accuracy"]
-    itself = f"; {one.network} itself tells {sentences.percent(own, 1)}" if own is not None else ""
+    own = one.facts.network_accuracy
+    itself = f"; {one.network} itself tells {words.percent(own, 1)}" if own is not None else ""
     yield (
         f"A linear probe of the last layer of {one.network} that was looked at, {one.layers[last]} "
         f"({TITLES[features]}), tells the class of {with_interval(accuracy, low, high)} of the images{itself}."
@@ -79,28 +80,28 @@ def findings(one: Probed) -> Iterator[str]:
     if len(one.shots) > 1:
         few = one.shots[-2]
         values = one.at(last, features, few)
-        few_images = sentences.plural(int(few), "image")
+        few_images = words.plural(int(few), "image")
         yield (
             f"Fitted on {few_images} of each class in place of {fitted(one)}, the probe of the last layer tells "
             f"{with_interval(*values)}."
         )
 
 
-def fitted(one: Probed) -> str:
-    return sentences.plural(one.settings["counted"]["fit"], "image")
+def fitted(one: Probes) -> str:
+    return words.plural(one.facts.counted["fit"], "image")
 
 
 def with_interval(accuracy: float, low: float, high: float) -> str:
-    text = sentences.percent(accuracy, 1)
-    return text if np.isnan(low) else f"{text} ({sentences.percent(low, 1)} to {sentences.percent(high, 1)})"
+    text = words.percent(accuracy, 1)
+    return text if np.isnan(low) else f"{text} ({words.percent(low, 1)} to {words.percent(high, 1)})"
 
 
-def figures(experiment: Experiment, dataset: str, found: Sequence[Probed]) -> Iterator[Figure]:
+def figures(experiment: Experiment, dataset: str, found: Sequence[Probes]) -> Iterator[Figure]:
     for at in range(0, len(found), BESIDE):
         shown = found[at : at + BESIDE]
         names = ", ".join(one.network for one in shown)
         number = f"-{at // BESIDE + 1}" if at else ""
-        judged = sentences.plural(shown[0].settings["counted"]["test"], "image")
+        judged = words.plural(shown[0].facts.counted["test"], "image")
         yield draw(
             experiment,
             f"probes-{dataset}{number}",
@@ -114,7 +115,7 @@ def figures(experiment: Experiment, dataset: str, found: Sequence[Probed]) -> It
             labels={"data set": dataset},
         )
         if any(len(one.shots) > 1 for one in shown):
-            draws = sentences.plural(shown[0].settings["draws"], "draw")
+            draws = words.plural(shown[0].fitting.draws, "draw")
             yield draw(
                 experiment,
                 f"probes-shots-{dataset}{number}",

@@ -1,4 +1,4 @@
-"""What the stage `probes` writes: probes.zarr, and the table made from it."""
+"""What the stage `probes` writes: probes.zarr, the table made from it, and facts."""
 
 from __future__ import annotations
 
@@ -8,15 +8,36 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.stages.probes.tasks import Layer
-from pipeline.storage.manifest import Files
+from pipeline.storage.manifest import Files, Manifest
+from pipeline.storage.record import Record
 from pipeline.storage.store import Array, Reader
 from pipeline.storage.tables import csv_bytes, number
 
 COLUMNS = ("layer", "features", "shots", "positions", "draws", "units", "accuracy", "low", "high", "penalty")
 
 
+class Probed(Record):
+    """What the manifest of `probes` says.
+
+    Attributes
+    ----------
+    counted : images that are fitted on, choose and judge.
+    network_accuracy : of the network itself, on the images that judge; None where its logits of them are not stored, or
+        are not of their classes.
+    notes : what a reader has to know.
+    """
+
+    counted: dict[str, int]
+    network_accuracy: float | None
+    notes: list[str]
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> Probed:
+        return cls.read(manifest.result)
+
+
 def layout(layers: int, features: int, shots: Sequence[str], draws: int, grid: int) -> dict[str, Array]:
-    """One file for each layer, features and array, so that a task writes whole files."""
+    """Lay out one file for each layer, features and array, so that a task writes whole files."""
     by_shots, single = ("layer", "features", "shots"), ("layer", "features", "shots", "draw", "position")
     whole = layers, features, len(shots)
     every = (*whole, draws, grid**2)
@@ -37,7 +58,7 @@ def layout(layers: int, features: int, shots: Sequence[str], draws: int, grid: i
 def names(
     layers: Sequence[Layer], features: Sequence[str], shots: Sequence[str], grid: int
 ) -> dict[str, tuple[tuple[int, ...], np.ndarray]]:
-    """The blocks that are of no single probe: names, where the single positions are, units of each layer."""
+    """Return the blocks that are of no single probe: names, where single positions are, units of each layer."""
     positions = np.full((2, len(layers), grid**2), -1)
     for row, layer in enumerate(layers):
         for at, vector in enumerate(each for each in layer.vectors if each.features == "spatial"):
@@ -53,7 +74,7 @@ def names(
 
 
 def table(store: Path, files: Files) -> bytes:
-    """probes.csv, from what is stored: the penalty is the middle one of the row's probes."""
+    """Make probes.csv from what is stored: the penalty is the middle one of the row's probes."""
     reader = Reader(store, files)
     found = {name: np.asarray(reader[name][:]) for name in reader.group.array_keys()}
     rows = []

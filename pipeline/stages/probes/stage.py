@@ -13,29 +13,43 @@ Images are fitted on, or choose the penalty, or judge: none does two of these. S
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import compress
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from pipeline.config.core import UNTRAINED, Probes
 from pipeline.errors import MicrotomeError
-from pipeline.networks.forward import Model, NonFiniteError, model_of
-from pipeline.plan import job as stage
-from pipeline.stages.probes import tasks as probes_tasks
-from pipeline.stages.probes.tasks import PARTS, Layer, Task
+from pipeline.networks.layer import LayerInfo
+from pipeline.plan.cost import Cost, Store
+from pipeline.plan.counted import ingested
+from pipeline.plan.inspected import found, speed
+from pipeline.plan.job import Job
+from pipeline.plan.stage import Draft, Page, Stage, Wanted
+from pipeline.plan.step import Key
+from pipeline.stages.extract.results import Extracted, StoredLayer, logits
+from pipeline.stages.probes import results
+from pipeline.stages.probes.division import Division, divide, shards_of
+from pipeline.stages.probes.results import Probed
+from pipeline.stages.probes.settings import SECTION, Probes, Probing, Settings
+from pipeline.stages.probes.tasks import (
+    FULL,
+    STORE,
+    Layer,
+    Prepared,
+    Task,
+    forward_need,
+    gather,
+    prepare,
+    probe,
+    vectors_of,
+)
 from pipeline.storage.identity import digest
-from pipeline.storage.manifest import Files, Manifest, write_file
-from pipeline.workers.pool import check_memory, client, run_tasks
-
-if TYPE_CHECKING:
-    from pipeline.data.images import Images
-    from pipeline.data.kinds import Summary
-    from pipeline.plan.step import Plan, Step
-    from pipeline.storage.store import Ledger
+from pipeline.storage.manifest import Files, unnamed_stores, within, write_file
+from pipeline.storage.object_storage import size_of
+from pipeline.storage.store import Array, StoreRef, create, metadata_files, remove_partials, write
+from pipeline.workers.resumable import Parts
+from pipeline.workers.tasks import run_tasks
 
 VERSION = 1
 CODE = (
@@ -47,344 +61,281 @@ CODE = (
     "pipeline/networks/layers.py",
     "pipeline/networks/libraries",
     "pipeline/networks/build.py",
-    "pipeline/stages/probes/stage.py",
+    "pipeline/stages/probes/division.py",
     "pipeline/stages/probes/results.py",
+    "pipeline/stages/probes/settings.py",
+    "pipeline/stages/probes/stage.py",
     "pipeline/stages/probes/tasks.py",
 )
 REMEDY = "lower `probes.images`, `probes.draws` or `probes.shots`"
 FORWARD_REMEDY = "lower `shard_images` of the data set or `numerics.micro_batch` of the network"
 
 
-def wanted(asked: Probes, network: str, dataset: str, found: Summary) -> bool:
-    """Whether the layers of a network are probed on a data set; untrained controls only where they are named."""
-    named = not network.endswith(UNTRAINED) if asked.networks is None else network in asked.networks
-    return named and (found.classes > 0 if asked.datasets is None else dataset in asked.datasets)
+def steps(draft: Draft) -> Iterator[Wanted]:
+    section = draft.config.section(SECTION.key)
+    if section is None:
+        return
+    draft.require_classes(SECTION.key, section.datasets)
+    for dataset, network in draft.pairs():
+        if section.applies(network, dataset) and draft.summaries[dataset].classes:
+            parents = (
+                draft.step("ingest", dataset),
+                draft.step("network", network=network),
+                draft.step("extract", dataset, network),
+            )
+            yield Wanted(Key(dataset, network), settings_of(draft, section, dataset), parents)
 
 
-def settings(asked: Probes, name: str, split: str, found: Summary) -> dict[str, Any]:
-    """What the id is made of beside the parents; splits that are not there are refused here."""
-    how = asked.model_dump(exclude={"networks", "datasets"}) | {"test": asked.test or split}
-    if asked.choose == how["test"]:
+def settings_of(draft: Draft, section: Probes, dataset: str) -> Settings:
+    """Return what the id is made of; refuse splits that are not there."""
+    summary, test = draft.summaries[dataset], section.test or draft.config.datasets[dataset].dissect.split
+    if section.choose == test:
         raise MicrotomeError(
-            f"probes.choose, data set {name!r}: split {asked.choose!r} is judged on: name another, or leave `choose` "
-            f"out for a share of `fit`"
+            f"probes.choose, data set {dataset!r}: split {test!r} is judged on: name another, or leave `choose` out "
+            f"for a share of `fit`"
         )
-    for key in ("fit", "choose", "test"):
-        if how[key] is None:
+    for key, split in (("fit", section.fit), ("choose", section.choose), ("test", test)):
+        if split is None:
             continue
         try:
-            found.require(name, how[key])
+            summary.require(dataset, split)
         except MicrotomeError as error:
             also = "; with `fit` as the split that is dissected, its images are divided" if key == "fit" else ""
             raise MicrotomeError(f"probes.{key}: {error}{also}") from None
-    how["shots"], how["penalties"] = sorted(how["shots"]), sorted(how["penalties"])
-    return {"probes": how, "classes": found.classes}
+    given = section.model_dump(exclude={"networks", "datasets"}) | {"test": test}
+    given |= {"shots": sorted(section.shots), "penalties": sorted(section.penalties)}
+    return Settings(probes=Probing(**given), classes=summary.classes)
 
 
-@dataclass(frozen=True)
-class Division:
-    """Which images are fitted on, which choose the penalty, and which judge.
-
-    Attributes
-    ----------
-    part : (image) uint8, place in `PARTS` plus one; 0: none of them.
-    label : (image) int32.
-    picks : (draw, class, shot) slots of images to fit on, -1 where a class has no more.
-    shots : those that all classes with an image to fit on have enough images for.
-    notes : what a reader has to know.
-    """
-
-    part: np.ndarray
-    label: np.ndarray
-    picks: np.ndarray
-    shots: list[int]
-    notes: list[str]
-
-    def slots(self, part: str) -> np.ndarray:
-        return np.flatnonzero(self.part == PARTS.index(part) + 1)
-
-    @property
-    def counts(self) -> dict[str, int]:
-        return {part: len(self.slots(part)) for part in PARTS}
-
-
-def run(plan: Plan, step: Step) -> None:
-    from pipeline.data.images import Images
-    from pipeline.stages.probes import results as probes_results
-
-    assert step.dataset is not None and step.network is not None
-    began = stage.begin(plan, step)
-    images, model = Images.of(plan, step), model_of(plan, step)
-    how = step.settings["probes"]
-    _, ingested = plan.parent(step, "ingest")
-    _, extracted = plan.parent(step, "extract")
-    classes = ingested.result["classes"]
-    label = np.asarray(images.reader()["label"][:])
-    division = divide(images, label, how, classes, step.name)
-    folder = plan.results / step.dataset / step.network
-    entries = extracted.result["layers"]
-    with client(plan.config.cluster, plan.scratch) as workers:
-        names = [entry["name"] for entry in entries]
-        (prepared,) = run_tasks(workers, probes_tasks.prepare, [(model, images.size, names)], 1, f"{step.name}: layers")
-        need = probes_tasks.forward_need(prepared, model.spec, images.shard_images, images.size)
-        check_memory(plan.config.cluster, need, step.name, FORWARD_REMEDY)
-        layers = layers_of(plan, step, prepared.infos, entries, folder)
-        made, held = gather(plan, step, workers, images, model, layers)
-        own = network_accuracy(folder, extracted, images, division)
-        attrs = {
-            **{key: how[key] for key in ("fit", "choose", "test", "share", "images", "draws", "penalties", "seed")},
-            "classes": classes,
-            "counted": division.counts,
-            "network_accuracy": own,
-            "notes": division.notes,
-        }
-        files = probe(plan, step, workers, images, layers, held, division, attrs)
-    store = folder / "probes.zarr"
-    table = probes_results.table(store, files)
-    output = digest([files, table.decode()])
-    files = stage.within(store.name, files)
-    for id, kept in held.items():
-        files |= stage.within(f"probe-features/{id}.zarr", kept)
-    files |= write_file(folder, "probes.csv", table)
-    facts = {"counted": division.counts, "network_accuracy": own, "notes": division.notes}
-    stage.finish(plan, step, began, output, files, facts, made=(len(made), len(shards_of(images, how))))
-
-
-def pending(plan: Plan, step: Step) -> tuple[int, int]:
-    """How many shards would have to be read, or put through the network, for features that are not kept."""
-    from pipeline.data.images import Images
-    from pipeline.storage.store import Ledger
-
-    assert step.dataset is not None and step.network is not None
-    images, how = Images.of(plan, step), step.settings["probes"]
-    _, extracted = plan.parent(step, "extract")
-    folder = plan.results / step.dataset / step.network / "probe-features"
-    missing = set()
-    for entry in extracted.result["layers"]:
-        store = folder / f"{entry['id']}.zarr"
-        ledger = Ledger(store.with_suffix(".ledger"))
-        missing |= {
-            shard
-            for shard in shards_of(images, how)
-            if not ledger.get(str(shard), shard_id(images, shard, entry["scale"], how), store)
-        }
-    return len(missing), len(shards_of(images, how))
-
-
-def discard(plan: Plan, step: Step) -> list[Path]:
-    """The files and folders that this step made."""
-    assert step.dataset is not None and step.network is not None
-    folder = plan.results / step.dataset / step.network
-    return [folder / name for name in ("probes.zarr", "probes.ledger", "probes.csv", "probe-features")]
-
-
-# Which images do what -------------------------------------------------------------------------------------------------
-
-
-def shards_of(images: Images, how: Mapping[str, Any]) -> list[int]:
-    """The shards with images that are fitted on, choose or judge."""
-    splits = {how[key] for key in ("fit", "choose", "test") if how[key] is not None}
-    return sorted({shard for split in splits for shard in images.shards(split, how["images"])})
-
-
-def divide(images: Images, label: np.ndarray, how: Mapping[str, Any], classes: Sequence[str], what: str) -> Division:
-    """Give every image its part: by its split, and where a split has two purposes by a hash of the image's id, so that
-    images that come or go move no other."""
-    image_id = images.image_ids()
-    counts = {}
-    for split in {how[key] for key in ("fit", "choose", "test") if how[key] is not None}:
-        held = np.zeros(images.count, bool)
-        for shard in images.shards(split, how["images"]):
-            held[slice(*images.range(shard))] = True
-        counts[split] = images.counted(split) & (label >= 0) & held
-    place = probes_tasks.ranks(image_id, how["seed"], "part") / 2.0**64
-    part = np.zeros(images.count, np.uint8)
-    fit, choose, test = (PARTS.index(name) + 1 for name in PARTS)
-    part[counts[how["fit"]]] = fit
-    below = 0.0
-    if how["test"] == how["fit"]:
-        part[counts[how["fit"]] & (place < how["share"])] = test
-        below = how["share"]
-    else:
-        part[counts[how["test"]]] = test
-    if how["choose"] is None:
-        part[counts[how["fit"]] & (place >= below) & (place < below + how["share"])] = choose
-    else:
-        part[counts[how["choose"]]] = choose
-    for at, name in enumerate(PARTS, start=1):
-        if not (part == at).any():
-            raise MicrotomeError(
-                f"{what}: no image with a class is left to {name} on (fit: {how['fit']!r}, choose: "
-                f"{how['choose'] or 'a share of it'}, test: {how['test']!r}): use more images or another `probes.share`"
-            )
-    slots = np.flatnonzero(part == fit)
-    there = np.bincount(label[slots], minlength=len(classes))
-    if (there > 0).sum() < 2:
-        raise MicrotomeError(
-            f"{what}: the {len(slots)} images to fit on are all of class {classes[int(there.argmax())]!r}, and a probe "
-            f"takes two"
+def run(job: Job) -> None:
+    job.begin()
+    images, probing = job.images, job.settings.probes
+    division = divide(images, probing, job.name)
+    with job.workers() as workers:
+        layers = layers_of(job, workers)
+        gathered, features = gather_features(job, workers, layers)
+        facts = Probed(
+            counted=division.counts,
+            network_accuracy=network_accuracy(job, division),
+            notes=division.notes,
         )
-    notes = [f"class {name!r} has no image to fit on, and is never predicted" for name in compress(classes, there == 0)]
-    fewest = int(there[there > 0].min())
-    shots = [k for k in how["shots"] if k <= fewest]
-    if left_out := [k for k in how["shots"] if k > fewest]:
-        said = ", ".join(map(str, left_out))
-        name = classes[int(np.where(there > 0, there, there.max() + 1).argmin())]
-        notes.append(f"probes of {said} images a class are left out: class {name!r} has {fewest} to fit on")
-    picks = probes_tasks.picks(
-        slots, label[slots], image_id[slots], len(classes), max(shots, default=0), how["draws"], how["seed"]
-    )
-    return Division(part, label.astype(np.int32), picks, shots, notes)
+        files = fit_probes(job, workers, layers, features, division, facts)
+    store = job.folder / "probes.zarr"
+    table = results.table(store, files)
+    output = digest([files, table.decode()])
+    files = within(store.name, files)
+    for id, kept in features.items():
+        files |= within(f"probe-features/{id}.zarr", kept)
+    files |= write_file(job.folder, "probes.csv", table)
+    job.finish(output, files, facts, made=(len(gathered), len(shards_of(images, probing))))
+
+
+def made(job: Job) -> list[Path]:
+    return [job.folder / name for name in ("probes.zarr", "probes.ledger", "probes.csv", "probe-features")]
+
+
+def unreferenced(results: Path, used: set[Path]) -> Iterator[Path]:
+    """Find features that no finished probes were fitted on, of layers or weights that were replaced."""
+    for folder in sorted(results.glob("*/*/probe-features/")):
+        yield from unnamed_stores(folder, "probes")
 
 
 # The features ---------------------------------------------------------------------------------------------------------
 
 
-def layers_of(
-    plan: Plan, step: Step, infos: Sequence[Any], entries: Sequence[Mapping[str, Any]], folder: Path
-) -> list[Layer]:
-    """The layers in execution order, as tasks name them."""
-    how = step.settings["probes"]
-    by_name = {info.name: info for info in infos}
-    found = []
-    for entry in entries:
-        info = by_name[entry["name"]]
-        found.append(
-            Layer(
-                info,
-                entry["id"],
-                entry["scale"],
-                folder.parent / "layers" / entry["id"] / "activations.zarr",
-                folder / "probe-features" / f"{entry['id']}.zarr",
-                probes_tasks.vectors_of(info, how["features"], how["grid"]),
-            )
+def layers_of(job: Job, workers: Any) -> list[Layer]:
+    """Return the layers in execution order, as tasks name them; refuse a forward that takes too much memory."""
+    images, probing = job.images, job.settings.probes
+    stored = Extracted.of(job.parent("extract")).layers
+    task = job.model, images.size, [layer.name for layer in stored]
+    (prepared,) = run_tasks(workers, prepare, [task], 1, f"{job.name}: layers")
+    job.check_memory(forward_need(prepared, job.model.spec, images.shard_images, images.size), FORWARD_REMEDY)
+    infos = {info.name: info for info in prepared.infos}
+    return [
+        Layer(
+            infos[layer.name],
+            layer.id,
+            layer.scale,
+            features_of(job, layer.id),
+            vectors_of(infos[layer.name], probing.features, probing.grid),
         )
-    return found
+        for layer in stored
+    ]
 
 
-def gather(
-    plan: Plan, step: Step, workers: Any, images: Images, model: Model, layers: Sequence[Layer]
-) -> tuple[set[int], dict[str, Files]]:
-    """Have the features of all images that count kept: the shards that were made now, and the files by layer id."""
-    from pipeline.storage.store import Array, Ledger, create, metadata_files, remove_partials
+def features_of(job: Job, layer: str) -> Path:
+    """Return the store of the features of a layer, by its id."""
+    return job.folder / "probe-features" / f"{layer}.zarr"
 
-    how = step.settings["probes"]
-    _, extracted = plan.parent(step, "extract")
-    shards = shards_of(images, how)
+
+def feature_parts(job: Job, layer: str, scale: float) -> Parts:
+    """Return the shards whose features are needed, with what they are made from.
+
+    The layer's id, their store's name, says the rest.
+    """
+    images, probing = job.images, job.settings.probes
+    kinds = probing.features, probing.grid
+    ids = {str(shard): digest([VERSION, images.contents[shard], scale, *kinds]) for shard in shards_of(images, probing)}
+    return Parts(features_of(job, layer), ids)
+
+
+def pending(job: Job) -> tuple[int, int]:
+    """Count the shards that would be read, or put through the network, for features that are not kept."""
+    layers = Extracted.of(job.parent("extract")).layers
+    missing = {shard for layer in layers for shard in feature_parts(job, layer.id, layer.scale).missing()}
+    return len(missing), len(shards_of(job.images, job.settings.probes))
+
+
+def gather_features(job: Job, workers: Any, layers: Sequence[Layer]) -> tuple[set[str], dict[str, Files]]:
+    """Have the features of all images that count kept: the shards that were read now, and the files by layer id."""
+    images, features = job.images, job.settings.probes.features
     distinct = {layer.id: layer for layer in layers if layer.vectors}
     if not distinct:
         raise MicrotomeError(
-            f"{step.name}: none of its layers has a {' or a '.join(how['features'])}: `pooled` every layer has; or "
+            f"{job.name}: none of its layers has a {' or a '.join(features)}: `pooled` every layer has; or "
             f"name other networks in `probes.networks`"
         )
-    held: dict[str, dict[int, Files]] = {}
-    ledgers: dict[str, Ledger] = {}
-    for entry in extracted.result["layers"]:
-        layer = distinct.get(entry["id"])
-        if layer is None:
-            continue
-        spatial = any(vector.y is not None for vector in layer.vectors)
-        if not ("store" in entry and spatial):
-            manifest = Manifest.read(plan.results / entry["manifest"])
-            stored = stage.by_shard(manifest.files, "activations.zarr", layer.arrays)
-            held[layer.id] = {shard: stored[shard] for shard in extracted.result["shards"]}
-        units = layer.info.shape[0]
-        shape = (images.count, len(layer.vectors), units)
+    extracted = Extracted.of(job.parent("extract"))
+    shards = set(extracted.shards)
+    stored = {
+        each.id: each.activations(job.results, job.dataset_folder)
+        for each in extracted.layers
+        if each.id in distinct and is_stored(each, distinct[each.id])
+    }
+    for layer in distinct.values():
+        shape = (images.count, len(layer.vectors), layer.info.shape[0])
         feature = Array(("image", "vector", "unit"), shape, np.float32, (images.shard_images, *shape[1:]), fill=np.nan)
         create(layer.features, {"feature": feature}, {"vectors": [vector.name for vector in layer.vectors]})
         remove_partials(layer.features)
-        ledgers[layer.id] = Ledger(layer.features.with_suffix(".ledger"))
-    ids = {(id, shard): shard_id(images, shard, layer.scale, how) for id, layer in distinct.items() for shard in shards}
-    tasks = []
-    for shard in shards:
-        missing = [
-            (layer, held.get(id, {}).get(shard))
-            for id, layer in distinct.items()
-            if not ledgers[id].get(str(shard), ids[id, shard], layer.features)
-        ]
-        if missing:
-            tasks.append((model, images.store, images.files_of(shard), shard, images.range(shard), missing))
-    made = set()
-    try:
-        label = f"{step.name}: features"
-        for shard, written in run_tasks(workers, probes_tasks.gather, tasks, len(tasks), label, FORWARD_REMEDY):
-            made.add(shard)
-            for id, files in written.items():
-                ledgers[id].record(str(shard), ids[id, shard], files)
-    except NonFiniteError as error:
-        raise error.told(step, images.image_ids()) from None
-    files = {id: ledgers[id].files(map(str, shards)) | metadata_files(each.features) for id, each in distinct.items()}
-    return made, files
+    parts = {id: feature_parts(job, id, layer.scale) for id, layer in distinct.items()}
+
+    def arguments(part: str, missing: list[str]) -> tuple:
+        shard = int(part)
+        sources = {
+            id: stored[id].of(distinct[id].arrays, [shard]) if id in stored and shard in shards else None
+            for id in missing
+        }
+        pixels = StoreRef(images.store, images.files_of(shard))
+        return job.model, pixels, part, images.range(shard), [(distinct[id], ref) for id, ref in sources.items()]
+
+    with job.finite(images):
+        gathered = job.resumed(workers, gather, parts, arguments, FORWARD_REMEDY, "features")
+    return gathered, {id: own.files() | metadata_files(distinct[id].features) for id, own in parts.items()}
 
 
-def shard_id(images: Images, shard: int, scale: float, how: Mapping[str, Any]) -> str:
-    """What the features of a shard were made from; the layer id, their store's name, says the rest."""
-    return digest([VERSION, images.contents[shard], scale, how["features"], how["grid"]])
+def is_stored(stored: StoredLayer, layer: Layer) -> bool:
+    """Whether what a layer's features are made from is stored: single positions are read off its maps."""
+    return stored.store is None or "activation" not in layer.arrays
 
 
-def network_accuracy(folder: Path, extracted: Manifest, images: Images, division: Division) -> float | None:
-    """The network's own accuracy on the images that judge; None where its logits of them are not stored, or are not of
-    their classes."""
-    from pipeline.storage.store import Reader
+def network_accuracy(job: Job, division: Division) -> float | None:
+    """Return the network's own accuracy on the images that judge.
 
-    files = stage.below("logits.zarr", extracted.files)
-    slots = division.slots("test")
-    if not files or not set((slots // images.shard_images).tolist()) <= set(extracted.result["shards"]):
+    None where its logits of them are not stored, or are not of their classes.
+    """
+    images, extraction = job.images, job.parent("extract")
+    heads, slots = logits(job.folder, extraction), division.slots("test")
+    shards = np.unique(slots // images.shard_images).tolist()
+    if not heads.files or not set(shards) <= set(Extracted.of(extraction).shards):
         return None
-    logits = Reader(folder / "logits.zarr", files)["logits"]
-    if logits.shape[1] != division.picks.shape[1]:
+    values = heads.open()["logits"]
+    if values.shape[1] != division.picks.shape[1]:
         return None
     right = 0
-    for shard in np.unique(slots // images.shard_images):
-        start, stop = images.range(int(shard))
+    for shard in shards:
+        start, stop = images.range(shard)
         own = slots[(slots >= start) & (slots < stop)]
-        right += int((logits[start:stop][own - start].argmax(1) == division.label[own]).sum())
+        right += int((values[start:stop][own - start].argmax(1) == division.label[own]).sum())
     return right / len(slots)
 
 
 # The probes -----------------------------------------------------------------------------------------------------------
 
 
-def probe(
-    plan: Plan,
-    step: Step,
+def fit_probes(
+    job: Job,
     workers: Any,
-    images: Images,
     layers: Sequence[Layer],
-    held: Mapping[str, Files],
+    features: Mapping[str, Files],
     division: Division,
-    attrs: Mapping[str, Any],
+    facts: Probed,
 ) -> Files:
-    """Have every probe of every layer fitted and judged, where it is not yet; the files of probes.zarr."""
-    from pipeline.stages.probes import results as probes_results
-    from pipeline.storage.store import Ledger, create, metadata_files, remove_partials, write
-
-    assert step.dataset is not None and step.network is not None
-    how = step.settings["probes"]
-    store = plan.results / step.dataset / step.network / "probes.zarr"
-    shots = [*(str(k) for k in how["shots"]), probes_tasks.FULL]
-    layout = probes_results.layout(len(layers), len(how["features"]), shots, how["draws"], how["grid"])
-    create(store, layout, attrs)
+    """Have every probe of every layer fitted and judged, where it is not yet; return the files of probes.zarr."""
+    images, probing = job.images, job.settings.probes
+    store = job.folder / "probes.zarr"
+    shots = [*map(str, probing.shots), FULL]
+    layout = results.layout(len(layers), len(probing.features), shots, probing.draws, probing.grid)
+    create(store, layout, probing.fitting.written() | {"classes": images.classes} | facts.written())
     remove_partials(store)
-    ledger = Ledger(store.with_suffix(".ledger"))
-    ranges = {shard: images.range(shard) for shard in shards_of(images, how)}
     arrays = (division.part, division.label, division.picks)
-    made_of = [VERSION, how, attrs["classes"], *(hashlib.blake2b(each.tobytes()).hexdigest() for each in arrays)]
-    tasks, ids = [], {}
+    contents = [hashlib.blake2b(each.tobytes()).hexdigest() for each in arrays]
+    made_of = [VERSION, probing.written(), images.classes, *contents]
+    ranges = {shard: images.range(shard) for shard in shards_of(images, probing)}
+    tasks, ids = {}, {}
     for row, layer in enumerate(layers):
-        for column, features in enumerate(how["features"]):
-            key = f"{row}.{column}"
-            files = held.get(layer.id, {})
-            ids[key] = digest([*made_of, layer.id, features, files])
-            if ledger.get(key, ids[key], store):
-                continue
-            one = Task(
-                store, row, column, features, layer, files, ranges, division.part, division.label, division.picks,
-                tuple(division.shots), tuple(how["shots"]), how["grid"], tuple(how["penalties"]), len(attrs["classes"]),
-            )  # fmt: skip
-            check_memory(plan.config.cluster, one.memory_need(division.counts), f"{step.name}: {layer.name}", REMEDY)
-            tasks.append((one,))
-    for key, files in run_tasks(workers, probes_tasks.probe, tasks, len(tasks), f"{step.name}: probes", REMEDY):
-        ledger.record(key, ids[key], files)
-    names = probes_results.names(layers, how["features"], shots, how["grid"])
-    return ledger.files(ids) | write(store, names) | metadata_files(store)
+        files = features.get(layer.id, {})
+        for column, kind in enumerate(probing.features):
+            task = Task(
+                store,
+                row,
+                column,
+                kind,
+                layer,
+                StoreRef(layer.features, files),
+                ranges,
+                *arrays,
+                tuple(division.shots),
+                tuple(probing.shots),
+                probing.grid,
+                tuple(probing.penalties),
+                len(images.classes),
+            )
+            tasks[task.key], ids[task.key] = task, digest([*made_of, layer.id, kind, files])
+    parts = Parts(store, ids)
+    for part in parts.missing():
+        task = tasks[part]
+        job.check_memory(task.memory_need(division.counts), REMEDY, f"{job.name}: {task.layer.name}")
+    job.resumed(workers, probe, {STORE: parts}, lambda part, _: (tasks[part],), REMEDY, "probes")
+    names = results.names(layers, probing.features, shots, probing.grid)
+    return parts.files() | write(store, names) | metadata_files(store)
+
+
+def cost(job: Job, done: bool) -> Cost:
+    """Features of images that are not extracted take a forward; those of others are read."""
+    probing, dataset, size = job.settings.probes, job.dataset_spec, ingested(job)
+    counts = {split: min(job.splits[split], probing.images or job.splits[split]) for split in probing.splits}
+    images, computed = sum(counts.values()), sum(counts.values()) - counts.get(dataset.dissect.split, 0)
+    inspected = found(job)
+    infos = [LayerInfo(**{**layer, "shape": tuple(layer["shape"])}) for layer in inspected["layers"]]
+    vectors = sum(info.shape[0] * len(vectors_of(info, probing.features, probing.grid)) for info in infos)
+    name, raw = "probe-features", 4.0 * images * vectors
+    there = raw if done else size_of(job.folder / name)
+    prepared = Prepared(infos, inspected["parameters"], inspected["largest"])
+    rate = speed(job).get("images_per_second")
+    return Cost(
+        stores=(Store(name, raw, raw, there),),
+        images=images,
+        tasks=-(-images // dataset.shard_images),
+        seconds=computed / rate if rate else None,
+        memory=forward_need(prepared, job.network_spec, dataset.shard_images, size),
+        rate=f"{rate:.3g}" if rate else "",
+    )
+
+
+STAGE = Stage(
+    name="probes",
+    version=VERSION,
+    code=CODE,
+    says="Probe the layers of {wildcards.network} on {wildcards.dataset}",
+    place="pair",
+    section=SECTION,
+    settings=Settings,
+    steps=steps,
+    run=run,
+    cost=cost,
+    pending=pending,
+    counts="shards of features to keep",
+    made=made,
+    unreferenced=unreferenced,
+    pages=(Page("pipeline.stages.probes.page", 50),),
+)

@@ -3,25 +3,26 @@ layer."""
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.config.core import Network
+from pipeline.config.networks import Network
 from pipeline.networks.forward import HALF_MAX, Model, forward_in_batches, loaded, refuse_non_finite, scale_for
 from pipeline.networks.layer import LayerInfo
-from pipeline.storage.manifest import Files
-from pipeline.workers.pool import device
+from pipeline.stages.probes.division import PARTS
+from pipeline.storage.store import StoreRef, write
+from pipeline.workers.devices import device
+from pipeline.workers.resumable import Done
 
 if TYPE_CHECKING:
     import torch
 
-PARTS = ("fit", "choose", "test")
+STORE = "probes"  # as tasks name it
 FULL = "full"  # in place of a number of shots: all images to fit on
 AT_ONCE = 256 << 20  # bytes of features that a task holds, if one position takes no more
 ROWS = 2048  # images whose sums are made at once
@@ -43,12 +44,17 @@ class Vector:
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer as tasks name it: where its activations are, and where its features are kept."""
+    """A layer as tasks name it.
+
+    Attributes
+    ----------
+    id, scale : of its activations.
+    features : where those of its images are kept. vectors : what is kept of an image.
+    """
 
     info: LayerInfo
     id: str
     scale: float
-    activations: Path
     features: Path
     vectors: tuple[Vector, ...]
 
@@ -79,8 +85,8 @@ class Task:
     Attributes
     ----------
     store, row, column : where the result goes.
-    files : of the features. ranges : first image of each shard and one past its last.
-    part, label : (image), as in `probes.Division`.
+    features : of all images. ranges : first image of each shard and one past its last.
+    part, label : (image), as in `Division`.
     picks : (draw, class, shot). shots : of `all_shots` those that are fitted.
     """
 
@@ -89,7 +95,7 @@ class Task:
     column: int
     kind: str
     layer: Layer
-    files: Files = field(repr=False)
+    features: StoreRef = field(repr=False)
     ranges: Mapping[int, tuple[int, int]] = field(repr=False)
     part: np.ndarray = field(repr=False)
     label: np.ndarray = field(repr=False)
@@ -110,13 +116,13 @@ class Task:
         return f"{self.row}.{self.column}"
 
     def kept(self, counts: Mapping[str, int]) -> int:
-        """Images whose features a task holds, at most."""
+        """Return how many images' features a task holds, at most."""
         units = self.layer.info.shape[0]
         fitted = min(counts["fit"], self.picks.size + units)
         return counts["choose"] + counts["test"] + fitted
 
     def memory_need(self, counts: Mapping[str, int]) -> int:
-        """Bytes of a task: features, sums and their eigenvectors, and the weights of all penalties."""
+        """Return the bytes of a task: features, sums and their eigenvectors, and the weights of all penalties."""
         units = self.layer.info.shape[0]
         one = 4 * units * self.kept(counts)
         held = max(one, min(AT_ONCE, one * max(1, len(self.vectors))))
@@ -125,35 +131,8 @@ class Task:
         return 2 * held + sums + weights + 16 * ROWS * (units + self.classes)
 
 
-def ranks(image_id: Iterable[str], seed: int, purpose: str) -> np.ndarray:
-    """(image) uint64 by a hash of each id: an order, or a place among all."""
-    head = f"{seed}/{purpose}/".encode()
-    made = (
-        hashlib.blake2b(head + str(name).encode("utf-8", "surrogateescape"), digest_size=8).digest()
-        for name in image_id
-    )
-    return np.frombuffer(b"".join(made), "<u8")
-
-
-def picks(
-    slots: np.ndarray, label: np.ndarray, image_id: Iterable[str], classes: int, shots: int, draws: int, seed: int
-) -> np.ndarray:
-    """(draw, class, shot) slots: for each draw, the first images of each class in an order of its own; -1: no more.
-
-    The first image of a draw is that of one shot, the first five those of five, and so on.
-    """
-    found = np.full((draws, classes, shots), -1, np.int64)
-    for draw in range(draws if shots else 0):
-        order = np.lexsort((ranks(image_id, seed, str(draw)), label))
-        first = np.searchsorted(label[order], np.arange(classes))
-        place = np.arange(len(order)) - first[label[order]]
-        own = order[place < shots]
-        found[draw, label[own], place[place < shots]] = slots[own]
-    return found
-
-
 def vectors_of(info: LayerInfo, features: Sequence[str], grid: int) -> tuple[Vector, ...]:
-    """The vectors that a layer has of the wanted features; single positions in rows, evenly spread over its map."""
+    """Return the vectors that a layer has of some features; single positions in rows, evenly spread over its map."""
     found = []
     for kind in features:
         if kind == "class_token" and info.special:
@@ -167,7 +146,7 @@ def vectors_of(info: LayerInfo, features: Sequence[str], grid: int) -> tuple[Vec
 
 
 def spread(length: int, count: int) -> list[int]:
-    """The middles of `count` equal parts of a length; of a shorter length, all of it."""
+    """Return the middles of `count` equal parts of a length; of a shorter length, all of it."""
     count = min(count, length)
     return [(2 * at + 1) * length // (2 * count) for at in range(count)]
 
@@ -183,7 +162,10 @@ def prepare(model: Model, size: tuple[int, int], names: Sequence[str]) -> Prepar
 
 
 def forward_need(prepared: Prepared, spec: Network, images: int, size: tuple[int, int]) -> int:
-    """Bytes of a task that makes features: the weights as loaded and as used, a forward, and a layer as stored."""
+    """Return the bytes of a task that makes features.
+
+    They are the weights as loaded and as used, a forward, and a layer as stored.
+    """
     pixels = 3 * size[0] * size[1]
     forward = 4 * spec.numerics.micro_batch * (pixels + 4 * prepared.largest)
     stored = 2 * images * max(math.prod(info.shape) for info in prepared.infos)
@@ -195,34 +177,29 @@ def forward_need(prepared: Prepared, spec: Network, images: int, size: tuple[int
 
 def gather(
     model: Model,
-    images: Path,
-    files: Files,
-    shard: int,
+    images: StoreRef,
+    shard: str,
     bounds: tuple[int, int],
-    layers: Sequence[tuple[Layer, Files | None]],
-) -> tuple[int, dict[str, Files]]:
-    """The features of one shard kept: read where its activations are stored (given with their files), else computed.
+    layers: Sequence[tuple[Layer, StoreRef | None]],
+) -> Done:
+    """Keep the features of one shard: read where its activations are stored (given with the layer), else computed.
 
-    Both ways give the same bits: a computed value is rounded as stored ones are. Returns the files by layer id.
+    Both ways give the same bits: a computed value is rounded as stored ones are.
     """
-    from pipeline.storage.store import write
-
     start, stop = bounds
     found = {layer.id: read(layer, stored, start, stop) for layer, stored in layers if stored is not None}
     lacking = [layer for layer, stored in layers if stored is None]
     if lacking:
-        found |= computed(model, images, files, bounds, lacking)
-    written = {}
-    for layer, _ in layers:
-        written[layer.id] = write(layer.features, {"feature": ((start, 0, 0), found.pop(layer.id))})
-    return shard, written
+        found |= computed(model, images, bounds, lacking)
+    return Done(
+        shard,
+        {layer.id: write(layer.features, {"feature": ((start, 0, 0), found.pop(layer.id))}) for layer, _ in layers},
+    )
 
 
-def read(layer: Layer, files: Files, start: int, stop: int) -> np.ndarray:
-    """(image, vector, unit) float32 of a shard, from what is stored of a layer."""
-    from pipeline.storage.store import Reader
-
-    reader = Reader(layer.activations, files)
+def read(layer: Layer, activations: StoreRef, start: int, stop: int) -> np.ndarray:
+    """Read (image, vector, unit) float32 of a shard, from what is stored of a layer."""
+    reader = activations.open()
     arrays = {name: np.asarray(reader[name][start:stop]) for name in layer.arrays}
     found = np.empty((stop - start, len(layer.vectors), layer.info.shape[0]), np.float32)
     for at, vector in enumerate(layer.vectors):
@@ -235,17 +212,14 @@ def read(layer: Layer, files: Files, start: int, stop: int) -> np.ndarray:
     return found
 
 
-def computed(
-    model: Model, images: Path, files: Files, bounds: tuple[int, int], layers: Sequence[Layer]
-) -> dict[str, np.ndarray]:
-    """By layer id, (image, vector, unit) float32 of a shard, from a forward pass that keeps nothing else."""
+def computed(model: Model, images: StoreRef, bounds: tuple[int, int], layers: Sequence[Layer]) -> dict[str, np.ndarray]:
+    """Compute by layer id (image, vector, unit) float32 of a shard, in a forward pass that keeps nothing else."""
     import torch
 
     from pipeline.networks.layers import to_maps
-    from pipeline.storage.store import Reader
 
     start, stop = bounds
-    pixels = torch.from_numpy(Reader(images, files)["image"][start:stop])
+    pixels = torch.from_numpy(images.open()["image"][start:stop])
     by_name = {layer.name: layer for layer in layers}
     found = {layer.name: torch.empty((stop - start, len(layer.vectors), layer.info.shape[0])) for layer in layers}
 
@@ -280,10 +254,8 @@ def computed(
 # The probes of a layer ------------------------------------------------------------------------------------------------
 
 
-def probe(task: Task) -> tuple[str, Files]:
+def probe(task: Task) -> Done:
     """Fit the probes of one kind of features of a layer, judge them, and write what came out."""
-    from pipeline.storage.store import write
-
     found = Outcome.empty(task)
     vectors = task.vectors
     if vectors:
@@ -296,7 +268,7 @@ def probe(task: Task) -> tuple[str, Files]:
             for position, x in enumerate(Features.read(task, vectors[at : at + step]).split(), start=at):
                 right += probe_vector(task, found, position, *x)
         found.intervals(right / len(vectors))
-    return task.key, write(task.store, found.blocks(task))
+    return Done(task.key, {STORE: write(task.store, found.blocks(task))})
 
 
 @dataclass
@@ -319,7 +291,6 @@ class Features:
         import torch
 
         from kernels.ridge import Moments
-        from pipeline.storage.store import Reader
 
         units = task.layer.info.shape[0]
         slots = {name: np.flatnonzero(task.part == at) for at, name in enumerate(PARTS, start=1)}
@@ -329,7 +300,7 @@ class Features:
             name: np.empty((len(own), len(vectors), units), np.float32) for name, own in slots.items() if name != "fit"
         }
         moments = [Moments.zeros(units, task.classes, device()) for _ in vectors] if by_sums else []
-        array = Reader(task.layer.features, task.files)["feature"]
+        array = task.features.open()["feature"]
         waiting: list[np.ndarray] = []
         labels: list[np.ndarray] = []
 
@@ -356,7 +327,7 @@ class Features:
         return cls(task, moments, slots, values)
 
     def split(self) -> Iterator[tuple[Any, dict[str, Any], dict[str, Any], np.ndarray]]:
-        """Of each vector: its sums, tensors (image, unit) and labels by part, and the slots of those picked."""
+        """Yield of each vector its sums, tensors (image, unit) and labels by part, and the slots of those picked."""
         import torch
 
         labels = {
@@ -388,7 +359,7 @@ class Outcome:
         return cls(*(np.full(shape, np.nan) for _ in range(2)), *(np.full(shots, np.nan) for _ in range(3)))
 
     def intervals(self, right: np.ndarray) -> None:
-        """Means, with 95 % intervals: over the draws by Student's t; of all images, over the images that judge.
+        """Average, with 95 % intervals: over the draws by Student's t; of all images, over the images that judge.
 
         `right` is the share of the positions at which each of these is recognised, by the probes of all images.
         """
@@ -428,8 +399,10 @@ def probe_vector(
     label: Mapping[str, torch.Tensor],
     picked: np.ndarray,
 ) -> np.ndarray:
-    """All probes of one vector: few-shot ones of every draw, and that of all images, of which (image) float64 is
-    returned: 1 where an image that judges is recognised."""
+    """Fit and judge all probes of one vector: few-shot ones of every draw, and that of all images.
+
+    Returns of the last (image) float64, 1 where an image that judges is recognised.
+    """
     import torch
 
     from kernels.ridge import Ridge

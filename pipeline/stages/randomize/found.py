@@ -12,9 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from pipeline.errors import MicrotomeError
+from pipeline.report import words
 from pipeline.report.style import COLOURS, grid_of, shorten
-from pipeline.stages.dissect import sentences
-from pipeline.stages.dissect.found import open_store
+from pipeline.storage.read_back import open_store
 
 CORRUPTIONS = {
     "true_labels": "true labels",
@@ -133,7 +133,7 @@ class Randomized:
         """A network's name, with its parameters where another one has the same name."""
         name, parameters = architecture
         alike = sum(other == name for other, _ in self.networks) > 1
-        return f"{name}, {sentences.number(parameters)} parameters" if alike else name
+        return f"{name}, {words.number(parameters)} parameters" if alike else name
 
     def of(self, architecture: tuple[str, int]) -> list[Run]:
         return [run for run in self.runs if run.architecture == architecture]

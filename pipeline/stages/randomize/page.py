@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from pipeline.networks.build import FROM_RUN
+from pipeline.config.networks import FROM_RUN
+from pipeline.report import words
 from pipeline.report.experiment import Experiment, Made
 from pipeline.report.page import Figure, Page
 from pipeline.report.style import draw
 from pipeline.report.tables import write_table
-from pipeline.stages.dissect import sentences
 from pipeline.stages.dissect.detectors import Network
 from pipeline.stages.randomize.found import (
     CURVE_COLUMNS,
@@ -100,9 +100,9 @@ def findings(found: Randomized, dissected: Sequence[tuple[Run, Network]]) -> Ite
     noise = [run for run in found.runs if run.how["corruption"] != "true_labels" and not run.diverged]
     fitted = [run for run in noise if run.facts["train_accuracy"] == 1]
     if noise:
-        labels = sentences.plural(found.images, "training image")
+        labels = words.plural(found.images, "training image")
         yield (
-            f"{len(fitted)} of {sentences.plural(len(noise), 'run')} on corrupted data fit all of {labels} of "
+            f"{len(fitted)} of {words.plural(len(noise), 'run')} on corrupted data fit all of {labels} of "
             f"{found.dataset}."
         )
     for title, runs in found.by_share().items():
@@ -111,31 +111,31 @@ def findings(found: Randomized, dissected: Sequence[tuple[Run, Network]]) -> Ite
         if low.share == 0 and a and b:
             yield (
                 f"{title} predicts nine in ten training images right in epoch {a} with true labels, and in epoch {b} "
-                f"with {sentences.percent(high.share or 0)} of them corrupted; its test accuracy is "
-                f"{sentences.percent(low.facts['test_accuracy'], 1)} and "
-                f"{sentences.percent(high.facts['test_accuracy'], 1)}."
+                f"with {words.percent(high.share or 0)} of them corrupted; its test accuracy is "
+                f"{words.percent(low.facts['test_accuracy'], 1)} and "
+                f"{words.percent(high.facts['test_accuracy'], 1)}."
             )
     for run in found.true:
         facts, lowest = run.facts, run.facts["lowest_test_loss_epoch"]
         if lowest < facts["epochs_run"]:
             errors = (1 - run.curves["test_accuracy"][at] for at in (lowest - 1, facts["epochs_run"] - 1))
-            before, after = (sentences.percent(float(error), 1) for error in errors)
+            before, after = (words.percent(float(error), 1) for error in errors)
             yield (
                 f"The test NLL of {run.name} is lowest after epoch {lowest}, and rises from "
-                f"{sentences.decimal(facts['lowest_test_loss'], 2)} to {sentences.decimal(facts['test_loss'], 2)} by "
+                f"{words.decimal(facts['lowest_test_loss'], 2)} to {words.decimal(facts['test_loss'], 2)} by "
                 f"epoch {facts['epochs_run']}, while its test error goes from {before} to {after}; its ECE is "
-                f"{sentences.percent(facts['test_ece'], 1)} then."
+                f"{words.percent(facts['test_ece'], 1)} then."
             )
     if diverged := [run.name for run in found.runs if run.diverged]:
         yield f"Diverged: {', '.join(diverged)}."
     for run, network in dissected:
         count = network.last["trained"]
         untrained = network.last.get("untrained")
-        beside = f", untrained {sentences.number(untrained.detectors)}" if untrained else ""
-        detectors = sentences.plural(count.detectors, "detector")
+        beside = f", untrained {words.number(untrained.detectors)}" if untrained else ""
+        detectors = words.plural(count.detectors, "detector")
         yield (
             f"Trained on {run.corruption}, {network.trained.network} has {detectors} "
-            f"among the {sentences.plural(count.units, 'unit')} of {count.layer}{beside}."
+            f"among the {words.plural(count.units, 'unit')} of {count.layer}{beside}."
         )
 
 

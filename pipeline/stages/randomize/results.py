@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pipeline.errors import MicrotomeError
 from pipeline.stages.randomize.tasks import SECONDS
 from pipeline.storage.identity import digest
 from pipeline.storage.manifest import Files, write_file
 from pipeline.storage.tables import csv_bytes, number
 
 if TYPE_CHECKING:
+    from pipeline.plan.job import Job
     from pipeline.stages.randomize.tasks import Data, Run
 
 CURVES = {
@@ -91,7 +93,7 @@ class Outcome:
 
 def write(folder: Path, found: Mapping[str, Outcome], data: Data, attrs: Mapping[str, Any]) -> Files:
     """Write the table and the curves; their files, relative to the experiment's folder."""
-    from pipeline.plan.job import within
+    from pipeline.storage.manifest import within
     from pipeline.storage.store import write_whole
 
     files = write_file(folder, "runs.csv", csv_bytes(COLUMNS, (row(name, one) for name, one in found.items())))
@@ -140,3 +142,26 @@ def arrays(found: Mapping[str, Outcome], data: Data) -> dict[str, tuple[tuple[st
 def attributes(own: Mapping[str, Any]) -> dict[str, Any]:
     """What all runs share; what each was, under its name."""
     return {key: value for key, value in own.items() if key not in ("version", "parents")}
+
+
+def run_settings(job: Job, name: str) -> dict[str, Any]:
+    """All that a run of an experiment depends on, as far as a plan knows it: other runs are no part of it."""
+    shared = {key: value for key, value in job.settings.items() if key != "runs"}
+    return shared | {"run": job.settings["runs"][name]}
+
+
+def weights_of(job: Job, run: str) -> tuple[Path, Mapping[str, Any]]:
+    """File and facts of the weights that a run of a finished experiment came to."""
+    from pipeline.storage.store import verified_bytes
+
+    manifest = plan.manifest(step)
+    facts = manifest.result["runs"][run]
+    folder = job.folder
+    name = f"runs/{facts['id']}/model.safetensors"
+    if name not in manifest.files:
+        raise MicrotomeError(
+            f"run {run!r} of {job.experiment!r} diverged and has no weights: lower its `learning_rate`, or name "
+            "another run"
+        )
+    verified_bytes(folder, name, manifest.files)
+    return folder / name, facts

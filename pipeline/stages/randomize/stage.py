@@ -11,23 +11,29 @@ See docs/randomization.md; after Zhang et al., "Understanding deep learning requ
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.config.core import Randomize
+from pipeline.config.networks import NetworkSpec
 from pipeline.errors import MicrotomeError
-from pipeline.networks.build import NetworkSpec
 from pipeline.plan import job as stage
+from pipeline.plan.inspected import _classifiers
+from pipeline.plan.job import Job
+from pipeline.stages.randomize.settings import Randomize
+from pipeline.storage import manifest
 from pipeline.storage.identity import FileDigests, digest
-from pipeline.workers.pool import check_memory, client, run_tasks
+from pipeline.workers.client import client
+from pipeline.workers.memory import check_memory
+from pipeline.workers.tasks import run_tasks
 
 if TYPE_CHECKING:
     from pipeline.data.images import Images
     from pipeline.data.kinds import Summary
-    from pipeline.plan.step import Plan, Step
+    from pipeline.plan.job import Job
     from pipeline.stages.randomize.tasks import Data, Run
 
 VERSION = 2
@@ -50,7 +56,7 @@ WORKING = 400 << 20  # bytes of a run beside its images: weights, gradients, mom
 
 def settings(name: str, asked: Randomize, found: Summary, digests: FileDigests) -> dict[str, Any]:
     """What the id is made of beside the parents; what cannot be trained is refused here."""
-    from pipeline.stages.network.stage import architecture
+    from pipeline.networks.identity import architecture
 
     refuse(name, asked, found)
     networks = {each: architecture(spec, digests) for each, spec in asked.networks.items()}
@@ -96,55 +102,48 @@ def refuse(name: str, asked: Randomize, found: Summary) -> None:
             )
 
 
-def run_settings(step: Step, name: str) -> dict[str, Any]:
-    """All that a run of an experiment depends on, as far as a plan knows it: other runs are no part of it."""
-    shared = {key: value for key, value in step.settings.items() if key != "runs"}
-    return shared | {"run": step.settings["runs"][name]}
-
-
-def run(plan: Plan, step: Step) -> None:
+def run(job: Job) -> None:
     from pipeline.data.images import Images
     from pipeline.stages.randomize import results as results
     from pipeline.stages.randomize.tasks import train_runs
     from pipeline.storage.store import Ledger, remove_partials
 
-    assert step.comparison is not None
-    began = stage.begin(plan, step)
-    images = Images.of(plan, step)
+    job.begin()
+    images = job.images
     data = data_of(images, step)
-    folder = plan.results / "randomization" / step.comparison
-    runs = runs_of(plan, step, data, folder)
-    stage.refers_to(plan, step, [run.folder for run in runs.values()])
+    folder = job.folder
+    runs = runs_of(job, data, folder)
+    job.refers_to([run.folder for run in runs.values()])
     (folder / "runs").mkdir(parents=True, exist_ok=True)
     remove_partials(folder)
     ledger = Ledger(folder / "runs.ledger")
     by_id = {run.id: run for run in runs.values()}
     missing = [run for id, run in by_id.items() if not ledger.get(id, id, folder / "runs")]
-    together = plan.config.randomize[step.comparison].together if plan.config.cluster.kind == "gpu" else 1
+    together = job.config.randomize[job.experiment].together if job.cluster.kind == "gpu" else 1
     tasks = [(data, missing[at : at + together]) for at in range(0, len(missing), together)]
     if tasks:
         pixels = 3 * images.size[0] * images.size[1] * (len(data.rows) + len(data.test_rows))
-        check_memory(plan.config.cluster, (3 * pixels + WORKING) * together, step.name, REMEDY)
-        with client(plan.config.cluster, plan.scratch) as workers:
-            for finished in run_tasks(workers, train_runs, tasks, len(tasks), step.name, REMEDY):
+        check_memory(job.cluster, (3 * pixels + WORKING) * together, job.name, REMEDY)
+        with job.workers() as workers:
+            for finished in run_tasks(workers, train_runs, tasks, len(tasks), job.name, REMEDY):
                 for id, files in finished:
                     ledger.record(id, id, files)
     for one in runs.values():
         (one.folder / "checkpoint.pt").unlink(missing_ok=True)
     found = {name: results.Outcome.read(one, ledger.entries[one.id]["files"]) for name, one in runs.items()}
-    own = {**step.settings, "dataset": step.dataset}
+    own = {**job.settings, "dataset": job.dataset}
     files = results.write(folder, found, data, own)
-    files |= stage.within("runs", ledger.files(by_id))
+    files |= manifest.within("runs", ledger.files(by_id))
     told = {name: one.told() for name, one in found.items()}
-    facts = {"dataset": step.dataset, "runs": told, "images": len(data.rows), "test_images": len(data.test_rows)}
-    stage.finish(plan, step, began, results.output(files), files, facts, made=(len(missing), len(by_id)))
+    facts = {"dataset": job.dataset, "runs": told, "images": len(data.rows), "test_images": len(data.test_rows)}
+    job.finish(results.output(files), files, facts, made=(len(missing), len(by_id)))
 
 
-def data_of(images: Images, step: Step) -> Data:
+def data_of(images: Images, job: Job) -> Data:
     """The images that are trained and tested on: the first of their splits that have a class."""
     from pipeline.stages.randomize.tasks import Data
 
-    how = step.settings
+    how = job.settings
     label = np.asarray(images.reader()["label"][:]).astype(np.int64)
     rows, test_rows = (
         np.flatnonzero(images.counted(how[split]) & (label >= 0))[: how[limit]]
@@ -152,7 +151,7 @@ def data_of(images: Images, step: Step) -> Data:
     )
     if len(np.unique(label[rows])) < 2 or not len(test_rows):
         raise MicrotomeError(
-            f"{step.name}: {len(rows)} images with a class in split {how['split']!r}, of "
+            f"{job.name}: {len(rows)} images with a class in split {how['split']!r}, of "
             f"{len(np.unique(label[rows]))} classes, and {len(test_rows)} in {how['test']!r}: runs need two classes "
             "or more to train on, and images to test on"
         )
@@ -163,41 +162,33 @@ def data_of(images: Images, step: Step) -> Data:
     return Data(id, images.store, images.files, how["classes"], rows, labels, test_rows, test_labels)
 
 
-def runs_of(plan: Plan, step: Step, data: Data, folder: Path) -> dict[str, Run]:
+def runs_of(job: Job, data: Data, folder: Path) -> dict[str, Run]:
     """The runs by name, each with its id."""
     from pipeline.stages.randomize.tasks import Run
 
-    assert step.comparison is not None
-    asked = plan.config.randomize[step.comparison]
+    asked = job.config.randomize[job.experiment]
     found = {}
-    for name, how in step.settings["runs"].items():
-        id = digest([VERSION, how, step.settings["crop"], step.settings["classes"], data.id])
+    for name, how in job.settings["runs"].items():
+        id = digest([VERSION, how, job.settings["crop"], job.settings["classes"], data.id])
         spec = NetworkSpec.of(asked.networks[asked.runs[name].network])
-        settings = {key: value for key, value in how.items() if key != "network"} | {"crop": step.settings["crop"]}
+        settings = {key: value for key, value in how.items() if key != "network"} | {"crop": job.settings["crop"]}
         found[name] = Run(id, name, spec, settings, folder / "runs" / id, asked.checkpoint_seconds)
     return found
 
 
-def weights_of(plan: Plan, step: Step, run: str) -> tuple[Path, Mapping[str, Any]]:
-    """File and facts of the weights that a run of a finished experiment came to."""
-    from pipeline.storage.store import verified_bytes
-
-    assert step.comparison is not None
-    manifest = plan.manifest(step)
-    facts = manifest.result["runs"][run]
-    folder = plan.results / "randomization" / step.comparison
-    name = f"runs/{facts['id']}/model.safetensors"
-    if name not in manifest.files:
-        raise MicrotomeError(
-            f"run {run!r} of {step.comparison!r} diverged and has no weights: lower its `learning_rate`, or name "
-            "another run"
-        )
-    verified_bytes(folder, name, manifest.files)
-    return folder / name, facts
-
-
-def discard(plan: Plan, step: Step) -> list[Path]:
+def discard(job: Job) -> list[Path]:
     """The files and folders that this step made."""
-    assert step.comparison is not None
-    folder = plan.results / "randomization" / step.comparison
+    folder = job.folder
     return [folder / name for name in ("runs", "runs.ledger", "runs.csv", "curves.zarr")]
+
+
+def _logits(job: Job) -> Iterator[str]:
+    """What is wrong with the logits of networks that runs are to train."""
+    wanted = job.settings["classes"]
+    for question in _classifiers(job):
+        given = json.loads(question.kept.read_text())["classes"]
+        if given is None or given < wanted:
+            yield (
+                f"{question.name}: it gives {given or 'no'} logits, and the images have {wanted} classes: "
+                "build it with as many, by `arguments`"
+            )

@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 
 from kernels.images import corruption as kernels
-from pipeline.networks.build import NetworkSpec
+from pipeline.config.networks import NetworkSpec
 from pipeline.networks.training.repeatable import stream
 from pipeline.stages.randomize.training import DIVERGED, FINISHED, Sets, Training, repeatable, train
 from pipeline.storage.manifest import Files, write_file
-from pipeline.workers.pool import device
+from pipeline.workers.devices import device
 
 LABELS, PIXELS = 4, 5  # purposes of random numbers
 SECONDS = "seconds.json"
@@ -125,8 +125,8 @@ def prepared(run: Run, sets: Sets, device: str) -> Training:
 def written(run: Run, training: Training, labels: np.ndarray, true: np.ndarray) -> Files:
     """Write what came out of a run; the checkpoint stays until the run is noted as finished."""
     from pipeline.networks.checkpoint import sha256, write_safetensors
+    from pipeline.storage.atomic import write_atomically
     from pipeline.storage.identity import crc32c
-    from pipeline.storage.manifest import write_atomically
 
     curve, network = training.curve, training.network
     facts: dict[str, Any] = {

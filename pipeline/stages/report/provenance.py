@@ -4,9 +4,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from pipeline.report import words
 from pipeline.report.experiment import Experiment
 from pipeline.report.page import Page
-from pipeline.stages.dissect import sentences
 from pipeline.storage.redact import without_home
 
 
@@ -47,5 +47,5 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]
         elif isinstance(value, list | tuple):
             rows.append((name, json.dumps(value, ensure_ascii=False, default=str)))
         else:
-            rows.append((name, sentences.number(value)))
+            rows.append((name, words.number(value)))
     return [(name, without_home(text)) for name, text in rows]

@@ -16,6 +16,7 @@ import jinja2
 from markupsafe import Markup
 
 from pipeline.errors import MicrotomeError
+from pipeline.report import words
 from pipeline.report.experiment import Experiment
 from pipeline.report.page import Page
 from pipeline.stages.dissect import sentences
@@ -106,11 +107,11 @@ def environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     found.filters |= {
-        "number": sentences.number,
-        "decimal": sentences.decimal,
-        "percent": sentences.percent,
-        "plural": sentences.plural,
-        "seconds": sentences.seconds,
+        "number": words.number,
+        "decimal": words.decimal,
+        "percent": words.percent,
+        "plural": words.plural,
+        "seconds": words.seconds,
         "data": data,
     }
     found.globals["sentences"] = sentences

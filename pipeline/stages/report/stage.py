@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config.core import Config
 from pipeline.plan import job as stage
+from pipeline.storage import provenance
 from pipeline.storage.identity import crc32c, digest
 
 if TYPE_CHECKING:
-    from pipeline.plan.step import Plan, Step
+    from pipeline.plan.job import Job
     from pipeline.report.experiment import Made
 
 VERSION = 2
@@ -35,25 +36,25 @@ def settings(wanted: Config) -> dict[str, Any]:
     }
 
 
-def run(plan: Plan, step: Step) -> None:
+def run(job: Job) -> None:
     from pipeline.report.experiment import Experiment
     from pipeline.stages.report.site import build, written
-    from pipeline.workers.pool import client
+    from pipeline.workers.client import client
 
-    began = stage.begin(plan, step)
-    out = (plan.results / step.manifest).parent.parent
-    with client(plan.config.cluster, plan.scratch) as workers:
+    job.begin()
+    out = job.folder
+    with job.workers() as workers:
         site = build(
             Experiment(
-                results=plan.results,
+                results=job.results,
                 out=out,
-                title=plan.config.report.title or plan.config.name,
+                title=job.config.report.title or job.config.name,
                 made=tuple(made(plan, other) for other in plan.steps.values() if other.stage != "report"),
-                configuration=json.loads(plan.config.model_dump_json(exclude_defaults=True)),
-                versions=stage.provenance(),
+                configuration=json.loads(job.config.model_dump_json(exclude_defaults=True)),
+                versions=provenance.provenance(),
                 command=plan.command("report"),
-                report=plan.config.report,
-                figures=plan.config.figures,
+                report=job.config.report,
+                figures=job.config.figures,
                 workers=workers,
             )
         )
@@ -66,27 +67,27 @@ def run(plan: Plan, step: Step) -> None:
         for page in site
         for figure in page.figures
     ]
-    stage.finish(plan, step, began, digest(files), files, {"figures": drawn})
+    job.finish(digest(files), files, {"figures": drawn})
 
 
-def made(plan: Plan, step: Step) -> Made:
+def made(job: Job) -> Made:
     from pipeline.report.experiment import Made
 
     manifest = plan.manifest(step)
     return Made(
         step.stage,
-        step.dataset,
-        step.network,
+        job.dataset,
+        job.network,
         step.id,
         manifest.provenance.get("seconds"),
         manifest.result,
-        step.comparison,
+        job.experiment,
     )
 
 
-def discard(plan: Plan, step: Step) -> list[Path]:
+def discard(job: Job) -> list[Path]:
     """The files and folders that this step made."""
     from pipeline.stages.report.site import FOLDERS
 
-    out = (plan.results / step.manifest).parent.parent
+    out = job.folder
     return [*out.glob("*.html"), *(out / folder for folder in FOLDERS)]

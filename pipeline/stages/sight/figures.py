@@ -25,7 +25,7 @@ def fields(width: float, found: Sight) -> Figure:
     """The receptive fields of layers, from the input on, each with its own largest value in the brightest colour."""
     layers = shown_layers(found)
     rows, columns = grid_of(len(layers), width, 6)
-    image = found.settings["image_size"]
+    image = found.settings.image_size
     figure, panels = _grid(rows, columns, width, width, image[0] / image[1], 0.32)
     side = width / columns
     for panel, layer in zip(panels, layers, strict=False):
@@ -144,7 +144,7 @@ def removed(width: float, found: Sight) -> Figure:
 def places(width: float, found: Sight) -> Figure:
     """Maps of CKA with every patch, a panel for each output shown; a ring where the output itself is."""
     outputs = shown_outputs(found)
-    height, wide = found.settings["localised_grid"]
+    height, wide = found.grid
     cka = found.values["localisation"]
     rows, columns = grid_of(len(outputs), width, 5)
     figure, panels = _grid(rows, columns, width, width - BAR, height / wide, 0.2)
@@ -171,8 +171,8 @@ def places(width: float, found: Sight) -> Figure:
 
 def shown_outputs(found: Sight) -> list[int]:
     """The first special token, and positions at the corners, on the edges and in the middle."""
-    height, width = found.settings["localised_grid"]
-    special = found.settings["localised_special_tokens"]
+    height, width = found.grid
+    special = found.settings.localised_special_tokens or 0
     lines = [dict.fromkeys((0, side // 2, side - 1)) for side in (height, width)]
     return [*range(min(special, 1)), *(special + y * width + x for y in lines[0] for x in lines[1])]
 

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from pipeline.errors import MicrotomeError
+from pipeline.stages.sight.results import Attributes
 from pipeline.storage.manifest import recorded_files
 from pipeline.storage.store import Reader
 
@@ -35,14 +35,20 @@ class Sight:
     dataset: str
     network: str
     values: Mapping[str, np.ndarray]
-    settings: Mapping[str, Any]
+    settings: Attributes
 
     def has(self, measure: str) -> bool:
         """Whether a measure was asked for, and the network has what it measures."""
-        return measure in self.settings["measures"] and measure not in self.settings["absent"]
+        return measure in self.settings.measures and measure not in self.settings.absent
 
     def names(self, of: str) -> list[str]:
         return [str(each) for each in self.values[of]]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the layer whose positions are compared with patches."""
+        assert self.settings.localised_grid is not None
+        return self.settings.localised_grid
 
     @cached_property
     def reach(self) -> list[int]:
@@ -51,12 +57,15 @@ class Sight:
 
 
 def read_sight(results: Path, dataset: str, network: str) -> Sight:
+    """Read what was measured of a network, verified."""
     path = results / dataset / network / "sight.zarr"
     try:
         files = recorded_files(path)
         store = Reader(path, files)
         names = [name.removesuffix("/zarr.json") for name in files if name.endswith("/zarr.json")]
-        found = Sight(dataset, network, {name: np.asarray(store[name][:]) for name in names}, dict(store.attrs))
+        found = Sight(
+            dataset, network, {name: np.asarray(store[name][:]) for name in names}, Attributes.read(store.attrs)
+        )
         for measure, array in (
             ("receptive_field", "receptive_field"),
             ("attention", "attention_distance"),

@@ -8,11 +8,12 @@ from functools import partial
 
 import numpy as np
 
+from pipeline.report import words
 from pipeline.report.experiment import Experiment
 from pipeline.report.page import Figure, Page
 from pipeline.report.style import draw
-from pipeline.stages.dissect import sentences
-from pipeline.stages.sight import figures as figures
+from pipeline.report.words import SURE, with_error
+from pipeline.stages.sight import figures
 from pipeline.stages.sight.found import (  # fmt: skip
     ATTENTION_COLUMNS,
     PLACE_COLUMNS,
@@ -27,7 +28,6 @@ from pipeline.stages.sight.found import (  # fmt: skip
     read_sight,
     removed_rows,
 )
-from pipeline.stages.similarity.page import SURE, with_error
 
 ABSENT = {
     "receptive_field": "No receptive fields",
@@ -59,7 +59,7 @@ def pages(experiment: Experiment) -> list[Page]:
         found = read_sight(experiment.results, one.dataset, one.network)
         several = len({each.dataset for each in made}) > 1
         label = f"{one.network} on {one.dataset}" if several else one.network
-        absent = [f"{ABSENT[name]}: {why}." for name, why in found.settings["absent"].items()]
+        absent = [f"{ABSENT[name]}: {why}." for name, why in found.settings.absent.items()]
         said = [f"{label}: {sentence}" for sentence in findings(found)]
         name = f"{one.dataset}-{one.network}"
         if name in (f"{each.dataset}-{each.network}" for each in made[:at]):
@@ -68,7 +68,7 @@ def pages(experiment: Experiment) -> list[Page]:
     return [
         Page(
             file="sight.html",
-            title="Sight",
+            title="Receptive fields, attention distance, skip connections",
             template="sight.html.j2",
             values={"sections": sections},
             summary="How far networks look, what their skip connections pass on, and whether they know where things "
@@ -81,7 +81,7 @@ def pages(experiment: Experiment) -> list[Page]:
 
 
 def findings(found: Sight) -> Iterator[str]:
-    """What the numbers say, whatever they are."""
+    """Say what the numbers show, whatever they are."""
     values = found.values
     if found.has("receptive_field") and found.reach:
         first, last = found.reach[0], found.reach[-1]
@@ -93,7 +93,7 @@ def findings(found: Sight) -> Iterator[str]:
         )
     if found.has("attention"):
         distance, names = values["attention_distance"], found.names("attention")
-        heads = sentences.plural(int(np.count_nonzero(~np.isnan(distance[0]))), "head")
+        heads = words.plural(int(np.count_nonzero(~np.isnan(distance[0]))), "head")
         yield (
             f"in {names[0]} {heads} attend over {np.nanmin(distance[0]):.1f} to {np.nanmax(distance[0]):.1f} px on "
             f"average, in {names[-1]} over {np.nanmin(distance[-1]):.1f} to {np.nanmax(distance[-1]):.1f} px; "
@@ -116,17 +116,19 @@ def of_skips(found: Sight) -> Iterator[str]:
         yield f"what skips a branch is {times} as large as what the branch adds."
     loss, error = values["accuracy_loss"], values["accuracy_loss_standard_error"]
     if not np.isnan(loss).all():
-        most = int(np.nanargmax(loss))
+        accuracy, most = found.settings.accuracy, int(np.nanargmax(loss))
+        assert accuracy is not None
         sure = int(np.count_nonzero(loss > SURE * error))
         yield (
-            f"of its accuracy of {sentences.percent(found.settings['accuracy'], 1)} it loses most without the skip of "
+            f"of its accuracy of {words.percent(accuracy, 1)} it loses most without the skip of "
             f"{names[most]}: {points(loss[most], error[most])}; beyond {SURE} standard errors it loses with {sure} of "
-            f"{sentences.plural(len(names), 'skip')}."
+            f"{words.plural(len(names), 'skip')}."
         )
 
 
 def of_places(found: Sight) -> Iterator[str]:
-    facts, layer = found.settings["localisation"], found.settings["localised_layer"]
+    facts, layer = found.settings.localisation, found.settings.localised_layer
+    assert facts is not None
     (own, own_error), (others, _), (difference, error) = (facts[key] for key in ("own", "others", "difference"))
     if own is None or others is None:
         return
@@ -134,7 +136,7 @@ def of_places(found: Sight) -> Iterator[str]:
         f"a position of {layer} has a CKA of {with_error(own, own_error)} with the patch at its own place and of "
         f"{others:.3f} with the others"
     )
-    if error is None:
+    if error is None or difference is None:
         yield f"{said}; one minibatch gives no standard error."
     elif difference > SURE * error:
         yield f"{said}: it knows where things are, by {with_error(difference, error)}."
@@ -162,7 +164,7 @@ def drawn(experiment: Experiment, found: Sight, name: str) -> Iterator[Figure]:
             kind="receptive-fields",
             alt=f"Maps: which pixels the centre of {shown} layers of {found.network} depends on",
             caption="Effective receptive fields: how much each pixel changes what the centre position of a layer "
-            f"gives, relative to the pixel that matters most; {shown} of {sentences.plural(every, 'layer')}.",
+            f"gives, relative to the pixel that matters most; {shown} of {words.plural(every, 'layer')}.",
             header=REACH_COLUMNS,
             rows=reach_rows(found),
             labels=labels,
@@ -211,8 +213,8 @@ def drawn(experiment: Experiment, found: Sight, name: str) -> Iterator[Figure]:
             f"localisation-{name}",
             partial(figures.places, found=found),
             kind="localisation",
-            alt=f"Maps: CKA of positions of {found.settings['localised_layer']} with every patch of the image",
-            caption=f"Linear CKA (unbiased) of a position of {found.settings['localised_layer']} with the patch of the "
+            alt=f"Maps: CKA of positions of {found.settings.localised_layer} with every patch of the image",
+            caption=f"Linear CKA (unbiased) of a position of {found.settings.localised_layer} with the patch of the "
             "image at each place; a ring where the position itself is.",
             header=PLACE_COLUMNS,
             rows=place_rows(found, outputs),

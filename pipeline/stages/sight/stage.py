@@ -13,136 +13,164 @@ docs/sight.md.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from pipeline.config.core import UNTRAINED, AnyDataset, Network, Sight
-from pipeline.data.minibatches import Minibatch, minibatches
-from pipeline.networks.forward import NonFiniteError, model_of, platform_numerics
-from pipeline.plan import job as stage
-from pipeline.stages.grams import stage as grams
+from pipeline.data import minibatches
+from pipeline.networks.features import Arithmetic
+from pipeline.networks.forward import platform_numerics
+from pipeline.plan.cost import Cost
+from pipeline.plan.job import Job
+from pipeline.plan.stage import Draft, Page, Stage, Wanted
+from pipeline.plan.step import Key
+from pipeline.stages.sight.results import TABLES, Looked
+from pipeline.stages.sight.settings import SECTION, Settings, Sight
 from pipeline.storage.identity import digest
-from pipeline.storage.manifest import write_file
-from pipeline.workers.pool import check_memory, client, run_tasks
-
-if TYPE_CHECKING:
-    from pipeline.data.images import Images
-    from pipeline.plan.step import Plan, Step
+from pipeline.storage.manifest import within, write_file
+from pipeline.workers.resumable import Parts
+from pipeline.workers.tasks import run_tasks
 
 VERSION = 1
 CODE = (
-    *grams.CODE,
+    "kernels/images/grey.py",
+    "kernels/images/whiten.py",
     "kernels/locality/attention.py",
     "kernels/locality/localisation.py",
     "kernels/locality/receptive_field.py",
     "kernels/locality/skips.py",
+    "kernels/similarity/cka.py",
+    "kernels/similarity/gram.py",
+    "pipeline/data/minibatches.py",
+    "pipeline/networks/build.py",
+    "pipeline/networks/checkpoint.py",
+    "pipeline/networks/features.py",
+    "pipeline/networks/forward.py",
     "pipeline/networks/graph/operations.py",
-    "pipeline/stages/sight/stage.py",
+    "pipeline/networks/layers.py",
+    "pipeline/networks/libraries",
+    "pipeline/stages/sight/averages.py",
     "pipeline/stages/sight/results.py",
+    "pipeline/stages/sight/settings.py",
+    "pipeline/stages/sight/stage.py",
     "pipeline/stages/sight/tasks.py",
 )
 REMEDY = "lower `sight.minibatch` or `sight.gradients`"
-# Each epoch of one: every image once, a smaller last minibatch with the others.
-ONCE = {"epochs": 1, "replacement": False, "last": "weigh"}
 
 
-def wanted(asked: Sight, network: str, dataset: str) -> bool:
-    """Whether a network is looked into on a data set; an untrained control is where it is named."""
-    named = not network.endswith(UNTRAINED) if asked.networks is None else network in asked.networks
-    return named and (asked.datasets is None or dataset in asked.datasets)
+def steps(draft: Draft) -> Iterator[Wanted]:
+    asked: Sight | None = draft.config.section("sight")
+    for data, name in draft.pairs() if asked is not None else ():
+        assert asked is not None
+        if asked.applies(name, data):
+            settings, summary = settings_of(draft, name, data, asked), draft.summaries[data]
+            summary.require(data, settings.split)
+            count = summary.splits[settings.split]
+            minibatches.require(count, settings.batching, f"sight, split {settings.split!r} of {data!r}")
+            parents = draft.step("ingest", data), draft.step("network", network=name)
+            yield Wanted(Key(data, name), settings, parents)
 
 
-def settings(name: str, spec: Network, dataset: AnyDataset, asked: Sight) -> dict[str, Any]:
-    layers = asked.layers.get(name) or asked.layers.get(name.removesuffix(UNTRAINED)) or spec.layers
-    return {
-        "layers": layers,
-        "measures": sorted(set(asked.measures)),
-        "images": asked.images,
-        "minibatch": asked.minibatch,
-        "gradients": asked.gradients,
-        "seed": asked.seed,
-        "split": asked.split or dataset.dissect.split,
-        "special_tokens": spec.special_tokens,
-        "preprocessing": spec.preprocessing.model_dump(),
-        "numerics": spec.numerics.model_dump(exclude={"micro_batch"}),
-    }
-
-
-def run(plan: Plan, step: Step) -> None:
-    from pipeline.data.images import Images
-    from pipeline.stages.sight import results as sight_results
-    from pipeline.stages.sight import tasks as sight_tasks
-    from pipeline.storage.store import Ledger, create, metadata_files, remove_partials, write_whole
-
-    assert step.dataset is not None and step.network is not None
-    began = stage.begin(plan, step)
-    images, model, how = Images.of(plan, step), model_of(plan, step), step.settings
-    batches = batches_of(images, step)
-    folder = plan.results / step.dataset / step.network
-    store = folder / "sight-minibatches.zarr"
-    ledger = Ledger(store.with_suffix(".ledger"))
-    with client(plan.config.cluster, plan.scratch) as workers:
-        asked = (model, images.size, how["layers"], how["special_tokens"])
-        (prepared,) = run_tasks(workers, sight_tasks.prepare, [asked], 1, f"{step.name}: layers")
-        places = max(len(batch.images) for batch in batches)
-        need = sight_tasks.memory_need(prepared, places, how["gradients"], images.size)
-        check_memory(plan.config.cluster, need, step.name, REMEDY)
-        pixels = grams.pixel_digests(workers, images, batches, step.name)
-        work = sight_tasks.Work(
-            model, images.store, images.size, prepared, tuple(how["measures"]), how["gradients"], store, places
-        )
-        create(store, sight_tasks.arrays(work, len(batches)), {})
-        remove_partials(store)
-        numerics = model.spec.numerics.model_dump(exclude={"micro_batch"}) | platform_numerics(VERSION)
-        kept = [
-            how["measures"],
-            how["gradients"],
-            how["special_tokens"],
-            [layer.name for layer in prepared.layers],
-            places,
-        ]
-        network = [model.sha256, model.architecture, how["preprocessing"], numerics, list(images.size)]
-        ids = [digest([network, kept, [pixels[slot] for slot in batch.images], batch.images]) for batch in batches]
-        tasks = [
-            (work, grams.files_of(images, batch), index, batch)
-            for index, batch in enumerate(batches)
-            if not ledger.get(str(index), ids[index], store)
-        ]
-        try:
-            for index, files in run_tasks(workers, sight_tasks.look, tasks, len(tasks), step.name, REMEDY):
-                ledger.record(str(index), ids[index], files)
-        except NonFiniteError as error:
-            raise error.told(step, images.image_ids()) from None
-    own = ledger.files(map(str, range(len(batches)))) | metadata_files(store)
-    found = sight_results.put_together(work, batches, images, own)
-    files = stage.within(store.name, own)
-    made = write_whole(
-        folder / "sight.zarr", found.arrays, {"dataset": step.dataset, "network": step.network} | found.attrs
+def settings_of(draft: Draft, network: str, dataset: str, asked: Sight) -> Settings:
+    """Return what the id is made of; a control has the layers of its network."""
+    spec = draft.networks[network]
+    layers = asked.layers.get(network) or asked.layers.get(draft.originals.get(network, network)) or spec.layers
+    return Settings(
+        layers=layers,
+        measures=sorted(set(asked.measures)),
+        images=asked.images,
+        minibatch=asked.minibatch,
+        gradients=asked.gradients,
+        seed=asked.seed,
+        split=asked.split or draft.config.datasets[dataset].dissect.split,
+        special_tokens=spec.special_tokens,
+        preprocessing=spec.preprocessing,
+        numerics=Arithmetic.of(spec),
     )
-    files |= stage.within("sight.zarr", made)
+
+
+def run(job: Job) -> None:
+    from pipeline.stages.sight import averages, tasks
+    from pipeline.storage.store import StoreRef, create, metadata_files, remove_partials, write_whole
+
+    job.begin()
+    images, model, how = job.images, job.model, job.settings
+    batches = minibatches.of_split(images, how.split, how.batching, job.name)
+    folder = job.folder
+    store = folder / "sight-minibatches.zarr"
+    with job.workers() as workers:
+        asked = (model, images.size, how.layers, how.special_tokens)
+        (prepared,) = run_tasks(workers, tasks.prepare, [asked], 1, f"{job.name}: layers")
+        places = max(len(batch.images) for batch in batches)
+        job.check_memory(tasks.memory_need(prepared, places, how.gradients, images.size), REMEDY)
+        pixels = minibatches.pixel_digests(workers, images, batches, job.name)
+        work = tasks.Work(model, images.size, prepared, tuple(how.measures), how.gradients, store, places)
+        create(store, tasks.arrays(work, len(batches)), {})
+        remove_partials(store)
+        numerics = how.numerics.written() | platform_numerics(VERSION)
+        names = [layer.name for layer in prepared.layers]
+        network = [model.sha256, model.architecture, job.identity["preprocessing"], numerics, list(images.size)]
+        kept = [how.measures, how.gradients, how.special_tokens, names, places]
+        parts = Parts(store, minibatches.ids_of([network, kept], batches, pixels))
+
+        def arguments(part: str, stores: list[str]) -> tuple[Any, ...]:
+            batch = batches[int(part)]
+            return work, minibatches.pixels_of(images, batch), part, batch
+
+        with job.finite(images):
+            made = job.resumed(workers, tasks.look, {tasks.MINIBATCHES: parts}, arguments, REMEDY)
+    own = parts.files() | metadata_files(store)
+    found = averages.put_together(work, batches, images, StoreRef(store, own))
+    attributes = found.attributes
+    files = within(store.name, own)
+    told = {"dataset": job.dataset, "network": job.network} | attributes.written()
+    files |= within("sight.zarr", write_whole(folder / "sight.zarr", found.arrays, told))
     for name, table in found.tables.items():
         files |= write_file(folder, name, table)
-    for name in set(sight_results.TABLES) - set(found.tables):  # of an earlier run that measured more
+    for name in set(TABLES) - set(found.tables):  # of an earlier run that measured more
         (folder / name).unlink(missing_ok=True)
-    stage.finish(plan, step, began, digest(files), files, found.facts, made=(len(tasks), len(batches)))
+    result = Looked(**{key: getattr(attributes, key) for key in Looked.model_fields})
+    job.finish(digest(files), files, result, made=(len(made), len(batches)))
 
 
-def pending(plan: Plan, step: Step) -> tuple[int, int]:
-    """How many minibatches a run would put through the network at most, of how many."""
-    from pipeline.data.images import Images
-
-    count = len(batches_of(Images.of(plan, step), step))
+def pending(job: Job) -> tuple[int, int]:
+    """Count the minibatches that a run would put through the network at most, and all of them."""
+    count = len(minibatches.of_split(job.images, job.settings.split, job.settings.batching, job.name))
     return count, count
 
 
-def discard(plan: Plan, step: Step) -> list[Path]:
-    """The files and folders that this step made."""
-    assert step.dataset is not None and step.network is not None
-    folder = plan.results / step.dataset / step.network
+def made(job: Job) -> list[Path]:
     names = ("sight.zarr", "sight-minibatches.zarr", "sight-minibatches.ledger")
-    return [*(folder / name for name in names), *folder.glob("sight-*.csv")]
+    return [*(job.folder / name for name in names), *job.folder.glob("sight-*.csv")]
 
 
-def batches_of(images: Images, step: Step) -> list[Minibatch]:
-    slots, image_id = grams.candidates(images, step.settings["split"])
-    return minibatches(slots, image_id, ONCE | dict(step.settings), step.name)
+def requests(job: Job) -> dict[str, Any]:
+    """Return the layers that are looked at, where they are others than those that are dissected."""
+    layers = job.settings.layers
+    return {"look": layers} if layers != job.network_spec.layers else {}
+
+
+def cost(job: Job, done: bool) -> Cost:
+    """How often the images go through the network depends on its skips, which are found on the way."""
+    how = job.settings
+    images = min(job.splits[how.split], how.images)
+    return Cost(images=images, tasks=max(1, -(-images // how.minibatch)))
+
+
+STAGE = Stage(
+    name="sight",
+    version=VERSION,
+    says="How {wildcards.network} looks at {wildcards.dataset}",
+    place="pair",
+    steps=steps,
+    run=run,
+    settings=Settings,
+    code=CODE,
+    section=SECTION,
+    requests=requests,
+    cost=cost,
+    pending=pending,
+    counts="minibatches to put through the network",
+    made=made,
+    pages=(Page("pipeline.stages.sight.page", 70),),
+)

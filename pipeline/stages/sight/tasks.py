@@ -7,37 +7,32 @@ images, with a backward pass from each layer.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from kernels.locality.attention import distances, mean_distance
 from kernels.locality.localisation import patches, position_hsic, position_vectors
 from kernels.locality.receptive_field import centre
 from kernels.locality.skips import norm_ratio
 from kernels.similarity.cka import centred
-from pipeline.data.images import pixels
-from pipeline.networks.forward import Model, NonFiniteError, network_of, normalise, refuse_non_finite
+from pipeline.data.minibatches import Minibatch
+from pipeline.networks.features import images_of, naming_slots, packed_gram
+from pipeline.networks.forward import Model, network_of, normalise, refuse_non_finite
 from pipeline.networks.graph import operations
 from pipeline.networks.graph.operations import Attention, Operations, Skip
 from pipeline.networks.layer import LayerInfo
 from pipeline.networks.layers import Recorder, choose, first_tensor, one_attention_path, survey, to_maps
-from pipeline.stages.grams.stage import packed_gram
+from pipeline.storage.store import Array, StoreRef, write
+from pipeline.workers.resumable import Done
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from torch import nn
-
-    from pipeline.data.minibatches import Minibatch
-    from pipeline.storage.manifest import Files
-    from pipeline.storage.store import Array
-
+MINIBATCHES = "minibatches"  # the store, as `Done` names it
 MOST_POSITIONS = 1024  # of a layer whose positions are compared with all patches: a million pairs
 
 
@@ -73,7 +68,6 @@ class Work:
     """What all minibatches of a step have in common."""
 
     model: Model
-    images: Path
     image: tuple[int, int]
     prepared: Prepared
     measures: tuple[str, ...]
@@ -86,7 +80,7 @@ class Work:
 
 
 def prepare(model: Model, size: tuple[int, int], wanted: str | Sequence[str], special: int | None) -> Prepared:
-    """Look at a network: its layers, and what it does between them."""
+    """On a worker: look at a network, its layers and what it does between them."""
     network, shape = network_of(model), (model.spec.preprocessing.channels, *size)
     surveyed = survey(network, shape, special)
     layers = choose(network, surveyed, wanted, model.name)
@@ -122,7 +116,7 @@ def prepare(model: Model, size: tuple[int, int], wanted: str | Sequence[str], sp
 
 
 def memory_need(prepared: Prepared, images: int, gradients: int, size: tuple[int, int]) -> int:
-    """Bytes of a task: the weights, a forward of the minibatch without gradients and one of a few images with them."""
+    """Estimate the bytes of a task: weights, a forward without gradients, and one of a few images with them."""
     forward = 4 * images * (3 * size[0] * size[1] + 4 * prepared.largest)
     graph = 8 * gradients * (3 * size[0] * size[1] + prepared.values)
     positions = math.prod(prepared.localised.shape[1:]) if prepared.localised is not None else 0
@@ -132,8 +126,6 @@ def memory_need(prepared: Prepared, images: int, gradients: int, size: tuple[int
 
 def arrays(work: Work, minibatches: int) -> dict[str, Array]:
     """The layout of what is kept of each minibatch; only measures that the network has."""
-    from pipeline.storage.store import Array
-
     found = {}
 
     def add(name: str, dims: str, shape: tuple[int, ...], dtype: Any = np.float64, fill: Any = np.nan) -> None:
@@ -168,17 +160,11 @@ def arrays(work: Work, minibatches: int) -> dict[str, Array]:
     return found
 
 
-def look(work: Work, files: Files, index: int, batch: Minibatch) -> tuple[int, Files]:
-    """Every measure of one minibatch, written as one chunk of each array."""
-    from pipeline.storage.store import Reader, write
-
-    given = torch.from_numpy(pixels(Reader(work.images, files), batch.images))
-    network, images = network_of(work.model), normalise(given, work.model.spec)
-    try:
-        found = measured(work, network, images)
-    except NonFiniteError as error:
-        layer, place = error.args
-        raise NonFiniteError(layer, batch.images[place]) from None
+def look(work: Work, pixels: StoreRef, part: str, batch: Minibatch) -> Done:
+    """On a worker: measure one minibatch, and write one chunk of each array."""
+    images = images_of(batch, pixels, work.model)
+    with naming_slots(batch):
+        found = measured(work, network_of(work.model), images)
     found["image"] = np.array(batch.images)
     blocks: dict[str, tuple[tuple[int, ...], np.ndarray]] = {}
     for name, array in arrays(work, 1).items():
@@ -186,8 +172,8 @@ def look(work: Work, files: Files, index: int, batch: Minibatch) -> tuple[int, F
         own = found[name]
         # A smaller last minibatch leaves places empty.
         block[0, ...][tuple(map(slice, own.shape))] = own
-        blocks[name] = ((index, *(0,) * own.ndim), block)
-    return index, write(work.store, blocks)
+        blocks[name] = ((int(part), *(0,) * own.ndim), block)
+    return Done(part, {MINIBATCHES: write(work.store, blocks)})
 
 
 def measured(work: Work, network: nn.Module, images: torch.Tensor) -> dict[str, np.ndarray]:
@@ -336,8 +322,11 @@ def _vectors(look: _Look) -> np.ndarray:
 
 
 def gradients(network: nn.Module, images: torch.Tensor, layers: Sequence[LayerInfo]) -> np.ndarray:
-    """(layer, y, x) float64: |d (sum over units of the centre position) / d input|, the mean over channels, summed over
-    images. Zeros for a layer without positions, or that does not depend on the image."""
+    """Return (layer, y, x) float64: |d (sum over units of the centre position) / d input|.
+
+    It is the mean over channels, summed over images. A layer without positions, or that does not depend on the image,
+    has zeros.
+    """
     centres: dict[str, torch.Tensor] = {}
     infos = {layer.name: layer for layer in layers if layer.spatial}
 

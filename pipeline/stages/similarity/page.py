@@ -8,24 +8,21 @@ from functools import partial
 
 import numpy as np
 
+from pipeline.report import words
 from pipeline.report.experiment import Experiment, Made
 from pipeline.report.page import Figure, Page
 from pipeline.report.style import draw
-from pipeline.stages.dissect import sentences
+from pipeline.report.words import SURE, with_error
+from pipeline.stages.similarity.figures import heatmaps, over_fractions
 from pipeline.stages.similarity.found import (
     COLUMNS,
     FRACTION_COLUMNS,
     Similarity,
     fraction_rows,
-    heatmaps,
-    over_fractions,
     read_similarity,
     rows,
     same_layers,
 )
-
-SURE = 2
-"""Standard errors by which two networks differ before the page says which way."""
 
 
 @dataclass(frozen=True)
@@ -57,19 +54,20 @@ def pages(experiment: Experiment) -> list[Page]:
 
 
 def section(experiment: Experiment, made: Made) -> Section:
-    assert made.comparison is not None and made.dataset is not None
-    found = read_similarity(experiment.results, made.comparison)
-    return Section(found, made.dataset, list(findings(found, made)), list(figures(experiment, found, made)))
+    assert made.experiment is not None and made.dataset is not None
+    found = read_similarity(experiment.results, made.experiment, made.result)
+    return Section(found, made.dataset, list(findings(found)), list(figures(experiment, found)))
 
 
-def findings(found: Similarity, made: Made) -> Iterator[str]:
-    """What the numbers say, whatever they are."""
+def findings(found: Similarity) -> Iterator[str]:
+    """Say what the numbers show, whatever they are."""
+    compared = found.compared
     if found.fractions:
         yield from of_fractions(found)
-    for name, (value, error) in made.result["uniformity"].items():
+    for name, (value, error) in compared.uniformity.items():
         if value is not None:
             yield f"Two different layers of {name} have a CKA of {with_error(value, error)} on average."
-    for a, b, value, error in made.result["difference"]:
+    for a, b, value, error in compared.difference:
         if value is None or (found.fractions and b != found.distinct[-1]):
             continue
         if error is None:
@@ -93,15 +91,15 @@ def findings(found: Similarity, made: Made) -> Iterator[str]:
             )
     influence = found.values["influence"]
     if not np.isnan(influence).all():
-        minibatches = sentences.number(found.settings["minibatches"])
+        minibatches = words.number(found.settings["minibatches"])
         most = f"{np.nanmax(influence):.3f}"
         yield f"Without any one of the {minibatches} minibatches, no CKA changes by more than {most}."
-    if made.result["undefined"]:
-        yield f"Not defined, since they give the same for all images: {', '.join(made.result['undefined'])}."
+    if compared.undefined:
+        yield f"Not defined, since they give the same for all images: {', '.join(compared.undefined)}."
 
 
 def of_fractions(found: Similarity) -> Iterator[str]:
-    """How alike the copies of a network are to it."""
+    """Say how alike the copies of a network are to it."""
     whole = found.distinct[-1]
     for copy in found.distinct[:-1]:
         value, error = same_layers(found, copy)
@@ -110,18 +108,14 @@ def of_fractions(found: Similarity) -> Iterator[str]:
         names = [found.layers[at] for at in found.rows_of(copy)]
         low, high = int(np.nanargmin(value)), int(np.nanargmax(value))
         yield (
-            f"Trained on {sentences.percent(found.fractions[copy], 1)} of the images, {whole} is least like itself "
+            f"Trained on {words.percent(found.fractions[copy], 1)} of the images, {whole} is least like itself "
             f"trained on all of them at {names[low]}, with a CKA of {with_error(value[low], error[low])}, and most at "
             f"{names[high]}, {with_error(value[high], error[high])}."
         )
 
 
-def with_error(value: float, error: float | None) -> str:
-    return f"{value:.3f}" + ("" if error is None or np.isnan(error) else f" ± {error:.3f}")
-
-
-def figures(experiment: Experiment, found: Similarity, made: Made) -> Iterator[Figure]:
-    labels = {"comparison": found.name, "data set": str(made.dataset)}
+def figures(experiment: Experiment, found: Similarity) -> Iterator[Figure]:
+    labels = {"comparison": found.name, "data set": found.compared.dataset}
     together = ", ".join(found.distinct)
     if found.fractions:
         yield draw(

@@ -566,13 +566,13 @@ def test_bad_input_is_refused_with_its_row():
     with pytest.raises(ValueError, match="row 3: a logit is not finite"):
         check_logits(logits)
     for wrong in (np.zeros((5, 3), int), np.zeros(5), np.zeros((5, 3), np.longdouble)):
-        with pytest.raises(ValueError, match=r"\(image, class\) of float16, float32 or float64"):
+        with pytest.raises(ValueError, match=r"\(image, class\) in float16, float32 or float64"):
             check_logits(wrong)
     for beyond in (-np.inf, 1e39):
         with pytest.raises(ValueError, match="row 2: a logit is not finite"):
             check_logits(np.array([[0.0, 1], [1, 0], [beyond, 0]]))
     for wrong in (["0", "1", "2"], [0j, 1, 2], np.array([0, 1, 2], "M8[D]")):
-        with pytest.raises(ValueError, match="numbers of classes, 0 to 2"):
+        with pytest.raises(ValueError, match="class numbers, 0 to 2"):
             check_labels(np.array(wrong), 3, 3)
     with pytest.raises(ValueError, match="rows 0 to 4 all have the label 2"):
         check_labels(np.full(5, 2), 3, 5)
@@ -584,7 +584,7 @@ def test_bad_input_is_refused_with_its_row():
             check_labels(np.array(labels), 3, 3)
     with pytest.raises(ValueError, match="at least two"):
         check_labels(np.zeros(3, int), 1, 3)
-    with pytest.raises(ValueError, match="one a row"):
+    with pytest.raises(ValueError, match="one label per row"):
         check_labels(np.zeros(3, int), 4, 5)
     with pytest.raises(ValueError, match="no images"):
         check_labels(np.zeros(0, int), 4, 0)

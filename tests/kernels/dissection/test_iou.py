@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from kernels.dissection import on_device as dissection_torch
+from kernels.dissection.counts import Counts, Labels, ShardCounts, iou, label_columns
 from kernels.dissection.half import HIGHEST, LOWEST, value
-from kernels.dissection.iou import Counts, Labels, ShardCounts, count_shard, iou, label_columns, mask
+from kernels.dissection.iou import count_shard, mask
 from kernels.dissection.upsample import Border, Size, upsample
 
 NUMBERS = np.array([[3, 700, 9], [40, 41, 65535]])  # of the concepts in two categories
@@ -228,9 +229,9 @@ def bad_input() -> dict[str, tuple[str, dict]]:
     strange[1, 2, 0, 3] = np.nan
     return {
         "non-finite": ("image 1, unit 2", good | {"activation": strange}),
-        "thresholds": ("expected one each", good | {"threshold": np.zeros(2, np.float16)}),
+        "thresholds": ("expected one per unit", good | {"threshold": np.zeros(2, np.float16)}),
         "nan threshold": ("NaN", good | {"threshold": np.float16([0, np.nan, 0])}),
-        "images": ("expected one each per image", good | {"group": [0]}),
+        "images": ("expected one of each per image", good | {"group": [0]}),
         "group": ("expected 0 to 19", good | {"group": [0, 20]}),
         "permutation": ("of 2 label maps", good | {"permutation": [0, 2]}),
         "border": ("'wrap' is not known", good | {"border": "wrap"}),
@@ -247,7 +248,7 @@ def test_what_does_not_fit_is_refused(case: str) -> None:
 def test_counts_of_another_shape_are_refused() -> None:
     _, arguments = bad_input()["non-finite"]
     arguments["activation"] = np.nan_to_num(arguments["activation"])
-    with pytest.raises(ValueError, match=r"\(20, 4, 4, 2\), the shard's of \(20, 3, 4, 2\)"):
+    with pytest.raises(ValueError, match=r"\(20, 4, 4, 2\), the shard has \(20, 3, 4, 2\)"):
         Counts.zeros(20, 4, 4, 2).add(count_shard(**arguments))
     with pytest.raises(ValueError, match="union 'image' is not known"):
         iou(Counts.zeros(20, 4, 4, 2), CATEGORY, "image")  # type: ignore[arg-type]

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.dissection.iou import Counts, iou
+from kernels.dissection.counts import Counts, iou
 from kernels.dissection.labels import NONE, best_concept, ceiling, held_out, interval, label_units, student_t
 
 CATEGORY = np.array([0, 1, 1])

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from published_arithmetic import Found, Sketch, cvpr2017, pnas2020
 
-from kernels.dissection.iou import Counts, count_shard, iou, label_columns
+from kernels.dissection.counts import Counts, iou, label_columns
+from kernels.dissection.iou import count_shard
 from kernels.dissection.threshold import count_tail, sample_bracket
 
 IMAGES, UNITS, GRID, SIZE = 96, 24, (14, 14), (56, 56)
@@ -57,7 +58,7 @@ def ours(maps: np.ndarray, labels: np.ndarray, method: str) -> Found:
 
 
 def test_the_presets_are_those_of_the_configuration() -> None:
-    from pipeline.config.core import PRESETS as CONFIGURED
+    from pipeline.config.datasets import PRESETS as CONFIGURED
 
     for method, (quantile, positions, border, union) in PRESETS.items():
         wanted = CONFIGURED[method]

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from kernels.dissection.brackets import BINS, Bracket, Tail, Thresholds, allowed
 from kernels.dissection.half import HIGHEST, LOWEST, ZERO, code, value
-from kernels.dissection.threshold import BINS, Bracket, Tail, Thresholds, allowed, count_tail, sample_bracket
+from kernels.dissection.threshold import count_tail, sample_bracket
 from kernels.dissection.upsample import Border, Size, upsample
 
 EVERYTHING = (LOWEST, HIGHEST + 1)
@@ -182,7 +183,7 @@ def test_a_part_is_taken_off_again():
     left = every.without(first)
     assert left.positions == rest.positions
     np.testing.assert_array_equal(left.count, rest.count)
-    with pytest.raises(ValueError, match="a part of them"):
+    with pytest.raises(ValueError, match="not counted on a part of the same images"):
         first.without(every)
     with pytest.raises(ValueError, match="different brackets"):
         every.without(count_tail(activation, Bracket(bracket.floor - 1, bracket.ceiling), (8, 8), "edge"))

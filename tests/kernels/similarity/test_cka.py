@@ -215,7 +215,7 @@ def test_one_constant_feature_is_none():
 
 @pytest.mark.parametrize(("images", "estimator"), [(3, "unbiased"), (1, "unbiased"), (1, "biased")])
 def test_too_few_images(images, estimator):
-    with pytest.raises(ValueError, match=f"{images} images: the {estimator} estimator takes at least"):
+    with pytest.raises(ValueError, match=f"{images} images: the {estimator} estimator needs at least"):
         centred(packed(np.ones((images, 2))), estimator)
 
 

@@ -7,9 +7,13 @@ import pytest
 import yaml
 from experiments import scenes
 
-from pipeline.config.core import PRESETS, RESERVED, Config, Dissect, known_keys, load, parse, select
+from pipeline.config.base import RESERVED
+from pipeline.run.experiment import Config
+from pipeline.config.datasets import PRESETS, Dissect
+from pipeline.config.messages import known_keys
 from pipeline.errors import MicrotomeError
-from pipeline.plan import step as plan
+from pipeline.run import planner
+from pipeline.run.experiment import load, parse, select
 
 
 def full(folder):
@@ -248,10 +252,10 @@ def test_what_is_not_there_is_named(tmp_path, monkeypatch):
     network = {"torchvision": "resnet18", "weights": "missing.pt"}
     raw = {"name": "x", "datasets": {"d": {"kind": "scenes"}}, "networks": {"n": network}}
     with pytest.raises(MicrotomeError, match=r"^network 'n': cannot read missing\.pt: No such file"):
-        plan.make(parse(raw))
+        planner.make(parse(raw))
     raw["datasets"]["d"] = {"kind": "imagefolder", "root": "nowhere"}
     with pytest.raises(MicrotomeError, match=r"^data set 'd': cannot read the folder nowhere/: No such file"):
-        plan.make(parse(raw))
+        planner.make(parse(raw))
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,12 @@ import zarr
 from experiments import run, segmentation
 from PIL import Image
 
-from pipeline.config import core as config
 from pipeline.data import arrays, plain_pickle
 from pipeline.data.arrays import cifar10_batch, list_cifar10, list_npz, member, npz_image, values
 from pipeline.data.plain_pickle import NotPlainError, read_dict
 from pipeline.errors import MicrotomeError
-from pipeline.plan import step as plan
+from pipeline.run import experiment as run_experiment
+from pipeline.run import planner
 
 GREY = np.random.default_rng(1).integers(0, 256, (7, 8, 6), np.uint8)
 COLOUR = np.random.default_rng(2).integers(0, 256, (7, 8, 6, 3), np.uint8)
@@ -180,7 +180,7 @@ def test_a_split_that_is_not_there_is_said_before_any_work(tmp_path):
     np.savez(tmp_path / "a.npz", x=GREY, y=LABELS)
     raw = experiment(tmp_path, kind="npz", file={"test": str(tmp_path / "a.npz")})
     with pytest.raises(MicrotomeError, match=r"data set 'digits' has no split 'validation'; it has test \(7 images\)"):
-        plan.make(config.parse(raw))
+        planner.make(run_experiment.parse(raw))
 
 
 # CIFAR-10

@@ -15,14 +15,14 @@ import psutil
 import pytest
 import torch
 
-from pipeline.config import core as config
-from pipeline.config.core import Cluster
+from pipeline.config.cluster import Cluster
 from pipeline.errors import MicrotomeError
-from pipeline.plan import inspected as preflight
-from pipeline.plan import step as plan
+from pipeline.run import experiment, planner, preflight
 from pipeline.stages.ingest import stage as ingest
-from pipeline.workers import devices, slurm, tls
+from pipeline.workers import client as workers_client
+from pipeline.workers import devices, memory, slurm, tls
 from pipeline.workers import pool as cluster
+from pipeline.workers import tasks as workers_tasks
 
 ROOT = Path(__file__).parents[3]
 MINIMAL = {
@@ -35,7 +35,7 @@ SECRET = "hunter2secret"
 
 def refused(**given) -> str:
     with pytest.raises(MicrotomeError) as error:
-        config.parse(MINIMAL | {"cluster": given})
+        experiment.parse(MINIMAL | {"cluster": given})
     return str(error.value)
 
 
@@ -117,7 +117,7 @@ def test_the_gpus_are_those_that_torch_sees(monkeypatch, visible, count, expecte
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert devices.gpus() == expected
     # Where there is none, as on a login node, a plan can still be made.
-    assert cluster.workers(Cluster(kind="gpu")) == max(1, count)
+    assert memory.workers(Cluster(kind="gpu")) == max(1, count)
 
 
 def test_one_worker_a_gpu(monkeypatch):
@@ -137,11 +137,11 @@ def test_one_worker_a_gpu(monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a machine without a GPU is told so")
 def test_a_pool_of_gpus_where_there_is_none_says_so(tmp_path, monkeypatch):
-    monkeypatch.delenv(cluster.ADDRESS, raising=False)
+    monkeypatch.delenv(workers_client.ADDRESS, raising=False)
     began = time.monotonic()
     with (
         pytest.raises(MicrotomeError, match=r"did not start: cluster\.kind is gpu, and torch sees 0 GPUs"),
-        cluster.client(Cluster(kind="gpu", memory="4 GB"), tmp_path),
+        workers_client.client(Cluster(kind="gpu", memory="4 GB"), tmp_path),
     ):
         pass
     assert time.monotonic() - began < 100
@@ -185,11 +185,11 @@ def listening(pid: int) -> set[str]:
 @pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="needs /proc")
 @pytest.mark.parametrize("dashboard", [False, True])
 def test_nothing_of_a_pool_is_reached_from_elsewhere(tmp_path, monkeypatch, dashboard):
-    monkeypatch.delenv(cluster.ADDRESS, raising=False)
+    monkeypatch.delenv(workers_client.ADDRESS, raising=False)
     asked = Cluster(workers=1, dashboard=dashboard)
     with cluster.pool(asked, tmp_path) as address_file:
-        monkeypatch.setenv(cluster.ADDRESS, str(address_file))
-        with cluster.client(asked, tmp_path):
+        monkeypatch.setenv(workers_client.ADDRESS, str(address_file))
+        with workers_client.client(asked, tmp_path):
             found = listening(json.loads(address_file.read_text())["pid"])
     assert found == {"0100007F"}  # 127.0.0.1
 
@@ -242,7 +242,7 @@ WORKER = [
 
 def test_two_workers_of_a_scheduler_with_tls(tmp_path, monkeypatch, started):
     """Started by hand: a stage runs on them, and a client without the right certificate does not get in."""
-    monkeypatch.delenv(cluster.ADDRESS, raising=False)
+    monkeypatch.delenv(workers_client.ADDRESS, raising=False)
     monkeypatch.chdir(tmp_path)
     files = certificates.make(tmp_path / "certificates")
     told = tmp_path / "scheduler.json"
@@ -258,17 +258,17 @@ def test_two_workers_of_a_scheduler_with_tls(tmp_path, monkeypatch, started):
     for _ in range(2):
         started("distributed.cli.dask_worker", address, *WORKER, *tls_options(files))
     asked = {"kind": "address", "address": address, "tls": files, "memory": "4 GB"}
-    own = plan.make(config.parse(experiments.scenes(tmp_path, cluster=asked)))
-    with cluster.client(own.config.cluster, own.scratch) as found:
+    own = planner.make(experiment.parse(experiments.scenes(tmp_path, cluster=asked)))
+    with workers_client.client(own.config.cluster, own.scratch) as found:
         found.wait_for_workers(2, timeout=60)
-        assert cluster.workers_of(found) == 2
+        assert workers_tasks.workers_of(found) == 2
         assert found.security.require_encryption
         tasks = ((value,) for value in range(20))
-        assert sorted(cluster.run_tasks(found, square, tasks, 20, "squares")) == [n * n for n in range(20)]
+        assert sorted(workers_tasks.run_tasks(found, square, tasks, 20, "squares")) == [n * n for n in range(20)]
         # What a person forgot: another device than the configuration says.
         with (
             pytest.raises(MicrotomeError, match=r"worker tls://127\.0\.0\.1:\d+ has device cpu, and this run cuda"),
-            cluster.client(own.config.cluster.model_copy(update={"gpus": True}), own.scratch),
+            workers_client.client(own.config.cluster.model_copy(update={"gpus": True}), own.scratch),
         ):
             pass
     step = own.step("ingest", "scenes")
@@ -279,7 +279,7 @@ def test_two_workers_of_a_scheduler_with_tls(tmp_path, monkeypatch, started):
     strange = certificates.make(tmp_path / "strange")
     with (
         pytest.raises(MicrotomeError, match=r"the scheduler at tls://127\.0\.0\.1:\d+ cannot be reached"),
-        cluster.client(Cluster(**asked | {"tls": strange}), own.scratch),
+        workers_client.client(Cluster(**asked | {"tls": strange}), own.scratch),
     ):
         pass
 
@@ -299,10 +299,10 @@ def test_a_key_that_is_not_there_is_told_without_its_path(tmp_path):
 
 def test_workers_with_other_code_are_refused(monkeypatch, client):
     asked = Cluster(workers=1)
-    cluster._check_workers(client, asked, "the pool")
+    workers_client._check_workers(client, asked, "the pool")
     monkeypatch.setattr(cluster, "code", lambda: "another")
     with pytest.raises(MicrotomeError, match=r"the pool: worker .* has code [0-9a-f]{12}, and this run another"):
-        cluster._check_workers(client, asked, "the pool")
+        workers_client._check_workers(client, asked, "the pool")
 
 
 class Elsewhere:
@@ -332,9 +332,9 @@ class Elsewhere:
 )
 def test_workers_that_would_give_other_numbers_are_refused(threads, said, message):
     asked = Cluster(kind="address", address="tcp://localhost:1", memory="4 GB")
-    cluster._check_workers(Elsewhere(1, {}), asked, "the scheduler")
+    workers_client._check_workers(Elsewhere(1, {}), asked, "the scheduler")
     with pytest.raises(MicrotomeError, match=message):
-        cluster._check_workers(Elsewhere(threads, said), asked, "the scheduler")
+        workers_client._check_workers(Elsewhere(threads, said), asked, "the scheduler")
 
 
 def test_a_scheduler_without_this_code_is_refused(monkeypatch):
@@ -346,12 +346,12 @@ def test_a_scheduler_without_this_code_is_refused(monkeypatch):
     with pytest.raises(
         MicrotomeError, match=r"the scheduler: it, or its workers, cannot import this code .*PYTHONPATH"
     ):
-        cluster._check_workers(Elsewhere(1, {}), asked, "the scheduler")
+        workers_client._check_workers(Elsewhere(1, {}), asked, "the scheduler")
 
 
 @pytest.fixture
 def client(workers, tmp_path):
-    with cluster.client(Cluster(workers=1), tmp_path) as found:
+    with workers_client.client(Cluster(workers=1), tmp_path) as found:
         yield found
 
 
@@ -448,7 +448,7 @@ def test_a_stage_on_jobqueues_local_cluster(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     asked = queue(workers=1)
-    own = plan.make(config.parse(experiments.scenes(Path(), cluster=asked.model_dump())))
+    own = planner.make(experiment.parse(experiments.scenes(Path(), cluster=asked.model_dump())))
     own.scratch.mkdir(parents=True, exist_ok=True)
     files = tls.temporary(own.scratch)
     given = slurm.options(asked, own.scratch, tls.security(files), cluster.THREADS)
@@ -456,7 +456,7 @@ def test_a_stage_on_jobqueues_local_cluster(tmp_path, monkeypatch):
         address_file = own.scratch / "pool.json"
         names = {key: str(Path(name).relative_to(own.scratch)) for key, name in files.items()}
         address_file.write_text(json.dumps({"pid": os.getpid(), "address": made.scheduler_address, "tls": names}))
-        monkeypatch.setenv(cluster.ADDRESS, str(address_file.absolute()))
+        monkeypatch.setenv(workers_client.ADDRESS, str(address_file.absolute()))
         step = own.step("ingest", "scenes")
         ingest.run(own, step)
     assert (own.results / step.manifest).exists()
@@ -494,13 +494,19 @@ def test_a_pool_of_slurm_jobs(tmp_path, monkeypatch):
         (tmp_path / "bin" / name).write_text(text)
         (tmp_path / "bin" / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.delenv(cluster.ADDRESS, raising=False)
+    monkeypatch.delenv(workers_client.ADDRESS, raising=False)
     monkeypatch.chdir(tmp_path)
     scratch = Path("results/.microtome")
     asked = queue(workers=1)
-    with cluster.client(asked, scratch) as found:
-        assert sorted(cluster.run_tasks(found, square, ((n,) for n in range(5)), 5, "squares")) == [0, 1, 4, 9, 16]
-        (said,) = found.run(cluster.facts).values()
+    with workers_client.client(asked, scratch) as found:
+        assert sorted(workers_tasks.run_tasks(found, square, ((n,) for n in range(5)), 5, "squares")) == [
+            0,
+            1,
+            4,
+            9,
+            16,
+        ]
+        (said,) = found.run(workers_client.facts).values()
         assert said["device"] == "cpu"
         (key,) = scratch.glob("tls-*/key.pem")
         assert set(found.run(threads).values()) == {"1"}

@@ -10,10 +10,10 @@ from experiments import labelled_images, lines, run, scenes, segmentation, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.config import core as config
 from pipeline.data import kinds as datasets
 from pipeline.data.listing import STRINGS, Fixed, Listing, bounded, list_imagefolder, slots
-from pipeline.plan import step as plan
+from pipeline.run import experiment as run_experiment
+from pipeline.run import planner
 
 STAGES = ("ingest", "concepts", "network", "extract", "dissect")
 NAMES = [f"{k:02}" for k in range(28)]  # 12 of them to train on
@@ -90,7 +90,7 @@ def test_only_the_shard_at_the_bound_is_filled_up(photos):
     run(experiment(photos, 5), "ingest")
     assert len(used(photos)) == 10
     assert made(photos)["images"] == ["0", "1", "2", "2", "3"]
-    manifest = plan.make(config.parse(experiment(photos, 5))).step("ingest", "photos")
+    manifest = planner.make(run_experiment.parse(experiment(photos, 5))).step("ingest", "photos")
     result = json.loads((photos / "results" / manifest.manifest).read_text())["manifest"]["result"]
     assert [content is None for content in result["contents"]] == [False, False, False, True]
 
@@ -123,12 +123,12 @@ def test_refusals_are_counted_within_the_bound(photos):
 
 def test_ids_with_a_bound(photos):
     def id_of(most):
-        return plan.make(config.parse(experiment(photos, most))).step("ingest", "photos").id
+        return planner.make(run_experiment.parse(experiment(photos, most))).step("ingest", "photos").id
 
     assert id_of(None) == id_of(16) == id_of(999)
     assert len({id_of(None), id_of(15), id_of(12), id_of(3)}) == 4
     before = id_of(3)
-    listed = datasets.listing(config.parse(experiment(photos, 3)).datasets["photos"], photos / "scratch")
+    listed = datasets.listing(run_experiment.parse(experiment(photos, 3)).datasets["photos"], photos / "scratch")
     beyond = str(listed.image_id[~listed.chosen][0])
     write_image(photos, beyond.removesuffix(".png"), np.full((16, 16, 3), 9, np.uint8))
     assert id_of(3) == before and id_of(None) != before
@@ -137,9 +137,9 @@ def test_ids_with_a_bound(photos):
 def test_scenes_have_bounds_too(tmp_path):
     raw = scenes(tmp_path)
     raw["datasets"]["scenes"]["max_images"] = 5
-    listed = datasets.listing(config.parse(raw).datasets["scenes"], tmp_path)
+    listed = datasets.listing(run_experiment.parse(raw).datasets["scenes"], tmp_path)
     assert listed.splits() == {"train": 5, "validation": 5}
-    assert plan.make(config.parse(raw)).step("ingest", "scenes").settings["images"] == 10
+    assert planner.make(run_experiment.parse(raw)).step("ingest", "scenes").settings["images"] == 10
 
 
 @settings(deadline=None, max_examples=50)

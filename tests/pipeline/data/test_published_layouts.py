@@ -12,11 +12,11 @@ import zarr
 from experiments import run, segmentation
 from miniatures import PLACES, SYNSETS, VALIDATION, old
 
-from pipeline.config import core as config
 from pipeline.data import kinds as datasets
 from pipeline.data import torchvision_data
 from pipeline.errors import MicrotomeError
-from pipeline.plan import step as plan
+from pipeline.run import experiment as run_experiment
+from pipeline.run import planner
 
 WNIDS = sorted(wnid for _, wnid, _, children in SYNSETS if not children)
 NAMES = ["tench", "crane (n02012849)", "kit fox", "crane (n03126707)"]
@@ -44,7 +44,7 @@ def experiment(folder: Path, kind: str, **dataset):
 
 
 def listing(folder: Path, kind: str, **dataset):
-    raw = config.parse(experiment(folder, kind, **dataset))
+    raw = run_experiment.parse(experiment(folder, kind, **dataset))
     return datasets.listing(raw.datasets["photos"], folder / "scratch")
 
 
@@ -273,10 +273,10 @@ def test_batches_that_are_not_the_published_ones(tmp_path, in_process, published
 def test_a_start_asks_neither_torchvision_nor_the_files(tmp_path, in_process, monkeypatch):
     miniatures.cifar10(tmp_path / "d")
     old(tmp_path / "d")
-    raw = config.parse(experiment(tmp_path, "cifar10", verify=False, dissect={"split": "test"}))
-    first = plan.make(raw)
+    raw = run_experiment.parse(experiment(tmp_path, "cifar10", verify=False, dissect={"split": "test"}))
+    first = planner.make(raw)
     monkeypatch.setattr(datasets, "listing", lambda *_, **__: pytest.fail("listed again"))
-    assert list(plan.make(raw).steps) == list(first.steps)
+    assert list(planner.make(raw).steps) == list(first.steps)
     (tmp_path / "d/cifar-10-batches-py/data_batch_2").touch()
     with pytest.raises(pytest.fail.Exception, match="listed again"):
-        plan.make(raw)
+        planner.make(raw)

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipeline.config.networks import NetworkSpec
 from pipeline.errors import MicrotomeError
-from pipeline.networks.build import NetworkSpec, build
+from pipeline.networks.build import build
 from pipeline.networks.checkpoint import write_safetensors
 from pipeline.networks.inspection import Ablation, answer, inspect, main
 from pipeline.networks.layer import LayerInfo

@@ -8,8 +8,9 @@ import pytest
 import torch
 from test_published import HF_TINY, transformers_folder
 
+from pipeline.config.networks import NetworkSpec
 from pipeline.errors import MicrotomeError
-from pipeline.networks.build import NetworkSpec, build
+from pipeline.networks.build import build
 from pipeline.networks.inspection import inspect
 from pipeline.networks.layer_id import layer_ids
 from pipeline.networks.layers import Recorder, resolve, to_maps

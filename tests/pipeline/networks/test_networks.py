@@ -13,9 +13,10 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from pipeline.config.networks import NetworkSpec
 from pipeline.errors import MicrotomeError
 from pipeline.networks import checkpoint
-from pipeline.networks.build import NetworkSpec, build, load
+from pipeline.networks.build import build, load
 from pipeline.networks.layer_id import layer_ids
 from pipeline.networks.layers import Recorder, resolve, to_maps
 

@@ -8,14 +8,15 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kernels.similarity import gram
-from pipeline.config.core import Network
+from pipeline.config.networks import Network
 from pipeline.networks import build as networks
 from pipeline.networks import forward
 from pipeline.networks.layer import LayerInfo
 from pipeline.networks.layers import Recorder
-from pipeline.stages.ablate import tasks as ablate_tasks
-from pipeline.stages.extract import stage as extract
-from pipeline.workers import pool as cluster
+from pipeline.stages.ablate import tasks
+from pipeline.stages.extract import layers
+from pipeline.stages.extract import tasks as extract_tasks
+from pipeline.workers import devices
 
 SPECS = {
     "resnet18": {"torchvision": "resnet18", "layers": ["layer1", "layer4"]},
@@ -35,7 +36,7 @@ def a_gpu():
         mock.patch.object(torch.cuda, "Event"),
         mock.patch.object(torch.Tensor, "pin_memory", lambda tensor: tensor),
     ):
-        assert cluster.device() == "cuda"
+        assert devices.device() == "cuda"
         yield
 
 
@@ -73,8 +74,8 @@ def test_grey_images_of_one_mean():
 def test_what_is_kept_of_a_layer_comes_to_the_cpu(special):
     info = LayerInfo("layer", (5, 2, 3), "tokens" if special else "map", special, "float32", "Block")
     with a_gpu():
-        layer = extract.Layer("id", None, info, 2.0)
-        kept = extract.Kept.empty(layer, 4)
+        layer = layers.Layer("id", None, info, 2.0)
+        kept = extract_tasks.Kept.empty(layer, 4)
         shape = (2, special + 6, 5) if special else (2, 5, 2, 3)
         kept.take(2, torch.zeros(shape, device="cuda"))
         every = [kept.maps, kept.maximum, kept.mean, kept.largest, *([kept.special] if special else [])]
@@ -97,7 +98,7 @@ def test_stored_maps_go_to_the_gpu(layout):
     model = forward.Model("net", spec.model_dump_json(), None, "", "")
     with a_gpu():
         tokens = torch.zeros((2, 1, 5)) if special else None
-        assert ablate_tasks.as_output(torch.zeros((2, *shape)), tokens, info, model).device.type == "cuda"
+        assert tasks.as_output(torch.zeros((2, *shape)), tokens, info, model).device.type == "cuda"
 
 
 def test_a_recorder_copies_on_the_device():

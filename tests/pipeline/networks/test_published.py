@@ -12,13 +12,13 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import save_file
 
-from pipeline.config import core as config
-from pipeline.config.core import Network
+from pipeline.config.networks import Network, NetworkSpec
 from pipeline.errors import MicrotomeError
 from pipeline.networks import published
-from pipeline.networks.build import NetworkSpec, build, load
+from pipeline.networks.build import build, load
 from pipeline.networks.published import Published
 from pipeline.plan import step as plan
+from pipeline.run import experiment, planner
 from pipeline.stages.network import stage as network
 from pipeline.storage.identity import FileDigests
 
@@ -438,7 +438,7 @@ def resolved(tmp_path, **spec):
     raw = experiments.scenes(tmp_path, networks={"net": spec})
     scratch = tmp_path / "scratch"
     scratch.mkdir(exist_ok=True)
-    made = published.resolve(config.parse(raw), scratch, FileDigests(scratch / "files.json"))
+    made = published.resolve(experiment.parse(raw), scratch, FileDigests(scratch / "files.json"))
     return made.networks["net"]
 
 
@@ -492,7 +492,7 @@ def test_the_control_of_a_published_network(tmp_path, vit_folder):
     raw = experiments.scenes(
         tmp_path, networks={"net": {"transformers": str(vit_folder), "weights": "pretrained", "datasets": ["scenes"]}}
     )
-    made = plan.make(config.parse(raw))
+    made = planner.make(experiment.parse(raw))
     control = made.networks["net-untrained"]
     assert (control.weights, control.local, control.preprocessing.mean) == ("random", str(vit_folder), (0.5,) * 3)
     again = plan.Plan.read(made.save())
@@ -520,7 +520,7 @@ def test_everything_wrong_is_told_at_once(tmp_path):
         "c": {"transformers": "no/where", "weights": "pretrained"},
     }
     with pytest.raises(MicrotomeError) as told:
-        plan.make(config.parse(experiments.scenes(tmp_path, networks=wrong)))
+        planner.make(experiment.parse(experiments.scenes(tmp_path, networks=wrong)))
     for part in (
         "network 'a': network 'vit_smal",
         "network 'b': weights AlexNet_Weights.",

@@ -13,7 +13,7 @@ from torch.nn.functional import interpolate
 
 from kernels.images.segmentation import best_class
 from pipeline.config import core as config
-from pipeline.config.core import Head, Segmenter
+from pipeline.config.networks import Head, Segmenter
 from pipeline.data.label_maps import read_class_list
 from pipeline.errors import MicrotomeError
 from pipeline.networks import inspection, published
@@ -21,8 +21,9 @@ from pipeline.networks.build import build, load
 from pipeline.networks.checkpoint import write_safetensors
 from pipeline.networks.segmenters import Model, channels, concepts, inspect, label_maps, memory_need, scores, settings
 from pipeline.plan import inspected as preflight
-from pipeline.plan import step as plan
-from pipeline.run import forecast
+from pipeline.run import experiment, forecast, planner
+from pipeline.run import preflight as run_preflight
+from pipeline.stages.dissect import intersections as dissect_intersections
 from pipeline.stages.dissect import stage as dissect
 from pipeline.stages.extract import stage as extract
 from pipeline.storage.identity import FileDigests, digest
@@ -214,8 +215,10 @@ def test_another_source_and_another_version_of_it(tmp_path, parsing, monkeypatch
 
     def noted(client, function, tasks, total, label):
         tasks = list(tasks)
-        counted.extend((function.__name__, task[2].categories) for task in tasks if function is dissect.count_run)
-        counted.extend((function.__name__, ()) for task in tasks if function is not dissect.count_run)
+        counted.extend(
+            (function.__name__, task[2].categories) for task in tasks if function is dissect_intersections.count_run
+        )
+        counted.extend((function.__name__, ()) for task in tasks if function is not dissect_intersections.count_run)
         return original(client, function, tasks, total, label)
 
     def refuse(*_):
@@ -343,20 +346,20 @@ def in_this_process(monkeypatch):
 def test_a_run_is_refused_before_any_work(tmp_path, parsing):
     labelled_images(tmp_path, NAMES[:2])
     raw = described(tmp_path, changed(parsing(), (*OBJECT, "output"), "objekt"))
-    wanted = plan.make(config.parse(raw))
+    wanted = planner.make(experiment.parse(raw))
     with pytest.raises(MicrotomeError, match=r"segmenter 'ours' on 'photos': category 'object': no output 'objekt'"):
-        preflight.check(wanted)
+        run_preflight.check(wanted)
 
 
 @pytest.mark.usefixtures("in_this_process")
 def test_what_is_told_before_a_run(tmp_path, parsing):
     labelled_images(tmp_path, NAMES[:2])
-    wanted = plan.make(config.parse(described(tmp_path, parsing())))
-    preflight.check(wanted)
-    assert preflight.sizes(wanted)[-1] == "segmenter 'ours' on 'photos': concepts, 3 of object, 2 of part"
+    wanted = planner.make(experiment.parse(described(tmp_path, parsing())))
+    run_preflight.check(wanted)
+    assert run_preflight.sizes(wanted)[-1] == "segmenter 'ours' on 'photos': concepts, 3 of object, 2 of part"
     (without,) = (cost for cost in forecast.forecast(wanted) if cost.step.stage == "concepts")
     assert (without.rate, without.seconds) == ("not measured", None)
-    preflight.check(wanted, probe=True)
+    run_preflight.check(wanted, probe=True)
     (cost,) = (cost for cost in forecast.forecast(wanted) if cost.step.stage == "concepts")
     ((found, probed),) = preflight.segmenters(wanted, cost.step)
     assert float(cost.rate) == pytest.approx(probed["images_per_second"], rel=0.01) and cost.seconds > 0
@@ -396,7 +399,7 @@ def test_configurations_that_are_refused(tmp_path, parsing, path, value, message
     raw = described(tmp_path, parsing())
     raw = changed(raw, path, raw["segmenters"]["ours"] if value == "ours" else value)
     with pytest.raises(MicrotomeError, match=message):
-        config.parse(raw)
+        experiment.parse(raw)
 
 
 def test_a_segmenter_that_no_data_set_names_need_not_be_there(tmp_path):
@@ -404,17 +407,17 @@ def test_a_segmenter_that_no_data_set_names_need_not_be_there(tmp_path):
     head = {"classes": str(tmp_path / "none.txt")}
     absent = {"transformers": "absent/folder", "weights": "pretrained", "categories": {"object": head}}
     raw = segmentation(tmp_path) | {"segmenters": {"absent": absent}}
-    assert "segmenters" not in plan.make(config.parse(raw)).step("concepts", "photos").settings
+    assert "segmenters" not in planner.make(experiment.parse(raw)).step("concepts", "photos").settings
     raw["datasets"]["photos"]["concepts"] = ["absent"]
     with pytest.raises(MicrotomeError, match="segmenter 'absent': 'absent/folder' is neither a folder nor"):
-        plan.make(config.parse(raw))
+        planner.make(experiment.parse(raw))
 
 
 def test_ids_cover_what_label_maps_are_made_of(tmp_path, parsing):
     labelled_images(tmp_path, NAMES[:2])
 
     def id_of(raw):
-        return plan.make(config.parse(raw)).step("concepts", "photos").id
+        return planner.make(experiment.parse(raw)).step("concepts", "photos").id
 
     truth = id_of(segmentation(tmp_path))
     assert id_of(described(tmp_path, parsing(), concepts=["truth"])) == truth, "a segmenter that is not used"
@@ -522,7 +525,7 @@ def test_label_maps_are_those_of_the_library(tmp_path, kind):
     }
     labelled_images(tmp_path, NAMES[:1])
     digests = FileDigests(tmp_path / "digests.json")
-    spec = published.resolve(config.parse(raw), tmp_path, digests).segmenters["ade"]
+    spec = published.resolve(experiment.parse(raw), tmp_path, digests).segmenters["ade"]
     assert list(inspect(spec, (48, 64))["object"].concepts) == ["wall", "sky", "lamp"]
     assert concepts(spec) == {"object": ["wall", "sky", "lamp"]}
 

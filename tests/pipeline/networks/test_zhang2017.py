@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.networks.build import NetworkSpec, build
+from pipeline.config.networks import NetworkSpec
+from pipeline.networks.build import build
 
 
 @pytest.mark.parametrize(

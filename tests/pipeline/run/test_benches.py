@@ -22,8 +22,8 @@ def test_the_bench_of_a_gpu_runs_on_the_cores():
 
 
 def test_the_plan_of_a_large_data_set_adds_up(monkeypatch):
-    monkeypatch.setattr("pipeline.run.forecast.COUNTED", (2e-6, 1e-9))
-    monkeypatch.setattr("pipeline.run.forecast.STORED", 1e-8)
+    monkeypatch.setattr("pipeline.stages.dissect.stage.COUNTED", (2e-6, 1e-9))
+    monkeypatch.setattr("pipeline.stages.extract.stage.STORED", 1e-8)
     layers = [
         LayerInfo("a", (4, 10, 10), "map", 0, "float32", "ReLU"),
         LayerInfo("b", (6, 5, 5), "tokens", 1, "float32", "Block"),

@@ -6,8 +6,9 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from pipeline.config.core import Config, load
+from pipeline.run.experiment import Config
 from pipeline.run.config_docs import FOLDER, _sections, documents
+from pipeline.run.experiment import load
 
 CONFIGS = sorted(FOLDER.glob("*.yaml"))
 

@@ -7,17 +7,17 @@ import pytest
 import torchvision
 import yaml
 
-from pipeline.config import core as config
 from pipeline.networks import inspection
 from pipeline.networks.inspection import Request
 from pipeline.plan import step as plan
+from pipeline.run import experiment, planner
 
 FOLDER = Path(__file__).parents[3] / "config"
 
 
 @pytest.mark.parametrize("file", sorted(FOLDER.glob("*.yaml")), ids=lambda file: file.stem)
 def test_they_parse_and_are_named_as_their_files(file):
-    wanted = config.load(file)
+    wanted = experiment.load(file)
     assert wanted.name == (file.stem if file.stem != "config" else "demo")
 
 
@@ -29,7 +29,7 @@ def planned(name: str, folder: Path, monkeypatch) -> plan.Plan:
         network["weights"] = "random"
     for dataset in raw["datasets"].values():
         dataset["verify"] = False
-    return plan.make(config.parse(raw))
+    return planner.make(experiment.parse(raw))
 
 
 def layers_of(made: plan.Plan, network: str) -> list[tuple[str, tuple[int, ...]]]:

@@ -7,13 +7,14 @@ from collections import namedtuple
 import pytest
 from experiments import run, scenes
 
-from pipeline.config import core as config
 from pipeline.errors import MicrotomeError
 from pipeline.networks.speed import Probe, measure
+from pipeline.plan import cost as plan_cost
 from pipeline.plan import inspected as preflight
 from pipeline.plan import job as stage
-from pipeline.plan.step import make
-from pipeline.run import forecast
+from pipeline.run import experiment, forecast
+from pipeline.run import preflight as run_preflight
+from pipeline.run.planner import make
 from pipeline.stages.dissect import streamed as dissect_streamed
 
 STAGES = ("ingest", "concepts", "network", "extract", "dissect")
@@ -36,8 +37,8 @@ def answered(monkeypatch):
 
 
 def checked(raw, probe=False):
-    plan = make(config.parse(raw))
-    preflight.check(plan, probe)
+    plan = make(experiment.parse(raw))
+    run_preflight.check(plan, probe)
     return plan
 
 
@@ -167,5 +168,5 @@ def test_a_probe():
     small, large = (measure(wanted(input_shape=(3, side, side))) for side in (8192, 16384))
     assert small["images"] == large["images"] == 0
     assert 2 < small["images_per_second"] / large["images_per_second"] < 8  # four times the operations
-    assert forecast._rate(small).startswith("~")
+    assert plan_cost._rate(small).startswith("~")
     assert "skipped" in measure(wanted(input_shape=(3, 1, 1)))

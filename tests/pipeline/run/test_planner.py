@@ -11,18 +11,18 @@ from typing import get_args
 import pytest
 from experiments import SIZE, labelled_images, scenes, segmentation, tiny
 
-from pipeline.config import core as config
-from pipeline.config.core import Calibration
 from pipeline.errors import MicrotomeError
-from pipeline.plan import step as plan
-from pipeline.plan.step import Plan, settle
+from pipeline.plan.settle import settle
+from pipeline.plan.step import Plan
+from pipeline.run import experiment, planner
+from pipeline.stages.calibrate.settings import Calibration
 from pipeline.storage.manifest import Manifest
 
 ROOT = Path(__file__).parents[3]
 
 
 def made(raw) -> Plan:
-    return plan.make(config.parse(raw))
+    return planner.make(experiment.parse(raw))
 
 
 def trained(folder):

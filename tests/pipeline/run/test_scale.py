@@ -5,11 +5,10 @@ import time
 import pytest
 from large_listing import decoded_by_nobody, large
 
-from pipeline.config import core as config
 from pipeline.data import kinds as datasets
 from pipeline.data.images import Images
-from pipeline.plan import step as plan
-from pipeline.stages.dissect import stage as dissect
+from pipeline.run import experiment, planner
+from pipeline.stages.dissect import work
 from pipeline.stages.ingest import stage as ingest
 
 COUNT = 100_000
@@ -22,12 +21,12 @@ def seconds(function, *arguments) -> tuple[float, object]:
 
 
 def test_starts_and_ingest_of_many_images(tmp_path, monkeypatch):
-    wanted = config.parse(large(tmp_path, COUNT))
-    first, made = seconds(plan.make, wanted)
+    wanted = experiment.parse(large(tmp_path, COUNT))
+    first, made = seconds(planner.make, wanted)
     assert first < 3  # measured: 0.3
     with monkeypatch.context() as patch:
         patch.setattr(datasets, "listing", lambda *_, **__: pytest.fail("listed again"))
-        later, again = seconds(plan.make, wanted)
+        later, again = seconds(planner.make, wanted)
     assert later < 0.3  # measured: 0.01, for any number of images
     assert list(again.steps) == list(made.steps)
 
@@ -37,7 +36,7 @@ def test_starts_and_ingest_of_many_images(tmp_path, monkeypatch):
     assert spent < 12  # measured: 1.2
     images = Images.of(made, made.step("extract", "large", "resnet"))
     assert images.count == COUNT and sum(images.splits["validation"].values()) == COUNT
-    spent, counted = seconds(dissect.counted_images, images, "validation", images.shards("validation"), [])
+    spent, counted = seconds(work.counted_images, images, "validation", images.shards("validation"), [])
     assert spent < 3 and sum(len(one.rows) for one in counted) == COUNT  # measured: 0.3
-    spent, _ = seconds(dissect.basis, counted)
+    spent, _ = seconds(work.basis, counted)
     assert spent < 1

@@ -14,7 +14,6 @@ from experiments import VIT, labelled_images, lines, run, scenes, segmentation, 
 
 import pipeline
 from kernels.ablation import KINDS, random_sets
-from pipeline.config import core as config
 from pipeline.data.listing import derangement
 from pipeline.errors import MicrotomeError
 from pipeline.networks.build import load
@@ -22,9 +21,10 @@ from pipeline.networks.forward import normalise
 from pipeline.networks.graph.tail import unit_dim
 from pipeline.networks.graph.trace import forward_with
 from pipeline.networks.layers import resolve, to_maps
-from pipeline.plan import inspected as preflight
 from pipeline.plan import step as plan
-from pipeline.workers import pool as cluster
+from pipeline.run import experiment as run_experiment
+from pipeline.run import planner, preflight
+from pipeline.workers import client
 
 pytestmark = pytest.mark.usefixtures("workers")
 STAGES = ("ingest", "concepts", "network", "extract", "dissect", "ablate")
@@ -237,7 +237,7 @@ def test_the_same_bits_for_any_workers_and_after_a_cut(tmp_path, monkeypatch, tw
     # Two workers, from nothing.
     shutil.rmtree(folder / "ablation-predictions")
     (folder / made.step("ablate", "scenes", "tiny").manifest.split("/", 2)[2]).unlink()
-    monkeypatch.setenv(cluster.ADDRESS, two_workers)
+    monkeypatch.setenv(client.ADDRESS, two_workers)
     run(raw, *STAGES)
     assert contents(folder) == before
 
@@ -272,7 +272,7 @@ def test_only_what_changed_is_made_again(tmp_path):
     without = experiment(tmp_path)
     del without["networks"]["tiny"]["ablate"]
     known = set(made.steps)
-    plain = plan.make(config.parse(without))
+    plain = planner.make(run_experiment.parse(without))
     assert {path for path, step in plain.steps.items() if step.stage != "report"} < known
     # More random draws: sets alone. The units of all shards stay.
     run(experiment(tmp_path, draws=5), *STAGES)
@@ -349,7 +349,7 @@ def check_page(report, found, folder):
 
 def refused(raw):
     with pytest.raises(MicrotomeError) as error:
-        plan.make(config.parse(raw))
+        planner.make(run_experiment.parse(raw))
     return str(error.value)
 
 
@@ -371,8 +371,8 @@ def test_what_is_seen_before_any_work(tmp_path):
     raw = experiment(tmp_path)
     wrong = raw["networks"]["tiny"] | {"ablate": {"layers": ["bb"]}}
     with pytest.raises(MicrotomeError, match=r"network 'wrong' on 'scenes': ablate.layers: 'bb' is not among"):
-        preflight.check(plan.make(config.parse(raw | {"networks": raw["networks"] | {"wrong": wrong}})))
-    said = preflight.sizes(plan.make(config.parse(raw)))
+        preflight.check(planner.make(run_experiment.parse(raw | {"networks": raw["networks"] | {"wrong": wrong}})))
+    said = preflight.sizes(planner.make(run_experiment.parse(raw)))
     assert "tiny on scenes: 6 units of b removed from all of 2 splits, 2.4e-05 MFLOP for each pair" in said
 
 
@@ -380,7 +380,7 @@ def test_no_step_for_data_sets_that_are_not_named(tmp_path):
     raw = experiment(tmp_path)
     raw["datasets"]["more"] = raw["datasets"]["scenes"] | {"seed": 5}
     raw["networks"]["tiny"]["ablate"]["datasets"] = ["more"]
-    made = plan.make(config.parse(raw))
+    made = planner.make(run_experiment.parse(raw))
     assert [(step.dataset, step.network) for step in made.of_stage("ablate")] == [("more", "tiny")]
     (report,) = made.of_stage("report")
     assert made.step("ablate", "more", "tiny").manifest in report.parents

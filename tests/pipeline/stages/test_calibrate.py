@@ -14,15 +14,16 @@ from safetensors.numpy import load_file
 
 from kernels.calibration.methods import NAMES, fit, judge
 from kernels.calibration.reliability import softmax
-from pipeline.config import core as config
 from pipeline.errors import MicrotomeError
 from pipeline.plan import inspected as preflight
-from pipeline.plan import step as plan
+from pipeline.run import experiment as run_experiment
+from pipeline.run import planner
+from pipeline.run import preflight as run_preflight
 from pipeline.run.results import Network
+from pipeline.stages.calibrate import settings, tasks
 from pipeline.stages.calibrate import stage as calibrate
-from pipeline.stages.calibrate import tasks as calibrate_tasks
 from pipeline.stages.calibrate.tasks import ERRORS, MEASURES, in_two, keys
-from pipeline.workers import pool as cluster
+from pipeline.workers import client
 
 pytestmark = pytest.mark.usefixtures("workers")
 STAGES = ("ingest", "concepts", "network", "extract", "calibrate")
@@ -60,11 +61,9 @@ def made(tmp_path_factory, workers):
 
 
 def test_methods_have_one_list():
-    assert NAMES[1:] == get_args(config.Calibration)
-    assert calibrate_tasks.chosen(None, 100) == list(NAMES[1:]) and calibrate_tasks.chosen(["vector"], 999) == [
-        "vector"
-    ]
-    assert calibrate_tasks.chosen(None, 101) == [name for name in NAMES[1:] if "matrix" not in name]
+    assert NAMES[1:] == get_args(settings.Calibration)
+    assert tasks.chosen(None, 100) == list(NAMES[1:]) and tasks.chosen(["vector"], 999) == ["vector"]
+    assert tasks.chosen(None, 101) == [name for name in NAMES[1:] if "matrix" not in name]
 
 
 def test_every_number_is_that_of_the_kernels(made):
@@ -139,13 +138,13 @@ def test_the_split_of_an_image_does_not_depend_on_the_others():
 
 def test_any_number_of_workers_gives_the_same_bytes(made, tmp_path, monkeypatch, two_workers):
     shutil.copytree(made.results, tmp_path / "results")
-    again = plan.make(made.config.model_copy(update={"results": str(tmp_path / "results")}))
+    again = planner.make(made.config.model_copy(update={"results": str(tmp_path / "results")}))
     step = again.step("calibrate", "scenes", "tiny")
     removed = calibrate.discard(again, step)
     assert len(removed) == 4 and all(path.exists() for path in removed)
     for path in removed:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    monkeypatch.setenv(cluster.ADDRESS, two_workers)
+    monkeypatch.setenv(client.ADDRESS, two_workers)
     calibrate.run(again, step)
     assert contents(again.results / "scenes/tiny") == contents(made.results / "scenes/tiny")
 
@@ -185,22 +184,22 @@ def test_a_damaged_chunk_of_logits_is_refused_by_name(tmp_path):
 
 def test_what_is_refused(tmp_path, monkeypatch):
     with pytest.raises(MicrotomeError, match=r"calibrate: no network 'tine'; nearest: tiny"):
-        config.parse(experiment(tmp_path, networks=["tine"]))
+        run_experiment.parse(experiment(tmp_path, networks=["tine"]))
     with pytest.raises(MicrotomeError, match="unknown key"):
-        config.parse(experiment(tmp_path, method=["vector"]))
+        run_experiment.parse(experiment(tmp_path, method=["vector"]))
     for classes, said in ((5, "it gives 5 logits"), (None, "it has no head")):
         answer = {"result": {"layers": [], "classes": classes}}
         monkeypatch.setattr(preflight, "in_own_process", lambda *_, answer=answer: [answer])
-        made = plan.make(config.parse(experiment(tmp_path) | {"results": str(tmp_path / str(classes))}))
+        made = planner.make(run_experiment.parse(experiment(tmp_path) | {"results": str(tmp_path / str(classes))}))
         with pytest.raises(MicrotomeError, match=f"{said}, and the images have 12 classes"):
-            preflight.check(made)
+            run_preflight.check(made)
     with pytest.raises(MicrotomeError, match="'scenes': 10 of its 20 images are to be fitted on, and there are 12"):
-        plan.make(config.parse(experiment(tmp_path, images=20)))
+        planner.make(run_experiment.parse(experiment(tmp_path, images=20)))
     photos = tmp_path / "photos"
     photos.mkdir()
     labelled_images(photos, ["a", "b"])
     with pytest.raises(MicrotomeError, match="the images of data set 'photos' have no classes"):
-        plan.make(config.parse(segmentation(photos) | {"calibrate": {}}))
+        planner.make(run_experiment.parse(segmentation(photos) | {"calibrate": {}}))
 
 
 def test_memory_is_asked_for_before_anything_is_fitted(tmp_path):
@@ -209,7 +208,7 @@ def test_memory_is_asked_for_before_anything_is_fitted(tmp_path):
     run(calm, *STAGES[:-1])
     with pytest.raises(MicrotomeError, match=r"`calibrate\.methods`"):
         run(raw, "calibrate")
-    assert calibrate_tasks.memory_need(50_000, 1000, ["matrix"]) < 2e9
+    assert tasks.memory_need(50_000, 1000, ["matrix"]) < 2e9
 
 
 def test_a_table_takes_no_more_memory_than_was_asked_for():
@@ -220,11 +219,11 @@ def test_a_table_takes_no_more_memory_than_was_asked_for():
     how = {"bins": 15, "penalty": None}
     tracemalloc.start()
     try:
-        calibrate_tasks.evaluate(logits[::2], label[::2], logits[1::2], label[1::2], methods, how, seed=0)
+        tasks.evaluate(logits[::2], label[::2], logits[1::2], label[1::2], methods, how, seed=0)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    need = calibrate_tasks.memory_need(len(logits), 50, methods)
+    need = tasks.memory_need(len(logits), 50, methods)
     assert peak < need - logits.nbytes, (
         peak,
         need,

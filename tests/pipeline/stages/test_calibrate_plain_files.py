@@ -7,12 +7,12 @@ import pytest
 
 from kernels.calibration.methods import NAMES, judge, uncalibrated
 from kernels.calibration.reliability import softmax
-from pipeline.config.core import Calibrate
 from pipeline.errors import MicrotomeError
 from pipeline.report.experiment import Experiment, Made
 from pipeline.stages.calibrate import page as page_of
 from pipeline.stages.calibrate.plain_files import calibrate, main, read
 from pipeline.stages.calibrate.results import Whole, tables, write_whole_network
+from pipeline.stages.calibrate.settings import Calibrate
 from pipeline.stages.calibrate.tasks import Judged
 from pipeline.stages.report import site
 from pipeline.storage.store import write

@@ -10,8 +10,9 @@ import torch
 import xarray
 from experiments import labelled_images, run, segmentation, tiny
 
+from pipeline.config.networks import NetworkSpec
 from pipeline.errors import MicrotomeError
-from pipeline.networks.build import NetworkSpec, load
+from pipeline.networks.build import load
 from pipeline.stages.extract import replaced as earlier
 from pipeline.upkeep import damage, unreferenced
 

@@ -9,12 +9,13 @@ import pytest
 import xarray as xr
 from experiments import VIT, run, scenes, shown, tiny
 
-from pipeline.config import core as config
 from pipeline.errors import MicrotomeError
 from pipeline.networks import inspection
 from pipeline.plan import inspected as preflight
 from pipeline.plan import step as plan
-from pipeline.run import forecast
+from pipeline.run import experiment as run_experiment
+from pipeline.run import forecast, planner
+from pipeline.run import preflight as run_preflight
 from pipeline.stages.network import stage as network
 
 STAGES = ("ingest", "network", "grams", "similarity")
@@ -35,7 +36,7 @@ def experiment(folder, **fractions):
 
 def test_copies_are_trained_compared_and_not_dissected(tmp_path, workers):
     raw = experiment(tmp_path)
-    made = plan.make(config.parse(raw))
+    made = planner.make(run_experiment.parse(raw))
     names = [step.network for step in made.of_stage("network")]
     assert names == ["cnn", "cnn-untrained", "cnn-data0.25", "cnn-data0.5"]
     assert [step.network for step in made.of_stage("dissect")] == ["cnn", "cnn-untrained"]
@@ -80,15 +81,15 @@ def test_a_smaller_part_lies_within_a_larger_one():
 
 def test_ids_stay(tmp_path):
     raw = experiment(tmp_path)
-    made = plan.make(config.parse(raw))
+    made = planner.make(run_experiment.parse(raw))
     settings = made.step("network", network="cnn").settings["train"]
     assert "fraction" not in settings
     assert made.step("network", network="cnn-data0.5").settings["train"] == settings | {"fraction": 0.5}
     raw["similarity"]["compare"] = {"data-only": {"networks": ["cnn"]}}
-    both = plan.make(config.parse(raw))
+    both = planner.make(run_experiment.parse(raw))
     assert set(made.steps) - set(both.steps) == {made.step("report").manifest}
     del raw["similarity"]
-    plain = plan.make(config.parse(raw))
+    plain = planner.make(run_experiment.parse(raw))
     assert {path for path, step in plain.steps.items() if step.stage != "report"} < set(made.steps)
     again = plan.Plan.read(made.save())
     assert again.steps == made.steps and again.networks == made.networks
@@ -98,7 +99,7 @@ def test_a_fraction_of_ones_own(tmp_path):
     """`fraction` can be asked of any network; its copies have parts of that part."""
     raw = experiment(tmp_path)
     raw["networks"]["cnn"]["train"]["fraction"] = 0.5
-    made = plan.make(config.parse(raw))
+    made = planner.make(run_experiment.parse(raw))
     assert made.step("network", network="cnn").settings["train"]["fraction"] == 0.5
     assert made.step("network", network="cnn-data0.5").settings["train"]["fraction"] == 0.25
 
@@ -114,8 +115,8 @@ def test_what_a_run_would_take(tmp_path, monkeypatch):
     monkeypatch.setattr(preflight, "in_own_process", in_own_process)
     raw = experiment(tmp_path)
     raw["similarity"]["layers"] = {"cnn": "all"}
-    made = plan.make(config.parse(raw))
-    preflight.check(made)
+    made = planner.make(run_experiment.parse(raw))
+    run_preflight.check(made)
     assert len(asked) == 1
     costs = {cost.step.name: cost for cost in forecast.forecast(made)}
     assert costs["grams scenes cnn-data0.5"].stores[0].raw == costs["grams scenes cnn"].stores[0].raw > 0
@@ -142,32 +143,32 @@ def test_what_is_refused(tmp_path, fractions, message):
     raw["networks"]["vit"] = {"module": f"{tmp_path / 'vit.py'}:vit", "weights": "random"}
     raw["networks"]["cnn-data0.1"] = raw["networks"]["vit"]
     with pytest.raises(MicrotomeError, match=message):
-        config.parse(raw)
+        run_experiment.parse(raw)
 
 
 def test_names_and_empty_sections_that_are_refused(tmp_path):
     raw = experiment(tmp_path)
     raw["similarity"]["compare"] = {"data": {"networks": ["cnn"]}}
     with pytest.raises(MicrotomeError, match=r"data_fraction.data: `compare` has a comparison of this name"):
-        config.parse(raw)
+        run_experiment.parse(raw)
     raw["similarity"] = {}
     with pytest.raises(MicrotomeError, match=r"give networks to `compare`, or a `data_fraction`"):
-        config.parse(raw)
+        run_experiment.parse(raw)
 
 
 def test_fewer_images_than_classes(tmp_path):
     with pytest.raises(MicrotomeError, match=r"'cnn-data0.05': 0.05 of the 120 images .* are 6, and they are of 12 cl"):
-        plan.make(config.parse(experiment(tmp_path, fractions=[0.05])))
+        planner.make(run_experiment.parse(experiment(tmp_path, fractions=[0.05])))
 
 
 def test_only_keeps_it_with_its_network(tmp_path):
     raw = experiment(tmp_path)
     (tmp_path / "vit.py").write_text(VIT)
     raw["networks"]["vit"] = {"module": f"{tmp_path / 'vit.py'}:vit", "weights": "random"}
-    kept = config.parse(raw | {"only": "cnn"})
+    kept = run_experiment.parse(raw | {"only": "cnn"})
     assert kept.similarity is not None and list(kept.similarity.comparisons) == ["data"]
-    assert config.parse(json.loads(kept.model_dump_json())) == kept
-    assert config.parse(raw | {"only": "vit"}).similarity is None
+    assert run_experiment.parse(json.loads(kept.model_dump_json())) == kept
+    assert run_experiment.parse(raw | {"only": "vit"}).similarity is None
 
 
 def test_the_page_of_the_report(tmp_path, workers):

@@ -11,21 +11,15 @@ import xarray as xr
 import zarr
 from experiments import SIZE, labelled_images, lines, run, scenes, segmentation, tiny, write_image, write_label_map
 
-from kernels.dissection.iou import Counts
-from pipeline.config.core import PRESETS
+from kernels.dissection.counts import Counts
+from pipeline.config.datasets import PRESETS
 from pipeline.data.listing import derangement, group
 from pipeline.errors import MicrotomeError
+from pipeline.stages.dissect import intersections, work
 from pipeline.stages.dissect import stage as dissect
-from pipeline.stages.dissect.stage import (
-    UNIT_COLUMNS,
-    Concepts,
-    Layer,
-    Threshold,
-    Wanted,
-    earlier_counts,
-    joined,
-    write_layer,
-)
+from pipeline.stages.dissect.intersections import joined
+from pipeline.stages.dissect.results import UNIT_COLUMNS, earlier_counts, write_layer
+from pipeline.stages.dissect.work import Concepts, Layer, Threshold, Wanted
 from pipeline.upkeep import damage
 
 pytestmark = pytest.mark.usefixtures("workers")
@@ -225,9 +219,9 @@ def test_the_same_counts_in_any_order_and_cut_into_any_runs(tmp_path):
     _, labelled = plan.parent(step, "concepts")
     how = step.settings["dissect"]
     folder = plan.results / "photos"
-    concepts = dissect.concepts_of(folder, labelled)
-    layer = dissect.layer_of(plan, folder, extracted.result["layers"][0])
-    counted = dissect.counted_images(images, how["split"], extracted.result["shards"], labelled.result["refused"])
+    concepts = work.concepts_of(folder, labelled)
+    layer = work.layer_of(plan, folder, extracted.result["layers"][0])
+    counted = work.counted_images(images, how["split"], extracted.result["shards"], labelled.result["refused"])
     threshold = opened(layers_of(plan)[layer.name]["thresholds"])["threshold"][:].astype(np.float16)
     wanted = [(layer, permuted, {one.shard for one in counted}, threshold) for permuted in (False, True)]
     results = []
@@ -235,8 +229,8 @@ def test_the_same_counts_in_any_order_and_cut_into_any_runs(tmp_path):
         for length in (1, 2, 4):
             total = {}
             for at in range(0, len(order), length):
-                part = dissect.count_run(wanted, list(order[at : at + length]), concepts, how["border"])
-                total = {key: dissect.add(total[key], one) if key in total else one for key, one in part.items()}
+                part = intersections.count_run(wanted, list(order[at : at + length]), concepts, how["border"])
+                total = {key: intersections.add(total[key], one) if key in total else one for key, one in part.items()}
             results.append(total)
     for other in results[1:]:
         for key, counts in results[0].items():

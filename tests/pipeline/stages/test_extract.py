@@ -11,14 +11,17 @@ import zarr
 from experiments import SIZE, labelled_images, lines, run, scenes, segmentation, tiny, write_image
 from PIL import Image
 
-from pipeline.config import core as config
 from pipeline.data.images import Images
 from pipeline.errors import MicrotomeError
-from pipeline.networks import forward
+from pipeline.networks import forward, prepare
 from pipeline.networks.build import load
 from pipeline.networks.layers import Recorder
-from pipeline.plan.step import make
+from pipeline.plan import job
+from pipeline.run import experiment
+from pipeline.run.planner import make
+from pipeline.stages.extract import layers as extract_layers
 from pipeline.stages.extract import stage as extract
+from pipeline.stages.extract import tasks as extract_tasks
 from pipeline.upkeep import damage
 
 pytestmark = pytest.mark.usefixtures("workers")
@@ -73,19 +76,19 @@ def test_activations_are_those_of_torch(tmp_path):
 
 
 def plan_of(raw):
-    return make(config.parse(raw))
+    return make(experiment.parse(raw))
 
 
 def tasks_of(plan):
     """The tasks of an extraction, as `run` makes them, into stores of their own."""
     step = next(plan.of_stage("extract"))
-    images, model = Images.of(plan, step), forward.model_of(plan, step)
-    prepared = extract.prepare(model, images.size, extract.VERSION)
+    images, model = Images.of(plan, step), job.model_of(plan, step)
+    prepared = prepare.prepare(model, images.size, extract.VERSION)
 
     def into(folder):
-        layers = [extract.Layer(id, folder / id / "activations.zarr", *rest) for id, *rest in prepared.layers]
-        layers = [extract.open_layer(layer, images) for layer in layers]
-        extract.open_logits(folder / "logits.zarr", images, prepared.classes)
+        layers = [extract_layers.Layer(id, folder / id / "activations.zarr", *rest) for id, *rest in prepared.layers]
+        layers = [extract_layers.open_layer(layer, images) for layer in layers]
+        extract_layers.open_logits(folder / "logits.zarr", images, prepared.classes)
         return [
             (model, images.store, images.files_of(k), k, images.range(k), layers, folder / "logits.zarr")
             for k in range(3)
@@ -108,7 +111,7 @@ def test_the_same_bits_in_any_order_and_on_any_number_of_workers(tmp_path):
         for k in order:
             if k == 1:
                 forward.network_of.cache_clear()  # another worker takes over
-            done = extract.extract_shard(*tasks[k])
+            done = extract_tasks.extract_shard(*tasks[k])
             for layer in tasks[k][5]:
                 written = {name: list(value) for name, value in done.files[layer.id].items()}
                 assert written == by_the_pool[layer.id, str(k)]
@@ -120,12 +123,12 @@ def test_threads_of_one_worker_give_the_same_bits(tmp_path):
     plan = run(segmentation(tmp_path), *STAGES)
     forward.network_of.cache_clear()
     into = tasks_of(plan)
-    expected = [extract.extract_shard(*task).files for task in into(tmp_path / "one")]
+    expected = [extract_tasks.extract_shard(*task).files for task in into(tmp_path / "one")]
     forward.network_of.cache_clear()
     with ThreadPoolExecutor(3) as threads:
         for number in range(4):
             tasks = into(tmp_path / f"three-{number}")
-            found = threads.map(lambda task: extract.extract_shard(*task).files, tasks)
+            found = threads.map(lambda task: extract_tasks.extract_shard(*task).files, tasks)
             assert list(found) == expected
     assert forward.network_of.cache_info().misses == 1, "loaded once"
 

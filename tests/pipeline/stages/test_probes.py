@@ -14,16 +14,17 @@ import xarray as xr
 import zarr
 from experiments import VIT, copied, labelled_images, lines, run, scenes, segmentation, shown, tiny, write_image
 
-from pipeline.config import core as config
 from pipeline.data.images import Images
 from pipeline.errors import MicrotomeError
 from pipeline.networks.build import load
-from pipeline.networks.forward import model_of, normalise
+from pipeline.networks.forward import normalise
 from pipeline.networks.layers import Recorder, resolve, to_maps
-from pipeline.plan import step as plan
+from pipeline.plan.job import model_of
+from pipeline.run import experiment as run_experiment
+from pipeline.run import planner
 from pipeline.stages.probes import stage as probes
-from pipeline.stages.probes import tasks as probes_tasks
-from pipeline.workers import pool as cluster
+from pipeline.stages.probes import tasks
+from pipeline.workers import client
 
 pytestmark = pytest.mark.usefixtures("workers")
 STAGES = ("ingest", "network", "extract", "probes")
@@ -98,7 +99,7 @@ def the_division(made, network="vit", dataset="scenes"):
 
 def test_accuracies_are_those_of_plain_forwards_and_least_squares(made):
     division = the_division(made)
-    parts = {part: division.slots(part) for part in probes_tasks.PARTS}
+    parts = {part: division.slots(part) for part in tasks.PARTS}
     label = division.label
     images = xr.open_zarr(made.results / "scenes/images.zarr")
     assert set(images.split.values[parts["test"]]) == {"validation"} and len(parts["test"]) == 40
@@ -150,7 +151,7 @@ def test_intervals_and_table(made):
     division = the_division(made)
     test = division.slots("test")
     assert found.attrs["network_accuracy"] == pytest.approx((logits[test].argmax(1) == division.label[test]).mean())
-    assert found.attrs["counted"] == {part: len(division.slots(part)) for part in probes_tasks.PARTS}
+    assert found.attrs["counted"] == {part: len(division.slots(part)) for part in tasks.PARTS}
     few = found.probe_accuracy.sel(features="pooled", shots="1").isel(layer=1, position=0).values
     half = 3.182446 * few.std(ddof=1) / 2  # the quantile of Student's t with 3 degrees of freedom
     cell = found.isel(layer=1).sel(features="pooled", shots="1")
@@ -180,12 +181,12 @@ def test_read_and_computed_features_are_the_same_bits(made):
         step = made.step("probes", "scenes", network)
         images, model = Images.of(made, step), model_of(made, step)
         _, extracted = made.parent(step, "extract")
-        prepared = probes_tasks.prepare(model, images.size, [entry["name"] for entry in extracted.result["layers"]])
+        prepared = tasks.prepare(model, images.size, [entry["name"] for entry in extracted.result["layers"]])
         folder = made.results / "scenes" / network
         layers = probes.layers_of(made, step, prepared.infos, extracted.result["layers"], folder)
         for shard in extracted.result["shards"]:
             start, stop = images.range(shard)
-            values = probes_tasks.computed(model, images.store, images.files_of(shard), (start, stop), layers)
+            values = tasks.computed(model, images.store, images.files_of(shard), (start, stop), layers)
             for layer in layers:
                 kept = zarr.open_group(layer.features, mode="r", use_consolidated=False)["feature"][start:stop]
                 np.testing.assert_array_equal(values[layer.id], kept)
@@ -231,7 +232,7 @@ def test_the_same_bits_for_any_workers_and_after_a_cut(made, tmp_path, monkeypat
         for path in probes.discard(made, made.step("probes", "scenes", network)):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         (made.results / made.step("probes", "scenes", network).manifest).unlink()
-    monkeypatch.setenv(cluster.ADDRESS, two_workers)
+    monkeypatch.setenv(client.ADDRESS, two_workers)
     run(raw, *STAGES)
     assert contents(made) == before
 
@@ -282,23 +283,23 @@ def test_a_changed_image_costs_its_shard(tmp_path):
 
 def test_a_split_with_two_purposes_is_divided_by_the_ids_alone():
     names = [f"image {i}" for i in range(4000)]
-    place = probes_tasks.ranks(names, 0, "part")
-    np.testing.assert_array_equal(probes_tasks.ranks(names[::-1], 0, "part")[::-1], place)
+    place = tasks.ranks(names, 0, "part")
+    np.testing.assert_array_equal(tasks.ranks(names[::-1], 0, "part")[::-1], place)
     assert abs((place < 2.0**64 * 0.2).mean() - 0.2) < 0.03
-    assert (probes_tasks.ranks(names, 1, "part") != place).all()
+    assert (tasks.ranks(names, 1, "part") != place).all()
     label = np.arange(4000) % 7
     slots = np.arange(10, 4010)
-    picked = probes_tasks.picks(slots, label, names, 8, 5, 3, 0)
+    picked = tasks.picks(slots, label, names, 8, 5, 3, 0)
     assert picked.shape == (3, 8, 5) and (picked[:, 7] == -1).all(), "a class without images"
     for draw in picked:
         assert len(np.unique(draw[:7])) == 35 and (label[draw[:7] - 10] == np.arange(7)[:, None]).all()
     assert (picked[0] != picked[1]).any()
-    np.testing.assert_array_equal(probes_tasks.picks(slots, label, names, 8, 2, 3, 0), picked[..., :2])
+    np.testing.assert_array_equal(tasks.picks(slots, label, names, 8, 2, 3, 0), picked[..., :2])
 
 
 def test_where_single_positions_are():
-    assert probes_tasks.spread(8, 2) == [2, 6] and probes_tasks.spread(7, 3) == [1, 3, 5]
-    assert probes_tasks.spread(2, 3) == [0, 1] and probes_tasks.spread(5, 1) == [2]
+    assert tasks.spread(8, 2) == [2, 6] and tasks.spread(7, 3) == [1, 3, 5]
+    assert tasks.spread(2, 3) == [0, 1] and tasks.spread(5, 1) == [2]
 
 
 def test_controls_pooled_layers_and_a_split_that_chooses(tmp_path):
@@ -325,7 +326,7 @@ def test_controls_pooled_layers_and_a_split_that_chooses(tmp_path):
 
 
 def made_of(network):
-    from pipeline.networks.build import NetworkSpec
+    from pipeline.config.networks import NetworkSpec
 
     return NetworkSpec(**{key: network[key] for key in ("module", "weights", "arguments", "seed")})
 
@@ -395,7 +396,7 @@ def test_values_that_are_not_finite_are_refused(tmp_path):
 )
 def test_configurations_that_are_refused(tmp_path, change, message):
     with pytest.raises(MicrotomeError, match=message):
-        config.parse(experiment(tmp_path, **change))
+        run_experiment.parse(experiment(tmp_path, **change))
 
 
 @pytest.mark.parametrize(
@@ -408,14 +409,14 @@ def test_configurations_that_are_refused(tmp_path, change, message):
 )
 def test_splits_that_are_not_there(tmp_path, change, message):
     with pytest.raises(MicrotomeError, match=message):
-        plan.make(config.parse(experiment(tmp_path, **change)))
+        planner.make(run_experiment.parse(experiment(tmp_path, **change)))
 
 
 def test_images_without_classes(tmp_path):
     labelled_images(tmp_path, [f"town/{i}" for i in range(4)])
     raw = segmentation(tmp_path) | {"probes": {}}
     with pytest.raises(MicrotomeError, match=r"probes: the images of data set 'photos' have no classes"):
-        plan.make(config.parse(raw))
+        planner.make(run_experiment.parse(raw))
 
 
 def test_features_that_no_layer_has(tmp_path):
@@ -426,12 +427,12 @@ def test_features_that_no_layer_has(tmp_path):
 
 def test_other_steps_keep_their_ids_and_only_narrows(tmp_path):
     raw = experiment(tmp_path, networks=["cnn", "vit"])
-    made = plan.make(config.parse(raw))
-    kept = config.parse(raw | {"only": "vit"})
+    made = planner.make(run_experiment.parse(raw))
+    kept = run_experiment.parse(raw | {"only": "vit"})
     assert kept.probes is not None and kept.probes.networks == ["vit"]
-    assert config.parse(json.loads(kept.model_dump_json())) == kept
+    assert run_experiment.parse(json.loads(kept.model_dump_json())) == kept
     del raw["probes"]
-    plain = plan.make(config.parse(raw))
+    plain = planner.make(run_experiment.parse(raw))
     assert {path for path, step in plain.steps.items() if step.stage != "report"} < set(made.steps)
     assert made.step("probes", "scenes", "vit").manifest.startswith("scenes/vit/done/probes.")
 

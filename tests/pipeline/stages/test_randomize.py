@@ -11,17 +11,18 @@ import xarray as xr
 from experiments import lines, run, scenes, shown
 
 import pipeline
-from pipeline.config import core as config
-from pipeline.config.core import Corruption
+from pipeline.config.networks import NetworkSpec
 from pipeline.errors import MicrotomeError
-from pipeline.networks.build import NetworkSpec, build
+from pipeline.networks.build import build
 from pipeline.networks.checkpoint import read
-from pipeline.plan import step as plan
-from pipeline.stages.randomize import tasks as randomize_tasks
+from pipeline.run import experiment as run_experiment
+from pipeline.run import planner
+from pipeline.stages.randomize import tasks
+from pipeline.stages.randomize.settings import Corruption
 from pipeline.stages.randomize.tasks import corrupted
 from pipeline.stages.randomize.training import Sets
 from pipeline.upkeep import damage, unreferenced
-from pipeline.workers import pool as cluster
+from pipeline.workers import client
 
 pytestmark = pytest.mark.usefixtures("workers")
 STAGES = ("ingest", "randomize")
@@ -140,7 +141,7 @@ def test_the_same_bits_after_a_cut_and_for_any_workers(tmp_path, monkeypatch, tw
     ledger = folder / "runs.ledger"
     whole = ledger.read_bytes().splitlines(keepends=True)
     ledger.write_bytes(whole[0] + whole[1][: len(whole[1]) // 2])
-    monkeypatch.setenv(cluster.ADDRESS, two_workers)
+    monkeypatch.setenv(client.ADDRESS, two_workers)
     made = run(raw, *STAGES)
     assert made.manifest(step).digest == digest
     assert {name: (folder / name).read_bytes() for name in stored(made)} == before
@@ -178,14 +179,14 @@ def test_a_killed_run_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
         raise SystemExit
 
     with monkeypatch.context() as patch:
-        patch.setattr(randomize_tasks, "train", stop)
+        patch.setattr(tasks, "train", stop)
         with pytest.raises(SystemExit):
-            randomize_tasks.train_runs(data, [one])
+            tasks.train_runs(data, [one])
         assert [file.name for file in one.folder.iterdir()] == ["checkpoint.pt"]
         with pytest.raises(SystemExit):
-            randomize_tasks.train_runs(data, [one])
+            tasks.train_runs(data, [one])
     assert begun == [0, 3]
-    ((done, files),) = randomize_tasks.train_runs(data, [one])
+    ((done, files),) = tasks.train_runs(data, [one])
     facts = json.loads((one.folder / "run.json").read_text())
     assert done == id and set(files) == {f"{id}/run.json", f"{id}/model.safetensors"}
     np.testing.assert_array_equal(facts["curve"]["loss"], whole.train_loss[0])
@@ -293,7 +294,7 @@ def test_the_full_table_s_configuration_is_the_paper_s():
 
     from pipeline.stages.randomize.found import TABLE_1, Run
 
-    asked = config.load(Path("config/noise-cifar10.yaml")).randomize["zhang2017"]
+    asked = run_experiment.load(Path("config/noise-cifar10.yaml")).randomize["zhang2017"]
     networks = {name: build(NetworkSpec.of(spec)) for name, spec in asked.networks.items()}
     facts = {}
     for name, one in asked.runs.items():
@@ -366,7 +367,7 @@ def test_test_images_are_corrupted_as_training_images_and_are_others():
 )
 def test_configurations_that_are_refused(tmp_path, change, message):
     with pytest.raises(MicrotomeError, match=message):
-        config.parse(experiment(tmp_path, **change))
+        run_experiment.parse(experiment(tmp_path, **change))
 
 
 @pytest.mark.parametrize(
@@ -380,7 +381,7 @@ def test_configurations_that_are_refused(tmp_path, change, message):
 )
 def test_data_that_is_refused(tmp_path, change, message):
     with pytest.raises(MicrotomeError, match=message):
-        plan.make(config.parse(experiment(tmp_path, **change)))
+        planner.make(run_experiment.parse(experiment(tmp_path, **change)))
 
 
 @pytest.mark.parametrize(
@@ -400,7 +401,7 @@ def test_networks_of_runs_that_are_refused(tmp_path, change, message):
         "preprocessing": {"per_image": True},
     } | change  # fmt: skip
     with pytest.raises(MicrotomeError, match=message):
-        config.parse(raw)
+        run_experiment.parse(raw)
 
 
 def test_one_class_is_refused(tmp_path):
@@ -412,28 +413,28 @@ def test_one_class_is_refused(tmp_path):
     raw["datasets"] = {"scenes": {"kind": "imagefolder", "root": str(tmp_path / "images"), "split": {"folders": True}}}
     raw["networks"]["tiny"]["datasets"] = []
     with pytest.raises(MicrotomeError, match=r"two classes or more, and data set 'scenes' has 1"):
-        plan.make(config.parse(raw))
+        planner.make(run_experiment.parse(raw))
 
 
 def test_networks_are_inspected_before_any_work(tmp_path):
-    from pipeline.plan import inspected as preflight
+    from pipeline.run import preflight
 
     raw = experiment(tmp_path)
     raw["networks"]["tiny"]["datasets"] = []
     networks = raw["randomize"]["noise"]["networks"]
     networks["small"]["arguments"] = {"classes": 5}
     with pytest.raises(MicrotomeError, match=r"network 'small' of randomize.noise: it gives 5 logits.* 12 classes"):
-        preflight.check(plan.make(config.parse(raw)))
+        preflight.check(planner.make(run_experiment.parse(raw)))
     networks["small"] = {"torchvision": "resnet17"}
     with pytest.raises(MicrotomeError, match=r"randomize.noise: .*resnet17.*nearest: .*resnet18"):
-        preflight.check(plan.make(config.parse(raw)))
+        preflight.check(planner.make(run_experiment.parse(raw)))
 
 
 def test_other_steps_keep_their_ids(tmp_path):
     raw = experiment(tmp_path)
-    made = plan.make(config.parse(raw))
+    made = planner.make(run_experiment.parse(raw))
     del raw["randomize"]
-    plain = plan.make(config.parse(raw))
+    plain = planner.make(run_experiment.parse(raw))
     assert {path for path, step in plain.steps.items() if step.stage != "report"} < set(made.steps)
     assert made.step("randomize", comparison="noise").manifest.startswith("randomization/noise/done/randomize.")
 
@@ -444,8 +445,8 @@ def test_only_keeps_the_experiments_that_it_needs(tmp_path):
         "module": f"{tmp_path / 'small.py'}:small", "weights": "randomize:noise/true",
         "preprocessing": {"per_image": True},
     }  # fmt: skip
-    assert list(config.parse(raw | {"only": "noisy"}).randomize) == ["noise"]
-    assert not config.parse(raw | {"only": "tiny"}).randomize
-    assert list(config.parse(raw | {"only": "scenes"}).randomize) == ["noise"]
-    kept = config.parse(raw)
-    assert config.parse(json.loads(kept.model_dump_json())) == kept
+    assert list(run_experiment.parse(raw | {"only": "noisy"}).randomize) == ["noise"]
+    assert not run_experiment.parse(raw | {"only": "tiny"}).randomize
+    assert list(run_experiment.parse(raw | {"only": "scenes"}).randomize) == ["noise"]
+    kept = run_experiment.parse(raw)
+    assert run_experiment.parse(json.loads(kept.model_dump_json())) == kept

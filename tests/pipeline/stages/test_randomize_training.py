@@ -11,10 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels.calibration.reliability import BINS, Reliability, equal_width, softmax
 from kernels.images.whiten import whiten
-from pipeline.config.core import FITTING
 from pipeline.errors import MicrotomeError
 from pipeline.networks.training.repeatable import order
-from pipeline.stages.randomize import training as randomize_training
+from pipeline.stages.randomize import training
+from pipeline.stages.randomize.settings import FITTING
 from pipeline.stages.randomize.training import Sets, Training, repeatable, train
 
 
@@ -45,7 +45,7 @@ def _repeatable():
 
 @pytest.fixture
 def float32(monkeypatch):
-    monkeypatch.setattr(randomize_training, "native_bfloat16", lambda device: False)
+    monkeypatch.setattr(training, "native_bfloat16", lambda device: False)
 
 
 def bits(module):

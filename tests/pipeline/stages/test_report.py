@@ -14,14 +14,14 @@ import pytest
 from PIL import Image
 from report_results import write_results
 
-from pipeline.config.core import Figures, Report
+from pipeline.config.report import Figures, Report
 from pipeline.errors import MicrotomeError
 from pipeline.report.experiment import Experiment, Made
 from pipeline.report.page import Page
-from pipeline.stages.dissect.found import read_text
 from pipeline.stages.report import pages, site
 from pipeline.stages.report.site import build
 from pipeline.storage.manifest import Manifest, write_file
+from pipeline.storage.read_back import read_text
 
 HOSTILE = '<script>alert("1")</script>'
 LAYERS = [("stem", 3), ("features.2", 4)]

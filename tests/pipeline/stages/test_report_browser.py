@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 from report_results import write_results
 
-from pipeline.config.core import Figures, Report
+from pipeline.config.report import Figures, Report
 from pipeline.report.experiment import Experiment, Made
 from pipeline.stages.report.site import build
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from report_results import SCALE, write_results
 
-from pipeline.config.core import Report
+from pipeline.config.report import Report
 from pipeline.report.experiment import Experiment, Made
 from pipeline.stages.dissect import cards
 from pipeline.stages.dissect.found import Unit

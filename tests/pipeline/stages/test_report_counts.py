@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.report import words
 from pipeline.report.experiment import Made
 from pipeline.report.style import shorten
-from pipeline.report.tables import DETECTOR_COLUMNS, UNIT_COLUMNS, by_iou, detector_rows, safe, write_table, write_units
+from pipeline.report.tables import safe, write_table
 from pipeline.stages.ablate.found import Ablation
 from pipeline.stages.ablate.page import Section, finding
 from pipeline.stages.dissect import sentences
@@ -19,6 +20,7 @@ from pipeline.stages.dissect.counting import categories, count_concepts, count_d
 from pipeline.stages.dissect.detectors import short_names
 from pipeline.stages.dissect.figures import share_above
 from pipeline.stages.dissect.found import Unit
+from pipeline.stages.dissect.tables import DETECTOR_COLUMNS, UNIT_COLUMNS, by_iou, detector_rows, write_units
 from pipeline.stages.report.provenance import flatten
 
 
@@ -129,20 +131,20 @@ def test_shorten_keeps_both_ends(text: str, limit: int) -> None:
     ],
 )
 def test_percent_never_rounds_to_none_or_all(value: float, shown: str) -> None:
-    assert sentences.percent(value) == shown
+    assert words.percent(value) == shown
 
 
 def test_number_and_plural() -> None:
-    assert sentences.number(1234567) == "1\u202f234\u202f567"
-    assert sentences.number(True) == "True" and sentences.number("x") == "x"
-    assert [sentences.plural(n, "unit") for n in (0, 1, 2)] == ["0 units", "1 unit", "2 units"]
+    assert words.number(1234567) == "1\u202f234\u202f567"
+    assert words.number(True) == "True" and words.number("x") == "x"
+    assert [words.plural(n, "unit") for n in (0, 1, 2)] == ["0 units", "1 unit", "2 units"]
     assert sentences.accuracy({"accuracy": {"train": None, "validation": 0.5}}) == {"validation": 0.5}
     assert sentences.accuracy({"accuracy": 0.5}) == {"validation": 0.5}
     assert sentences.accuracy({}) == {}
 
 
 def test_times_are_readable() -> None:
-    assert [sentences.seconds(value) for value in (None, 4.04, 89.96, 90, 5399, 5400)] == [
+    assert [words.seconds(value) for value in (None, 4.04, 89.96, 90, 5399, 5400)] == [
         "–", "4.0 s", "90.0 s", "1.5 min", "90.0 min", "1.5 h",
     ]  # fmt: skip
 

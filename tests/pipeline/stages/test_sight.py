@@ -16,17 +16,17 @@ from torch import nn
 
 import pipeline
 from kernels.locality.receptive_field import extent
-from pipeline.config import core as config
 from pipeline.errors import MicrotomeError
 from pipeline.networks import inspection
 from pipeline.networks.build import load
 from pipeline.networks.forward import normalise
 from pipeline.networks.layers import resolve
 from pipeline.plan import inspected as preflight
-from pipeline.plan import step as plan
-from pipeline.run import forecast
+from pipeline.run import experiment as run_experiment
+from pipeline.run import forecast, planner
+from pipeline.run import preflight as run_preflight
 from pipeline.stages.sight.tasks import gradients
-from pipeline.workers import pool as cluster
+from pipeline.workers import client
 
 pytestmark = pytest.mark.usefixtures("workers")
 STAGES = ("ingest", "network", "sight")
@@ -354,7 +354,7 @@ def test_the_same_bits_for_any_workers_and_after_a_cut(made, tmp_path, monkeypat
     assert len(good) == 3, "two of three minibatches were made again"
 
     shutil.rmtree(made.results / "scenes/vit")
-    monkeypatch.setenv(cluster.ADDRESS, two_workers)
+    monkeypatch.setenv(client.ADDRESS, two_workers)
     run(raw, *STAGES)
     assert contents(made.results) == before
 
@@ -448,17 +448,17 @@ def test_configurations_that_are_refused(tmp_path, change, message):
     raw = experiment(tmp_path)
     raw["sight"] |= change
     with pytest.raises(MicrotomeError, match=message):
-        config.parse(raw)
+        run_experiment.parse(raw)
 
 
 def test_unknown_layers_are_refused_before_any_work(tmp_path, monkeypatch):
     monkeypatch.setattr(preflight, "in_own_process", lambda _, requests, what: inspection.answer(requests))
     raw = experiment(tmp_path, layers={"cnn": ["a", "bb"]}, networks=["cnn"])
     with pytest.raises(MicrotomeError, match=r"cnn.*layer 'bb' is not in"):
-        preflight.check(plan.make(config.parse(raw)))
+        run_preflight.check(planner.make(run_experiment.parse(raw)))
     raw["sight"]["layers"] = {"cnn": "all"}
-    made = plan.make(config.parse(raw))
-    preflight.check(made)
+    made = planner.make(run_experiment.parse(raw))
+    run_preflight.check(made)
     costs = {cost.step.name: cost for cost in forecast.forecast(made)}
     assert (costs["sight scenes cnn"].images, costs["sight scenes cnn"].tasks) == (16, 3)
 
@@ -473,7 +473,7 @@ def test_unknown_layers_and_too_few_images(tmp_path):
         run(raw, *STAGES)
     raw = experiment(tmp_path, networks=["cnn"], split="test")
     with pytest.raises(MicrotomeError, match=r"'test'"):
-        plan.make(config.parse(raw))
+        planner.make(run_experiment.parse(raw))
 
 
 def test_networks_that_are_looked_into(tmp_path):
@@ -481,20 +481,20 @@ def test_networks_that_are_looked_into(tmp_path):
     raw["networks"]["cnn"] |= {"weights": "train", "train": {"dataset": "scenes"}}
 
     def looked(**how):
-        made = plan.make(config.parse(raw | {"sight": how}))
+        made = planner.make(run_experiment.parse(raw | {"sight": how}))
         return [step.network for step in made.of_stage("sight")]
 
     assert looked() == ["cnn", "residual", "vit"]
     assert looked(networks=["cnn", "cnn-untrained"]) == ["cnn", "cnn-untrained"]
     assert looked(networks=["vit"], datasets=[]) == []
-    kept = config.parse(raw | {"sight": {"networks": ["cnn", "vit"], "layers": {"cnn": "all"}}, "only": "vit"})
+    kept = run_experiment.parse(raw | {"sight": {"networks": ["cnn", "vit"], "layers": {"cnn": "all"}}, "only": "vit"})
     assert kept.sight is not None and kept.sight.networks == ["vit"] and kept.sight.layers == {}
-    assert config.parse(kept.model_dump()) == kept
+    assert run_experiment.parse(kept.model_dump()) == kept
 
 
 def test_other_steps_keep_their_ids(tmp_path):
     raw = experiment(tmp_path)
-    made = plan.make(config.parse(raw))
+    made = planner.make(run_experiment.parse(raw))
     step = made.step("sight", "scenes", "vit")
     assert step.manifest.startswith("scenes/vit/done/sight.")
     for key, value in {
@@ -504,10 +504,10 @@ def test_other_steps_keep_their_ids(tmp_path):
         "layers": {"vit": "all"},
         "measures": ["skips"],
     }.items():
-        other = plan.make(config.parse(raw | {"sight": raw["sight"] | {key: value}}))
+        other = planner.make(run_experiment.parse(raw | {"sight": raw["sight"] | {key: value}}))
         assert other.step("sight", "scenes", "vit").id != step.id, key
     del raw["sight"]
-    plain = plan.make(config.parse(raw))
+    plain = planner.make(run_experiment.parse(raw))
     assert {path for path, step in plain.steps.items() if step.stage != "report"} < set(made.steps)
 
 

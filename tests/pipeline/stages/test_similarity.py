@@ -14,14 +14,14 @@ import zarr
 from experiments import VIT, hsic1, labelled_images, lines, run, scenes, segmentation, shown, tiny, write_image
 
 import pipeline
-from pipeline.config import core as config
 from pipeline.data.minibatches import minibatches
 from pipeline.errors import MicrotomeError
 from pipeline.networks.build import load
 from pipeline.networks.forward import normalise
 from pipeline.networks.layers import Recorder, resolve, to_maps
-from pipeline.plan import step as plan
-from pipeline.workers import pool as cluster
+from pipeline.run import experiment as run_experiment
+from pipeline.run import planner
+from pipeline.workers import client
 
 pytestmark = pytest.mark.usefixtures("workers")
 STAGES = ("ingest", "network", "grams", "similarity")
@@ -214,7 +214,7 @@ def test_the_same_bits_for_any_workers_and_after_a_cut(tmp_path, monkeypatch, tw
     for network in ("cnn", "vit"):
         shutil.rmtree(made.results / "scenes" / network)
     shutil.rmtree(made.results / "similarity")
-    monkeypatch.setenv(cluster.ADDRESS, two_workers)
+    monkeypatch.setenv(client.ADDRESS, two_workers)
     run(raw, *STAGES)
     assert contents(made) == before
 
@@ -381,42 +381,42 @@ def test_configurations_that_are_refused(tmp_path, change, message):
     raw["networks"]["vit"]["datasets"] = ["scenes"]
     raw["similarity"] |= change
     with pytest.raises(MicrotomeError, match=message):
-        config.parse(raw)
+        run_experiment.parse(raw)
 
 
 def test_too_few_images_are_refused_before_any_work(tmp_path):
     raw = experiment(tmp_path)
     raw["similarity"] |= {"images": 100, "minibatch": 64}
     with pytest.raises(MicrotomeError, match=r"similarity\.\w+, split 'validation' of 'scenes': \d+ images make no"):
-        plan.make(config.parse(raw))
+        planner.make(run_experiment.parse(raw))
     raw["similarity"]["last"] = "weigh"
-    plan.make(config.parse(raw))
+    planner.make(run_experiment.parse(raw))
     raw["datasets"]["scenes"]["images"]["train"] = 3
     raw["similarity"]["split"] = "train"
     with pytest.raises(MicrotomeError, match=r"split 'train' of 'scenes': 3 images, and at least 4 are needed"):
-        plan.make(config.parse(raw))
+        planner.make(run_experiment.parse(raw))
     del raw["similarity"]
     raw["sight"] = {"split": "train"}
     with pytest.raises(MicrotomeError, match=r"sight, split 'train' of 'scenes': 3 images"):
-        plan.make(config.parse(raw))
+        planner.make(run_experiment.parse(raw))
 
 
 def test_networks_without_a_common_data_set(tmp_path):
     raw = experiment(tmp_path)
     raw["datasets"]["other"] = raw["datasets"]["scenes"] | {"seed": 2}
     with pytest.raises(MicrotomeError, match=r"share scenes, other: name one as `dataset`"):
-        config.parse(raw)
+        run_experiment.parse(raw)
     raw["networks"]["cnn"]["datasets"], raw["networks"]["vit"]["datasets"] = ["scenes"], ["other"]
     with pytest.raises(MicrotomeError, match=r"share no data set \(cnn: scenes; vit: other\)"):
-        config.parse(raw)
+        run_experiment.parse(raw)
 
 
 def test_only_keeps_the_comparisons_that_it_can(tmp_path):
     raw = experiment(tmp_path, {"both": {"networks": ["cnn", "vit"]}, "alone": {"networks": ["vit"]}})
-    kept = config.parse(raw | {"only": "vit"})
+    kept = run_experiment.parse(raw | {"only": "vit"})
     assert kept.similarity is not None and list(kept.similarity.compare) == ["alone"]
-    assert config.parse(raw | {"only": "cnn"}).similarity is None
-    assert config.parse(json.loads(kept.model_dump_json())) == kept
+    assert run_experiment.parse(raw | {"only": "cnn"}).similarity is None
+    assert run_experiment.parse(json.loads(kept.model_dump_json())) == kept
 
 
 def test_unknown_layers_and_lacking_features(tmp_path):
@@ -430,9 +430,9 @@ def test_unknown_layers_and_lacking_features(tmp_path):
 
 def test_other_steps_keep_their_ids(tmp_path):
     raw = experiment(tmp_path)
-    made = plan.make(config.parse(raw))
+    made = planner.make(run_experiment.parse(raw))
     del raw["similarity"]
-    plain = plan.make(config.parse(raw))
+    plain = planner.make(run_experiment.parse(raw))
     assert {path for path, step in plain.steps.items() if step.stage != "report"} < set(made.steps)
     assert made.step("grams", "scenes", "vit").manifest.startswith("scenes/vit/done/grams.")
     assert made.step("similarity", comparison="both").manifest.startswith("similarity/both/done/similarity.")

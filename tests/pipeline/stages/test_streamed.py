@@ -11,15 +11,14 @@ import torch
 import zarr
 from experiments import SIZE, VIT, labelled_images, lines, run, segmentation, tiny, write_image, write_label_map
 
-from pipeline.config.core import Network
+from pipeline.config.networks import Network
 from pipeline.errors import MicrotomeError
 from pipeline.networks import forward
 from pipeline.networks.build import load
 from pipeline.plan.step import Plan
 from pipeline.stages.concepts import stage as concepts
-from pipeline.stages.dissect import cards
+from pipeline.stages.dissect import cards, streamed
 from pipeline.stages.dissect import stage as dissect
-from pipeline.stages.dissect import streamed as dissect_streamed
 from pipeline.stages.dissect.found import read_dissection
 from pipeline.stages.extract import pictures
 from pipeline.stages.extract import stage as extract
@@ -55,9 +54,9 @@ class Here:
             self.images[model.name] += len(pixels)
             return own(model, pixels, names, take, stop_early)
 
-        for module in (ingest, concepts, network, extract, dissect, dissect_streamed):
+        for module in (ingest, concepts, network, extract, dissect, streamed):
             patch.setattr(module, "run_tasks", self.run_tasks)
-            patch.setattr(module, "client", self.client, raising=module is not dissect_streamed)
+            patch.setattr(module, "client", self.client, raising=module is not streamed)
         for module in (extract, stream):
             patch.setattr(module, "forward_in_batches", counted)
         patch.setattr(stream, "BLOCKS", 3)
@@ -205,7 +204,7 @@ def test_counted_in_torch_where_the_maps_are(folder, stored, here, monkeypatch):
     """As on a GPU: maps stay tensors, and the kernels of torch count them."""
     as_stored = stream.as_stored
     monkeypatch.setattr(stream, "as_stored", lambda *given: torch.from_numpy(as_stored(*given)))
-    for module in (stream, dissect_streamed):
+    for module in (stream, streamed):
         monkeypatch.setattr(module, "device", lambda: "cpu:0")
     plan = run(experiment(folder, "none", fresh(folder, "torch"), ("tiny", "vit")), *STAGES)
     its = outputs(stored)
@@ -359,20 +358,20 @@ def test_what_is_not_finite_is_named(folder, here):
 
 
 def test_ids_of_stored_layers_know_nothing_of_it(folder):
-    from pipeline.config import core as config
-    from pipeline.plan import step as plan
+    from pipeline.run import experiment as run_experiment
+    from pipeline.run import planner
 
     raw = experiment(folder, "full", "ids", ("tiny",))
-    full = plan.make(config.parse(raw))
+    full = planner.make(run_experiment.parse(raw))
     assert not {"tails", "store"} & set(full.step("extract", "photos", "tiny").settings)
     raw["networks"]["tiny"]["store"] = "pooled"
-    pooled = plan.make(config.parse(raw)).step("extract", "photos", "tiny")
+    pooled = planner.make(run_experiment.parse(raw)).step("extract", "photos", "tiny")
     raw["datasets"]["photos"]["dissect"]["quantile"] = 0.2
-    assert plan.make(config.parse(raw)).step("extract", "photos", "tiny") == pooled
+    assert planner.make(run_experiment.parse(raw)).step("extract", "photos", "tiny") == pooled
     raw["networks"]["tiny"]["store"] = "none"
-    one = plan.make(config.parse(raw)).step("extract", "photos", "tiny")
+    one = planner.make(run_experiment.parse(raw)).step("extract", "photos", "tiny")
     raw["datasets"]["photos"]["dissect"]["quantile"] = 0.1
-    assert one.id not in (pooled.id, plan.make(config.parse(raw)).step("extract", "photos", "tiny").id)
+    assert one.id not in (pooled.id, planner.make(run_experiment.parse(raw)).step("extract", "photos", "tiny").id)
 
 
 @pytest.mark.parametrize(("total", "length"), [(1, 1), (64, 1), (65, 2), (128, 2), (129, 4), (20_019, 512)])

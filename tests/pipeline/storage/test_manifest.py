@@ -5,7 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import MicrotomeError
-from pipeline.storage.manifest import Manifest, remove_others, write_atomically
+from pipeline.storage.atomic import write_atomically
+from pipeline.storage.manifest import Manifest, remove_others
 
 MANIFEST = Manifest(
     stage="extract",

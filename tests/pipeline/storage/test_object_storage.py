@@ -13,16 +13,17 @@ import zarr
 from experiments import labelled_images, lines, run, scenes, segmentation, tiny
 
 import pipeline
-from pipeline.config import core as config
-from pipeline.config.core import Cluster
+from pipeline.config.cluster import Cluster
 from pipeline.errors import MicrotomeError
-from pipeline.plan import step as plan
+from pipeline.run import experiment as run_experiment
+from pipeline.run import planner
 from pipeline.storage import object_storage as objects
 from pipeline.storage.manifest import Manifest
 from pipeline.storage.object_storage import objects_of, settle, size_of
 from pipeline.storage.store import DamagedStoreError, Located, Reader
 from pipeline.upkeep import damage, unreferenced
 from pipeline.upkeep.recompute import discard
+from pipeline.workers import client
 from pipeline.workers import pool as cluster
 
 SECRET = "a-secret-that-stays-one"
@@ -48,7 +49,7 @@ def server(tmp_path_factory):
         }.items():
             patch.setenv(name, value)
         with cluster.pool(Cluster(workers=1), tmp_path_factory.mktemp("pool")) as address:
-            patch.setenv(cluster.ADDRESS, str(address))
+            patch.setenv(client.ADDRESS, str(address))
             yield
     one.stop()
     objects.bucket.cache_clear()
@@ -178,7 +179,7 @@ def test_what_is_thrown_away_is_gone_from_the_bucket(server, tmp_path):
     assert any("/c/" in name for name in Manifest.read(kept).files)
     logits = objects_of(made.results / "scenes/tiny/logits.zarr")
     assert any("/c/" in name for name in logits.sizes())
-    discard(config.parse(raw), "extract")
+    discard(run_experiment.parse(raw), "extract")
     assert logits.sizes() == {} and objects_of(made.results / "scenes/images.zarr").sizes()
 
 
@@ -198,9 +199,9 @@ def test_images_keep_their_slots(server, tmp_path):
 def test_stores_stay_where_they_are(both, tmp_path):
     local, remote = both
     with pytest.raises(MicrotomeError, match="keeps its stores in itself, and the configuration says s3://bucket/x"):
-        plan.make(config.parse(local.config.model_dump() | {"stores": "s3://bucket/x"}))
+        planner.make(run_experiment.parse(local.config.model_dump() | {"stores": "s3://bucket/x"}))
     with pytest.raises(MicrotomeError, match="keeps its stores at s3://bucket/some/where, and the configuration"):
-        plan.make(config.parse(remote.config.model_dump() | {"stores": None}))
+        planner.make(run_experiment.parse(remote.config.model_dump() | {"stores": None}))
     (tmp_path / objects.NAME).write_text("{")
     with pytest.raises(MicrotomeError, match="is damaged"):
         objects_of(tmp_path / "scenes" / "images.zarr")
@@ -209,7 +210,7 @@ def test_stores_stay_where_they_are(both, tmp_path):
 @pytest.mark.parametrize("url", ["bucket/x", "s3://user:pass@bucket/x", "s3://bucket/x?key=pass", "gs://a", "s3://"])
 def test_no_place(tmp_path, url):
     with pytest.raises(MicrotomeError, match="s3://bucket/prefix") as refused:
-        config.parse(scenes(tmp_path) | {"stores": url})
+        run_experiment.parse(scenes(tmp_path) | {"stores": url})
     assert "pass" not in str(refused.value)
 
 

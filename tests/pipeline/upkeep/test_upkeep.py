@@ -6,10 +6,11 @@ import shutil
 import pytest
 from experiments import labelled_images, lines, run, scenes, segmentation, tiny
 
-from pipeline.config import core as config
 from pipeline.errors import MicrotomeError
 from pipeline.plan import job as stage
-from pipeline.plan import step as plan
+from pipeline.run import experiment as run_experiment
+from pipeline.run import planner
+from pipeline.stages import registry
 from pipeline.storage.lock import RunLock
 from pipeline.storage.store import remove_partials
 from pipeline.upkeep import damage, unreferenced
@@ -212,7 +213,7 @@ def test_the_results_of_an_interrupted_dissection_are_spared(experiment, monkeyp
     raw, results = experiment
     dataset = raw["datasets"]["photos"] | {"dissect": {"quantile": 0.05}}
     before = set(results.glob("photos/layers/*/dissect-*/"))
-    monkeypatch.setattr("pipeline.stages.dissect.stage.unit_rows", interrupt)
+    monkeypatch.setattr("pipeline.stages.dissect.results.unit_rows", interrupt)
     with pytest.raises(KeyboardInterrupt):
         run(raw | {"datasets": {"photos": dataset}}, *STAGES)
     monkeypatch.undo()
@@ -245,9 +246,9 @@ def test_a_results_folder_without_its_scratch_folder_is_repaired(experiment):
     assert not path.exists()
 
 
-@pytest.mark.parametrize("name", plan.STAGES)
+@pytest.mark.parametrize("name", registry.STAGES)
 def test_every_stage_says_what_it_made(name):
-    assert callable(plan.STAGES[name].discard)
+    assert callable(registry.STAGES[name].discard)
 
 
 def interrupt(*_):
@@ -255,7 +256,7 @@ def interrupt(*_):
 
 
 def why(raw):
-    return explain(config.parse(raw))
+    return explain(run_experiment.parse(raw))
 
 
 def test_why_nothing_would_run(experiment):
@@ -321,7 +322,7 @@ def test_why_from_the_shell(experiment, tmp_path, capsys):
 def test_recompute_throws_away_what_a_stage_made_and_no_more(experiment, name):
     raw, results = experiment
     before = stamps(results)
-    removed = discard(config.parse(raw), name)
+    removed = discard(run_experiment.parse(raw), name)
     assert removed
     run(raw, *STAGES)
     after = stamps(results)
@@ -341,7 +342,7 @@ def test_recompute_throws_away_what_a_stage_made_and_no_more(experiment, name):
 def test_recompute_of_an_unknown_stage(experiment):
     raw, _ = experiment
     with pytest.raises(MicrotomeError, match="no stage 'extrakt'; nearest: extract"):
-        discard(config.parse(raw), "extrakt")
+        discard(run_experiment.parse(raw), "extrakt")
 
 
 def test_recompute_of_a_trained_network(tmp_path):
@@ -353,7 +354,7 @@ def test_recompute_of_a_trained_network(tmp_path):
     (training,) = home.glob("training-*")
     written = (training / "checkpoint.pt").stat().st_mtime_ns
     assert unreferenced.folders(made.results) == []
-    discard(config.parse(raw), "network")
+    discard(run_experiment.parse(raw), "network")
     assert not training.exists()
     run(raw, "network")
     assert (home / "model.safetensors").read_bytes() == before
@@ -362,11 +363,11 @@ def test_recompute_of_a_trained_network(tmp_path):
 
 def test_a_note_of_what_a_step_fills_goes_when_it_is_finished(experiment):
     raw, results = experiment
-    made = plan.make(config.parse(raw))
+    made = planner.make(run_experiment.parse(raw))
     step = made.step("extract", "photos", "tiny")
     stage.refers_to(made, step, [results / "photos/layers/x"])
     notes = list((results / ".microtome" / stage.UNFINISHED).glob("*.json"))
     assert len(notes) == 1
     (made.results / step.manifest).unlink()
-    plan.STAGES["extract"].run(made, step)
+    registry.STAGES["extract"].run(made, step)
     assert not list((results / ".microtome" / stage.UNFINISHED).glob("*.json"))

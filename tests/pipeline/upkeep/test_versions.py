@@ -4,7 +4,7 @@ import pytest
 import stage_versions
 from stage_versions import complaint, digest_of, files, imports, main, read_record, versioned
 
-from pipeline.plan.step import STAGES
+from pipeline.stages.registry import STAGES
 
 
 @pytest.mark.parametrize("name", sorted(versioned()))

@@ -14,9 +14,12 @@ import dask
 import pytest
 from distributed import Client, LocalCluster
 
-from pipeline.config.core import Cluster
+from pipeline.config.cluster import Cluster
 from pipeline.errors import MicrotomeError
+from pipeline.workers import client as workers_client
+from pipeline.workers import devices, memory
 from pipeline.workers import pool as cluster
+from pipeline.workers import tasks as workers_tasks
 
 ROOT = Path(__file__).parents[3]
 START = """
@@ -33,7 +36,7 @@ time.sleep(600)
 
 @pytest.fixture
 def client(workers, tmp_path):
-    with cluster.client(Cluster(workers=1), tmp_path) as found:
+    with workers_client.client(Cluster(workers=1), tmp_path) as found:
         yield found
 
 
@@ -49,9 +52,9 @@ def holds_the_device():
     """Whether the thread of this task is the one that computes: another one cannot."""
 
     def free():
-        got = cluster.computing.acquire(blocking=False)
+        got = workers_tasks.computing.acquire(blocking=False)
         if got:
-            cluster.computing.release()
+            workers_tasks.computing.release()
         return got
 
     with ThreadPoolExecutor(1) as other:
@@ -85,14 +88,16 @@ def environment():
 
 def test_results_of_all_tasks(client):
     tasks = ((value,) for value in range(50))
-    assert sorted(cluster.run_tasks(client, square, tasks, 50, "squares")) == [value * value for value in range(50)]
-    assert list(cluster.run_tasks(client, square, [], 0, "nothing")) == []
+    assert sorted(workers_tasks.run_tasks(client, square, tasks, 50, "squares")) == [
+        value * value for value in range(50)
+    ]
+    assert list(workers_tasks.run_tasks(client, square, [], 0, "nothing")) == []
 
 
 def test_the_first_error_is_raised_and_the_rest_is_not_done(client, tmp_path):
     tasks = ((str(tmp_path), value) for value in range(1000))
     with pytest.raises(MicrotomeError, match="task 3 failed"):
-        list(cluster.run_tasks(client, slow, tasks, 1000, "slow"))
+        list(workers_tasks.run_tasks(client, slow, tasks, 1000, "slow"))
     assert 4 <= len(list(tmp_path.glob("[0-9]*"))) < 30
 
 
@@ -101,18 +106,18 @@ def test_out_of_memory_says_what_to_lower(client, kind):
     with pytest.raises(
         MicrotomeError, match=r"feast: out of memory \(.*\): lower the portions, or lower `cluster.work"
     ):
-        list(cluster.run_tasks(client, hungry, [(kind,)], 1, "feast", "lower the portions"))
+        list(workers_tasks.run_tasks(client, hungry, [(kind,)], 1, "feast", "lower the portions"))
     with pytest.raises(RuntimeError, match="something else"):
-        list(cluster.run_tasks(client, hungry, [("else",)], 1, "feast"))
+        list(workers_tasks.run_tasks(client, hungry, [("else",)], 1, "feast"))
 
 
 def test_memory():
-    assert cluster.memory(Cluster(memory="3 GB", workers=7)) == 3_000_000_000
-    one, two = (cluster.memory(Cluster(workers=count)) for count in (1, 2))
+    assert memory.memory(Cluster(memory="3 GB", workers=7)) == 3_000_000_000
+    one, two = (memory.memory(Cluster(workers=count)) for count in (1, 2))
     assert 0 < two <= one // 2
-    cluster.check_memory(Cluster(memory="1 GB"), 300e6, "a feast", "lower the portions")
+    memory.check_memory(Cluster(memory="1 GB"), 300e6, "a feast", "lower the portions")
     with pytest.raises(MicrotomeError) as error:
-        cluster.check_memory(Cluster(memory="1 GB"), 900e6, "a feast", "lower the portions")
+        memory.check_memory(Cluster(memory="1 GB"), 900e6, "a feast", "lower the portions")
     assert str(error.value) == (
         "a feast needs about 1.53 GB a worker, and a worker may use 1.00 GB: lower the portions, or raise "
         "`cluster.memory`, or lower `cluster.workers`"
@@ -121,10 +126,10 @@ def test_memory():
 
 def test_a_worker_with_a_gpu_has_several_tasks_of_which_one_computes():
     gpu = Cluster(kind="gpu", workers=1, memory="3 GB")
-    assert cluster.threads(gpu) == cluster.GPU_THREADS > 1 == cluster.threads(Cluster())
-    cluster.check_memory(gpu, 700e6, "a feast", "lower the portions")
+    assert memory.threads(gpu) == memory.GPU_THREADS > 1 == memory.threads(Cluster())
+    memory.check_memory(gpu, 700e6, "a feast", "lower the portions")
     with pytest.raises(MicrotomeError, match=r"about 3\.03 GB a worker"):
-        cluster.check_memory(gpu, 800e6, "a feast", "lower the portions")
+        memory.check_memory(gpu, 800e6, "a feast", "lower the portions")
 
     beside, most, seen = threading.Barrier(3), [0], []
 
@@ -134,34 +139,34 @@ def test_a_worker_with_a_gpu_has_several_tasks_of_which_one_computes():
         time.sleep(share)
         most[0] -= 1
 
-    @cluster.overlapping
+    @workers_tasks.overlapping
     def overlaps(share):
         beside.wait(20)  # all three are here at a time
-        with cluster.computing:
+        with workers_tasks.computing:
             computes(share)
         beside.wait(20)
 
     with ThreadPoolExecutor(3) as threads:
         list(threads.map(overlaps, [0.02] * 3))
-        list(threads.map(lambda share: cluster.alone(computes, share), [0.02] * 3))
+        list(threads.map(lambda share: workers_tasks.alone(computes, share), [0.02] * 3))
     assert seen == [1] * 6
-    assert overlaps in cluster.OVERLAPPING and computes not in cluster.OVERLAPPING
-    cluster.OVERLAPPING.discard(overlaps)
+    assert overlaps in workers_tasks.OVERLAPPING and computes not in workers_tasks.OVERLAPPING
+    workers_tasks.OVERLAPPING.discard(overlaps)
 
 
 def test_tasks_are_alone_unless_they_say_otherwise(client):
-    assert list(cluster.run_tasks(client, holds_the_device, [()], 1, "alone")) == [True]
-    cluster.overlapping(holds_the_device)
+    assert list(workers_tasks.run_tasks(client, holds_the_device, [()], 1, "alone")) == [True]
+    workers_tasks.overlapping(holds_the_device)
     try:
-        assert list(cluster.run_tasks(client, holds_the_device, [()], 1, "beside others")) == [False]
+        assert list(workers_tasks.run_tasks(client, holds_the_device, [()], 1, "beside others")) == [False]
     finally:
-        cluster.OVERLAPPING.discard(holds_the_device)
+        workers_tasks.OVERLAPPING.discard(holds_the_device)
 
 
 def test_too_little_memory_for_any_worker(tmp_path):
     with (
         pytest.raises(MicrotomeError, match=r"torch alone needs about 0\.63 GB a worker, .* may use 0\.40 GB: .*raise"),
-        cluster.client(Cluster(memory="400 MB"), tmp_path),
+        workers_client.client(Cluster(memory="400 MB"), tmp_path),
     ):
         pass
 
@@ -174,8 +179,8 @@ def test_a_task_that_kills_its_workers():
         Client(local) as found,
     ):
         with pytest.raises(MicrotomeError, match="deadly: of 1 workers each died while computing one task"):
-            list(cluster.run_tasks(found, die, [()], 1, "deadly"))
-        assert list(cluster.run_tasks(found, square, [(3,)], 1, "after")) == [9]
+            list(workers_tasks.run_tasks(found, die, [()], 1, "deadly"))
+        assert list(workers_tasks.run_tasks(found, square, [(3,)], 1, "after")) == [9]
 
 
 def test_tasks_are_drawn_a_few_at_a_time(client):
@@ -186,17 +191,17 @@ def test_tasks_are_drawn_a_few_at_a_time(client):
             drawn.append(value)
             yield (value,)
 
-    results = cluster.run_tasks(client, square, tasks(), 100, "few")
+    results = workers_tasks.run_tasks(client, square, tasks(), 100, "few")
     for _ in range(10):
         next(results)
-    assert len(drawn) <= 10 + 4 * cluster.workers_of(client)
+    assert len(drawn) <= 10 + 4 * workers_tasks.workers_of(client)
     results.close()
 
 
 def test_a_worker_has_one_thread_and_no_gpu(client):
-    (found,) = cluster.run_tasks(client, environment, [()], 1, "environment")
+    (found,) = workers_tasks.run_tasks(client, environment, [()], 1, "environment")
     assert found == dict.fromkeys(cluster.THREADS, "1") | {"CUDA_VISIBLE_DEVICES": ""}
-    assert cluster.workers_of(client) == 1
+    assert workers_tasks.workers_of(client) == 1
 
 
 def test_only_this_machine_is_listened_to(client):
@@ -245,30 +250,30 @@ def test_the_pool_ends_with_the_process_that_started_it(tmp_path):
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
 def test_a_pool_that_is_killed_is_told_in_one_line(tmp_path, monkeypatch, capfd):
-    monkeypatch.delenv(cluster.ADDRESS, raising=False)
+    monkeypatch.delenv(workers_client.ADDRESS, raising=False)
     with cluster.pool(Cluster(workers=1), tmp_path) as address_file:
-        monkeypatch.setenv(cluster.ADDRESS, str(address_file))
+        monkeypatch.setenv(workers_client.ADDRESS, str(address_file))
         with (
             pytest.raises(MicrotomeError, match="is gone: ended from outside"),
-            cluster.client(Cluster(workers=1), tmp_path) as found,
+            workers_client.client(Cluster(workers=1), tmp_path) as found,
         ):
-            for _ in cluster.run_tasks(found, square, ((at,) for at in range(1000)), 1000, "killed"):
+            for _ in workers_tasks.run_tasks(found, square, ((at,) for at in range(1000)), 1000, "killed"):
                 for pid in descendants(json.loads(address_file.read_text())["pid"]):
                     os.kill(pid, signal.SIGKILL)
     assert "Traceback" not in capfd.readouterr().err
 
 
 def test_a_pool_that_is_gone_before_the_next_tasks(tmp_path, monkeypatch, capfd):
-    monkeypatch.delenv(cluster.ADDRESS, raising=False)
+    monkeypatch.delenv(workers_client.ADDRESS, raising=False)
     with (
         pytest.raises(MicrotomeError, match="is gone: ended from outside"),
         cluster.pool(Cluster(workers=1), tmp_path) as address_file,
     ):
-        monkeypatch.setenv(cluster.ADDRESS, str(address_file))
-        with cluster.client(Cluster(workers=1), tmp_path) as found:
+        monkeypatch.setenv(workers_client.ADDRESS, str(address_file))
+        with workers_client.client(Cluster(workers=1), tmp_path) as found:
             os.kill(json.loads(address_file.read_text())["pid"], signal.SIGKILL)
             found.close()  # as it does by itself when it has waited long enough
-            list(cluster.run_tasks(found, square, [(2,)], 1, "gone"))
+            list(workers_tasks.run_tasks(found, square, [(2,)], 1, "gone"))
     assert "Traceback" not in capfd.readouterr().err
 
 
@@ -277,32 +282,32 @@ def test_a_pool_that_ends_before_it_is_ready_is_told_at_once(tmp_path):
         os.kill(json.loads(address_file.read_text())["pid"], signal.SIGKILL)
         began = time.monotonic()
         with pytest.raises(MicrotomeError, match="the pool of workers has ended"):
-            cluster._wait_for(address_file)
+            workers_client._wait_for(address_file)
     assert time.monotonic() - began < 10
 
 
 def test_a_pool_that_does_not_start(tmp_path):
     with pytest.raises(MicrotomeError, match="did not start within 0 s"):
-        cluster._wait_for(tmp_path / "absent.json", seconds=0.1)
+        workers_client._wait_for(tmp_path / "absent.json", seconds=0.1)
 
 
 def test_a_pool_that_says_why_it_does_not_start(tmp_path):
     (tmp_path / "pool.json").write_text(json.dumps({"error": "Nanny failed to start."}))
     with pytest.raises(MicrotomeError, match=r"did not start: Nanny failed to start\."):
-        cluster._wait_for(tmp_path / "pool.json")
+        workers_client._wait_for(tmp_path / "pool.json")
 
 
 def test_the_number_of_workers(monkeypatch):
-    assert cluster.workers(Cluster(workers=3)) == 3
-    assert cluster.workers(Cluster()) == len(os.sched_getaffinity(0))
+    assert memory.workers(Cluster(workers=3)) == 3
+    assert memory.workers(Cluster()) == len(os.sched_getaffinity(0))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,2")
-    assert cluster.device() == "cuda"
+    assert devices.device() == "cuda"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert cluster.device() == "cpu"
+    assert devices.device() == "cpu"
 
 
 def test_progress_says_where_it_is(capsys):
-    bar = cluster.Progress("shards", 3)
+    bar = workers_tasks.Progress("shards", 3)
     bar.step(2)
     bar.shown -= 11
     bar.step()

@@ -1,0 +1,122 @@
+"""(To be said.)"""
+
+import ipaddress
+import re
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveInt, StringConstraints, field_validator, model_validator
+
+from pipeline.config.base import Strict
+
+
+class Tls(Strict):
+    """Files that prove who a scheduler, its workers and we are. Only their paths are here, and go into no result."""
+
+    ca: str = Field(description="certificate (PEM) of the authority that signed all others")
+    certificate: str = Field(description="our own, as a client")
+    key: str = Field(description="the private key that goes with it")
+
+
+Directive = Annotated[str, StringConstraints(pattern=r"^-[^\s][^\r\n]*$")]
+
+
+Word = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._,:@+-]*$")]
+
+
+class Slurm(Strict):
+    """With `kind: slurm`: what each job of the queue is. It holds `processes` workers, or with GPUs one."""
+
+    partition: Word | None = Field(None, description="`sbatch -p`")
+    account: Word | None = Field(None, description="`sbatch -A`")
+    walltime: Annotated[str, StringConstraints(pattern=r"^([0-9]+-)?[0-9]+(:[0-9]{2}){0,2}$")] = Field(
+        "24:00:00", description="`sbatch -t`; what a job had not finished when it ends is given to another"
+    )
+    processes: PositiveInt = Field(1, description="workers of one job, all on one node")
+    interface: Word | None = Field(
+        None, description="network that scheduler and workers listen on, `ib0` say; default: that of the host's address"
+    )
+    directives: list[Directive] = Field([], description="more options of `sbatch`, `--constraint=a100` say")
+    wait: PositiveInt = Field(60, description="minutes to wait for the first worker")
+
+
+def _loopback(address: str) -> bool:
+    """Whether host:port is on this machine for certain: no name but `localhost` is looked up."""
+    host = address.rpartition(":")[0].strip("[]")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+class Cluster(Strict):
+    """The workers of a run: processes with one thread each, on this machine or, with the last two kinds, on others."""
+
+    kind: Literal["local", "gpu", "address", "slurm"] = Field(
+        "local", description="on the cores, on the visible GPUs, those of a scheduler that runs, or jobs of a queue"
+    )
+    workers: PositiveInt | None = Field(None, description="default: one a core, or one a GPU; `slurm` has no default")
+    memory: Annotated[str, StringConstraints(pattern=r"^[0-9]+(\.[0-9]+)? ?[kMGT]i?B$")] | None = Field(
+        None, description="that a worker may use, `4 GB` say; default: its share of the machine's"
+    )
+    dashboard: bool = Field(False, description="that of Dask, on 127.0.0.1:8787")
+    gpus: bool = Field(False, description="whether each worker of an `address` or of `slurm` has a GPU")
+    address: str | None = Field(None, description="of a scheduler, `tls://host:8786` say")
+    tls: Tls | None = Field(None, description="what a `tls://` address takes")
+    insecure: bool = Field(
+        False, description="allow a `tcp://` address on another host: whoever reaches that port can run code there"
+    )
+    slurm: Slurm = Field(Slurm(), description="what a job of the queue is")
+
+    @field_validator("address")
+    @classmethod
+    def _plain(cls, address: str | None) -> str | None:
+        # What was found is not said: it may hold a password.
+        if address is not None and "@" in address:
+            raise ValueError("an address holds no user or password: say who we are with `tls`")
+        if address is not None and not re.fullmatch(
+            r"(tls|tcp)://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:]+\]):[0-9]{1,5}", address
+        ):
+            raise ValueError("expected tls://host:port or tcp://host:port")
+        return address
+
+    @model_validator(mode="before")
+    @classmethod
+    def _taken_out(cls, raw: object) -> object:
+        """A profile takes out what a configuration says with null, which Snakemake hands on as a word."""
+        if not isinstance(raw, dict):
+            return raw
+        return {key: value for key, value in raw.items() if value not in (None, "null")}
+
+    @model_validator(mode="after")
+    def _agrees(self) -> "Cluster":
+        if (self.kind == "address") != (self.address is not None):
+            raise ValueError("`kind: address` and `address` go together")
+        if self.address is None and (self.tls is not None or self.insecure):
+            raise ValueError("`tls` and `insecure` are for `kind: address`; jobs of `slurm` get keys of their own")
+        if self.address is not None:
+            scheme, _, host = self.address.partition("://")
+            if (scheme == "tls") != (self.tls is not None):
+                raise ValueError("a `tls://` address and a section `tls` go together")
+            if scheme == "tcp" and not _loopback(host) and not self.insecure:
+                raise ValueError(
+                    "tcp:// to another host: whoever reaches that port can run code there; use tls://, or say "
+                    "`insecure: true`"
+                )
+            if self.dashboard:
+                raise ValueError("dashboard: it belongs to the scheduler of the address, which has its own")
+        if self.kind in ("address", "slurm") and self.memory is None:
+            raise ValueError("memory: say what a worker may use, which cannot be found from here")
+        if self.kind == "slurm" and self.workers is None:
+            raise ValueError("workers: say how many")
+        if self.kind != "slurm" and "slurm" in self.model_fields_set and self.slurm != Slurm():
+            raise ValueError("the section `slurm` is for `kind: slurm`")
+        if self.gpus and self.kind == "local":
+            raise ValueError("gpus: use `kind: gpu`")
+        if self.on_gpus and self.slurm.processes > 1:
+            raise ValueError("slurm.processes: with GPUs a job holds one worker")
+        return self
+
+    @property
+    def on_gpus(self) -> bool:
+        """Whether workers compute on GPUs; on the cores otherwise, and their numbers differ in the last bits."""
+        return self.kind == "gpu" or self.gpus

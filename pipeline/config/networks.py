@@ -1,0 +1,321 @@
+"""(To be said.)"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, Protocol
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
+
+from pipeline.config.base import Kept, Name, Positive, Share, Strict
+from pipeline.config.patterns import fits
+from pipeline.config.recipe import Recipe
+
+RANDOM = "random"
+TRAINED_HERE = "train"
+FROM_RUN = "randomize:"  # before the names of a randomization experiment and of one of its runs
+PRETRAINED = "pretrained"  # the published weights of a library in which they have no names of their own
+LIBRARIES = ("torchvision", "timm", "transformers")
+_SOURCES = "`torchvision: name`, `timm: name`, `transformers: folder or name` and `module: path.py:function`"
+_TORCHVISION_WEIGHTS = re.compile(r"(\w+_Weights\.)?[A-Z][A-Z0-9_]*")
+
+
+class Described(Protocol):
+    """Anything with the fields of a `NetworkSpec`."""
+
+    @property
+    def torchvision(self) -> str | None: ...
+    @property
+    def timm(self) -> str | None: ...
+    @property
+    def transformers(self) -> str | None: ...
+    @property
+    def module(self) -> str | None: ...
+    @property
+    def arguments(self) -> dict[str, Any]: ...
+    @property
+    def weights(self) -> str: ...
+    @property
+    def local(self) -> str | None: ...
+    @property
+    def download(self) -> bool: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def prefix(self) -> str | None: ...
+
+
+class NetworkSpec(BaseModel):
+    """What has to be known to build one network. Exactly one of the libraries and `module` is given."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    torchvision: str | None = Field(None, description="a name that `torchvision.models.get_model` knows")
+    timm: str | None = Field(None, description="a name that `timm.create_model` knows (extra `timm`)")
+    transformers: str | None = Field(
+        None, description="a folder with a config.json, or a name on the hub (extra `transformers`)"
+    )
+    module: str | None = Field(None, description="`path.py:function`; the function returns the network")
+    arguments: dict[str, Any] = Field(
+        default_factory=dict, description="keyword arguments of the builder; for transformers, entries of its config"
+    )
+    weights: str = Field(RANDOM, description="a checkpoint, `random` (the untrained control) or `train` (made here)")
+    local: str | None = Field(
+        None, description="the published file (transformers: folder) itself, where it is not in the library's cache"
+    )
+    download: bool = Field(False, description="fetch published weights that are not on this machine")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="of the initial weights")
+    prefix: str | None = Field(
+        None, description="what every key of the checkpoint starts with and the network's keys do not, `module.` say"
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> NetworkSpec:
+        if sum(value is not None for value in (self.torchvision, self.timm, self.transformers, self.module)) != 1:
+            raise ValueError(f"a network needs exactly one of {_SOURCES}")
+        if self.module is not None:
+            file, colon, function = self.module.rpartition(":")
+            if not (colon and file and function.isidentifier()):
+                raise ValueError(f"module {self.module!r} is not of the form path.py:function")
+        return self
+
+    @model_validator(mode="after")
+    def _weights_of_the_source(self) -> NetworkSpec:
+        if self.weights == PRETRAINED and self.torchvision is not None:
+            raise ValueError(
+                "published weights of torchvision have names: give `weights: DEFAULT` or one of the others"
+            )
+        if self.weights == PRETRAINED and self.module is not None:
+            raise ValueError("a module has no published weights: give a checkpoint as `weights: path`")
+        if self.published and self.prefix is not None:
+            raise ValueError("`prefix` is for a checkpoint of your own; published weights have none")
+        if self.weights.startswith(FROM_RUN) and len(self.run or ()) != 2:
+            raise ValueError(f"weights of a run are named `{FROM_RUN}<experiment>/<run>`, found {self.weights!r}")
+        if self.local is not None and not self.published and self.transformers is None:
+            raise ValueError("`local` goes with published weights: name the file itself as `weights: path`")
+        return self
+
+    @classmethod
+    def of(cls, described: Described) -> NetworkSpec:
+        """The part of a larger description, a network of a configuration say, that builds the network."""
+        if type(described) is cls:
+            return described
+        return cls(**{name: getattr(described, name) for name in cls.model_fields})
+
+    @property
+    def library(self) -> str | None:
+        """The library whose network it is, or None for a module of one's own."""
+        return next((name for name in LIBRARIES if getattr(self, name) is not None), None)
+
+    @property
+    def architecture(self) -> str:
+        """The name by which messages call this network: the library's, or that of the building function."""
+        return self.torchvision or self.timm or self.transformers or self.module_function
+
+    @property
+    def published(self) -> bool:
+        """Whether the weights are those that the library publishes, by name, rather than a file, random or trained."""
+        if self.torchvision is not None:
+            return _TORCHVISION_WEIGHTS.fullmatch(self.weights) is not None
+        return self.module is None and self.weights == PRETRAINED
+
+    @property
+    def run(self) -> tuple[str, ...] | None:
+        """Names of the randomization experiment and of its run that the weights are of; None where they are not."""
+        if not self.weights.startswith(FROM_RUN):
+            return None
+        return tuple(filter(None, self.weights.removeprefix(FROM_RUN).split("/")))
+
+    @property
+    def weights_file(self) -> Path | None:
+        """The checkpoint, or None when the weights are random, trained here, of a run or published."""
+        if self.weights in (RANDOM, TRAINED_HERE) or self.published or self.run is not None:
+            return None
+        return Path(self.weights)
+
+    @property
+    def module_file(self) -> Path | None:
+        return Path(self.module.rpartition(":")[0]) if self.module is not None else None
+
+    @property
+    def module_function(self) -> str:
+        return self.module.rpartition(":")[2] if self.module is not None else ""
+
+
+class Preprocessing(Strict):
+    """x in [0, 1] → (x - mean) / std, for the channels red, green, blue; with one number each, for grey.
+
+    Published weights, timm and transformers state their own mean and std, which then are the default.
+    """
+
+    mean: tuple[float, float, float] | tuple[float] = Field((0.485, 0.456, 0.406), description="those of ImageNet")
+    std: tuple[Positive, Positive, Positive] | tuple[Positive] = Field(
+        (0.229, 0.224, 0.225), description="those of ImageNet"
+    )
+    per_image: bool = Field(
+        False, description="whiten each image by its own mean and deviation instead, as randomization runs do"
+    )
+
+    @model_serializer(mode="wrap")
+    def _only_what_is_said(self, handler: Any) -> dict[str, Any]:
+        """Without `per_image` where it is not used: networks that were made before it keep their ids."""
+        found = handler(self)
+        if not self.per_image:
+            found.pop("per_image", None)  # left out already where defaults are
+        return found
+
+    @property
+    def channels(self) -> int:
+        """1 for a network of grey images, else 3."""
+        return len(self.mean)
+
+    @model_validator(mode="after")
+    def _one_number_a_channel(self) -> Preprocessing:
+        if len(self.mean) != len(self.std):
+            raise ValueError(
+                f"mean has length {len(self.mean)} and std {len(self.std)}: give each three numbers, or one for grey"
+            )
+        return self
+
+
+class Numerics(Strict):
+    """Fixed per network: another value gives other activations in the last bits."""
+
+    micro_batch: PositiveInt = Field(32, description="images of one forward pass; the last one is padded")
+    channels_last: bool = Field(True, description="torch's memory format, the faster one for convolutions")
+
+
+class Train(Strict):
+    """Where and how a network is trained."""
+
+    dataset: Name = Field(description="the data set to train on")
+    split: str = Field("train", description="its images to train on")
+    fraction: Share = Field(
+        1.0, description="of these images, of each class; those of a smaller fraction are among those of a larger one"
+    )
+    recipe: Recipe = Field(Recipe(), description="how it is trained")
+
+
+class Ablate(Strict):
+    """Which units each class depends on: layers whose units are removed, one at a time and in sets."""
+
+    layers: Literal["last"] | Annotated[list[str], Field(min_length=1)] = Field(
+        "last", description="names among the network's `layers`; `last`: the last of them"
+    )
+    replace: Literal["zero", "mean", "shuffled"] = Field(
+        "zero", description="what a removed unit gives: 0, its mean over `rank`, or what it gives for another image"
+    )
+    rank: str = Field("train", description="the split by whose losses units are ranked for each class")
+    judge: str | None = Field(
+        None, description="the split that sets of units are judged on; default: the one that is dissected"
+    )
+    images: PositiveInt | None = Field(None, description="bound on the images of each split; default: all")
+    sizes: Annotated[list[PositiveInt], Field(min_length=1)] = Field(
+        [1, 2, 3, 4, 5, 20, 64, 128, 256, 512, 1024], description="of the sets; those below the layer's units are used"
+    )
+    draws: NonNegativeInt = Field(10, description="random sets of each size, as a control")
+    datasets: list[Name] | None = Field(None, description="on these data sets; default: all of the network's")
+
+    @field_validator("layers")
+    @classmethod
+    def _last_is_no_name(cls, layers: Any) -> Any:
+        if layers == ["last"]:
+            raise ValueError("for the last layer write `layers: last`, without brackets")
+        return layers
+
+
+class Network(NetworkSpec):
+    """A network: how to build it, its weights, and the layers to look at."""
+
+    weights: str = Field(
+        description="a .pt, .pth or .safetensors file, `train`, `random`, published ones: `pretrained` (timm, "
+        "transformers), `DEFAULT` or another name (torchvision), or `randomize:<experiment>/<run>`"
+    )
+    layers: Literal["auto"] | Annotated[list[str], Field(min_length=1)] = Field(
+        "auto", description="names of modules, or patterns such as `layer*`; `auto`: the blocks"
+    )
+    special_tokens: NonNegativeInt | None = Field(None, description="class and register tokens, when not found alone")
+    preprocessing: Preprocessing = Field(Preprocessing(), description="what the network expects of pixels")
+    numerics: Numerics = Field(Numerics(), description="how it is computed")
+    store: Kept | Annotated[dict[str, Kept], Field(min_length=1)] = Field(
+        "full",
+        description="of a layer: `full`; `none`, counted in two forward passes and not stored; `pooled`, without its "
+        "maps and not dissected; or one of these by name or pattern of layers",
+    )
+    train: Train | None = Field(None, description="with `weights: train`, how")
+    datasets: list[Name] | None = Field(None, description="the data sets to dissect it on; default: all")
+    group: Name | None = Field(
+        None, description="networks of one group, seeds or checkpoints say, are shown together with mean and spread"
+    )
+    ablate: Ablate | None = Field(None, description="with this section, units are removed; default: none are")
+
+    @model_validator(mode="after")
+    def _training_together(self) -> Network:
+        if (self.weights == "train") != (self.train is not None):
+            raise ValueError("`weights: train` and a section `train:` go together")
+        return self
+
+    def kept(self, layer: str) -> Kept:
+        """What is kept of a layer: `full` its maps; else the maximum and mean of each, and its special tokens."""
+        if isinstance(self.store, str):
+            return self.store
+        return next((kept for entry, kept in self.store.items() if fits(layer, entry)), "full")
+
+    @property
+    def streams(self) -> bool:
+        """Whether a layer may be dissected without being stored, in two forward passes."""
+        return "none" in ([self.store] if isinstance(self.store, str) else self.store.values())
+
+
+class Head(Strict):
+    """Which output of a segmentation network gives the classes of a category, and what its channels are called."""
+
+    output: str | None = Field(
+        None, description="key of the network's output; default: `out`, `logits`, or the only one"
+    )
+    channels: tuple[NonNegativeInt, NonNegativeInt] | None = Field(
+        None, description="first and last channel of that output, from 0; default: all"
+    )
+    classes: str = Field(
+        description="class list: one name a line, `id name` lines, or a CSV with columns id,name and, if it names the "
+        "classes of several categories, category; or `model`: the names in the config.json of a transformers model"
+    )
+    first: NonNegativeInt = Field(0, description="id, in the class list, of the first channel: 1 for ADE20K's 150")
+    void: list[NonNegativeInt] = Field([], description="ids that mean nothing: background, unlabelled")
+
+    @model_validator(mode="after")
+    def in_order(self) -> Head:
+        if self.channels is not None and self.channels[0] > self.channels[1]:
+            raise ValueError(f"channels: the first, {self.channels[0]}, comes after the last, {self.channels[1]}")
+        return self
+
+
+class Segmenter(NetworkSpec):
+    """A segmentation network as a source of concepts; data sets name it in `concepts`."""
+
+    weights: str = Field(
+        description="a .pt, .pth or .safetensors file, or published ones: `pretrained` (transformers), `DEFAULT` or "
+        "another name (torchvision)"
+    )
+    preprocessing: Preprocessing = Field(Preprocessing(), description="what the network expects of pixels")
+    resize: tuple[PositiveInt, PositiveInt] | None = Field(
+        None, description="height, width that images are resized to for it (bilinear); default: as they are stored"
+    )
+    numerics: Numerics = Field(Numerics(micro_batch=8), description="how it is computed")
+    categories: Annotated[dict[Name, Head], Field(min_length=1)] = Field(description="by name of the category")
+
+    @model_validator(mode="after")
+    def _trained(self) -> Segmenter:
+        if self.weights_file is None and not self.published:
+            raise ValueError(f"weights: {self.weights!r}: a segmenter needs those of a trained network, a file say")
+        return self

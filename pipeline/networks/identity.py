@@ -1,0 +1,35 @@
+"""(To be said.)"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pipeline.config.networks import NetworkSpec
+from pipeline.networks.build import published_file
+from pipeline.networks.published import weight_files
+from pipeline.storage.identity import FileDigests
+
+
+def architecture(spec: NetworkSpec, digests: FileDigests) -> dict[str, Any]:
+    """The builder and its arguments; for a module or a model of transformers, the digest of the file it is made by."""
+    if spec.torchvision is not None:
+        return {"torchvision": spec.torchvision, "arguments": spec.arguments}
+    if spec.timm is not None:
+        return {"timm": spec.timm, "arguments": spec.arguments}
+    if spec.transformers is not None:
+        return {"transformers": digests(published_file(spec) / "config.json"), "arguments": spec.arguments}
+    assert spec.module is not None
+    path, _, function = spec.module.rpartition(":")
+    return {"module": digests(path), "function": function, "arguments": spec.arguments}
+
+
+def weights_digest(spec: NetworkSpec, digests: Callable[[Path], str]) -> str | dict[str, str]:
+    """sha256 of the checkpoint or the published file; where published weights are in several files, of each."""
+    if not spec.published:
+        return digests(Path(spec.weights))
+    path = published_file(spec)
+    if spec.transformers is None:
+        return digests(path)
+    return {file.name: digests(file) for file in weight_files(path)}

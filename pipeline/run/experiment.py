@@ -1,0 +1,76 @@
+"""The configuration as a whole: the core's keys and the sections of the stages in the registry."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError, create_model
+
+from pipeline.config.core import Core
+from pipeline.config.messages import explain
+from pipeline.config.section import Selection
+from pipeline.errors import MicrotomeError, nearest
+from pipeline.plan.stage import Stage
+from pipeline.stages.registry import STAGES
+
+
+def configuration(stages: Iterable[Stage]) -> type[Core]:
+    """Return the model of the configuration that these stages make."""
+    sections = tuple(stage.section for stage in stages if stage.section is not None)
+    fields: dict[str, Any] = {
+        each.key: (each.type, Field(each.default, description=each.description)) for each in sections
+    }
+    model = create_model("Config", __base__=Core, __doc__=Core.__doc__, **fields)
+    model.sections = sections
+    return model
+
+
+Config = configuration(STAGES.values())
+
+
+def parse(raw: Mapping[str, Any]) -> Core:
+    """Validate a configuration; every error names the key, what was found and the nearest known key.
+
+    The key `only` (a name, or several with commas) keeps just these networks or data sets, and what they need.
+    """
+    raw = dict(raw)
+    only = raw.pop("only", None)
+    try:
+        config = Config.model_validate(raw)
+    except ValidationError as error:
+        lines = [explain(item, Config) for item in error.errors(include_url=False)]
+        raise MicrotomeError("the configuration is refused:\n  " + "\n  ".join(lines)) from None
+    return select(config, only) if only is not None else config
+
+
+def load(path: Path) -> Core:
+    """Read a YAML file (data only) and validate it."""
+    import yaml
+
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise MicrotomeError(f"cannot read the configuration {path}: {error}") from error
+    if not isinstance(raw, dict):
+        raise MicrotomeError(f"the configuration {path} is not a mapping of keys")
+    return parse(raw)
+
+
+def select(config: Core, only: str | list[str]) -> Core:
+    """Keep the named networks and data sets; where only one of the two is named, all of the other kind stay."""
+    names = [name.strip() for name in (only.split(",") if isinstance(only, str) else map(str, only))]
+    known = [*config.networks, *config.datasets]
+    for name in names:
+        if name not in known:
+            raise MicrotomeError(f"only={name}: no network or data set has this name{nearest(name, known, 5)}")
+    networks = {k: v for k, v in config.networks.items() if k in names} or dict(config.networks)
+    chosen = [name for name in config.datasets if name in names] or list(config.datasets)
+    networks = {
+        name: network.model_copy(update={"datasets": [d for d in config.datasets_of(network) if d in chosen]})
+        for name, network in networks.items()
+    }
+    selection = Selection(networks, chosen, named=any(name in config.networks for name in names))
+    narrowed = {each.key: each.narrowed(config, config.section(each.key), selection) for each in type(config).sections}
+    return config.model_copy(update={"networks": networks} | narrowed)

@@ -1,0 +1,72 @@
+"""Before any work: have inspected what was not yet, and ask each stage what is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from pipeline.errors import MicrotomeError
+from pipeline.networks import published
+from pipeline.plan import inspected
+from pipeline.plan.inspected import report
+from pipeline.plan.job import Job
+from pipeline.plan.question import Question
+from pipeline.plan.step import Plan
+from pipeline.stages.registry import jobs
+from pipeline.workers import tls
+
+
+def check(plan: Plan, probe: bool = False) -> None:
+    """Inspect what has not been inspected yet; raise `MicrotomeError` that says everything that is wrong.
+
+    With `probe` the speed of networks is measured too, where it is not known.
+    """
+    if plan.config.cluster.tls is not None:
+        tls.check(plan.config.cluster.tls.model_dump())
+    every = list(jobs(plan))
+    asked = [*questions(every), *(speeds(every) if probe else [])]
+    unknown = list({question.kept: question for question in asked if not question.answered}.values())
+    if unknown:
+        report(f"inspecting {', '.join(question.name for question in unknown)}")
+        inspected.ask(unknown)
+        _advise(every, {question.kept for question in unknown})
+    errors = [said for job in every for said in job.stage.check(job)]
+    if errors:
+        raise MicrotomeError("\n  ".join(errors))
+
+
+def questions(every: Iterable[Job]) -> Iterator[Question]:
+    """Return what has to be inspected: networks on their data sets, then what stages ask for."""
+    every = list(every)
+    yield from map(inspected.question, inspected.pairs(every))
+    for job in every:
+        yield from job.stage.questions(job)
+
+
+def speeds(every: Iterable[Job]) -> Iterator[Question]:
+    """Return what has to be timed, for jobs that are not done."""
+    every = [job for job in every if not job.manifest.exists()]
+    for job in every:
+        yield from job.stage.speeds(job)
+    yield from map(inspected.speed_question, inspected.pairs(every))
+
+
+def sizes(plan: Plan) -> list[str]:
+    """Return lines on the layers and parameters of each network, and what stages have to say of their sizes."""
+    every = list(jobs(plan))
+    lines = []
+    for job in inspected.pairs(every):
+        known = inspected.found(job)
+        count = len(known["layers"])
+        layers = [layer["name"] for layer in known["layers"]]
+        named = ", ".join(layers if count <= 4 else [*layers[:2], "...", layers[-1]])
+        lines.append(f"{job.network} on {job.dataset}: {known['parameters']:,} parameters, {count} layers ({named})")
+    return lines + [line for job in every for line in job.stage.sizes(job)]
+
+
+def _advise(every: Iterable[Job], new: set) -> None:
+    """Print what libraries advise on the image sizes of networks that were inspected now."""
+    for job in inspected.pairs(every):
+        if inspected.question(job).kept in new:
+            size = job.parent_job("ingest").settings.size
+            if said := published.advice(job.network_spec, size, job.scratch):
+                report(f"{job.network} on {job.dataset}: {said}")

@@ -1,0 +1,29 @@
+"""What the id of a data set's label maps is made of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import NonNegativeInt
+
+from pipeline.storage.record import Record
+
+
+class ClassList(Record):
+    """The class list of one category of truth: digest of its file, and the values that mean nothing."""
+
+    list: str
+    void: list[NonNegativeInt]
+
+
+class Settings(Record):
+    """Sources of label maps in order, the split that is labelled, the size of the maps, class lists and segmenters.
+
+    A segmenter is what `pipeline.networks.segmenters.settings` says of it.
+    """
+
+    sources: list[str]
+    split: str
+    label_map_size: tuple[int, int] | None
+    classes: dict[str, ClassList] | None = None
+    segmenters: dict[str, dict[str, Any]] | None = None

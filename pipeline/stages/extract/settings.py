@@ -1,0 +1,62 @@
+"""What an extraction's id is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from pipeline.config.base import Kept
+from pipeline.config.datasets import Dissect
+from pipeline.config.networks import Numerics, Preprocessing
+from pipeline.storage.record import Record
+
+THRESHOLDS = 2
+"""The version of thresholds of layers that are not stored. It rises with that of the stage `dissect`."""
+
+
+class Tails(Record):
+    """What the tails of a layer that is not stored depend on beside the layer.
+
+    Attributes
+    ----------
+    size : (height, width) of the label maps, at which positions are counted; None: the images'.
+    version : of the thresholds.
+    """
+
+    quantile: float
+    border: Literal["edge", "zeros"]
+    positions: Literal["upsampled", "native"]
+    size: tuple[int, int] | None
+    version: int
+
+    @classmethod
+    def of(cls, dissect: Dissect, label_map_size: Sequence[int] | None) -> Tails:
+        """Return the settings of the tails, for those of the dissection that they serve."""
+        return cls.read(
+            {key: getattr(dissect, key) for key in ("quantile", "border", "positions")}
+            | {"size": label_map_size, "version": THRESHOLDS}
+        )
+
+    def counted_at(self, layer: tuple[int, int]) -> tuple[int, int]:
+        """Return where positions are counted: at the size of the label maps, or at the layer's own."""
+        assert self.size is not None
+        return self.size if self.positions == "upsampled" else layer
+
+
+class Settings(Record):
+    """Which layers of a network are extracted, how it is computed, and over which images.
+
+    Attributes
+    ----------
+    images : bound on these.
+    store : what is kept of each layer, where it is not `full` for all. tails : of layers that are not stored.
+    """
+
+    layers: str | list[str]
+    special_tokens: int | None
+    preprocessing: Preprocessing
+    numerics: Numerics
+    split: str
+    images: int | None
+    store: Kept | dict[str, Kept] | None = None
+    tails: Tails | None = None

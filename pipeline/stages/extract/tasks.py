@@ -1,0 +1,200 @@
+"""What workers do for the stage `extract`: some shards through the network, and what is kept of each layer written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pipeline.config.networks import Network
+from pipeline.networks.forward import HALF_MAX, Model, forward_in_batches, half, host_buffer, refuse_non_finite, to_host
+from pipeline.networks.prepare import Prepared, forward_need
+from pipeline.stages.extract.layers import Layer
+from pipeline.stages.extract.streaming import Counter, Part, Streamed
+from pipeline.storage.manifest import Files
+from pipeline.workers.tasks import overlapping
+
+if TYPE_CHECKING:
+    import torch
+
+
+REMEDY = "lower `shard_images` of the data set or `numerics.micro_batch` of the network, or name fewer layers"
+
+
+@dataclass
+class Shard:
+    """What one task says of its shard, by layer id: the files written (logits under ""), or the largest value of a
+    layer that did not fit float16, whose shard is then not written."""
+
+    shard: int
+    files: dict[str, Files] = field(default_factory=dict)
+    overflow: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Block:
+    """What one task says of its shards, and the files of the tails that it wrote, by layer id."""
+
+    block: int
+    shards: list[Shard]
+    tails: dict[str, Files]
+
+
+def memory_need(layers: Iterable[Layer], prepared: Prepared, spec: Network, images: int, size: tuple[int, int]) -> int:
+    """Bytes of a task on `images` of a size: the weights as loaded and as used, a forward, and what is kept.
+
+    In a forward without gradients an operation's input, output and workspace live, and an output is divided and halved
+    there. What is kept of outputs is float16, and copied and compressed when it is written.
+    """
+    layers = list(layers)
+    maps = [0 if layer.pooled else math.prod(layer.info.shape) for layer in layers]
+    beside = sum(layer.info.shape[0] * (2 * layer.info.special + 8) for layer in layers)
+    pixels = 3 * size[0] * size[1]
+    outputs = images * (pixels + beside + 2 * sum(maps) + 4 * max(maps, default=0))
+    return forward_need(prepared, spec, size) + outputs
+
+
+@overlapping
+def extract_block(
+    model: Model,
+    images: Path,
+    block: int,
+    parts: list[tuple[Part, np.ndarray, list[Layer], Path | None]],
+    streamed: list[Streamed],
+) -> Block:
+    """On a worker: some shards, one after the other, and the tails of layers over all of them."""
+    counters = {layer.info.name: Counter(layer) for layer in streamed}
+    done = Block(block, [], {})
+    for part, shown, layers, logits in parts:
+        for counter in counters.values():
+            counter.begin(part, shown)
+        done.shards.append(extract_shard(model, images, part.files, part.shard, part.bounds, layers, logits, counters))
+    beyond = {id for shard in done.shards for id in shard.overflow}
+    for counter in counters.values():
+        if counter.layer.id not in beyond:
+            done.tails[counter.layer.id] = counter.write(block)
+    return done
+
+
+def extract_shard(
+    model: Model,
+    images: Path,
+    files: Files,
+    shard: int,
+    bounds: tuple[int, int],
+    layers: list[Layer],
+    logits: Path | None,
+    counters: Mapping[str, Counter] | None = None,
+) -> Shard:
+    """On a worker: one shard through the network, in micro-batches of fixed size, and its files written.
+
+    Every image of the shard goes through, so the micro-batches are the same whichever images count; slots without a
+    valid image are black. `counters` get the outputs of the layers of their names too.
+    """
+    import torch
+
+    from pipeline.storage.store import Reader, remove, write
+
+    start, stop = bounds
+    pixels = torch.from_numpy(Reader(images, files)["image"][start:stop])
+    counting = dict(counters or {})
+    kept = {layer.name: Kept.empty(layer, len(pixels), counting.pop(layer.name, None)) for layer in layers}
+    for name, counter in counting.items():  # of which all else is there
+        uncounted = counter.layer
+        unwritten = Layer(uncounted.id, Path(), uncounted.info, uncounted.scale, pooled=True)
+        kept[name] = Kept.empty(unwritten, len(pixels), counter)
+    head = forward_in_batches(model, pixels, list(kept), lambda name, at, output: kept[name].take(at, output))
+    done = Shard(shard)
+    written = {layer.name for layer in layers}
+    for name in list(kept):
+        one = kept.pop(name)
+        layer = one.layer
+        refuse_non_finite(one.largest, layer.name, start)
+        largest = float(one.largest.amax())
+        if largest > HALF_MAX * layer.scale:
+            done.overflow[layer.id] = largest
+            continue
+        if name not in written:
+            continue
+        done.files[layer.id] = write(layer.store, one.values(start))
+        if layer.pooled:
+            # Maps of other images, which the ledger no longer knows.
+            remove(layer.store, f"activation/c/{shard}/0/0/0")
+    if logits is not None:
+        assert head is not None
+        refuse_non_finite(head, "logits", start)
+        done.files[""] = write(logits, {"logits": ((start, 0), head.numpy())})
+    return done
+
+
+@dataclass
+class Kept:
+    """What a shard keeps of a layer, taken from its output as soon as that is ready: a forward holds no outputs.
+
+    `maps` (image, unit, y, x) and `special` (image, token, unit) are float16, divided by the layer's scale; None where
+    there are none to keep. `maximum`, `mean` (image, unit) and `largest` (image), the largest absolute value, are
+    float32 and not divided. `counter` counts the maps of a layer that is not stored.
+    """
+
+    layer: Layer
+    maps: torch.Tensor | None
+    special: torch.Tensor | None
+    maximum: torch.Tensor
+    mean: torch.Tensor
+    largest: torch.Tensor
+    counter: Counter | None = None
+
+    @classmethod
+    def empty(cls, layer: Layer, count: int, counter: Counter | None = None) -> Kept:
+        import torch
+
+        units, height, width = layer.info.shape
+        special = layer.info.special
+        return cls(
+            layer,
+            None if layer.pooled else host_buffer((count, units, height, width), torch.float16),
+            host_buffer((count, special, units), torch.float16) if special else None,
+            host_buffer((count, units), torch.float32),
+            host_buffer((count, units), torch.float32),
+            host_buffer((count,), torch.float32),
+            counter,
+        )
+
+    def take(self, at: int, output: torch.Tensor) -> None:
+        """The output for the images of the shard from `at` on."""
+        import torch
+
+        from pipeline.networks.layers import to_maps
+
+        maps, special = to_maps(output.float(), self.layer.info)
+        part = slice(at, at + len(output))
+        maximum = maps.amax((2, 3))
+        to_host(maximum, self.maximum[part])
+        to_host(maps.mean((2, 3)), self.mean[part])
+        # NaN and infinity come through: `isfinite` on every value takes longer than all the rest.
+        largest = torch.maximum(maximum, -maps.amin((2, 3))).amax(1)
+        if self.maps is not None:
+            to_host(half(maps, self.layer.scale), self.maps[part])
+        if special is not None and self.special is not None:
+            largest = torch.maximum(largest, special.abs().amax((1, 2)))
+            to_host(half(special, self.layer.scale), self.special[part])
+        to_host(largest, self.largest[part])
+        # What is not finite or too large is not counted: the shard is refused, or the layer scaled and counted again.
+        if self.counter is not None and bool((largest <= HALF_MAX * self.layer.scale).all()):
+            self.counter.take(at, maps)
+
+    def values(self, start: int) -> dict[str, tuple[tuple[int, ...], np.ndarray]]:
+        """The blocks to write, for a shard that begins with image `start`."""
+        found: dict[str, tuple[tuple[int, ...], np.ndarray]] = {
+            "maximum": ((start, 0), self.maximum.numpy()),
+            "mean": ((start, 0), self.mean.numpy()),
+        }
+        if self.maps is not None:
+            found["activation"] = ((start, 0, 0, 0), self.maps.numpy())
+        if self.special is not None:
+            found["special"] = ((start, 0, 0), self.special.numpy())
+        return found

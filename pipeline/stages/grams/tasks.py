@@ -1,0 +1,91 @@
+"""What workers do for the stage `grams`: one minibatch through a network, and the Gram matrices of its layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.data.minibatches import Minibatch
+from pipeline.errors import MicrotomeError
+from pipeline.networks.features import Entry, grams_of, images_of, naming_slots
+from pipeline.networks.forward import Model, loaded, network_of, platform_numerics
+from pipeline.networks.layer import LayerInfo
+from pipeline.storage.store import StoreRef
+from pipeline.workers.resumable import Done
+
+GRAMS = "grams"  # the store, as `Done` names it
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a network says of itself: its layers in execution order, the id of each, and what a forward takes."""
+
+    layers: list[LayerInfo]
+    ids: dict[str, str]
+    parameters: int
+    largest: int
+
+
+def prepare(
+    model: Model, size: tuple[int, int], wanted: str | Sequence[str], special: int | None, version: int
+) -> Prepared:
+    """On a worker: resolve a network's layers, and compute their ids, of all that their outputs depend on."""
+    from pipeline.networks.layer_id import layer_ids
+    from pipeline.networks.layers import choose, survey
+
+    spec = model.spec
+    shape = (spec.preprocessing.channels, *size)
+    network = loaded(model)
+    surveyed = survey(network, shape, special)
+    infos = choose(network, surveyed, wanted, model.name)
+    numerics = spec.numerics.model_dump(exclude={"micro_batch"}) | platform_numerics(version)
+    preprocessing = spec.preprocessing.model_dump() | {"size": list(size)}
+    ids = layer_ids(network, infos, preprocessing, numerics, shape)
+    return Prepared(infos, ids, sum(each.numel() for each in network.parameters()), surveyed.largest)
+
+
+def entries_of(layers: Sequence[LayerInfo], features: Sequence[str]) -> list[Entry]:
+    """Return the rows of the store, layers in execution order.
+
+    Features that a layer lacks, or that are its whole output, are left out.
+    """
+    found = []
+    for info in layers:
+        has = {"whole": True, "class_token": info.special > 0, "spatial": info.special > 0, "pooled": info.spatial}
+        found += [Entry(info, each) for each in features if has[each]]
+    if not found:
+        raise MicrotomeError(
+            f"similarity.features: none of its layers has {' or '.join(features)}: `whole` every layer has"
+        )
+    return found
+
+
+def memory_need(parameters: int, largest: int, images: int, layers: int, size: tuple[int, int]) -> int:
+    """Estimate the bytes of a task: the weights, a forward of the minibatch without gradients, the Gram matrices."""
+    return 12 * parameters + 4 * images * (3 * size[0] * size[1] + 4 * largest) + 16 * images**2 * layers
+
+
+def keep_grams(
+    model: Model,
+    pixels: StoreRef,
+    part: str,
+    batch: Minibatch,
+    entries: Sequence[Entry],
+    size: int,
+    store: Path,
+) -> Done:
+    """On a worker: put one minibatch through the network once, and write the Gram matrices of its layers, packed."""
+    from pipeline.storage.store import write
+
+    with naming_slots(batch):
+        packed = grams_of(network_of(model), images_of(batch, pixels, model), entries)
+    pairs = size * (size + 1) // 2
+    row = np.full((1, len(entries), pairs), np.nan)
+    row[0, :, : packed.shape[1]] = packed
+    slots = np.full((1, size), -1)
+    slots[0, : len(batch.images)] = batch.images
+    number = int(part)
+    return Done(part, {GRAMS: write(store, {"gram": ((number, 0, 0), row), "image": ((number, 0), slots)})})

@@ -1,0 +1,26 @@
+"""What the id of an ingested data set is made of; `pipeline.data.kinds.settings` gives it."""
+
+from __future__ import annotations
+
+from pipeline.storage.record import Record
+
+
+class Settings(Record):
+    """The snapshot of a data set's listing, and how an image becomes an array.
+
+    Attributes
+    ----------
+    listing : digest of all that is listed. images : how many. size : (height, width). source : where they come from.
+    scenes : version of the drawn scenes. geometry, max_pixels : how a file is decoded. array : of an npz.
+    """
+
+    kind: str
+    listing: str
+    images: int
+    size: tuple[int, int]
+    shard_images: int
+    source: str
+    scenes: int | None = None
+    geometry: str | None = None
+    max_pixels: int | None = None
+    array: str | None = None

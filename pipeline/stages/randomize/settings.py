@@ -1,0 +1,168 @@
+"""Settings of the stage `randomize`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
+
+from pipeline.config.base import Name, Positive, Share, Strict
+from pipeline.config.networks import FROM_RUN, Network, NetworkSpec
+from pipeline.config.section import Section, Selection
+from pipeline.errors import nearest
+
+if TYPE_CHECKING:
+    from pipeline.config.core import Core
+
+Corruption = Literal["true_labels", "corrupted_labels", "random_labels", "shuffled_pixels", "random_pixels", "gaussian"]
+
+
+class Fitting(Strict):
+    """How a run is trained. What a run leaves out its network says, then the experiment, then the paper."""
+
+    epochs: PositiveInt | None = Field(None, description="passes over the images; 100")
+    until_fitted: bool | None = Field(
+        None, description="end with the first epoch that predicted every training image right; false"
+    )
+    batch_size: PositiveInt | None = Field(None, description="images of a step; 128")
+    learning_rate: Positive | None = Field(None, description="of the first epoch; 0.01")
+    decay: Share | None = Field(None, description="factor of the learning rate after each epoch; 0.95")
+    momentum: Annotated[float, Field(ge=0, lt=1)] | None = Field(None, description="of SGD; 0.9")
+    weight_decay: NonNegativeFloat | None = Field(None, description="of matrices and filters; 0")
+    random_crop: bool | None = Field(
+        None, description="a window of each image at random in place of the one in its centre; false"
+    )
+    dropout: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        None, description="share that the network's modules of dropout drop; default: as it is built"
+    )
+
+
+FITTING: dict[str, Any] = {
+    "epochs": 100,
+    "until_fitted": False,
+    "batch_size": 128,
+    "learning_rate": 0.01,
+    "decay": 0.95,
+    "momentum": 0.9,
+    "weight_decay": 0.0,
+    "random_crop": False,
+    "dropout": None,
+}
+
+
+class RunNetwork(NetworkSpec, Fitting):
+    """A network that runs train from random weights, and what of `Fitting` holds for all of its runs."""
+
+    @model_validator(mode="after")
+    def _from_random_weights(self) -> "RunNetwork":
+        for key in ("weights", "local", "download", "seed", "prefix"):
+            if getattr(self, key) != NetworkSpec.model_fields[key].default:
+                raise ValueError(f"leave out `{key}`: runs begin with random weights, from the run's seed")
+        return self
+
+
+class NoiseRun(Fitting):
+    """One training: a network, what it is to fit, and how."""
+
+    network: Name = Field(description="one of the experiment's `networks`")
+    corruption: Corruption = Field("true_labels", description="what is done to the training images or labels")
+    share: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        None, description="with `corrupted_labels`: the probability of each label to be drawn at random"
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
+        0, description="of the first weights, the corruption and the order of the images"
+    )
+
+    @model_validator(mode="after")
+    def _share_goes_with_corrupted_labels(self) -> "NoiseRun":
+        if (self.corruption == "corrupted_labels") != (self.share is not None):
+            raise ValueError("`corruption: corrupted_labels` and `share` go together")
+        return self
+
+
+class Randomize(Fitting):
+    """How easily networks fit noise: runs on true labels, on corrupted ones, and on images without meaning."""
+
+    dataset: Name = Field(description="the data set")
+    split: str = Field("train", description="its images to train on")
+    test: str = Field("validation", description="its images to test on, whose labels stay true")
+    images: PositiveInt | None = Field(None, description="the first so many of `split`; default: all")
+    test_images: PositiveInt | None = Field(None, description="the first so many of `test`; default: all")
+    crop: PositiveInt = Field(28, description="height and width of what networks see of an image")
+    networks: Annotated[dict[Name, RunNetwork], Field(min_length=1)] = Field(description="by name")
+    runs: Annotated[dict[Name, NoiseRun], Field(min_length=1)] = Field(description="by name")
+    checkpoint_seconds: NonNegativeFloat = Field(15, description="between two checkpoints of a run")
+    together: PositiveInt = Field(4, description="runs side by side on one GPU; on a core there is one")
+
+    @model_validator(mode="after")
+    def _known_networks(self) -> "Randomize":
+        for name, run in self.runs.items():
+            if run.network not in self.networks:
+                raise ValueError(f"runs.{name}: no network {run.network!r}{nearest(run.network, self.networks)}")
+        if self.split == self.test:
+            raise ValueError(f"split and test are both {self.split!r}: runs are to be tested on other images")
+        return self
+
+    def fitting(self, name: str) -> dict[str, Any]:
+        """Every key of `Fitting` for a run, with the value that holds."""
+        run = self.runs[name]
+        levels = (run, self.networks[run.network], self)
+        return {
+            key: next((value for level in levels if (value := getattr(level, key)) is not None), default)
+            for key, default in FITTING.items()
+        }
+
+
+Experiments = dict[Name, Randomize]
+
+
+def check(core: Core, section: Experiments) -> None:
+    """Raise `ValueError` where an experiment's data set, or the run whose weights a network takes, is not there."""
+    for name, asked in section.items():
+        if asked.dataset not in core.datasets:
+            known = nearest(asked.dataset, core.datasets)
+            raise ValueError(f"randomize.{name}: no data set {asked.dataset!r}{known}")
+    for name, network in core.networks.items():
+        if network.run is not None:
+            _of_a_run(section, f"network {name!r}", network, *network.run)
+
+
+def _of_a_run(section: Experiments, who: str, network: Network, experiment: str, run: str) -> None:
+    """A network with the weights of a run is that run's network, and sees images as the run did."""
+    if experiment not in section:
+        raise ValueError(f"{who}: weights: `randomize` has no experiment {experiment!r}{nearest(experiment, section)}")
+    asked = section[experiment]
+    if run not in asked.runs:
+        raise ValueError(f"{who}: weights: randomize.{experiment} has no run {run!r}{nearest(run, asked.runs)}")
+    own = asked.networks[asked.runs[run].network]
+    for key in ("torchvision", "timm", "transformers", "module", "arguments"):
+        if getattr(network, key) != getattr(own, key):
+            raise ValueError(
+                f"{who}: {key} is {getattr(network, key)!r}, and that of {FROM_RUN}{experiment}/{run} is "
+                f"{getattr(own, key)!r}: describe the run's network"
+            )
+    if not network.preprocessing.per_image:
+        raise ValueError(f"{who}: runs whiten each image by itself: give `preprocessing: {{per_image: true}}`")
+
+
+def narrowed(core: Core, section: Experiments, selection: Selection) -> Experiments:
+    """Return the experiments on the data sets that stay, and those whose weights a network takes.
+
+    Named networks need no others.
+    """
+    needed = {network.run[0] for network in selection.networks.values() if network.run is not None}
+    return {
+        name: asked
+        for name, asked in section.items()
+        if name in needed or (asked.dataset in selection.datasets and not selection.named)
+    }
+
+
+SECTION = Section(
+    "randomize",
+    Experiments,
+    "how easily networks fit noise; experiments by name",
+    default={},
+    check=check,
+    narrowed=narrowed,
+)

@@ -1,0 +1,87 @@
+"""The loop over what is left to do: parts of stores that a ledger holds are done, the others are tasks.
+
+A part is most often a shard. One task makes it for every store that lacks it, and each store's ledger records it as
+soon as its files are in place: an interrupted run goes on after the last part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.storage.manifest import Files
+from pipeline.storage.store import Ledger
+from pipeline.workers.tasks import run_tasks
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a task returns: the files that it wrote of a part, by store, and facts for their ledgers' entries.
+
+    `facts` are those of every entry, `own` those of single stores.
+    """
+
+    part: str
+    files: Mapping[str, Files]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    own: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+class Parts:
+    """A store with the id of each of its parts: the digest of what the part is made from.
+
+    Stores of several kinds of parts share a ledger: `suffix` then tells their keys in it apart.
+    """
+
+    def __init__(self, store: Path, ids: Mapping[str, str], ledger: Ledger | None = None, suffix: str = "") -> None:
+        self.store, self.ids, self.suffix = store, ids, suffix
+        self.ledger = Ledger(store.with_suffix(".ledger")) if ledger is None else ledger
+
+    def missing(self) -> list[str]:
+        """Return the parts that the store lacks, or that were made from something else."""
+        return [part for part, id in self.ids.items() if self.ledger.get(part + self.suffix, id, self.store) is None]
+
+    def record(self, part: str, files: Files, **facts: Any) -> None:
+        self.ledger.record(part + self.suffix, self.ids[part], files, **facts)
+
+    def files(self) -> Files:
+        """Return all chunk files of the parts with size and crc32c."""
+        return self.ledger.files(part + self.suffix for part in self.ids)
+
+    def entries(self) -> dict[str, dict[str, Any]]:
+        """Return the ledger's entry of each part."""
+        return {part: self.ledger.entries[part + self.suffix] for part in self.ids}
+
+
+def lacking(stores: Mapping[str, Parts]) -> dict[str, list[str]]:
+    """Return the parts that some store lacks, in their order, each with the names of these stores."""
+    found: dict[str, list[str]] = {part: [] for parts in stores.values() for part in parts.ids}
+    for name, parts in stores.items():
+        for part in parts.missing():
+            found[part].append(name)
+    return {part: names for part, names in found.items() if names}
+
+
+def resumed(
+    client: Any,
+    task: Callable[..., Done],
+    stores: Mapping[str, Parts],
+    arguments: Callable[[str, list[str]], tuple],
+    label: str,
+    remedy: str = "lower `shard_images` of the data set",
+) -> set[str]:
+    """Do every part that some store lacks, and record it; return the parts that were done now.
+
+    Parameters
+    ----------
+    task : on a worker, given `arguments(part, names)`, where `names` are those of the stores that lack the part.
+    remedy : what to lower where memory lacks.
+    """
+    left = lacking(stores)
+    tasks: Iterable[tuple] = (arguments(part, names) for part, names in left.items())
+    for done in run_tasks(client, task, tasks, len(left), label, remedy):
+        for name, files in done.files.items():
+            stores[name].record(done.part, files, **done.facts, **done.own.get(name, {}))
+    return set(left)

@@ -1,0 +1,137 @@
+"""(To be said.)"""
+
+import math
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from pipeline.errors import MicrotomeError
+
+REFRESH = 1.0  # seconds after which a client asks again how many workers there are: the answer grows with their number
+
+
+IN_FLIGHT = 4  # tasks a worker that are submitted at a time
+
+
+def run_tasks(
+    client: Any,
+    function: Callable[..., Any],
+    tasks: Iterable[tuple],
+    total: int,
+    label: str,
+    remedy: str = "lower `shard_images` of the data set",
+) -> Iterator[Any]:
+    """Run `function(*task)` for every task on the workers and yield the results as they come, in any order.
+
+    Only a few tasks a worker are in flight at a time, so neither the scheduler nor the results pile up. A task whose
+    worker dies is given to another one. The first error cancels what is left and is raised here; where memory lacked,
+    `remedy` says what to lower.
+    """
+    from distributed import KilledWorker, as_completed
+
+    tasks = iter(tasks)
+    bar = Progress(label, total)
+    queue: Any = as_completed(loop=client.loop)
+    pending, room, asked = 0, 0, -math.inf
+
+    def submit() -> int:
+        task = next(tasks, None)
+        if task is None:
+            return 0
+        if function in OVERLAPPING:
+            queue.add(client.submit(function, *task, pure=False))
+        else:
+            queue.add(client.submit(alone, function, *task, pure=False))
+        return 1
+
+    try:
+        while True:
+            # Counted again and again: the first tasks of a run begin when one worker is there, and others join.
+            if time.monotonic() - asked > REFRESH:
+                asked, room = time.monotonic(), IN_FLIGHT * workers_of(client)
+            pending += sum(submit() for _ in range(room - pending))
+            if not pending:
+                break
+            future = next(queue)
+            try:
+                result = future.result()
+            except KilledWorker as error:
+                raise MicrotomeError(
+                    f"{label}: of {error.allowed_failures + 1} workers each died while computing one task: it needs "
+                    f"more memory than a worker may use ({remedy}, or raise `cluster.memory`), or native code crashes"
+                ) from None
+            except Exception as error:
+                if not _lacks_memory(error):
+                    raise
+                raise MicrotomeError(
+                    f"{label}: out of memory ({error}): {remedy}, or lower `cluster.workers`"
+                ) from error
+            future.release()
+            pending -= 1
+            bar.step()
+            yield result
+    finally:
+        bar.close()
+        for future in list(queue.futures):
+            future.cancel()
+
+
+computing = threading.RLock()
+"""On a worker: held by whoever computes on its device. Networks are shared by its threads, with hooks on them."""
+
+
+OVERLAPPING: set[Callable[..., Any]] = set()
+
+
+def overlapping(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Mark a task that itself holds `computing` where it computes, so that others read and write beside it."""
+    OVERLAPPING.add(function)
+    return function
+
+
+def alone(function: Callable[..., Any], *task: Any) -> Any:
+    """On a worker: a task during which no other computes."""
+    with computing:
+        return function(*task)
+
+
+def _lacks_memory(error: Exception) -> bool:
+    """Whether numpy or torch could not allocate: torch's allocator on the CPU has no exception of its own."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+    )
+
+
+def workers_of(client: Any) -> int:
+    """How many workers a client has, at least 1; a client whose pool is gone does not know of any."""
+    return max(1, len(client.scheduler_info(n_workers=-1).get("workers", ())))
+
+
+class Progress:
+    """A progress line on stderr: redrawn in a terminal, a few lines elsewhere."""
+
+    def __init__(self, label: str, total: int) -> None:
+        self.label, self.total, self.done, self.last = label, total, 0, -1
+        self.start = self.shown = time.monotonic()
+        self.live = sys.stderr.isatty()
+
+    def step(self, count: int = 1) -> None:
+        self.done += count
+        now = time.monotonic()
+        if now - self.shown > (0.2 if self.live else 10):
+            self.shown = now
+            self._show("\r" if self.live else "", "" if self.live else "\n")
+
+    def close(self) -> None:
+        if self.done and (self.live or self.last < self.done):
+            self._show("\r" if self.live else "", "\n")
+
+    def _show(self, head: str, tail: str) -> None:
+        self.last = self.done
+        spent = time.monotonic() - self.start
+        sys.stderr.write(f"{head}  {self.label}: {self.done}/{self.total}, {spent:.0f} s{tail}")
+        sys.stderr.flush()
