@@ -11,7 +11,7 @@ demo: $(VENV)/installed ## Install, run CONFIG (default: config/config.yaml), an
 	@test -r '$(CONFIG)' || { echo 'error: no configuration file $(CONFIG)' >&2; exit 1; }
 	@$(BIN)/snakemake --configfile $(CONFIG) --quiet reason host
 
-test: $(VENV)/installed
+test: $(VENV)/installed ## Run the tests
 	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/installed ## Check formatting, style, types and the workflow

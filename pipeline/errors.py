@@ -1,4 +1,4 @@
-"""Errors that a user can act on."""
+"""Errors that users can act on."""
 
 import contextlib
 import difflib
@@ -17,12 +17,12 @@ ADVICE = {
 
 
 class MicrotomeError(Exception):
-    """An error whose message says what was found, what was expected, and what to do; no traceback is needed."""
+    """An error whose message says what was found, what was expected, and what to do; it needs no traceback."""
 
 
 @contextlib.contextmanager
 def about(what: str) -> Iterator[None]:
-    """Errors within are about this part of the configuration, and say so."""
+    """Prefix errors raised inside the block with the part of the configuration that they concern."""
     try:
         yield
     except MicrotomeError as error:
@@ -32,12 +32,12 @@ def about(what: str) -> Iterator[None]:
 
 
 def nearest(name: str, known: Iterable[str], n: int = 3) -> str:
-    """`; nearest: a, b, c` for an unknown name, or an empty string when nothing comes close."""
+    """Return `; nearest: a, b, c` for an unknown name, or an empty string if nothing comes close."""
     found = difflib.get_close_matches(name, list(known), n=n, cutoff=0.5)
     return f"; nearest: {', '.join(found)}" if found else ""
 
 
 def explained(error: OSError) -> str | None:
-    """What the machine refused and what to do about it, with the file; None for an error of another kind."""
+    """Return what the machine refused and what to do about it, with the file; None for other kinds of error."""
     advice = ADVICE.get(error.errno or 0)
     return f"{error.filename}: {advice}" if advice and error.filename else advice

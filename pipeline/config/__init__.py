@@ -1,1 +1,1 @@
-"""The configuration's sections, each a strict model."""
+"""The sections of the configuration, each a strict model."""

@@ -1,4 +1,4 @@
-"""Generate `config/README.md` and `config/schema.json`: the program is `pipeline.run.config_docs`, further up."""
+"""Generate `config/README.md` and `config/schema.json` by running `pipeline.run.config_docs`, a layer further up."""
 
 import runpy
 

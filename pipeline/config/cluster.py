@@ -1,4 +1,4 @@
-"""(To be said.)"""
+"""The section `cluster`: workers, their scheduler, TLS files and SLURM jobs."""
 
 import ipaddress
 import re
@@ -40,7 +40,7 @@ class Slurm(Strict):
 
 
 def _loopback(address: str) -> bool:
-    """Whether host:port is on this machine for certain: no name but `localhost` is looked up."""
+    """Return whether host:port is certainly on this machine; `localhost` is the only name that counts."""
     host = address.rpartition(":")[0].strip("[]")
     try:
         return ipaddress.ip_address(host).is_loopback
@@ -70,7 +70,7 @@ class Cluster(Strict):
     @field_validator("address")
     @classmethod
     def _plain(cls, address: str | None) -> str | None:
-        # What was found is not said: it may hold a password.
+        # Do not repeat the address: it may hold a password.
         if address is not None and "@" in address:
             raise ValueError("an address holds no user or password: say who we are with `tls`")
         if address is not None and not re.fullmatch(
@@ -82,7 +82,7 @@ class Cluster(Strict):
     @model_validator(mode="before")
     @classmethod
     def _taken_out(cls, raw: object) -> object:
-        """A profile takes out what a configuration says with null, which Snakemake hands on as a word."""
+        """Drop null values: a profile removes a setting with null, which Snakemake passes on as a word."""
         if not isinstance(raw, dict):
             return raw
         return {key: value for key, value in raw.items() if value not in (None, "null")}
@@ -118,5 +118,5 @@ class Cluster(Strict):
 
     @property
     def on_gpus(self) -> bool:
-        """Whether workers compute on GPUs; on the cores otherwise, and their numbers differ in the last bits."""
+        """Return whether workers compute on GPUs; results on CPU cores differ in the last bits."""
         return self.kind == "gpu" or self.gpus

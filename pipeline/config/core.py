@@ -1,8 +1,7 @@
-"""The configuration without the stages' sections: one strict model, which refuses unknown keys and wrong values and
-names the nearest ones.
+"""The configuration without the stages' sections: one strict model.
 
-`pipeline.run.experiment` adds the sections. `python -m pipeline.config` generates `config/README.md` and
-`config/schema.json` from these classes.
+It refuses unknown keys and wrong values, and names the nearest ones. `pipeline.run.experiment` adds the sections.
+`python -m pipeline.config` generates `config/README.md` and `config/schema.json` from these classes.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ class Core(Strict):
     """One experiment."""
 
     sections: ClassVar[tuple[Section, ...]] = ()
-    """Those that the model has beside the keys here."""
+    """The sections that the model has in addition to the keys below."""
 
     name: Name = Field(description="the report is written to report/<name>")
     results: str = Field("results", description="folder of all results; several experiments may share it")
@@ -48,24 +47,24 @@ class Core(Strict):
     figures: Figures = Field(Figures(), description="the figures in them")
 
     def section(self, key: str) -> Any:
-        """Return the section of a stage by its key; its default where the configuration does not have it."""
+        """Return the section of a stage by its key, or its default if the configuration has none."""
         return getattr(self, key)
 
     def with_controls(self) -> list[str]:
-        """Return the names of all networks, each followed by that of its untrained control where it has one."""
+        """List the names of all networks, each followed by its untrained control if it has one."""
         found = []
         for name, network in self.networks.items():
             found += [name] if network.weights == "random" else [name, name + UNTRAINED]
         return found
 
     def datasets_of(self, network: Network) -> list[str]:
-        """Return the data sets that a network is dissected on."""
+        """List the data sets that a network is dissected on."""
         return network.datasets if network.datasets is not None else list(self.datasets)
 
     @field_validator("stores")
     @classmethod
     def _place(cls, value: str | None) -> str | None:
-        if value is not None and not URL.fullmatch(value):  # not told: it may hold a secret
+        if value is not None and not URL.fullmatch(value):  # do not repeat it: it may hold a secret
             raise ValueError("it is not of the form s3://bucket or s3://bucket/prefix; credentials are no part of it")
         return value
 

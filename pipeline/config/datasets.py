@@ -1,4 +1,4 @@
-"""(To be said.)"""
+"""The section `datasets`: the kinds of data sets, and the settings of the dissection."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Dissect(Strict):
     split: str = Field("validation", description="the images that thresholds and IoU are counted over")
 
     def resolved(self) -> Dissect:
-        """Return every setting with its value, the preset's where none is given."""
+        """Return the settings with every value filled in, from the preset if none is given."""
         preset = PRESETS[self.method]
         return self.model_copy(update={key: value for key, value in preset.items() if getattr(self, key) is None})
 
@@ -52,7 +52,7 @@ CONCEPTS = (
 
 
 class Dataset(Strict):
-    """What every kind of data set has."""
+    """The keys that every kind of data set has."""
 
     has_truth: ClassVar[bool] = False  # whether it comes with label maps
 
@@ -105,7 +105,7 @@ class Split(Strict):
 
 
 class Images(Dataset):
-    """What data sets of images have, in files of their own or not."""
+    """The keys of data sets of images, in files of their own or not."""
 
     resize: PositiveInt | Squash | None = Field(None, description="length of the short side, or squash, or none")
     crop: PositiveInt | None = Field(None, description="centre crop after the resize")
@@ -113,7 +113,7 @@ class Images(Dataset):
 
 
 class Files(Images):
-    """What data sets of image files have."""
+    """The keys of data sets of image files."""
 
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = Field(
         0.01, description="a larger share of refused images stops the stage"

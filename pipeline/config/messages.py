@@ -1,4 +1,4 @@
-"""What a person reads of a configuration that is refused."""
+"""Error messages for a configuration that is refused."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, get_args
@@ -12,7 +12,7 @@ from pipeline.errors import nearest
 
 
 def explain(item: Any, root: type[BaseModel]) -> str:
-    """Return one error of pydantic's, with the key of the model `root` that it is about and what to do."""
+    """Return a message for one pydantic error: which key of the model `root` it concerns, and what to do."""
     location = [str(part) for part in item["loc"]]
     where = ".".join(location) or "the top level"
     if item["type"] == "extra_forbidden":
@@ -38,7 +38,7 @@ def _list(names: Iterable[str]) -> str:
 
 
 def _keys_at(location: Sequence[str], root: type[BaseModel]) -> set[str]:
-    """The keys of the section that a location is in; names that the user gave are passed over."""
+    """Return the keys of the section that contains a location, skipping names that the user chose."""
     sections: list[type[BaseModel]] = [root]
     for part in location[:-1]:
         fields = (section.model_fields[part] for section in sections if part in section.model_fields)
@@ -47,7 +47,7 @@ def _keys_at(location: Sequence[str], root: type[BaseModel]) -> set[str]:
 
 
 def _models(annotation: Any) -> Iterator[type[BaseModel]]:
-    """The sections in a type: of a dictionary's values, of each choice of a union."""
+    """Yield the sections in a type: of a dictionary's values, of each member of a union."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for part in get_args(annotation):
@@ -55,7 +55,7 @@ def _models(annotation: Any) -> Iterator[type[BaseModel]]:
 
 
 def known_keys() -> set[str]:
-    """Every key of every section."""
+    """Return every key of every section."""
     sections: list[type[BaseModel]] = [Strict, NetworkSpec]
     keys: set[str] = set()
     while sections:

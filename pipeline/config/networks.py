@@ -1,4 +1,4 @@
-"""(To be said.)"""
+"""The sections `networks` and `segmenters`: how to build, load, train, store and ablate networks."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from pipeline.config.recipe import Recipe
 
 RANDOM = "random"
 TRAINED_HERE = "train"
-FROM_RUN = "randomize:"  # before the names of a randomization experiment and of one of its runs
-PRETRAINED = "pretrained"  # the published weights of a library in which they have no names of their own
+FROM_RUN = "randomize:"  # prefix of the names of a randomization experiment and one of its runs
+PRETRAINED = "pretrained"  # the published weights of a library that does not name them
 LIBRARIES = ("torchvision", "timm", "transformers")
 _SOURCES = "`torchvision: name`, `timm: name`, `transformers: folder or name` and `module: path.py:function`"
 _TORCHVISION_WEIGHTS = re.compile(r"(\w+_Weights\.)?[A-Z][A-Z0-9_]*")
 
 
 class Described(Protocol):
-    """Anything with the fields of a `NetworkSpec`."""
+    """An object with the fields of a `NetworkSpec`."""
 
     @property
     def torchvision(self) -> str | None: ...
@@ -56,7 +56,7 @@ class Described(Protocol):
 
 
 class NetworkSpec(BaseModel):
-    """What has to be known to build one network. Exactly one of the libraries and `module` is given."""
+    """Everything needed to build one network. Exactly one of the libraries and `module` is given."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -107,38 +107,38 @@ class NetworkSpec(BaseModel):
 
     @classmethod
     def of(cls, described: Described) -> NetworkSpec:
-        """The part of a larger description, a network of a configuration say, that builds the network."""
+        """Return the part of a larger description, for example a configured network, that builds the network."""
         if type(described) is cls:
             return described
         return cls(**{name: getattr(described, name) for name in cls.model_fields})
 
     @property
     def library(self) -> str | None:
-        """The library whose network it is, or None for a module of one's own."""
+        """Return the library that the network comes from, or None for a user's module."""
         return next((name for name in LIBRARIES if getattr(self, name) is not None), None)
 
     @property
     def architecture(self) -> str:
-        """The name by which messages call this network: the library's, or that of the building function."""
+        """Return the network's name in messages: that in its library, or that of the building function."""
         return self.torchvision or self.timm or self.transformers or self.module_function
 
     @property
     def published(self) -> bool:
-        """Whether the weights are those that the library publishes, by name, rather than a file, random or trained."""
+        """Return whether the library publishes the weights by name, as opposed to a file, random or trained weights."""
         if self.torchvision is not None:
             return _TORCHVISION_WEIGHTS.fullmatch(self.weights) is not None
         return self.module is None and self.weights == PRETRAINED
 
     @property
     def run(self) -> tuple[str, ...] | None:
-        """Names of the randomization experiment and of its run that the weights are of; None where they are not."""
+        """Return the names of the randomization experiment and run of the weights; None for other weights."""
         if not self.weights.startswith(FROM_RUN):
             return None
         return tuple(filter(None, self.weights.removeprefix(FROM_RUN).split("/")))
 
     @property
     def weights_file(self) -> Path | None:
-        """The checkpoint, or None when the weights are random, trained here, of a run or published."""
+        """Return the checkpoint, or None if the weights are random, trained here, from a run or published."""
         if self.weights in (RANDOM, TRAINED_HERE) or self.published or self.run is not None:
             return None
         return Path(self.weights)
@@ -168,15 +168,15 @@ class Preprocessing(Strict):
 
     @model_serializer(mode="wrap")
     def _only_what_is_said(self, handler: Any) -> dict[str, Any]:
-        """Without `per_image` where it is not used: networks that were made before it keep their ids."""
+        """Omit `per_image` unless it is used, so that networks made before it existed keep their ids."""
         found = handler(self)
         if not self.per_image:
-            found.pop("per_image", None)  # left out already where defaults are
+            found.pop("per_image", None)  # already absent if defaults are excluded
         return found
 
     @property
     def channels(self) -> int:
-        """1 for a network of grey images, else 3."""
+        """Return 1 for a network of grey images, else 3."""
         return len(self.mean)
 
     @model_validator(mode="after")
@@ -266,14 +266,14 @@ class Network(NetworkSpec):
         return self
 
     def kept(self, layer: str) -> Kept:
-        """What is kept of a layer: `full` its maps; else the maximum and mean of each, and its special tokens."""
+        """Return what is stored of a layer: `full`, its maps; else the maximum and mean of each, and special tokens."""
         if isinstance(self.store, str):
             return self.store
         return next((kept for entry, kept in self.store.items() if fits(layer, entry)), "full")
 
     @property
     def streams(self) -> bool:
-        """Whether a layer may be dissected without being stored, in two forward passes."""
+        """Return whether layers may be streamed: dissected in two forward passes, without being stored."""
         return "none" in ([self.store] if isinstance(self.store, str) else self.store.values())
 
 

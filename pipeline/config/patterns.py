@@ -1,10 +1,10 @@
-"""(To be said.)"""
+"""Patterns of layer names."""
 
 import fnmatch
 
 
 def fits(name: str, pattern: str) -> bool:
-    """Whether a layer's name is this one, or fits a pattern: `*`, `?` and `[...]` stand for characters of one part."""
+    """Return whether a layer's name equals or matches a pattern; `*`, `?` and `[...]` match within one part."""
     names, parts = name.split("."), pattern.split(".")
     return name == pattern or (
         len(names) == len(parts) and all(fnmatch.fnmatchcase(*pair) for pair in zip(names, parts, strict=True))

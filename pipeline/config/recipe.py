@@ -1,4 +1,4 @@
-"""How a network is trained: the part of a config that decides, with the data, what the weights will be."""
+"""Training recipes: the part of a configuration that, together with the data, determines the weights."""
 
 from typing import Annotated
 

@@ -1,4 +1,4 @@
-"""(To be said.)"""
+"""The sections `report` and `figures`: the pages at the end of a run."""
 
 from typing import Annotated, Literal
 

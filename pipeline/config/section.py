@@ -15,14 +15,14 @@ from pipeline.errors import nearest
 
 @dataclass(frozen=True)
 class Selection:
-    """What the key `only` keeps: networks and data sets; `named` where it names a network."""
+    """The networks and data sets that the key `only` keeps; `named` is true if it names a network."""
 
     networks: Mapping[str, Network]
     datasets: Sequence[str]
     named: bool
 
     def kept(self, networks: Iterable[str]) -> list[str]:
-        """Return those of some networks that stay; a control stays with its network."""
+        """Return the given networks that are kept; a control stays with its network."""
         return [name for name in networks if name.removesuffix(UNTRAINED) in self.networks]
 
 
@@ -38,12 +38,12 @@ def _unchanged(core: Any, section: Any, selection: Selection) -> Any:
 class Section:
     """A stage's key of the configuration.
 
-    `check` and `narrowed` get the whole configuration, a `pipeline.config.core.Core`, before the section.
+    `check` and `narrowed` take the whole configuration, a `pipeline.config.core.Core`, before the section.
 
     Attributes
     ----------
     key, type, default, description : of the configuration's field.
-    check : raises `ValueError` where the section names what is not there.
+    check : raises `ValueError` if the section refers to something that does not exist.
     narrowed : returns the section without what `only` leaves out.
     """
 
@@ -56,7 +56,7 @@ class Section:
 
 
 class Chosen(Strict):
-    """A section that holds for some networks on some data sets, for all where it names none."""
+    """A section that applies to some networks on some data sets, or to all if it names none."""
 
     controls: ClassVar[bool] = True  # whether untrained controls may be named
 
@@ -64,7 +64,7 @@ class Chosen(Strict):
     datasets: list[Name] | None = Field(None, description="on these data sets; default: all")
 
     def applies(self, network: str, dataset: str) -> bool:
-        """Return whether the section holds for a network on a data set; a control has to be named."""
+        """Return whether the section applies to a network on a data set; a control has to be named."""
         named = not network.endswith(UNTRAINED) if self.networks is None else network in self.networks
         return named and (self.datasets is None or dataset in self.datasets)
 
@@ -73,7 +73,7 @@ class Chosen(Strict):
         return list(self.networks or ())
 
     def narrowed(self, selection: Selection) -> dict[str, Any]:
-        """Return the keys that change where only a selection stays."""
+        """Return the keys that change if only a selection is kept."""
         kept: dict[str, Any] = {}
         if self.networks is not None:
             kept["networks"] = selection.kept(self.networks)

@@ -1,7 +1,7 @@
-"""Data sets whose images are arrays in a file: the npz of numpy, and the batches of CIFAR-10.
+"""Data sets whose images are arrays in a file: numpy's npz, and the batches of CIFAR-10.
 
-Images have no files of their own: the id of one is its number, below the name of its split where splits have files of
-their own, and its record is that of the file it lies in.
+These images have no files of their own. An image's id is its number, below the name of its split if each split has a
+separate file. Its record is that of the file that holds it.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from pipeline.data.plain_pickle import read_dict
 from pipeline.errors import MicrotomeError, nearest
 
 HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-MOST_LOADED = 4 << 30  # bytes of a compressed array that a worker holds; one that is not compressed is mapped
+MOST_LOADED = 4 << 30  # bytes of a compressed array that a worker holds; an uncompressed array is mapped
 READ_AT_ONCE = 1 << 24
-LOCAL_HEADER = struct.Struct("<26xHH")  # of a zip member: lengths of its name and of its extra field come last
+LOCAL_HEADER = struct.Struct("<26xHH")  # of a zip member; the lengths of its name and of its extra field come last
 
 CIFAR10_FOLDER = "cifar-10-batches-py"
 CIFAR10_BATCHES = {"train": tuple(f"data_batch_{number}" for number in range(1, 6)), "test": ("test_batch",)}
@@ -40,7 +40,7 @@ CIFAR10_BYTES = 60_000 * CIFAR10_VALUES
 
 @dataclass(frozen=True)
 class Member:
-    """One array of an npz: shape, type, order, and where its bytes begin; offset None: compressed."""
+    """One array of an npz: shape, type, order, and the offset of its bytes; offset None: compressed."""
 
     path: Path
     name: str
@@ -61,15 +61,15 @@ class Member:
 def list_npz(
     file: Path | Mapping[str, Path], images: str, labels: str | None, classes: Sequence[str] | None
 ) -> Listing:
-    """List the images of one npz, or of one for each split.
+    """List the images of one npz, or of one npz per split.
 
-    file: one file: splits are in an array `split` of text, if there is one (else all are `validation`), and ids are
-        the numbers `0000000` on. Several by split: ids are `<split>/0000000` on.
-    images, labels: names of the arrays; `{split}` in them becomes the name of the split. Labels are whole numbers, -1
-        for none; `labels` None: all have none.
-    classes: names; by default the labels as they are.
+    file: one file: its array `split` of text gives the splits (default: all `validation`), and ids are the numbers from
+        `0000000`. Several files by split: ids are `<split>/0000000` onwards.
+    images, labels: names of the arrays; `{split}` in them is replaced by the name of the split. Labels are whole
+        numbers, -1 for none; with `labels` None, no image has a label.
+    classes: their names; default: the labels as they are.
 
-    Raises `MicrotomeError`: no npz, no such array, another type or shape than those of `layout` and labels, damage.
+    Raises `MicrotomeError`: no npz, no such array, a type or shape other than those of `layout` and labels, damage.
     """
     parts = {"": file} if isinstance(file, Path) else dict(sorted(file.items()))
     ids, label, split, size, time = [], [], [], [], []
@@ -86,7 +86,7 @@ def list_npz(
         time.append(np.full(count, status.st_mtime_ns))
     numbers = np.concatenate(label)
     first = next(iter(parts.values()))
-    order = np.argsort(np.array(ids, STRINGS), kind="stable")  # over ten million images need an eighth digit
+    order = np.argsort(np.array(ids, STRINGS), kind="stable")  # ids of over ten million images have an eighth digit
     return Listing(
         root=first if isinstance(file, Path) else first.parent,
         image_id=np.array(ids, STRINGS)[order],
@@ -132,7 +132,7 @@ def member(path: Path, name: str) -> Member:
 
 
 def check(found: Member) -> None:
-    """Read an array to its end, so that damage is found by the checksum of the zip file, and keep nothing."""
+    """Read an array to its end, so that the zip file's checksum reveals damage; keep nothing."""
     if found.offset is None and found.nbytes > MOST_LOADED:
         raise MicrotomeError(
             f"{found.path}: array {found.name!r} is compressed and too large for every worker to hold "
@@ -147,7 +147,7 @@ def check(found: Member) -> None:
 
 
 def values(found: Member) -> np.ndarray:
-    """Return the values of an array: mapped, where it is not compressed."""
+    """Return the values of an array, memory-mapped if it is not compressed."""
     order: Any = "F" if found.fortran else "C"
     if found.offset is not None and found.count:
         return np.memmap(found.path, found.dtype, "r", found.offset, found.shape, order)
@@ -161,13 +161,13 @@ def values(found: Member) -> np.ndarray:
 
 
 def held(path: Path, name: str) -> int:
-    """Bytes that a worker holds of an array while it reads images from it."""
+    """Return how many bytes of an array a worker holds while it reads images from it."""
     found = member(path, name)
     return 2 * found.nbytes if found.offset is None else 0
 
 
 def layout(found: Member) -> str:
-    """Return where the channels of an array of images are: `none` (grey), `first` or `last`."""
+    """Return where an array of images has its channels: `none` (grey), `first` or `last`."""
     shape, where = found.shape, f"{found.path}: array {found.name!r}"
     expected = "uint8 of shape (n, height, width), (n, height, width, 3) or (n, 3, height, width)"
     if found.dtype != np.uint8 or not found.shape or 0 in shape:
@@ -183,7 +183,7 @@ def layout(found: Member) -> str:
 
 
 def image_size(found: Member) -> tuple[int, int]:
-    """(height, width) of the images of an array."""
+    """Return (height, width) of the images of an array."""
     start = 2 if layout(found) == "first" else 1
     return found.shape[start], found.shape[start + 1]
 
@@ -207,7 +207,7 @@ def _labels(path: Path, name: str, count: int) -> np.ndarray:
 
 
 def _splits(path: Path, count: int) -> list[str]:
-    """The splits in the array `split` of a file; without one all are `validation`."""
+    """Return the splits from the array `split` of a file; without one, all are `validation`."""
     with zipfile.ZipFile(path) as archive:
         if "split.npy" not in archive.namelist():
             return ["validation"] * count
@@ -238,7 +238,7 @@ def _classes(label: np.ndarray, classes: Sequence[str] | None, path: Path) -> li
 
 
 def list_cifar10(root: Path, splits: Sequence[str]) -> Listing:
-    """List the images of CIFAR-10 in torchvision's layout; ids are `<split>/0000000` on, numbered as torchvision does.
+    """List the images of CIFAR-10 in torchvision's layout and order; ids are `<split>/0000000` onwards.
 
     Raises `MicrotomeError`: a batch that cannot be read or holds anything but 32 x 32 images and their labels.
     """
@@ -278,7 +278,7 @@ def list_cifar10(root: Path, splits: Sequence[str]) -> Listing:
 
 
 def cifar10_batch(path: Path) -> tuple[np.ndarray, list[int]]:
-    """Return uint8 (image, 3, 32, 32) and the labels of one batch; nothing in the file is executed."""
+    """Return uint8 (image, 3, 32, 32) and the labels of one batch, without executing anything in the file."""
     batch = read_dict(path)
     data, labels = batch.get("data"), batch.get("labels")
     if not isinstance(data, np.ndarray) or data.ndim != 2 or data.shape[1] != CIFAR10_VALUES:
@@ -293,7 +293,7 @@ def cifar10_batch(path: Path) -> tuple[np.ndarray, list[int]]:
 
 
 def npz_image(path: Path, images: str, index: int) -> np.ndarray:
-    """Return one image of an npz as uint8 (3, height, width); grey is repeated. The array is opened once a worker."""
+    """Return one image of an npz as uint8 (3, height, width), with grey repeated. A worker opens the array once."""
     found, array = _opened(path, images, path.stat().st_mtime_ns)
     image = np.asarray(array[index])
     match layout(found):
@@ -305,7 +305,7 @@ def npz_image(path: Path, images: str, index: int) -> np.ndarray:
 
 
 def cifar10_image(root: Path, split: str, index: int) -> np.ndarray:
-    """Return one image of CIFAR-10 as uint8 (3, 32, 32). Each batch is read once a worker (31 MB each)."""
+    """Return one image of CIFAR-10 as uint8 (3, 32, 32). A worker reads each batch once (31 MB each)."""
     for name in CIFAR10_BATCHES[split]:
         path = root / CIFAR10_FOLDER / name
         images = _batch_images(path, path.stat().st_mtime_ns)

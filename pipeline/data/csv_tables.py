@@ -1,4 +1,4 @@
-"""CSV tables with one row an image: read as columns, every error with its line."""
+"""CSV tables with one row per image, read as columns; every error names its line."""
 
 import csv
 from collections.abc import Sequence
@@ -14,18 +14,18 @@ SPLIT_COLUMNS = ("split",)
 
 @dataclass(frozen=True)
 class Table:
-    """A CSV in UTF-8 with a header. Names of columns are in lower case; `lines` has the line of each row."""
+    """A CSV table in UTF-8 with a header. Column names are in lower case; `lines` holds the line of each row."""
 
     path: Path
     lines: list[int]
     columns: dict[str, list[str]]
 
     def find(self, names: Sequence[str]) -> str | None:
-        """Return the first of these columns that is there."""
+        """Return the first of these columns that exists, or None."""
         return next((name for name in names if name in self.columns), None)
 
     def column(self, names: Sequence[str]) -> str:
-        """Return the first of these columns that is there, or raise `MicrotomeError`."""
+        """Return the first of these columns that exists, or raise `MicrotomeError`."""
         found = self.find(names)
         if found is None:
             there = ", ".join(self.columns) or "(none)"
@@ -33,7 +33,7 @@ class Table:
         return found
 
     def images(self) -> list[str]:
-        """Return the image of each row, as it is written; none may be there twice."""
+        """Return the image of each row, as written; no image may appear twice."""
         images = self.columns[self.column(IMAGE_COLUMNS)]
         if len(set(images)) < len(images):
             first: dict[str, int] = {}
@@ -43,7 +43,7 @@ class Table:
         return images
 
     def values(self, names: Sequence[str]) -> list[str]:
-        """Return the values of a column without space around them; none may be empty."""
+        """Return the values of a column without surrounding space; none may be empty."""
         name = self.column(names)
         values = [value.strip() for value in self.columns[name]]
         if "" in values:
@@ -57,7 +57,7 @@ class Table:
 
 
 def read_table(path: Path) -> Table:
-    """Read a CSV; raise `MicrotomeError` where it is none, or a row has not one field a column."""
+    """Read a CSV; raise `MicrotomeError` if it is not one, or a row does not have one field per column."""
     lines: list[int] = []
     rows: list[list[str]] = []
     try:
@@ -86,7 +86,7 @@ def read_table(path: Path) -> Table:
 
 
 def rows_of(table: Table, image_ids: Sequence[str], what: str) -> list[int]:
-    """Return the row of each image; every row must name a listed image, and every image have a row."""
+    """Return the row of each image; every row must name a listed image, and every image must have a row."""
     images = table.images()
     row_of = dict(zip(images, range(len(images)), strict=True))
     known = set(image_ids)

@@ -1,8 +1,8 @@
-"""One image file to one uint8 array: upright, RGB, resized and cropped as torchvision would, or refused with a reason.
+"""Decoding of image files to uint8 arrays: upright, RGB, resized and cropped as torchvision would.
 
-What a file may do to the process is bounded before any pixel is decoded: regular files only, a fixed list of formats,
-and an own pixel limit read from the header. Nothing is guessed in silence: a value range that a file does not state is
-a refusal, not a clip.
+A file that cannot be used is refused with a reason. What a file may do to the process is bounded before any pixel is
+decoded: regular files only, a fixed list of formats, and our own pixel limit, read from the header. Nothing is guessed
+silently: if a file does not state its value range, it is refused and not clipped.
 """
 
 import errno
@@ -37,7 +37,7 @@ UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
-# What is wrong with this one path. Any other error (too many open files, say) is the machine's, and is raised.
+# Errors that concern this one path. Any other, for example too many open files, concerns the machine and is raised.
 PATH_ERRORS = {
     errno.ENOENT: "no such file",
     errno.ENOTDIR: "no such file",
@@ -49,12 +49,12 @@ PATH_ERRORS = {
     errno.EIO: "the disk cannot read it",
 }
 
-# Pillow's pixel limit and Python's warning filters belong to the whole process.
+# Pillow's pixel limit and Python's warning filters are global to the process.
 _pillow = threading.Lock()
 
 
 class Refused(MicrotomeError):  # noqa: N818 - an outcome that a stage records
-    """One input that cannot be used; `reason` is short, the same on every machine, and goes to quarantine.csv."""
+    """An input that cannot be used; `reason` is short, the same on every machine, and goes to quarantine.csv."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -63,13 +63,13 @@ class Refused(MicrotomeError):  # noqa: N818 - an outcome that a stage records
 
 @dataclass(frozen=True)
 class Geometry:
-    """How an upright image becomes the array a network sees.
+    """The resize and crop that turn an upright image into the array a network sees.
 
     resize: int, the length of the shorter side (the longer one is int(resize * long / short)); or (height, width), to
         which the image is squashed; or None. Antialiased bilinear, as torchvision's Resize on PIL images.
     crop: side of the centred square that is kept, or None. Offsets are round((size - crop) / 2), halves to even, as
-        torchvision's CenterCrop. Where the image is smaller it is refused; torchvision pads with black, and black
-        borders are positions that no label map covers.
+        torchvision's CenterCrop. A smaller image is refused: torchvision pads it with black, and no label map covers
+        black borders.
     """
 
     resize: int | tuple[int, int] | None = None
@@ -96,7 +96,7 @@ class Geometry:
         return (longer, self.resize) if height >= width else (self.resize, longer)
 
     def offsets(self, height: int, width: int) -> tuple[int, int, int, int]:
-        """Return (top, left, height, width) of the part of a resized image that is kept; Refused where smaller."""
+        """Return (top, left, height, width) of the part of a resized image that is kept; `Refused` if it is smaller."""
         if self.crop is None:
             return 0, 0, height, width
         if self.crop > min(height, width):
@@ -112,11 +112,11 @@ def decode(path: Path | str, geometry: Geometry, max_pixels: int) -> np.ndarray:
     """Return the image in `path` as uint8 (3, height, width), in RGB.
 
     The image is turned upright (EXIF) before anything else. Grey is repeated, palettes are looked up, CMYK and YCCK are
-    converted by Pillow's formula (colour profiles are not applied), transparency is composited over white, 16-bit
-    grey is divided by 257 and rounded (other depths by their own maximum). Of an animation the first frame is taken.
+    converted by Pillow's formula (colour profiles are not applied), transparency is composited over white, 16-bit grey
+    is divided by 257 and rounded (other depths by their own maximum). Of an animation, the first frame is taken.
 
     Raises `Refused`: not a regular file, not one of `FORMATS`, more than `max_pixels` before or after the resize,
-    truncated, or pixels whose range is not known (32-bit and float).
+    truncated, or pixels whose range is unknown (32-bit and float).
     """
     with opened(path, FORMATS, max_pixels) as image:
         image.load()
@@ -125,13 +125,13 @@ def decode(path: Path | str, geometry: Geometry, max_pixels: int) -> np.ndarray:
 
 
 def size_of(path: Path | str, max_pixels: int) -> tuple[int, int]:
-    """Return (height, width) of the upright image, from the header (a PNG is read to its end: its EXIF may be there).
+    """Return (height, width) of the upright image, from the header.
 
-    Raises `Refused` as `decode`.
+    A PNG is read to its end, since its EXIF may be there. Raises `Refused` as `decode`.
     """
     with opened(path, FORMATS, max_pixels) as image:
         width, height = image.size
-        # Pillow has swapped the sides of a TIFF already
+        # Pillow has already swapped the sides of a TIFF.
         sideways = image.format != "TIFF" and orientation(image) >= 5
         return (width, height) if sideways else (height, width)
 
@@ -149,7 +149,7 @@ def transform_image(image: Image.Image, geometry: Geometry, max_pixels: int) -> 
 
 
 def transform_array(image: np.ndarray, geometry: Geometry, max_pixels: int) -> np.ndarray:
-    """Return uint8 (3, height, width), resized and cropped, as a file of the same pixels would be."""
+    """Return uint8 (3, height, width), resized and cropped like a file with the same pixels."""
     if geometry == Geometry():
         return image
     return transform_image(Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0))), geometry, max_pixels)
@@ -158,15 +158,16 @@ def transform_array(image: np.ndarray, geometry: Geometry, max_pixels: int) -> n
 def transform_label_map(
     label_map: np.ndarray, geometry: Geometry, image_size: tuple[int, int] | None = None
 ) -> np.ndarray:
-    """Return a label map (height, width) of any integer type, resized and cropped as its image; no label is invented.
+    """Return a label map (height, width) of any integer type, resized and cropped like its image, without new labels.
 
-    Each pixel takes the label at its centre (half-pixel centres): pixel i of `n` takes source pixel
-    floor((i + 1/2) * m / n) of `m`; a centre on the border of two pixels takes the later one.
+    Each pixel takes the label at its centre (half-pixel centres): pixel i of `n` takes source pixel floor((i + 1/2) * m
+    / n) of `m`; a centre on the border of two pixels takes the later one.
 
-    image_size: (height, width) of the upright image, where it may differ from the label map's (a map of half the
-        resolution, say). The map then covers the same area, so both must have one shape up to one pixel of rounding.
+    image_size: (height, width) of the upright image, if it may differ from the label map's (for example with a map of
+        half the resolution). The map then covers the same area, so both must have one shape up to one pixel of
+        rounding.
 
-    Raises `Refused` where the shapes differ, or the crop does not fit.
+    Raises `Refused` if the shapes differ, or the crop does not fit.
     """
     height, width = label_map.shape
     image_height, image_width = image_size or (height, width)
@@ -180,22 +181,22 @@ def transform_label_map(
 
 
 def _nearest(source: int, target: int) -> np.ndarray:
-    """Return int64 (target,): for each pixel the source pixel under its centre, in whole numbers: no rounding."""
+    """Return int64 (target,): for each pixel, the source pixel under its centre, in whole numbers without rounding."""
     return (2 * np.arange(target, dtype=np.int64) + 1) * source // (2 * target)
 
 
 def _same_shape(height: int, width: int, image_height: int, image_width: int) -> bool:
-    """Whether a label map has the shape of its image, up to less than one pixel of the map."""
+    """Return whether a label map has the shape of its image, up to less than one pixel of the map."""
     difference = abs(height * image_width - width * image_height)
     return difference < image_width or difference < image_height
 
 
 @contextmanager
 def opened(path: Path | str, formats: tuple[str, ...], max_pixels: int) -> Iterator[ImageFile.ImageFile]:
-    """Open an image with Pillow, its header read and its size within `max_pixels`; whatever goes wrong is `Refused`.
+    """Open an image with Pillow and check its header and size against `max_pixels`; every failure is `Refused`.
 
     Pillow's own limits, which also guard a WebP canvas and a TIFF tile before they are allocated, are set to
-    `max_pixels`. That limit and the warning filters are global, so one thread of a process decodes at a time.
+    `max_pixels`. That limit and the warning filters are global, so one thread per process decodes at a time.
     """
     file = _open_regular(path)
     with file, _pillow, warnings.catch_warnings():
@@ -212,14 +213,14 @@ def opened(path: Path | str, formats: tuple[str, ...], max_pixels: int) -> Itera
             raise Refused(f"too many pixels: {found}{max_pixels:,}") from error
         except UnidentifiedImageError as error:
             raise Refused(f"not an image; expected {', '.join(formats)}") from error
-        except Exception as error:  # damage shows itself in Pillow as nearly every type of error
+        except Exception as error:  # with damaged files, Pillow raises nearly every type of error
             raise Refused(_reason(error)) from error
         finally:
             Image.MAX_IMAGE_PIXELS = limit
 
 
 def _open_regular(path: Path | str):
-    """Open a regular file that is not empty; a named pipe or a device never blocks."""
+    """Open a regular file that is not empty, without ever blocking on a named pipe or a device."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
@@ -234,14 +235,14 @@ def _open_regular(path: Path | str):
 
 
 def _reason(error: Exception) -> str:
-    message = re.sub(r" at 0x[0-9a-fA-F]+", "", str(error))  # an address would differ from run to run
+    message = re.sub(r" at 0x[0-9a-fA-F]+", "", str(error))  # an address would differ between runs
     if "truncat" in message.lower():
         return "truncated"
     return f"unreadable: {message or type(error).__name__}"
 
 
 def orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation, 1 to 8; 1 where it is absent, out of range or damaged."""
+    """Return the EXIF orientation, 1 to 8; 1 if it is absent, out of range or damaged."""
     try:
         value = image.getexif().get(ORIENTATION, 1)
     except Exception:  # broken EXIF does not make the pixels unusable
@@ -250,13 +251,13 @@ def orientation(image: Image.Image) -> int:
 
 
 def turn_upright(image: Image.Image, source: Image.Image) -> Image.Image:
-    """Return `image` turned as the EXIF of `source`, the loaded file it was converted from, says."""
+    """Return `image` turned by the EXIF of `source`, the loaded file it was converted from."""
     turn = UPRIGHT.get(orientation(source))
     return image if turn is None else image.transpose(turn)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Return a loaded image of any mode in RGB; `Refused` where the range of its values is not known."""
+    """Return a loaded image of any mode in RGB; `Refused` if the range of its values is unknown."""
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         return _deep_grey_to_rgb(image)
     if image.mode in ("I", "F"):
@@ -276,7 +277,7 @@ def _deep_grey_to_rgb(image: Image.Image) -> Image.Image:
     bits = tags.get(BITS_PER_SAMPLE, (16,))[0]
     largest = 2**bits - 1
     grey = (values * 255 + largest // 2) // largest
-    if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:  # Pillow leaves 16 bits as they are stored
+    if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:  # Pillow keeps 16 bits as stored
         grey = 255 - grey
     if isinstance(image.info.get("transparency"), int):
         grey[values == image.info["transparency"]] = BACKGROUND[0]

@@ -1,4 +1,4 @@
-"""An ingested data set as the later stages see it: shards, what each holds, and which images count."""
+"""An ingested data set as the later stages see it: shards, their contents, and the images that count."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from pipeline.storage.store import Reader, StoreRef
 
 
 class Ingested(Record):
-    """What the manifest of `ingest` says of a data set.
+    """The result of `ingest` in the manifest of a data set.
 
     Attributes
     ----------
-    images : slots, those of removed images included. size : (height, width).
-    splits : valid images by split and shard.
-    contents : of each shard, the digest of its pixels; None: no image of it is used.
-    records : of each shard, the id of what it was made from; None likewise.
-    refused, ignored : how many inputs were refused, and how many files are no images.
+    images : number of slots, including those of removed images. size : (height, width).
+    splits : valid images per split and shard.
+    contents : digest of the pixels of each shard; None if no image of it is used.
+    records : id of the inputs of each shard; None likewise.
+    refused : number of refused inputs. ignored : number of files that are not images, by kind.
     """
 
     images: int
@@ -34,15 +34,15 @@ class Ingested(Record):
     contents: list[str | None]
     records: list[str | None]
     refused: int
-    ignored: int
+    ignored: dict[str, int]
 
 
 @dataclass(frozen=True)
 class Images:
     """`images.zarr` and the facts of its manifest.
 
-    `contents[i]` is the digest of the pixels of shard i: two shards with equal contents need no second forward pass,
-    whatever happened to the files they were decoded from. None: no image of the shard is used.
+    `contents[i]` is the digest of the pixels of shard i: two shards with equal contents need one forward pass between
+    them, whatever happened to their source files. None: no image of the shard is used.
     """
 
     store: Path
@@ -51,7 +51,7 @@ class Images:
     size: tuple[int, int]
     shard_images: int
     contents: Sequence[str | None]
-    splits: dict[str, dict[str, int]]  # valid images by split and shard
+    splits: dict[str, dict[str, int]]  # valid images per split and shard
     classes: list[str]
 
     @staticmethod
@@ -72,16 +72,16 @@ class Images:
         return Reader(self.store, self.files)
 
     def range(self, shard: int) -> tuple[int, int]:
-        """First image of a shard, and one past its last."""
+        """Return the first image of a shard, and one past its last."""
         start = shard * self.shard_images
         return start, min(start + self.shard_images, self.count)
 
     def files_of(self, shard: int) -> Files:
-        """The chunk file that holds the pixels of a shard, and what describes it."""
+        """Return the chunk file that holds the pixels of a shard, and the metadata files."""
         return {name: self.files[name] for name in ("zarr.json", "image/zarr.json", f"image/c/{shard}/0/0/0")}
 
     def shards(self, split: str, limit: int | None = None) -> list[int]:
-        """Shards that hold a valid image of the split; with `limit`, the first that together hold that many images."""
+        """List the shards with a valid image of the split; with `limit`, the first that together hold that many."""
         if not self.splits.get(split):
             raise MicrotomeError(
                 f"{self.store.parent.name}: no valid image has split {split!r} (there are: {', '.join(self.splits)})"
@@ -94,7 +94,7 @@ class Images:
         return shards[: int(np.searchsorted(held, limit)) + 1]
 
     def counted(self, split: str) -> np.ndarray:
-        """Boolean (image,): the images that count, valid and of the split."""
+        """Return boolean (image,): the images that count, which are valid and in the split."""
         reader = self.reader()
         return np.asarray(reader["valid"][:]) & (np.asarray(reader["split"][:]) == split)
 
@@ -103,7 +103,7 @@ class Images:
 
 
 def pixels(reader: Reader, rows: Sequence[int] | np.ndarray) -> np.ndarray:
-    """The images of these slots, in their order, uint8 (image, channel, y, x); every shard is read once."""
+    """Return the images of these slots, in order, as uint8 (image, channel, y, x); each shard is read once."""
     array, chosen = reader["image"], np.asarray(rows, np.int64)
     step, found = array.chunks[0], np.empty((len(chosen), *array.shape[1:]), np.uint8)
     order = np.argsort(chosen, kind="stable")

@@ -1,6 +1,6 @@
-"""The kinds of data sets behind one face: a listing of images, their pixels, their label maps.
+"""The kinds of data sets behind one interface: a listing of images, their pixels, their label maps.
 
-Another kind is one more branch in each function here, and one more section in `pipeline.config.core`.
+Each kind has one branch in each function here, and one section in `pipeline.config.datasets`.
 """
 
 from __future__ import annotations
@@ -41,15 +41,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Summary:
-    """What the plan needs of a data set: `settings`, which its id is made of, the images of each split, and how many
-    classes the images are labelled with (0: no image has a label)."""
+    """What the plan needs to know about a data set.
+
+    `settings` determine its id, `splits` has the images of each split, and `classes` is how many classes the images are
+    labelled with (0: no image has a label).
+    """
 
     settings: dict[str, Any]
     splits: dict[str, int]
     classes: int
 
     def require(self, name: str, split: str) -> None:
-        """Raise `MicrotomeError` where the data set of this name has no image of a split."""
+        """Raise `MicrotomeError` if the data set of this name has no image of a split."""
         if split not in self.splits:
             there = ", ".join(f"{known} ({count:,} images)" for known, count in self.splits.items())
             raise MicrotomeError(
@@ -58,12 +61,12 @@ class Summary:
 
 
 def summary(dataset: AnyDataset, scratch: Path, version: int, rescan: bool = False) -> Summary:
-    """The summary of a data set: as it is remembered, or made from its listing.
+    """Return the summary of a data set, from the cache or from a new listing.
 
-    It is remembered until something that the listing was made from has changed: 1.3 million files cost a start no more
-    than the times of their folders. `version` is that of the code that makes a listing.
+    A cached summary is valid until an input of its listing changes: with 1.3 million files, a start reads only the
+    times of their folders. `version` is that of the code that makes a listing.
     """
-    # What is remembered has these fields: another code's is not read.
+    # The key includes the field names, so a summary cached by other code is not read.
     asked = [version, list(Summary.__dataclass_fields__), origin(dataset), dataset.model_dump()]
     memory = scratch / "datasets" / f"{digest(asked)}.json"
     known = None if rescan else _remembered(memory, scratch)
@@ -100,7 +103,7 @@ def _remember(memory: Path, made: Summary, listed: Listing, scratch: Path, began
         return
     folders = [(str(root), table and str(table), unchanged(root, scratch, table)) for root, table in listed.walked]
     files = [(str(path), stamp(path)) for path in listed.read]
-    # A folder that is not in the cache is walked at every start; a file that has just changed may change again.
+    # A folder outside the cache is walked at every start; a file that has just changed may change again.
     if any(sha256 is None for *_, sha256 in folders) or any(kept and kept[1] > began - SETTLED_NS for _, kept in files):
         return
     try:
@@ -110,7 +113,7 @@ def _remember(memory: Path, made: Summary, listed: Listing, scratch: Path, began
 
 
 def settings(dataset: AnyDataset, listed: Listing) -> dict[str, Any]:
-    """What the data set's id is made of: the snapshot of its listing, and how an image becomes an array."""
+    """Return what the data set's id is made of: the snapshot of its listing, and how an image becomes an array."""
     made_of = {
         "kind": dataset.kind,
         "listing": listed.digest(),
@@ -131,7 +134,7 @@ def settings(dataset: AnyDataset, listed: Listing) -> dict[str, Any]:
 
 
 def origin(dataset: AnyDataset) -> str:
-    """Where the images come from: while it stays, an image that was known keeps its slot."""
+    """Return where the images come from; while it stays the same, known images keep their slots."""
     match dataset:
         case Scenes():
             where: Any = dataset.seed
@@ -146,7 +149,7 @@ def origin(dataset: AnyDataset) -> str:
 
 
 def listing(dataset: AnyDataset, scratch: Path, rescan: bool = False) -> Listing:
-    """List the images of a data set, with labels, splits and label maps; no image is opened."""
+    """List the images of a data set with labels, splits and label maps, without opening an image."""
     from pipeline.data.listing import bounded
 
     found = _all_images(dataset, scratch, rescan)
@@ -243,7 +246,7 @@ def geometry(dataset: Images) -> Geometry:
 
 
 def image_size(dataset: AnyDataset, listed: Listing) -> tuple[int, int]:
-    """(height, width) of every image of the data set; without a crop or a squash, that of its first readable one."""
+    """Return (height, width) of every image; without a crop or a squash, that of the first readable image."""
     if isinstance(dataset, Scenes):
         return dataset.size, dataset.size
     if dataset.crop is not None:
@@ -303,7 +306,7 @@ def read_image(dataset: AnyDataset, image_id: str, size: tuple[int, int]) -> np.
 
 
 def memory_need(dataset: AnyDataset) -> int:
-    """Bytes that a worker needs to read images, beside the images it has read: the largest file, or the arrays held."""
+    """Return the bytes that reading takes besides the images read: the largest file, or the arrays held."""
     match dataset:
         case Scenes():
             return 0
@@ -321,14 +324,14 @@ def memory_need(dataset: AnyDataset) -> int:
 
 
 def _npz_place(dataset: Npz, image_id: str) -> tuple[Path, str, int]:
-    """The file, the array and the index of an image of a npz."""
+    """Return the file, the array and the index of an image in an npz."""
     split, _, index = image_id.rpartition("/")
     file = dataset.file if isinstance(dataset.file, str) else dataset.file[split]
     return Path(file), dataset.x.replace("{split}", split), int(index)
 
 
 def truth_categories(dataset: AnyDataset) -> dict[str, list[str]]:
-    """Concept names by category; `read_label_maps` numbers them from 1, and 0 is nothing."""
+    """Return concept names by category; `read_label_maps` numbers them from 1, and 0 means nothing."""
     match dataset:
         case Scenes():
             from pipeline.data.scenes import CONCEPTS
@@ -347,7 +350,7 @@ def read_label_maps(
 ) -> dict[str, np.ndarray]:
     """Return the ground truth of one image, uint16 (height, width) by category, or raise `decode.Refused`.
 
-    `paths` are the image's label maps by category, where the data set has files.
+    `paths` are the image's label maps by category, if the data set has such files.
     """
     from pipeline.data.decode import Refused, size_of
     from pipeline.data.label_maps import decode_label_map
@@ -376,7 +379,7 @@ def read_label_maps(
 
 @functools.lru_cache(maxsize=64)
 def _lookup(maps: str, mtime_ns: int) -> tuple[ClassList, np.ndarray]:
-    """Class list and look-up table of a category, by its configuration and the list's time: made once a worker."""
+    """Return class list and look-up table of a category, built once per worker, configuration and time of the list."""
     classes = _class_list(LabelMaps.model_validate_json(maps))
     return classes, classes.lookup({name: at + 1 for at, name in enumerate(classes.concepts().values())})
 

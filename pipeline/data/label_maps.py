@@ -1,4 +1,4 @@
-"""Label maps on disk (PNG images whose pixels are class indices) to concept numbers, aligned with their images."""
+"""Label maps on disk (PNG images whose pixels are class indices), read as concept numbers aligned with their images."""
 
 import csv
 import re
@@ -12,19 +12,19 @@ import numpy as np
 from pipeline.data.decode import Geometry, Refused, opened, transform_label_map, turn_upright
 from pipeline.errors import MicrotomeError, nearest
 
-LARGEST = 2**16 - 1  # of an index in a 16-bit PNG, and of a concept number
+LARGEST = 2**16 - 1  # largest index in a 16-bit PNG, and largest concept number
 ID_COLUMNS = ("id", "idx", "index")
-INDEX_MODES = ("1", "L", "P", "I;16", "I")  # Pillow's; 16 bits were "I" in older releases
+INDEX_MODES = ("1", "L", "P", "I;16", "I")  # Pillow's modes; older releases had "I" for 16 bits
 GREY_STEPS = {"L;2": 85, "L;4": 17}  # Pillow spreads grey of 2 and 4 bits over 0 to 255
 
 
 @dataclass(frozen=True)
 class ClassList:
-    """What the indices in a category's label maps mean.
+    """The meaning of the indices in a category's label maps.
 
     path: the file the list was read from, for messages.
     names: index in the files -> name of the concept.
-    void: indices that mean nothing (unlabelled, border); they need not have a name, and a name they have is no concept.
+    void: indices that mean nothing (unlabelled, border); they need no name, and if they have one, it is not a concept.
     """
 
     path: Path
@@ -32,13 +32,13 @@ class ClassList:
     void: frozenset[int]
 
     def concepts(self) -> dict[int, str]:
-        """Return index -> name of those that are concepts, by index."""
+        """Return index -> name of all concepts, in order of index."""
         return {index: self.names[index] for index in sorted(self.names) if index not in self.void}
 
     def lookup(self, numbers: Mapping[str, int]) -> np.ndarray:
         """Return int32 (65536,): the concept number of every index; 0 for void, -1 for an index that is not listed.
 
-        numbers: name -> concept number, 1 to 65535, for every name of `concepts()`.
+        numbers: name -> concept number, 1 to 65535, for every name in `concepts()`.
         """
         table = np.full(LARGEST + 1, -1, np.int32)
         for index, name in self.concepts().items():
@@ -64,7 +64,8 @@ def decode_label_map(
 
     lookup: from `classes.lookup(numbers)`, made once. image_size: (height, width) of the upright image (`size_of`).
 
-    Raises `Refused`: as `read_label_map`; an index that is not in the class list; another shape than the image's.
+    Raises `Refused`: as `read_label_map`; an index that is not in the class list; a shape that differs from the
+    image's.
     """
     try:
         indices = read_label_map(path, max_pixels)
@@ -81,7 +82,7 @@ def decode_label_map(
 def read_label_map(path: Path | str, max_pixels: int) -> np.ndarray:
     """Return uint16 (height, width): the indices stored in a PNG of grey (1 to 16 bits) or palette colours, upright.
 
-    Indices are read as they are stored: palettes are not looked up, and grey of few bits is not spread over 0 to 255.
+    Indices are read as stored: palettes are not looked up, and grey of few bits is not spread over 0 to 255.
 
     Raises `Refused`: not a PNG, colours instead of indices, or as `pipeline.data.decode.decode`.
     """
@@ -96,7 +97,7 @@ def read_label_map(path: Path | str, max_pixels: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Row:
-    """One class as a list has it; `category` is empty where the list has no such column."""
+    """One class of a list; `category` is empty if the list has no such column."""
 
     line: int
     index: str
@@ -107,15 +108,15 @@ class Row:
 def read_class_list(path: Path | str, void: Iterable[int] = (), category: str | None = None) -> ClassList:
     """Read the names of the indices of label maps, or of the channels of a segmentation network.
 
-    A file that ends in .csv has a header with one of `ID_COLUMNS` and `name`. Of synonyms, `building;edifice`, the
-    first is the name, unless another class has it too. In any other file every line is `id name` (when the first line
-    begins with a number), or a name alone, numbered from 0 in the order of the lines; headings `-- 13 person --` with
-    lines `1 head` below them, as in ADE20K's list of parts, give `person head`.
+    A file that ends in .csv has a header with one of `ID_COLUMNS` and `name`. Of synonyms, such as `building;edifice`,
+    the first is the name, unless another class has it too. In any other file, every line is `id name` (if the first
+    line begins with a number), or a name alone, numbered from 0 in line order. Headings `-- 13 person --` with lines `1
+    head` below them, as in ADE20K's list of parts, give `person head`.
 
-    With `category`, a list that has a column `category` gives the classes of this category alone; all others are void.
+    With `category`, a list that has a column `category` gives the classes of this category only; all others are void.
 
-    Raises `MicrotomeError`: the file cannot be read, a line is not understood, an index or the name of a concept is
-    there twice, an index is over 65535, no class is of the category, nothing is left that is not void.
+    Raises `MicrotomeError`: the file cannot be read, a line is not understood, an index or the name of a concept
+    appears twice, an index is over 65535, no class is of the category, nothing is left that is not void.
     """
     path = Path(path)
     try:
@@ -156,7 +157,7 @@ def read_class_list(path: Path | str, void: Iterable[int] = (), category: str | 
 
 
 def _other_categories(path: Path, rows: list[Row], category: str | None) -> frozenset[int]:
-    """The indices of all classes but those of a category, where the list has categories."""
+    """Return the indices of all classes outside a category, if the list has categories."""
     known = sorted({row.category for row in rows} - {""})
     if category is None or not known:
         return frozenset()
@@ -184,7 +185,7 @@ def _rows_of_lines(path: Path, text: str) -> list[Row]:
 
 
 def _rows_of_parts(filled: list[tuple[int, str]]) -> list[Row]:
-    """Return the parts of a list with headings; each is named after the heading above it."""
+    """Return the parts in a list with headings; each is named after the heading above it."""
     rows, whole = [], ""
     for number, line in filled:
         heading = _heading(line)
@@ -197,7 +198,7 @@ def _rows_of_parts(filled: list[tuple[int, str]]) -> list[Row]:
 
 
 def _heading(line: str) -> str:
-    """Return the name in `-- 13 person --`, or an empty string when the line is something else."""
+    """Return the name in `-- 13 person --`, or an empty string if the line is something else."""
     found = re.fullmatch(r"--\s+[0-9]+\s+(.*\S)\s+--", line)
     return found[1] if found else ""
 
@@ -208,7 +209,7 @@ def _halves(line: str) -> tuple[str, str]:
 
 
 def _rows_of_csv(path: Path, text: str, by_category: bool) -> list[Row]:
-    """Return the classes of a CSV; `by_category`, with their categories where it has that column."""
+    """Return the classes of a CSV; with `by_category`, with their categories if it has that column."""
     try:
         reader = csv.reader(text.splitlines(keepends=True), strict=True)
         header = [name.strip().lower() for name in next(reader, [])]

@@ -1,8 +1,8 @@
-"""What a data set consists of: its images, classes, splits and label maps, without opening one file.
+"""Listings: the images, classes, splits and label maps of a data set, found without opening a file.
 
-A listing is ordered by image id and does not depend on the order in which a file system returns names, so its digest
-is the id of the data set's snapshot. Slots, groups and shares go by hashes of the image id: they stay as they are when
-images are added or removed.
+A listing is ordered by image id, whatever order a file system returns names in, so its digest is the id of the data
+set's snapshot. Slots, groups and shares follow from hashes of the image id: they do not change when images are added or
+removed.
 """
 
 import hashlib
@@ -33,22 +33,22 @@ STRINGS = np.dtypes.StringDType()
 
 @dataclass
 class Listing:
-    """The images of a data set, in the order of their ids; arrays have one entry an image.
+    """The images of a data set, in the order of their ids; arrays have one entry per image.
 
-    root: the folder that the ids are relative to. It is not part of any digest: a data set can move.
+    root: the folder that the ids are relative to. Digests leave it out: a data set can move.
     image_id: StringDType, the path below `root` with `/`.
-    size, mtime_ns: int64, of the file; -1 where it cannot be read (a broken link): decoding refuses it.
+    size, mtime_ns: int64, of the file; -1 if it cannot be read (a broken link): decoding refuses it.
     label: int64, index into `classes`; -1 for none.
     split: StringDType.
     label_map_roots: category -> folder, sorted by category.
-    label_map_path: category -> StringDType, the path of the label map below its folder; "" for none. As sorted.
-    label_map_size, label_map_mtime_ns: int64 (image, category), in the same order; -1 where there is no label map.
+    label_map_path: category -> StringDType, the path of the label map below its folder; "" for none. In the same order.
+    label_map_size, label_map_mtime_ns: int64 (image, category), in the same order; -1 if there is no label map.
     refused: image id -> reason, for images that are listed (they have a slot) but cannot be used.
-    ignored: what lies in the folders and is not listed -> how many; keys are extensions or a description.
-    chosen: bool (image,), the images that are used, or None for all: a bound leaves out the others (`bounded`). They
-        keep the slots that they have and get none.
-    walked, read: what the listing was made from, beside the configuration: folders as (root, table or None), as
-        `snapshot` takes them, and single files. While none has changed a listing made again would be the same.
+    ignored: number of files in the folders that are not listed; keys are extensions or a description.
+    chosen: bool (image,), the images that are used, or None for all: a bound excludes the others (`bounded`). Excluded
+        images keep a slot that they have and get no new one.
+    walked, read: the inputs of the listing besides the configuration: folders as (root, table or None), as in
+        `snapshot`, and single files. While none of them changes, a new listing would be the same.
     """
 
     root: Path
@@ -77,11 +77,11 @@ class Listing:
 
     @property
     def images(self) -> np.ndarray:
-        """The indices of the images that are used, int64, in order."""
+        """Return the indices of the images that are used, int64, in order."""
         return np.arange(len(self)) if self.chosen is None else np.flatnonzero(self.chosen)
 
     def splits(self) -> dict[str, int]:
-        """How many images that are used each split has."""
+        """Return the number of used images of each split."""
         names, counts = np.unique(self.split[self.images], return_counts=True)
         return {str(name): int(count) for name, count in zip(names, counts, strict=True)}
 
@@ -90,12 +90,12 @@ class Listing:
         return self.root / str(self.image_id[image])
 
     def label_map(self, image: int, category: str) -> Path | None:
-        """Return the path of one image's label map, or None where it has none."""
+        """Return the path of one image's label map, or None if it has none."""
         relative = str(self.label_map_path[category][image])
         return self.label_map_roots[category] / relative if relative else None
 
     def digest(self) -> str:
-        """Return the sha256 (hex) of all that is used: ids, sizes, times, labels, splits, classes, label maps."""
+        """Return the sha256 (hex) of everything used: ids, sizes, times, labels, splits, classes, label maps."""
         used = slice(None) if self.chosen is None else self.chosen
         sha256 = hashlib.sha256(b"microtome listing 1")
         _update_texts(sha256, self.image_id[used])
@@ -111,10 +111,10 @@ class Listing:
         return sha256.hexdigest()
 
     def record_digests(self, images: np.ndarray | None = None) -> np.ndarray:
-        """Return uint8 (image, 16): for each of `images` (default: all) a digest of what it comes from.
+        """Return uint8 (image, 16): for each of `images` (default: all), a digest of its source.
 
-        It covers the id, size and mtime_ns of the file, and category, size and mtime_ns of its label maps; not the
-        label or the split, which change no pixel. The digest of a shard's records is the shard's id.
+        It covers the id, size and mtime_ns of the file, and category, size and mtime_ns of its label maps. It leaves
+        out the label and the split, which change no pixel. The digest of a shard's records is the shard's id.
         """
         rows = np.arange(len(self)) if images is None else images
         columns = (self.size[:, None], self.mtime_ns[:, None], self.label_map_size, self.label_map_mtime_ns)
@@ -122,7 +122,7 @@ class Listing:
         width = numbers.shape[1] * 8
         packed = memoryview(numbers.tobytes())
         categories = json.dumps(list(self.label_map_path)).encode()
-        # all that precedes the id has a known length, so the id, which comes last, needs none
+        # The id comes last, after parts of known length, so its own length need not be hashed.
         start = hashlib.blake2b(len(categories).to_bytes(8, "little") + categories, digest_size=16, person=b"record")
         digests = bytearray()
         for at, image_id in enumerate(self.image_id[rows]):
@@ -140,7 +140,10 @@ class Folders:
 
 @dataclass(frozen=True)
 class SplitTable:
-    """Splits come from a CSV: a column of images (`tables.IMAGE_COLUMNS`) and a column `split` (val is validation)."""
+    """Splits come from a CSV with a column of images (`csv_tables.IMAGE_COLUMNS`) and one of splits.
+
+    The column is called `split`; val means validation.
+    """
 
     path: Path
 
@@ -187,11 +190,11 @@ def list_imagefolder(
 ) -> Listing:
     """List `root/<class>/**/*.jpg`, or `root/<split>/<class>/**/*.jpg` with `Folders`; classes are sorted by name.
 
-    Without class folders (images directly in the root or the split's folder) labels are -1.
+    Without class folders (images directly in the root or the split's folder), labels are -1.
 
-    labels: a CSV with a column of images (`tables.IMAGE_COLUMNS`) and one of labels (`tables.LABEL_COLUMNS`);
+    labels: a CSV with a column of images (`csv_tables.IMAGE_COLUMNS`) and one of labels (`csv_tables.LABEL_COLUMNS`);
         folders then say nothing about the class.
-    classes: the names in order, where the indices are a network's: they fix the index of each class name.
+    classes: the names in order, for indices that are a network's: they fix the index of each class name.
     cache, rescan: see `snapshot`; `cache` is a folder.
 
     Raises `MicrotomeError` for: no folder, no images, images beside class folders, a class folder without images, a
@@ -210,15 +213,15 @@ def list_imagefolder(
 def list_table(
     root: Path | str, table: Path | str, split_rule: SplitRule | None, cache: Path | None = None, rescan: bool = False
 ) -> Listing:
-    """List the images that a CSV names, as paths below `root`: a file that it does not name is not looked at.
+    """List the images that a CSV names, as paths below `root`; other files are ignored.
 
-    Labels are in the first of `tables.LABEL_COLUMNS`, if one is there (else -1), splits in the column `split`, unless
-    `split_rule` says otherwise; with neither all images are of the split `validation`.
+    Labels are in the first of `csv_tables.LABEL_COLUMNS` that exists (else -1), splits in the column `split`, unless
+    `split_rule` says otherwise; with neither, all images belong to the split `validation`.
 
     cache, rescan: see `snapshot`.
 
-    Raises `MicrotomeError` for: a table that is none, no rows, a path twice, a path that is absolute, leads out of the
-    root with `..` or is not in its shortest form.
+    Raises `MicrotomeError` for: a file that is not a table, no rows, a path twice, a path that is absolute, leads out
+    of the root with `..` or is not in its shortest form.
     """
     rows = read_table(Path(table))
     images = rows.images()
@@ -251,7 +254,7 @@ def list_named(
     cache: Path | None,
     rescan: bool,
 ) -> Listing:
-    """List files by their names below `root`, sorted, with all that is known of them beside their sizes and times."""
+    """List files by their names below `root`, sorted, given everything but their sizes and times."""
     check_names(list(named.names), named.table)
     files = snapshot(root, cache, rescan, named)
     return Listing(
@@ -268,7 +271,7 @@ def list_named(
 
 
 def is_inside(path: str) -> bool:
-    """Whether a relative path stays below its folder and is written in the one shortest way, with `/`."""
+    """Return whether a relative path stays below its folder and is written in its one shortest form, with `/`."""
     return "\0" not in path and all(part not in ("", ".", "..") for part in path.split("/"))
 
 
@@ -281,16 +284,16 @@ def list_segmentation(
     cache: Path | None = None,
     rescan: bool = False,
 ) -> Listing:
-    """List images with one PNG label map a category, paired by their paths below the folders without extension.
+    """List images with one PNG label map per category, paired by their paths below the folders without extension.
 
-    An image that lacks a label map of any category is `refused` (it keeps its slot): taken for an image without
-    concepts, it would lower every IoU in silence. An image that shows nothing of a category has a map of void. Label
-    maps without an image are counted in `ignored`.
+    An image that lacks a label map of any category is `refused` (it keeps its slot): as an image without concepts, it
+    would silently lower every IoU. An image that shows nothing of a category has a map of void. Label maps without an
+    image are counted in `ignored`.
 
     label_maps: category -> folder.
-    labels, classes, cache, rescan: as `list_imagefolder`; without `labels` the labels are -1.
+    labels, classes, cache, rescan: as in `list_imagefolder`; without `labels`, labels are -1.
 
-    Raises `MicrotomeError` as `list_imagefolder`, and for: two images or two label maps with one stem, a folder in
+    Raises `MicrotomeError` as `list_imagefolder`, and for: two images or two label maps with the same stem, a folder in
     which no label map belongs to an image.
     """
     listing = _list_images(images, snapshot(images, cache, rescan), split_rule, labels)
@@ -433,9 +436,9 @@ def _check_split_name(name: str, where: str) -> None:
 def read_labels(
     path: Path, image_ids: Sequence[str], classes: Sequence[str] | None = None
 ) -> tuple[np.ndarray, list[str]]:
-    """Return label int64 (image,) and the class names, from a CSV with one row an image.
+    """Return label int64 (image,) and the class names, from a CSV with one row per image.
 
-    Where all labels are whole numbers they are indices, and a column `name` names them (an index without an image is
+    If all labels are whole numbers, they are indices, and a column `name` names them (an index without an image is
     named by its number). Otherwise they are names: sorted, unless `classes` gives their order.
     """
     table = read_table(path)
@@ -478,9 +481,9 @@ def _names_of_indices(table: Table, label: np.ndarray, classes: Sequence[str] | 
 
 
 def bounded(listing: Listing, most: int) -> Listing:
-    """Return the listing with the first `most` images of each split chosen, in the order in which slots are given.
+    """Return the listing with the first `most` images of each split chosen, in slot order.
 
-    So the chosen ones under a smaller bound are chosen under a larger one, and have their slots already.
+    Images chosen under a smaller bound are also chosen under a larger one, and already have their slots.
     """
     order = _in_slot_order(listing, np.arange(len(listing)))
     split = listing.split[order]
@@ -493,8 +496,8 @@ def bounded(listing: Listing, most: int) -> Listing:
 def slots(listing: Listing, previous_ids: Sequence[str] | np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Return the image id of every slot (StringDType), and its index in `listing` (int64; -1: the image is gone).
 
-    Images of `previous_ids` keep their slots, chosen or not. New ones that are chosen follow, by split and then by a
-    hash of the id, so that a shard mixes the classes and the first shards of a split are a random sample of it.
+    Images of `previous_ids` keep their slots, chosen or not. New chosen images follow, by split and then by a hash of
+    the id, so that a shard mixes the classes and the first shards of a split are a random sample of it.
     """
     known = [] if previous_ids is None else np.asarray(previous_ids, STRINGS).tolist()
     if len(set(known)) != len(known):
@@ -509,7 +512,7 @@ def slots(listing: Listing, previous_ids: Sequence[str] | np.ndarray | None = No
 
 
 def _in_slot_order(listing: Listing, images: np.ndarray) -> np.ndarray:
-    """Return the same indices by split, then by a hash of the id; where two are equal, in the order given."""
+    """Return the same indices by split, then by a hash of the id; ties keep the given order."""
     split = np.unique(listing.split[images], return_inverse=True)[1]
     return images[np.lexsort((_hash(listing.image_id[images], b"slot"), split))]
 
@@ -522,9 +525,10 @@ def group(image_ids: Iterable[str], groups: int = 20) -> np.ndarray:
 
 
 def derangement(image_ids: Iterable[str]) -> np.ndarray:
-    """Whose label maps each image meets in the permuted control: the next image in the order of a hash of the ids.
+    """Return the image whose label maps each image gets in the permuted control: the next by a hash of the ids.
 
-    One cycle through all images of a shard, so no image meets its own; a single image has no partner but itself.
+    The permutation is one cycle through all images of a shard, so no image gets its own label maps, unless it is the
+    only one.
     """
     keys = [
         hashlib.blake2b(str(name).encode("utf-8", "surrogateescape"), person=b"derange").digest() for name in image_ids
@@ -536,7 +540,7 @@ def derangement(image_ids: Iterable[str]) -> np.ndarray:
 
 
 def _hash(image_ids: Iterable[str], person: bytes) -> np.ndarray:
-    """Return 64 bits of blake2b of each id, uint64; hashes of different purposes (`person`) are independent."""
+    """Return 64 bits of blake2b of each id, uint64; hashes for different purposes (`person`) are independent."""
     blake2b = hashlib.blake2b
     joined = b"".join([blake2b(i.encode(), digest_size=8, person=person).digest() for i in image_ids])
     return np.frombuffer(joined, "<u8").astype(np.uint64)
@@ -565,7 +569,7 @@ def _is_utf8(name: str) -> bool:
 
 
 def _stems(names: Sequence[str], folder: Path | str) -> list[str]:
-    """Return names without their extensions; no two may be the same, or what belongs together is not clear."""
+    """Return names without their extensions; refuse duplicates, which would make the pairing ambiguous."""
     stems = [name[: name.rindex(".")] for name in names]
     first: dict[str, str] = {}
     for stem, name in zip(stems, names, strict=True):
@@ -591,7 +595,7 @@ def extension_of(name: str) -> str:
 
 
 def _update_texts(sha256, texts: Iterable[str]) -> None:
-    """Add texts to a hash so that no two lists add the same bytes: their number, their lengths, then all of them."""
+    """Add texts to a hash: their number, their lengths, then the texts, so that no two lists add the same bytes."""
     encoded = [text.encode() for text in texts]
     sha256.update(len(encoded).to_bytes(8, "little"))
     sha256.update(np.array([len(text) for text in encoded], "<i8").tobytes())

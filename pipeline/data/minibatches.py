@@ -1,4 +1,4 @@
-"""Which images go through a network together: minibatches, the same for every network on the same images."""
+"""Minibatches: the images that go through a network together, the same for every network on the same images."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from pipeline.storage.record import Record
 from pipeline.storage.store import StoreRef
 from pipeline.workers.tasks import run_tasks
 
-FEWEST = 4  # images of a minibatch, for which the unbiased estimator of HSIC is defined
+FEWEST = 4  # images of a minibatch, the fewest for which the unbiased estimator of HSIC is defined
 
 
 class Batching(Record):
-    """How images are put into minibatches.
+    """How images are grouped into minibatches.
 
     Attributes
     ----------
-    images : at most so many, the first. minibatch : images of each. epochs : times that they are shuffled.
-    replacement : each minibatch is drawn on its own from all images; else a shuffled list of them is cut.
-    last : a smaller last minibatch is dropped, or kept and weighted. seed : other minibatches for another one.
+    images : use only the first N. minibatch : images per minibatch. epochs : number of shuffles.
+    replacement : draw each minibatch separately from all images; otherwise, cut up a shuffled list of them.
+    last : drop a smaller last minibatch, or keep and weight it. seed : each gives other minibatches.
     """
 
     images: int
@@ -39,19 +39,19 @@ class Batching(Record):
 
 @dataclass(frozen=True)
 class Minibatch:
-    """Images (their slots) in order, and the epoch that they are of."""
+    """Images (their slots) in order, and the epoch that they belong to."""
 
     epoch: int
     images: tuple[int, ...]
 
     @property
     def weight(self) -> int:
-        """n (n - 3), what minibatches of unlike sizes are weighted with."""
+        """Return n (n - 3), the weight of minibatches that differ in size."""
         return len(self.images) * (len(self.images) - 3)
 
 
 def require(images: int, how: Batching, what: str) -> None:
-    """Raise where so many images make no minibatch. `how` and `what` as in `minibatches`."""
+    """Raise `MicrotomeError` if so many images make no minibatch. `how` and `what` as in `minibatches`."""
     if images < FEWEST:
         raise MicrotomeError(
             f"{what}: {images} images, and at least {FEWEST} are needed: name a `split` that has more, or give the "
@@ -67,8 +67,8 @@ def require(images: int, how: Batching, what: str) -> None:
 def minibatches(candidates: np.ndarray, image_id: Sequence[str], how: Batching, what: str) -> list[Minibatch]:
     """Return minibatches of the first images among `candidates` (slots), in an order set by ids and seed alone.
 
-    Without replacement each epoch is a shuffled list of the images, cut; an image that goes away moves those after it
-    and no others. With replacement each minibatch is drawn on its own, no image twice in one.
+    Without replacement, each epoch cuts up a shuffled list of the images; removing an image moves only those after it.
+    With replacement, each minibatch is drawn separately, with no image twice in one.
 
     Parameters
     ----------
@@ -103,7 +103,7 @@ def _place(seed: int, epoch: int, image_id: str) -> bytes:
 
 
 def of_split(images: Images, split: str, how: Batching, what: str) -> list[Minibatch]:
-    """Return the minibatches of the images that count, of a split."""
+    """Return the minibatches of the images of a split that count."""
     return minibatches(np.flatnonzero(images.counted(split)), images.image_ids().tolist(), how, what)
 
 
@@ -116,7 +116,7 @@ def pixels_of(images: Images, batch: Minibatch) -> StoreRef:
 def pixel_digests(workers: Any, images: Images, batches: Sequence[Minibatch], label: str) -> dict[int, str]:
     """Return the digest of the pixels of every image used, by slot.
 
-    So a changed image costs its minibatches and no others.
+    A changed image then makes only its own minibatches stale.
     """
     by_shard: dict[int, set[int]] = {}
     for slot in sorted({slot for batch in batches for slot in batch.images}):
@@ -132,14 +132,14 @@ def pixel_digests(workers: Any, images: Images, batches: Sequence[Minibatch], la
 
 
 def digest_images(images: StoreRef, bounds: tuple[int, int], slots: Sequence[int]) -> dict[int, str]:
-    """On a worker: return the digests of some images of one shard."""
+    """Return the digests of some images of one shard. Runs on a worker."""
     start, stop = bounds
     pixels = images.open()["image"][start:stop]
     return {slot: hashlib.sha256(np.ascontiguousarray(pixels[slot - start]).data).hexdigest()[:20] for slot in slots}
 
 
 def ids_of(made_of: Sequence[Any], batches: Sequence[Minibatch], pixels: Mapping[int, str]) -> dict[str, str]:
-    """Return the id of each minibatch, by its number: of what all are made of, its pixels, and its slots."""
+    """Return the id of each minibatch by its number, from the inputs common to all, its pixels and its slots."""
     return {
         str(number): digest([*made_of, [pixels[slot] for slot in batch.images], batch.images])
         for number, batch in enumerate(batches)

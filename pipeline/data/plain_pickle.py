@@ -1,8 +1,8 @@
-"""Pickles of plain data and arrays of bytes, such as the batches of CIFAR-10, read without executing anything.
+"""Reader of pickles of plain data and byte arrays, such as the batches of CIFAR-10, that executes nothing.
 
-A pickle is a program: `pickle.load` calls whatever it names. Here it can name nothing but stand-ins, written in this
-module, for the few names with which numpy writes an array; they keep what they are given and no code of numpy's sees
-it until it has been checked. All else is refused before a single object is made.
+A pickle is a program: `pickle.load` calls whatever it names. Here, it can only name stand-ins, defined in this module,
+for the few names with which numpy writes an array. They keep what they are given, and no numpy code sees it before it
+is checked. Anything else is refused before a single object is made.
 """
 
 import io
@@ -20,7 +20,7 @@ MOST_BYTES = 1 << 28  # a batch of CIFAR-10 has 31 MB
 UINT8 = ("u1", "|u1", "B")
 ARRAY_MODULES = ("numpy.core.multiarray", "numpy._core.multiarray")
 BUFFER_MODULES = ("numpy.core.numeric", "numpy._core.numeric")
-# What plain data and the calls below are written with; nothing that sets attributes of a class or imports by number.
+# Operations that write plain data and the calls below; none sets attributes of a class or imports by number.
 OPERATIONS = frozenset(
     [
         "PROTO",
@@ -89,10 +89,9 @@ class NotPlainError(MicrotomeError):
 def read_dict(path: Path) -> dict[str, Any]:
     """Return the dict that a pickle holds, by text: plain data, and arrays of uint8 (numpy, read-only).
 
-    Text that Python 2 wrote is taken as latin-1. Lists are returned as they are: what is in them is for the caller to
-    check.
+    Text that Python 2 wrote is read as latin-1. Lists are returned as they are: the caller checks their contents.
 
-    Raises `NotPlainError`: the file is damaged, larger than `MOST_BYTES`, no dict, or has anything else in it.
+    Raises `NotPlainError`: the file is damaged, larger than `MOST_BYTES`, not a dict, or has anything else in it.
     """
     try:
         with path.open("rb") as file:
@@ -106,7 +105,7 @@ def read_dict(path: Path) -> dict[str, Any]:
         found = _Reader(io.BytesIO(data), encoding="latin1").load()
     except NotPlainError as error:
         raise NotPlainError(f"{path}: {error}") from None
-    except Exception as error:  # damage shows itself in pickle as nearly every type of error
+    except Exception as error:  # with damaged files, pickle raises nearly every type of error
         raise NotPlainError(f"{path} is not a pickle of plain data: {error or type(error).__name__}") from error
     if type(found) is not dict or not all(type(key) is str for key in found):
         raise NotPlainError(f"{path} holds a {type(found).__name__}; expected a dict by text")
@@ -114,7 +113,7 @@ def read_dict(path: Path) -> dict[str, Any]:
 
 
 def _check(data: bytes) -> None:
-    """Go through the operations without doing them; refuse unknown ones, and numbers that would allocate memory."""
+    """Go through the operations without executing them; refuse unknown ones, and numbers that would allocate memory."""
     for operation, argument, at in pickletools.genops(data):
         if operation.name not in OPERATIONS:
             raise NotPlainError(
@@ -125,7 +124,7 @@ def _check(data: bytes) -> None:
 
 
 class _Reader(pickle.Unpickler):
-    """Knows the names with which numpy writes an array, and no other."""
+    """An unpickler that knows only the names with which numpy writes an array."""
 
     def find_class(self, module: str, name: str) -> Any:
         if module in ARRAY_MODULES and name == "_reconstruct":
@@ -145,7 +144,7 @@ class _Reader(pickle.Unpickler):
 
 
 class _Fixed:
-    """Takes no state unless it says how: else a pickle could set any attribute."""
+    """An object that takes no state unless it defines how; otherwise, a pickle could set any attribute."""
 
     __slots__ = ()
 
@@ -154,7 +153,7 @@ class _Fixed:
 
 
 class _Name(_Fixed):
-    """A name that may be called, with what is done then."""
+    """A name that may be called, with what the call does."""
 
     __slots__ = ("_made",)
 
@@ -174,13 +173,13 @@ class _Dtype(_Fixed):
         self.code = code.decode("latin1") if isinstance(code, bytes) else code
 
     def __setstate__(self, state: Any) -> None:
-        """Byte order and fields, which uint8 has not."""
+        """Ignore byte order and fields, which uint8 does not have."""
         if self.code not in UINT8:
             raise NotPlainError(f"it holds an array of {self.code!r}; expected uint8")
 
 
 class _Array(_Fixed):
-    """An array as numpy writes it up to protocol 4: made empty, then given its state."""
+    """An array as numpy writes it up to protocol 4: created empty, then given its state."""
 
     __slots__ = ("values",)
 

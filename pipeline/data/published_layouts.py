@@ -1,4 +1,4 @@
-"""ImageNet and Places365 as their publishers lay them out, with classes and file lists as torchvision reads them."""
+"""ImageNet and Places365 in their publishers' layouts, with classes and file lists as torchvision reads them."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def list_imagenet(
 ) -> Listing:
     """List `train/<WordNet id>/*` and `val/<WordNet id>/*` below the root, for the wanted splits.
 
-    The number of a class is its place among all ids of the devkit, sorted: that of torchvision and of networks trained
-    on ImageNet, also where some class folders are not there.
+    The number of a class is its position among all sorted ids of the devkit, as in torchvision and in networks trained
+    on ImageNet, even if some class folders are missing.
 
-    Raises `MicrotomeError`: as `torchvision_data.ask`, a folder that is no class of the devkit or has no images, images
-    beside the class folders.
+    Raises `MicrotomeError`: as `torchvision_data.ask`, a folder that is not a class of the devkit or has no images,
+    images beside the class folders.
     """
     request = {"kind": "imagenet", "root": str(root), "splits": list(splits), "verify": verify, "unpack": unpack}
     meta = [root / IMAGENET_META, root / IMAGENET_DEVKIT]
@@ -86,7 +86,7 @@ def _check_classes(folder: Path, found: set[str], folders: set[str], number: dic
 
 
 def _names(words: dict[str, list[str]]) -> list[str]:
-    """The first word of each class; where several classes have it, with the WordNet id."""
+    """Return the first word of each class; if several classes share it, with the WordNet id."""
     count = Counter(found[0] for found in words.values())
     return [found[0] if count[found[0]] == 1 else f"{found[0]} ({wnid})" for wnid, found in words.items()]
 
@@ -100,12 +100,12 @@ def list_places365(
     scratch: Path,
     rescan: bool = False,
 ) -> Listing:
-    """List the images that the file lists of Places365 name, of the small (256 x 256) or the large variant.
+    """List the images in the file lists of Places365, of the small (256 x 256) or the large variant.
 
-    An image that is listed and not there is refused when it is decoded. Classes are named without their first letter:
+    A listed image that is missing is refused when it is decoded. Classes are named without their first letter:
     `/a/airfield` is `airfield`.
 
-    Raises `MicrotomeError`: as `torchvision_data.ask`, a folder that is not there, a path that leads out of it.
+    Raises `MicrotomeError`: as `torchvision_data.ask`, a missing folder, a path that leads out of it.
     """
     request = {
         "kind": "places365",
@@ -154,7 +154,7 @@ def list_places365(
 
 
 def _without_letter(name: str) -> str:
-    """`/a/apartment_building/outdoor` without `/a/`."""
+    """Return `/a/apartment_building/outdoor` without `/a/`."""
     letter, slash, rest = name.removeprefix("/").partition("/")
     return rest if slash and len(letter) == 1 else name
 

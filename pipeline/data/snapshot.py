@@ -1,6 +1,6 @@
-"""The files of a folder with their sizes and times: walked once, and kept until a folder changes.
+"""The files of a folder with their sizes and times, walked once and cached until a folder changes.
 
-1.3 million files take seconds once, and not at every start.
+Walking 1.3 million files takes seconds, so it happens once and not at every start.
 """
 
 import hashlib
@@ -29,9 +29,9 @@ ABSENT = (-1, -1)
 class Files:
     """Files below a folder, in the order of their names (relative, with `/`), and the folders they lie in.
 
-    size, mtime_ns: int64; -1 where a file is a broken link, a pipe, or the like, or is not there.
+    size, mtime_ns: int64; -1 if a file is a broken link, a pipe, or the like, or is missing.
     folders: relative name ("" for the folder itself) -> (mtime_ns, inode), read before the folder was.
-    hidden: how many names were skipped that start with a dot (and `__MACOSX`).
+    hidden: number of skipped names that start with a dot (and `__MACOSX`).
     """
 
     names: list[str]
@@ -43,20 +43,20 @@ class Files:
 
 @dataclass(frozen=True)
 class Named:
-    """Only these files of a folder, in order, as `table` lists them; no other file is looked at."""
+    """The files of a folder that `table` lists, in order; all others are ignored."""
 
     table: Path
     names: Sequence[str]
 
 
 def snapshot(root: Path | str, cache: Path | None = None, rescan: bool = False, named: Named | None = None) -> Files:
-    """Return the files below `root`; from `cache` when it holds more than 20,000 and no folder has changed since.
+    """Return the files below `root`, from `cache` if it holds more than 20,000 and no folder has changed since.
 
-    A folder changes when a name in it is added, removed or replaced. A file that is written in place, or behind a
-    link, changes no folder: `rescan` lists again in any case.
+    A folder changes when a name in it is added, removed or replaced. A file that is written in place, or behind a link,
+    changes no folder: `rescan` lists again in any case.
 
-    cache: a folder that keeps one file for each root (and table), or None. A cache that is damaged or cannot be
-        written is as none.
+    cache: a folder with one file per root (and table), or None. A cache that is damaged or cannot be written counts as
+        None.
     """
     table = named.table if named else None
     wanted = _digest_of_names(named)
@@ -73,10 +73,10 @@ def snapshot(root: Path | str, cache: Path | None = None, rescan: bool = False, 
 
 
 def unchanged(root: Path | str, cache: Path | None, table: Path | None = None) -> str | None:
-    """Return a digest of the files that `snapshot` would take from its cache; None when it would list again.
+    """Return a digest of the files that `snapshot` would take from its cache; None if it would list again.
 
-    It reads the folders' times and no names: what was made of a listing can be remembered under it, so that starting
-    is quick. With `table`, whether that names the same files still is for the caller to know.
+    It reads the folders' times and no names, so a result that is cached under this digest makes starting fast. With
+    `table`, the caller has to know whether the table still names the same files.
     """
     try:
         with _cache_path(root, cache, table).open("rb") as file, np.load(file, allow_pickle=False) as stored:
@@ -90,7 +90,7 @@ def unchanged(root: Path | str, cache: Path | None, table: Path | None = None) -
 
 
 def stamp(path: Path) -> list[int] | None:
-    """Size, time and inode of a file; None where it is not there. While it stays, so does the content."""
+    """Return size, time and inode of a file, or None if it is missing. While they stay, so does the content."""
     try:
         status = path.stat()
     except OSError:
@@ -99,9 +99,9 @@ def stamp(path: Path) -> list[int] | None:
 
 
 def look_up(root: Path | str, names: Sequence[str]) -> Files:
-    """Return the named files below `root`, whatever their type; one that is not there has size and time -1.
+    """Return the named files below `root`, whatever their type; a missing one has size and time -1.
 
-    Raises `MicrotomeError` when the root itself cannot be read.
+    Raises `MicrotomeError` if the root itself cannot be read.
     """
     base = os.fspath(root)
     try:
@@ -116,10 +116,10 @@ def look_up(root: Path | str, names: Sequence[str]) -> Files:
 
 
 def scan(root: Path | str) -> Files:
-    """Walk `root` and return its files, whatever their type; links are followed, names with a leading dot are not.
+    """Walk `root` and return its files, whatever their type; follow links, skip names with a leading dot.
 
-    Raises `MicrotomeError` when a folder is missing or cannot be read, and when links lead to one folder twice: images
-    would be counted twice, or the walk never end.
+    Raises `MicrotomeError` if a folder is missing or cannot be read, and if links lead to one folder twice: images
+    would be counted twice, or the walk would never end.
     """
     base = os.fspath(root)
     names: list[str] = []
@@ -177,7 +177,7 @@ def _file_stamp(entry: os.DirEntry) -> tuple[int, int]:
 def _path_stamp(path: str) -> tuple[int, int]:
     try:
         status = os.stat(path)  # noqa: PTH116 - 1.3 million of them
-    except (OSError, ValueError):  # not there, a loop of links, a null character
+    except (OSError, ValueError):  # missing, a loop of links, a null character
         return ABSENT
     return (status.st_size, status.st_mtime_ns) if stat.S_ISREG(status.st_mode) else ABSENT
 
@@ -200,7 +200,7 @@ def _cache_path(root: Path | str, cache: Path | None, table: Path | None = None)
 
 
 def _digest_of_names(named: Named | None) -> str:
-    """Tells two contents of one table apart; without a table the folders' times do."""
+    """Return a digest that tells two contents of one table apart; without a table, the folders' times do."""
     return "" if named is None else hashlib.sha256("\0".join(named.names).encode()).hexdigest()
 
 

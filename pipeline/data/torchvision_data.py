@@ -1,7 +1,7 @@
-"""What torchvision's data set classes know of a folder: their file lists, meta data, checksums and downloads.
+"""File lists, metadata, checksums and downloads of torchvision's data set classes.
 
-Torchvision takes seconds to import, so it is asked in a process of its own, and what it says is kept until one of the
-files that it read has changed. A later start reads a small file.
+Importing torchvision takes seconds, so it runs in a separate process. Its answer is cached until one of the files that
+it read changes, and a later start reads a small file.
 
     python -m pipeline.data.torchvision_data request.json answer.json
 """
@@ -37,7 +37,7 @@ IMAGENET_DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
 
 
 def ask(request: Mapping[str, Any], files: Sequence[Path], scratch: Path) -> dict[str, Any]:
-    """Return torchvision's answer to a request, from `scratch` while none of `files` has changed.
+    """Return torchvision's answer to a request, from `scratch` unless one of `files` has changed.
 
     Raises `MicrotomeError` with what torchvision found wrong.
     """
@@ -50,7 +50,7 @@ def ask(request: Mapping[str, Any], files: Sequence[Path], scratch: Path) -> dic
     found = in_own_process("pipeline.data.torchvision_data", dict(request), f"torchvision, on {request['root']},")
     if "error" in found:
         raise MicrotomeError(found["error"])
-    # What it downloaded has changed the files.
+    # A download changes the files, and with them the name of the cached answer.
     write_atomically(_kept(request, files, scratch), json.dumps(found["result"]))
     return found["result"]
 
@@ -64,7 +64,7 @@ def _kept(request: Mapping[str, Any], files: Sequence[Path], scratch: Path) -> P
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
-    """The `result` of a request, or the `error` to show."""
+    """Return the `result` of a request, or the `error` to show."""
     kinds: dict[str, Callable[..., dict[str, Any]]] = {"imagenet": imagenet, "places365": places365, "cifar10": cifar10}
     arguments = dict(request)
     function = kinds[arguments.pop("kind")]
@@ -73,13 +73,13 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
             return {"result": function(**arguments)}
     except MicrotomeError as error:
         return {"error": str(error)}
-    except Exception as error:  # damaged files show themselves in torchvision as nearly every type of error
+    except Exception as error:  # with damaged files, torchvision raises nearly every type of error
         return {"error": f"torchvision cannot read {request['root']}: {type(error).__name__}: {error}"}
 
 
 @contextlib.contextmanager
 def _safe_archives() -> Iterator[None]:
-    """Archives are unpacked with Python's `data` filter: a member that leads out of the folder is an error."""
+    """Unpack archives with Python's `data` filter: a member that leads out of the folder is an error."""
     before = tarfile.TarFile.__dict__.get("extraction_filter")
     tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)  # type: ignore[assignment]
     try:
@@ -92,10 +92,10 @@ def _safe_archives() -> Iterator[None]:
 
 
 def imagenet(root: str, splits: list[str], verify: bool, unpack: bool) -> dict[str, Any]:
-    """Words of each WordNet id, in torchvision's order of classes: from meta.bin, or from the archive of the devkit.
+    """Return words by WordNet id, in torchvision's order of classes: from meta.bin, or from the devkit's archive.
 
-    unpack: let torchvision unpack the archives of the wanted splits whose folders are not there. Nothing else is
-        written below the root.
+    unpack: let torchvision unpack the archives of the wanted splits whose folders are missing. Nothing else is written
+        below the root.
     """
     from torchvision.datasets import imagenet as known
 
@@ -113,7 +113,7 @@ def imagenet(root: str, splits: list[str], verify: bool, unpack: bool) -> dict[s
 
 
 def _imagenet_meta(known: Any, root: str) -> tuple[dict[str, tuple[str, ...]], list[str]]:
-    """Words by WordNet id, and the WordNet id of each validation image."""
+    """Return words by WordNet id, and the WordNet id of each validation image."""
     with tempfile.TemporaryDirectory() as folder:
         meta = root
         if not Path(root, known.META_FILE).exists():
@@ -133,7 +133,7 @@ def _unpack_imagenet(known: Any, root: str, split: str, validation: list[str]) -
     folder = IMAGENET_FOLDERS[split]
     if Path(root, folder).exists():
         return
-    # Under another name until it is whole: a folder that is there counts as unpacked.
+    # Unpack under another name until complete: an existing folder counts as unpacked.
     partial = f"{folder}.partial"
     if Path(root, partial).exists():
         raise MicrotomeError(f"{root}/{partial} is left of an unpacking that was cut short: remove it and run again")
@@ -145,7 +145,7 @@ def _unpack_imagenet(known: Any, root: str, split: str, validation: list[str]) -
 
 
 def places365(root: str, splits: list[str], small: bool, verify: bool, download: bool) -> dict[str, Any]:
-    """Names of the classes by number, and for each split the images below the root with their labels, -1 for none."""
+    """Return class names by number and, for each split, the images below the root with their labels, -1 for none."""
     from torchvision.datasets import Places365
 
     class Unverified(Places365):
@@ -172,7 +172,7 @@ def places365(root: str, splits: list[str], small: bool, verify: bool, download:
 
 
 def cifar10(root: str, files: list[str], verify: bool, download: bool) -> dict[str, Any]:
-    """Nothing, where all files are there, and are the published ones (`verify`); else an error."""
+    """Raise `MicrotomeError` unless all files exist and are the published ones (`verify`); return an empty dict."""
     from torchvision.datasets import CIFAR10, utils
 
     published = {file: md5 for file, md5 in (*CIFAR10.train_list, *CIFAR10.test_list)}  # noqa: C416 - of lists
@@ -193,7 +193,7 @@ def cifar10(root: str, files: list[str], verify: bool, download: bool) -> dict[s
 
 
 def main(request: str, answered: str) -> None:
-    """Read one request; write its answer."""
+    """Read one request and write its answer."""
     Path(answered).write_text(json.dumps(answer(json.loads(Path(request).read_text()))))
 
 

@@ -1,8 +1,8 @@
 """Build a network from its description: a name in a library of networks, or a function in a Python file.
 
-The description itself (`NetworkSpec`) is plain data: picklable, json-able, and imported without torch, so that the
-main process can compute identities with it. torch is imported when a network is built, a library of networks only when
-one of its own is asked for.
+The description itself (`NetworkSpec`) is plain data: picklable, json-able, and imported without torch, so that the main
+process can compute identities with it. torch is imported only when a network is built, and a library of networks only
+when one of its networks is built.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-_LONGEST = 500  # characters of an error of others, which may list all keys of a network
+_LONGEST = 500  # characters of a foreign error message, which may list all keys of a network
 
 
 def load(described: Described, weights_path: str | Path | None = None) -> nn.Module:
-    """The network with its weights, on the CPU, in eval mode.
+    """Return the network with its weights, on the CPU, in eval mode.
 
     Published weights are read from `local`, which `pipeline.networks.published` finds.
 
@@ -47,10 +47,10 @@ def load(described: Described, weights_path: str | Path | None = None) -> nn.Mod
 def load_weights(
     network: nn.Module, spec: NetworkSpec, weights_path: str | Path | None = None, shapes_only: bool = False
 ) -> None:
-    """Load the weights of a description, where it has any, into a network that was built of it.
+    """Load the weights of a description, if it has any, into a network built from it.
 
-    `shapes_only` checks names and shapes against a network on the meta device, and reads no values where the library
-    can do without.
+    `shapes_only` checks names and shapes against a network on the meta device, without reading values unless the
+    library needs them.
     """
     from pipeline.networks import checkpoint
 
@@ -65,7 +65,7 @@ def load_weights(
 
 
 def published_file(spec: NetworkSpec) -> Path:
-    """Where the published weights are: the file, or for transformers the folder."""
+    """Return where the published weights are: the file, or for transformers the folder."""
     if spec.local is None and spec.transformers is not None and Path(spec.transformers).is_dir():
         return Path(spec.transformers)
     if spec.local is None:
@@ -74,10 +74,10 @@ def published_file(spec: NetworkSpec) -> Path:
 
 
 def build(described: Described, device: str = "cpu") -> nn.Module:
-    """The network as its builder makes it, initialised from its seed, in eval mode.
+    """Return the network as its builder makes it, initialised from its seed, in eval mode.
 
-    `device="meta"` gives shapes without memory or weights. The global random state is left as it was. Builders are
-    expected to draw initial weights from torch's generator, as `torch.nn.init` does.
+    `device="meta"` gives shapes without memory or weights. The global random state is restored. Builders are expected
+    to draw initial weights from torch's generator, as `torch.nn.init` does.
 
     Raises
     ------
@@ -97,7 +97,7 @@ def build(described: Described, device: str = "cpu") -> nn.Module:
 
 
 def library(spec: NetworkSpec) -> types.ModuleType:
-    """The module of `pipeline.networks.libraries` that knows the library of a network."""
+    """Return the module of `pipeline.networks.libraries` that handles the library of a network."""
     assert spec.library is not None
     try:
         return import_module(f"pipeline.networks.libraries.of_{spec.library}")
@@ -108,7 +108,7 @@ def library(spec: NetworkSpec) -> types.ModuleType:
 
 
 def missing(name: str) -> MicrotomeError:
-    """That a library, an optional extra, is not installed."""
+    """Return the error that a library, an optional extra, is not installed."""
     return MicrotomeError(
         f"{name} is not installed, which networks named by `{name}:` need: install the extra, "
         f"`pip install '.[{name}]'` in Microtome's folder"
@@ -116,10 +116,10 @@ def missing(name: str) -> MicrotomeError:
 
 
 def _published(spec: NetworkSpec, shapes_only: bool) -> dict[str, torch.Tensor]:
-    """The state dict that the library's own code makes of its published file."""
+    """Return the state dict that the library's own code makes of its published file."""
     read = library(spec).state
     if shapes_only:
-        # Conversions that need values fail on the meta device, each in its own way; with values they then decide.
+        # Conversions that need values fail on the meta device, each in its own way; they are then repeated with values.
         with contextlib.suppress(Exception):
             return _on(spec, "meta", lambda **_: read(spec, "meta"))
     state = _on(spec, "cpu", lambda **_: read(spec, "cpu"))
@@ -127,7 +127,7 @@ def _published(spec: NetworkSpec, shapes_only: bool) -> dict[str, torch.Tensor]:
 
 
 def _on(spec: NetworkSpec, device: str, make: Callable[..., Any]) -> Any:
-    """What a builder makes, with its seed and on a device; whatever goes wrong is told with the call."""
+    """Return what a builder makes, with its seed and on a device; a failure is reported with the builder's call."""
     import torch
 
     with _seeded(spec.seed), torch.device(device):
@@ -156,10 +156,10 @@ def _file_builder(spec: NetworkSpec) -> Callable[..., Any]:
 
 
 def _import_file(path: Path) -> types.ModuleType:
-    """The Python file as a module of a name of its own, never found by `import` and never on `sys.path`.
+    """Return the Python file as a module with a unique name, never found by `import` and never on `sys.path`.
 
-    The source is compiled from the bytes read here: the import system's bytecode cache goes by time and size, and
-    would run an old version of a file that was replaced with its time kept.
+    The source is compiled from the bytes read here: the import system's bytecode cache goes by time and size, and would
+    run an old version of a file that was replaced with its time kept.
     """
     try:
         source = path.read_bytes()
@@ -173,7 +173,7 @@ def _import_file(path: Path) -> types.ModuleType:
         return sys.modules[name]
     module = types.ModuleType(name)
     module.__file__ = str(path)
-    # Dataclasses and pickle look a class's module up by name while it is being defined.
+    # Dataclasses and pickle look up a class's module by name while the class is being defined.
     sys.modules[name] = module
     try:
         exec(compile(source, str(path), "exec"), module.__dict__)
@@ -187,7 +187,7 @@ def _import_file(path: Path) -> types.ModuleType:
 
 @contextlib.contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Run with torch's CPU generator at `seed`, then put it back. Other devices' generators are not touched."""
+    """Run with torch's CPU generator at `seed`, then restore it. Other devices' generators are not touched."""
     import torch
 
     state = torch.get_rng_state()

@@ -1,7 +1,7 @@
 """Read and write checkpoints: tensors by name, and nothing else.
 
-A file is refused with its name when it is missing, empty, truncated, holds pickled objects, or does not fit the
-network; nothing in it is ever executed and no key is ever passed over.
+A file is refused, with its name, if it is missing, empty or truncated, holds pickled objects, or does not fit the
+network. Nothing in it is ever executed, and no key is ever ignored.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 SUFFIXES = (".pt", ".pth", ".safetensors", ".bin")
-# Where training scripts put the state dict inside a checkpoint that holds more.
+# Keys under which training scripts store the state dict in a larger checkpoint.
 _ENTRIES = ("state_dict", "model_state_dict", "model")
 _SHOWN = 4
 
@@ -31,19 +31,19 @@ def load_into(network: nn.Module, path: str | Path, prefix: str | None = None) -
     """Load a checkpoint into `network` in place; every key must fit in name, shape and kind of number.
 
     Floating-point values are cast to the parameter's dtype. BatchNorm's `num_batches_tracked` may be missing, as in
-    checkpoints of before PyTorch 0.4.1; torch then keeps the network's own.
+    checkpoints from before PyTorch 0.4.1; torch then keeps the network's own.
     """
     load_state(network, read(path, prefix), path)
 
 
 def load_state(network: nn.Module, state: dict[str, torch.Tensor], path: str | Path) -> None:
-    """Load `state` (tensors by key, as `read` or, on the meta device, `shapes` gives them) into `network`.
+    """Load `state` (tensors by key, from `read` or, on the meta device, from `shapes`) into `network`.
 
-    `path` only names the file in messages. On a meta network no value is copied: names and shapes are checked.
+    `path` only names the file in messages. On a meta network, no value is copied: names and shapes are checked.
     """
     own = network.state_dict()
     _check_kinds(state, own, path)
-    # Explicit, though torch does the same: on the meta device it warns that its own counters have values.
+    # Explicit, although torch does the same: on the meta device, it warns that its own counters have values.
     counters = {key: tensor for key, tensor in own.items() if key.endswith("num_batches_tracked")}
     try:
         network.load_state_dict(counters | state, strict=True)
@@ -52,9 +52,9 @@ def load_state(network: nn.Module, state: dict[str, torch.Tensor], path: str | P
 
 
 def read(path: str | Path, prefix: str | None = None) -> dict[str, torch.Tensor]:
-    """The state dict of a checkpoint, on the CPU.
+    """Return the state dict of a checkpoint, on the CPU.
 
-    It is the file's content, or the one entry of it called `state_dict`, `model_state_dict` or `model`.
+    It is the file's content, or its only entry called `state_dict`, `model_state_dict` or `model`.
 
     Parameters
     ----------
@@ -81,13 +81,13 @@ def read(path: str | Path, prefix: str | None = None) -> dict[str, torch.Tensor]
 
 
 def shapes(path: str | Path, prefix: str | None = None) -> dict[str, torch.Tensor]:
-    """The state dict as tensors on the meta device: names, shapes and dtypes without reading the values."""
+    """Return the state dict as tensors on the meta device: names, shapes and dtypes without reading the values."""
     path = Path(path)
     return _strip(_tensors(path, device="meta"), prefix, path)
 
 
 def sha256(path: str | Path) -> str:
-    """Hex digest of the file's bytes, read in pieces."""
+    """Return the hex digest of the file's bytes, read in pieces."""
     _check_file(Path(path))
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -96,10 +96,10 @@ def sha256(path: str | Path) -> str:
 def write_safetensors(
     path: str | Path, state: Mapping[str, torch.Tensor], metadata: Mapping[str, Any] | None = None
 ) -> None:
-    """Write `state` and json-able `metadata` so that the file is there whole or not at all.
+    """Write `state` and json-able `metadata` atomically to a safetensors file.
 
-    The same content gives the same bytes. safetensors writes several metadata entries in random order, hence one
-    entry `microtome` with all of it as JSON.
+    The same content gives the same bytes. safetensors writes several metadata entries in random order, so a single
+    entry `microtome` holds all of it as JSON.
     """
     from safetensors.torch import save_file
 
@@ -123,7 +123,7 @@ def write_safetensors(
 
 
 def _tensors(path: Path, device: str) -> dict[str, torch.Tensor]:
-    """The checked state dict in a file; `device="meta"` leaves the values unread."""
+    """Return the checked state dict in a file; `device="meta"` leaves the values unread."""
     import torch
 
     _check_file(path)
@@ -158,7 +158,7 @@ def _read_torch(path: Path, device: str) -> object:
     import torch
 
     with path.open("rb") as file:
-        # Only the zip format can be mapped; files of before PyTorch 1.6 are a plain pickle.
+        # Only the zip format can be mapped; files from before PyTorch 1.6 are a plain pickle.
         start = file.read(4)
     mapped = start == b"PK\x03\x04"
     if not mapped and start[:1] != b"\x80":
@@ -174,7 +174,7 @@ def _read_torch(path: Path, device: str) -> object:
             f"checkpoint {path} is refused: it holds pickled objects{what}, not only tensors; nothing was executed. "
             f"Save `network.state_dict()`, or a .safetensors file, and name that"
         ) from error
-    # A damaged file fails anywhere inside the zip or pickle reader, each with an exception of its own.
+    # A damaged file fails anywhere inside the zip or pickle reader, with various exceptions.
     except Exception as error:
         raise _unreadable(path, error) from error
 
@@ -212,7 +212,7 @@ def _read_safetensors(path: Path, device: str) -> dict[str, torch.Tensor]:
 
 
 def _dtypes() -> dict[str, torch.dtype]:
-    """The dtypes of weights, by safetensors' names."""
+    """Return the dtypes of weights, by safetensors' names."""
     import torch
 
     return {
@@ -230,7 +230,7 @@ def _dtypes() -> dict[str, torch.dtype]:
 
 
 def _state_dict(content: object, path: Path) -> dict[str, torch.Tensor]:
-    """The tensors by name in what a file holds: itself, or the only entry that training scripts use for it."""
+    """Return the tensors by name in a file's content: the content itself, or its only entry that holds them."""
     if _is_state_dict(content):
         return dict(content)  # type: ignore[call-overload]
     if isinstance(content, Mapping):
@@ -274,7 +274,7 @@ def _strip(state: dict[str, torch.Tensor], prefix: str | None, path: Path) -> di
 
 
 def _check_kinds(state: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor], path: str | Path) -> None:
-    """Integers do not go into floating-point parameters, nor the reverse: torch would convert them in silence."""
+    """Refuse integers for floating-point parameters, and the reverse: torch would convert them silently."""
     for key, tensor in state.items():
         if key in own and tensor.is_floating_point() != own[key].is_floating_point():
             raise MicrotomeError(
@@ -284,7 +284,7 @@ def _check_kinds(state: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tens
 
 
 def _misfit(state: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> str:
-    """What is missing, too much or of another shape, each with a count, the first few and the nearest names."""
+    """Return what is missing, extra or of another shape, each with a count, the first few and the nearest names."""
     missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
     extra = [key for key in state if key not in own]
     reshaped = [
@@ -304,7 +304,7 @@ def _misfit(state: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) 
 
 
 def _common_prefix(missing: list[str], extra: list[str]) -> str | None:
-    """`module.` when every extra key is a missing one behind it."""
+    """Return `module.` if every extra key is a missing one with that prefix."""
     if not extra or not missing or not extra[0].endswith(tuple(missing)):
         return None
     wanted = max((key for key in missing if extra[0].endswith(key)), key=len)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Arithmetic(Record):
-    """What changes the last bits of an output, where a minibatch goes through a network as a whole."""
+    """The settings that change the last bits of an output, if a minibatch goes through a network as a whole."""
 
     channels_last: bool
 
@@ -32,7 +32,7 @@ class Arithmetic(Record):
 
 @dataclass(frozen=True)
 class Entry:
-    """A layer, and which features of it: `whole`, `class_token`, `spatial` or `pooled`."""
+    """A layer and its features: `whole`, `class_token`, `spatial` or `pooled`."""
 
     info: LayerInfo
     features: str
@@ -49,7 +49,7 @@ def images_of(batch: Minibatch, pixels: StoreRef, model: Model) -> torch.Tensor:
 
 @contextmanager
 def naming_slots(batch: Minibatch) -> Iterator[None]:
-    """Name an image whose output is not finite by its slot in place of its place in the minibatch."""
+    """Report an image whose output is not finite by its slot, not by its place in the minibatch."""
     try:
         yield
     except NonFiniteError as error:
@@ -60,7 +60,7 @@ def naming_slots(batch: Minibatch) -> Iterator[None]:
 def grams_of(network: torch.nn.Module, images: torch.Tensor, entries: Sequence[Entry]) -> np.ndarray:
     """Return the packed Gram matrices, (entry, pair) float64, of images as the network takes them.
 
-    Each is made when its layer's output is ready, which the next operation may overwrite.
+    Each is computed as soon as its layer's output is ready: the next operation may overwrite it.
 
     Raises
     ------
@@ -86,7 +86,7 @@ def grams_of(network: torch.nn.Module, images: torch.Tensor, entries: Sequence[E
 def packed_gram(features: torch.Tensor, output: torch.Tensor, layer: str) -> np.ndarray:
     """Return the Gram matrix, (pair), of features of a layer's output.
 
-    Raises `NonFiniteError` with the image's place where the output is not finite.
+    Raises `NonFiniteError` with the image's place if the output is not finite.
     """
     from kernels.similarity.cka import pack
     from kernels.similarity.gram import gram
@@ -99,7 +99,7 @@ def packed_gram(features: torch.Tensor, output: torch.Tensor, layer: str) -> np.
 
 
 def features_of(output: torch.Tensor, entry: Entry) -> torch.Tensor:
-    """Return the features (image, ...) that an entry means."""
+    """Return the features (image, ...) of an entry."""
     from pipeline.networks.layers import to_maps
 
     if entry.features == "whole":

@@ -1,6 +1,7 @@
-"""Networks as tasks name them, loaded once a worker, and their forward pass over the images of a shard.
+"""Networks as tasks name them, loaded once per worker, and their forward pass over the images of a shard.
 
-Every stage that runs a network does it here: the same pixels, micro-batches and settings of torch, so the same bits.
+Every stage runs networks through this module, with the same pixels, micro-batches and torch settings, so the outputs
+agree bit for bit.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Model:
     spec_json: str
     weights: Path
     sha256: str
-    architecture: str  # digest of what builds it: an edited module may compute something else with the same weights
+    architecture: str  # digest of its builder: an edited module may compute something else with the same weights
 
     @property
     def spec(self) -> Network:
@@ -45,7 +46,7 @@ class NonFiniteError(Exception):
 
 
 def loaded(model: Model) -> torch.nn.Module:
-    """The network with its weights, if the file still is what the stage `network` wrote."""
+    """Return the network with its weights, if the file still is what the stage `network` wrote."""
     from pipeline.networks.build import load
     from pipeline.networks.checkpoint import sha256
 
@@ -58,12 +59,12 @@ def loaded(model: Model) -> torch.nn.Module:
 
 @functools.lru_cache(maxsize=2)
 def network_of(model: Model) -> torch.nn.Module:
-    """A worker's copy of a network, loaded once."""
+    """Return this worker's copy of a network, loaded once."""
     return placed(loaded(model), model.spec)
 
 
 def placed(network: torch.nn.Module, spec: Network | Segmenter) -> torch.nn.Module:
-    """A network on the worker's device, in its memory format, and torch set to compute it the same way each time."""
+    """Put a network on the worker's device in its memory format, and set torch to compute it the same way each time."""
     import torch
 
     torch.set_num_threads(1)
@@ -74,7 +75,7 @@ def placed(network: torch.nn.Module, spec: Network | Segmenter) -> torch.nn.Modu
 
 
 def platform_numerics(version: int) -> dict[str, str]:
-    """What else decides the last bits: this module, the device kind and torch's minor version."""
+    """Return what else determines the last bits: this module, the device kind and torch's minor version."""
     import torch
 
     return {
@@ -86,9 +87,9 @@ def platform_numerics(version: int) -> dict[str, str]:
 
 
 def normalise(pixels: torch.Tensor, spec: Network | Segmenter) -> torch.Tensor:
-    """uint8 (image, 3, y, x) → float32 on the device: (x / 255 - mean) / std, in the network's memory format.
+    """Convert uint8 (image, 3, y, x) to float32 on the device: (x / 255 - mean) / std, in the network's memory format.
 
-    A network with a single mean gets grey images (image, 1, y, x); with `per_image` each is whitened by itself.
+    A network with a single mean gets grey images (image, 1, y, x); with `per_image`, each image is whitened by itself.
     """
     import torch
 
@@ -109,7 +110,7 @@ def normalise(pixels: torch.Tensor, spec: Network | Segmenter) -> torch.Tensor:
 
 @functools.lru_cache(maxsize=16)
 def _constant(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
-    """One number a channel, there once: to bring it to a GPU is to wait for what the GPU still has to do."""
+    """Return one number per channel, cached on the device: a copy to a GPU would wait for its pending work."""
     import torch
 
     return torch.tensor(values, device=device).view(1, -1, 1, 1)
@@ -122,12 +123,12 @@ def forward_in_batches(
     take: Callable[[str, int, torch.Tensor], None],
     stop_early: bool = False,
 ) -> torch.Tensor | None:
-    """The images of one shard through the network; the logits (image, class), None of a network without a head.
+    """Run one shard's images through the network; return the logits (image, class), or None without a head.
 
-    In micro-batches of the network's size, the last one padded with black images. `take(name, at, output)` gets the
-    output of each layer named, as soon as it is ready, for the images of the shard from `at` on: the next operation may
-    overwrite it. With `stop_early` the forward ends with the last of them, and there are no logits. On a GPU nothing
-    waits for the other before the last micro-batch, unless `take` does.
+    They run in micro-batches of the network's size, the last one padded with black images. For each layer named,
+    `take(name, at, output)` gets the output for the shard's images from `at` on as soon as it is ready: the next
+    operation may overwrite it. With `stop_early`, the forward pass ends with the last of these layers, and there are no
+    logits. On a GPU, host and device do not wait for each other before the last micro-batch, unless `take` does.
     """
     import torch
 
@@ -156,22 +157,24 @@ def forward_in_batches(
         done = torch.cuda.Event() if on_gpu else None
         if done is not None:
             done.record()
-    # Whoever is next has the GPU while this thread waits for its copies.
+    # The next thread can use the GPU while this one waits for its copies.
     if done is not None:
         done.synchronize()
     return logits
 
 
 def host_buffer(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """Memory of this machine for what a network gives: pinned where it comes from a GPU, which then need not wait."""
+    """Return host memory for a network's outputs: pinned if they come from a GPU, which then need not wait."""
     import torch
 
     return torch.empty(tuple(shape), dtype=dtype, pin_memory=device() == "cuda")
 
 
 def to_host(values: torch.Tensor, target: torch.Tensor | None = None) -> torch.Tensor:
-    """Values in memory of this machine, in `target` where there is one; from a GPU they are there when
-    `forward_in_batches` returns."""
+    """Copy values to host memory, to `target` if given.
+
+    Values from a GPU are complete once `forward_in_batches` returns.
+    """
     if not values.is_cuda:
         return values if target is None else target.copy_(values)
     target = host_buffer(values.shape, values.dtype) if target is None else target
@@ -179,8 +182,8 @@ def to_host(values: torch.Tensor, target: torch.Tensor | None = None) -> torch.T
 
 
 def half(values: torch.Tensor, scale: float) -> torch.Tensor:
-    """float32 values as they are stored: divided by the layer's scale, float16, in the same memory format."""
-    # On the CPU torch changes the type fast and the order fast, and both at once slowly.
+    """Convert float32 values for storage: divided by the layer's scale, float16, in the same memory format."""
+    # On the CPU, torch is fast at changing the type or the order, and slow at both at once.
     return (values if scale == 1 else values / scale).half()
 
 
@@ -192,10 +195,11 @@ def refuse_non_finite(output: torch.Tensor, layer: str, start: int) -> None:
 
 
 def scale_for(largest: float, headroom: bool = False) -> float:
-    """The power of two to divide by, so that `largest` is well inside float16.
+    """Return the power of two to divide by, so that `largest` is well inside float16.
 
-    1 for layers of ordinary size (largest value between 2^-6 and 2^9); otherwise `largest` comes to lie below 2^5 with
-    `headroom` (2^11 above it for images unlike the noise), or below 2^15 where it is the maximum over the data.
+    It is 1 for layers of ordinary size (largest value between 2^-6 and 2^9). Otherwise, `largest` falls below 2^5 with
+    `headroom` (which leaves 2^11 above it for images unlike the noise), or below 2^15 if it is the maximum over the
+    data.
     """
     if headroom and (2.0**-6 <= largest <= 2.0**9 or not math.isfinite(largest) or largest == 0):
         return 1.0

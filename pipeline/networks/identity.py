@@ -1,4 +1,4 @@
-"""(To be said.)"""
+"""The parts of ids that stand for networks: what builds them, and their weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipeline.storage.identity import FileDigests
 
 
 def architecture(spec: NetworkSpec, digests: FileDigests) -> dict[str, Any]:
-    """The builder and its arguments; for a module or a model of transformers, the digest of the file it is made by."""
+    """Return the builder and its arguments; for a module or a transformers model, the digest of its defining file."""
     if spec.torchvision is not None:
         return {"torchvision": spec.torchvision, "arguments": spec.arguments}
     if spec.timm is not None:
@@ -26,7 +26,7 @@ def architecture(spec: NetworkSpec, digests: FileDigests) -> dict[str, Any]:
 
 
 def weights_digest(spec: NetworkSpec, digests: Callable[[Path], str]) -> str | dict[str, str]:
-    """sha256 of the checkpoint or the published file; where published weights are in several files, of each."""
+    """Return the sha256 of the checkpoint or published file; of each file if published weights have several."""
     if not spec.published:
         return digests(Path(spec.weights))
     path = published_file(spec)

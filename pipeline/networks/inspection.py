@@ -1,10 +1,10 @@
-"""What can be refused or planned about networks without work: layers, shapes, bytes, checkpoint keys, classes.
+"""Inspection of networks before any work: layers, shapes, bytes, checkpoint keys, classes.
 
-Of segmentation networks, which are sources of concepts: outputs, channels and class lists.
+For segmentation networks, which are sources of concepts: outputs, channels and class lists.
 
     python -m pipeline.networks.inspection request.json response.json
 
-answers a list of requests in one process, since importing torch and torchvision costs seconds.
+answers a list of requests in one process, since importing torch and torchvision takes seconds.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _HALF_BYTES = 2
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a network is, without its weights.
+    """The properties of a network that do not depend on its weights.
 
     Attributes
     ----------
@@ -44,11 +44,11 @@ class Inspection:
     activation_bytes : per layer, of its float16 activations for all images, before compression.
     parameters : number of trainable values.
     largest : values of the largest output of any module, for one image.
-    ablation : per layer whose units are to be removed, the floating-point operations of one pair of a unit and an
-        image; None where the network cannot be cut there and all of it runs.
+    ablation : per layer whose units are to be removed, the floating-point operations per pair of a unit and an image;
+        None if the network cannot be cut there and all of it runs.
     output : shape of the network's output for one image; (classes,) for a classifier.
-    classes : number of logits, or None when the network has no head.
-    compared : names of the layers that are compared, where these are others.
+    classes : number of logits, or None if the network has no head.
+    compared : names of the layers that are compared, if these are others.
     """
 
     architecture: str
@@ -121,17 +121,17 @@ def inspect(
 ) -> Inspection:
     """Build the network on the meta device, check its checkpoint's names and shapes, and find the wanted layers.
 
-    A network that cannot be built or run there is built on the CPU instead.
+    If that fails on the meta device, the network is built on the CPU.
 
     Parameters
     ----------
     input_shape : (channels, height, width) of the images.
     layers, special_tokens : as in `layers.resolve`.
-    images : how many images the activations are wanted for.
+    images : number of images to compute activations for.
     weights_path : checkpoint made by the workflow, which replaces the network's own.
     ablate : what is to be removed.
     compare : layers that are compared with those of other networks, as in `layers.choose`; None: `layers`.
-    look : layers that are looked into, in the same way; they are only refused where they are unknown.
+    look : layers to examine, given in the same way; only unknown ones are refused.
 
     Raises
     ------
@@ -144,7 +144,7 @@ def inspect(
     chosen = choose(built, surveyed, layers, spec.architecture)
     if look is not None:
         choose(built, surveyed, look, spec.architecture)
-    # Maps that keep the image's proportions are what convolutions give, in order.
+    # Maps with the image's proportions come from convolutions, and their positions are in order.
     doubtful = [layer for layer in chosen if layer.spatial and not _certain(layer, input_shape)]
     if doubtful:
         check_places(build(spec), doubtful, input_shape, spec.architecture)
@@ -168,7 +168,7 @@ def _ablation(
     input_shape: tuple[int, int, int],
     wanted: Ablation,
 ) -> dict[str, float | None]:
-    """What a pair costs for each layer; layers that cannot be ablated are refused."""
+    """Return the cost of a pair for each layer; refuse layers that cannot be ablated."""
     if output != (wanted.classes,):
         raise MicrotomeError(
             f"units cannot be ablated: the network gives {output} for an image, and the images have {wanted.classes} "
@@ -188,7 +188,7 @@ def _ablation(
 
 
 def answer(requests: Sequence[Any]) -> list[dict[str, Any]]:
-    """Each request (a `Request`, `SegmenterRequest` or `Probe` as json) with its `result` or the `error` to show."""
+    """Return the `result`, or the `error` to show, of each request (one of those above or a `Probe`, as json)."""
     answers: list[dict[str, Any]] = []
     for each in requests:
         try:
@@ -220,13 +220,13 @@ def _result(each: Any) -> dict[str, Any]:
 
 
 def main(request_path: str, response_path: str) -> None:
-    """Read a JSON list of requests; write the JSON list of answers, in their order."""
+    """Read a JSON list of requests; write the JSON list of answers, in the same order."""
     requests = json.loads(Path(request_path).read_text())
     Path(response_path).write_text(json.dumps(answer(requests), indent=1))
 
 
 def _surveyed(spec: NetworkSpec, input_shape: tuple[int, int, int], special: int | None) -> tuple[nn.Module, Survey]:
-    """The network on the meta device and what its forward shows; on the CPU for those that need values for that."""
+    """Return the network on the meta device and the survey of its forward pass, run on the CPU if it needs values."""
     try:
         network = build(spec, device="meta")
         if not all(tensor.is_meta for tensor in (*network.parameters(), *network.buffers())):

@@ -1,4 +1,4 @@
-"""What is known of a layer before any image, as tasks carry it: imported without torch."""
+"""The properties of a layer that no image determines, as tasks carry them: imported without torch."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -16,7 +16,7 @@ class LayerInfo:
     shape : (units, y, x); a vector has one position.
     layout : how the output is laid out: `map` (unit, y, x), `channels_last` (y, x, unit), `tokens` (token, unit),
         `vector` (unit).
-    special : class and register tokens, which come before the tokens of the grid.
+    special : number of class and register tokens, which come before the tokens of the grid.
     dtype : of the output, as torch names it without `torch.`.
     kind : the module's class.
     """

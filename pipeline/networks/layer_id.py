@@ -1,15 +1,15 @@
 """The identity of a layer: what its activations depend on, and nothing else.
 
-Two networks whose layers have one id have the same activations there, so the store of that layer is shared; a new
-head or a block fine-tuned further on leaves the ids before it as they are. Names of modules do not matter.
+Two networks whose layers have the same id have the same activations there, so they share that layer's store. A new
+head, or a block fine-tuned further on, leaves the ids before it unchanged. Names of modules do not matter.
 
-The network runs on single made-up images on the CPU, with every operation that reaches torch's dispatcher noted: its
-name, its constants, and for each tensor which earlier result it is or, when it is none, the digest of its content. On
-the CPU rather than on the meta device because of that digest: a tensor that is no parameter or buffer (a plain
-attribute, a closure's, a constant made in the forward) then counts by its values.
+The network runs on single made-up images on the CPU. Every operation that reaches torch's dispatcher is recorded with
+its name, its constants, and its tensors: each counts as an earlier result or, if it is none, by the digest of its
+content. That digest is why it runs on the CPU and not on the meta device: a tensor that is neither a parameter nor a
+buffer (a plain attribute, a closure's, a constant made in the forward) then counts by its values.
 
-Where values steer a forward (`if x.sum() > 0`, a detour through numpy), or it cannot be traced, the operations seen do
-not say all: the source files of the modules entered count too.
+If values steer a forward pass (`if x.sum() > 0`, a detour through numpy), or if it cannot be traced, the recorded
+operations are incomplete: the source files of the modules entered count too.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from pipeline.networks.layer import LayerInfo
 from pipeline.networks.layers import first_tensor, one_attention_path
 
 _ID_LENGTH = 20  # hex digits: 80 bits
-# Raise when the same network should get another id than before, since its activations are stored differently.
+# Increase if the same network should get a new id because its activations are stored differently.
 _VERSION = 1
 
 
@@ -46,20 +46,21 @@ def layer_ids(
     numerics: Mapping[str, Any],
     input_shape: tuple[int, int, int],
 ) -> dict[str, str]:
-    """The id of each layer, by name: 20 hex digits, the same in every process.
+    """Return the id of each layer, by name: 20 hex digits, the same in every process.
 
     Parameters
     ----------
-    network : on the CPU, in eval mode, with its weights as they were loaded: before BatchNorm is folded or the memory
-        format changed (`numerics` says that they will be).
-    layers : as `layers.resolve` gives them; how an output is read as maps is part of the id.
+    network : on the CPU, in eval mode, with its weights as loaded: before BatchNorm is folded or the memory format
+        changes (`numerics` says that they will).
+    layers : from `layers.resolve`; the id includes how an output is read as maps.
     preprocessing, numerics : json-able settings that the activations depend on.
     input_shape : (channels, height, width).
 
     Raises
     ------
     MicrotomeError
-        A forward that is random or changes from call to call, that fails, or that is neither traceable nor readable.
+        A forward pass that is random or changes from call to call, that fails, or that is neither traceable nor
+        readable.
     """
     if any(tensor.device.type != "cpu" for tensor in (*network.parameters(), *network.buffers())):
         raise ValueError("layer ids are made from a network on the CPU")
@@ -90,10 +91,10 @@ def layer_ids(
 
 @dataclass(frozen=True)
 class _Reached:
-    """How far the forward was when a layer's output was ready.
+    """How far the forward pass was when a layer's output was ready.
 
-    `operations` is the digest of all operations up to there and of which tensor the output is; `open_ended` when
-    these do not determine the output.
+    `operations` is the digest of all operations up to that point and of which tensor the output is. `open_ended` is
+    true if these do not determine the output.
     """
 
     entered: int
@@ -103,9 +104,9 @@ class _Reached:
 
 @dataclass
 class _Trace:
-    """One forward: modules in the order entered, and per wanted layer how far it was.
+    """One forward pass: modules in the order entered, and how far it was at each wanted layer.
 
-    `silent` gives the modules below each entered one that no hook ever saw, such as the `out_proj` of torch's
+    `silent` gives, for each entered module, those below it that no hook ever saw, such as the `out_proj` of torch's
     attention, whose weight is passed to a function.
     """
 
@@ -115,10 +116,11 @@ class _Trace:
 
 
 def _settled_trace(network: nn.Module, names: Sequence[str], shape: tuple[int, int, int], digests: _Digests) -> _Trace:
-    """The trace of the network once it is the same for two unlike images.
+    """Return the trace of the network once it is the same for two unlike images.
 
-    The first forward may fill caches, so two pairs are tried. Where the images still differ but the same image gives
-    the same trace, values steer the forward past the dispatcher (through numpy, say): it is open-ended.
+    The first forward pass may fill caches, so two pairs are tried. If two images still give different traces, but the
+    same image gives the same one, values steer the forward pass past the dispatcher (for example through numpy): it is
+    open-ended.
     """
     blank, ramp = torch.zeros(shape), torch.linspace(-2, 2, math.prod(shape)).reshape(shape)
     for _ in range(2):
@@ -141,13 +143,13 @@ def _settled_trace(network: nn.Module, names: Sequence[str], shape: tuple[int, i
 
 
 def _traced(network: nn.Module, names: Sequence[str], image: torch.Tensor, digests: _Digests) -> _Trace:
-    """One traced forward, or a plain one where tracing fails."""
+    """Run one traced forward pass, or a plain one if tracing fails."""
     try:
         with _Operations(digests) as log:
             return _forward(network, names, image, log)
     except MicrotomeError:
         raise
-    # Whatever keeps a forward from being traced (compiled code, subclasses of tensors), its sources still identify it.
+    # Whatever prevents tracing (compiled code, tensor subclasses), the sources still identify the forward pass.
     except Exception:
         try:
             return _forward(network, names, image, None)
@@ -159,7 +161,7 @@ def _traced(network: nn.Module, names: Sequence[str], image: torch.Tensor, diges
 
 
 def _forward(network: nn.Module, names: Sequence[str], image: torch.Tensor, log: _Operations | None) -> _Trace:
-    """One forward of an image (channel, y, x); without a log, every layer reached is open-ended."""
+    """Run one forward pass of an image (channel, y, x); without a log, every layer reached is open-ended."""
     trace = _Trace()
     seen: set[nn.Module] = set()
 
@@ -200,7 +202,7 @@ def _forward(network: nn.Module, names: Sequence[str], image: torch.Tensor, log:
 def _attribute_silent(
     module: nn.Module, nearest: nn.Module, seen: set[nn.Module], silent: dict[nn.Module, list[nn.Module]]
 ) -> None:
-    """Give every module that never fires to its nearest ancestor that does."""
+    """Assign every module that never fires to its nearest ancestor that does."""
     for child in module.children():
         if child not in seen:
             silent.setdefault(nearest, []).append(child)
@@ -208,7 +210,7 @@ def _attribute_silent(
 
 
 def _state(module: nn.Module, silent: Mapping[nn.Module, list[nn.Module]], digests: _Digests) -> Iterator[str]:
-    """Digests of the direct parameters and buffers of a module and of the silent ones below it."""
+    """Yield digests of the direct parameters and buffers of a module and of the silent ones below it."""
     for owner in (module, *silent.get(module, ())):
         for name, tensor in (*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)):
             if name != "num_batches_tracked":
@@ -216,10 +218,10 @@ def _state(module: nn.Module, silent: Mapping[nn.Module, list[nn.Module]], diges
 
 
 class _Operations(TorchDispatchMode):
-    """The running digest of all operations of a forward.
+    """The running digest of all operations of a forward pass.
 
-    An in-place operation or a view is told by its name and by which tensors it was given, so the list in its order
-    determines every result; no aliasing has to be followed.
+    An in-place operation or a view is identified by its name and its input tensors, so the ordered list determines
+    every result, without following aliases.
     """
 
     def __init__(self, digests: _Digests) -> None:
@@ -233,16 +235,16 @@ class _Operations(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        # Otherwise torch imports its compiler (6 s) to keep itself from compiling `__torch_dispatch__`.
+        # Otherwise, torch imports its compiler (6 s) to keep itself from compiling `__torch_dispatch__`.
         return False
 
     def start(self, images: torch.Tensor) -> None:
-        """Note operations from here on, of a forward that is given `images`."""
+        """Record the operations of a forward pass over `images` from here on."""
         self._results[images] = "images"
         self.finished = False
 
     def upto(self, output: torch.Tensor | None) -> str:
-        """Digest of the operations so far and of which of their results the output is."""
+        """Return the digest of the operations so far and of which of their results the output is."""
         so_far = self._hash.copy()
         so_far.update(repr(self._written(output)).encode())
         return so_far.hexdigest()
@@ -257,7 +259,7 @@ class _Operations(TorchDispatchMode):
                 f"the weights alone: apply dropout or noise only `if self.training`"
             )
         self.open_ended |= torch.Tag.data_dependent_output in func.tags
-        # Written before the call: an in-place operation changes what it is given.
+        # Written before the call: an in-place operation changes its inputs.
         line = repr([str(func), self._written(args), self._written(kwargs)])
         self._hash.update(line.encode() + b"\n")
         results = func(*args, **kwargs)
@@ -268,7 +270,7 @@ class _Operations(TorchDispatchMode):
         return results
 
     def _written(self, value: Any) -> Any:
-        """An argument as lists and strings that say the same in every process and on every device."""
+        """Return an argument as lists and strings that are the same in every process and on every device."""
         if isinstance(value, torch.Tensor):
             known = self._results.get(value)
             return f"result {known}" if known is not None else f"content {self._digests(value)}"
@@ -286,7 +288,7 @@ class _Operations(TorchDispatchMode):
 
 
 class _Digests:
-    """Content digests of tensors, each made once as long as the tensor lives and is not written to."""
+    """Content digests of tensors, each computed once while the tensor lives and is not written to."""
 
     def __init__(self) -> None:
         self._known = WeakTensorKeyDictionary()
@@ -302,7 +304,7 @@ class _Digests:
 
 
 def _content(tensor: torch.Tensor) -> str:
-    """sha256 of dtype, shape and values."""
+    """Return the sha256 of dtype, shape and values."""
     if tensor.is_quantized:
         raise MicrotomeError(f"the network holds quantised values ({tensor.dtype}), expected floating-point ones")
     if tensor.layout is not torch.strided:
@@ -314,7 +316,7 @@ def _content(tensor: torch.Tensor) -> str:
 
 
 def _source(kind: type) -> str:
-    """A module's class: its name, and the digest of the file that it stands in with all that it calls there."""
+    """Return a module's class, as its name and the digest of its source file."""
     try:
         return f"{kind.__qualname__} {hashlib.sha256(Path(inspect.getfile(kind)).read_bytes()).hexdigest()}"
     except (OSError, TypeError) as error:
@@ -325,7 +327,7 @@ def _source(kind: type) -> str:
 
 
 def _settings(module: nn.Module, digests: _Digests) -> list[str]:
-    """The plain values and tensors that a module holds beside its state: they steer its forward."""
+    """Return the plain values and tensors that a module holds besides its state, which steer its forward pass."""
     held = [(name, value) for name, value in sorted(vars(module).items()) if not name.startswith("_")]
     plain = [f"{name}={value!r}" for name, value in held if _is_plain(value)]
     return plain + [f"{name}={digests(value)}" for name, value in held if isinstance(value, torch.Tensor)]
@@ -339,11 +341,11 @@ def _is_plain(value: object) -> bool:
 
 @contextlib.contextmanager
 def _fixed_conditions(network: nn.Module) -> Iterator[None]:
-    """Everything around a forward that makes torch choose other operations for the same computation."""
+    """Fix everything around a forward pass that makes torch choose other operations for the same computation."""
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     try:
         for parameter in trained:
-            # `matmul` folds a batch differently when an operand wants a gradient, even where none is recorded.
+            # `matmul` folds a batch differently if an operand requires a gradient, even if none is recorded.
             parameter.requires_grad_(False)
         with (
             torch.inference_mode(False),

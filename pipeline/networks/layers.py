@@ -1,4 +1,4 @@
-"""The layers of a network: which there are, what their outputs look like, and how to record them in one forward.
+"""Find a network's layers, describe their outputs, and record them in one forward pass.
 
 A layer is a module whose output can be read as units at positions: the map of a convolution, or the tokens of a
 transformer laid back onto the image. Layers are named by module names and listed in execution order.
@@ -21,21 +21,21 @@ from pipeline.config.patterns import fits
 from pipeline.errors import MicrotomeError, nearest
 from pipeline.networks.layer import LayerInfo, Layout
 
-# Class, distillation and register tokens of published transformers are at most a dozen. A larger rest means that the
+# Published transformers have at most a dozen class, distillation and register tokens. A larger remainder means that the
 # grid was guessed wrong.
 _MOST_SPECIAL = 16
-# Convolutions round and cut borders: a map may be this many positions off the image's proportions.
+# Convolutions round and cut borders: a map may differ from the image's proportions by this many positions.
 _ROUNDING = 2
 _SHOWN = 8
 
 
 @dataclass
 class Survey:
-    """What one forward shows: the layers in execution order, why other modules are none, and the network's output.
+    """The results of one forward pass: layers in execution order, why other modules are none, and the network's output.
 
-    `image` is the (height, width) that it was run on, `output` the shape of the network's own output without the batch,
-    `classes` as in `classes_of`, and `largest` how many values the largest output of any module has for one image: what
-    the memory of a forward goes by.
+    `image` is the (height, width) that it ran on, `output` the shape of the network's own output without the batch, and
+    `classes` as in `classes_of`. `largest` is how many values the largest output of any module has for one image, which
+    determines the memory of a forward pass.
     """
 
     layers: list[LayerInfo] = field(default_factory=list)
@@ -53,15 +53,15 @@ def resolve(
     special: int | None = None,
     name: str = "",
 ) -> list[LayerInfo]:
-    """The wanted layers, in execution order.
+    """Return the wanted layers, in execution order.
 
     Parameters
     ----------
-    wanted : `auto` for the blocks, or names and patterns. In a pattern `*`, `?` and `[...]` stand for characters of
-        one part of a name: `layer*` is layer1 to layer4, `layer*.*` their blocks. A pattern takes the layers with
-        more than one position.
+    wanted : `auto` for the blocks, or names and patterns. In a pattern, `*`, `?` and `[...]` stand for characters of
+        one part of a name: `layer*` is layer1 to layer4, `layer*.*` their blocks. A pattern takes the layers with more
+        than one position.
     input_shape : (channels, height, width) of the images.
-    special : number of class and register tokens, when it cannot be found.
+    special : number of class and register tokens, if it cannot be found.
     name : what messages call the network.
 
     Raises
@@ -73,14 +73,14 @@ def resolve(
 
 
 def candidates(network: nn.Module, input_shape: tuple[int, int, int], special: int | None = None) -> list[LayerInfo]:
-    """Every layer that could be asked for, in order of the first completion of its output."""
+    """Return every possible layer, ordered by the first completion of its output."""
     return survey(network, input_shape, special).layers
 
 
 def survey(network: nn.Module, input_shape: tuple[int, int, int], special: int | None = None) -> Survey:
-    """Run the network once on two blank images, where its parameters are: on the meta device, this costs no memory.
+    """Run the network once on two blank images, on the device of its parameters; the meta device costs no memory.
 
-    Two, because an output that does not begin with a 2 does not have the batch first.
+    With two images, an output that does not begin with a 2 does not have the batch first.
     """
     device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
     images = torch.zeros((2, *input_shape), device=device)
@@ -90,7 +90,7 @@ def survey(network: nn.Module, input_shape: tuple[int, int, int], special: int |
 
     def note(name: str) -> Any:
         def hook(module: nn.Module, inputs: Any, output: object) -> None:
-            # The one convolution whose channels torch does not compare on the meta device: generators begin with it.
+            # torch does not compare this convolution's channels on the meta device, and generators begin with it.
             if isinstance(module, nn.ConvTranspose2d) and inputs[0].shape[1] != module.in_channels:
                 raise MicrotomeError(f"{name} gets {inputs[0].shape[1]} channels, expected {module.in_channels}")
             nonlocal largest
@@ -130,7 +130,7 @@ def survey(network: nn.Module, input_shape: tuple[int, int, int], special: int |
 
 
 def choose(network: nn.Module, surveyed: Survey, wanted: str | Sequence[str], name: str) -> list[LayerInfo]:
-    """The wanted ones of the layers of a survey; see `resolve`. `all` are every one."""
+    """Return the wanted layers of a survey; see `resolve`. `all` stands for every layer."""
     known = {layer.name: layer for layer in surveyed.layers}
     if wanted == "all":
         chosen = set(known)
@@ -144,15 +144,15 @@ def choose(network: nn.Module, surveyed: Survey, wanted: str | Sequence[str], na
 
 
 class Recorder:
-    """Records the outputs of layers in one forward, as float32 copies made when each output is ready.
+    """Records the outputs of layers in one forward pass, as float32 copies made when each output is ready.
 
     The copy is needed: a later in-place operation (`ReLU(inplace=True)`, `out += identity`) overwrites the output.
-    `take(name, output)` is called in place of the copy, and has to use the output at once; what it returns is recorded.
+    `take(name, output)`, if given, replaces the copy. It has to use the output at once; its return value is recorded.
 
     >>> with Recorder(network, ["layer1", "layer2"]) as record:
     ...     logits, outputs = record(images)
 
-    `stop_early=True` ends the forward with the last layer's output and gives no logits.
+    `stop_early=True` ends the forward pass with the last layer's output and gives no logits.
     """
 
     def __init__(
@@ -171,7 +171,7 @@ class Recorder:
         self._paths = contextlib.ExitStack()
 
     def __call__(self, images: torch.Tensor) -> tuple[torch.Tensor | None, dict[str, Any]]:
-        """The network's output (None after an early stop) and the layers' outputs as they are, for `to_maps`."""
+        """Return the network's output (None after an early stop) and the layers' outputs as they are, for `to_maps`."""
         if not self._hooks and self.names:
             raise RuntimeError("a Recorder records inside its `with` block only")
         self.outputs = {}
@@ -213,16 +213,16 @@ class Recorder:
 
 
 class _Done(BaseException):
-    """Ends a forward; no `except Exception` of a network may catch it."""
+    """Ends a forward pass; no `except Exception` of a network may catch it."""
 
 
 def to_maps(output: torch.Tensor, layer: LayerInfo) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """An output as maps (batch, unit, y, x), and its special tokens (batch, token, unit) or None. Both are views.
+    """Return views of an output: its maps (batch, unit, y, x), and special tokens (batch, token, unit) or None.
 
     Raises
     ------
     MicrotomeError
-        The output does not have the layer's shape: images of another size, say.
+        The output does not have the layer's shape, for example because the images have another size.
     """
     units, height, width = layer.shape
     tokens = layer.special + height * width
@@ -246,7 +246,7 @@ def to_maps(output: torch.Tensor, layer: LayerInfo) -> tuple[torch.Tensor, torch
 
 
 def first_tensor(output: object) -> torch.Tensor | None:
-    """The tensor that a module's output stands for: itself, or the first of a tuple, list or mapping."""
+    """Return the tensor that a module's output stands for: itself, or the first of a tuple, list or mapping."""
     if isinstance(output, torch.Tensor):
         return output
     values = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()
@@ -254,9 +254,9 @@ def first_tensor(output: object) -> torch.Tensor | None:
 
 
 def classes_of(network: nn.Module, output: torch.Tensor | None) -> int | None:
-    """How many logits the network gives an image; None when it has no head, only features.
+    """Return how many logits per image the network gives; None if it has no head, only features.
 
-    Logits are (batch, class). A network of timm without its head gives features of that form, and says 0 classes.
+    Logits are (batch, class). A timm network without its head gives features of that form, and reports 0 classes.
     """
     if output is None or output.ndim != 2 or getattr(network, "num_classes", None) == 0:
         return None
@@ -265,9 +265,10 @@ def classes_of(network: nn.Module, output: torch.Tensor | None) -> int | None:
 
 @contextlib.contextmanager
 def one_attention_path() -> Iterator[None]:
-    """Keep torch from its fused attention, which it takes depending on hooks and gradients.
+    """Keep torch from using its fused attention, which it chooses depending on hooks and gradients.
 
-    It rounds otherwise, calls no hook inside, and so the values of a layer would depend on which others are recorded.
+    Fused attention rounds differently and calls no inner hooks, so a layer's values would depend on which others are
+    recorded.
     """
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -295,7 +296,7 @@ def _matches(entry: str, known: Mapping[str, LayerInfo], refused: Mapping[str, s
 
 
 def _auto(network: nn.Module, known: Mapping[str, LayerInfo], image: tuple[int, int], name: str) -> list[str]:
-    """The blocks with more than one position; where there are none, the convolutions."""
+    """Return the blocks with more than one position; if there are none, the convolutions."""
 
     def whole(path: str) -> bool:
         return path in known and in_proportion(known[path].shape[1:], image)
@@ -311,11 +312,11 @@ def _auto(network: nn.Module, known: Mapping[str, LayerInfo], image: tuple[int, 
 
 
 def _blocks(module: nn.Module, name: str, whole: Callable[[str], bool]) -> Iterator[str]:
-    """Names of the outermost building blocks, by structure; `whole` says whether a module's output covers the image.
+    """Yield the names of the outermost building blocks, by structure; `whole`: does a module's output cover the image?
 
     A block is a module with a forward of its own that is an element of a Sequential or ModuleList, or one of several
-    siblings of its class (GoogLeNet's inceptions), or beside such siblings without holding a Sequential. Where all of
-    them are stages (Swin's), their blocks are taken. A Sequential without such elements is a block when it holds one
+    siblings of its class (GoogLeNet's inceptions), or beside such siblings without holding a Sequential. If all of them
+    are stages (Swin's), their blocks are taken. A Sequential without such elements is a block if it holds one
     convolution (conv, norm, activation); one with several (VGG) gives the last activation or norm after each.
     """
     composites = [
@@ -339,7 +340,7 @@ def _blocks(module: nn.Module, name: str, whole: Callable[[str], bool]) -> Itera
 
 
 def _is_stage(module: nn.Module, name: str, whole: Callable[[str], bool]) -> bool:
-    """Whether exactly one chain in it consists of blocks of one class, each with an output that covers the image.
+    """Return whether a module has exactly one chain of blocks of one class, each with an output that covers the image.
 
     An inception has several such branches; inside a block of MobileViT or NesT, the image is cut into patches.
     """
@@ -370,14 +371,14 @@ _ELEMENTWISE = tuple(f"torch.nn.modules.{part}" for part in ("activation", "batc
 
 
 def _is_chain(module: nn.Module) -> bool:
-    """A container that only holds or calls its elements one after the other."""
+    """Return whether a module is a container that only holds its elements or calls them in sequence."""
     if isinstance(module, nn.Sequential):
         return type(module).forward is nn.Sequential.forward
     return type(module) in (nn.ModuleList, nn.ModuleDict)
 
 
 class _Reader:
-    """Reads outputs as layers in execution order, and remembers the maps seen: they settle what a shape leaves open."""
+    """Reads outputs as layers in execution order, and remembers earlier maps, which resolve ambiguous shapes."""
 
     def __init__(self, image: tuple[int, int], special: int | None) -> None:
         self.image = image
@@ -386,7 +387,7 @@ class _Reader:
         self.grids: dict[int, list[tuple[int, int]]] = {}
 
     def read(self, name: str, module: nn.Module, output: object) -> LayerInfo | str:
-        """The layer, or why the output cannot be one."""
+        """Return the layer, or why the output cannot be one."""
         if not isinstance(output, torch.Tensor):
             return "does not give a tensor"
         shape = tuple(output.shape[1:])
@@ -419,10 +420,10 @@ class _Reader:
         return LayerInfo(name, (units, height, width), layout, special, dtype, type(module).__name__)
 
     def _map_layout(self, module: nn.Module, shape: tuple[int, int, int]) -> Layout:
-        """Which end the units are at: the module's kind knows, or the image's proportions, or the module before."""
+        """Return which end holds the units, from the module's class, the image's proportions or the previous module."""
         if isinstance(module, (nn.Conv2d, nn.BatchNorm2d, nn.GroupNorm)):
             return "map"
-        # Exactly LayerNorm: torchvision's LayerNorm2d inherits it, and normalises maps.
+        # Exactly LayerNorm: torchvision's LayerNorm2d inherits from it, and normalises maps.
         if type(module) in (nn.Linear, nn.LayerNorm):
             return "channels_last"
         first, last = in_proportion(shape[1:], self.image), in_proportion(shape[:2], self.image)
@@ -431,7 +432,7 @@ class _Reader:
         return "map" if first else "channels_last"
 
     def _grid(self, tokens: int, units: int) -> tuple[int, int] | None:
-        """(y, x) of the tokens: that of a map with as many units seen before (the patches), or from the image."""
+        """Return (y, x) of the tokens, from an earlier map with as many units (the patches), or from the image."""
 
         def rest_fits(grid: tuple[int, int]) -> bool:
             rest = tokens - grid[0] * grid[1]
@@ -443,19 +444,19 @@ class _Reader:
         height, width = self.image
         steps = math.gcd(height, width)
         grids = [(k * height // steps, k * width // steps) for k in range(steps, 0, -1)]
-        # Whole patches first: 36 pixels are rather 9 patches of 4 than 10 of 3.6.
+        # Prefer whole patches: 36 pixels are rather 9 patches of 4 than 10 of 3.6.
         grids.sort(key=lambda grid: height % grid[0] != 0)
         return next(filter(rest_fits, grids), None)
 
 
 def in_proportion(grid: tuple[int, int], image: tuple[int, int]) -> bool:
-    """Whether a grid (y, x) has the proportions of an image (height, width), but for rounding and cut borders."""
+    """Return whether a grid (y, x) has the proportions of an image (height, width), up to rounding and cut borders."""
     (y, x), (height, width) = grid, image
     return abs(y * width - x * height) <= _ROUNDING * max(height, width)
 
 
 def _sketch(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    """The tensor's shape and dtype without its memory, which a later layer can then use."""
+    """Return the tensor's shape and dtype without its memory, which a later layer can then use."""
     return None if tensor is None else torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
 

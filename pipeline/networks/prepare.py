@@ -1,4 +1,4 @@
-"""What a network says of itself before any image: layers, ids, scales, and what a forward takes."""
+"""The properties of a network that no image determines: layers, ids, scales, and the memory of a forward pass."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from pipeline.networks.layer import LayerInfo
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a network says of itself before any image: layers in order with id and scale, classes (None: it has no
-    head), its numerics."""
+    """The properties of a network that no image determines.
+
+    Layers in order with id and scale, classes (None: it has no head), and numerics.
+    """
 
     layers: list[tuple[str, LayerInfo, float]]
     classes: int | None
@@ -26,9 +28,9 @@ class Prepared:
 def prepare(
     model: Model, size: tuple[int, int], layers: str | Sequence[str], special_tokens: int | None, version: int
 ) -> Prepared:
-    """On a worker: load the network, resolve its layers, compute their ids, and find each layer's scale.
+    """Load the network, resolve its layers, compute their ids, and find each layer's scale. Runs on a worker.
 
-    The scale comes from a forward pass over fixed noise, so it belongs to the layer alone and not to the images.
+    The scale comes from a forward pass over fixed noise, so it depends on the layer alone and not on the images.
     """
     import torch
 
@@ -54,6 +56,6 @@ def prepare(
 
 
 def forward_need(prepared: Prepared, spec: Network, size: tuple[int, int]) -> int:
-    """Bytes of a forward of one micro-batch: weights, an operation's input, output and workspace."""
+    """Return the bytes of a forward pass of one micro-batch: weights, an operation's input, output and workspace."""
     pixels = 3 * size[0] * size[1]
     return 3 * 4 * prepared.parameters + 4 * spec.numerics.micro_batch * (pixels + 4 * prepared.largest)

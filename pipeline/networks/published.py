@@ -1,7 +1,7 @@
-"""Published weights: which file a name stands for, where it is on this machine, and what it expects of images.
+"""Published weights: which file a name stands for, where it is on this machine, and what images it expects.
 
-A library is asked in a process of its own, since importing it costs seconds, and what it said is remembered by its
-version. Whether the file is there is looked up each time, without torch. Nothing is fetched without `download: true`.
+Importing a library takes seconds, so it is queried in a separate process, and its answers are cached by its version.
+Whether the file exists is checked each time, without torch. Nothing is fetched without `download: true`.
 
     python -m pipeline.networks.published request.json response.json
 
@@ -29,20 +29,20 @@ from pipeline.storage.identity import FileDigests
 from pipeline.workers.processes import in_own_process
 
 MEMORY = "published.json"
-DESCRIBED = ("preprocessor_config.json", "processor_config.json")  # what a model of transformers expects of images
+DESCRIBED = ("preprocessor_config.json", "processor_config.json")  # what images a model of transformers expects
 _SAFE, _PICKLED = ("model.safetensors", "pytorch_model.bin")
 
 
 class Published(BaseModel):
-    """What a library says of a network and its published weights.
+    """What a library says about a network and its published weights.
 
     Attributes
     ----------
     weights : the name, as the library writes it.
-    file, hash_prefix : name of the file in torch's cache, and what its sha256 begins with.
-    repository, repository_files : on the hub, and the names to look for there, the safest first.
-    arguments : those that the weights ask of the builder.
-    mean, std : of the preprocessing; None where nothing is said.
+    file, hash_prefix : name of the file in torch's cache, and the beginning of its sha256.
+    repository, repository_files : on the hub, and the file names to look for there, the safest first.
+    arguments : those that the weights require of the builder.
+    mean, std : of the preprocessing; None if the library does not state them.
     size, resize : (height, width) of the images, and the short side before the crop.
     """
 
@@ -61,7 +61,7 @@ class Published(BaseModel):
 
 
 class Request(BaseModel):
-    """Something to ask a library, or to have it fetch."""
+    """A query to a library, or a download by it."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -70,15 +70,15 @@ class Request(BaseModel):
 
 
 def resolve(config: Core, scratch: Path, digests: FileDigests) -> Core:
-    """The configuration with every network of a library, and every segmenter that a data set names, made explicit.
+    """Return the configuration with every library network, and every segmenter that a data set names, made explicit.
 
-    Published weights get the path of their file as `local`, and the arguments that they ask of the builder; means and
-    deviations that are not given become those that the library states.
+    Published weights get the path of their file as `local`, and the arguments that they require of the builder. Means
+    and deviations that are not given become those that the library states.
 
     Raises
     ------
     MicrotomeError
-        All that is wrong: a library that is not installed, an unknown name, a file that is not there, or another one.
+        All that is wrong: a library that is not installed, an unknown name, a file that is missing or differs.
     """
     sections: dict[str, Network | Segmenter] = {f"network {name!r}": one for name, one in config.networks.items()}
     named = {source for dataset in config.datasets.values() for source in dataset.concepts}
@@ -101,9 +101,9 @@ def resolve(config: Core, scratch: Path, digests: FileDigests) -> Core:
 def look_up(
     specs: Mapping[str, NetworkSpec], scratch: Path, digests: FileDigests
 ) -> tuple[dict[str, tuple[NetworkSpec, Published]], dict[str, str]]:
-    """Each network of a library with `local` and `arguments` filled in, and what its library says; and the errors.
+    """Return each library network with `local` and `arguments` filled in, and what its library says; and the errors.
 
-    Networks of which there is nothing to know (modules, torchvision's with a checkpoint) are in neither.
+    Networks without anything to look up (modules, torchvision's with a checkpoint) are in neither.
     """
     wanted = {name: spec for name, spec in specs.items() if _has_more(spec)}
     described, errors = _describe({k: v for k, v in wanted.items() if v.transformers is None}, scratch)
@@ -133,7 +133,7 @@ def look_up(
 
 
 def advice(network: Network, size: tuple[int, int], scratch: Path) -> str | None:
-    """What to say where a data set's images do not have the size for which the weights were published."""
+    """Return a warning if a data set's images do not have the size for which the weights were published."""
     spec = NetworkSpec.of(network)
     if not spec.published:
         return None
@@ -149,14 +149,14 @@ def advice(network: Network, size: tuple[int, int], scratch: Path) -> str | None
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold the weights of a model of transformers: safetensors where there are, in parts or in one."""
+    """Return the files with the weights of a transformers model: safetensors if there are any, in parts or in one."""
     for name in (_SAFE, _PICKLED):
         index = folder / f"{name}.index.json"
         if (folder / name).is_file():
             return [folder / name]
         if index.is_file():
             parts = sorted(set(_json(index).get("weight_map", {}).values()))
-            # The index is data: it names files of its own folder and no other.
+            # The index is data: it may only name files of its own folder.
             wrong = [part for part in parts if not isinstance(part, str) or Path(part).name != part]
             if wrong or not parts:
                 raise MicrotomeError(
@@ -168,7 +168,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def answer(requests: list[Any]) -> list[dict[str, Any]]:
-    """Each request with its `result` or the `error` to show."""
+    """Return each request with its `result` or the `error` to show."""
     answers: list[dict[str, Any]] = []
     for each in requests:
         request = Request.model_validate(each)
@@ -185,7 +185,7 @@ def answer(requests: list[Any]) -> list[dict[str, Any]]:
 
 
 def main(request_path: str, response_path: str) -> None:
-    """Read a JSON list of requests; write the JSON list of answers, in their order."""
+    """Read a JSON list of requests; write the JSON list of answers, in the same order."""
     requests = json.loads(Path(request_path).read_text())
     Path(response_path).write_text(json.dumps(answer(requests)))
 
@@ -196,7 +196,7 @@ def _fetch(spec: NetworkSpec) -> None:
         library(spec).fetch(spec)
     except MicrotomeError:
         raise
-    # No connection, no such repository, a digest that differs, a full disk: each library has errors of its own.
+    # Each library raises its own errors: no connection, no such repository, a digest that differs, a full disk.
     except Exception as error:
         reason = (str(error).splitlines() or [""])[0]
         raise MicrotomeError(
@@ -210,7 +210,7 @@ def _has_more(spec: NetworkSpec) -> bool:
 
 
 def _describe(specs: Mapping[str, NetworkSpec], scratch: Path) -> tuple[dict[str, Published], dict[str, str]]:
-    """What the libraries say of networks, from memory or asked now; and their errors."""
+    """Return what the libraries say about networks, from the cache or a new query; and their errors."""
     described: dict[str, Published] = {}
     errors: dict[str, str] = {}
     unknown = {}
@@ -237,7 +237,7 @@ def _describe(specs: Mapping[str, NetworkSpec], scratch: Path) -> tuple[dict[str
 
 
 def _ask(requests: Mapping[str, Request]) -> dict[str, dict[str, Any]]:
-    """The answers of a process that imports the libraries; none is started without requests."""
+    """Return the answers of a process that imports the libraries; without requests, none is started."""
     if not requests:
         return {}
     asked = [request.model_dump() for request in requests.values()]
@@ -264,14 +264,14 @@ def _remembered(spec: NetworkSpec, scratch: Path) -> Published | None:
 
 
 def _key(spec: NetworkSpec) -> str:
-    """What an answer depends on: the library's version, the network, and the arguments, which may be refused."""
+    """Return what an answer depends on: the library's version, the network, and the arguments, which may be refused."""
     assert spec.library is not None
     weights = spec.weights if spec.published else ""
     return json.dumps([spec.library, installed(spec.library), spec.architecture, weights, sorted(spec.arguments)])
 
 
 def installed(name: str) -> str:
-    """The version of a library."""
+    """Return the version of a library."""
     try:
         return version(name)
     except PackageNotFoundError as error:
@@ -279,7 +279,7 @@ def installed(name: str) -> str:
 
 
 def _place(spec: NetworkSpec, published: Published | None) -> Path | None:
-    """Where the published file (transformers: folder) is on this machine, or None."""
+    """Return where the published file (transformers: folder) is on this machine, or None."""
     if spec.local is not None:
         place = Path(spec.local)
         if not place.exists():
@@ -317,7 +317,7 @@ def _folder(spec: NetworkSpec) -> Path | None:
 
 
 def _in_hub(repository: str, name: str) -> Path | None:
-    """A file in the cache of the hub."""
+    """Return a file in the hub's cache, or None."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
@@ -329,7 +329,7 @@ def _in_hub(repository: str, name: str) -> Path | None:
 
 
 def torch_cache() -> Path:
-    """Where torch keeps the files that it fetched, as `torch.hub.get_dir` says."""
+    """Return where torch keeps the files that it fetched, as `torch.hub.get_dir` does."""
     caches = os.environ.get("XDG_CACHE_HOME", "~/.cache")
     return Path(os.environ.get("TORCH_HOME", os.path.join(caches, "torch")), "hub", "checkpoints").expanduser()  # noqa: PTH118
 
@@ -373,7 +373,7 @@ def _explicit(
 
 
 def _of_folder(folder: Path) -> Published:
-    """What the files beside a model of transformers say of images."""
+    """Return what the files beside a transformers model say about images."""
     said: dict[str, Any] = {}
     for name in DESCRIBED:
         if (folder / name).is_file():
@@ -406,7 +406,7 @@ def _of_folder(folder: Path) -> Published:
 
 
 def _preprocessing(name: str, network: Network | Segmenter, published: Published) -> Preprocessing:
-    """What was given, completed by what the library states; a difference between the two is told."""
+    """Complete the given preprocessing with what the library states; report a difference between the two."""
     own = network.preprocessing
     given = own.model_fields_set if "preprocessing" in network.model_fields_set else set()
     stated = {key: value for key in ("mean", "std") if (value := getattr(published, key)) is not None}

@@ -1,8 +1,8 @@
 """Segmentation networks as sources of concepts: the s_c(x, p) of Bau et al. (PNAS 2020).
 
-A network gives one or several outputs (image, channel, y, x). A category takes one of them, or a range of its channels;
-the label of a pixel is the class whose channel is highest there, and nothing where that class is void or, in a class
-list with several categories, of another one.
+A network gives one or several outputs (image, channel, y, x). A category takes one of them, or a range of its channels.
+The label of a pixel is the class whose channel is highest there. It is nothing if that class is void or, in a class
+list with several categories, belongs to another one.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ if TYPE_CHECKING:
 COLOUR = f"{PIXELS}/colour"  # the category computed from the pixels
 
 
-DEFAULT_OUTPUTS = ("out", "logits")  # torchvision's and transformers' names of the scores that count
+DEFAULT_OUTPUTS = ("out", "logits")  # torchvision's and transformers' names of the main scores
 MODEL = "model"  # in place of a class list: the names that come with the network
 QUERIES = ("class_queries_logits", "masks_queries_logits")
-# By transformers' type of model: the size at which its masks become probabilities; None: as they are.
+# By transformers' model type: the size at which its masks become probabilities; None: as they are.
 MASK_SIZES = {"mask2former": (384, 384), "maskformer": None}
 
 
 def settings(spec: Segmenter, digests: FileDigests) -> dict[str, Any]:
-    """What label maps of this source are made of, beside the pixels; class lists by their content."""
+    """Return what determines this source's label maps, besides the pixels; class lists count by their content."""
     return {
         "architecture": identity.architecture(spec, digests),
         "checkpoint": identity.weights_digest(spec, digests),
@@ -73,10 +73,10 @@ class Model:
 
 @dataclass(frozen=True)
 class Channels:
-    """A category as a network gives it: channels `start` to `stop` of an output.
+    """A category in a network's output: channels `start` to `stop`.
 
-    `concepts` are the names of its classes; `number` has for each channel the place of its class among them, from 1,
-    and 0 for nothing.
+    `concepts` are the names of its classes. `number` has, for each channel, the position of its class among them, from
+    1, and 0 for nothing.
     """
 
     output: str
@@ -87,12 +87,12 @@ class Channels:
 
 
 def concepts(spec: Segmenter) -> dict[str, list[str]]:
-    """Concept names by category, without building the network."""
+    """Return concept names by category, without building the network."""
     return {name: list(class_list(name, head, spec).concepts().values()) for name, head in spec.categories.items()}
 
 
 def class_list(category: str, head: Head, spec: Segmenter) -> ClassList:
-    """The class list of a category, from its file or from the configuration that comes with the network."""
+    """Return the class list of a category, from its file or from the configuration that comes with the network."""
     from pipeline.data.label_maps import ClassList, read_class_list
 
     if head.classes != MODEL:
@@ -113,7 +113,10 @@ def class_list(category: str, head: Head, spec: Segmenter) -> ClassList:
 
 @functools.cache
 def platform(gpus: bool) -> dict[str, str]:
-    """What else decides the last bits of scores: the kind of device, and torch's minor version, found without torch."""
+    """Return what else determines the last bits of scores: device kind and torch's minor version.
+
+    torch is not imported to find out.
+    """
     return {
         "dtype": "float32",
         "device": "cuda" if gpus else "cpu",
@@ -124,7 +127,7 @@ def platform(gpus: bool) -> dict[str, str]:
 def inspect(spec: Segmenter, size: tuple[int, int]) -> dict[str, Channels]:
     """Build the network on the meta device, check its checkpoint's names and shapes, and find every category.
 
-    `size` is (height, width) of the images. A network that cannot be built or run there is built on the CPU instead.
+    `size` is (height, width) of the images. If that fails on the meta device, the network is built on the CPU.
 
     Raises `MicrotomeError` for everything that would be refused later: architecture, checkpoint, image size, outputs,
     channels, class lists.
@@ -140,10 +143,10 @@ def inspect(spec: Segmenter, size: tuple[int, int]) -> dict[str, Channels]:
 
 
 def memory_need(spec: Segmenter, size: tuple[int, int]) -> int:
-    """Bytes that a worker needs to label images of a size, (height, width), beside the images and their label maps.
+    """Return the bytes that a worker needs to label images of a size, (height, width), besides images and label maps.
 
-    The weights as loaded and as used, and a forward of a micro-batch: without gradients an operation's input, output
-    and workspace live.
+    They cover the weights as loaded and as used, and a forward pass of a micro-batch: without gradients, it holds an
+    operation's input, output and workspace.
     """
     height, width = spec.resize or size
     built, outputs, largest = _built(spec, (3, height, width))
@@ -153,8 +156,10 @@ def memory_need(spec: Segmenter, size: tuple[int, int]) -> int:
 
 
 def _built(spec: Segmenter, shape: tuple[int, int, int]) -> tuple[torch.nn.Module, dict[str, torch.Tensor], int]:
-    """The network on the meta device, its scores for one image, and how many values the largest output of any of its
-    modules has; computed where values are needed."""
+    """Return the network on the meta device, its scores for one image, and the size of its largest module output.
+
+    The size is in values. The network runs on the CPU if values are needed.
+    """
     import torch
 
     from pipeline.networks.build import build
@@ -179,7 +184,7 @@ def _built(spec: Segmenter, shape: tuple[int, int, int]) -> tuple[torch.nn.Modul
         network = build(spec, device="meta")
         outputs = run(network, "meta")
         return network, outputs, largest
-    # Each network that needs values to be built or run fails on the meta device in its own way.
+    # Networks that need values to be built or run fail on the meta device, each in its own way.
     except Exception:
         network = build(spec)
     try:
@@ -194,9 +199,9 @@ def _built(spec: Segmenter, shape: tuple[int, int, int]) -> tuple[torch.nn.Modul
 
 
 def scores(output: Any, net: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The scores (image, channel, y, x) in what a segmentation network returned, by name; of a bare tensor, "".
+    """Return the scores (image, channel, y, x) in a segmentation network's output, by name; a bare tensor is "".
 
-    Other entries of a mapping are left out. Masks with classes of their own, as of Mask2Former, become `logits`.
+    Other entries of a mapping are left out. Masks with classes of their own, as in Mask2Former, become `logits`.
     """
     import torch
 
@@ -248,7 +253,7 @@ def channels(category: str, head: Head, outputs: Mapping[str, torch.Tensor], cla
 
 
 def _output(category: str, head: Head, outputs: Mapping[str, torch.Tensor]) -> str:
-    """The output that a category means, by name."""
+    """Return the name of the output that a category uses."""
     if head.output is None:
         if len(outputs) == 1:
             return next(iter(outputs))
@@ -265,7 +270,7 @@ def _output(category: str, head: Head, outputs: Mapping[str, torch.Tensor]) -> s
 
 
 def _advice(wanted: range, lacking: list[int], beyond: list[int]) -> str:
-    """What to set when channels and class list are the same but for their beginning."""
+    """Return what to set if channels and class list agree except for their beginning."""
     if lacking == [wanted[0]] and beyond == [wanted[-1] + 1]:
         return f": if the first channel is {wanted[0] + 1}, set `first: {wanted[0] + 1}`"
     if lacking == [wanted[0]] and not beyond:
@@ -278,11 +283,11 @@ def _some(ids: list[int]) -> str:
 
 
 def label_maps(model: Model, pixels: np.ndarray, categories: Iterable[str]) -> dict[str, np.ndarray]:
-    """On a worker: label maps uint16 (image, y, x) by category, numbered from 1 as its concepts are, of images uint8
-    (image, channel, y, x).
+    """Return label maps uint16 (image, y, x) by category, of images uint8 (image, channel, y, x). Runs on a worker.
 
-    Images go through in micro-batches of a fixed size, the last one padded, so that a map depends on its shard alone.
-    Raises `NonFiniteScoresError` with the place of the image whose scores hold a NaN or an infinity.
+    Concepts are numbered from 1, in the order of the category. Images run in micro-batches of a fixed size, the last
+    one padded, so that a map depends on its shard alone. Raises `NonFiniteScoresError` with the place of the image
+    whose scores hold a NaN or an infinity.
     """
     import torch
 
@@ -316,7 +321,7 @@ class NonFiniteScoresError(Exception):
 
 
 def resized(x: torch.Tensor, spec: Segmenter) -> torch.Tensor:
-    """Images float (image, channel, y, x) at the size that the network wants: bilinear, antialiased if it shrinks."""
+    """Resize float images (image, channel, y, x) to the network's size: bilinear, antialiased if it shrinks them."""
     import torch
 
     if spec.resize is None:
@@ -327,7 +332,7 @@ def resized(x: torch.Tensor, spec: Segmenter) -> torch.Tensor:
 
 @functools.lru_cache(maxsize=2)
 def _network(model: Model, size: tuple[int, int]) -> tuple[torch.nn.Module, dict[str, Channels]]:
-    """A worker's copy of a segmenter, loaded once, and where its categories are."""
+    """Return this worker's copy of a segmenter, loaded once, and where its categories are."""
     from pipeline.networks.build import load
     from pipeline.networks.checkpoint import sha256
     from pipeline.networks.forward import placed
@@ -339,7 +344,7 @@ def _network(model: Model, size: tuple[int, int]) -> tuple[torch.nn.Module, dict
 
 
 def wanted_categories(dataset: AnyDataset, wanted: Core) -> dict[str, Sequence[str]]:
-    """Concept names by category, of the sources the configuration names, in its order."""
+    """Return concept names by category, of the sources that the configuration names, in its order."""
     from kernels.images.colour_names import COLOURS
 
     found: dict[str, Sequence[str]] = {}

@@ -1,8 +1,8 @@
-"""How fast a network is here: one micro-batch of noise through it with random weights, on the device that tasks use.
+"""The speed of a network here: one micro-batch of noise with random weights, on the device that tasks use.
 
-Asked by the plan in the process that inspects networks, one thread. The answer belongs to the architecture, the size,
-the numerics and the machine, and is kept under them. A network that would take longer than `LONGEST` is not run: its
-speed is estimated from its floating-point operations and those of a matrix product.
+The plan requests it in the process that inspects networks, with one thread. The answer depends on the architecture, the
+size, the numerics and the machine, and is cached under them. A network that would take longer than `LONGEST` does not
+run: its speed is estimated from its floating-point operations and the speed of a matrix product.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from pipeline.config.networks import NetworkSpec
 from pipeline.networks.build import build
 from pipeline.networks.layers import one_attention_path
 
-LONGEST = 4.0  # seconds of a probe, beside those of building the network
-SLOWEST = 2e10  # floating-point operations a second that a thread reaches at least
-EFFICIENCY = 0.5  # of a network's operations, against a matrix product
-MOST_PARAMETERS = 500_000_000  # to draw random weights for
+LONGEST = 4.0  # seconds of a probe, besides building the network
+SLOWEST = 2e10  # floating-point operations per second that any thread reaches
+EFFICIENCY = 0.5  # of a network's operations, relative to a matrix product
+MOST_PARAMETERS = 500_000_000  # for which random weights are drawn
 
 
 class Probe(BaseModel):
@@ -39,15 +39,15 @@ class Probe(BaseModel):
 
 
 def measure(wanted: Probe) -> dict[str, Any]:
-    """`images_per_second` and the number of `images` it was measured on (0: estimated), or `skipped`: why it was not.
+    """Return `images_per_second` and the number of `images` measured (0: estimated), or `skipped`, the reason.
 
-    Seconds are those of the CPU, or on a GPU those of the clock, so that other work on the machine disturbs little.
+    Times are CPU time, or wall-clock time on a GPU, so that other work on the machine has little effect.
     """
     spec = wanted.network
     try:
         sketch = build(spec, device="meta")
         flops = _flops(sketch, wanted.input_shape)
-    except Exception:  # a network that the meta device cannot run: it fails there in ways of its own
+    except Exception:  # a network that cannot run on the meta device; each fails in its own way
         flops = 0
     else:
         if sum(parameter.numel() for parameter in sketch.parameters()) > MOST_PARAMETERS:
@@ -66,7 +66,7 @@ def measure(wanted: Probe) -> dict[str, Any]:
             single = _seconds(network, wanted, 1)
             if single > LONGEST:
                 return {"images_per_second": 1 / single, "images": 1}
-            single = min(single, _seconds(network, wanted, 1))  # the first forward sets things up
+            single = min(single, _seconds(network, wanted, 1))  # the first forward pass includes setup
             count = max(1, min(wanted.micro_batch, int(LONGEST / single)))
             return {"images_per_second": count / _seconds(network, wanted, count), "images": count}
     except Exception as error:
@@ -82,7 +82,7 @@ def _flops(network: nn.Module, input_shape: tuple[int, int, int]) -> int:
 
 
 def _matrix_speed() -> float:
-    """Floating-point operations a second of one thread here, in a product of matrices."""
+    """Return the floating-point operations per second of one thread here, in a matrix product."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     a = torch.rand(1024, 1024, generator=torch.Generator().manual_seed(0))

@@ -1,8 +1,8 @@
-"""Whether the positions of a layer's maps lie where its shape suggests: tokens may stand in another order.
+"""A check that the positions of a layer's maps lie where its shape suggests: tokens may be in another order.
 
-Windows of attention, mask units and folded patches give outputs whose numbers fit a grid, and whose tokens do not stand
-row by row. So parts of an image are changed, one at a time: where a layer's change is concentrated, it has to show
-at the same place. Initial weights serve best, since trained ones send some changes to places of their own.
+Windows of attention, mask units and folded patches give outputs whose sizes fit a grid, but whose tokens are not in row
+order. The check changes parts of an image, one at a time: if a layer's change is concentrated, it has to appear at the
+same place. Initial weights serve best, since trained ones send some changes elsewhere.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pipeline.networks.layers import Recorder, to_maps
 # (y, x) of the corners of the changed squares, as shares of the image; no two in one row or column.
 _SQUARES = ((0.125, 0.625), (0.25, 0.125), (0.375, 0.375), (0.5, 0.75), (0.625, 0.25), (0.75, 0.5))
 _SIDE = 0.125
-_ELSEWHERE = 2  # so many are no accident
+_ELSEWHERE = 2  # that many changes elsewhere cannot be chance
 _CONCENTRATED = 4.0  # times the median change of all positions
 _THERE = (
     0.5  # of the largest change, above the median: narrow layers may change most at the rim of what a square reaches
@@ -37,7 +37,7 @@ def check_places(network: nn.Module, layers: Sequence[LayerInfo], input_shape: t
     Raises
     ------
     MicrotomeError
-        With the layer, and what to take in its place.
+        With the layer, and what to use instead.
     """
     generator = torch.Generator().manual_seed(0)
     image = torch.randn(input_shape, generator=generator)
@@ -65,7 +65,7 @@ def check_places(network: nn.Module, layers: Sequence[LayerInfo], input_shape: t
 
 
 def _found_at(change: torch.Tensor, box: tuple[slice, slice], image: torch.Size) -> bool | None:
-    """Whether the change (unit, y, x) is large within one position of the box; None when it is spread out."""
+    """Return whether the change (unit, y, x) is large within one position of the box; None if it is spread out."""
     size = change.square().sum(0).sqrt()
     median, largest = float(size.median()), float(size.amax())
     if not largest > _CONCENTRATED * median:

@@ -19,7 +19,7 @@ from pipeline.config.networks import Network
 from pipeline.data.images import Images
 from pipeline.errors import MicrotomeError
 from pipeline.networks.forward import Model, NonFiniteError
-from pipeline.plan.step import Plan, Step
+from pipeline.plan.step import Key, Plan, Step
 from pipeline.storage.atomic import write_atomically
 from pipeline.storage.identity import digest
 from pipeline.storage.manifest import Files, Manifest, latest, remove_others
@@ -64,6 +64,11 @@ class Job:
     @property
     def id(self) -> str:
         return self._step.id
+
+    @property
+    def key(self) -> Key:
+        """What it is of: the names among data set, network and experiment that it has."""
+        return self._step.key
 
     @property
     def dataset(self) -> str:

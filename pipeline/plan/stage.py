@@ -70,6 +70,7 @@ class Draft:
     digests : of files, remembered.
     networks : every network, its untrained control, and the copies that stages ask for.
     originals : of a control or a copy, the network that it belongs to.
+    stages : all of them, by name: the last one reads the steps of those that have pages.
     """
 
     config: Core
@@ -78,6 +79,7 @@ class Draft:
     networks: dict[str, Network] = field(default_factory=dict)
     originals: dict[str, str] = field(default_factory=dict)
     steps: dict[str, Step] = field(default_factory=dict)
+    stages: Mapping[str, Stage] = field(default_factory=dict)
 
     @property
     def scratch(self) -> Path:

@@ -6,14 +6,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 from pipeline.config.base import UNTRAINED
 from pipeline.config.report import Figures, Report
-
-if TYPE_CHECKING:
-    from pipeline.stages.dissect.detectors import Network
+from pipeline.plan.job import Job
+from pipeline.workers.tasks import run_tasks
 
 Result = TypeVar("Result")
 
@@ -28,11 +27,18 @@ class Made:
     id: str = ""
     seconds: float | None = None
     result: Mapping[str, Any] = field(default_factory=dict)
-    comparison: str | None = None
+    experiment: str | None = None
+
+    @staticmethod
+    def of(job: Job) -> Made:
+        """Return a finished job as its manifest tells of it."""
+        manifest, key = job.read(), job.key
+        seconds = manifest.provenance.get("seconds")
+        return Made(job.stage.name, key.dataset, key.network, job.id, seconds, manifest.result, key.experiment)
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Dissected:
     """A network and the same network untrained, by their names in the results folder; None without that control.
 
     The other control, label maps permuted over the images, is shown when `units-permuted.csv` stands beside
@@ -72,11 +78,11 @@ class Experiment:
     workers: Any = None
 
     def of_stage(self, stage: str) -> list[Made]:
-        """The steps of a stage, in the order of the configuration; none where it has no such stage."""
+        """Return the steps of a stage, in the order of the configuration; none where it has no such stage."""
         return [made for made in self.made if made.stage == stage]
 
     @property
-    def comparisons(self) -> list[Comparison]:
+    def dissected(self) -> list[Dissected]:
         """The networks that were dissected, each with its untrained control where there is one."""
         dissected = {(made.dataset, made.network): made for made in self.of_stage("dissect")}
         found = []
@@ -84,47 +90,48 @@ class Experiment:
             assert dataset is not None and network is not None
             if not network.endswith(UNTRAINED):
                 control = network + UNTRAINED if (dataset, network + UNTRAINED) in dissected else None
-                found.append(Comparison(dataset, network, control, made.result.get("control_images")))
+                found.append(Dissected(dataset, network, control, made.result.get("control_images")))
         return found
 
-    @cached_property
-    def networks(self) -> list[Network]:
-        """The dissected networks, read once, in the order of `comparisons`."""
-        from pipeline.stages.dissect.detectors import read_network
+    def once(self, read: Callable[[Experiment], Result]) -> Result:
+        """Return what a function reads for this experiment; for all pages it is read once."""
+        if read not in self._read:
+            self._read[read] = read(self)
+        return self._read[read]
 
-        return [read_network(self.results, comparison) for comparison in self.comparisons]
+    @cached_property
+    def _read(self) -> dict[Callable[[Experiment], Any], Any]:
+        return {}
 
     def name(self, dataset: str, network: str) -> str:
-        """The part of file names that says which network: `<dataset>-<network>`, with a number where two are alike."""
+        """Return what file names call a network: `<dataset>-<network>`, with a number where two are alike."""
         return self._names[dataset, network]
 
     @cached_property
     def _names(self) -> dict[tuple[str, str], str]:
         names: dict[tuple[str, str], str] = {}
-        for one in self.comparisons:
+        for one in self.dissected:
             plain = f"{one.dataset}-{one.network}"
             alike = sum(f"{dataset}-{network}" == plain for dataset, network in names)
             names[one.dataset, one.network] = f"{plain}-{alike + 1}" if alike else plain
         return names
 
     def label(self, dataset: str, network: str) -> str:
-        """The network as a reader knows it: with its data set only where there are several."""
-        several = len({one.dataset for one in self.comparisons}) > 1
+        """Return what a reader calls the network: with its data set only where there are several."""
+        several = len({one.dataset for one in self.dissected}) > 1
         return f"{network} on {dataset}" if several else network
 
     def page_of(self, dataset: str, network: str) -> str:
-        """File of a network's page."""
+        """Return the file of a network's page."""
         return f"network-{self.name(dataset, network)}.html"
 
     def link_to(self, dataset: str, network: str, layer: str, unit: int) -> str:
-        """Address of a unit in the browser of its network."""
+        """Return the address of a unit in the browser of its network."""
         return f"{self.page_of(dataset, network)}#unit={quote(layer, safe='')}/{unit}"
 
     def map(self, function: Callable[..., Result], tasks: Iterable[tuple], label: str) -> Iterator[Result]:
-        """`function(*task)` for every task, on the workers where there are any, in any order."""
+        """Yield `function(*task)` for every task, on the workers where there are any, in any order."""
         if self.workers is None:
             return (function(*task) for task in tasks)
-        from pipeline.workers.tasks import run_tasks
-
         tasks = list(tasks)
         return run_tasks(self.workers, function, tasks, len(tasks), label)

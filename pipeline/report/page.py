@@ -56,6 +56,7 @@ class Page:
     pictures : a few for the overview.
     files : other files that were written for it, relative to the report's folder.
     methods : template with the stage's definitions, shown on the page of methods; empty: none.
+    methods_values : what that template shows, by name.
     script : a script of ours in `templates/`, allowed by its digest; empty: none.
     """
 
@@ -69,4 +70,5 @@ class Page:
     pictures: Sequence[Picture] = ()
     files: Sequence[str] = ()
     methods: str = ""
+    methods_values: Mapping[str, Any] = field(default_factory=dict)
     script: str = ""

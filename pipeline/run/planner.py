@@ -29,7 +29,7 @@ def make(config: Core, rescan: bool = False, arguments: Sequence[str] = ()) -> P
     digests = FileDigests(scratch / "files.json")
     object_storage.settle(Path(config.results), config.stores)
     config = published.resolve(config, scratch, digests)
-    draft = Draft(config, summaries(config, rescan), digests)
+    draft = Draft(config, summaries(config, rescan), digests, stages=STAGES)
     add_networks(draft, STAGES.values())
     for stage in STAGES.values():
         for wanted in stage.steps(draft):

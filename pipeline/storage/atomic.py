@@ -1,4 +1,4 @@
-"""(To be said.)"""
+"""Atomic file writes."""
 
 import os
 import tempfile
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, data: str | bytes) -> None:
-    """Write a whole file or nothing: temporary file beside it, fsync, rename."""
+    """Write a whole file or nothing: write a temporary file beside it, fsync, rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
     try:

@@ -1,4 +1,7 @@
-"""Content ids: short digests of everything an output depends on. No torch: the main process makes them in seconds."""
+"""Content ids: short digests of everything an output depends on.
+
+The main process computes them in seconds, without importing torch.
+"""
 
 import hashlib
 import json
@@ -24,9 +27,9 @@ def crc32c(data: bytes) -> int:
 
 
 class FileDigests:
-    """sha256 of files, remembered by path, size, mtime_ns and inode, so that a checkpoint of gigabytes is read once.
+    """A cache of sha256 file digests, keyed by path, size, mtime_ns and inode, so that large checkpoints are read once.
 
-    The memory is a JSON file in the results folder; losing it costs a re-read and nothing else.
+    The cache is a JSON file in the results folder. If it is lost, the files are read again.
     """
 
     def __init__(self, memory: Path) -> None:
@@ -41,7 +44,7 @@ class FileDigests:
         path = Path(path)
         try:
             stat = path.stat()
-            key = digest(os.fspath(path.resolve()))  # this memory tells nobody where files are
+            key = digest(os.fspath(path.resolve()))  # hashed, so that the cache reveals no paths
             stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
             entry = self.known.get(key)
             if isinstance(entry, list) and entry[:-1] == stamp:
@@ -54,7 +57,7 @@ class FileDigests:
         return sha256
 
     def save(self) -> None:
-        """Keep what was learnt; a results folder that cannot be written only loses the memory."""
+        """Write the cache; ignore a results folder that is not writable."""
         from pipeline.storage.atomic import write_atomically
 
         try:

@@ -1,7 +1,8 @@
 """Locks: one run at a time on a results folder, one job at a time on shared layers.
 
-Kernel locks, which no crash leaves behind, wherever the file system has them. Where it has none, the lock on a results
-folder is a file whose holder changes it every few seconds: one that has stopped to change is nobody's.
+Where the file system supports kernel locks, they are used, and a crash leaves none behind. Elsewhere, the lock on a
+results folder is a file with a heartbeat: its holder rewrites it every few seconds. When the heartbeat stops, the lock
+is free.
 """
 
 import contextlib
@@ -21,14 +22,14 @@ from typing import IO, Any, Self
 from pipeline.errors import MicrotomeError, explained
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
-BEAT = 5.0  # seconds between two signs of life
-PATIENCE = 4  # missed ones after which a holder is dead
+BEAT = 5.0  # seconds between heartbeats
+PATIENCE = 4  # missed heartbeats after which a holder counts as dead
 
 
 class RunLock:
-    """The lock on a results folder: `acquire` it, or learn who holds it; it goes with the process.
+    """The lock on a results folder. It ends with the process.
 
-    Attributes: `left_open`, whether the run before did not give it back, known once the lock is held.
+    Attributes: `left_open`, whether the previous run failed to release the lock; known once the lock is held.
     """
 
     def __init__(self, results: Path) -> None:
@@ -39,7 +40,7 @@ class RunLock:
         self._released = threading.Event()
 
     def acquire(self) -> None:
-        """Take the lock, or raise `MicrotomeError` that names host, pid and start of the run that holds it."""
+        """Take the lock, or raise `MicrotomeError` with host, pid and start time of the run that holds it."""
         if self.file is not None:
             return
         try:
@@ -66,7 +67,7 @@ class RunLock:
         self.file = file
         self._write(0)
         if beating:
-            # Where two waited for the same dead holder, the one that wrote last has it.
+            # If two runs waited for the same dead holder, the last writer gets the lock.
             time.sleep(BEAT / 5)
             file.seek(0)
             if _parsed(file.read()).get("pid") != os.getpid():
@@ -75,7 +76,7 @@ class RunLock:
             threading.Thread(target=self._beat, daemon=True, name="lock").start()
 
     def release(self) -> None:
-        """Give the lock back: there is nothing to clear up. A lock that is not held stays as it is."""
+        """Release the lock and mark the folder as clean; do nothing if the lock is not held."""
         if self.file is None:
             return
         self._released.set()
@@ -88,7 +89,7 @@ class RunLock:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Give the lock back, as it was found: what an earlier run left to clear up is still to be cleared up."""
+        """Release the lock. If an earlier run left it open, keep that mark, so that the next run still cleans up."""
         if self.left_open and self.file is not None:
             self._released.set()
             self.file.close()
@@ -104,7 +105,7 @@ class RunLock:
     def _write(self, beat: int) -> None:
         assert self.file is not None
         holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": self.since, "folder": str(Path.cwd())}
-        # Of one length, in one call and never through an empty file: another run may be reading it.
+        # Write a fixed length in one call, without emptying the file first: another run may be reading it.
         text = json.dumps(holder | {"beat": f"{beat:09d}"}).encode()
         os.pwrite(self.file.fileno(), text, 0)
         os.ftruncate(self.file.fileno(), len(text))
@@ -117,7 +118,7 @@ class RunLock:
                 self._write(beat)
 
     def _abandoned(self, file: IO[str]) -> bool:
-        """Whether nobody holds the lock, on a file system without kernel locks."""
+        """Return whether nobody holds the lock, on a file system without kernel locks."""
 
         def read() -> str:
             file.seek(0)
@@ -136,9 +137,9 @@ class RunLock:
 
 
 def taken_over(results: Path, host: str, pid: int) -> str | None:
-    """Why the lock on a results folder is not, or no longer, that of process `pid` on `host`; None where it is.
+    """Return why the lock on a results folder no longer belongs to process `pid` on `host`; None if it still does.
 
-    A lock whose file was deleted keeps nobody out.
+    A deleted lock file counts as lost, since it keeps no other run out.
     """
     try:
         holder = (results / ".microtome" / "lock").read_text()
@@ -152,9 +153,9 @@ def taken_over(results: Path, host: str, pid: int) -> str | None:
 
 @contextlib.contextmanager
 def one_at_a_time(path: Path) -> Iterator[None]:
-    """Wait for the lock `path` and hold it: for what jobs of one run write together, the stores of shared layers.
+    """Wait for the lock `path` and hold it, so that jobs of one run take turns at writing the stores of shared layers.
 
-    On a file system without locks, one in this machine's temporary folder stands for it.
+    On a file system without locks, a lock in this machine's temporary folder takes its place.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:

@@ -1,8 +1,9 @@
-"""Manifests: the proof that a stage is finished, and of what its files were when it finished.
+"""Manifests: proof that a stage finished, and a record of its files at that time.
 
-A manifest is `done/<stage>.<id>.json` beside the stores it describes. Its name carries the content id of all that the
-output depends on; inside stand the output's digest, the manifests it was made from with *their* digests, and size and
-crc32c of every file. It is written last and atomically, and removed before anything it describes is rewritten.
+A manifest is `done/<stage>.<id>.json` beside the stores it describes. Its name carries the content id of everything
+that the output depends on. It holds the output's digest, the manifests it was computed from with *their* digests, and
+the size and crc32c of every file. A stage writes it last and atomically, and removes it before rewriting anything it
+describes.
 """
 
 import contextlib
@@ -21,12 +22,12 @@ Files = dict[str, tuple[int, int]]  # path relative to the manifest's base folde
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a finished stage says of itself.
+    """The record that a finished stage leaves.
 
-    `digest` is the identity of the *output* (equal outputs have equal digests, whatever they were made from);
-    `parents` maps manifest paths, relative to the results folder, to the output digests that were read; `includes`
-    does the same for the manifests of shared layers that the output refers to;
-    `result` holds the small facts that later stages need without opening a store.
+    `digest` identifies the *output*: equal outputs have equal digests, whatever they were computed from. `parents` maps
+    manifest paths, relative to the results folder, to the output digests that were read. `includes` does the same for
+    the manifests of shared layers that the output refers to. `result` holds the small facts that later stages need
+    without opening a store.
     """
 
     stage: str
@@ -41,12 +42,12 @@ class Manifest:
 
     def write(self, path: Path) -> None:
         body = json.dumps(self.__dict__, indent=1, sort_keys=True, ensure_ascii=False)
-        # The manifest guards everything else, so it carries its own checksum on the first line.
+        # The manifest guards everything else, so its first line carries its own checksum.
         write_atomically(path, f'{{"crc32c": {crc32c(body.encode())},\n"manifest": {body}}}\n')
 
     @staticmethod
     def read(path: Path) -> "Manifest":
-        """Read a manifest; a damaged one raises `MicrotomeError` that names it, a missing one `FileNotFoundError`."""
+        """Read a manifest. Raises `MicrotomeError` with its path if it is damaged, `FileNotFoundError` if missing."""
         raw = path.read_text(encoding="utf-8", errors="replace")
         try:
             head, _, rest = raw.partition("\n")
@@ -61,7 +62,7 @@ class Manifest:
 
 
 def recorded(file: Path) -> tuple[int, int] | None:
-    """Size and crc32c of a file, as a manifest in `done/` beside it says; None where none does."""
+    """Return size and crc32c of a file from a manifest in `done/` beside it; None if no manifest lists the file."""
     for path in sorted((file.parent / "done").glob("*.json")):
         files = Manifest.read(path).files
         if file.name in files:
@@ -70,9 +71,9 @@ def recorded(file: Path) -> tuple[int, int] | None:
 
 
 def recorded_files(store: Path) -> Files:
-    """Size and crc32c of the files of a store, by name within it, as the manifests say that describe it.
+    """Return size and crc32c of a store's files, by name within the store, from the manifests that list them.
 
-    Manifests stand in `done/` beside the store or one folder further up; none is no error, and the result is empty.
+    Manifests are in `done/` beside the store or one folder further up. Without any, the result is empty.
     """
     found: Files = {}
     for base in (store.parent, store.parent.parent):
@@ -84,7 +85,7 @@ def recorded_files(store: Path) -> Files:
 
 
 def latest(done: Path, stage: str) -> Manifest | None:
-    """The newest manifest of a stage in one `done` folder; damaged ones do not count."""
+    """Return the newest manifest of a stage in one `done` folder, ignoring damaged ones; None if there is none."""
     found = []
     for path in done.glob(f"{stage}.*.json"):
         with contextlib.suppress(MicrotomeError, FileNotFoundError):
@@ -95,7 +96,7 @@ def latest(done: Path, stage: str) -> Manifest | None:
 def remove_others(done: Path, stage: str, keep: str | None = None) -> None:
     """Remove the manifests of a stage in one `done` folder, except the one with id `keep`.
 
-    Called before a store with a plain name is rewritten: none of the old manifests describes it any longer.
+    Call this before rewriting a store with a plain name: the old manifests no longer describe it.
     """
     for path in done.glob(f"{stage}.*.json"):
         if path.name != f"{stage}.{keep}.json":
@@ -103,23 +104,23 @@ def remove_others(done: Path, stage: str, keep: str | None = None) -> None:
 
 
 def write_file(folder: Path, name: str, data: bytes) -> Files:
-    """Write a file whole, and return what a manifest says of it: its name, size and crc32c."""
+    """Write a file atomically and return its manifest entry: name, size and crc32c."""
     write_atomically(folder / name, data)
     return {name: (len(data), crc32c(data))}
 
 
 def within(folder: str, files: Mapping[str, tuple[int, int]]) -> Files:
-    """The same files, named from one folder further up."""
+    """Return the same files, named from one folder further up."""
     return {f"{folder}/{name}": value for name, value in files.items()}
 
 
 def below(folder: str, files: Mapping[str, tuple[int, int]]) -> Files:
-    """The files of one folder, named from within it."""
+    """Return the files of one folder, named relative to that folder."""
     return {name[len(folder) + 1 :]: value for name, value in files.items() if name.startswith(folder + "/")}
 
 
 def by_shard(files: Files, store: str, arrays: Sequence[str]) -> dict[int, Files]:
-    """The chunk files of some arrays of a store, by shard: each holds the images of one."""
+    """Return the chunk files of some arrays of a store, by shard; each chunk holds images of one shard."""
     found: dict[int, Files] = {}
     for name, value in below(store, files).items():
         parts = name.split("/")
@@ -129,9 +130,9 @@ def by_shard(files: Files, store: str, arrays: Sequence[str]) -> dict[int, Files
 
 
 def unnamed_stores(folder: Path, stage: str) -> list[Path]:
-    """Return the stores in a folder that no manifest of a stage names; none while the stage has no manifest beside it.
+    """Return the stores in a folder that no manifest of a stage lists.
 
-    What was begun and not finished may still need all of them.
+    Return none while the stage has no manifest: unfinished work may still need all of them.
     """
     finished = [Manifest.read(path) for path in (folder.parent / "done").glob(f"{stage}.*.json")]
     named = {name.partition("/")[0] for manifest in finished for name in below(folder.name, manifest.files)}

@@ -1,11 +1,11 @@
-"""Stores on object storage: chunk files in a bucket, what describes them in the results folder too.
+"""Stores on object storage: chunk files in a bucket, metadata both there and in the results folder.
 
-With `stores: s3://bucket/prefix` in the configuration, the results folder holds a file that names that place, and of
-every store the `zarr.json` files; ledgers and manifests stand there as ever. Chunk files are objects instead, at the
-path they would have in the results folder; the `zarr.json` files are copied there, so that other programs open
-`s3://bucket/prefix/<data set>/images.zarr` as it is. A PUT is whole or nothing, as a renamed file is.
+With `stores: s3://bucket/prefix` in the configuration, the results folder holds a file that names this location, the
+ledgers, the manifests, and the `zarr.json` files of every store. Chunk files become objects, under the path that they
+would have in the results folder. The `zarr.json` files are copied there too, so that other programs can open
+`s3://bucket/prefix/<data set>/images.zarr` directly. A PUT is atomic, like a rename.
 
-Credentials and endpoint come from the environment (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ...) and are written nowhere.
+Credentials and endpoint come from the environment (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ...) and are never written.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Objects:
     prefix: str
 
     def get(self, key: str) -> bytes:
-        """Raises `FileNotFoundError` where there is no such object."""
+        """Return the bytes of an object. Raises `FileNotFoundError` if it does not exist."""
         import obstore
 
         with told(self.url, missing=key):
@@ -52,7 +52,7 @@ class Objects:
             obstore.put(bucket(self.url), self._key(key), data)
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of every object, by key."""
+        """Return the size of every object in bytes, by key."""
         import obstore
 
         found: dict[str, int] = {}
@@ -62,7 +62,7 @@ class Objects:
         return found
 
     def remove(self, *keys: str) -> None:
-        """Remove these objects; without keys, all. One that is not there is no error."""
+        """Remove these objects, or all of them without keys; ignore missing ones."""
         import obstore
 
         for key in keys or self.sizes():
@@ -70,7 +70,7 @@ class Objects:
                 obstore.delete(bucket(self.url), self._key(key))
 
     def copy(self, key: str, target: Path) -> tuple[int, int]:
-        """Copy an object to another store of the same results folder; its size and crc32c."""
+        """Copy an object to another store of the same results folder; return its size and crc32c."""
         import obstore
 
         other = objects_of(target)
@@ -85,7 +85,7 @@ class Objects:
 
 
 def objects_of(path: Path) -> Objects | None:
-    """Where the chunk files of a store, or of the stores below a folder, are objects; None where they are files."""
+    """Return the objects that hold the chunk files of a store or folder, or None if the chunks are files."""
     for folder in path.parents:
         try:
             url = json.loads((folder / NAME).read_bytes())["url"]
@@ -100,19 +100,19 @@ def objects_of(path: Path) -> Objects | None:
 
 
 def size_of(path: Path) -> int:
-    """Bytes of all files of a store or a folder with stores, wherever they are; 0 where there is none."""
+    """Return the bytes of a store, or a folder with stores, on disk and on object storage; 0 if there is none."""
     files = sum((Path(at) / name).stat().st_size for at, _, names in os.walk(path) for name in names)
     objects = objects_of(path)
     return files if objects is None else files + sum(size for key, size in objects.sizes().items() if "/c/" in key)
 
 
 def settle(results: Path, wanted: str | None) -> None:
-    """Have a results folder keep its stores where a configuration says.
+    """Make a results folder keep its stores where the configuration says.
 
     Raises
     ------
     MicrotomeError
-        The folder keeps them elsewhere already, or the bucket cannot be reached.
+        The folder already keeps them elsewhere, or the bucket cannot be reached.
     """
     try:
         there = json.loads((results / NAME).read_bytes())["url"]
@@ -128,13 +128,13 @@ def settle(results: Path, wanted: str | None) -> None:
             f"or leave `stores` as it was"
         )
     assert wanted is not None
-    Objects(wanted, "stores").sizes()  # the bucket is there, and may be listed
+    Objects(wanted, "stores").sizes()  # fails unless the bucket exists and can be listed
     write_atomically(results / NAME, json.dumps({"url": wanted}))
 
 
 @functools.cache
 def bucket(url: str) -> Any:
-    """The client of a place; one a process."""
+    """Return the client for a location, one per process."""
     try:
         from obstore.store import S3Store
     except ModuleNotFoundError:
@@ -145,7 +145,7 @@ def bucket(url: str) -> Any:
     found = URL.fullmatch(url)
     assert found is not None
     for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AWS_ENDPOINT_URL_S3"):
-        # What it says is not repeated: it may hold a password.
+        # Do not repeat the value: it may hold a password.
         if name in os.environ and not re.fullmatch(r"https?://[A-Za-z0-9._:\[\]-]+(/[^?#@\s]*)?", os.environ[name]):
             raise MicrotomeError(f"{name}: expected http://host:port or https://host, without a user or password")
     return S3Store(found["bucket"], prefix=(found["prefix"] or "").strip("/") or None, retry_config=RETRIES)
@@ -153,9 +153,9 @@ def bucket(url: str) -> Any:
 
 @contextmanager
 def told(url: str, missing: str | None = None) -> Iterator[None]:
-    """Errors of the object storage as a person is told them: not with what was sent, which may hold credentials.
+    """Translate errors of the object storage for users, without the request, which may hold credentials.
 
-    With `missing`, an object that is not there is a `FileNotFoundError`.
+    With `missing`, a missing object raises `FileNotFoundError`.
     """
     from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
 

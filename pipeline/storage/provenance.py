@@ -1,4 +1,4 @@
-"""(To be said.)"""
+"""Provenance of results: the code's revision and the versions of packages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PACKAGES = ("torch", "torchvision", "numpy", "numba", "zarr", "dask", "snakemake
 
 @functools.cache
 def provenance() -> dict[str, Any]:
-    """Versions and the git revision, for a reader of the result; no id depends on them."""
+    """Return package versions and the git revision, for readers of a result. No id depends on them."""
     root = Path(__file__).parents[2]
     try:
         git = subprocess.run(

@@ -1,4 +1,4 @@
-"""(To be said.)"""
+"""Verified reading of stores, tables and JSON files that stages wrote."""
 
 import io
 import json
@@ -24,9 +24,9 @@ class Store(Protocol):
 
 
 def open_store(path: Path) -> Store:
-    """Open a zarr store for reading: the one place through which the report reaches stores.
+    """Open a zarr store for reading. The report reads stores only through this function.
 
-    Its chunks are verified where a manifest says what was written.
+    Chunks are verified if a manifest lists them.
     """
     recorded = recorded_files(path)
     if recorded:
@@ -49,7 +49,7 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def read_text(file: Path) -> IO[str]:
-    """A table or a JSON file, as text, if it is what its manifest says was written."""
+    """Return a table or JSON file as a text stream, after checking it against its manifest."""
     written = recorded(file)
     try:
         data = file.read_bytes()

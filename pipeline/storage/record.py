@@ -1,4 +1,4 @@
-"""Records: typed models of what manifests hold, settings and results alike."""
+"""Records: typed models of what manifests hold, both settings and results."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Record(BaseModel):
-    """A model that is written as JSON with the fields that were set, and no others.
+    """A model that is written as JSON with only the fields that were set.
 
-    A field with a default that was not set is in no id and in no manifest, so a new one changes nothing that is there.
-    Unknown keys are passed over when it is read: a manifest of another version may have more.
+    A field left at its default enters no id and no manifest, so a new field changes nothing that exists. Reading
+    ignores unknown keys: a manifest of another version may have more.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
     def written(self) -> dict[str, Any]:
-        """Return the fields that were set, as JSON has them; sections of the configuration with all of their keys."""
+        """Return the fields that were set, as JSON values; sections of the configuration keep all of their keys."""
         return {name: _plain(getattr(self, name)) for name in type(self).model_fields if name in self.model_fields_set}
 
     @classmethod
     def read(cls, value: Mapping[str, Any]) -> Self:
-        """Return the record that was written."""
+        """Return the record from what `written` returned."""
         return cls.model_validate(dict(value))
 
 

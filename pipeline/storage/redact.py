@@ -1,6 +1,6 @@
-"""What is written for others names no home folder and no user: `~` stands for the home folder of whoever ran it.
+"""Redaction: files for others name no home folder and no user; `~` stands for the home folder.
 
-Plans and memories below `.microtome` hold paths as they were configured; they are for this run, and for us alone.
+Plans and caches below `.microtome` keep paths as configured, since only this user reads them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def _home(home: Path) -> re.Pattern[str] | None:
 
 
 def without_home(text: str) -> str:
-    """The text with `~` for the home folder, wherever it begins a path."""
+    """Return the text with `~` in place of the home folder, wherever a path begins with it."""
     try:
         found = _home(Path.home())
     except RuntimeError:  # no home
@@ -28,8 +28,7 @@ def without_home(text: str) -> str:
 
 
 def scrub_logs(folder: Path, since: float) -> None:
-    """Take home folder and user out of the logs that Snakemake and its jobs on SLURM wrote; what cannot be written
-    stays."""
+    """Remove home folder and user from the logs of Snakemake and its SLURM jobs, where they can be rewritten."""
     for path in (*folder.glob("log/*.log"), *folder.glob("slurm_logs/**/*.log")):
         with contextlib.suppress(OSError, UnicodeDecodeError):
             if path.stat().st_mtime >= since:

@@ -1,8 +1,8 @@
-"""Zarr stores that know what they hold: every chunk file is recorded when written and verified when read.
+"""Verified zarr stores: the checksum of every chunk file is recorded when written and checked when read.
 
-A store is a zarr v3 group whose arrays are written shard by shard, each shard by one task. `write` returns the size
-and crc32c of every file it wrote, taken from the bytes in memory; the `Ledger` beside the store keeps them; `Reader`
-refuses a chunk file that is missing, shorter, or other than what was written, naming store and file.
+A store is a zarr v3 group whose arrays are written shard by shard, each shard by one task. `write` returns the size and
+crc32c of every file it wrote, computed from the bytes in memory. The `Ledger` beside the store keeps them. `Reader`
+rejects a chunk file that is missing, truncated or altered, and names store and file.
 """
 
 import json
@@ -28,24 +28,25 @@ from pipeline.storage.identity import crc32c
 from pipeline.storage.manifest import Files, below
 from pipeline.storage.object_storage import Objects, objects_of
 
-# An absent all-zero chunk could not be told from a lost one, and the scan for such chunks is the write bottleneck.
-# One thread a process: Dask workers are the parallelism.
+# Empty chunks are written: an absent all-zero chunk would look like a lost one, and the scan for such chunks is the
+# write bottleneck. One thread per process: Dask workers provide the parallelism.
 zarr.config.set({"array.write_empty_chunks": True, "threading.max_workers": 1, "async.concurrency": 1})
 
-# zstd's own checksum lets any reader notice damage. It must not be the codec crc32c: a file that ends in its own crc32c
-# has the same crc32c whatever it holds, and the recorded checksums, and all ids made from them, would say nothing.
+# zstd's own checksum lets any reader notice damage. The codec crc32c would break verification: a file that ends in its
+# own crc32c has the same crc32c whatever it holds, so the recorded checksums, and all ids computed from them, would say
+# nothing.
 COMPRESSOR = ZstdCodec(level=1, checksum=True)
 
 
 class DamagedStoreError(MicrotomeError):
-    """A chunk file is not what was written."""
+    """A chunk file that differs from what was written."""
 
 
 @dataclass(frozen=True)
 class Array:
-    """Layout of one array: dimension names, shape, dtype, inner chunk and (optional) shard shape.
+    """Layout of one array: dimension names, shape, dtype, inner chunk shape and (optional) shard shape.
 
-    Without `shard`, every chunk is a file of its own. `fill` None: zarr's default for the dtype.
+    Without `shard`, every chunk is a separate file. With `fill` None, zarr's default for the dtype applies.
     """
 
     dims: tuple[str, ...]
@@ -59,9 +60,9 @@ class Array:
 def create(path: Path, arrays: Mapping[str, Array], attrs: Mapping[str, Any], coordinates: Sequence[str] = ()) -> None:
     """Create a store, or bring an existing one to this layout.
 
-    An array that differs only in shape is resized and keeps its chunks; any other difference (dtype, chunks, dimension
-    names) starts the array anew. A zarr.json that is lost or damaged is written again beside the chunks that are there:
-    the ledger knows which of them are good. Metadata is consolidated, so that `xarray.open_zarr` opens it without a
+    An array that differs only in shape is resized and keeps its chunks. An array with any other difference (dtype,
+    chunks, dimension names) is recreated. A lost or damaged zarr.json is rewritten beside the existing chunks: the
+    ledger knows which of them are good. Metadata is consolidated, so that `xarray.open_zarr` opens the store without a
     warning.
     """
     attributes = dict(attrs)
@@ -77,7 +78,7 @@ def create(path: Path, arrays: Mapping[str, Array], attrs: Mapping[str, Any], co
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # zarr: "consolidated metadata is not yet part of the v3 specification"
         zarr.consolidate_metadata(group.store)
-    # zarr names the arrays in the order of the file system, which is not the same everywhere.
+    # zarr lists arrays in file system order, which differs between machines.
     layout = json.loads((path / "zarr.json").read_text())
     layout["attributes"] = attributes
     layout["consolidated_metadata"]["metadata"] = dict(sorted(layout["consolidated_metadata"]["metadata"].items()))
@@ -121,7 +122,7 @@ def _create_array(group: zarr.Group, folder: Path, name: str, array: Array) -> N
 
 
 class _Recorder(LocalStore):
-    """A store that notes size and crc32c of every chunk file it writes, here or to objects."""
+    """A store that records size and crc32c of every chunk file it writes, to disk or to object storage."""
 
     files: Files
     objects: Objects | None
@@ -138,9 +139,9 @@ class _Recorder(LocalStore):
 def write(path: Path, values: Mapping[str, tuple[tuple[int, ...], np.ndarray]]) -> Files:
     """Write blocks that cover whole chunk files and return {file: (size, crc32c)}, relative to the store.
 
-    `values` maps an array's name to (offset in every dimension, block). Each file is written to a temporary name and
-    renamed. No two tasks may write one file: blocks must start at a chunk (or shard) boundary and end at one or at the
-    array's end, else `ValueError`.
+    `values` maps an array's name to (offset in every dimension, block). Each file is written under a temporary name and
+    renamed. No two tasks may write the same file. Raises `ValueError` unless blocks start at a chunk (or shard)
+    boundary and end at one or at the array's end.
     """
     store = _Recorder(path)
     store.files, store.objects = {}, objects_of(path)
@@ -162,9 +163,9 @@ def write_whole(
     attrs: Mapping[str, Any],
     coordinates: Sequence[str] = (),
 ) -> Files:
-    """Write a small store at once, anew, one chunk an array; return all its files with size and crc32c.
+    """Write a small store in one go, one chunk per array; return all its files with size and crc32c.
 
-    `arrays` maps a name to (dimension names, values); values of dtype object are text.
+    An existing store is replaced. `arrays` maps a name to (dimension names, values); values of dtype object are text.
     """
     remove(path)
     layout = {
@@ -177,7 +178,7 @@ def write_whole(
 
 
 def attributes(path: Path) -> Mapping[str, Any]:
-    """Return the attributes of a store; empty where there is none or its zarr.json is damaged."""
+    """Return the attributes of a store; empty if there is none or its zarr.json is damaged."""
     try:
         return json.loads((path / "zarr.json").read_text())["attributes"]
     except (OSError, ValueError, KeyError):
@@ -185,7 +186,7 @@ def attributes(path: Path) -> Mapping[str, Any]:
 
 
 def metadata_files(path: Path) -> Files:
-    """Size and crc32c of the zarr.json files of a store and its arrays (small, read back)."""
+    """Return size and crc32c of the zarr.json files of a store and its arrays, read back from disk."""
     found: Files = {}
     for file in descriptions(path):
         data = file.read_bytes()
@@ -194,12 +195,12 @@ def metadata_files(path: Path) -> Files:
 
 
 def descriptions(path: Path) -> list[Path]:
-    """The zarr.json files of a store and its arrays."""
-    return sorted((*path.glob("zarr.json"), *path.glob("*/zarr.json")))  # below are chunks, maybe a million
+    """Return the zarr.json files of a store and its arrays."""
+    return sorted((*path.glob("zarr.json"), *path.glob("*/zarr.json")))  # no deeper: below are chunks, maybe a million
 
 
 class Located(LocalStore):
-    """A store as it is, unverified, wherever its chunk files are."""
+    """An unverified store that finds its chunk files on disk or on object storage."""
 
     async def get(
         self, key: str, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
@@ -214,7 +215,7 @@ class Located(LocalStore):
 
 
 def _served(data: bytes, prototype: BufferPrototype | None, byte_range: ByteRequest | None) -> Buffer:
-    """The part of a file that zarr asks for."""
+    """Return the part of a file that zarr requests."""
     match byte_range:
         case RangeByteRequest(start, end):
             data = data[start:end]
@@ -228,7 +229,7 @@ def _served(data: bytes, prototype: BufferPrototype | None, byte_range: ByteRequ
 
 
 class _Verifying(LocalStore):
-    """A store that checks each chunk file against what was recorded, once, before serving any byte of it."""
+    """A store that checks each chunk file once against its record, before serving any byte of it."""
 
     expected: Mapping[str, tuple[int, int]]
     held: tuple[str, bytes] = ("", b"")
@@ -237,7 +238,7 @@ class _Verifying(LocalStore):
         self, key: str, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
     ) -> Buffer | None:
         if key.endswith("zarr.json"):
-            # Asked for whether it is there or not; one that was recorded has to be what was written.
+            # zarr also requests metadata that does not exist. Recorded metadata has to match its record.
             if key not in self.expected:
                 return await super().get(key, prototype, byte_range)
             data = verified_bytes(Path(self.root), key, self.expected)
@@ -249,7 +250,7 @@ class _Verifying(LocalStore):
 
 
 def verified_bytes(root: Path, key: str, expected: Mapping[str, tuple[int, int]]) -> bytes:
-    """Return the bytes of one chunk file, or raise `DamagedStoreError` naming store and file."""
+    """Return the bytes of one chunk file, or raise `DamagedStoreError` with store and file."""
     advice = "run `make verify` to find all damage and `make repair` to make only these again"
     if key not in expected:
         raise DamagedStoreError(f"{root}: chunk {key} was never recorded as written; {advice}")
@@ -266,20 +267,20 @@ def verified_bytes(root: Path, key: str, expected: Mapping[str, tuple[int, int]]
 
 
 def chunks_of(root: Path, key: str) -> Objects | None:
-    """Where a file below a folder is an object, if it is the chunk of a store and these are objects."""
+    """Return the objects that hold a file below a folder, if it is a chunk on object storage; else None."""
     return objects_of(root) if "/c/" in key else None
 
 
 def stored_bytes(root: Path, key: str) -> bytes:
-    """The bytes of a file below a folder, wherever it is. Raises `OSError`."""
+    """Return the bytes of a file below a folder, from disk or object storage. Raises `OSError`."""
     objects = chunks_of(root, key)
     return (root / key).read_bytes() if objects is None else objects.get(key)
 
 
 class Reader:
-    """Verified reading of a store: `reader["activation"][0:64]`.
+    """A verified reader of a store: `reader["activation"][0:64]`.
 
-    `files` maps chunk files, relative to the store, to (size, crc32c), as a manifest or ledger holds them.
+    `files` maps chunk files, relative to the store, to (size, crc32c), as in a manifest or ledger.
     """
 
     def __init__(self, path: Path, files: Mapping[str, tuple[int, int]]) -> None:
@@ -290,7 +291,7 @@ class Reader:
             self.group = zarr.open_group(store, mode="r", zarr_format=3, use_consolidated=False)
         except (FileNotFoundError, ValueError, KeyError) as error:
             why = str(error)
-        if why is not None:  # outside, without a context: errors of zarr do not come back from a worker
+        if why is not None:  # outside the handler, without a context: zarr's errors cannot return from a worker
             raise DamagedStoreError(f"{path}: not a readable zarr store ({why})")
         self.path = path
 
@@ -299,24 +300,24 @@ class Reader:
         return self.group.attrs
 
     def __getitem__(self, name: str) -> Any:
-        """An array of the store (`zarr.Array`); a slice of it is a numpy array."""
+        """Return an array of the store (`zarr.Array`); a slice of it is a numpy array."""
         return self.group[name]
 
 
 @dataclass(frozen=True)
 class StoreRef:
-    """A store as tasks name it: where it is, and those of its files that may be read, with size and crc32c."""
+    """A reference to a store, as tasks carry it: its path, and the readable files with size and crc32c."""
 
     path: Path
     files: Files
 
     @staticmethod
     def of_manifest(folder: Path, name: str, files: Files) -> "StoreRef":
-        """Return the store `folder/name`, whose files a manifest names from the folder."""
+        """Return the store `folder/name`, with the files that a manifest lists relative to `folder`."""
         return StoreRef(folder / name, below(name, files))
 
     def of(self, arrays: Iterable[str], shards: Iterable[int]) -> "StoreRef":
-        """Return the same store with the files of some arrays, and of these those of some shards, alone.
+        """Return the same store with only the files of some arrays and shards.
 
         The first index of a chunk is its shard. A task carries no more than it reads.
         """
@@ -346,11 +347,10 @@ class StoreRef:
 
 
 class Ledger:
-    """What has been written so far, shard by shard: one line a shard, appended when the shard's files are in place.
+    """The record of a store's finished shards: one line per shard, appended once the shard's files are in place.
 
-    A line is JSON {shard, id, files, ...} and its crc32c. `id` is the digest of what the shard was made from: an entry
-    with another id is not this shard. A line cut short by a crash, or damaged, counts as absent: the shard is made
-    again.
+    A line is JSON {shard, id, files, ...} and its crc32c. `id` is the digest of the shard's inputs: an entry with
+    another id is stale. A line that is damaged, or truncated by a crash, counts as absent, and the shard is recomputed.
     """
 
     def __init__(self, path: Path) -> None:
@@ -368,14 +368,14 @@ class Ledger:
                 self.entries[entry["shard"]] = entry
 
     def get(self, shard: str, id: str, store: Path) -> dict | None:
-        """Return the entry of a finished shard: recorded with this id, and its files there with the right size."""
+        """Return a shard's entry if it has this id and its files exist with the right sizes; else None."""
         entry = self.entries.get(shard)
         if entry is None or entry["id"] != id:
             return None
         return entry if all(self._size(store, name) == size for name, (size, _) in entry["files"].items()) else None
 
     def _size(self, store: Path, name: str) -> int | None:
-        """Bytes of a file of the store, None where it is not there; objects are listed once."""
+        """Return the bytes of a file of the store, None if it is missing; objects are listed once."""
         objects = chunks_of(store, name)
         if objects is not None:
             if self._listed is None:
@@ -391,7 +391,7 @@ class Ledger:
         body = json.dumps(entry, sort_keys=True).encode()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab") as file:
-            # A crash may have left half a line: start on a fresh one.
+            # A crash may have left half a line: start a new one.
             if file.tell() and not self._ends_with_newline():
                 file.write(b"\n")
             file.write(body + b"\t" + str(crc32c(body)).encode() + b"\n")
@@ -400,7 +400,7 @@ class Ledger:
         return entry
 
     def clear(self) -> None:
-        """Forget everything: the store is gone."""
+        """Forget all entries, for a store that was removed."""
         self.path.unlink(missing_ok=True)
         self.entries.clear()
 
@@ -410,7 +410,7 @@ class Ledger:
             return file.read(1) == b"\n"
 
     def files(self, shards: Iterable[str]) -> Files:
-        """All chunk files of these shards with size and crc32c."""
+        """Return all chunk files of these shards with size and crc32c."""
         return {name: (s[0], s[1]) for shard in shards for name, s in self.entries[shard]["files"].items()}
 
 
@@ -424,7 +424,7 @@ def remove_partials(path: Path) -> None:
 
 
 def remove(path: Path, *keys: str) -> None:
-    """Remove a store, or a folder with stores, wherever its chunk files are; with keys, these files alone."""
+    """Remove a store, or a folder with stores, from disk and object storage; with keys, only these files."""
     for key in keys:
         objects = chunks_of(path, key)
         if objects is None:

@@ -1,4 +1,4 @@
-"""Tables that stages write, as CSV."""
+"""CSV tables that stages write."""
 
 import csv
 import io
@@ -12,7 +12,7 @@ from pipeline.storage.redact import without_home
 
 
 def number(value: float) -> str:
-    """A number as tables show it: seven significant digits, empty where it is not defined."""
+    """Return a number as tables show it: seven significant digits, empty if it is undefined (NaN)."""
     return "" if np.isnan(value) else f"{value:.7g}"
 
 
@@ -21,11 +21,11 @@ def csv_bytes(columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> bytes:
     table = csv.writer(text, lineterminator="\n")
     table.writerow(columns)
     table.writerows(rows)
-    return text.getvalue().encode("utf-8", "surrogateescape")  # names of files may be no UTF-8
+    return text.getvalue().encode("utf-8", "surrogateescape")  # file names may not be UTF-8
 
 
 def quarantine_csv(refused: Mapping[str, str], root: Path) -> bytes:
-    """The table of refused images: id, path below `root`, reason."""
+    """Return the table of refused images: id, path below `root`, reason."""
     rows = (
         [image_id, without_home(str(root / image_id)), without_home(reason)]
         for image_id, reason in sorted(refused.items())

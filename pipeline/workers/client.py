@@ -1,4 +1,4 @@
-"""(To be said.)"""
+"""The Dask client of a stage: connects to a pool or a scheduler and checks its workers."""
 
 import contextlib
 import functools
@@ -27,15 +27,15 @@ CONNECT = 60  # seconds to reach a scheduler
 
 @contextlib.contextmanager
 def client(cluster: Cluster, scratch: Path) -> Iterator[Any]:
-    """Yield a `distributed.Client` on the run's pool, or on a pool of its own where there is none.
+    """Yield a `distributed.Client` on the run's pool, or on a pool of its own if the run has none.
 
     `scratch` is a folder for the pool's address file and the workers' local files.
 
     Raises
     ------
     MicrotomeError
-        When the pool is gone, from the start or later; when a scheduler of others cannot be reached, or its workers
-        would give other numbers.
+        The pool is gone, at the start or later; an external scheduler cannot be reached, or its workers would compute
+        different numbers.
     """
     from distributed import Client
     from distributed.client import FutureCancelledError
@@ -56,7 +56,7 @@ def client(cluster: Cluster, scratch: Path) -> Iterator[Any]:
             address, what = started["address"], f"the pool of workers at {started['address']}"
             if "tls" in started:
                 security = tls.security({key: str(address_file.parent / name) for key, name in started["tls"].items()})
-        # A lost connection is told once, by the error below, and not by everything that notices.
+        # The error below reports a lost connection once; everything else that notices it stays silent.
         stack.enter_context(silence_logging_cmgr(logging.CRITICAL))
         found = None
         try:
@@ -67,8 +67,8 @@ def client(cluster: Cluster, scratch: Path) -> Iterator[Any]:
             yield found
         except MicrotomeError:
             raise
-        except Exception as error:  # each call on a client without a scheduler fails in its own way
-            # A connection that closes is noticed before the client itself says that it is closed.
+        except Exception as error:  # without a scheduler, each call on a client fails in its own way
+            # A closed connection is noticed before the client itself reports it.
             lost = isinstance(error, FutureCancelledError | CommClosedError)
             if found is not None and found.status == "running" and not lost:
                 raise
@@ -82,9 +82,9 @@ def client(cluster: Cluster, scratch: Path) -> Iterator[Any]:
 
 
 def _check_workers(client: Any, cluster: Cluster, what: str) -> None:
-    """Refuse workers that this run did not start itself where they would give other numbers than it says.
+    """Refuse workers that this run did not start if they would compute other numbers than the run states.
 
-    Raises `MicrotomeError` that names a worker and what is different there.
+    Raises `MicrotomeError` with a worker and what differs there.
     """
     wanted = facts() | {"device": "cuda" if cluster.on_gpus else "cpu", "threads": 1}
     try:
@@ -112,7 +112,7 @@ def _check_workers(client: Any, cluster: Cluster, what: str) -> None:
 
 
 def facts() -> dict[str, Any]:
-    """On a worker, and here: what else decides the numbers that come from it, and where paths begin."""
+    """Return what else determines a worker's numbers, and where relative paths begin; runs on workers and here."""
     return {
         "code": code(),
         "device": device(),
@@ -123,14 +123,14 @@ def facts() -> dict[str, Any]:
 
 @functools.cache
 def code() -> str:
-    """A digest of the code of stages and kernels, as it lies on the disk."""
+    """Return a digest of the code of stages and kernels on disk."""
     own = Path(__file__).parents[1]
     files = sorted(path for folder in (own, own.parent / "kernels") for path in folder.rglob("*.py"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
 
 
 def _wait_for(address_file: Path, seconds: float = 120) -> dict[str, Any]:
-    """What a pool says of itself: `address`, and where connections are encrypted the files of `tls`."""
+    """Wait for a pool and return what it reports: `address`, and the files of `tls` if connections are encrypted."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         with contextlib.suppress(OSError, ValueError):

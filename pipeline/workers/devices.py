@@ -1,4 +1,4 @@
-"""What this machine, or the job of a queue that this process is in, offers: cores, GPUs and memory."""
+"""Cores, GPUs and memory that this machine, or the queue job of this process, offers."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import os
 
 
 def cores() -> int:
-    """How many cores are ours: those that the kernel allows, and of a SLURM job no more than it asked for."""
+    """Return how many cores this process may use: those the kernel allows, within the request of its SLURM job."""
     allowed = len(os.sched_getaffinity(0))
     asked = os.environ.get("SLURM_CPUS_PER_TASK", "")
     return min(allowed, int(asked)) if asked.isdigit() and int(asked) else allowed
 
 
 def memory() -> int:
-    """How many bytes are ours: the machine's, its control group's, or what a SLURM job asked for."""
+    """Return how many bytes this process may use: within the machine, its control group and its SLURM job."""
     from distributed.system import MEMORY_LIMIT
 
     asked = os.environ.get("SLURM_MEM_PER_NODE", "")
@@ -21,7 +21,7 @@ def memory() -> int:
 
 
 def gpus() -> list[str]:
-    """The GPUs that torch can use here, as CUDA_VISIBLE_DEVICES names them; none where it sees none."""
+    """List the GPUs that torch can use here, as CUDA_VISIBLE_DEVICES names them; empty if it sees none."""
     import torch
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -30,5 +30,5 @@ def gpus() -> list[str]:
 
 
 def device() -> str:
-    """On a worker: `cuda` when it was given a GPU, else `cpu`; torch is not imported to find out."""
+    """Return `cuda` on a worker that was given a GPU, else `cpu`, without importing torch."""
     return "cuda" if os.environ.get("CUDA_VISIBLE_DEVICES") else "cpu"

@@ -1,10 +1,10 @@
-"""(To be said.)"""
+"""How many workers and threads there are, and how much memory each may use."""
 
 from pipeline.config.cluster import Cluster
 from pipeline.errors import MicrotomeError
 from pipeline.workers import devices
 
-# A worker with a GPU reads, compresses and writes other shards while the GPU computes one. Numbers do not depend on it.
+# While the GPU computes one shard, its worker reads, compresses and writes others. Results do not depend on this.
 GPU_THREADS = 3
 
 
@@ -12,9 +12,9 @@ WORKER_BASE = 600 << 20  # bytes of a worker that has imported torch and the ker
 
 
 def workers(cluster: Cluster) -> int:
-    """Return how many workers there are, as configured, else one a GPU or one a core.
+    """Return the number of workers: as configured, else one per GPU or one per core.
 
-    One where that is not known from here: those of an address, or GPUs of other machines than this one.
+    Return 1 if the number is unknown here: with `kind: address`, or with GPUs on other machines.
     """
     if cluster.workers is not None:
         return cluster.workers
@@ -24,7 +24,7 @@ def workers(cluster: Cluster) -> int:
 
 
 def threads(cluster: Cluster) -> int:
-    """Return how many tasks a worker has at a time."""
+    """Return how many tasks a worker runs at a time."""
     return GPU_THREADS if cluster.kind == "gpu" else 1
 
 
@@ -38,12 +38,12 @@ def memory(cluster: Cluster) -> int:
 
 
 def check_memory(cluster: Cluster, need: float, what: str, remedy: str) -> None:
-    """Refuse tasks that need `need` bytes each beside what every worker takes, if a worker may not use so many.
+    """Refuse tasks that need `need` bytes each, besides a worker's own, if a worker may not use that many.
 
     Raises
     ------
     MicrotomeError
-        With both figures and the remedy; before anything is computed.
+        With both figures and the remedy, before anything is computed.
     """
     allowed, need = memory(cluster), threads(cluster) * need
     if WORKER_BASE + need > allowed:

@@ -1,9 +1,9 @@
-"""Dask workers for the stages: one client, one context manager, one thread a worker.
+"""Pools of Dask workers for the stages.
 
-A run of the workflow starts one pool of workers (`python -m pipeline.workers.pool`), which serves all its jobs one after the
-other, so that torch is imported once and not once a job. A stage used without Snakemake starts its own pool. The pool
-holds a pipe to the process that started it: when that process is gone, however it went, the pipe closes and the pool
-ends within a second, workers included. With `kind: address` there is no pool: somebody else's scheduler is asked.
+A run of the workflow starts one pool (`python -m pipeline.workers.pool`), which serves all its jobs in turn, so that
+torch is imported once per run and not once per job. A stage used without Snakemake starts its own pool. The pool holds
+a pipe to the process that started it. When that process ends, for whatever reason, the pipe closes and the pool ends
+within a second, workers included. With `kind: address` there is no pool: the stages use an external scheduler.
 """
 
 import contextlib
@@ -27,27 +27,28 @@ from pipeline.workers.memory import memory, threads, workers
 THREADS = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"), "1")
 
 
-STARTS = 3  # of the workers, before the pool is given up
-ALONE = 60  # seconds without any worker after which the pool gives up
-DEATHS = 10  # of workers, after which the task that each was computing is at fault
+STARTS = 3  # attempts to start the workers before the pool gives up
+ALONE = 60  # seconds without any worker before the pool gives up
+DEATHS = 10  # worker deaths after which the task that each was computing is at fault
 
-LEAVE = 2, 30  # seconds that a pool has to end in good order, of processes and of jobs of a queue
+LEAVE = 2, 30  # seconds for a clean shutdown, of processes and of queue jobs
 
 WORKER_SETTINGS = {
     "distributed.worker.memory.target": False,
     "distributed.worker.memory.spill": False,
-    # A paused worker would wait for memory that its own task holds; beyond the limit it is ended and restarted.
+    # A paused worker would wait for memory that its own task holds; beyond the limit, it is ended and restarted
+    # instead.
     "distributed.worker.memory.pause": False,
 }
 
-# Dask has workers give freed memory back to the system at once; torch takes it again in every step, and a training
+# Dask makes workers return freed memory to the system at once; torch takes it again in every step, and a training run
 # costs twice the CPU time (26.9 s against 13.0 s for 60 steps of the demo's ViT).
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 31)}
 
 
 @contextlib.contextmanager
 def pool(cluster: Cluster, scratch: Path) -> Iterator[Path]:
-    """Start a pool in a process of its own; yield the file that will hold its address; end it on leaving."""
+    """Start a pool in its own process, yield the file that will hold its address, and end the pool on leaving."""
     process, address_file = start_pool(cluster, scratch)
     try:
         yield address_file
@@ -56,7 +57,7 @@ def pool(cluster: Cluster, scratch: Path) -> Iterator[Path]:
 
 
 def start_pool(cluster: Cluster, scratch: Path) -> tuple[subprocess.Popen, Path]:
-    """Start a pool without waiting for it. Closing the process's stdin, or dying, ends it."""
+    """Start a pool without waiting for it. It ends when its stdin closes, or when this process dies."""
     scratch.mkdir(parents=True, exist_ok=True)
     address_file = scratch / f"pool-{os.getpid()}-{time.time_ns()}.json"
     process = subprocess.Popen(
@@ -66,13 +67,13 @@ def start_pool(cluster: Cluster, scratch: Path) -> tuple[subprocess.Popen, Path]
         | THREADS
         | {
             "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-            # The pool ends at once when it is not needed; what it leaves the operating system clears.
+            # The pool ends at once when it is no longer needed; the operating system clears what it leaves.
             "PYTHONWARNINGS": "ignore:resource_tracker",
         },
-        # Ctrl-C in the terminal reaches the stages; the pool ends when they have closed their clients.
+        # Ctrl-C in the terminal reaches the stages; the pool ends once they have closed their clients.
         start_new_session=True,
     )
-    # Until the pool says where it is, its file says who it is.
+    # Until the pool writes its address, the file holds its pid.
     with contextlib.suppress(FileExistsError), address_file.open("x") as file:
         json.dump({"pid": process.pid}, file)
     return process, address_file
@@ -88,7 +89,7 @@ def stop_pool(process: subprocess.Popen) -> None:
 
 
 def clear(scratch: Path) -> None:
-    """Remove what pools that were killed left behind; none may be running."""
+    """Remove what killed pools left behind. No pool may be running."""
     for file in scratch.glob("pool-*.json"):
         file.unlink(missing_ok=True)
     shutil.rmtree(scratch / "dask", ignore_errors=True)
@@ -123,7 +124,7 @@ def serve(address_file: Path, cluster: Cluster) -> None:
         except MicrotomeError as error:
             write_atomically(address_file, json.dumps({"error": str(error)}))
             os._exit(1)
-        except (OSError, RuntimeError) as error:  # a worker that is killed while it starts takes the others with it
+        except (OSError, RuntimeError) as error:  # a worker killed while it starts takes the others down
             if attempt == STARTS - 1:
                 write_atomically(address_file, json.dumps({"error": f"{error} {error.__cause__ or ''}".strip()}))
                 os._exit(1)
@@ -138,10 +139,10 @@ def serve(address_file: Path, cluster: Cluster) -> None:
         asked_to_end.set()
 
     threading.Thread(target=wait_for_the_end, daemon=True).start()
-    # Jobs may wait in their queue for hours before the first of them begins.
+    # Jobs may wait in their queue for hours before the first one starts.
     seen, patience = time.monotonic(), 60 * cluster.slurm.wait if cluster.kind == "slurm" else ALONE
     while not asked_to_end.wait(1):
-        # One whose restart failed is started anew, which by itself Dask does not.
+        # Replace a worker whose restart failed, which Dask does not do by itself.
         local.scale(count)
         if local.scheduler is None or local.scheduler.workers:
             seen = time.monotonic()
@@ -150,8 +151,8 @@ def serve(address_file: Path, cluster: Cluster) -> None:
             write_atomically(address_file, json.dumps(found | {"error": why}))
             os._exit(1)
     address_file.unlink(missing_ok=True)
-    # Closing in good order removes the workers' folders, and jobs from their queue. If it hangs, the pool still goes,
-    # and the workers with it.
+    # A clean shutdown removes the workers' folders, and jobs from their queue. If it hangs, the pool still ends, and
+    # the workers with it.
     threading.Timer(LEAVE[cluster.kind == "slurm"] + 1, lambda: os._exit(0)).start()
     with contextlib.suppress(TimeoutError):
         local.close(timeout=LEAVE[cluster.kind == "slurm"])
@@ -161,7 +162,7 @@ def serve(address_file: Path, cluster: Cluster) -> None:
 
 
 def _processes(cluster: Cluster, scratch: Path, count: int) -> Any:
-    """Workers as processes of this machine, which only this machine can reach."""
+    """Start workers as processes of this machine, which only this machine can reach."""
     from distributed import Nanny, Scheduler, SpecCluster
 
     visible = [""] * count
@@ -177,7 +178,7 @@ def _processes(cluster: Cluster, scratch: Path, count: int) -> Any:
         "host": "127.0.0.1",
         "local_directory": str(scratch / "dask"),
         "memory_limit": memory(cluster),
-        "silence_logs": 50,  # a task's error is raised where its result is wanted
+        "silence_logs": 50,  # a task's error is raised where its result is used
         "dashboard": False,
     }
     nannies = {
@@ -196,7 +197,7 @@ def _processes(cluster: Cluster, scratch: Path, count: int) -> Any:
 
 
 def _jobs(cluster: Cluster, scratch: Path, files: dict[str, str]) -> Any:
-    """Workers as jobs of a queue, encrypted and with keys of this pool alone."""
+    """Start workers as queue jobs, encrypted with keys made for this pool."""
     from pipeline.workers import slurm
 
     settings = {

@@ -1,8 +1,8 @@
-"""Processes of one run: who started them, whether that one still lives, and which are left of a run that does not.
+"""Processes of one run: who started them, whether that process is alive, and what a dead run left behind.
 
-The main process names itself in an environment variable. Jobs end when it is gone, however it went: otherwise they
-would go on writing into a results folder that the next run has taken over. The pool of workers has its own line to it
-(`pipeline.workers.pool`).
+The main process names itself in an environment variable. Jobs end when it is gone, for whatever reason; otherwise they
+would keep writing into a results folder that the next run has taken over. The pool of workers has its own pipe to the
+main process (`pipeline.workers.pool`).
 """
 
 from __future__ import annotations
@@ -25,14 +25,15 @@ import psutil
 
 from pipeline.errors import MicrotomeError
 
-MAIN = "MICROTOME_MAIN"  # environment variable: host, pid and start of the main process
-PLAN = "MICROTOME_PLAN"  # environment variable: the plan that the main process made, for its jobs
+MAIN = "MICROTOME_MAIN"  # environment variable: host, pid and start time of the main process
+PLAN = "MICROTOME_PLAN"  # environment variable: the plan that the main process wrote for its jobs
 
 
 def in_own_process(module: str, request: Any, what: str) -> Any:
-    """The answer of `python -m module request.json answer.json`, which may import what costs this process seconds.
+    """Run `python -m module request.json answer.json` and return its answer.
 
-    Raises `MicrotomeError`, beginning with `what`, if the process fails.
+    The module may import libraries that would take this process seconds. Raises `MicrotomeError`, beginning with
+    `what`, if the process fails.
     """
     with tempfile.TemporaryDirectory() as folder:
         asked, answered = Path(folder, "request.json"), Path(folder, "answer.json")
@@ -48,13 +49,13 @@ def in_own_process(module: str, request: Any, what: str) -> Any:
 
 
 def announce() -> None:
-    """In the main process: let those that it starts know who it is."""
+    """Announce this process as the main process to those that it starts."""
     own = psutil.Process()
     os.environ[MAIN] = f"{socket.gethostname()} {own.pid} {own.create_time():.2f}"
 
 
 def main() -> tuple[str, int, float] | None:
-    """In a job: host, pid and start of the main process, where one announced itself."""
+    """Return host, pid and start time of the main process, as jobs see it; None if no process announced itself."""
     if MAIN not in os.environ:
         return None
     host, pid, began = os.environ[MAIN].rsplit(" ", 2)
@@ -62,7 +63,7 @@ def main() -> tuple[str, int, float] | None:
 
 
 def end_with_main() -> None:
-    """In a job: end within a second of the main process, when that runs on this machine."""
+    """End this job within a second after the main process ends, if that runs on this machine."""
     if (known := main()) is None or known[0] != socket.gethostname():
         return
     _, pid, began = known
@@ -76,10 +77,10 @@ def end_with_main() -> None:
 
 
 def lives(pid: int, began: float | None = None) -> bool:
-    """Whether there is a process with this number that has not ended; with `began`, the one that began then."""
+    """Return whether the process with this pid is alive; with `began`, whether it is the one that started then."""
     try:
         process = psutil.Process(pid)
-        # The clock that start times are read from may be adjusted by parts of a second.
+        # The clock behind start times may be adjusted by fractions of a second.
         same = began is None or abs(process.create_time() - began) < 2
         return same and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -87,14 +88,16 @@ def lives(pid: int, began: float | None = None) -> bool:
 
 
 def interruptible() -> None:
-    """In a job: SIGTERM is Ctrl-C, and the first of them counts: Ctrl-C in a terminal is followed by the main process's
-    SIGTERM. What hangs on the way out is cut off after 5 seconds."""
+    """Treat SIGTERM like Ctrl-C in this job, and react to the first signal only.
+
+    After Ctrl-C in a terminal, the main process also sends SIGTERM. A shutdown that hangs is cut off after 5 seconds.
+    """
 
     interrupted = False
 
     def interrupt(number: int, frame: object) -> None:
         nonlocal interrupted
-        if interrupted:  # not SIG_IGN: Python prints a traceback of a signal that comes while it is being set
+        if interrupted:  # not SIG_IGN: Python prints a traceback of a signal that arrives while it is being set
             return
         interrupted = True
         overdue = threading.Timer(5, lambda: os._exit(1))
@@ -107,7 +110,7 @@ def interruptible() -> None:
 
 
 def descendants(but: Iterable[int] = ()) -> list[psutil.Process]:
-    """All processes below this one, without those with these numbers and what is below them."""
+    """List all processes below this one, except those with these pids and their descendants."""
     found = []
     for child in psutil.Process().children():
         if child.pid not in but:
@@ -124,10 +127,10 @@ def ask_to_end(processes: Iterable[psutil.Process], number: int = signal.SIGTERM
 
 
 def end_leftovers(plans: Path, seconds: float = 10) -> int:
-    """End what is left of earlier runs: processes of this machine whose plan lies in this folder, but not our own.
+    """End what earlier runs left: processes of this machine, other than our own, whose plan is in this folder.
 
-    They end by themselves when their main process has gone; those that do not within `seconds` are killed. Returns how
-    many there were. To be called by who holds the lock on the results folder.
+    They end by themselves once their main process is gone; those still alive after `seconds` are killed. Returns how
+    many there were. The caller has to hold the lock on the results folder.
     """
     own = {os.getpid(), *(process.pid for process in psutil.Process().parents())}
     left = []

@@ -1,7 +1,7 @@
-"""The loop over what is left to do: parts of stores that a ledger holds are done, the others are tasks.
+"""The resumable loop over parts of stores: parts in a ledger are done, the others become tasks.
 
-A part is most often a shard. One task makes it for every store that lacks it, and each store's ledger records it as
-soon as its files are in place: an interrupted run goes on after the last part.
+A part is usually a shard. One task computes it for every store that lacks it, and each store's ledger records it as
+soon as its files are in place. An interrupted run resumes after the last recorded part.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from pipeline.workers.tasks import run_tasks
 
 @dataclass(frozen=True)
 class Done:
-    """What a task returns: the files that it wrote of a part, by store, and facts for their ledgers' entries.
+    """The result of a task: the files of a part that it wrote, by store, and facts for the ledger entries.
 
-    `facts` are those of every entry, `own` those of single stores.
+    `facts` go into every entry, `own` into those of single stores.
     """
 
     part: str
@@ -30,9 +30,9 @@ class Done:
 
 
 class Parts:
-    """A store with the id of each of its parts: the digest of what the part is made from.
+    """A store with the id of each of its parts, the digest of the part's inputs.
 
-    Stores of several kinds of parts share a ledger: `suffix` then tells their keys in it apart.
+    If stores with several kinds of parts share a ledger, `suffix` keeps their keys apart.
     """
 
     def __init__(self, store: Path, ids: Mapping[str, str], ledger: Ledger | None = None, suffix: str = "") -> None:
@@ -40,7 +40,7 @@ class Parts:
         self.ledger = Ledger(store.with_suffix(".ledger")) if ledger is None else ledger
 
     def missing(self) -> list[str]:
-        """Return the parts that the store lacks, or that were made from something else."""
+        """Return the parts that the store lacks or that are stale."""
         return [part for part, id in self.ids.items() if self.ledger.get(part + self.suffix, id, self.store) is None]
 
     def record(self, part: str, files: Files, **facts: Any) -> None:
@@ -56,7 +56,7 @@ class Parts:
 
 
 def lacking(stores: Mapping[str, Parts]) -> dict[str, list[str]]:
-    """Return the parts that some store lacks, in their order, each with the names of these stores."""
+    """Return the parts that some store lacks, in order, each with the names of these stores."""
     found: dict[str, list[str]] = {part: [] for parts in stores.values() for part in parts.ids}
     for name, parts in stores.items():
         for part in parts.missing():
@@ -72,12 +72,12 @@ def resumed(
     label: str,
     remedy: str = "lower `shard_images` of the data set",
 ) -> set[str]:
-    """Do every part that some store lacks, and record it; return the parts that were done now.
+    """Compute and record every part that some store lacks; return the parts computed now.
 
     Parameters
     ----------
-    task : on a worker, given `arguments(part, names)`, where `names` are those of the stores that lack the part.
-    remedy : what to lower where memory lacks.
+    task : runs on a worker with `arguments(part, names)`, where `names` are the stores that lack the part.
+    remedy : what to lower if memory runs out.
     """
     left = lacking(stores)
     tasks: Iterable[tuple] = (arguments(part, names) for part, names in left.items())

@@ -1,7 +1,8 @@
 """Workers as jobs of a SLURM queue, through dask-jobqueue: `cluster: {kind: slurm}`.
 
-The scheduler runs beside Snakemake, on the login node say, and listens on one address of that host, with keys that are
-made for this pool. Jobs need the same file system, and find the results folder where `sbatch` was called.
+The scheduler runs beside Snakemake, for example on the login node, and listens on one address of that host, with keys
+made for this pool. Jobs need the same file system; they find the results folder from the folder in which `sbatch` was
+called.
 """
 
 from __future__ import annotations
@@ -21,18 +22,18 @@ if TYPE_CHECKING:
 
     from pipeline.config.cluster import Cluster
 
-DEATH = 60  # seconds after which a worker without a scheduler ends, and with it its job
+DEATH = 60  # seconds after which a worker without a scheduler ends, and its job with it
 
 
 def start(cluster: Cluster, scratch: Path, security: Security, environment: dict[str, str]) -> Any:
-    """A `SLURMCluster` without jobs yet: `scale` asks for them."""
+    """Return a `SLURMCluster` without jobs; its `scale` submits them."""
     interrupt = signal.getsignal(signal.SIGINT)
     try:
         from dask_jobqueue import SLURMCluster
     except ImportError:
         raise MicrotomeError("cluster.kind is slurm, which takes the package dask-jobqueue: install .[slurm]") from None
     finally:
-        signal.signal(signal.SIGINT, interrupt)  # which its import takes for itself
+        signal.signal(signal.SIGINT, interrupt)  # the import installs its own handler
     asked = cluster.slurm
     directives = list(asked.directives)
     if cluster.gpus:
@@ -53,9 +54,9 @@ def start(cluster: Cluster, scratch: Path, security: Security, environment: dict
 
 
 def check(script: str) -> None:
-    """Have SLURM look at a job without taking it: what is wrong is told in its own words.
+    """Have SLURM check a job script without submitting it. Raises `MicrotomeError` with SLURM's own message.
 
-    dask-jobqueue would log it, ask again and again, and a run would wait for a job that never came.
+    Otherwise, dask-jobqueue would log the error and retry, and the run would wait for a job that never comes.
     """
     with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
         file.write(script)
@@ -70,13 +71,13 @@ def check(script: str) -> None:
 
 
 def options(cluster: Cluster, scratch: Path, security: Security, environment: dict[str, str]) -> dict[str, Any]:
-    """What any queue of dask-jobqueue is given: one job is `processes` workers of one thread each."""
+    """Return the options of any dask-jobqueue queue: one job holds `processes` workers of one thread each."""
     from dask.utils import parse_bytes
     from distributed.utils import get_ip
 
     asked, count = cluster.slurm, cluster.slurm.processes
     assert cluster.memory is not None
-    # A worker on the cores must not see the GPUs of its node; with one, SLURM says which.
+    # A worker on the cores must not see its node's GPUs; for a worker with a GPU, SLURM selects which.
     own = environment if cluster.gpus else environment | {"CUDA_VISIBLE_DEVICES": ""}
     listens = {"interface": asked.interface} if asked.interface else {"host": get_ip()}
     return {
@@ -91,7 +92,7 @@ def options(cluster: Cluster, scratch: Path, security: Security, environment: di
         "interface": asked.interface,
         "protocol": "tls://",
         "security": security,
-        # The page of a worker shows what it does, to all that reach it.
+        # A worker's dashboard would show its work to everyone who can reach it.
         "worker_extra_args": ["--no-dashboard", "--dashboard-address", "127.0.0.1:0"],
         "scheduler_options": {
             **listens,
@@ -103,7 +104,7 @@ def options(cluster: Cluster, scratch: Path, security: Security, environment: di
 
 
 def python() -> str:
-    """This Python, for a job script: from the folder that jobs start in if it can, and without the home's name."""
+    """Return this Python for a job script: relative to the folder in which jobs start, or with `$HOME`, if possible."""
     path, home = Path(sys.executable), Path.home()
     if path.is_relative_to(Path.cwd()):
         return shlex.quote(str(path.relative_to(Path.cwd())))

@@ -1,4 +1,4 @@
-"""(To be said.)"""
+"""Tasks on Dask workers: submission, cancellation, out-of-memory errors and a progress line."""
 
 import math
 import sys
@@ -9,10 +9,10 @@ from typing import Any
 
 from pipeline.errors import MicrotomeError
 
-REFRESH = 1.0  # seconds after which a client asks again how many workers there are: the answer grows with their number
+REFRESH = 1.0  # seconds between two counts of the workers: the answer grows with their number
 
 
-IN_FLIGHT = 4  # tasks a worker that are submitted at a time
+IN_FLIGHT = 4  # tasks per worker that are submitted at a time
 
 
 def run_tasks(
@@ -23,11 +23,11 @@ def run_tasks(
     label: str,
     remedy: str = "lower `shard_images` of the data set",
 ) -> Iterator[Any]:
-    """Run `function(*task)` for every task on the workers and yield the results as they come, in any order.
+    """Run `function(*task)` for every task on the workers and yield the results as they arrive, in any order.
 
-    Only a few tasks a worker are in flight at a time, so neither the scheduler nor the results pile up. A task whose
-    worker dies is given to another one. The first error cancels what is left and is raised here; where memory lacked,
-    `remedy` says what to lower.
+    Only a few tasks per worker are in flight at a time, so neither the scheduler nor the results pile up. If a worker
+    dies, another one takes over its task. The first error cancels the remaining tasks and is raised here. If memory ran
+    out, `remedy` says what to lower.
     """
     from distributed import KilledWorker, as_completed
 
@@ -48,7 +48,7 @@ def run_tasks(
 
     try:
         while True:
-            # Counted again and again: the first tasks of a run begin when one worker is there, and others join.
+            # Count repeatedly: the first tasks of a run start once one worker is there, and others join later.
             if time.monotonic() - asked > REFRESH:
                 asked, room = time.monotonic(), IN_FLIGHT * workers_of(client)
             pending += sum(submit() for _ in range(room - pending))
@@ -79,26 +79,26 @@ def run_tasks(
 
 
 computing = threading.RLock()
-"""On a worker: held by whoever computes on its device. Networks are shared by its threads, with hooks on them."""
+"""The lock of a worker's device: a thread holds it while it computes, since networks, with their hooks, are shared."""
 
 
 OVERLAPPING: set[Callable[..., Any]] = set()
 
 
 def overlapping(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Mark a task that itself holds `computing` where it computes, so that others read and write beside it."""
+    """Mark a task that takes `computing` itself, so that other tasks can read and write while it computes."""
     OVERLAPPING.add(function)
     return function
 
 
 def alone(function: Callable[..., Any], *task: Any) -> Any:
-    """On a worker: a task during which no other computes."""
+    """Run a task on a worker while no other task computes."""
     with computing:
         return function(*task)
 
 
 def _lacks_memory(error: Exception) -> bool:
-    """Whether numpy or torch could not allocate: torch's allocator on the CPU has no exception of its own."""
+    """Return whether numpy or torch failed to allocate; torch's CPU allocator has no exception of its own."""
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
@@ -107,12 +107,12 @@ def _lacks_memory(error: Exception) -> bool:
 
 
 def workers_of(client: Any) -> int:
-    """How many workers a client has, at least 1; a client whose pool is gone does not know of any."""
+    """Return how many workers a client has, at least 1: a client whose pool is gone knows of none."""
     return max(1, len(client.scheduler_info(n_workers=-1).get("workers", ())))
 
 
 class Progress:
-    """A progress line on stderr: redrawn in a terminal, a few lines elsewhere."""
+    """A progress line on stderr: redrawn in a terminal, printed every 10 s elsewhere."""
 
     def __init__(self, label: str, total: int) -> None:
         self.label, self.total, self.done, self.last = label, total, 0, -1

@@ -1,6 +1,6 @@
-"""Certificates of a scheduler and its workers: those that a configuration names, or made for one pool and gone with it.
+"""TLS certificates of a scheduler and its workers: configured ones, or temporary ones of a single pool.
 
-Keys are read by Dask from their files. They are in no configuration, plan, store, manifest, log or report.
+Dask reads keys from their files. Keys never enter a configuration, plan, store, manifest, log or report.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 
 def security(files: Mapping[str, str]) -> Security:
-    """Connections that both sides prove themselves for, with the files `ca`, `certificate` and `key`.
+    """Return mutually authenticated TLS settings from the files `ca`, `certificate` and `key`.
 
-    Raises `MicrotomeError` for a file that cannot be read, naming which of the three it is.
+    Raises `MicrotomeError` if a file cannot be read, and says which of the three it is.
     """
     from distributed import Security
 
@@ -33,7 +33,7 @@ def security(files: Mapping[str, str]) -> Security:
 
 
 def check(files: Mapping[str, str]) -> dict[str, str]:
-    """The paths of `files`; raises as `security` does."""
+    """Return the paths of `files`; raises as `security` does."""
     paths = {what: str(Path(path).expanduser()) for what, path in files.items()}
     for what, path in paths.items():
         try:
@@ -44,7 +44,7 @@ def check(files: Mapping[str, str]) -> dict[str, str]:
 
 
 def temporary(scratch: Path) -> dict[str, str]:
-    """Make a key and its certificate for one pool, in a folder that only we can read; their files, for `security`."""
+    """Create a key and its certificate for one pool in a private folder; return the files for `security`."""
     from distributed import Security
 
     try:
@@ -53,7 +53,7 @@ def temporary(scratch: Path) -> dict[str, str]:
         raise MicrotomeError(
             "cluster.kind is slurm, which takes the package `cryptography`: install .[slurm]"
         ) from None
-    # As the scratch folder is named, from the folder that jobs start in: a job's script holds these names.
+    # Named like the scratch folder, relative to the folder in which jobs start: job scripts contain these names.
     folder = scratch / Path(tempfile.mkdtemp(prefix="tls-", dir=scratch)).name
     files = {}
     for what, name in (("certificate", "cert"), ("key", "key")):

@@ -5,8 +5,8 @@
 
 The scheduler and the client are real and in this process; the workers are in another, and are all that a scheduler
 sees of a worker: connections, answers, results, a pulse. So what is measured is what a task costs to hand out. Tasks
-come through `pipeline.workers.tasks.run_tasks`, with arguments of the size that those of `extract` have. CPU seconds are
-those of the scheduler's own thread.
+come through `pipeline.workers.tasks.run_tasks`, with arguments of the size that those of `extract` have. CPU seconds
+are those of the scheduler's own thread.
 """
 
 import argparse

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import zarr
+from experiments import job
 from PIL import Image
 
 from pipeline.run import experiment, planner
-from pipeline.stages.ingest import stage as ingest
 
 pytestmark = pytest.mark.usefixtures("workers")
 MNIST = "data/mnist/test10000.npz"
@@ -25,9 +25,9 @@ def ingested(folder: Path, **dataset: Any) -> zarr.Group:
         "networks": {"n": NETWORK},
     }
     made = planner.make(experiment.parse(raw))
-    step = made.step("ingest", "real")
-    ingest.run(made, step)
-    assert made.manifest(step).result["refused"] == 0
+    ingest = job(made, "ingest", "real")
+    ingest.stage.run(ingest)
+    assert ingest.read().result["refused"] == 0
     return zarr.open_group(folder / "results/real/images.zarr", mode="r", use_consolidated=False)
 
 

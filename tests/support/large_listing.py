@@ -10,7 +10,8 @@ import numpy as np
 from PIL import Image
 
 from pipeline.data import snapshot
-from pipeline.stages.ingest import stage as ingest
+from pipeline.workers import client, resumable
+from pipeline.workers.resumable import Done
 
 CLASSES = 1000
 
@@ -45,13 +46,14 @@ def decoded_by_nobody() -> Iterator[None]:
     def no_workers(*_: Any) -> Iterator[None]:
         yield None
 
-    def answered(client: Any, function: Any, tasks: Iterable[tuple], *_: Any) -> Iterator[ingest.Shard]:
+    def answered(workers: Any, function: Any, tasks: Iterable[tuple], *_: Any) -> Iterator[Done]:
         for _, _, shard, *_ in tasks:
-            yield ingest.Shard(shard, {f"image/c/{shard}/0/0/0": (shard, shard)}, f"{shard:032x}")
+            files = {f"image/c/{shard}/0/0/0": (int(shard), int(shard))}
+            yield Done(shard, {"": files}, {"content": f"{int(shard):032x}", "refused": {}})
 
-    before = ingest.client, ingest.run_tasks
-    ingest.client, ingest.run_tasks = no_workers, answered  # type: ignore[assignment]
+    before = client.client, resumable.run_tasks
+    client.client, resumable.run_tasks = no_workers, answered  # type: ignore[assignment]
     try:
         yield
     finally:
-        ingest.client, ingest.run_tasks = before
+        client.client, resumable.run_tasks = before

@@ -33,6 +33,7 @@ def run_all() -> dict[str, dict[str, str]]:
     shutil.rmtree(FOLDER, ignore_errors=True)
     FOLDER.mkdir()
     found = {}
+    golden = json.loads(golden_plans.RECORD.read_text())
     with golden_plans.inside(FOLDER), cluster.pool(Cluster(workers=2), FOLDER / "pool") as address:
         os.environ[client.ADDRESS] = str(address)
         golden_plans.data(FOLDER)
@@ -41,7 +42,9 @@ def run_all() -> dict[str, dict[str, str]]:
         for name in ("chaos", *EXPERIMENTS):
             raw = raws[name] | {"results": str(FOLDER / "results" / name)}
             made = planner.make(experiment.parse(raw))
-            for job in registry.jobs(made):
+            # In the order that is recorded: networks with a layer in common may replace each other's stores.
+            recorded = [step["step"] for step in golden[name]]
+            for job in sorted(registry.jobs(made), key=lambda job: recorded.index(job.name)):
                 if job.stage.name != "report":
                     job.stage.run(job)
             found[name] = contents(made.results)

@@ -19,7 +19,7 @@ from pipeline.config.networks import NetworkSpec
 from pipeline.networks.build import build
 from pipeline.networks.checkpoint import write_safetensors
 from pipeline.run import experiment, planner
-from pipeline.stages import registry
+from pipeline.stages.registry import jobs
 from pipeline.storage.lock import RunLock
 
 
@@ -148,9 +148,9 @@ def test_two_experiments_in_one_folder(tmp_path, first, second):
 def _in_a_fresh_folder(results: Path, wanted: dict) -> dict[str, str]:
     """The results of a configuration, made by the stages as a library."""
     made = planner.make(experiment.parse(wanted | {"results": str(results)}))
-    for step in made.steps.values():
-        if step.stage != "report":
-            registry.STAGES[step.stage].run(Job(made, step, registry.STAGES))
+    for job in jobs(made):
+        if job.stage.name != "report":
+            job.stage.run(job)
     return contents(results)
 
 

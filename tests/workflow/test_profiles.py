@@ -12,6 +12,7 @@ from workflow_run import ROOT, mini, snakemake
 from pipeline.errors import MicrotomeError
 from pipeline.run import experiment, planner
 from pipeline.run.workflow import Run
+from pipeline.stages.registry import STAGES
 
 SHARED = {"rerun-triggers": ["params"], "rerun-incomplete": True, "nolock": True}
 PLUGIN = Path(sys.executable).parent.parent / "slurm"  # installed apart: it adds a second to every start of snakemake
@@ -27,12 +28,7 @@ def test_what_every_profile_says(name):
 
 
 def test_the_profile_of_slurm_names_every_rule():
-    rules = {
-        line.removeprefix("rule ").rstrip(":\n")
-        for file in (ROOT / "workflow" / "rules").glob("*.smk")
-        for line in file.read_text().splitlines()
-        if line.startswith("rule make_")
-    }
+    rules = {f"make_{stage}" for stage in STAGES}
     assert set(profile("slurm")["set-threads"]) == rules
     assert set(profile("slurm")["set-resources"]) <= rules
 

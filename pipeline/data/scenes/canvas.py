@@ -1,10 +1,10 @@
 """Drawing: a painter's algorithm on one map of surface numbers.
 
-Nothing here knows a colour of a pixel. Every primitive writes the number of a surface into the map, later ones over
-earlier ones; pictures and label maps are look-ups of the finished map, which is why they agree at every pixel.
-Coordinates are in scene units, 64 to the picture's width and height, x to the right and y down, so that one scene can
-be drawn at any size. Only additions, multiplications and comparisons decide which pixel belongs to a surface: they
-are rounded alike on every machine.
+Every primitive writes the number of a surface into the map, later ones over earlier ones; none of them knows the colour
+of a pixel. Pictures and label maps are look-ups of the finished map, so they agree at every pixel. Coordinates are in
+scene units, 64 to the picture's width and height, x to the right and y down, so that one scene can be drawn at any
+size. Only additions, multiplications and comparisons decide which pixel belongs to a surface: every machine rounds them
+the same way.
 """
 
 import math
@@ -20,14 +20,14 @@ from pipeline.data.scenes.vocabulary import MATERIAL_NUMBER, OBJECT_NUMBER, PART
 
 UNITS = 64  # scene units along a side of the picture
 FADED = 0.45  # share of the sky's colour in things at the horizon
-SHADE = 0.62  # light that is left in a shadow
+SHADE = 0.62  # share of light left in a shadow
 
 Colour = tuple[float, float, float]
 T = TypeVar("T")
 
 
 class Draw(random.Random):
-    """Random draws that stay the same in every version of Python: all of them come from `random()`."""
+    """Random draws that are the same in every version of Python: all of them come from `random()`."""
 
     def between(self, low: float, high: float) -> float:
         return low + (high - low) * self.random()
@@ -39,7 +39,7 @@ class Draw(random.Random):
         return self.random() < probability
 
     def near(self, colour: Colour, spread: float = 0.06) -> Colour:
-        """A colour up to `spread` away in every channel."""
+        """Return a colour up to `spread` away in every channel."""
         draw, width = self.random, 2 * spread
         red, green, blue = (channel - spread + width * draw() for channel in colour)
         if 0.02 <= red <= 1 and 0.02 <= green <= 1 and 0.02 <= blue <= 1:
@@ -48,7 +48,7 @@ class Draw(random.Random):
 
 
 class Surface(NamedTuple):
-    """What a surface number stands for."""
+    """The meaning of a surface number."""
 
     object: int
     part: int
@@ -61,7 +61,7 @@ class Surface(NamedTuple):
 
 @lru_cache(maxsize=4)
 def _centres(size: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Pixel centres in scene units: x of shape (1, size) and y of shape (size, 1)."""
+    """Return pixel centres in scene units: x of shape (1, size) and y of shape (size, 1)."""
     centres = ((np.arange(size) + 0.5) * (UNITS / size)).astype(np.float32)
     return centres[None], centres[:, None]
 
@@ -88,11 +88,11 @@ class Canvas:
         return len(self.surfaces) - 1
 
     def stand_at(self, depth: float) -> None:
-        """Surfaces made from now on are at this depth: 0 is the horizon, 1 the lower edge of the picture."""
+        """Set the depth of the surfaces made from now on: 0 is the horizon, 1 the lower edge of the picture."""
         self.haze = FADED * (1 - depth) ** 3
 
     def window(self, left: float, top: float, right: float, bottom: float) -> tuple[slice, slice] | None:
-        """Rows and columns of the pixels that a box touches, or None when it misses the picture."""
+        """Return rows and columns of the pixels that a box touches, or None if it misses the picture."""
         scale, size = self.scale, self.size
         first, last = max(math.floor(left * scale), 0), min(math.ceil(right * scale), size)
         upper, lower = max(math.floor(top * scale), 0), min(math.ceil(bottom * scale), size)
@@ -101,7 +101,7 @@ class Canvas:
         return slice(upper, lower), slice(first, last)
 
     def rectangle(self, surface: int, left: float, top: float, right: float, bottom: float) -> None:
-        """A box, rounded to whole pixels and at least one pixel wide and high."""
+        """Draw a box, rounded to whole pixels and at least one pixel wide and high."""
         scale, size = self.scale, self.size
         first, upper = math.floor(left * scale + 0.5), math.floor(top * scale + 0.5)
         last, lower = max(math.floor(right * scale + 0.5), first + 1), max(math.floor(bottom * scale + 0.5), upper + 1)
@@ -109,13 +109,13 @@ class Canvas:
             self.map[max(upper, 0) : lower, max(first, 0) : last] = surface
 
     def ellipse(self, surface: int, x: float, y: float, rx: float, ry: float) -> None:
-        """An ellipse about (x, y)."""
+        """Draw an ellipse about (x, y)."""
         box = self.window(x - rx, y - ry, x + rx, y + ry)
         if box:
             self.map[box][self._in_ellipse(box, x, y, rx, ry)] = surface
 
     def dome(self, surface: int, x: float, y: float, rx: float, ry: float) -> None:
-        """The upper half of an ellipse about (x, y)."""
+        """Draw the upper half of an ellipse about (x, y)."""
         box = self.window(x - rx, y - ry, x + rx, y)
         if box:
             self.map[box][self._in_ellipse(box, x, y, rx, ry)] = surface
@@ -129,7 +129,7 @@ class Canvas:
     def trapezoid(
         self, surface: int, top: float, left: float, right: float, bottom: float, low_left: float, low_right: float
     ) -> None:
-        """A shape between two level edges: left..right at `top`, low_left..low_right at `bottom`."""
+        """Draw a shape between two level edges: left..right at `top`, low_left..low_right at `bottom`."""
         box = self.window(min(left, low_left), top, max(right, low_right), bottom)
         if box:
             rows, columns = box
@@ -140,7 +140,7 @@ class Canvas:
             self.map[box][inside] = surface
 
     def triangle(self, surface: int, x: float, top: float, bottom: float, left: float, right: float) -> None:
-        """A triangle with its apex at (x, top) and a level base."""
+        """Draw a triangle with its apex at (x, top) and a level base."""
         self.trapezoid(surface, top, x, x, bottom, left, right)
 
     def shadow(self, x: float, y: float, rx: float, ry: float) -> None:

@@ -1,9 +1,9 @@
-"""What makes a class: the rule of composition of each, and how a scene is put together from it.
+"""The composition of scenes: the rule of each class, and how a scene is built from it.
 
-The class is in the objects and how they are placed. Everything that colours a picture as a whole - the ground, the
-season, the hour, the sky, a strip of road or water, mountains and trees at the horizon - is drawn from lists which
-overlap between classes, so that a mean colour, a histogram or a blurred thumbnail says little. The one thing that no
-class shares with another is its row in `RULES`.
+The objects and their arrangement define the class. Everything that colours a picture as a whole - the ground, the
+season, the hour, the sky, a strip of road or water, mountains and trees at the horizon - is drawn from lists that
+overlap between classes, so a mean colour, a histogram or a blurred thumbnail reveals little. Only its row in `RULES` is
+unique to a class.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ class Cast(NamedTuple):
 
     painter: Painter
     counts: tuple[int, ...]  # one of them is drawn
-    low: float  # height in scene units if it stood at the lower edge; farther ones are smaller
+    low: float  # height in scene units at the lower edge; farther objects are smaller
     high: float
     place: str = "land"  # land · water · road · horizon
 
@@ -157,7 +157,7 @@ ASPHALTS: tuple[Colour, ...] = ((0.36, 0.36, 0.38), (0.27, 0.27, 0.30), (0.46, 0
 PATHS: tuple[Colour, ...] = ((0.72, 0.64, 0.50), (0.60, 0.56, 0.52), (0.54, 0.40, 0.28))
 
 LAND_HAZE = 0.1
-CROWDED = 9.0  # horizontal distance in scene units that two objects of a scene keep where there is room
+CROWDED = 9.0  # horizontal distance in scene units that two objects of a scene keep if there is room
 
 
 class Hour(NamedTuple):
@@ -178,7 +178,7 @@ HOUR_WEIGHTS = ("day",) * 8 + ("overcast",) * 3 + ("dusk",) * 4 + ("dawn",) * 2 
 
 
 def paint_scene(draw: Draw, size: int, class_name: str) -> tuple[Canvas, Colour]:
-    """Draw one scene of a class; returns its canvas and the colour of its light."""
+    """Draw one scene of a class; return its canvas and the colour of its light."""
     rule = RULES[class_name]
     canvas = Canvas(size, draw)
     hour = draw.pick(HOUR_WEIGHTS)
@@ -203,7 +203,7 @@ def _paint_sky(canvas: Canvas, skies: tuple[Colour, ...], horizon: float) -> Non
 
 
 def _paint_horizon(canvas: Canvas, rule: Rule, horizon: float) -> None:
-    """Mountains and, in any class, a row of distant trees or roofs."""
+    """Draw mountains and, in any class, a row of distant trees or roofs."""
     draw = canvas.draw
     canvas.stand_at(0.1)
     if draw.chance(rule.mountains):
@@ -236,7 +236,7 @@ class _Land:
         self._paint_strip(canvas, draw.pick(rule.strips))
 
     def y(self, x: float, depth: float) -> float:
-        """Height in the picture of the ground at a depth. The tilt of the horizon fades towards the viewer."""
+        """Return the height in the picture of the ground at a depth. The horizon's tilt fades towards the viewer."""
         return self.horizon + depth * (UNITS - self.horizon) + self.tilt * (x - UNITS / 2) * max(1 - depth, 0.0)
 
     def _paint_band(self, canvas: Canvas, ground: str, near: float, far: float) -> None:
@@ -261,7 +261,7 @@ class _Land:
             canvas.map[box][inside] = surface
 
     def _paint_strip(self, canvas: Canvas, strip: str) -> None:
-        """A band of road, path or field across the land."""
+        """Draw a band of road, path or field across the land."""
         draw = canvas.draw
         if not strip:
             return
@@ -287,7 +287,7 @@ class _Land:
             x += gap
 
     def depth(self, draw: Draw, place: str) -> float:
-        """Where an object of a place may stand."""
+        """Return a depth at which an object of a place may stand."""
         if place == "horizon":
             return draw.between(0.02, 0.1)
         if place == "water" and self.shore:
@@ -316,7 +316,7 @@ def _place(canvas: Canvas, land: _Land, rule: Rule) -> None:
 
 
 def _free_spot(draw: Draw, taken: list[float]) -> float:
-    """A horizontal position away from those taken; after a few tries any will do (occlusion is part of the world)."""
+    """Return a horizontal position away from those taken; after a few tries, accept any (objects may overlap)."""
     x = draw.between(4, 60)
     for _ in range(3):
         if all(abs(x - other) >= CROWDED for other in taken):

@@ -31,7 +31,7 @@ LAMPLIGHT: Colour = (0.98, 0.86, 0.48)
 
 
 def _pane(canvas: Canvas, object_: str, part: str) -> int:
-    """Window glass: lit from within on some nights."""
+    """Return the surface of window glass, lit from within on some nights."""
     draw = canvas.draw
     if canvas.night and draw.chance(0.6):
         return canvas.surface(object_, part, "glass", draw.near(LAMPLIGHT, 0.04), glow=1.0)
@@ -119,7 +119,7 @@ def house(canvas: Canvas, x: float, y: float, h: float) -> None:
 
 
 def building(canvas: Canvas, x: float, y: float, h: float) -> None:
-    """A house of several floors with a flat roof."""
+    """Draw a house of several floors with a flat roof."""
     draw = canvas.draw
     width = draw.between(9, 16) * min(1.0, h / 18)
     colour, material = draw.pick(FACADES)
@@ -148,7 +148,7 @@ def person(canvas: Canvas, x: float, y: float, h: float) -> None:
 
 
 def skier(canvas: Canvas, x: float, y: float, h: float) -> None:
-    """A person on skis, with sticks."""
+    """Draw a person on skis, with poles."""
     draw = canvas.draw
     side = draw.pick((-1, 1))
     skis = canvas.surface("skis", "", "wood", draw.near(draw.pick(PAINTS)))
@@ -174,7 +174,7 @@ def boat(canvas: Canvas, x: float, y: float, h: float) -> None:
 
 
 def pier(canvas: Canvas, x: float, y: float, h: float) -> None:
-    """A deck on posts that comes in from a side of the picture."""
+    """Draw a deck on posts that comes in from a side of the picture."""
     draw = canvas.draw
     wood = canvas.surface("pier", "", "wood", draw.near(draw.pick(WOODS)))
     length = draw.between(22, 34)
@@ -268,7 +268,7 @@ def cow(canvas: Canvas, x: float, y: float, h: float) -> None:
 
 
 def swan(canvas: Canvas, x: float, y: float, h: float) -> None:
-    """A swan or a duck: a low body, a neck, a head with a beak."""
+    """Draw a swan or a duck: a low body, a neck, a head with a beak."""
     draw = canvas.draw
     side = draw.pick((-1, 1))
     plumage = draw.near(draw.pick(((0.94, 0.94, 0.92), (0.42, 0.32, 0.24), (0.16, 0.16, 0.18), (0.62, 0.60, 0.58))))
@@ -303,7 +303,7 @@ def lamp(canvas: Canvas, x: float, y: float, h: float) -> None:
 
 
 def sign(canvas: Canvas, x: float, y: float, h: float) -> None:
-    """A board on a post: a triangle, a disc or a direction sign."""
+    """Draw a board on a post: a triangle, a disc or a direction sign."""
     draw = canvas.draw
     post = canvas.surface("sign", "sign post", "metal", draw.near((0.6, 0.6, 0.6)))
     rim = canvas.surface("sign", "sign board", "metal", draw.near(draw.pick(PAINTS)))
@@ -352,7 +352,7 @@ def cloud(canvas: Canvas, x: float, y: float, h: float) -> None:
 
 
 def sun(canvas: Canvas, x: float, y: float, h: float) -> None:
-    """The sun, or the moon at night."""
+    """Draw the sun, or the moon at night."""
     colour = (0.96, 0.96, 0.90) if canvas.night else (0.99, 0.90, 0.50)
     disc = canvas.surface("sun", "", "", canvas.draw.near(colour, 0.04), glow=1.0)
     canvas.ellipse(disc, x, y - h / 2, h / 2, h / 2)

@@ -1,4 +1,4 @@
-"""From surface numbers to pictures and label maps."""
+"""Rendering of surface numbers to pictures and label maps."""
 
 from functools import lru_cache
 from hashlib import blake2b
@@ -16,17 +16,17 @@ from pipeline.errors import MicrotomeError
 
 SPLITS = ("train", "validation")
 SMALLEST, LARGEST = 16, 1024
-WHITE_BALANCE = 0.06  # of the camera: the most that a channel is off
+WHITE_BALANCE = 0.06  # of the camera: the largest error of a channel
 
 
 class Scenes(NamedTuple):
     """Consecutive images of a split with everything that is known about them."""
 
-    image: NDArray[np.uint8]  # (n, 3, size, size) sRGB; n = 0 when not asked for
+    image: NDArray[np.uint8]  # (n, 3, size, size) sRGB; n = 0 if it was not requested
     label: NDArray[np.int64]  # (n,) index into CLASSES
     label_map: NDArray[
         np.uint8
-    ]  # (n, 4, size, size) concept numbers by category, 0 = nothing; n = 0 when not asked for
+    ]  # (n, 4, size, size) concept numbers by category, 0 = nothing; n = 0 if it was not requested
 
 
 def generate(
@@ -41,8 +41,8 @@ def generate(
 ) -> Scenes:
     """Draw images `start` to `start + count` of a split.
 
-    Image i is a function of (seed, split, i) and the size alone: not of how many are drawn in a call, nor of the
-    process or the machine. The classes come in turn. The same scene is drawn at every size.
+    Image i depends on (seed, split, i) and the size alone, and not on the number of images per call, the process or the
+    machine. The classes come in turn. Every size draws the same scene.
 
     Parameters
     ----------
@@ -75,12 +75,12 @@ def generate(
 
 
 def _key(seed: int, split: str, index: int) -> int:
-    """The random key of one image."""
+    """Return the random key of one image."""
     return int.from_bytes(blake2b(f"scenes/{seed}/{split}/{index}".encode(), digest_size=16).digest(), "big")
 
 
 def _label(canvas: Canvas, out: NDArray[np.uint8]) -> None:
-    """Fill the label maps (4, size, size) by one look-up a category."""
+    """Fill the label maps (4, size, size) by one look-up per category."""
     table = np.array([surface[:3] for surface in canvas.surfaces], np.uint8).T
     for category in range(3):
         np.take(table[category], canvas.map, out=out[category], mode="clip")
@@ -115,11 +115,11 @@ def _shade(canvas: Canvas, light: Colour, draw: Draw, out: NDArray[np.uint8]) ->
 
 
 def _lit(canvas: Canvas, light: Colour) -> NDArray[np.float32]:
-    """Colour of every surface as it is seen, shape (3, surfaces), 0 to 255: lit, shaded, and hazy in the distance."""
+    """Return the visible colour of every surface, shape (3, surfaces), 0 to 255: lit, shaded, hazy in the distance."""
     table = np.array([(*surface.colour, *surface[4:]) for surface in canvas.surfaces])
     colour, (lit, glow, haze) = table[:, :3], table[:, 3:, None].swapaxes(0, 1)
     shone = colour * (lit * np.array(light))
-    sky = colour[0]  # seen as it is: the sky's palette belongs to the hour already
+    sky = colour[0]  # already as seen: the sky's palette belongs to the hour
     seen = (1 - haze) * shone + haze * sky
     seen = (1 - glow) * seen + glow * colour
     seen[0] = sky
@@ -128,12 +128,12 @@ def _lit(canvas: Canvas, light: Colour) -> NDArray[np.float32]:
 
 @lru_cache(maxsize=4)
 def _ramp(size: int) -> NDArray[np.float32]:
-    """From -1 to 1 across the picture."""
+    """Return values from -1 to 1 across the picture."""
     return np.linspace(-1, 1, size, dtype=np.float32)
 
 
 @lru_cache(maxsize=4)
 def _tile(size: int) -> NDArray[np.int32]:
-    """Position in a texture of every pixel of a picture of this size at every offset."""
+    """Return the position in a texture of every pixel of a picture of this size, at every offset."""
     place = np.arange(PERIOD + size, dtype=np.int32) % PERIOD
     return place[:, None] * PERIOD + place

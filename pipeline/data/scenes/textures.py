@@ -1,4 +1,4 @@
-"""Texture of each material and sensor noise: tables made once, looked up at every pixel."""
+"""Texture of each material and sensor noise: tables computed once, looked up at every pixel."""
 
 from functools import lru_cache
 
@@ -9,18 +9,18 @@ from pipeline.data.scenes.vocabulary import MATERIAL_NUMBER, MATERIALS
 
 PERIOD = 128  # pixels after which a texture repeats
 NOISE_PERIOD = 256
-STEPS = 1024  # values are multiples of 1 / STEPS: the last bits of sine and FFT differ between machines, these do not
+STEPS = 1024  # values are multiples of 1 / STEPS: unlike the last bits of sine and FFT, they agree between machines
 
 
 @lru_cache(maxsize=1)
 def textures() -> NDArray[np.float32]:
-    """Relative change of brightness, shape (material number, PERIOD, PERIOD); material 0 has none."""
+    """Return relative changes of brightness, shape (material number, PERIOD, PERIOD); material 0 has none."""
     source = np.random.default_rng(7)
     y, x = np.mgrid[0:PERIOD, 0:PERIOD].astype(np.float64)
     turn = 2 * np.pi / PERIOD
 
     def noise(down: float, across: float | None = None) -> NDArray[np.float64]:
-        """Periodic Gaussian noise, smoothed over that many pixels, of variance 1."""
+        """Return periodic Gaussian noise of variance 1, smoothed over that many pixels."""
         spectrum = np.fft.rfft2(source.standard_normal((PERIOD, PERIOD)))
         fy, fx = np.fft.fftfreq(PERIOD)[:, None], np.fft.rfftfreq(PERIOD)[None]
         spectrum *= np.exp(-((3 * fy * down) ** 2) - (3 * fx * (down if across is None else across)) ** 2)
@@ -61,7 +61,7 @@ def textures() -> NDArray[np.float32]:
 
 @lru_cache(maxsize=2)
 def noise_table(size: int) -> NDArray[np.float32]:
-    """Gaussian noise of variance 1 for three channels, shape (3, side, side) with side = NOISE_PERIOD + size.
+    """Return Gaussian noise of variance 1 for three channels, shape (3, side, side) with side = NOISE_PERIOD + size.
 
     Every window of a picture's size at an offset below the period is one slice.
     """

@@ -1,4 +1,4 @@
-"""What can be in a scene: classes, concepts, and their numbers."""
+"""The vocabulary of scenes: classes, concepts, and their numbers."""
 
 from kernels.images.colour_names import COLOURS
 

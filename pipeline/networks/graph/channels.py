@@ -1,8 +1,8 @@
 """Which operations keep the units of a layer apart: each channel of the result depends on one channel alone.
 
-As long as that holds, what a unit's absence does to every channel can be computed for all units in one pass: channel u
-of f(everything replaced) is channel u of f(unit u replaced). Only the operation that mixes channels sees one unit at a
-time.
+As long as that holds, one pass computes what a unit's absence does to every channel, for all units: channel u of
+f(everything replaced) is channel u of f(unit u replaced). Only the operation that mixes channels has to treat units one
+at a time.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.nn import functional
 
 @dataclass(frozen=True)
 class Channels:
-    """Where a tensor holds the units: along `dim`, `group` entries for each, one unit after the other."""
+    """Where a tensor holds the units: along `dim`, with `group` consecutive entries per unit."""
 
     dim: int
     group: int = 1
@@ -105,7 +105,7 @@ def channels_after(
     shapes: Mapping[fx.Node, tuple[int, ...]],
     root: nn.Module,
 ) -> Channels | None:
-    """Where the units are in the result of an operation; None when it mixes them, or is not known not to.
+    """Return where the result of an operation holds the units; None if it mixes them, or may mix them.
 
     Parameters
     ----------
@@ -120,7 +120,7 @@ def channels_after(
         return None
     first = node.args[0]
     if is_binary(node, root):
-        # The other operand may be anything that the unit does not reach, or what keeps units at the same place.
+        # The other operand may be anything that the unit does not reach, or a tensor with the units at the same place.
         same = len({known[each] for each in inputs}) == 1 and all(shapes[each] == shapes[node] for each in inputs)
         return known[inputs[0]] if same else None
     if inputs != [first]:
@@ -149,7 +149,7 @@ def channels_after(
 def mixes_linearly(
     node: fx.Node, known: Mapping[fx.Node, Channels], shapes: Mapping[fx.Node, tuple[int, ...]], root: nn.Module
 ) -> bool:
-    """Whether an operation is a convolution or a linear map of a tensor with units apart."""
+    """Return whether an operation is a convolution or a linear map of a tensor with units apart."""
     if node.op != "call_module" or len(node.args) != 1 or node.kwargs or node.args[0] not in known:
         return False
     source = node.all_input_nodes[0]
@@ -160,12 +160,12 @@ def mixes_linearly(
 
 
 def is_elementwise(node: fx.Node, root: nn.Module) -> bool:
-    """Whether each value of the result depends on one value of the first input, and on no other tensor's."""
+    """Return whether each value of the result depends on one value of the first input, and on no other tensor's."""
     return _is(node, root, _ELEMENTWISE, _ELEMENTWISE_FUNCTIONS, _ELEMENTWISE_METHODS)
 
 
 def is_binary(node: fx.Node, root: nn.Module) -> bool:
-    """Whether it is arithmetic of two operands, value by value."""
+    """Return whether an operation is elementwise arithmetic of two operands."""
     return _is(node, root, (), _BINARY_FUNCTIONS, _BINARY_METHODS)
 
 
@@ -194,7 +194,7 @@ def _reduced(node: fx.Node, before: Channels, source: tuple[int, ...], shape: tu
 
 
 def _reshaped(before: Channels, source: tuple[int, ...], shape: tuple[int, ...]) -> Channels | None:
-    """(batch, units, ...) → (batch, units · ...): the positions of a unit come to lie side by side."""
+    """Handle (batch, units, ...) → (batch, units · ...): the positions of a unit become adjacent."""
     if before.dim != 1 or source[0] != shape[0]:
         return None
     if shape[1] == source[1]:
@@ -216,7 +216,7 @@ def _permuted(node: fx.Node, before: Channels, source: tuple[int, ...]) -> Chann
 
 
 def _indexed(node: fx.Node, before: Channels, source: tuple[int, ...]) -> Channels | None:
-    """x[:, 0] and the like: whole batch, whole units."""
+    """Handle x[:, 0] and the like: the whole batch, whole units."""
     index = node.args[1]
     if not isinstance(index, tuple) or not all(isinstance(each, (int, slice)) for each in index):
         return None

@@ -1,8 +1,8 @@
-"""What a forward does between its modules: additions of a branch to what skips it, and attention weights.
+"""Operations between a network's modules: residual additions and attention weights.
 
-Networks are written in many ways, and their libraries change. What they have in common are the functions of torch that
-they call: these are seen here one by one as they run (`TorchFunctionMode`), each with the module that calls it. So no
-list of classes is needed, and attention is read with everything that a library does to queries and keys beforehand.
+Networks are written in many ways, and their libraries change, but all of them call functions of torch. These are
+observed here one by one as they run (`TorchFunctionMode`), each with the module that calls it. So no list of classes is
+needed, and attention includes everything that a library does to queries and keys beforehand.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ class Skip:
 
     Attributes
     ----------
-    name : the module that adds; with the branch in brackets where it adds more than once.
-    place : its number among the additions of a forward.
+    name : the module that adds; with the branch in brackets if it adds more than once.
+    place : index of the addition in a forward pass.
     first : whether z is the first of the two operands.
     branch : what f is made of: attention, linear layers, or convolutions.
     shortcut : whether z reaches the addition through weights (a `projection`) or without any, at most cut and padded.
-    info : of what is added, as the layer that it is the shape of.
+    info : the layer with the shape of the operands.
     """
 
     name: str
@@ -65,8 +65,10 @@ class Attention:
 
 @dataclass(frozen=True)
 class Found:
-    """What a network does between its modules; where there is no skip or no attention to measure, why; and modules
-    whose additions cannot be read."""
+    """The residual additions and attention of a network; if there are none to measure, the reason.
+
+    `unread` lists modules whose additions cannot be read.
+    """
 
     skips: list[Skip]
     attention: list[Attention]
@@ -76,9 +78,9 @@ class Found:
 
 
 class Operations(TorchFunctionMode):
-    """Sees every function of torch that a network calls inside its `with` block, and the module that calls it.
+    """Observes every torch function that a network calls inside its `with` block, and the module that calls it.
 
-    `aside()` keeps what a hook computes from being taken for the network's own.
+    `aside()` excludes what a hook computes.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -91,14 +93,20 @@ class Operations(TorchFunctionMode):
         self._paths = contextlib.ExitStack()
 
     def on_addition(self, place: int, operands: tuple[torch.Tensor, torch.Tensor]) -> int | None:
-        """Called before an addition of two tensors of one shape; which operand is to be left out, None: neither."""
+        """Return which operand of an addition to leave out, or None for neither.
+
+        Called before each addition of two tensors of the same shape.
+        """
         return None
 
     def on_attention(self, module: str, weights: Callable[[], torch.Tensor]) -> None:
-        """Called after attention; `weights` gives (image, head, query, key), of windows with more dimensions before."""
+        """Handle attention after it ran.
+
+        `weights` gives (image, head, query, key), for windows with more dimensions before.
+        """
 
     def after(self, name: str, inputs: Any, output: Any) -> None:
-        """Called after every function, with its arguments and what it returned."""
+        """Handle the end of any function, with its arguments and what it returned."""
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
@@ -162,7 +170,7 @@ class Operations(TorchFunctionMode):
         return args[0].copy_(rest) if name in IN_PLACE else rest.clone()
 
     def _multi_head(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
-        """torch's own attention gives its weights when asked for them."""
+        """Run torch's own attention and request its weights."""
         asked = {**kwargs, "need_weights": True, "average_attn_weights": False}
         output, weights = func(*args, **asked)
         if weights.ndim == 4:
@@ -173,7 +181,7 @@ class Operations(TorchFunctionMode):
 
 
 class _Tape(Operations):
-    """Which results are made of which, from the images on: numbers in order, each with those it was made from."""
+    """Records which results are made from which, starting with the images: numbered in order, each with its sources."""
 
     def __init__(self, network: nn.Module, images: torch.Tensor) -> None:
         super().__init__(network)
@@ -203,7 +211,7 @@ class _Tape(Operations):
             self.number[each] = len(self.made_of) - 1
 
     def before(self, number: int) -> set[int]:
-        """A result and all that it is made of."""
+        """Return a result and everything that it is made from."""
         found, waiting = {number}, [number]
         while waiting:
             for each in self.made_of[waiting.pop()] - found:
@@ -216,10 +224,10 @@ class _Tape(Operations):
 
 
 def find(network: nn.Module, images: torch.Tensor, layers: Mapping[str, LayerInfo]) -> Found:
-    """The residual additions of a network, in order, and its self-attention over patches.
+    """Find the residual additions of a network, in order, and its self-attention over patches.
 
-    An addition is residual where one operand is made of the other by a function with weights; or where both are made of
-    one result, one of them with at most one such function (a projection) and the other with more.
+    An addition is residual if one operand is made from the other by a function with weights. It is also residual if
+    both are made from one result, one of them with at most one such function (a projection) and the other with more.
 
     Parameters
     ----------
@@ -256,7 +264,7 @@ def _residual(
             functions = tape.functions(made_of[other] - made_of[skip])
             return (place, module, skip == a, _branch(functions), "identity", shape) if functions else None
     common = made_of[a] & made_of[b]
-    if a == b or max(common) == 0:  # nothing but the image
+    if a == b or max(common) == 0:  # they share nothing but the image
         return None
     own = {each: tape.functions(made_of[each] - common) for each in (a, b)}
     skip, other = sorted((a, b), key=lambda each: len(own[each]))
@@ -274,8 +282,10 @@ def _branch(functions: list[str]) -> Branch:
 def _layer_of(
     module: str, shape: tuple[int, ...], layers: Mapping[str, LayerInfo], image: tuple[int, int]
 ) -> LayerInfo | None:
-    """The layer that has this shape: the module, the next one around it, or one inside it. One whose grid does not have
-    the image's proportions is made of windows."""
+    """Return the layer with this shape: the module, the nearest one around it, or one inside it.
+
+    A layer whose grid lacks the image's proportions is skipped: it consists of windows.
+    """
     inside = [name for name in layers if not module or name.startswith(f"{module}.")]
     for name in (*_around(module), *inside):
         info = layers.get(name)
@@ -285,7 +295,7 @@ def _layer_of(
 
 
 def _around(module: str) -> Iterator[str]:
-    """A module and those that it is part of, from the inside out."""
+    """Yield a module and those that contain it, from the inside out."""
     while module:
         yield module
         module = module.rpartition(".")[0]
@@ -299,7 +309,7 @@ def _shape(info: LayerInfo) -> tuple[int, ...]:
 
 
 def _named(skips: list[Skip]) -> list[Skip]:
-    """Names of which each stands once."""
+    """Make the names of skips unique."""
     found: list[Skip] = []
     for skip in skips:
         own = [each for each in skips if each.name == skip.name]
@@ -351,7 +361,7 @@ def _of_scaled_dot_product(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> torch.Tensor:
-    """The weights that the fused kernel computed with, from the same arguments."""
+    """Compute the weights that the fused kernel used, from the same arguments."""
     return attention_weights(query, key, attn_mask, is_causal, scale)
 
 

@@ -1,11 +1,12 @@
 """The tail of a network: from the output of one layer to the logits, with units of that layer replaced.
 
-Exact, and cheap in four ways. Only what comes after the layer runs (`pipeline.networks.graph.trace`). As long as operations keep the
-units apart (activation functions, BatchNorm, pooling: `pipeline.networks.graph.channels`) they run twice for all units, once with
-everything as it is and once with everything replaced. Where a convolution or a linear map then mixes the channels, the
-effect of one unit is added to its result: one input channel is multiplied, not all. A unit that makes no difference to
-an image there, because it is zero all over it, makes none to the logits, and nothing is computed. What remains runs
-for many pairs of a unit and an image at once.
+The result is exact. Four savings make it cheap. Only what comes after the layer runs (`pipeline.networks.graph.trace`).
+As long as operations keep the units apart (activation functions, BatchNorm, pooling:
+`pipeline.networks.graph.channels`), they run twice for all units, once with everything as it is and once with
+everything replaced. When a convolution or a linear map then mixes the channels, the effect of one unit is added to its
+result: one input channel is multiplied, not all. A unit that changes nothing in an image at that point, because it is
+zero everywhere, leaves the logits as they are, and nothing is computed. The remaining operations run for many pairs of
+a unit and an image at once.
 """
 
 from __future__ import annotations
@@ -28,21 +29,21 @@ from pipeline.networks.graph.trace import Traced, UntraceableError, forward_with
 from pipeline.networks.layer import LayerInfo
 from pipeline.networks.layers import one_attention_path
 
-TOLERANCE = 1e-4  # of the logits' size: what a tail may differ from the whole forward, by rounding
+TOLERANCE = 1e-4  # of the logits' size: allowed difference between a tail and the whole forward pass, from rounding
 
 
 def unit_dim(layer: LayerInfo) -> int:
-    """The dimension of the layer's output that holds the units, the batch being 0."""
+    """Return the dimension of the layer's output that holds the units; the batch is 0."""
     return {"map": 1, "vector": 1, "tokens": 2, "channels_last": 3}[layer.layout]
 
 
 def cut(network: nn.Module, layer: LayerInfo, images: torch.Tensor) -> Tail:
-    """The tail after a layer, checked against whole forward passes; the whole forward where it cannot be cut.
+    """Return the tail after a layer, checked against whole forward passes, or the whole forward if it cannot be cut.
 
     Parameters
     ----------
     network : in eval mode, with its weights.
-    images : (3, channel, y, x) as the network takes them, to check with; noise will do.
+    images : (3, channel, y, x) as the network takes them, for the check; noise will do.
 
     Raises
     ------
@@ -62,11 +63,11 @@ def cut(network: nn.Module, layer: LayerInfo, images: torch.Tensor) -> Tail:
 
 @dataclass(frozen=True)
 class State:
-    """Some images up to the point where channels mix, as they are and with every unit replaced.
+    """Some images up to the point where channels mix, unchanged and with every unit replaced.
 
-    `kept`, `replaced` : the tensors that hold units apart and are needed further on, for `images` images; `mixed` : the
-    results of the operations that mix them, nothing replaced. `sides` go around the layer. `differs` (unit, image):
-    whether replacing the unit changes anything.
+    `kept`, `replaced` : the tensors that hold units apart and are needed later, for `images` images. `mixed` : the
+    results of the operations that mix them, with nothing replaced. `sides` : the tensors that bypass the layer.
+    `differs` (unit, image) : whether replacing the unit changes anything.
     """
 
     images: int
@@ -78,12 +79,12 @@ class State:
 
 
 class Tail:
-    """What follows a layer, as operations in three groups: with units apart, mixing them, and the rest.
+    """The operations after a layer, in three groups: those that keep units apart, those that mix them, and the rest.
 
     Attributes
     ----------
     whole : all of the network runs for each pair, since it could not be cut.
-    needs_images : whether what goes around the layer is made from the images.
+    needs_images : whether the tensors that bypass the layer are computed from the images.
     """
 
     def __init__(self, traced: Traced, layer: LayerInfo, whole: bool = False) -> None:
@@ -98,7 +99,7 @@ class Tail:
         mixed = [node for node in traced.reached if node not in self.apart]
         self.mixing = [node for node in mixed if mixes_linearly(node, self.apart, traced.shapes, traced.root)]
         self.rest = [node for node in mixed if node not in self.mixing]
-        # Tensors with units apart that are read by others; of some, all channels are needed even for a single unit.
+        # Tensors with units apart that others read; some of these need all channels even for a single unit.
         self.ends = [n for n in self.apart if n is traced.output or any(user in set(mixed) for user in n.users)]
         self.whole_ends = [n for n in self.ends if n is traced.output or any(user in self.rest for user in n.users)]
         self._before = self._needed_before()
@@ -108,7 +109,7 @@ class Tail:
     # What goes around the layer ---------------------------------------------------------------------------------------
 
     def _needed_before(self) -> list[fx.Node]:
-        """The operations that make the sides, in order. Numbers are known without them."""
+        """Return the operations that compute the sides, in order. Numbers are known without them."""
         needed = set(self.traced.sides)
         for node in reversed(self.traced.graph.nodes):
             if node in needed:
@@ -117,7 +118,7 @@ class Tail:
 
     @torch.no_grad()
     def beside(self, images: torch.Tensor) -> dict[fx.Node, torch.Tensor]:
-        """The tensors that go around the layer, from the images as the network takes them."""
+        """Return the tensors that bypass the layer, from the images as the network takes them."""
         values: dict[fx.Node, Any] = {}
         free = _last_uses(self._before)
         with one_attention_path():
@@ -139,7 +140,7 @@ class Tail:
         Parameters
         ----------
         output, replaced : (image, ...) as the layer gives it.
-        sides : what `beside` gives for the same images; needed where `traced.sides` are.
+        sides : what `beside` gives for the same images; needed if there are any `traced.sides`.
         """
         sides = sides or {}
         with one_attention_path():
@@ -153,21 +154,21 @@ class Tail:
     def _through_apart(
         self, output: torch.Tensor, sides: Mapping[fx.Node, torch.Tensor]
     ) -> dict[fx.Node, torch.Tensor]:
-        """The ends, from the layer's output."""
+        """Return the ends, computed from the layer's output."""
         values = {self.traced.layer: output}
         for node in list(self.apart)[1:]:
             values[node] = self._run(node, {**sides, **values}, len(output))
         return {node: values[node] for node in self.ends}
 
     def _by_unit(self, node: fx.Node, value: torch.Tensor) -> torch.Tensor:
-        """A view (image, unit, entries of the unit, ...) of a tensor that keeps units apart."""
+        """Return a view (image, unit, entries of the unit, ...) of a tensor that keeps units apart."""
         channels = self.apart[node]
         return value.movedim(channels.dim, 1).unflatten(1, (self.units, channels.group))
 
     # Logits -----------------------------------------------------------------------------------------------------------
 
     def logits(self, state: State, pairs: int) -> torch.Tensor:
-        """(image, class) with nothing replaced."""
+        """Return (image, class) with nothing replaced."""
         nothing = torch.zeros((pairs, self.units), dtype=torch.bool, device=state.differs.device)
         images = torch.arange(state.images, device=state.differs.device)
         return torch.cat([self._with_sets(state, nothing[: len(part)], part) for part in images.split(pairs)])
@@ -175,9 +176,9 @@ class Tail:
     def without_units(
         self, state: State, units: Sequence[int], pairs: int
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """Replace one unit at a time: (unit, image, logits) of at most `pairs` pairs, for all pairs that differ.
+        """Replace one unit at a time: yield (unit, image, logits) of at most `pairs` pairs, for all pairs that differ.
 
-        A pair that does not appear has exactly the logits of nothing replaced.
+        A pair that does not appear has exactly the original logits.
         """
         wrong = [unit for unit in units if not 0 <= unit < self.units]
         if wrong:
@@ -193,7 +194,7 @@ class Tail:
     def without_sets(
         self, state: State, sets: torch.Tensor, pairs: int
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """Replace sets of units, (set, unit) bool: (set, image, logits) as `without_units` gives them."""
+        """Replace sets of units, (set, unit) bool: yield (set, image, logits) as `without_units` does."""
         if sets.ndim != 2 or sets.shape[1] != self.units:
             raise ValueError(f"sets {tuple(sets.shape)} of {self.units} units: expected (set, unit)")
         chosen, image = (sets.float() @ state.differs.float() > 0).nonzero(as_tuple=True)
@@ -203,7 +204,7 @@ class Tail:
 
     @torch.no_grad()
     def _with_sets(self, state: State, sets: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
-        """The logits of pairs, the units `sets` (pair, unit) of each replaced."""
+        """Return the logits of pairs, with the units `sets` (pair, unit) of each replaced."""
         values: dict[fx.Node, Any] = {}
         for node in self.ends:
             kept = self._by_unit(node, state.kept[node].index_select(0, image))
@@ -217,7 +218,7 @@ class Tail:
 
     @torch.no_grad()
     def _with_units(self, state: State, unit: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
-        """The logits of pairs, sorted by unit, the one unit of each replaced."""
+        """Return the logits of pairs, sorted by unit, with the one unit of each replaced."""
         values: dict[fx.Node, Any] = {}
         pair = torch.arange(len(image), device=image.device)
         for node in self.whole_ends:
@@ -239,7 +240,7 @@ class Tail:
             return self._through_rest(state, values, image)
 
     def _through_rest(self, state: State, values: dict[fx.Node, Any], image: torch.Tensor) -> torch.Tensor:
-        """What comes after, for pairs whose images are `image`; `values` are theirs to overwrite."""
+        """Run the remaining operations for pairs whose images are `image`; they may overwrite `values`."""
         for node in self.rest:
             for each in node.all_input_nodes:
                 if each in self.traced.sides and each not in values:
@@ -251,7 +252,7 @@ class Tail:
         return values[self.traced.output]
 
     def _run(self, node: fx.Node, values: Mapping[fx.Node, Any], batch: int, owned: bool = False) -> Any:
-        """One operation; what it writes into is copied before, unless nobody else reads it and it is `owned`."""
+        """Run one operation on copies of what it writes into, unless that is `owned` and nobody else reads it."""
         written = self.traced.written.get(node, ())
 
         def get(each: fx.Node) -> Any:
@@ -267,7 +268,7 @@ class Tail:
     # Cost -------------------------------------------------------------------------------------------------------------
 
     def cost(self) -> Cost:
-        """What a pair and an image cost, from the shapes alone: also for a network on the meta device."""
+        """Return the cost of a pair and of an image, from shapes alone; also works on the meta device."""
         shapes = self.traced.shapes
         numel = {node: math.prod(shape) / 2 for node, shape in shapes.items()}
         held = sum(numel[node] for node in (*self.whole_ends, *self.mixing))
@@ -276,7 +277,7 @@ class Tail:
         for node in self.rest:
             for each in (node, *(each for each in node.all_input_nodes if each in self.traced.sides)):
                 alive[each] = None
-            # A module of its own has results inside that are not seen here: attention, four of its input's size.
+            # An opaque module has internal results that are invisible here: for attention, four times its input.
             inside = 4 * sum(numel.get(each, 0) for each in node.all_input_nodes) if node not in shapes else 0
             peak = max(peak, sum(numel.get(each, 0) for each in alive) + inside)
             for each in self._free[node]:
@@ -304,8 +305,11 @@ class Tail:
 
 @dataclass(frozen=True)
 class Cost:
-    """Floating-point operations of a pair (multiplications and additions of matrix products and convolutions), and
-    bytes held for a pair and for an image, about."""
+    """The cost of a pair and of an image.
+
+    Floating-point operations of a pair (multiplications and additions of matrix products and convolutions), and
+    approximate bytes held for a pair and for an image.
+    """
 
     pair_flops: float
     pair_bytes: int
@@ -321,7 +325,7 @@ class _Flops(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        # Otherwise torch imports its compiler (4 s) to keep itself from compiling `__torch_dispatch__`.
+        # Otherwise, torch imports its compiler (4 s) to keep itself from compiling `__torch_dispatch__`.
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -333,7 +337,7 @@ class _Flops(TorchDispatchMode):
 
 
 def _add_effect(module: nn.Module, result: torch.Tensor, change: torch.Tensor, unit: int) -> None:
-    """Add to the result (pair, ...) of a convolution or linear map what a change of one unit does to it.
+    """Add the effect of changing one unit to the result (pair, ...) of a convolution or linear map.
 
     `change` (pair, entry, ...) is that of the unit's entries of the input.
     """
@@ -350,11 +354,11 @@ def _add_effect(module: nn.Module, result: torch.Tensor, change: torch.Tensor, u
 
 
 def _last_uses(nodes: Sequence[fx.Node], keep: fx.Node | None = None) -> dict[fx.Node, list[fx.Node]]:
-    """For each operation, the results that no later one of these reads."""
+    """Return, for each operation, the results that no later operation reads."""
     found: dict[fx.Node, list[fx.Node]] = {node: [] for node in nodes}
     seen = {keep}
     for node in reversed(nodes):
-        # A result that nobody reads goes at once.
+        # A result that nobody reads is freed at once.
         for each in (node, *node.all_input_nodes):
             if each not in seen:
                 seen.add(each)
@@ -363,7 +367,7 @@ def _last_uses(nodes: Sequence[fx.Node], keep: fx.Node | None = None) -> dict[fx
 
 
 def _is_right(tail: Tail, network: nn.Module, images: torch.Tensor) -> bool:
-    """Whether the tail gives what whole forward passes do, with nothing, the liveliest units, and a set removed."""
+    """Return whether the tail agrees with whole forward passes, with nothing, the liveliest units or a set removed."""
     layer, dim = tail.layer.name, unit_dim(tail.layer)
     seen: list[torch.Tensor] = []
 
@@ -390,7 +394,7 @@ def _is_right(tail: Tail, network: nn.Module, images: torch.Tensor) -> bool:
         sets[0, halves] = True
         for _, image, logits in tail.without_sets(state, sets, 2):
             found[-1][image] = logits
-    except RuntimeError:  # shapes that do not fit: some operation counts on more than the graph says
+    except RuntimeError:  # shapes do not fit: some operation relies on more than the graph shows
         return False
     size = max(float(each.abs().max()) for each in truth)
     return all(float((a - b).abs().max()) <= TOLERANCE * size for a, b in zip(truth, found, strict=True))

@@ -1,8 +1,8 @@
 """A network as a graph of operations, cut at one layer: what depends on the layer, and what else that needs.
 
-The graph is torch.fx's, traced without values, with the layer as one operation. It is run on a few images, to learn
-every shape, which values are only numbers (sizes, say), and which operations write into their input. What cannot be
-told apart here raises `UntraceableError`; whoever asked then falls back on whole forward passes.
+The graph is torch.fx's, traced without values, with the layer as one operation. It runs on a few images, to find every
+shape, which values are only numbers (for example sizes), and which operations write into their input. A case that
+cannot be resolved raises `UntraceableError`, and the caller falls back on whole forward passes.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from pipeline.networks.layers import first_tensor, one_attention_path
 
 
 class UntraceableError(Exception):
-    """The graph does not say all that the forward does."""
+    """The graph does not capture everything that the forward pass does."""
 
 
 @dataclass(frozen=True)
 class Number:
-    """A value that is no tensor: `constant` + `slope` for each image of the batch."""
+    """A value that is not a tensor: `constant` + `slope` for each image of the batch."""
 
     constant: Any
     slope: int = 0
@@ -44,11 +44,11 @@ class Traced:
     Attributes
     ----------
     layer, output : the layer's node, and the one that gives the logits.
-    reached : the nodes that depend on the layer and are no numbers, in order; the layer is the first.
-    sides : tensors made before or beside the layer that `reached` needs, with the entries of their first dimension for
-        each image.
+    reached : the nodes that depend on the layer and are not numbers, in order; the layer is the first.
+    sides : tensors computed before or beside the layer that `reached` needs, with the number of entries per image in
+        their first dimension.
     constants : tensors that depend on no image.
-    numbers : every value that is no tensor.
+    numbers : every value that is not a tensor.
     shapes : of each tensor, for two images.
     written : for operations that write into an input, those inputs.
     """
@@ -65,7 +65,7 @@ class Traced:
     written: dict[fx.Node, tuple[fx.Node, ...]] = field(default_factory=dict)
 
     def call(self, node: fx.Node, get: Callable[[fx.Node], Any]) -> Any:
-        """The result of one operation, with `get` giving those of the nodes it is called with."""
+        """Return the result of one operation; `get` gives the values of its input nodes."""
         return _call(self.root, node, get)
 
 
@@ -79,14 +79,14 @@ def trace(network: nn.Module, layer: str, images: torch.Tensor) -> Traced:
     Raises
     ------
     UntraceableError
-        The forward depends on values, or does something that the graph cannot tell.
+        The forward pass depends on values, or does something that the graph cannot capture.
     MicrotomeError
         The layer is used twice, or nothing depends on it.
     """
     try:
         with one_attention_path():
             graph = _Tracer(layer).trace(network)
-    # Forwards that branch on values, call foreign libraries, ...: each fails under symbolic values in its own way.
+    # Some forward passes branch on values or call foreign libraries: each fails under symbolic values in its own way.
     except Exception as error:
         raise UntraceableError(f"{type(error).__name__}: {error}") from error
     nodes = [node for node in graph.nodes if node.op == "call_module" and node.target == layer]
@@ -98,13 +98,13 @@ def trace(network: nn.Module, layer: str, images: torch.Tensor) -> Traced:
         return _studied(network, graph, nodes[0], images)
     except (MicrotomeError, UntraceableError):
         raise
-    # The same on the meta device, where operations whose output depends on values fail.
+    # Likewise on the meta device, where operations whose output depends on values fail.
     except Exception as error:
         raise UntraceableError(f"{type(error).__name__}: {error}") from error
 
 
 def whole_forward(network: nn.Module, layer: str, images: torch.Tensor) -> Traced:
-    """The same for a network that cannot be traced: all of it runs, with the layer's output replaced on the way."""
+    """Return the same for a network that cannot be traced: all of it runs, with the layer's output replaced."""
 
     def output_of_layer(images: torch.Tensor) -> torch.Tensor:
         seen = []
@@ -137,7 +137,7 @@ def whole_forward(network: nn.Module, layer: str, images: torch.Tensor) -> Trace
 def forward_with(
     network: nn.Module, layer: str, images: torch.Tensor, change: Callable[[torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
-    """The logits of a whole forward in which `change` is applied to the layer's output: the plain way."""
+    """Return the logits of a whole forward pass that applies `change` to the layer's output: the plain way."""
 
     def hook(module: nn.Module, _: object, output: Any) -> Any:
         tensor = first_tensor(output)
@@ -169,7 +169,7 @@ def _nothing_depends(layer: str) -> MicrotomeError:
 
 
 class _Tracer(fx.Tracer):
-    """The layer is one operation, whatever it is made of, and its parents are entered."""
+    """A tracer that treats the layer as one operation, whatever it contains, and enters its parents."""
 
     def __init__(self, layer: str) -> None:
         super().__init__()
@@ -184,7 +184,7 @@ class _Tracer(fx.Tracer):
 
 
 def _studied(network: nn.Module, graph: fx.Graph, layer: fx.Node, images: torch.Tensor) -> Traced:
-    """Run the graph on two images and on three, and say what each node is."""
+    """Run the graph on two and on three images, and classify each node."""
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     for extra in placeholders[1:]:
         if not extra.args:
@@ -223,7 +223,7 @@ def _studied(network: nn.Module, graph: fx.Graph, layer: fx.Node, images: torch.
 def _interpret(
     network: nn.Module, graph: fx.Graph, images: torch.Tensor, written: Mapping[fx.Node, tuple[fx.Node, ...]]
 ) -> tuple[dict[fx.Node, Any], dict[fx.Node, tuple[fx.Node, ...]]]:
-    """The result of every node, and which nodes wrote into which inputs; those in `written` work on copies."""
+    """Return the result of every node, and which nodes wrote into which inputs; those in `written` work on copies."""
     values: dict[fx.Node, Any] = {}
     wrote: dict[fx.Node, tuple[fx.Node, ...]] = {}
     for node in graph.nodes:
@@ -258,7 +258,7 @@ def _call(root: nn.Module, node: fx.Node, get: Callable[[fx.Node], Any]) -> Any:
 def _rename_written(
     graph: fx.Graph, values: Mapping[fx.Node, Any], written: Mapping[fx.Node, tuple[fx.Node, ...]]
 ) -> None:
-    """Have whoever reads a tensor after it was written to read the result of the writing: then nothing is in place."""
+    """Redirect readers of a tensor that was written into to the result of the write, so that nothing is in place."""
     order = {node: at for at, node in enumerate(graph.nodes)}
     for node, inputs in written.items():
         for target in inputs:
@@ -283,7 +283,7 @@ def _select_early(
     layer: fx.Node,
     written: Mapping[fx.Node, tuple[fx.Node, ...]],
 ) -> bool:
-    """Where only some tokens of a result go on (the class token, at the end), compute only these.
+    """If only some tokens of a result are used (the class token, at the end), compute only these.
 
     x[:, 0] of an operation that works on each token alone is that operation on x[:, 0].
     """
@@ -329,7 +329,7 @@ def _select_early(
 
 
 def _selects_tokens(node: fx.Node, shapes: Mapping[fx.Node, tuple[int, ...]]) -> bool:
-    """Whether it is x[:, i] or x[:, i:j] of (batch, token, unit)."""
+    """Return whether a node is x[:, i] or x[:, i:j] of (batch, token, unit)."""
     index = node.args[1]
     return (
         len(shapes.get(node.args[0], ())) == 3  # type: ignore[arg-type]
@@ -341,7 +341,7 @@ def _selects_tokens(node: fx.Node, shapes: Mapping[fx.Node, tuple[int, ...]]) ->
 
 
 def _descendants(graph: fx.Graph, start: fx.Node) -> list[fx.Node]:
-    """A node and all that is made from it, in order."""
+    """Return a node and everything made from it, in order."""
     found = {start: None}
     for node in graph.nodes:
         if node.op != "output" and any(each in found for each in node.all_input_nodes):
@@ -370,7 +370,7 @@ def _holds_tensor(value: Any) -> bool:
 
 
 def _fit(two: Any, three: Any) -> Any:
-    """A value of a batch of two and of three images, as a `Number` or a tuple of them."""
+    """Fit a value of a batch of two and of three images to a `Number` or a tuple of them."""
     if isinstance(two, (tuple, list)) and type(two) is type(three) and len(two) == len(three):
         return tuple(_fit(a, b) for a, b in zip(two, three, strict=True))
     if type(two) is int and type(three) is int:
@@ -381,12 +381,12 @@ def _fit(two: Any, three: Any) -> Any:
 
 
 def number_at(number: Any, batch: int) -> Any:
-    """The value of a `Number`, or of a tuple of them, for a batch of this size."""
+    """Return the value of a `Number`, or of a tuple of them, for a batch of this size."""
     return tuple(number_at(each, batch) for each in number) if isinstance(number, tuple) else number.at(batch)
 
 
 def _rows(two: Any, three: Any) -> int:
-    """How many entries of the first dimension each image has."""
+    """Return how many entries of the first dimension each image has."""
     if (
         isinstance(two, torch.Tensor)
         and isinstance(three, torch.Tensor)

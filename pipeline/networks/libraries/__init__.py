@@ -1,4 +1,4 @@
-"""What each library of networks does in its own way; a module `of_<library>` has the same functions.
+"""Library-specific code; every module `of_<library>` has the same functions.
 
 builder(spec) -> callable   makes the network of a description from its arguments, without weights
 state(spec, device)         the state dict that the library makes of its published file, on the CPU or the meta device

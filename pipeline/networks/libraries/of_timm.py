@@ -1,4 +1,4 @@
-"""timm's networks, and the weights that it publishes for them."""
+"""Networks of timm, and its published weights."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def builder(spec: NetworkSpec) -> Callable[..., torch.nn.Module]:
 
 
 def state(spec: NetworkSpec, device: str) -> dict[str, torch.Tensor]:
-    """As timm loads it: it translates the keys of files that others published.
+    """Return the weights as timm loads them: it translates the keys of files that others published.
 
-    timm leaves a head at random when the wanted number of classes is not that of the file. Here the file's own head is
-    loaded, and left out with `num_classes: 0`.
+    timm leaves a head random if the wanted number of classes differs from the file's. Here, the file's own head is
+    loaded, or left out with `num_classes: 0`.
     """
     path = published_file(spec)
     read = checkpoint.shapes if device == "meta" else checkpoint.read

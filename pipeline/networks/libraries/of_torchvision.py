@@ -1,4 +1,4 @@
-"""torchvision's networks, and the weights that it publishes by name."""
+"""Networks of torchvision, and the weights that it publishes by name."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ _FETCHING = ("weights", "weights_backbone", "pretrained", "pretrained_backbone")
 
 def builder(spec: NetworkSpec) -> Callable[..., torch.nn.Module]:
     known, fixed = _function(spec), {"weights": None}
-    # Segmentation and detection networks fetch a trained backbone by default, even with `weights=None`.
+    # By default, segmentation and detection networks fetch a trained backbone, even with `weights=None`.
     if "weights_backbone" in inspect.signature(known).parameters:
         fixed["weights_backbone"] = None
     return lambda **arguments: known(**fixed, **arguments)
 
 
 def state(spec: NetworkSpec, device: str) -> dict[str, torch.Tensor]:
-    """As torchvision's builder loads it: some of its files have names of keys that only the builder translates."""
+    """Return the weights as torchvision's builder loads them: only it translates the old keys in some files."""
     path = published_file(spec)
     read = checkpoint.shapes if device == "meta" else checkpoint.read
     with _reading(lambda: read(path)), warnings.catch_warnings():
-        # That the auxiliary heads of GoogLeNet were not trained: they are not called in eval mode.
+        # The warning says that the auxiliary heads of GoogLeNet were not trained; eval mode does not call them.
         warnings.filterwarnings("ignore", message="auxiliary heads", category=UserWarning)
         return _function(spec)(weights=_weights(spec), **spec.arguments).state_dict()
 
@@ -59,7 +59,7 @@ def describe(spec: NetworkSpec) -> Published:
 
 
 def fetch(spec: NetworkSpec) -> None:
-    """Into torch's cache; torch compares the bytes with the digest in the file's name before it keeps them."""
+    """Fetch into torch's cache; torch checks the bytes against the digest in the file's name before it keeps them."""
     _weights(spec).get_state_dict(progress=True, check_hash=True, weights_only=True, map_location="meta")
 
 
@@ -81,7 +81,7 @@ def _function(spec: NetworkSpec) -> Callable[..., torch.nn.Module]:
 
 
 def _weights(spec: NetworkSpec) -> WeightsEnum:
-    """The entry that `weights` names: `IMAGENET1K_V1`, `DEFAULT`, or with its class as torchvision prints it."""
+    """Return the entry that `weights` names: `IMAGENET1K_V1`, `DEFAULT`, or with its class as torchvision prints it."""
     _function(spec)
     enum = torchvision.models.get_model_weights(spec.torchvision)
     kind, _, name = spec.weights.rpartition(".")
@@ -95,7 +95,7 @@ def _weights(spec: NetworkSpec) -> WeightsEnum:
 
 
 def _implied(spec: NetworkSpec, weights: WeightsEnum) -> dict[str, Any]:
-    """The arguments that the builder sets for these weights, so that the untrained control is built alike."""
+    """Return the arguments that the builder sets for these weights, so that the untrained control is built alike."""
     function = _function(spec)
     implied: dict[str, Any] = {}
     if "categories" in weights.meta:
@@ -114,7 +114,7 @@ def _implied(spec: NetworkSpec, weights: WeightsEnum) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _reading(read: Callable[[], dict[str, torch.Tensor]]) -> Iterator[None]:
-    """torchvision's builders get what `read` gives: their own reading would run what is pickled in a file."""
+    """Make torchvision's builders load what `read` returns: their own loading would run what is pickled in a file."""
     own = WeightsEnum.get_state_dict
     WeightsEnum.get_state_dict = lambda self, *args, **kwargs: read()
     try:

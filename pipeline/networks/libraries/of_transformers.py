@@ -1,4 +1,4 @@
-"""Vision models of transformers, from a folder: config.json is data, and no code but the library's own is run."""
+"""Vision models of transformers, from a folder: config.json is data, and only the library's own code runs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pipeline.networks.build import published_file
 from pipeline.networks.published import weight_files
 
 _SHOWN = 4
-# What is not loaded is told by an error here, not by a table on the terminal.
+# An error here reports what is not loaded; a table on the terminal is not needed.
 logging.set_verbosity_error()
 logging.disable_progress_bar()
 
@@ -32,9 +32,10 @@ def builder(spec: NetworkSpec) -> Callable[..., torch.nn.Module]:
 
 
 def state(spec: NetworkSpec, device: str) -> dict[str, torch.Tensor]:
-    """As transformers loads it: it translates the keys of older checkpoints. Nothing may be missing or left over.
+    """Return the weights as transformers loads them: it translates the keys of older checkpoints.
 
-    With `arguments: {architectures: [...]}` a part of the checkpoint was asked for, and what else it holds is left.
+    The keys have to match exactly. With `arguments: {architectures: [...]}`, only a part of the checkpoint is wanted,
+    and the rest is ignored.
     """
     if device == "meta":
         raise NotImplementedError("transformers loads values only")
@@ -75,7 +76,7 @@ def fetch(spec: NetworkSpec) -> None:
 
 
 def _model(spec: NetworkSpec, arguments: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
-    """The class that config.json names, its configuration, and those arguments that are the class's own."""
+    """Return the class that config.json names, its configuration, and the arguments that belong to the class."""
     folder = published_file(spec)
     arguments = dict(arguments)
     try:
@@ -102,7 +103,7 @@ def _model(spec: NetworkSpec, arguments: dict[str, Any]) -> tuple[Any, Any, dict
                 f"{nearest(key, [*config.to_dict(), *taken])}"
             )
         setattr(config, key, value)
-    # Neither a kernel that a configuration names, which would be fetched and run, nor half precision.
+    # Neither a kernel named in a configuration, which would be fetched and run, nor half precision.
     config._attn_implementation = None
     for each in (config, *(getattr(config, name) for name in config.sub_configs)):
         if each is not None:

@@ -1,1 +1,1 @@
-"""Train networks repeatably."""
+"""Repeatable training of networks."""

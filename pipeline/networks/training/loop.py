@@ -1,7 +1,7 @@
-"""The optimisation loop: images and labels in, a trained network out, the same however often it was interrupted.
+"""The optimisation loop: images and labels in, a trained network out, the same however often it is interrupted.
 
-Everything random about step k - which images, how they are moved, dropout - is a function of (seed, k), so a run that
-was killed and taken up from its checkpoint ends with the same weights, bit for bit, as one left alone.
+Everything random about step k - which images, how they are moved, dropout - is a function of (seed, k). A run that is
+killed and resumed from its checkpoint therefore ends with the same weights, bit for bit, as one left alone.
 """
 
 import math
@@ -36,11 +36,11 @@ CHECKPOINT = "checkpoint.pt"
 CURVE_POINTS = 100  # of the training curve, at most
 EVALUATION_BATCH = 250
 
-AUGMENTATION, NETWORK = 2, 3  # purposes of random numbers, beside the order of the images
+AUGMENTATION, NETWORK = 2, 3  # purposes of random numbers, besides the order of the images
 
 
 class Images(Protocol):
-    """uint8 (image, channel, y, x); a numpy array, or anything like one that takes sorted indices."""
+    """uint8 (image, channel, y, x): a numpy array, or anything like one that takes sorted indices."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -70,16 +70,17 @@ def fit(
     ----------
     network : (batch, 3, y, x) float -> (batch, class) logits
     train, validation
-        Images uint8 (image, 3, y, x) and labels (image,); label -1 means none, and such images are left out.
+        Images uint8 (image, 3, y, x) and labels (image,); images with label -1, which means none, are left out.
     mean, std
         Of the preprocessing (x / 255 - mean) / std; one number each for a network of grey images.
     folder
-        Where the checkpoint is. If it holds one of the same recipe and data, training goes on from there;
+        Where the checkpoint is. If it holds one with the same recipe and data, training resumes from it;
         one of a finished run is only loaded.
     progress
-        Called with (step, steps, loss, accuracy) at every point of the curve; the two are means since the last.
+        Called with (step, steps, loss, accuracy) at every point of the curve; loss and accuracy are means since the
+        last.
     per_image
-        Each image is whitened by its own mean and deviation, in place of the preprocessing above.
+        Whiten each image by its own mean and deviation, in place of the preprocessing above.
 
     Returns
     -------
@@ -156,7 +157,7 @@ def evaluate(
     device: str = "cpu",
     per_image: bool = False,
 ) -> tuple[float | None, float | None, int]:
-    """Accuracy, mean cross-entropy and number of the labelled images, in float32 and evaluation mode."""
+    """Return accuracy, mean cross-entropy and number of the labelled images, in float32 and evaluation mode."""
     if data is None:
         return None, None, 0
     images, labels, kept = _labelled(data, "validation")
@@ -177,7 +178,7 @@ def evaluate(
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:
-    """Rises linearly over the warm-up, then falls as half a cosine to (nearly) zero at the last step."""
+    """Return the rate at a step: a linear warm-up, then half a cosine down to (nearly) zero at the last step."""
     warm = int(recipe.warmup * recipe.steps)
     if step < warm:
         return recipe.learning_rate * (step + 1) / warm
@@ -185,12 +186,12 @@ def learning_rate(recipe: Recipe, step: int) -> float:
 
 
 def recipe_key(recipe: Recipe) -> str:
-    """What of a recipe decides the weights."""
+    """Return the part of a recipe that determines the weights."""
     return recipe.model_dump_json(exclude={"checkpoint_every"})
 
 
 class _Run:
-    """What a checkpoint holds: network, optimiser, step, and the training curve with its open interval."""
+    """The content of a checkpoint: network, optimiser, step, and the training curve with its open interval."""
 
     def __init__(self, network: nn.Module, optimiser: torch.optim.Optimizer, key: str):
         self.network, self.optimiser, self.key = network, optimiser, key
@@ -220,9 +221,9 @@ class _Run:
 
 
 class _Scale:
-    """uint8 -> (x / 255 - mean) / std, as one multiplication and one addition a pixel; grey with a single mean.
+    """uint8 -> (x / 255 - mean) / std, as one multiplication and one addition per pixel; grey with a single mean.
 
-    With `per_image` each image is whitened by itself instead.
+    With `per_image`, each image is whitened by itself instead.
     """
 
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], device: str, per_image: bool):
@@ -240,7 +241,7 @@ class _Scale:
 
 
 def _batch(recipe: Recipe, step: int, count: int) -> NDArray[np.int64]:
-    """Sorted indices of the images of a step: a window on one shuffled pass after another."""
+    """Return the sorted indices of a step's images: a window on successive shuffled passes."""
     position = step * recipe.batch_size + np.arange(recipe.batch_size)
     picked = np.empty(recipe.batch_size, np.int64)
     for epoch in range(position[0] // count, position[-1] // count + 1):
@@ -258,7 +259,7 @@ def _augment(images: Tensor, recipe: Recipe, step: int) -> Tensor:
         images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
     if recipe.shift:
         offsets = draw.integers(0, 2 * recipe.shift + 1, (len(images), 2))
-        # `replicate` wants a float type; half holds 0 to 255 exactly.
+        # `replicate` needs a float type; half holds 0 to 255 exactly.
         padded = pad(images.half(), [recipe.shift] * 4, mode="replicate")
         images = torch.stack(
             [one[:, y : y + height, x : x + width] for one, (y, x) in zip(padded, offsets.tolist(), strict=True)]
@@ -267,7 +268,7 @@ def _augment(images: Tensor, recipe: Recipe, step: int) -> Tensor:
 
 
 def _take(images: Images, index: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """Images at sorted indices; an array on disk gives them in one request."""
+    """Return images at sorted indices, in one request if the array is on disk."""
     if isinstance(images, np.ndarray):
         return images[index]
     unique, back = np.unique(index, return_inverse=True)
@@ -275,7 +276,7 @@ def _take(images: Images, index: NDArray[np.int64]) -> NDArray[np.uint8]:
 
 
 def _labelled(data: Labelled, what: str) -> tuple[Images, NDArray[np.int64], NDArray[np.int64]]:
-    """Images, their labels, and the indices of those that have one."""
+    """Return images, their labels, and the indices of those that have one."""
     images, labels = data[0], np.asarray(data[1]).astype(np.int64)
     if len(images.shape) != 4 or images.shape[1] != 3 or labels.shape != images.shape[:1]:
         raise MicrotomeError(

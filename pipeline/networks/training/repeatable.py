@@ -1,7 +1,7 @@
-"""What makes a training repeat bit for bit: random numbers by purpose, fixed arithmetic, and checkpoints.
+"""Training that repeats bit for bit: random numbers by purpose, fixed arithmetic, and checkpoints.
 
-Shared by the trainings of this project, whatever their schedule: a network of the configuration (`pipeline.networks.training.loop`)
-and runs on corrupted data (`pipeline.stages.randomize.training`).
+All training of this project shares it, whatever the schedule: networks of the configuration
+(`pipeline.networks.training.loop`) and runs on corrupted data (`pipeline.stages.randomize.training`).
 """
 
 import io
@@ -23,16 +23,16 @@ ORDER = 1  # purpose of random numbers: the order of the images
 
 
 class Checkpoint:
-    """A file that a training is taken up from: network, optimiser, and what else is known at that point.
+    """A file from which training resumes: network, optimiser, and other facts at that point.
 
-    `key` says of which recipe and data it is; one of others is refused.
+    `key` identifies its recipe and data; a checkpoint with another key is refused.
     """
 
     def __init__(self, path: Path, key: str) -> None:
         self.path, self.key = path, key
 
     def save(self, network: nn.Module, optimiser: torch.optim.Optimizer, facts: Mapping[str, Any]) -> None:
-        """Write it whole; `facts` are plain values."""
+        """Write the checkpoint atomically; `facts` are plain values."""
         content = {
             "key": self.key,
             **facts,
@@ -44,12 +44,12 @@ class Checkpoint:
         write_atomically(self.path, buffer.getvalue())
 
     def load(self, network: nn.Module, optimiser: torch.optim.Optimizer, facts: Sequence[str]) -> dict[str, Any] | None:
-        """Put network and optimiser to where they were and return the facts of these names; None without a file.
+        """Restore network and optimiser and return the facts with these names; None without a file.
 
         Raises
         ------
         MicrotomeError
-            When the file cannot be read, or is of another recipe or data.
+            The file cannot be read, or belongs to another recipe or other data.
         """
         for leftover in self.path.parent.glob(f".{self.path.name}.*.partial"):  # of a run killed while it saved
             leftover.unlink()
@@ -63,7 +63,7 @@ class Checkpoint:
                 network.load_state_dict(content["network"], strict=True)
                 optimiser.load_state_dict(content["optimiser"])
                 found = {name: content[name] for name in facts}
-        except Exception as error:  # whatever is wrong with the bytes, the way out is the same
+        except Exception as error:  # whatever is wrong with the bytes, the remedy is the same
             raise MicrotomeError(
                 f"training checkpoint {self.path} cannot be read ({type(error).__name__}); delete it to train anew"
             ) from error
@@ -75,7 +75,7 @@ class Checkpoint:
 
 
 def native_bfloat16(device: str) -> bool:
-    """Whether the device multiplies bfloat16 in hardware; where it is emulated, float32 is faster."""
+    """Return whether the device multiplies bfloat16 in hardware; if it is emulated, float32 is faster."""
     if torch.device(device).type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = torch.cpu.get_capabilities()
@@ -83,17 +83,17 @@ def native_bfloat16(device: str) -> bool:
 
 
 def stream(seed: int, purpose: int, number: int) -> np.random.Generator:
-    """Random numbers that depend on nothing else: those of a step, an epoch or a corruption."""
+    """Return a random generator that depends on these arguments alone, for a step, an epoch or a corruption."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, purpose, number])))
 
 
 def order(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
-    """The order of one pass. Made again at each step: 0.2 ms for 10,000 images, and nothing to remember."""
+    """Return the order of one pass, recomputed at each step: 0.2 ms for 10,000 images, and no state to store."""
     return stream(seed, ORDER, epoch).permutation(count)
 
 
 def count_classes(network: nn.Module, images: Tensor) -> int:
-    """How many logits the network gives."""
+    """Return how many logits the network gives."""
     network.eval()
     with torch.inference_mode():
         logits = network(images)
@@ -104,7 +104,7 @@ def count_classes(network: nn.Module, images: Tensor) -> int:
 
 
 def check_classes(labels: NDArray[np.int64], classes: int, what: str) -> None:
-    """Refuse labels that are no logit of the network."""
+    """Refuse labels without a logit of the network."""
     if len(labels) and labels.max() >= classes:
         raise MicrotomeError(
             f"the network has {classes} classes but the {what} labels go up to {labels.max()}; "
@@ -113,7 +113,7 @@ def check_classes(labels: NDArray[np.int64], classes: int, what: str) -> None:
 
 
 def groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameters with weight decay (matrices and filters) and without (biases, norms)."""
+    """Return parameters with weight decay (matrices and filters) and without (biases, norms)."""
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
     return [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
@@ -122,13 +122,16 @@ def groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 
 
 def attention(device: str) -> AbstractContextManager[None]:
-    """Attention as plain matrix products on a CPU: there the fused backward is half of a small transformer's step."""
+    """Compute attention as plain matrix products on a CPU.
+
+    The fused backward pass would take half of a small transformer's step.
+    """
     return sdpa_kernel(SDPBackend.MATH) if torch.device(device).type == "cpu" else nullcontext()
 
 
 @contextmanager
 def fixed_arithmetic(threads: int) -> Iterator[None]:
-    """A set number of threads and deterministic algorithms; torch's own random state is put back afterwards."""
+    """Fix the number of threads and use deterministic algorithms; restore torch's own random state afterwards."""
     before = torch.get_num_threads()
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()

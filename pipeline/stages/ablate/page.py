@@ -15,7 +15,7 @@ from pipeline.report.tables import write_table
 from pipeline.stages.ablate import figures
 from pipeline.stages.ablate.found import Ablation, read_ablation
 from pipeline.stages.ablate.results import Ablated
-from pipeline.stages.dissect.found import Unit
+from pipeline.stages.dissect.found import Unit, networks
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def pages(experiment: Experiment) -> list[Page]:
 def section(experiment: Experiment, dataset: str, network: str, layer: str) -> Section:
     of = next(
         each.trained
-        for each in experiment.networks
+        for each in networks(experiment)
         if (each.trained.dataset, each.trained.network) == (dataset, network)
     )
     found = read_ablation(experiment.results, dataset, network, layer, of.units)

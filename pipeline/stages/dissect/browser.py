@@ -8,7 +8,7 @@ import numpy as np
 
 from pipeline.report.experiment import Experiment
 from pipeline.stages.dissect.cards import BINS, SAMPLE, Card, open_pictures
-from pipeline.stages.dissect.detectors import Network, short_names
+from pipeline.stages.dissect.found import Network, short_names
 from pipeline.storage.read_back import open_store
 
 

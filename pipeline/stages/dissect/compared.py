@@ -10,8 +10,7 @@ from pathlib import Path
 
 from pipeline.report.experiment import Experiment
 from pipeline.stages.dissect.counting import LayerCount, count_detectors
-from pipeline.stages.dissect.detectors import Network
-from pipeline.stages.dissect.found import Unit, read_layer_names, read_units
+from pipeline.stages.dissect.found import Network, Unit, networks, read_layer_names, read_units
 from pipeline.stages.extract import replaced as earlier
 
 
@@ -71,7 +70,7 @@ def groups(experiment: Experiment) -> list[Group]:
     """The groups of the configuration that have two members or more on a data set; their layers have to be the same."""
     of = {name: spec["group"] for name, spec in experiment.configuration.get("networks", {}).items() if "group" in spec}
     found: dict[tuple[str, str, tuple[str, ...]], list[Network]] = {}
-    for network in experiment.networks:
+    for network in networks(experiment):
         name = of.get(network.trained.network)
         if name is not None:
             found.setdefault((name, network.trained.dataset, tuple(network.trained.layer_names)), []).append(network)
@@ -80,7 +79,7 @@ def groups(experiment: Experiment) -> list[Group]:
 
 def replaced(experiment: Experiment) -> Iterator[Replaced]:
     """The networks of which results under earlier weights are kept."""
-    for network in experiment.networks:
+    for network in networks(experiment):
         folder = experiment.results / network.trained.dataset / network.trained.network
         before = [_before(home, facts) for home, facts in earlier.kept(folder)]
         if before:

@@ -1,9 +1,35 @@
 """Counting detectors: how many units of a layer detect a concept, and how many different concepts that makes."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from pipeline.stages.dissect.found import Unit
+
+@dataclass(frozen=True)
+class Unit:
+    """One row of `units.csv`; numbers that the file leaves blank are NaN."""
+
+    layer: str
+    unit: int
+    concept: str
+    category: str
+    iou: float
+    iou_ceiling: float
+    iou_held_out: float
+    ci_low: float
+    ci_high: float
+    threshold: float
+    activation_rate: float
+
+    @property
+    def detector(self) -> bool:
+        """Whether the unit kept a label, which it does when its IoU exceeds `min_iou`."""
+        return bool(self.concept)
+
+    @property
+    def share_of_ceiling(self) -> float:
+        """IoU / ceiling: 1 means as good as a mask of this size can be. NaN without a ceiling."""
+        return self.iou / self.iou_ceiling if self.iou_ceiling > 0 else math.nan
 
 
 @dataclass(frozen=True)

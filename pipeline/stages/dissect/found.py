@@ -4,40 +4,24 @@ import csv
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import MicrotomeError
+from pipeline.report.experiment import Dissected, Experiment
+from pipeline.report.words import plural
+from pipeline.stages.dissect.counting import (
+    ConceptCount,
+    LayerCount,
+    Unit,
+    categories,
+    count_concepts,
+    count_detectors,
+)
 from pipeline.stages.dissect.results import UNIT_COLUMNS as COLUMNS
 from pipeline.storage.manifest import recorded
 from pipeline.storage.read_back import _read_json, open_store, read_text
-
-
-@dataclass(frozen=True)
-class Unit:
-    """One row of `units.csv`; numbers that the file leaves blank are NaN."""
-
-    layer: str
-    unit: int
-    concept: str
-    category: str
-    iou: float
-    iou_ceiling: float
-    iou_held_out: float
-    ci_low: float
-    ci_high: float
-    threshold: float
-    activation_rate: float
-
-    @property
-    def detector(self) -> bool:
-        """Whether the unit kept a label, which it does when its IoU exceeds `min_iou`."""
-        return bool(self.concept)
-
-    @property
-    def share_of_ceiling(self) -> float:
-        """IoU / ceiling: 1 means as good as a mask of this size can be. NaN without a ceiling."""
-        return self.iou / self.iou_ceiling if self.iou_ceiling > 0 else math.nan
 
 
 @dataclass(frozen=True)
@@ -148,3 +132,109 @@ def read_units(file: Path, layers: Sequence[str]) -> list[Unit]:
         except (TypeError, ValueError) as error:
             raise MicrotomeError(f"{file}, row {number}: {error}; dissect the network again") from None
     return units
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network beside its controls. `runs` holds the units of each run: `trained`, `untrained`, `permuted`."""
+
+    trained: Dissection
+    untrained: Dissection | None
+    runs: dict[str, list[Unit]]
+    permuted_images: int | None
+
+    @cached_property
+    def counts(self) -> dict[str, list[LayerCount]]:
+        """Detectors of every layer, by run."""
+        return {run: count_detectors(units, self.trained.layer_names) for run, units in self.runs.items()}
+
+    @cached_property
+    def category_names(self) -> dict[str, str]:
+        """Short names of the categories with a detector in any run, in the order of their colours."""
+        return short_names(categories(count for run in self.counts.values() for count in run))
+
+    @cached_property
+    def concepts(self) -> list[ConceptCount]:
+        """Detectors per concept."""
+        return count_concepts(self.trained.units, self.trained.layers[-1].name)
+
+    @property
+    def last(self) -> dict[str, LayerCount]:
+        """The count of the last layer, by run."""
+        return {run: counts[-1] for run, counts in self.counts.items()}
+
+    @property
+    def detectors(self) -> int:
+        """Detectors of the trained network in all layers."""
+        return sum(count.detectors for count in self.counts["trained"])
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Attributes that all layers' IoU stores share."""
+        first, *others = [layer.settings for layer in self.trained.layers]
+        return {
+            key: first[key]
+            for key in sorted(first)
+            if all(other.get(key) == first[key] for other in others) and key != "coordinates"
+        }
+
+    def iou(self) -> dict[str, dict[str, list[float]]]:
+        """IoU of every unit, by run and layer."""
+        found: dict[str, dict[str, list[float]]] = {}
+        for run, units in self.runs.items():
+            found[run] = {layer: [] for layer in self.trained.layer_names}
+            for unit in units:
+                found[run][unit.layer].append(unit.iou)
+        return found
+
+
+def networks(experiment: Experiment) -> list[Network]:
+    """Return the dissected networks of an experiment, in the order of the configuration."""
+    return experiment.once(_networks)
+
+
+def _networks(experiment: Experiment) -> list[Network]:
+    return [read_network(experiment.results, one) for one in experiment.dissected]
+
+
+def read_network(results: Path, one: Dissected) -> Network:
+    """Read one network and its controls."""
+    trained = read_dissection(results, one.dataset, one.network)
+    runs = {"trained": trained.units}
+    untrained = None
+    if one.control is not None:
+        untrained = read_dissection(results, one.dataset, one.control)
+        _same_layers(trained, untrained)
+        runs["untrained"] = untrained.units
+    permuted = results / one.dataset / one.network / "units-permuted.csv"
+    if permuted.exists() or recorded(permuted):
+        runs["permuted"] = read_units(permuted, trained.layer_names)
+    return Network(trained, untrained, runs, one.permuted_images)
+
+
+def short_names(names: Sequence[str]) -> dict[str, str]:
+    """Categories without their source (`truth/object` -> `object`) where that leaves no two alike."""
+    tails = [name.partition("/")[2] or name for name in names]
+    return dict(zip(names, tails if len(set(tails)) == len(tails) else names, strict=True))
+
+
+def _same_layers(trained: Dissection, untrained: Dissection) -> None:
+    if trained.layer_names != untrained.layer_names:
+        raise MicrotomeError(
+            f"{untrained.network} was cut at {', '.join(untrained.layer_names)}, but {trained.network} at "
+            f"{', '.join(trained.layer_names)}; a control needs the same layers: dissect both with one configuration"
+        )
+
+
+def lead(experiment: Experiment) -> str:
+    """Say in one sentence, for a newcomer, what was looked at in all."""
+    found = networks(experiment)
+    if not found:
+        return "This report shows no network."
+    layers = sum(len(network.trained.layers) for network in found)
+    units = sum(len(network.trained.units) for network in found)
+    were, their = ("was", "its") if len(found) == 1 else ("were", "their")
+    return (
+        f"{plural(len(found), 'network')} {were} cut into {plural(layers, 'layer')}, and each of {their} "
+        f"{plural(units, 'unit')} compared with concepts whose place in the images is known."
+    )

@@ -10,7 +10,7 @@ from pipeline.report.style import draw
 from pipeline.stages.dissect import figures, sentences
 from pipeline.stages.dissect.browser import browser_data
 from pipeline.stages.dissect.cards import Card, best_units, draw_cards
-from pipeline.stages.dissect.detectors import Network
+from pipeline.stages.dissect.found import Network, networks
 from pipeline.stages.dissect.tables import DETECTOR_COLUMNS, by_iou, detector_rows, write_units
 
 ROWS_WITHOUT_SCRIPT = 50
@@ -20,14 +20,14 @@ PICTURES = 6
 
 
 def pages(experiment: Experiment) -> list[Page]:
-    networks = experiment.networks
+    found = networks(experiment)
     # The workers draw pictures while this process draws figures.
     with ThreadPoolExecutor(1) as background:
-        cards = [background.submit(draw_cards, experiment, network.trained) for network in networks]
-        drawn = [list(draw_all(experiment, network)) for network in networks]
+        cards = [background.submit(draw_cards, experiment, network.trained) for network in found]
+        drawn = [list(draw_all(experiment, network)) for network in found]
         return [
             page(experiment, network, shown, later.result())
-            for network, shown, later in zip(networks, drawn, cards, strict=True)
+            for network, shown, later in zip(found, drawn, cards, strict=True)
         ]
 
 
@@ -47,6 +47,7 @@ def page(
             "table": table,
             "units": browser_data(experiment, network, cards),
             "best": by_iou(network.trained.units)[:ROWS_WITHOUT_SCRIPT],
+            "sentences": sentences,
         },
         summary=sentences.what_was_compared(network),
         findings=sentences.findings(network),
@@ -54,6 +55,7 @@ def page(
         pictures=list(best_pictures(experiment, network, cards)),
         files=[table, *(card.file for card in cards.values() if card.images)],
         methods="methods-dissect.html.j2",
+        methods_values={"networks": networks(experiment)},
         script="browser.js",
     )
 

@@ -2,41 +2,16 @@
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipeline.report.words import decimal, number, percent, plural
 from pipeline.stages.dissect.counting import LayerCount
-
-if TYPE_CHECKING:
-    from pipeline.report.experiment import Experiment, Made
-    from pipeline.stages.dissect.detectors import Network
+from pipeline.stages.dissect.found import Network
 
 CONTROLS = {"untrained": "the same network untrained", "permuted": "label maps permuted over the images"}
 
 
-def lead(experiment: "Experiment") -> str:
-    """One sentence for a newcomer: what was looked at, in all."""
-    networks = experiment.networks
-    if not networks:
-        return "This report shows no network."
-    layers = sum(len(network.trained.layers) for network in networks)
-    units = sum(len(network.trained.units) for network in networks)
-    were, their = ("was", "its") if len(networks) == 1 else ("were", "their")
-    return (
-        f"{plural(len(networks), 'network')} {were} cut into {plural(layers, 'layer')}, and each of {their} "
-        f"{plural(units, 'unit')} compared with concepts whose place in the images is known."
-    )
-
-
-def images(ingest: "Made") -> str:
-    """What a data set holds, from the manifest of its images."""
-    height, width = ingest.result["size"]
-    splits = {split: sum(shards.values()) for split, shards in ingest.result["splits"].items()}
-    listed = ", ".join(f"{split} {number(count)}" for split, count in splits.items())
-    return f"{ingest.dataset}: {plural(sum(splits.values()), 'image')} of {width} × {height} pixels ({listed})."
-
-
-def what_was_compared(network: "Network") -> str:
+def what_was_compared(network: Network) -> str:
     """What the units of a network were compared with."""
     layer = network.trained.layers[-1]
     images = layer.settings.get("images")
@@ -47,13 +22,13 @@ def what_was_compared(network: "Network") -> str:
     )
 
 
-def findings(network: "Network") -> list[str]:
+def findings(network: Network) -> list[str]:
     """What came out for a network, beside its controls."""
     found = [against_controls(network), categories_of_last_layer(network), through_the_layers(network)]
     return [sentence for sentence in [*found, best_unit(network)] if sentence]
 
 
-def against_controls(network: "Network") -> str:
+def against_controls(network: Network) -> str:
     """Detectors of the last layer, and in the controls."""
     layer, count = network.trained.layers[-1], network.last["trained"]
     text = (
@@ -69,7 +44,7 @@ def against_controls(network: "Network") -> str:
     return f"{text}, against {' and '.join(others)}." if others else f"{text}."
 
 
-def best_unit(network: "Network") -> str:
+def best_unit(network: Network) -> str:
     """The detector with the highest IoU; empty where there is none."""
     detectors = [unit for unit in network.trained.units if unit.detector]
     if not detectors:
@@ -81,7 +56,7 @@ def best_unit(network: "Network") -> str:
     return f"{text}, 95\u00a0% interval {decimal(best.ci_low)} to {decimal(best.ci_high)}."
 
 
-def categories_of_last_layer(network: "Network") -> str:
+def categories_of_last_layer(network: Network) -> str:
     """Detectors of the last layer by category, most first."""
     count = network.last["trained"]
     layer = network.trained.layers[-1].name
@@ -95,7 +70,7 @@ def categories_of_last_layer(network: "Network") -> str:
     )
 
 
-def through_the_layers(network: "Network") -> str:
+def through_the_layers(network: Network) -> str:
     """Share of detectors in the first and in the last layer, for every run; empty with a single layer."""
     counts = network.counts["trained"]
     if len(counts) < 2:
@@ -116,7 +91,7 @@ def through_the_layers(network: "Network") -> str:
     )
 
 
-def controls(network: "Network") -> str:
+def controls(network: Network) -> str:
     """Which controls stand beside the network, on how many images, and which are absent."""
     absent = [text for run, text in CONTROLS.items() if run not in network.counts]
     parts = []

@@ -112,7 +112,11 @@ def run(job: Job) -> None:
     images, probing = job.images, job.settings.probes
     division = divide(images, probing, job.name)
     with job.workers() as workers:
-        layers = layers_of(job, workers)
+        stored = Extracted.of(job.parent("extract")).layers
+        task = job.model, images.size, [layer.name for layer in stored]
+        (prepared,) = run_tasks(workers, prepare, [task], 1, f"{job.name}: layers")
+        job.check_memory(forward_need(prepared, job.model.spec, images.shard_images, images.size), FORWARD_REMEDY)
+        layers = layers_of(job, prepared, stored)
         gathered, features = gather_features(job, workers, layers)
         facts = Probed(
             counted=division.counts,
@@ -143,13 +147,9 @@ def unreferenced(results: Path, used: set[Path]) -> Iterator[Path]:
 # The features ---------------------------------------------------------------------------------------------------------
 
 
-def layers_of(job: Job, workers: Any) -> list[Layer]:
-    """Return the layers in execution order, as tasks name them; refuse a forward that takes too much memory."""
-    images, probing = job.images, job.settings.probes
-    stored = Extracted.of(job.parent("extract")).layers
-    task = job.model, images.size, [layer.name for layer in stored]
-    (prepared,) = run_tasks(workers, prepare, [task], 1, f"{job.name}: layers")
-    job.check_memory(forward_need(prepared, job.model.spec, images.shard_images, images.size), FORWARD_REMEDY)
+def layers_of(job: Job, prepared: Prepared, stored: Sequence[StoredLayer]) -> list[Layer]:
+    """Return the layers in execution order, as tasks name them."""
+    probing = job.settings.probes
     infos = {info.name: info for info in prepared.infos}
     return [
         Layer(

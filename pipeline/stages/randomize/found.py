@@ -1,20 +1,21 @@
-"""What the stage `randomize` found, as the report reads it, the figures of it, and the paper's table beside it."""
+"""What the stage `randomize` found, as the report reads it, the tables of its figures, and the paper's beside them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from pipeline.errors import MicrotomeError
 from pipeline.report import words
-from pipeline.report.style import COLOURS, grid_of, shorten
-from pipeline.storage.read_back import open_store
+from pipeline.stages.randomize.results import Expressivity, How, Runs, Told
+from pipeline.stages.randomize.runs import EXPRESSIVITY, SECONDS
+from pipeline.storage.manifest import recorded
+from pipeline.storage.read_back import open_store, read_text
 
 CORRUPTIONS = {
     "true_labels": "true labels",
@@ -24,8 +25,6 @@ CORRUPTIONS = {
     "random_pixels": "random pixels",
     "gaussian": "gaussian",
 }
-DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)))
-MARKERS = "osD^v*"
 CIFAR10 = {"airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"}
 CURVES = ("train_loss", "train_accuracy", "test_accuracy", "test_loss", "test_ece")
 CURVE_COLUMNS = ("run", "network", "corruption", "share", "epoch", *CURVES)
@@ -62,60 +61,67 @@ class Run:
     """One run: its facts, as the manifest tells them, and its curves (epoch)."""
 
     name: str
-    facts: Mapping[str, Any]
+    facts: Told
     curves: Mapping[str, np.ndarray]
 
     @property
-    def how(self) -> Mapping[str, Any]:
-        return self.facts["how"]
+    def how(self) -> How:
+        return self.facts.how
 
     @property
     def network(self) -> str:
-        return self.facts["network"]
+        return self.facts.network
 
     @property
     def architecture(self) -> tuple[str, int]:
         """What tells networks apart: one builder may make several."""
-        return self.network, self.facts["parameters"]
+        return self.network, self.facts.parameters
 
     @property
     def corruption(self) -> str:
         """In words, with the share."""
-        said = CORRUPTIONS[self.how["corruption"]]
-        return said if self.how["share"] is None else f"{self.how['share']:.0%} {said}"
+        said = CORRUPTIONS[self.how.corruption]
+        return said if self.how.share is None else f"{self.how.share:.0%} {said}"
 
     @property
     def share(self) -> float | None:
         """Of corrupted labels; None where the images are corrupted."""
-        return {"true_labels": 0.0, "random_labels": 1.0}.get(self.how["corruption"], self.how["share"])
+        return {"true_labels": 0.0, "random_labels": 1.0}.get(self.how.corruption, self.how.share)
 
     @property
     def diverged(self) -> bool:
-        return self.facts["outcome"] == "diverged"
+        return self.facts.outcome == "diverged"
 
     @property
     def regularisers(self) -> tuple[Any, ...]:
-        return tuple(self.how[key] for key in ("random_crop", "weight_decay", "dropout"))
+        return self.how.random_crop, self.how.weight_decay, self.how.dropout
 
     @property
     def paper(self) -> tuple[float, float] | None:
         """Training and test accuracy of the same run in the paper's table."""
         how = self.how
-        if how["corruption"] not in ("true_labels", "random_labels") or how["dropout"]:
+        if how.corruption not in ("true_labels", "random_labels") or how.dropout:
             return None
         key = (
-            self.facts["parameters"],
-            self.facts["batch_norm"],
-            bool(how["random_crop"]),
-            how["weight_decay"] > 0,
-            how["corruption"] == "random_labels",
+            self.facts.parameters,
+            self.facts.batch_norm,
+            bool(how.random_crop),
+            how.weight_decay > 0,
+            how.corruption == "random_labels",
         )
         return TABLE_1.get(key)
 
 
 @dataclass(frozen=True)
 class Randomized:
-    """One experiment. `cifar10`: whether its classes are those of the paper's data set."""
+    """One experiment.
+
+    Attributes
+    ----------
+    cifar10 : whether its classes are those of the paper's data set.
+    expressivity : what the theorem's network comes to; None: it was not asked for yet.
+    fitting_seconds : what that takes, by labels.
+    """
 
     name: str
     dataset: str
@@ -124,6 +130,8 @@ class Randomized:
     test_images: int
     seconds: float
     cifar10: bool
+    expressivity: Expressivity | None = None
+    fitting_seconds: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def networks(self) -> list[tuple[str, int]]:
@@ -141,7 +149,7 @@ class Randomized:
     @property
     def true(self) -> list[Run]:
         """Runs on true labels that did not diverge."""
-        return [run for run in self.runs if run.how["corruption"] == "true_labels" and not run.diverged]
+        return [run for run in self.runs if run.how.corruption == "true_labels" and not run.diverged]
 
     def by_share(self) -> dict[str, list[Run]]:
         """Runs on corrupted labels by network and regularisers, at two shares or more, rising."""
@@ -160,7 +168,7 @@ class Randomized:
 
 
 def with_regularisers(values: Sequence[Any]) -> str:
-    """Which explicit regularisers are on, to be put behind a name."""
+    """Name the explicit regularisers that are on, to be put behind a name."""
     on = [name for name, value in zip(("crop", "decay", "dropout"), values, strict=True) if value]
     return f" ({', '.join(on) or 'no regulariser'})"
 
@@ -169,119 +177,46 @@ def read_randomization(results: Path, name: str, told: Mapping[str, Any]) -> Ran
     """Read the curves of an experiment, verified; `told` is what its manifest says."""
     path = results / "randomization" / name / "curves.zarr"
     try:
+        known = Runs.read(told)
         store = open_store(path)
         names = [str(each) for each in np.asarray(store["run"])]
         curves = {key: np.asarray(store[key]) for key in (*CURVES, "seconds")}
-        classes = open_store(results / told["dataset"] / "images.zarr").attrs["classes"]
+        classes = open_store(results / known.dataset / "images.zarr").attrs["classes"]
         runs = [
-            Run(each, told["runs"][each], {key: values[at] for key, values in curves.items()})
+            Run(each, known.runs[each], {key: values[at] for key, values in curves.items()})
             for at, each in enumerate(names)
         ]
     except (FileNotFoundError, KeyError, ValueError, TypeError) as error:
         raise MicrotomeError(f"{path} is not what the stage `randomize` writes ({error}): run `make verify`") from error
     seconds = float(np.nansum(curves["seconds"]))
-    return Randomized(
-        name, told["dataset"], runs, told["images"], told["test_images"], seconds, set(classes) == CIFAR10
-    )
+    cifar10 = set(classes) == CIFAR10
+    expressivity, took = read_expressivity(path.parent)
+    return Randomized(name, known.dataset, runs, known.images, known.test_images, seconds, cifar10, expressivity, took)
+
+
+def read_expressivity(folder: Path) -> tuple[Expressivity | None, dict[str, float]]:
+    """Read what the theorem's network comes to, verified, and the seconds that it took, which only a clock told."""
+    file = folder / EXPRESSIVITY
+    if not file.exists() and recorded(file) is None:
+        return None, {}
+    with read_text(file) as stream:
+        found = Expressivity.read(json.load(stream))
+    try:
+        return found, json.loads((folder / SECONDS).read_text())
+    except (OSError, ValueError):
+        return found, {}
 
 
 def curve_rows(runs: Sequence[Run]) -> Iterator[Sequence[object]]:
     for run in runs:
-        for at in range(run.facts["epochs_run"]):
+        for at in range(run.facts.epochs_run):
             values = (float(run.curves[key][at]) for key in CURVES)
-            yield (run.name, run.network, run.how["corruption"], run.how["share"], at + 1, *values)
+            yield (run.name, run.network, run.how.corruption, run.how.share, at + 1, *values)
 
 
 def share_rows(found: Randomized) -> Iterator[Sequence[object]]:
     for title, runs in found.by_share().items():
         for run in runs:
             facts = run.facts
-            times = (facts["epochs_to_90"], facts["epochs_to_fit"])
-            yield (run.name, title, run.share, *times, 1 - facts["test_accuracy"], 1 - facts["best_test_accuracy"])
-
-
-def learning_curves(width: float, found: Randomized) -> Figure:
-    """Training loss by epoch, a panel for each network."""
-    networks = found.networks
-    rows, columns = grid_of(len(networks), width, 3 if width > 5 else 1)
-    figure = Figure(figsize=(width, 0.6 + 2.0 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    kinds = list(dict.fromkeys(run.corruption for run in found.runs))
-    for panel, architecture in zip(axes, networks, strict=False):
-        for run in found.of(architecture):
-            at = kinds.index(run.corruption)
-            loss = run.curves["train_loss"]
-            style = {"color": COLOURS[at % len(COLOURS)], "linestyle": DASHES[at % len(DASHES)], "linewidth": 1.3}
-            panel.plot(np.arange(1, len(loss) + 1), loss, label=run.corruption, **style)
-        panel.set_title(shorten(found.title(architecture), int(15 * width / columns)))
-        panel.set_ylim(bottom=0)
-        panel.set_xlabel("epoch")
-        panel.xaxis.get_major_locator().set_params(integer=True)
-        panel.grid(axis="y")
-    for panel in axes[len(networks) :]:
-        panel.set_axis_off()
-    axes[0].set_ylabel("training loss")
-    _legend(figure, list(axes), width)
-    return figure
-
-
-def over_training(width: float, found: Randomized) -> Figure:
-    """Test error, NLL and ECE by epoch, of the runs on true labels, as in Guo et al.'s figure of overfitting."""
-    runs = found.true
-    figure = Figure(figsize=(width, 2.9 if width > 5 else 6.4), layout="constrained")
-    panels = figure.subplots(*((1, 3) if width > 5 else (3, 1)))
-    for panel, (title, values) in zip(panels, _TESTED.items(), strict=True):
-        for at, run in enumerate(runs):
-            style: dict[str, Any] = {"color": COLOURS[at % len(COLOURS)], "linestyle": DASHES[at % len(DASHES)]}
-            shown = values(run)
-            panel.plot(np.arange(1, len(shown) + 1), shown, linewidth=1.3, label=run.name, **style)
-        panel.set_ylabel(title)
-        panel.set_ylim(bottom=0)
-        panel.set_xlabel("epoch")
-        panel.xaxis.get_major_locator().set_params(integer=True)
-        panel.grid(axis="y")
-    _legend(figure, list(panels), width)
-    return figure
-
-
-_TESTED: Mapping[str, Callable[[Run], np.ndarray]] = {
-    "test error": lambda run: 1 - run.curves["test_accuracy"],
-    "test NLL": lambda run: run.curves["test_loss"],
-    "test ECE": lambda run: run.curves["test_ece"],
-}
-
-
-def over_share(width: float, found: Randomized, what: str) -> Figure:
-    """Over the share of corrupted labels: `time` to fit, or test `error`."""
-    figure = Figure(figsize=(width, 2.9 if width > 5 else 3.3), layout="constrained")
-    panel = figure.subplots()
-    for at, (title, runs) in enumerate(found.by_share().items()):
-        shares = np.array([run.share for run in runs], float)
-        style: dict[str, Any] = {"color": COLOURS[at % len(COLOURS)], "marker": MARKERS[at % len(MARKERS)]}
-        if what == "time":
-            for key, line in (("epochs_to_fit", "-"), ("epochs_to_90", ":")):
-                values = [np.nan if run.facts[key] is None else run.facts[key] for run in runs]
-                panel.plot(shares, values, linestyle=line, label=title if line == "-" else None, **style)
-        else:
-            panel.plot(shares, [1 - run.facts["test_accuracy"] for run in runs], linestyle="-", label=title, **style)
-    panel.set_xlabel("share of corrupted labels")
-    panel.set_ylabel("epochs" if what == "time" else "test error")
-    panel.set_ylim(bottom=0)
-    if not np.isfinite(np.concatenate([line.get_ydata() for line in panel.lines]).astype(float)).any():
-        panel.set(xlim=(-0.05, 1.05), yticks=[])
-        panel.text(0.5, 0.5, "none in the epochs that runs had", ha="center", va="center", transform=panel.transAxes)
-    if what == "error":
-        panel.set_ylim(top=1)
-    panel.grid(axis="y")
-    _legend(figure, [panel], width)
-    return figure
-
-
-def _legend(figure: Figure, axes: Sequence[Axes], width: float) -> None:
-    """One for all panels, above them."""
-    known: dict[str, Any] = {}
-    for panel in axes:
-        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
-            known.setdefault(shorten(label, 40), handle)
-    columns = max(1, min(len(known), int(width / (1.7 if max(map(len, known), default=0) < 24 else 2.6))))
-    figure.legend(list(known.values()), list(known), loc="outside upper left", ncols=columns)
+            times = (facts.epochs_to_90, facts.epochs_to_fit)
+            yield (run.name, title, run.share, *times, 1 - facts.test_accuracy, 1 - facts.best_test_accuracy)

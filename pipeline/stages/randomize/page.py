@@ -13,7 +13,8 @@ from pipeline.report.experiment import Experiment, Made
 from pipeline.report.page import Figure, Page
 from pipeline.report.style import draw
 from pipeline.report.tables import write_table
-from pipeline.stages.dissect.detectors import Network
+from pipeline.stages.dissect.found import Network, networks
+from pipeline.stages.randomize.figures import learning_curves, over_share, over_training
 from pipeline.stages.randomize.found import (
     CURVE_COLUMNS,
     PAPER_IMAGES,
@@ -21,9 +22,6 @@ from pipeline.stages.randomize.found import (
     Randomized,
     Run,
     curve_rows,
-    learning_curves,
-    over_share,
-    over_training,
     read_randomization,
     share_rows,
 )
@@ -43,6 +41,7 @@ class Section:
     findings: list[str]
     figures: list[Figure]
     table: str
+    expressivity: str
     dissected: list[tuple[Run, Network]]
 
     @property
@@ -71,34 +70,48 @@ def pages(experiment: Experiment) -> list[Page]:
 
 
 def section(experiment: Experiment, made: Made) -> Section:
-    assert made.comparison is not None
-    found = read_randomization(experiment.results, made.comparison, made.result)
+    assert made.experiment is not None
+    found = read_randomization(experiment.results, made.experiment, made.result)
     table = f"tables/randomization-{found.name}.csv"
     write_table(experiment.out / table, TABLE, (table_row(found, run) for run in found.runs))
     dissected = list(dissections(experiment, found))
-    return Section(found, list(findings(found, dissected)), list(figures(experiment, found)), table, dissected)
+    said = list(findings(found, dissected))
+    return Section(found, said, list(figures(experiment, found)), table, express(found), dissected)
 
 
 def table_row(found: Randomized, run: Run) -> Sequence[object]:
-    known: Mapping[str, Any] = {**run.how, **run.facts, "run": run.name}
+    known: Mapping[str, Any] = {**run.how.written(), **run.facts.written(), "run": run.name}
     paper = (run.paper if found.cifar10 else None) or (None, None)
     return (*(known[key] for key in TABLE[:-2]), *paper)
 
 
 def dissections(experiment: Experiment, found: Randomized) -> Iterator[tuple[Run, Network]]:
-    """The dissected networks whose weights are those of a run of this experiment, in the order of its runs."""
+    """Yield the dissected networks whose weights are those of a run of this experiment, in the order of its runs."""
     specs = experiment.configuration.get("networks", {})
     for run in found.runs:
-        for network in experiment.networks:
+        for network in networks(experiment):
             weights = specs.get(network.trained.network, {}).get("weights")
             if weights == f"{FROM_RUN}{found.name}/{run.name}":
                 yield run, network
 
 
+def express(found: Randomized) -> str:
+    """Say what the theorem's network shows; empty where it was not asked for."""
+    known = found.expressivity
+    if known is None:
+        return ""
+    images, values = words.plural(known.images, "training image"), words.number(known.values)
+    error = max(fit.largest_error for fit in known.fits)
+    return (
+        f"A two-layer ReLU network of 2n + d = {words.number(known.weights)} weights, written down and not trained, gives "
+        f"n = {images} of d = {values} values their labels, true or random, with an error of {error:.1e} at most."
+    )
+
+
 def findings(found: Randomized, dissected: Sequence[tuple[Run, Network]]) -> Iterator[str]:
-    """What the numbers say, whatever they are."""
-    noise = [run for run in found.runs if run.how["corruption"] != "true_labels" and not run.diverged]
-    fitted = [run for run in noise if run.facts["train_accuracy"] == 1]
+    """Say what the numbers show, whatever they are."""
+    noise = [run for run in found.runs if run.how.corruption != "true_labels" and not run.diverged]
+    fitted = [run for run in noise if run.facts.train_accuracy == 1]
     if noise:
         labels = words.plural(found.images, "training image")
         yield (
@@ -107,24 +120,25 @@ def findings(found: Randomized, dissected: Sequence[tuple[Run, Network]]) -> Ite
         )
     for title, runs in found.by_share().items():
         low, high = runs[0], runs[-1]
-        a, b = low.facts["epochs_to_90"], high.facts["epochs_to_90"]
+        a, b = low.facts.epochs_to_90, high.facts.epochs_to_90
         if low.share == 0 and a and b:
             yield (
                 f"{title} predicts nine in ten training images right in epoch {a} with true labels, and in epoch {b} "
                 f"with {words.percent(high.share or 0)} of them corrupted; its test accuracy is "
-                f"{words.percent(low.facts['test_accuracy'], 1)} and "
-                f"{words.percent(high.facts['test_accuracy'], 1)}."
+                f"{words.percent(low.facts.test_accuracy, 1)} and "
+                f"{words.percent(high.facts.test_accuracy, 1)}."
             )
     for run in found.true:
-        facts, lowest = run.facts, run.facts["lowest_test_loss_epoch"]
-        if lowest < facts["epochs_run"]:
-            errors = (1 - run.curves["test_accuracy"][at] for at in (lowest - 1, facts["epochs_run"] - 1))
+        facts, lowest = run.facts, run.facts.lowest_test_loss_epoch
+        least, last, ece = facts.lowest_test_loss, facts.test_loss, facts.test_ece
+        if lowest < facts.epochs_run and least is not None and last is not None and ece is not None:
+            errors = (1 - run.curves["test_accuracy"][at] for at in (lowest - 1, facts.epochs_run - 1))
             before, after = (words.percent(float(error), 1) for error in errors)
             yield (
                 f"The test NLL of {run.name} is lowest after epoch {lowest}, and rises from "
-                f"{words.decimal(facts['lowest_test_loss'], 2)} to {words.decimal(facts['test_loss'], 2)} by "
-                f"epoch {facts['epochs_run']}, while its test error goes from {before} to {after}; its ECE is "
-                f"{words.percent(facts['test_ece'], 1)} then."
+                f"{words.decimal(least, 2)} to {words.decimal(last, 2)} by "
+                f"epoch {facts.epochs_run}, while its test error goes from {before} to {after}; its ECE is "
+                f"{words.percent(ece, 1)} then."
             )
     if diverged := [run.name for run in found.runs if run.diverged]:
         yield f"Diverged: {', '.join(diverged)}."
@@ -153,7 +167,7 @@ def figures(experiment: Experiment, found: Randomized) -> Iterator[Figure]:
         rows=curve_rows(found.runs),
         labels=labels,
     )
-    if any(run.facts["epochs_run"] > 1 for run in found.true):
+    if any(run.facts.epochs_run > 1 for run in found.true):
         yield draw(
             experiment,
             f"randomization-calibration-{name}",

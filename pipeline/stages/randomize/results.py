@@ -1,167 +1,130 @@
-"""What the stage `randomize` writes of its runs: `runs.csv` and `curves.zarr`, made from the folder of each run."""
+"""What `randomize` promises to the stages that read it: its runs, what came out of each, and its weights."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import Any, Literal
 
 from pipeline.errors import MicrotomeError
-from pipeline.stages.randomize.tasks import SECONDS
-from pipeline.storage.identity import digest
-from pipeline.storage.manifest import Files, write_file
-from pipeline.storage.tables import csv_bytes, number
-
-if TYPE_CHECKING:
-    from pipeline.plan.job import Job
-    from pipeline.stages.randomize.tasks import Data, Run
-
-CURVES = {
-    "train_loss": "loss", "train_accuracy": "accuracy",
-    "test_accuracy": "test_accuracy", "test_loss": "test_loss", "test_ece": "test_ece",
-}  # fmt: skip
-COLUMNS = (
-    "run", "id", "network", "parameters", "batch_norm", "corruption", "share", "labels_changed", "seed", "random_crop",
-    "weight_decay", "dropout", "learning_rate", "decay", "momentum", "batch_size", "epochs", "epochs_run", "outcome",
-    "epochs_to_90", "epochs_to_fit", "train_loss", "train_accuracy", "test_accuracy", "best_test_accuracy",
-    "best_epoch", "test_loss", "lowest_test_loss", "lowest_test_loss_epoch", "test_ece",
-)  # fmt: skip
+from pipeline.plan.job import Job
+from pipeline.stages.randomize.settings import How
+from pipeline.storage.manifest import Manifest
+from pipeline.storage.record import Record
+from pipeline.storage.store import verified_bytes
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """One run and what it came to."""
+class Outcomes(Record):
+    """What a training says of itself.
 
-    run: Run
-    facts: Mapping[str, Any]
-    seconds: list[float]
+    Attributes
+    ----------
+    epochs_to_90, epochs_to_fit : the first epoch in which nine in ten training images, or all, were predicted right.
+    train_accuracy : of the network at the end; None: it diverged.
+    steps : of an epoch.
+    """
 
-    @staticmethod
-    def read(run: Run, files: Mapping[str, Any]) -> Outcome:
-        """Read a finished run; a file that is not what was recorded is refused."""
-        from pipeline.storage.store import verified_bytes
-
-        recorded = {name: (size, crc) for name, (size, crc) in files.items()}
-        facts = json.loads(verified_bytes(run.folder.parent, f"{run.id}/run.json", recorded))
-        try:
-            seconds = json.loads((run.folder / SECONDS).read_text())
-        except (OSError, ValueError):
-            seconds = []  # only a clock's: nothing else is made from it
-        return Outcome(run, facts, seconds)
-
-    @property
-    def epochs(self) -> int:
-        return len(self.facts["curve"]["loss"])
-
-    def curve(self, name: str) -> np.ndarray:
-        """(epoch) float64; NaN where it diverged."""
-        return np.array([np.nan if value is None else value for value in self.facts["curve"][name]], np.float64)
-
-    @property
-    def best_epoch(self) -> int:
-        """The epoch, from 1, with the highest test accuracy: what early stopping could have kept."""
-        return int(np.argmax(self.curve("test_accuracy"))) + 1
-
-    @property
-    def lowest_test_loss_epoch(self) -> int:
-        """The epoch, from 1, after which the NLL of the test images was lowest: later ones overfit it."""
-        loss = self.curve("test_loss")
-        return int(np.argmin(np.where(np.isnan(loss), np.inf, loss))) + 1
-
-    def told(self) -> dict[str, Any]:
-        """What the manifest says of the run."""
-        how, curve, lowest = self.run.how, self.facts["curve"], self.lowest_test_loss_epoch
-        return {key: value for key, value in self.facts.items() if key not in ("curve", "labels")} | {
-            "id": self.run.id,
-            "network": self.run.network.architecture,
-            "how": dict(how),
-            "epochs_run": self.epochs,
-            "train_loss": curve["loss"][-1],
-            "test_accuracy": curve["test_accuracy"][-1],
-            "best_epoch": self.best_epoch,
-            "best_test_accuracy": curve["test_accuracy"][self.best_epoch - 1],
-            "test_loss": curve["test_loss"][-1],
-            "lowest_test_loss": curve["test_loss"][lowest - 1],
-            "lowest_test_loss_epoch": lowest,
-            "test_ece": curve["test_ece"][-1],
-        }
+    outcome: Literal["finished", "diverged"]
+    epochs_to_90: int | None
+    epochs_to_fit: int | None
+    train_accuracy: float | None
+    parameters: int
+    batch_norm: bool
+    labels_changed: int
+    precision: str
+    device: str
+    steps: int
+    weights_sha256: str | None = None
 
 
-def write(folder: Path, found: Mapping[str, Outcome], data: Data, attrs: Mapping[str, Any]) -> Files:
-    """Write the table and the curves; their files, relative to the experiment's folder."""
-    from pipeline.storage.manifest import within
-    from pipeline.storage.store import write_whole
+class Curve(Record):
+    """By epoch; None where a number is not finite."""
 
-    files = write_file(folder, "runs.csv", csv_bytes(COLUMNS, (row(name, one) for name, one in found.items())))
-    store = write_whole(folder / "curves.zarr", arrays(found, data), attributes(attrs), ("image",))
-    return files | within("curves.zarr", store)
-
-
-def output(files: Files) -> str:
-    """Digest of all that was written, but for the times."""
-    return digest({name: each for name, each in files.items() if not name.startswith("curves.zarr/seconds/c/")})
+    loss: list[float | None]
+    accuracy: list[float | None]
+    test_accuracy: list[float | None]
+    test_loss: list[float | None]
+    test_ece: list[float | None]
 
 
-def row(name: str, one: Outcome) -> list[Any]:
-    """A row of `runs.csv`."""
-    told = one.told()
-    known = {"run": name} | dict(one.run.how) | told
-    return [_cell(known[column]) for column in COLUMNS]
+class RunFile(Outcomes):
+    """What `run.json` says; `labels` are those that were trained on."""
+
+    curve: Curve
+    labels: list[int]
 
 
-def _cell(value: Any) -> Any:
-    return "" if value is None else number(value) if isinstance(value, float) else value
+class Told(Outcomes):
+    """What the manifest says of a run: losses, accuracies and ECE are those after the last epoch."""
+
+    id: str
+    network: str
+    how: How
+    epochs_run: int
+    train_loss: float | None
+    test_accuracy: float
+    best_epoch: int
+    best_test_accuracy: float
+    test_loss: float | None
+    lowest_test_loss: float | None
+    lowest_test_loss_epoch: int
+    test_ece: float | None
 
 
-def arrays(found: Mapping[str, Outcome], data: Data) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
-    """The arrays of `curves.zarr`; beyond the last epoch of a run they are NaN."""
-    epochs = max(one.epochs for one in found.values())
+class Runs(Record):
+    """What the manifest of `randomize` says: runs by name, and how many images they are trained and tested on."""
 
-    def padded(values: np.ndarray | list[float]) -> np.ndarray:
-        own = np.asarray(values, np.float64)
-        return np.concatenate([own, np.full(epochs - len(own), np.nan)])
+    dataset: str
+    runs: dict[str, Told]
+    images: int
+    test_images: int
 
-    curves = {name: np.stack([padded(one.curve(key)) for one in found.values()]) for name, key in CURVES.items()} | {
-        "seconds": np.stack([padded(one.seconds[:epochs]) for one in found.values()])
-    }
-    labels = np.array([one.facts["labels"] for one in found.values()], np.int64)
-    return {name: (("run", "epoch"), values) for name, values in curves.items()} | {
-        "run": (("run",), np.array(list(found), object)),
-        "epoch": (("epoch",), np.arange(1, epochs + 1)),
-        "label": (("run", "image"), labels),
-        "true_label": (("image",), data.labels),
-        "image": (("image",), data.rows),
-        "test_image": (("test_image",), data.test_rows),
-    }
+    @classmethod
+    def of(cls, manifest: Manifest) -> Runs:
+        return cls.read(manifest.result)
 
 
-def attributes(own: Mapping[str, Any]) -> dict[str, Any]:
-    """What all runs share; what each was, under its name."""
-    return {key: value for key, value in own.items() if key not in ("version", "parents")}
+class Fit(Record):
+    """How well the theorem's network gives some labels: the largest error of any."""
+
+    labels: str
+    largest_error: float
 
 
-def run_settings(job: Job, name: str) -> dict[str, Any]:
-    """All that a run of an experiment depends on, as far as a plan knows it: other runs are no part of it."""
-    shared = {key: value for key, value in job.settings.items() if key != "runs"}
-    return shared | {"run": job.settings["runs"][name]}
+class Expressivity(Record):
+    """What `expressivity.json` says of the theorem's network: it gives any labels to the training images.
+
+    Attributes
+    ----------
+    images : n, that differ. values : d, of each. weights : 2n + d.
+    smallest_eigenvalue : of the lemma's matrix, which above 0 has an inverse.
+    """
+
+    images: int
+    values: int
+    weights: int
+    smallest_eigenvalue: float
+    fits: list[Fit]
+
+
+def run_settings(settings: Mapping[str, Any], run: str) -> dict[str, Any]:
+    """Return all that a run depends on, as far as a plan knows it: other runs are no part of it.
+
+    `settings` are the experiment's, with `version` and `parents`.
+    """
+    shared = {key: value for key, value in settings.items() if key != "runs"}
+    return shared | {"run": settings["runs"][run]}
 
 
 def weights_of(job: Job, run: str) -> tuple[Path, Mapping[str, Any]]:
-    """File and facts of the weights that a run of a finished experiment came to."""
-    from pipeline.storage.store import verified_bytes
-
-    manifest = plan.manifest(step)
+    """Return file and facts of the weights that a run of a finished experiment came to, as its manifest has them."""
+    manifest = job.read()
     facts = manifest.result["runs"][run]
-    folder = job.folder
     name = f"runs/{facts['id']}/model.safetensors"
     if name not in manifest.files:
         raise MicrotomeError(
             f"run {run!r} of {job.experiment!r} diverged and has no weights: lower its `learning_rate`, or name "
             "another run"
         )
-    verified_bytes(folder, name, manifest.files)
-    return folder / name, facts
+    verified_bytes(job.folder, name, manifest.files)
+    return job.folder / name, facts

@@ -1,4 +1,4 @@
-"""Settings of the stage `randomize`."""
+"""The section `randomize` of the configuration, and what an experiment's id is made of."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pipeline.config.base import Name, Positive, Share, Strict
 from pipeline.config.networks import FROM_RUN, Network, NetworkSpec
 from pipeline.config.section import Section, Selection
 from pipeline.errors import nearest
+from pipeline.storage.record import Record
 
 if TYPE_CHECKING:
     from pipeline.config.core import Core
@@ -37,24 +38,59 @@ class Fitting(Strict):
     )
 
 
-FITTING: dict[str, Any] = {
-    "epochs": 100,
-    "until_fitted": False,
-    "batch_size": 128,
-    "learning_rate": 0.01,
-    "decay": 0.95,
-    "momentum": 0.9,
-    "weight_decay": 0.0,
-    "random_crop": False,
-    "dropout": None,
-}
+class Hyperparameters(Record):
+    """How a run is trained: every key of `Fitting` with the value that holds; the defaults are the paper's or ours."""
+
+    epochs: int = 100
+    until_fitted: bool = False
+    batch_size: int = 128
+    learning_rate: float = 0.01
+    decay: float = 0.95
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    random_crop: bool = False
+    dropout: float | None = None
+
+
+class How(Hyperparameters):
+    """All that a training depends on beside its network and the data: `crop` is what networks see of an image."""
+
+    corruption: Corruption = "true_labels"
+    share: float | None = None
+    seed: int
+    crop: int
+
+
+class RunSettings(Hyperparameters):
+    """A run as the id of its experiment sees it. `network` is what `pipeline.networks.identity.architecture` says."""
+
+    corruption: Corruption
+    share: float | None
+    seed: int
+    network: dict[str, Any]
+
+    def how(self, crop: int) -> How:
+        """Return the same, as a training takes it."""
+        return How(**{key: getattr(self, key) for key in How.model_fields if key != "crop"}, crop=crop)
+
+
+class Settings(Record):
+    """The images that runs are trained and tested on, what networks see of them, and the runs by name."""
+
+    split: str
+    test: str
+    images: int | None
+    test_images: int | None
+    crop: int
+    classes: int
+    runs: dict[str, RunSettings]
 
 
 class RunNetwork(NetworkSpec, Fitting):
     """A network that runs train from random weights, and what of `Fitting` holds for all of its runs."""
 
     @model_validator(mode="after")
-    def _from_random_weights(self) -> "RunNetwork":
+    def _from_random_weights(self) -> RunNetwork:
         for key in ("weights", "local", "download", "seed", "prefix"):
             if getattr(self, key) != NetworkSpec.model_fields[key].default:
                 raise ValueError(f"leave out `{key}`: runs begin with random weights, from the run's seed")
@@ -74,7 +110,7 @@ class NoiseRun(Fitting):
     )
 
     @model_validator(mode="after")
-    def _share_goes_with_corrupted_labels(self) -> "NoiseRun":
+    def _share_goes_with_corrupted_labels(self) -> NoiseRun:
         if (self.corruption == "corrupted_labels") != (self.share is not None):
             raise ValueError("`corruption: corrupted_labels` and `share` go together")
         return self
@@ -95,7 +131,7 @@ class Randomize(Fitting):
     together: PositiveInt = Field(4, description="runs side by side on one GPU; on a core there is one")
 
     @model_validator(mode="after")
-    def _known_networks(self) -> "Randomize":
+    def _known_networks(self) -> Randomize:
         for name, run in self.runs.items():
             if run.network not in self.networks:
                 raise ValueError(f"runs.{name}: no network {run.network!r}{nearest(run.network, self.networks)}")
@@ -103,14 +139,16 @@ class Randomize(Fitting):
             raise ValueError(f"split and test are both {self.split!r}: runs are to be tested on other images")
         return self
 
-    def fitting(self, name: str) -> dict[str, Any]:
-        """Every key of `Fitting` for a run, with the value that holds."""
+    def hyperparameters(self, name: str) -> Hyperparameters:
+        """Return how a run is trained."""
         run = self.runs[name]
         levels = (run, self.networks[run.network], self)
-        return {
-            key: next((value for level in levels if (value := getattr(level, key)) is not None), default)
-            for key, default in FITTING.items()
-        }
+        return Hyperparameters(
+            **{
+                key: next((value for level in levels if (value := getattr(level, key)) is not None), field.default)
+                for key, field in Hyperparameters.model_fields.items()
+            }
+        )
 
 
 Experiments = dict[Name, Randomize]

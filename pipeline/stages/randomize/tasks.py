@@ -11,67 +11,41 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from kernels.images import corruption as kernels
-from pipeline.config.networks import NetworkSpec
+from pipeline.data.images import pixels
+from pipeline.errors import about
+from pipeline.networks.build import load
+from pipeline.networks.checkpoint import sha256, write_safetensors
 from pipeline.networks.training.repeatable import stream
+from pipeline.stages.randomize import expressivity
+from pipeline.stages.randomize.expressivity import LABELS
+from pipeline.stages.randomize.runs import EXPRESSIVITY, SECONDS, Data, Run
 from pipeline.stages.randomize.training import DIVERGED, FINISHED, Sets, Training, repeatable, train
+from pipeline.storage.atomic import write_atomically
+from pipeline.storage.identity import crc32c
 from pipeline.storage.manifest import Files, write_file
 from pipeline.workers.devices import device
 
-LABELS, PIXELS = 4, 5  # purposes of random numbers
-SECONDS = "seconds.json"
-
-
-@dataclass(frozen=True)
-class Data:
-    """The images that count, as tasks name them; `id` is of all else, so that a worker reads them once.
-
-    rows, test_rows : slots in `images.zarr`. labels, test_labels : their classes.
-    """
-
-    id: str
-    store: Path
-    files: Files = field(compare=False)
-    classes: int
-    rows: np.ndarray = field(compare=False)
-    labels: np.ndarray = field(compare=False)
-    test_rows: np.ndarray = field(compare=False)
-    test_labels: np.ndarray = field(compare=False)
-
-
-@dataclass(frozen=True)
-class Run:
-    """One run as a task names it: `how` holds corruption, share, seed, crop, and the keys of `config.Fitting`."""
-
-    id: str
-    name: str
-    network: NetworkSpec
-    how: Mapping[str, Any]
-    folder: Path
-    checkpoint_seconds: float
+PIXELS = 5  # purpose of random numbers
 
 
 @functools.lru_cache(maxsize=1)
 def read(data: Data) -> Sets:
-    """The true images and labels, verified; read once by a worker."""
-    from pipeline.data.images import pixels
-    from pipeline.storage.store import Reader
-
-    reader = Reader(data.store, data.files)
+    """Read the true images and labels, verified; a worker reads them once."""
+    reader = data.images.open()
     return Sets(pixels(reader, data.rows), data.labels, pixels(reader, data.test_rows), data.test_labels)
 
 
 def corrupted(sets: Sets, classes: int, corruption: str, share: float | None, seed: int) -> Sets:
-    """The data that a run is trained and tested on. Test labels stay true; test images are treated as training images.
+    """Return the data that a run is trained and tested on; `share` is that of `corrupted_labels`.
 
-    `share` is that of `corrupted_labels`.
+    Test labels stay true; test images are treated as training images.
     """
     images, labels, test_images = sets.images, sets.labels, sets.test_images
 
@@ -94,17 +68,31 @@ def corrupted(sets: Sets, classes: int, corruption: str, share: float | None, se
     return Sets(images, labels, test_images, sets.test_labels)
 
 
-def train_runs(data: Data, runs: Sequence[Run]) -> list[tuple[str, Files]]:
-    """On a worker: train these runs to their end, side by side where there are several; their ids and files."""
-    from pipeline.errors import about
+def express(data: Data, crop: int, folder: Path) -> Files:
+    """On a worker: have the theorem's network give the labels, and write what it comes to.
 
+    Return what a manifest says of the file; nothing where images differ too little for any network of this form.
+    """
+    true = read(data)
+    try:
+        built = expressivity.build(true.images, true.labels, data.classes, crop)
+    except ValueError:
+        for name in (EXPRESSIVITY, SECONDS):  # of other images
+            (folder / name).unlink(missing_ok=True)
+        return {}
+    write_atomically(folder / SECONDS, json.dumps(built.seconds))
+    return write_file(folder, EXPRESSIVITY, json.dumps(built.found.written(), indent=1).encode())
+
+
+def train_runs(data: Data, runs: Sequence[Run]) -> list[tuple[str, Files]]:
+    """On a worker: train these runs to their end, side by side where there are several; return their ids and files."""
     true, here = read(data), device()
     with repeatable(here):
         trainings, labels = [], []
         for run in runs:
             with about(f"run {run.name!r}"):
                 how = run.how
-                sets = corrupted(true, data.classes, how["corruption"], how["share"], how["seed"])
+                sets = corrupted(true, data.classes, how.corruption, how.share, how.seed)
                 labels.append(sets.labels)
                 trainings.append(prepared(run, sets, here))
         train(trainings)
@@ -114,20 +102,14 @@ def train_runs(data: Data, runs: Sequence[Run]) -> list[tuple[str, Files]]:
 
 
 def prepared(run: Run, sets: Sets, device: str) -> Training:
-    """A run at its beginning, or where its checkpoint left it."""
-    from pipeline.networks.build import load
-
+    """Return a run at its beginning, or where its checkpoint left it."""
     run.folder.mkdir(parents=True, exist_ok=True)
-    network = load(run.network.model_copy(update={"seed": run.how["seed"]}))
+    network = load(run.network.model_copy(update={"seed": run.how.seed}))
     return Training(network, sets, run.how, run.id, run.folder, device, run.checkpoint_seconds)
 
 
 def written(run: Run, training: Training, labels: np.ndarray, true: np.ndarray) -> Files:
     """Write what came out of a run; the checkpoint stays until the run is noted as finished."""
-    from pipeline.networks.checkpoint import sha256, write_safetensors
-    from pipeline.storage.atomic import write_atomically
-    from pipeline.storage.identity import crc32c
-
     curve, network = training.curve, training.network
     facts: dict[str, Any] = {
         "outcome": DIVERGED if curve.diverged else FINISHED,

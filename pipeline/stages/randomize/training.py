@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +36,7 @@ from pipeline.networks.training.repeatable import (
     order,
     stream,
 )
+from pipeline.stages.randomize.settings import How
 
 WINDOWS, NETWORK = 2, 3  # purposes of random numbers, beside the order of the images
 TESTED_AT_ONCE = {"cpu": 250, "cuda": 2000}
@@ -87,15 +88,15 @@ class Curve:
 class Training:
     """One run: `begin_epoch`, `step` for each of `steps`, `test`, `end_epoch`, until `done`.
 
-    `how` holds the keys of `config.Fitting`, and crop and seed. With `folder` a checkpoint is kept there, at least
-    `checkpoint_seconds` apart, and one that is there is gone on from.
+    With `folder` a checkpoint is kept there, at least `checkpoint_seconds` apart; where there is one, the run goes on
+    from it.
     """
 
     def __init__(
         self,
         network: nn.Module,
         sets: Sets,
-        how: Mapping[str, Any],
+        how: How,
         key: str = "",
         folder: Path | None = None,
         device: str = "cpu",
@@ -106,12 +107,12 @@ class Training:
         convolves = any(isinstance(module, nn.Conv2d) for module in network.modules())
         self.format = torch.channels_last if self.bfloat16 and convolves else torch.contiguous_format
         self.network = network.to(self.device).to(memory_format=self.format)
-        if how["dropout"] is not None:
-            set_dropout(network, how["dropout"])
+        if how.dropout is not None:
+            set_dropout(network, how.dropout)
         self.labels, self.test_labels = self.placed(sets.labels), self.placed(sets.test_labels)
         self.images, self.test_images = Centred(sets.images, self), Centred(sets.test_images, self)
-        self.whole = self._every_window(sets.images) if how["random_crop"] else None
-        self.size = min(how["batch_size"], len(sets.labels))
+        self.whole = self._every_window(sets.images) if how.random_crop else None
+        self.size = min(how.batch_size, len(sets.labels))
         # A last minibatch of one image is left out: BatchNorm has no variance of it. It is another one in each epoch.
         self.used = len(sets.labels) - (len(sets.labels) % self.size == 1 and self.size > 1)
         self.steps = math.ceil(self.used / self.size)
@@ -120,10 +121,10 @@ class Training:
         check_classes(sets.test_labels, classes, "test")
         self.rate: Any = torch.zeros((), device=self.device) if self.device.type == "cuda" else 0.0
         self.optimiser = torch.optim.SGD(
-            groups(network, how["weight_decay"]), lr=how["learning_rate"], momentum=how["momentum"], fused=True
+            groups(network, how.weight_decay), lr=how.learning_rate, momentum=how.momentum, fused=True
         )
         for parameter in network.parameters():  # the first step then is as all others, and a graph finds them
-            if parameter.requires_grad and how["momentum"]:
+            if parameter.requires_grad and how.momentum:
                 self.optimiser.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         self.checkpoint = Checkpoint(folder / "checkpoint.pt", key) if folder else None
         self.between, self.saved = checkpoint_seconds, time.monotonic()
@@ -139,14 +140,14 @@ class Training:
 
     @property
     def done(self) -> bool:
-        fitted = self.how["until_fitted"] and self.curve.fitted is not None
-        return len(self.curve) >= self.how["epochs"] or self.curve.diverged or fitted
+        fitted = self.how.until_fitted and self.curve.fitted is not None
+        return len(self.curve) >= self.how.epochs or self.curve.diverged or fitted
 
     def begin_epoch(self) -> None:
         """Draw all that is random in the epoch, and bring it to the device."""
         self.began = time.monotonic()
-        epoch, seed = len(self.curve), self.how["seed"]
-        rate = self.how["learning_rate"] * self.how["decay"] ** epoch
+        epoch, seed = len(self.curve), self.how.seed
+        rate = self.how.learning_rate * self.how.decay**epoch
         with self._stream():
             self.rows = self.placed(order(seed, epoch, len(self.labels))[: self.used])
             self.windows = None
@@ -247,7 +248,7 @@ class Training:
 
     def _every_window(self, images: NDArray[np.uint8]) -> Tensor:
         """A view of all windows of all images: (image, y, x) of the corner, then a window in the network's order."""
-        crop, last = self.how["crop"], self.format == torch.channels_last
+        crop, last = self.how.crop, self.format == torch.channels_last
         placed = self.placed(images.transpose(0, 2, 3, 1) if last else images)
         at = 1 if last else 2
         views = placed.unfold(at, crop, 1).unfold(at + 1, crop, 1)
@@ -264,7 +265,7 @@ class Training:
         assert self.stream is not None
         self.static_rows = torch.arange(self.size, device=self.device)
         self.static_windows = torch.zeros((self.size, 2), dtype=torch.int64, device=self.device)
-        windows = self.static_windows if self.how["random_crop"] else None
+        windows = self.static_windows if self.how.random_crop else None
         buffers = [state["momentum_buffer"] for state in self.optimiser.state.values()]
         kept = [*self.network.parameters(), *self.network.buffers(), *buffers]
         self.network.train()
@@ -292,7 +293,7 @@ class Centred:
     """
 
     def __init__(self, images: NDArray[np.uint8], training: Training) -> None:
-        crop = training.how["crop"]
+        crop = training.how.crop
         top, left = ((length - crop) // 2 for length in images.shape[-2:])
         centre = images[..., top : top + crop, left : left + crop]
         self.last = training.format == torch.channels_last

@@ -2,21 +2,30 @@
 
 from collections.abc import Sequence
 
-from pipeline.report.experiment import Experiment
+from pipeline.report.experiment import Experiment, Made
 from pipeline.report.page import Page
-from pipeline.stages.dissect import sentences
+from pipeline.report.words import number, plural
+from pipeline.stages.dissect.found import lead
 
 
 def overview(experiment: Experiment, pages: Sequence[Page]) -> Page:
-    """The overview of these pages."""
+    """Return the overview of these pages."""
     return Page(
         file="index.html",
         title=experiment.title,
         template="index.html.j2",
         values={
-            "lead": sentences.lead(experiment),
+            "lead": lead(experiment),
             "pages": pages,
-            "datasets": [sentences.images(made) for made in experiment.of_stage("ingest")],
+            "datasets": [images(made) for made in experiment.of_stage("ingest")],
             "seconds": sum(made.seconds or 0 for made in experiment.made),
         },
     )
+
+
+def images(ingest: Made) -> str:
+    """Say what a data set holds, from the manifest of its images."""
+    height, width = ingest.result["size"]
+    splits = {split: sum(shards.values()) for split, shards in ingest.result["splits"].items()}
+    listed = ", ".join(f"{split} {number(count)}" for split, count in splits.items())
+    return f"{ingest.dataset}: {plural(sum(splits.values()), 'image')} of {width} × {height} pixels ({listed})."

@@ -1,4 +1,4 @@
-"""The pages of the stages: `pages/<stage>.py` for each stage that has one, with one function,
+"""The pages of the stages: modules that stages declare, each with one function,
 
     def pages(experiment: Experiment) -> list[Page]
 
@@ -7,29 +7,39 @@ where the experiment has no such stage. docs/report.md, "Adding a page", shows o
 """
 
 import importlib
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
+from pipeline.plan import stage
+from pipeline.plan.stage import Stage
 from pipeline.report.experiment import Experiment
 from pipeline.report.page import Page
 
-STAGES = ("dissect", "compare", "ablate", "calibrate", "probes", "similarity", "sight", "randomize")
-"""The stages with a page, and the comparison of networks, in the order of the report."""
-HERE = "dissect"
-"""Its pages are made in this process, with pictures of units from the workers; those of the others are, on a worker."""
+
+def declared(stages: Iterable[Stage]) -> list[stage.Page]:
+    """Return the pages that stages declare, in the order of the report."""
+    return sorted((page for each in stages for page in each.pages), key=lambda page: page.position)
 
 
-def pages(experiment: Experiment) -> list[Page]:
-    """The pages of all stages, in order. Drawing takes longest: the workers do it while this process draws, too."""
+def pages(experiment: Experiment, wanted: Sequence[stage.Page]) -> list[Page]:
+    """Make the pages, in order. Drawing takes longest: the workers do it while this process draws, too."""
     alone = replace(experiment, workers=None)
-    tasks = [(stage, alone) for stage in STAGES if stage != HERE]
+    tasks = [(page.module, alone) for page in wanted if not page.here]
     with ThreadPoolExecutor(1) as background:
-        others = background.submit(lambda: dict(experiment.map(of_stage, tasks, "report: pages")))
-        made = dict([of_stage(HERE, experiment)]) | others.result()
-    return [page for stage in STAGES for page in made[stage]]
+        others = background.submit(lambda: dict(experiment.map(of_module, tasks, "report: pages")))
+        here = dict(of_module(page.module, experiment) for page in wanted if page.here)
+        made = here | others.result()
+    return [each for page in wanted for each in made[page.module]]
 
 
-def of_stage(stage: str, experiment: Experiment) -> tuple[str, list[Page]]:
-    """A stage and its pages."""
-    name = "dissect.compare_page" if stage == "compare" else f"{stage}.page"
-    return stage, importlib.import_module(f"pipeline.stages.{name}").pages(experiment)
+def of_module(name: str, experiment: Experiment) -> tuple[str, list[Page]]:
+    """Return the name of a module, and its pages."""
+    return name, importlib.import_module(name).pages(experiment)
+
+
+def templates(wanted: Sequence[stage.Page]) -> list[Path]:
+    """Return the folders `templates` beside the modules of pages."""
+    files = (importlib.import_module(page.module).__file__ for page in wanted)
+    return [folder for file in files if file is not None and (folder := Path(file).parent / "templates").is_dir()]

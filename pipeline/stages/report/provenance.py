@@ -7,19 +7,20 @@ from typing import Any
 from pipeline.report import words
 from pipeline.report.experiment import Experiment
 from pipeline.report.page import Page
+from pipeline.stages.dissect.found import networks
 from pipeline.storage.redact import without_home
 
 
 def page(experiment: Experiment) -> Page:
-    networks = experiment.networks
+    dissected = networks(experiment)
     return Page(
         file="provenance.html",
         title="Provenance",
         template="provenance.html.j2",
         summary="What these results were made from and with.",
         values={
-            "networks": networks,
-            "models": [model_facts(network.trained.model) for network in networks],
+            "networks": dissected,
+            "models": [model_facts(network.trained.model) for network in dissected],
             "versions": flatten(experiment.versions),
             "configuration": flatten(public(experiment.configuration)),
         },
@@ -27,18 +28,18 @@ def page(experiment: Experiment) -> Page:
 
 
 def model_facts(model: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What `model.json` says, but for the curve, which is drawn."""
+    """Return what `model.json` says, but for the curve, which is drawn."""
     return flatten({key: value for key, value in model.items() if key != "curve" and value is not None})
 
 
 def public(configuration: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration without the scheduler it ran on, and where its keys are."""
+    """Return the configuration without the scheduler it ran on, and where its keys are."""
     cluster = {key: value for key, value in configuration.get("cluster", {}).items() if key not in ("address", "tls")}
     return {**configuration, "cluster": cluster} if "cluster" in configuration else dict(configuration)
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Nested mappings as (dotted name, text) in the order given; lists as JSON, `~` for the home folder."""
+    """Return nested mappings as (dotted name, text) in the order given; lists as JSON, `~` for the home folder."""
     rows: list[tuple[str, str]] = []
     for key, value in values.items():
         name = f"{prefix}{key}"

@@ -16,27 +16,24 @@ import jinja2
 from markupsafe import Markup
 
 from pipeline.errors import MicrotomeError
+from pipeline.plan import stage
 from pipeline.report import words
 from pipeline.report.experiment import Experiment
 from pipeline.report.page import Page
-from pipeline.stages.dissect import sentences
-from pipeline.stages.report import provenance
+from pipeline.stages.report import pages, provenance
 from pipeline.stages.report.overview import overview
-from pipeline.stages.report.pages import pages
 
 PACKAGE = Path(__file__).parents[2]
 FOLDERS_OF_TEMPLATES = (PACKAGE / "report/templates", *sorted(PACKAGE.glob("stages/*/templates")))
 FOLDERS = ("figures", "tables", "units")
 """What a report owns besides its pages: a file in here that this report did not write is an earlier one's."""
-
-
 REORDERING = dict.fromkeys((*range(0x202A, 0x202F), *range(0x2066, 0x206A)), "\ufffd")
 """Characters that turn the text after them around, to the end of the paragraph: no name may do that to a sentence."""
 METHODS = "What the words and numbers of these pages mean, how they were computed, and where they come from."
 
 
-def build(experiment: Experiment) -> list[Page]:
-    """Write the report into `experiment.out` and return its pages, the overview first.
+def build(experiment: Experiment, wanted: Sequence[stage.Page]) -> list[Page]:
+    """Write the report, with these pages of stages, into `experiment.out`; return its pages, the overview first.
 
     Files of an earlier report there that this one lacks are removed; other files stay. The same results give the same
     bytes.
@@ -48,12 +45,14 @@ def build(experiment: Experiment) -> list[Page]:
     """
     for folder in FOLDERS:
         (experiment.out / folder).mkdir(parents=True, exist_ok=True)
-    of_stages = pages(experiment)
-    methods = Page("methods.html", "Methods", "methods.html.j2", {"parts": of_parts(of_stages)}, METHODS)
+    of_stages = pages.pages(experiment, wanted)
+    defined = {name: value for page in of_stages for name, value in page.methods_values.items()}
+    methods = Page("methods.html", "Methods", "methods.html.j2", {"parts": of_parts(of_stages)} | defined, METHODS)
     last = [methods, provenance.page(experiment)]
     site = [overview(experiment, [*of_stages, *last]), *of_stages, *last]
     _different_files(site)
-    html = {page.file: render(experiment, page, site) for page in site}
+    folders = list(dict.fromkeys((*FOLDERS_OF_TEMPLATES, *pages.templates(wanted))))
+    html = {page.file: render(experiment, page, site, folders) for page in site}
     for file, text in html.items():
         temporary = experiment.out / f"{file}.partial"
         temporary.write_bytes(text.encode("utf-8", "backslashreplace"))
@@ -63,7 +62,7 @@ def build(experiment: Experiment) -> list[Page]:
 
 
 def written(site: Sequence[Page]) -> list[str]:
-    """Every file of a report, relative to its folder."""
+    """Return every file of a report, relative to its folder."""
     return [
         file
         for page in site
@@ -72,15 +71,17 @@ def written(site: Sequence[Page]) -> list[str]:
 
 
 def of_parts(of_stages: Sequence[Page]) -> list[str]:
-    """The templates of methods, each once, in the order of the pages."""
+    """Return the templates of methods, each once, in the order of the pages."""
     return list(dict.fromkeys(page.methods for page in of_stages if page.methods))
 
 
-def render(experiment: Experiment, page: Page, site: Sequence[Page]) -> str:
-    """The HTML of one page."""
-    style, script = (_ours(name) if name else "" for name in ("style.css", page.script))
+def render(
+    experiment: Experiment, page: Page, site: Sequence[Page], folders: Sequence[Path] = FOLDERS_OF_TEMPLATES
+) -> str:
+    """Return the HTML of one page; templates and scripts are in `folders`."""
+    style, script = (_ours(name, folders) if name else "" for name in ("style.css", page.script))
     return (
-        environment()
+        environment(folders)
         .get_template(page.template)
         .render(
             dict(page.values)
@@ -98,9 +99,9 @@ def render(experiment: Experiment, page: Page, site: Sequence[Page]) -> str:
     )
 
 
-def environment() -> jinja2.Environment:
+def environment(folders: Sequence[Path]) -> jinja2.Environment:
     found = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(FOLDERS_OF_TEMPLATES),
+        loader=jinja2.FileSystemLoader(folders),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -114,12 +115,11 @@ def environment() -> jinja2.Environment:
         "seconds": words.seconds,
         "data": data,
     }
-    found.globals["sentences"] = sentences
     return found
 
 
 def data(value: Any) -> Markup:
-    """JSON for a `<script type="application/json">`: nothing in it can end the element or begin another one.
+    """Return JSON for a `<script type="application/json">`: nothing in it can end the element or begin another one.
 
     All but ASCII is escaped too, so also the line separators that JavaScript knows and JSON does not.
     """
@@ -129,7 +129,7 @@ def data(value: Any) -> Markup:
 
 
 def digest(text: str) -> str:
-    """The digest of a style sheet or a script as a content-security policy names it."""
+    """Return the digest of a style sheet or a script as a content-security policy names it."""
     return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
@@ -144,8 +144,8 @@ def remove_others(out: Path, keep: set[str]) -> None:
             folder.rmdir()
 
 
-def _ours(name: str) -> str:
-    return next(path for folder in FOLDERS_OF_TEMPLATES if (path := folder / name).exists()).read_text(encoding="utf-8")
+def _ours(name: str, folders: Sequence[Path]) -> str:
+    return next(path for folder in folders if (path := folder / name).exists()).read_text(encoding="utf-8")
 
 
 def _different_files(site: Sequence[Page]) -> None:

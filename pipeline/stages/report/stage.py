@@ -7,87 +7,98 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from pipeline.config.core import Config
-from pipeline.plan import job as stage
-from pipeline.storage import provenance
+from pipeline.plan.job import Job
+from pipeline.plan.stage import Draft, Stage, Wanted
+from pipeline.plan.step import Key
+from pipeline.stages.report.results import Drawn, Shown
+from pipeline.stages.report.settings import Settings
 from pipeline.storage.identity import crc32c, digest
-
-if TYPE_CHECKING:
-    from pipeline.plan.job import Job
-    from pipeline.report.experiment import Made
+from pipeline.storage.provenance import provenance
 
 VERSION = 2
+FIRST = ("network", "dissect", "ablate", "calibrate", "probes", "similarity", "sight", "randomize")
+"""Stages whose steps the id names first, in this order; those of others with pages follow."""
 
 
-def settings(wanted: Config) -> dict[str, Any]:
-    """Pages are cheap: another title, template or line of code makes them again."""
-    package = Path(__file__).parents[2]
+def steps(draft: Draft) -> Iterator[Wanted]:
+    others = [name for name, stage in draft.stages.items() if stage.pages and name not in FIRST]
+    yield Wanted(Key(), settings_of(draft), tuple(step for name in (*FIRST, *others) for step in draft.of_stage(name)))
+
+
+def settings_of(draft: Draft) -> Settings:
+    """Return what the id is made of. Pages are cheap: another title, template or line of code makes them again."""
+    package, config = Path(__file__).parents[2], draft.config
     inside = [path for folder in ("report", "stages") for path in (package / folder).rglob("*")]
     code = sorted(path for path in inside if path.suffix in (".py", ".j2", ".css", ".js"))
-    return {
-        "report": wanted.report.model_dump(),
-        "figures": wanted.figures.model_dump(),
-        "name": wanted.name,
-        "groups": {name: network.group for name, network in wanted.networks.items() if network.group},
-        "code": hashlib.sha256(b"".join(path.read_bytes() for path in code)).hexdigest(),
-    }
+    return Settings(
+        report=config.report,
+        figures=config.figures,
+        name=config.name,
+        groups={name: network.group for name, network in config.networks.items() if network.group},
+        code=hashlib.sha256(b"".join(path.read_bytes() for path in code)).hexdigest(),
+    )
 
 
 def run(job: Job) -> None:
-    from pipeline.report.experiment import Experiment
+    from pipeline.report.experiment import Experiment, Made
+    from pipeline.stages.report.pages import declared
     from pipeline.stages.report.site import build, written
-    from pipeline.workers.client import client
 
     job.begin()
     out = job.folder
     with job.workers() as workers:
-        site = build(
-            Experiment(
-                results=job.results,
-                out=out,
-                title=job.config.report.title or job.config.name,
-                made=tuple(made(plan, other) for other in plan.steps.values() if other.stage != "report"),
-                configuration=json.loads(job.config.model_dump_json(exclude_defaults=True)),
-                versions=provenance.provenance(),
-                command=plan.command("report"),
-                report=job.config.report,
-                figures=job.config.figures,
-                workers=workers,
-            )
+        experiment = Experiment(
+            results=job.results,
+            out=out,
+            title=job.config.report.title or job.config.name,
+            made=tuple(map(Made.of, behind(job))),
+            configuration=json.loads(job.config.model_dump_json(exclude_defaults=True)),
+            versions=provenance(),
+            command=job.command,
+            report=job.config.report,
+            figures=job.config.figures,
+            workers=workers,
         )
+        site = build(experiment, declared(job.stages.values()))
     files = {}
     for name in sorted(set(written(site))):
         data = (out / name).read_bytes()
         files[name] = (len(data), crc32c(data))
     drawn = [
-        {"kind": figure.kind, "file": figure.files["svg"], "labels": dict(figure.labels)}
+        Drawn(kind=figure.kind, file=figure.files["svg"], labels=dict(figure.labels))
         for page in site
         for figure in page.figures
     ]
-    job.finish(digest(files), files, {"figures": drawn})
+    job.finish(digest(files), files, Shown(figures=drawn))
 
 
-def made(job: Job) -> Made:
-    from pipeline.report.experiment import Made
-
-    manifest = plan.manifest(step)
-    return Made(
-        step.stage,
-        job.dataset,
-        job.network,
-        step.id,
-        manifest.provenance.get("seconds"),
-        manifest.result,
-        job.experiment,
-    )
+def behind(job: Job) -> list[Job]:
+    """Return the jobs that a report is made from: its parents, theirs, and so on, in the order of the plan."""
+    found: set[Path] = set()
+    new = [job]
+    while new:
+        parents = {parent.manifest: parent for each in new for parent in each.parents}
+        new = [parent for path, parent in parents.items() if path not in found]
+        found |= parents.keys()
+    return [each for each in job.jobs() if each.manifest in found]
 
 
-def discard(job: Job) -> list[Path]:
-    """The files and folders that this step made."""
+def made(job: Job) -> list[Path]:
     from pipeline.stages.report.site import FOLDERS
 
-    out = job.folder
-    return [*out.glob("*.html"), *(out / folder for folder in FOLDERS)]
+    return [*job.folder.glob("*.html"), *(job.folder / folder for folder in FOLDERS)]
+
+
+STAGE = Stage(
+    name="report",
+    version=VERSION,
+    says="Report",
+    place="report",
+    steps=steps,
+    run=run,
+    settings=Settings,
+    made=made,
+)

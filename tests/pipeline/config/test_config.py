@@ -8,12 +8,11 @@ import yaml
 from experiments import scenes
 
 from pipeline.config.base import RESERVED
-from pipeline.run.experiment import Config
 from pipeline.config.datasets import PRESETS, Dissect
 from pipeline.config.messages import known_keys
 from pipeline.errors import MicrotomeError
 from pipeline.run import planner
-from pipeline.run.experiment import load, parse, select
+from pipeline.run.experiment import Config, load, parse, select
 
 
 def full(folder):

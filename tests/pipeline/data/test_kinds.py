@@ -18,7 +18,6 @@ import torch
 from pipeline.config.cluster import Cluster
 from pipeline.errors import MicrotomeError
 from pipeline.run import experiment, planner, preflight
-from pipeline.stages.ingest import stage as ingest
 from pipeline.workers import client as workers_client
 from pipeline.workers import devices, memory, slurm, tls
 from pipeline.workers import pool as cluster
@@ -271,11 +270,11 @@ def test_two_workers_of_a_scheduler_with_tls(tmp_path, monkeypatch, started):
             workers_client.client(own.config.cluster.model_copy(update={"gpus": True}), own.scratch),
         ):
             pass
-    step = own.step("ingest", "scenes")
-    ingest.run(own, step)
-    assert (own.results / step.manifest).exists()
+    ingest = experiments.job(own, "ingest", "scenes")
+    ingest.stage.run(ingest)
+    assert ingest.manifest.exists()
     # Another authority's certificate, which anybody can make.
-    monkeypatch.setattr(cluster, "CONNECT", 3)
+    monkeypatch.setattr(workers_client, "CONNECT", 3)
     strange = certificates.make(tmp_path / "strange")
     with (
         pytest.raises(MicrotomeError, match=r"the scheduler at tls://127\.0\.0\.1:\d+ cannot be reached"),
@@ -300,7 +299,7 @@ def test_a_key_that_is_not_there_is_told_without_its_path(tmp_path):
 def test_workers_with_other_code_are_refused(monkeypatch, client):
     asked = Cluster(workers=1)
     workers_client._check_workers(client, asked, "the pool")
-    monkeypatch.setattr(cluster, "code", lambda: "another")
+    monkeypatch.setattr(workers_client, "code", lambda: "another")
     with pytest.raises(MicrotomeError, match=r"the pool: worker .* has code [0-9a-f]{12}, and this run another"):
         workers_client._check_workers(client, asked, "the pool")
 
@@ -457,9 +456,9 @@ def test_a_stage_on_jobqueues_local_cluster(tmp_path, monkeypatch):
         names = {key: str(Path(name).relative_to(own.scratch)) for key, name in files.items()}
         address_file.write_text(json.dumps({"pid": os.getpid(), "address": made.scheduler_address, "tls": names}))
         monkeypatch.setenv(workers_client.ADDRESS, str(address_file.absolute()))
-        step = own.step("ingest", "scenes")
-        ingest.run(own, step)
-    assert (own.results / step.manifest).exists()
+        ingest = experiments.job(own, "ingest", "scenes")
+        ingest.stage.run(ingest)
+    assert ingest.manifest.exists()
 
 
 SBATCH = """#!/usr/bin/env bash
@@ -499,13 +498,8 @@ def test_a_pool_of_slurm_jobs(tmp_path, monkeypatch):
     scratch = Path("results/.microtome")
     asked = queue(workers=1)
     with workers_client.client(asked, scratch) as found:
-        assert sorted(workers_tasks.run_tasks(found, square, ((n,) for n in range(5)), 5, "squares")) == [
-            0,
-            1,
-            4,
-            9,
-            16,
-        ]
+        squares = workers_tasks.run_tasks(found, square, ((n,) for n in range(5)), 5, "squares")
+        assert sorted(squares) == [0, 1, 4, 9, 16]
         (said,) = found.run(workers_client.facts).values()
         assert said["device"] == "cpu"
         (key,) = scratch.glob("tls-*/key.pem")

@@ -75,7 +75,8 @@ def test_halves_can_be_left_out(scenes):
 
 def test_another_process_draws_the_same_bits():
     code = (
-        "import hashlib, numpy as np; from pipeline.data.scenes import generate; s = generate(3, 7, 24, 48, 'validation');"
+        "import hashlib, numpy as np; from pipeline.data.scenes import generate;"
+        "s = generate(3, 7, 24, 48, 'validation');"
         "print(hashlib.sha256(b''.join(np.ascontiguousarray(a).tobytes() for a in s)).hexdigest())"
     )
     other = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -218,7 +219,7 @@ def test_no_images_is_fine():
 
 
 def test_pixels_are_those_of_this_version():
-    """A change of any picture changes every result that was made from the scenes: raise `pipeline.data.scenes.VERSION`."""
+    """A change of a picture changes every result made from the scenes: raise `pipeline.data.scenes.VERSION`."""
     scenes = generate(0, 0, 24, 48)
     assert hashlib.sha256(scenes.label_map.tobytes()).hexdigest()[:16] == LABEL_MAPS
     assert hashlib.sha256(scenes.image.tobytes()).hexdigest()[:16] == IMAGES

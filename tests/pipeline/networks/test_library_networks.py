@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_published import HF_TINY, transformers_folder
 
 from pipeline.config.networks import NetworkSpec
 from pipeline.errors import MicrotomeError
@@ -14,6 +13,7 @@ from pipeline.networks.build import build
 from pipeline.networks.inspection import inspect
 from pipeline.networks.layer_id import layer_ids
 from pipeline.networks.layers import Recorder, resolve, to_maps
+from tests.pipeline.networks.test_published import HF_TINY, transformers_folder
 
 ROOT = Path(__file__).parents[3]
 VIT = {"embed_dim": 32, "depth": 2, "num_heads": 2, "img_size": 64, "patch_size": 8}

@@ -17,7 +17,6 @@ from pipeline.errors import MicrotomeError
 from pipeline.networks import published
 from pipeline.networks.build import build, load
 from pipeline.networks.published import Published
-from pipeline.plan import step as plan
 from pipeline.run import experiment, planner
 from pipeline.stages.network import stage as network
 from pipeline.storage.identity import FileDigests
@@ -476,7 +475,7 @@ def test_ids_follow_the_bytes_and_the_configuration(tmp_path, vit_folder):
 
     def settings():
         spec = Network(transformers=str(folder), local=str(folder), weights="pretrained")
-        return json.dumps(network.settings(spec, digests))
+        return json.dumps(network.settings_of(spec, digests).written())
 
     first = settings()
     assert str(tmp_path) not in first
@@ -495,7 +494,7 @@ def test_the_control_of_a_published_network(tmp_path, vit_folder):
     made = planner.make(experiment.parse(raw))
     control = made.networks["net-untrained"]
     assert (control.weights, control.local, control.preprocessing.mean) == ("random", str(vit_folder), (0.5,) * 3)
-    again = plan.Plan.read(made.save())
+    again = planner.read(planner.save(made))
     assert again.steps == made.steps
 
 

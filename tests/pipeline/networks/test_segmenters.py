@@ -8,23 +8,20 @@ import numpy as np
 import pytest
 import torch
 import zarr
-from experiments import SIZE, labelled_images, lines, run, segmentation, write_image
+from experiments import SIZE, job, labelled_images, lines, run, segmentation, write_image
 from torch.nn.functional import interpolate
 
 from kernels.images.segmentation import best_class
-from pipeline.config import core as config
-from pipeline.config.networks import Head, Segmenter
+from pipeline.config.networks import Head, NetworkSpec, Segmenter
 from pipeline.data.label_maps import read_class_list
 from pipeline.errors import MicrotomeError
 from pipeline.networks import inspection, published
 from pipeline.networks.build import build, load
 from pipeline.networks.checkpoint import write_safetensors
 from pipeline.networks.segmenters import Model, channels, concepts, inspect, label_maps, memory_need, scores, settings
-from pipeline.plan import inspected as preflight
-from pipeline.run import experiment, forecast, planner
-from pipeline.run import preflight as run_preflight
-from pipeline.stages.dissect import intersections as dissect_intersections
-from pipeline.stages.dissect import stage as dissect
+from pipeline.plan import inspected
+from pipeline.run import experiment, forecast, planner, preflight
+from pipeline.stages.dissect import intersections, thresholds
 from pipeline.stages.extract import stage as extract
 from pipeline.storage.identity import FileDigests, digest
 
@@ -86,7 +83,7 @@ def parsing(tmp_path):
     (tmp_path / "parts.csv").write_text("Idx,Name\n1,leaf;foliage\n2,bulb\n")
 
     def section(seed=1, kind="Parsing", **changes):
-        spec = config.NetworkSpec(module=f"{file}:{kind}", seed=seed)
+        spec = NetworkSpec(module=f"{file}:{kind}", seed=seed)
         network = build(spec)
         weights = tmp_path / f"{kind}-{seed}.safetensors"
         write_safetensors(weights, network.state_dict())
@@ -207,24 +204,23 @@ def test_another_source_and_another_version_of_it(tmp_path, parsing, monkeypatch
     alone = described(tmp_path, parsing(), concepts=["truth"])
     first = run(alone, *STAGES)
     before = chunks(first.results)
-    intersection = intersections(first)
+    intersection = counts(first)
 
     raw = described(tmp_path, parsing())
     counted = []
-    original = dissect.run_tasks
+    original = intersections.run_tasks
 
     def noted(client, function, tasks, total, label):
         tasks = list(tasks)
-        counted.extend(
-            (function.__name__, task[2].categories) for task in tasks if function is dissect_intersections.count_run
-        )
-        counted.extend((function.__name__, ()) for task in tasks if function is not dissect_intersections.count_run)
+        of_concepts = function is intersections.count_run
+        counted.extend((function.__name__, task[2].categories if of_concepts else ()) for task in tasks)
         return original(client, function, tasks, total, label)
 
     def refuse(*_):
         raise AssertionError("the network went over the images again")
 
-    monkeypatch.setattr(dissect, "run_tasks", noted)
+    for module in (intersections, thresholds):
+        monkeypatch.setattr(module, "run_tasks", noted)
     monkeypatch.setattr(extract, "run_tasks", refuse)
     second = run(raw, *STAGES)
     after = chunks(second.results)
@@ -232,7 +228,7 @@ def test_another_source_and_another_version_of_it(tmp_path, parsing, monkeypatch
     assert made(tmp_path)[3:] == [f"{shard} ours/{kind}" for shard in range(3) for kind in ("object", "part")]
     assert {name for name, _ in counted} == {"count_run"}, "no threshold is counted again"
     assert {categories for _, categories in counted} == {("ours/object", "ours/part")}
-    np.testing.assert_array_equal(intersections(second)[:, :2], intersection)
+    np.testing.assert_array_equal(counts(second)[:, :2], intersection)
 
     again = described(tmp_path, parsing(seed=2))
     counted.clear()
@@ -256,7 +252,7 @@ def test_another_source_and_another_version_of_it(tmp_path, parsing, monkeypatch
     assert units(fresh) == units(fourth), "as in a folder of its own"
 
 
-def intersections(made) -> np.ndarray:
+def counts(made) -> np.ndarray:
     layers = json.loads((made.results / "photos/tiny/layers.json").read_text())
     return np.concatenate(
         [zarr.open_group(made.results / "photos" / one["iou"], mode="r")["intersection"][:] for one in layers.values()]
@@ -339,7 +335,7 @@ def in_this_process(monkeypatch):
         assert module == "pipeline.networks.inspection"
         return json.loads(json.dumps(inspection.answer(json.loads(json.dumps(requests)))))
 
-    monkeypatch.setattr(preflight, "in_own_process", in_own_process)
+    monkeypatch.setattr(inspected, "in_own_process", in_own_process)
 
 
 @pytest.mark.usefixtures("in_this_process")
@@ -348,25 +344,32 @@ def test_a_run_is_refused_before_any_work(tmp_path, parsing):
     raw = described(tmp_path, changed(parsing(), (*OBJECT, "output"), "objekt"))
     wanted = planner.make(experiment.parse(raw))
     with pytest.raises(MicrotomeError, match=r"segmenter 'ours' on 'photos': category 'object': no output 'objekt'"):
-        run_preflight.check(wanted)
+        preflight.check(wanted)
 
 
 @pytest.mark.usefixtures("in_this_process")
 def test_what_is_told_before_a_run(tmp_path, parsing):
     labelled_images(tmp_path, NAMES[:2])
     wanted = planner.make(experiment.parse(described(tmp_path, parsing())))
-    run_preflight.check(wanted)
-    assert run_preflight.sizes(wanted)[-1] == "segmenter 'ours' on 'photos': concepts, 3 of object, 2 of part"
-    (without,) = (cost for cost in forecast.forecast(wanted) if cost.step.stage == "concepts")
+    preflight.check(wanted)
+    assert preflight.sizes(wanted)[-1] == "segmenter 'ours' on 'photos': concepts, 3 of object, 2 of part"
+    label = job(wanted, "concepts", "photos")
+    without = estimated(wanted, label)
     assert (without.rate, without.seconds) == ("not measured", None)
-    run_preflight.check(wanted, probe=True)
-    (cost,) = (cost for cost in forecast.forecast(wanted) if cost.step.stage == "concepts")
-    ((found, probed),) = preflight.segmenters(wanted, cost.step)
+    preflight.check(wanted, probe=True)
+    cost = estimated(wanted, label)
+    (found,), (probed,) = label.stage.questions(label), label.stage.speeds(label)
+    found, probed = found.answer, probed.answer
     assert float(cost.rate) == pytest.approx(probed["images_per_second"], rel=0.01) and cost.seconds > 0
     spec = wanted.config.segmenters["ours"]
     assert found["memory"] == memory_need(spec, (SIZE, SIZE))
     assert cost.memory == without.memory > found["memory"]
     assert found["memory"] > 4 * 3 * sum(p.numel() for p in load(spec).parameters())
+
+
+def estimated(made, asked):
+    (cost,) = (each.cost for each in forecast.forecast(made) if each.name == asked.name)
+    return cost
 
 
 @pytest.mark.usefixtures("workers")
@@ -466,7 +469,7 @@ def test_one_list_of_several_categories(tmp_path):
 
 @pytest.mark.parametrize("name", ["fcn_resnet50", "deeplabv3_mobilenet_v3_large", "lraspp_mobilenet_v3_large"])
 def test_torchvision(name):
-    network = build(config.NetworkSpec(torchvision=name), device="meta")
+    network = build(NetworkSpec(torchvision=name), device="meta")
     with torch.inference_mode():
         found = scores(network(torch.zeros(1, 3, 64, 96, device="meta")), network)
     assert found["out"].shape == (1, 21, 64, 96)

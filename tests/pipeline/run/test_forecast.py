@@ -5,17 +5,15 @@ import shutil
 from collections import namedtuple
 
 import pytest
-from experiments import run, scenes
+from experiments import job, run, scenes
 
 from pipeline.errors import MicrotomeError
 from pipeline.networks.speed import Probe, measure
-from pipeline.plan import cost as plan_cost
-from pipeline.plan import inspected as preflight
-from pipeline.plan import job as stage
-from pipeline.run import experiment, forecast
-from pipeline.run import preflight as run_preflight
+from pipeline.plan import inspected
+from pipeline.plan.cost import rate_of
+from pipeline.run import experiment, forecast, preflight
 from pipeline.run.planner import make
-from pipeline.stages.dissect import streamed as dissect_streamed
+from pipeline.workers import memory
 
 STAGES = ("ingest", "concepts", "network", "extract", "dissect")
 
@@ -32,18 +30,18 @@ def answered(monkeypatch):
         asked.extend(requests)
         return json.loads(json.dumps(inspection.answer(json.loads(json.dumps(requests)))))
 
-    monkeypatch.setattr(preflight, "in_own_process", here)
+    monkeypatch.setattr(inspected, "in_own_process", here)
     return asked
 
 
 def checked(raw, probe=False):
     plan = make(experiment.parse(raw))
-    run_preflight.check(plan, probe)
+    preflight.check(plan, probe)
     return plan
 
 
-def by_name(costs):
-    return {cost.step.name: cost for cost in costs}
+def by_name(estimates):
+    return {each.name: each.cost for each in estimates}
 
 
 @pytest.mark.usefixtures("workers")
@@ -61,9 +59,9 @@ def test_what_was_foretold_is_what_was_written(tmp_path, answered):
     assert all(store.missing == store.expected > 0 for cost in before.values() for store in cost.stores)
 
     run(raw, *STAGES)
-    after = by_name(forecast.forecast(plan))
-    assert after["extract scenes tiny"].done and after["dissect scenes tiny"].done
-    assert sum(store.missing for cost in after.values() for store in cost.stores) == 0
+    after = forecast.forecast(plan)
+    assert {"extract scenes tiny", "dissect scenes tiny"} <= {each.name for each in after if each.done}
+    assert sum(store.missing for each in after for store in each.cost.stores) == 0
 
 
 @pytest.mark.usefixtures("workers")
@@ -71,10 +69,10 @@ def test_what_an_interrupted_run_left_counts(tmp_path, answered):
     raw = scenes(tmp_path)
     plan = checked(raw)
     run(raw, "ingest", "network", "extract")
-    step = plan.step("extract", "scenes", "tiny")
-    folders = [entry["manifest"].rpartition("/done/")[0] for entry in plan.manifest(step).result["layers"]]
-    stage.begin(plan, step)  # removes the manifest
-    stage.refers_to(plan, step, [plan.results / folder for folder in folders])
+    extraction = job(plan, "extract", "scenes", "tiny")
+    folders = [entry["manifest"].rpartition("/done/")[0] for entry in extraction.read().result["layers"]]
+    extraction.begin()  # removes the manifest
+    extraction.refers_to([plan.results / folder for folder in folders])
     stores = by_name(forecast.forecast(plan))["extract scenes tiny"].stores
     assert all(store.there > 0 for store in stores)
     files = [path for folder in folders for path in (plan.results / folder).rglob("*") if path.is_file()]
@@ -87,7 +85,7 @@ def test_a_disk_that_is_too_small(tmp_path, answered, monkeypatch):
     raw["datasets"]["scenes"]["images"] = {"train": 0, "validation": 60_000}
     plan = checked(raw)
     costs = forecast.forecast(plan)
-    need = sum(store.missing for cost in costs for store in cost.stores)
+    need = sum(store.missing for each in costs for store in each.cost.stores)
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, need * 1.1))
     forecast.check_disk(plan, costs)
@@ -124,7 +122,7 @@ def test_what_is_not_stored_is_saved_and_forwarded_again(tmp_path, answered):
     first, again = streamed["extract scenes tiny"], streamed["dissect scenes tiny"]
     assert again.seconds == pytest.approx(stored["dissect scenes tiny"].seconds + 60_000 / float(first.rate), rel=0.01)
     assert again.rate == first.rate and again.memory > stored["dissect scenes tiny"].memory
-    said = forecast.lines(plan, list(streamed.values()))
+    said = forecast.lines(plan, forecast.forecast(plan))
     assert any(line.startswith("  a (not stored)") for line in said)
     assert said[-1].startswith("not stored, and counted in two forward passes in place of one: a; saves 0.0")
 
@@ -135,7 +133,12 @@ def test_the_memory_of_layers_that_are_not_stored_is_foretold(tmp_path, answered
     raw["networks"]["tiny"]["store"] = "none"
     foretold = by_name(forecast.forecast(checked(raw)))["dissect scenes tiny"].memory
     asked = []
-    monkeypatch.setattr(dissect_streamed, "check_memory", lambda cluster, need, *said: asked.append(need))
+
+    def noted(cluster, need, what, remedy):
+        if what.startswith("dissect"):
+            asked.append(need)
+
+    monkeypatch.setattr(memory, "check_memory", noted)
     run(raw, *STAGES)
     assert asked
     assert max(asked) <= foretold < 8 * max(asked), "enough, and no budget that nothing fills"
@@ -168,5 +171,5 @@ def test_a_probe():
     small, large = (measure(wanted(input_shape=(3, side, side))) for side in (8192, 16384))
     assert small["images"] == large["images"] == 0
     assert 2 < small["images_per_second"] / large["images_per_second"] < 8  # four times the operations
-    assert plan_cost._rate(small).startswith("~")
+    assert rate_of(small).startswith("~")
     assert "skipped" in measure(wanted(input_shape=(3, 1, 1)))

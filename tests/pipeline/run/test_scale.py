@@ -3,13 +3,12 @@
 import time
 
 import pytest
+from experiments import job
 from large_listing import decoded_by_nobody, large
 
 from pipeline.data import kinds as datasets
-from pipeline.data.images import Images
 from pipeline.run import experiment, planner
 from pipeline.stages.dissect import work
-from pipeline.stages.ingest import stage as ingest
 
 COUNT = 100_000
 
@@ -30,11 +29,11 @@ def test_starts_and_ingest_of_many_images(tmp_path, monkeypatch):
     assert later < 0.3  # measured: 0.01, for any number of images
     assert list(again.steps) == list(made.steps)
 
-    step = made.step("ingest", "large")
+    ingest = job(made, "ingest", "large")
     with decoded_by_nobody():
-        spent, _ = seconds(ingest.run, made, step)
+        spent, _ = seconds(ingest.stage.run, ingest)
     assert spent < 12  # measured: 1.2
-    images = Images.of(made, made.step("extract", "large", "resnet"))
+    images = job(made, "extract", "large", "resnet").images
     assert images.count == COUNT and sum(images.splits["validation"].values()) == COUNT
     spent, counted = seconds(work.counted_images, images, "validation", images.shards("validation"), [])
     assert spent < 3 and sum(len(one.rows) for one in counted) == COUNT  # measured: 0.3

@@ -21,9 +21,9 @@ from pipeline.networks.forward import normalise
 from pipeline.networks.graph.tail import unit_dim
 from pipeline.networks.graph.trace import forward_with
 from pipeline.networks.layers import resolve, to_maps
-from pipeline.plan import step as plan
 from pipeline.run import experiment as run_experiment
 from pipeline.run import planner, preflight
+from pipeline.storage.identity import digest
 from pipeline.workers import client
 
 pytestmark = pytest.mark.usefixtures("workers")
@@ -168,7 +168,7 @@ def test_losses_are_those_of_whole_forwards(tmp_path, network, replace):
                 assert found.set_predicted.values[k, i, c] == predicted
                 wanted = truth.balanced(whole, "validation", c) - truth.balanced(logits, "validation", c)
                 np.testing.assert_allclose(found.set_loss.values[k, i, c], wanted, atol=1e-12)
-    seed = int(plan.digest(["random sets", layer_id(made, network, layer)]), 16) % 2**63
+    seed = int(digest(["random sets", layer_id(made, network, layer)]), 16) % 2**63
     sets = random_sets(units, sizes, 3, seed)
     for d, kind, i in ((0, 0, 1), (2, 1, 0), (1, 0, 2)):
         logits = truth.logits(np.flatnonzero(sets[d, kind, i]))

@@ -9,7 +9,7 @@ from typing import get_args
 import numpy as np
 import pytest
 import xarray as xr
-from experiments import labelled_images, lines, run, scenes, segmentation, tiny
+from experiments import job, labelled_images, lines, run, scenes, segmentation, tiny
 from safetensors.numpy import load_file
 
 from kernels.calibration.methods import NAMES, fit, judge
@@ -21,7 +21,7 @@ from pipeline.run import planner
 from pipeline.run import preflight as run_preflight
 from pipeline.run.results import Network
 from pipeline.stages.calibrate import settings, tasks
-from pipeline.stages.calibrate import stage as calibrate
+from pipeline.stages.calibrate.stage import STAGE, work_of
 from pipeline.stages.calibrate.tasks import ERRORS, MEASURES, in_two, keys
 from pipeline.workers import client
 
@@ -139,13 +139,13 @@ def test_the_split_of_an_image_does_not_depend_on_the_others():
 def test_any_number_of_workers_gives_the_same_bytes(made, tmp_path, monkeypatch, two_workers):
     shutil.copytree(made.results, tmp_path / "results")
     again = planner.make(made.config.model_copy(update={"results": str(tmp_path / "results")}))
-    step = again.step("calibrate", "scenes", "tiny")
-    removed = calibrate.discard(again, step)
+    calibration = job(again, "calibrate", "scenes", "tiny")
+    removed = list(STAGE.made(calibration))
     assert len(removed) == 4 and all(path.exists() for path in removed)
     for path in removed:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     monkeypatch.setenv(client.ADDRESS, two_workers)
-    calibrate.run(again, step)
+    STAGE.run(calibration)
     assert contents(again.results / "scenes/tiny") == contents(made.results / "scenes/tiny")
 
 
@@ -216,10 +216,9 @@ def test_a_table_takes_no_more_memory_than_was_asked_for():
     logits = generator.standard_normal((6000, 50), dtype=np.float32)
     label = generator.integers(0, 50, len(logits))
     methods = ["uncalibrated", "histogram", "isotonic", "temperature"]
-    how = {"bins": 15, "penalty": None}
     tracemalloc.start()
     try:
-        tasks.evaluate(logits[::2], label[::2], logits[1::2], label[1::2], methods, how, seed=0)
+        tasks.evaluate(logits[::2], label[::2], logits[1::2], label[1::2], methods, 15, None, seed=0)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -233,9 +232,9 @@ def test_a_table_takes_no_more_memory_than_was_asked_for():
 def test_images_of_one_class_are_refused(tmp_path):
     raw = experiment(tmp_path, methods=["temperature"])
     made = run(raw, *STAGES[:-1])
-    step = made.step("calibrate", "scenes", "tiny")
+    calibration = job(made, "calibrate", "scenes", "tiny")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(step.settings, "classes", 2)
+        patch.setitem(calibration.identity, "classes", 2)
         patch.setattr("pipeline.data.images.Images.counted", only_one_class)
         with pytest.raises(MicrotomeError, match=r"all .* images with a class .* have the class"):
-            calibrate.work_of(made, step)
+            work_of(calibration)

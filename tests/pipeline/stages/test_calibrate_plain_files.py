@@ -11,8 +11,8 @@ from pipeline.errors import MicrotomeError
 from pipeline.report.experiment import Experiment, Made
 from pipeline.stages.calibrate import page as page_of
 from pipeline.stages.calibrate.plain_files import calibrate, main, read
-from pipeline.stages.calibrate.results import Whole, tables, write_whole_network
-from pipeline.stages.calibrate.settings import Calibrate
+from pipeline.stages.calibrate.results import Calibrated, NetworkFacts, Whole, tables, write_whole_network
+from pipeline.stages.calibrate.settings import Calibrate, Fitting
 from pipeline.stages.calibrate.tasks import Judged
 from pipeline.stages.report import site
 from pipeline.storage.store import write
@@ -143,17 +143,19 @@ def test_what_spreadsheets_and_other_programs_write_is_read(tmp_path):
 @pytest.fixture
 def experiment(tmp_path):
     """Two networks with calibrations, one of them with a hostile data set name beside; nothing else."""
-    how = Calibrate(splits=3).model_dump()
+    section = Calibrate(splits=3)
     for name, batch_norm, depth in (("cnn", True, 7), ("vit", False, 18)):
         logits, labels = made(depth)
         np.savez(tmp_path / f"{name}.npz", logits=logits, labels=labels)
-        whole, found, methods = calibrate(read(tmp_path / f"{name}.npz"), how)
+        whole, found, methods = calibrate(read(tmp_path / f"{name}.npz"), section)
         folder = tmp_path / "results/scenes" / name
         folder.mkdir(parents=True)
-        network = {"depth": depth, "width": 8.0, "parameters": 100, "batch_norm": batch_norm}
-        network |= {"weight_decay": None, "steps": None}
-        facts = {"images": 240, "fit": 120, "test": 120, "all": whole.measures, "network": network}
-        write_whole_network(folder / "calibration.zarr", methods, whole, {**how, **facts})
+        network = NetworkFacts(
+            depth=depth, width=8.0, parameters=100, batch_norm=batch_norm, weight_decay=None, steps=None
+        )
+        facts = Calibrated(images=240, fit=120, test=120, all=whole.measures, network=network)
+        fitting = Fitting(methods=methods[1:], splits=3, share=section.share, bins=section.bins, penalty=None)
+        write_whole_network(folder / "calibration.zarr", methods, whole, fitting, facts)
         for split in range(3):
             write(folder / "calibration.zarr", {key: ((split, 0, 0), v[split : split + 1]) for key, v in found.items()})
         for file, data in tables(found, methods, whole).items():

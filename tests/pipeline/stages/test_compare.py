@@ -13,7 +13,7 @@ from experiments import labelled_images, run, segmentation, tiny
 from pipeline.config.networks import NetworkSpec
 from pipeline.errors import MicrotomeError
 from pipeline.networks.build import load
-from pipeline.stages.extract import replaced as earlier
+from pipeline.stages.extract import replaced
 from pipeline.upkeep import damage, unreferenced
 
 pytestmark = pytest.mark.usefixtures("workers")
@@ -72,10 +72,10 @@ def test_before_and_after(tmp_path):
     (other / "units.csv").write_bytes((other / "units.csv").read_bytes()[:-1])
     assert [found.file for found in damage.verify(made.results)] == [other / "units.csv"]
     with pytest.raises(MicrotomeError, match=r"units\.csv is not what was kept"):
-        earlier.kept(home)
+        replaced.kept(home)
     assert other not in unreferenced.folders(made.results)
     damage.repair(made.results)
-    assert earlier.kept(home) == [] and damage.verify(made.results) == []
+    assert replaced.kept(home) == [] and damage.verify(made.results) == []
     assert other in unreferenced.folders(made.results)
 
 

@@ -11,12 +11,10 @@ from experiments import VIT, run, scenes, shown, tiny
 
 from pipeline.errors import MicrotomeError
 from pipeline.networks import inspection
-from pipeline.plan import inspected as preflight
-from pipeline.plan import step as plan
+from pipeline.plan import inspected
 from pipeline.run import experiment as run_experiment
-from pipeline.run import forecast, planner
-from pipeline.run import preflight as run_preflight
-from pipeline.stages.network import stage as network
+from pipeline.run import forecast, planner, preflight
+from pipeline.stages.network.tasks import part_of
 
 STAGES = ("ingest", "network", "grams", "similarity")
 
@@ -65,7 +63,7 @@ def test_a_smaller_part_lies_within_a_larger_one():
     mask = rng.random(700) < 0.9
     label[:3] = [7, 7, 7]
     names = np.array([f"image {at}" for at in range(700)])
-    parts = [network.part_of(mask, label, names, fraction, 0) for fraction in (0.01, 0.1, 0.3, 0.99, 1.0)]
+    parts = [part_of(mask, label, names, fraction, 0) for fraction in (0.01, 0.1, 0.3, 0.99, 1.0)]
     for smaller, larger in itertools.pairwise(parts):
         assert (larger | ~smaller).all()
     np.testing.assert_array_equal(parts[-1], mask & (label >= 0))
@@ -73,9 +71,9 @@ def test_a_smaller_part_lies_within_a_larger_one():
         for one in (0, 1, 2, 3, 4, 7):
             there = (mask & (label == one)).sum()
             assert (part & (label == one)).sum() == max(1, round(fraction * there))
-    assert (network.part_of(mask, label, names, 0.1, 1) != parts[1]).any()
+    assert (part_of(mask, label, names, 0.1, 1) != parts[1]).any()
     # It goes by the ids: images that come move no other.
-    grown = network.part_of(np.append(mask, True), np.append(label, 7), np.append(names, "another"), 0.1, 0)
+    grown = part_of(np.append(mask, True), np.append(label, 7), np.append(names, "another"), 0.1, 0)
     assert (grown[:-1] == parts[1])[label != 7].all()
 
 
@@ -91,7 +89,7 @@ def test_ids_stay(tmp_path):
     del raw["similarity"]
     plain = planner.make(run_experiment.parse(raw))
     assert {path for path, step in plain.steps.items() if step.stage != "report"} < set(made.steps)
-    again = plan.Plan.read(made.save())
+    again = planner.read(planner.save(made))
     assert again.steps == made.steps and again.networks == made.networks
 
 
@@ -112,13 +110,13 @@ def test_what_a_run_would_take(tmp_path, monkeypatch):
         asked.extend(requests)
         return json.loads(json.dumps(inspection.answer(json.loads(json.dumps(requests)))))
 
-    monkeypatch.setattr(preflight, "in_own_process", in_own_process)
+    monkeypatch.setattr(inspected, "in_own_process", in_own_process)
     raw = experiment(tmp_path)
     raw["similarity"]["layers"] = {"cnn": "all"}
     made = planner.make(run_experiment.parse(raw))
-    run_preflight.check(made)
+    preflight.check(made)
     assert len(asked) == 1
-    costs = {cost.step.name: cost for cost in forecast.forecast(made)}
+    costs = {each.job.name: each.cost for each in forecast.forecast(made)}
     assert costs["grams scenes cnn-data0.5"].stores[0].raw == costs["grams scenes cnn"].stores[0].raw > 0
 
 
@@ -173,7 +171,7 @@ def test_only_keeps_it_with_its_network(tmp_path):
 
 def test_the_page_of_the_report(tmp_path, workers):
     from pipeline.stages.report.site import render
-    from pipeline.stages.similarity import page as page
+    from pipeline.stages.similarity import page
 
     made = run(experiment(tmp_path), *STAGES)
     compared = shown(made, "similarity", tmp_path / "report", formats=())

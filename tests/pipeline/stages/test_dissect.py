@@ -9,18 +9,22 @@ import numpy as np
 import pytest
 import xarray as xr
 import zarr
-from experiments import SIZE, labelled_images, lines, run, scenes, segmentation, tiny, write_image, write_label_map
+from experiments import SIZE, job, labelled_images, lines, run, scenes, segmentation, tiny, write_image, write_label_map
 
 from kernels.dissection.counts import Counts
 from pipeline.config.datasets import PRESETS
 from pipeline.data.listing import derangement, group
 from pipeline.errors import MicrotomeError
-from pipeline.stages.dissect import intersections, work
-from pipeline.stages.dissect import stage as dissect
+from pipeline.stages.concepts.results import Labelled
+from pipeline.stages.dissect import intersections, thresholds, work
 from pipeline.stages.dissect.intersections import joined
 from pipeline.stages.dissect.results import UNIT_COLUMNS, earlier_counts, write_layer
+from pipeline.stages.dissect.settings import Method
 from pipeline.stages.dissect.work import Concepts, Layer, Threshold, Wanted
+from pipeline.stages.extract.results import Extracted
+from pipeline.storage.store import StoreRef
 from pipeline.upkeep import damage
+from pipeline.workers import client
 
 pytestmark = pytest.mark.usefixtures("workers")
 NAMES = [f"street/{k:02}" for k in range(14)]
@@ -143,12 +147,17 @@ SETTINGS = [{"method": method} for method in PRESETS] + [
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: "-".join(map(str, s.values())))
 def test_against_the_definitions(tmp_path, settings):
     plan = run(segmentation(tmp_path, **hard_images(tmp_path), dissect=settings), *STAGES)
-    how = plan.config.datasets["photos"].dissect.resolved()
+    how = how_of(plan)
     for name, layer in layers_of(plan).items():
         check_layer(plan, how, layer, layer["iou"].parent, [row for row in units_of(plan) if row["layer"] == name])
         (permuted,) = set(layer["iou"].parent.parent.glob("dissect-*")) - {layer["iou"].parent}
         rows = [row for row in units_of(plan, "units-permuted.csv") if row["layer"] == name]
         check_layer(plan, how, layer, permuted, rows, permuted=True)
+
+
+def how_of(plan):
+    """The settings of the dissection, with those of its method."""
+    return plan.config.datasets["photos"].dissect.resolved().model_dump()
 
 
 def check_layer(plan, how, layer, folder, rows, permuted=False):
@@ -213,15 +222,13 @@ def test_a_derangement_is_one():
 
 def test_the_same_counts_in_any_order_and_cut_into_any_runs(tmp_path):
     plan = run(segmentation(tmp_path, **hard_images(tmp_path)), *STAGES)
-    step = next(plan.of_stage("dissect"))
-    images = dissect_images(plan, step)
-    _, extracted = plan.parent(step, "extract")
-    _, labelled = plan.parent(step, "concepts")
-    how = step.settings["dissect"]
+    own = job(plan, "dissect", "photos", "tiny")
+    images, extracted, labels = own.images, Extracted.of(own.parent("extract")), own.parent("concepts")
+    labelled, how = Labelled.of(labels), own.identity["dissect"]
     folder = plan.results / "photos"
-    concepts = work.concepts_of(folder, labelled)
-    layer = work.layer_of(plan, folder, extracted.result["layers"][0])
-    counted = work.counted_images(images, how["split"], extracted.result["shards"], labelled.result["refused"])
+    concepts = work.concepts_of(StoreRef.of_manifest(folder, "concepts.zarr", labels.files), labelled)
+    layer = work.layer_of(plan.results, folder, extracted.layers[0])
+    counted = work.counted_images(images, how["split"], extracted.shards, labelled.refused)
     threshold = opened(layers_of(plan)[layer.name]["thresholds"])["threshold"][:].astype(np.float16)
     wanted = [(layer, permuted, {one.shard for one in counted}, threshold) for permuted in (False, True)]
     results = []
@@ -238,12 +245,6 @@ def test_the_same_counts_in_any_order_and_cut_into_any_runs(tmp_path):
                 np.testing.assert_array_equal(getattr(other[key], name), values)
     stored = opened(layers_of(plan)[layer.name]["iou"])
     np.testing.assert_array_equal(results[0][layer.id, False].intersection.sum(0), stored["intersection"][:])
-
-
-def dissect_images(plan, step):
-    from pipeline.data.images import Images
-
-    return Images.of(plan, step)
 
 
 def everything(plan):
@@ -299,7 +300,7 @@ def test_the_same_settings_again_count_nothing(tmp_path, monkeypatch):
     before = everything(plan)
     (plan.results / next(plan.of_stage("dissect")).manifest).unlink()
     run(segmentation(tmp_path, dissect={"quantile": 0.2}), *STAGES)
-    monkeypatch.setattr(dissect, "client", None)  # no worker is needed
+    monkeypatch.setattr(client, "client", None)  # no worker is needed
     plan = run(raw, *STAGES)
     assert everything(plan) == before
 
@@ -307,13 +308,14 @@ def test_the_same_settings_again_count_nothing(tmp_path, monkeypatch):
 def test_another_least_iou_costs_no_pass_over_the_activations(tmp_path, monkeypatch):
     labelled_images(tmp_path, NAMES)
     before = units_of(run(segmentation(tmp_path, dissect={"quantile": 0.2, "min_iou": 0.0}), *STAGES))
-    original, tasks = dissect.run_tasks, []
+    original, tasks = intersections.run_tasks, []
 
     def noted(client, function, todo, total, label):
         tasks.extend(todo := list(todo))
         return original(client, function, todo, total, label)
 
-    monkeypatch.setattr(dissect, "run_tasks", noted)
+    for module in (intersections, thresholds):
+        monkeypatch.setattr(module, "run_tasks", noted)
     after = units_of(run(segmentation(tmp_path, dissect={"quantile": 0.2, "min_iou": 0.2}), *STAGES))
     assert tasks == []
     assert [row["iou"] for row in after] == [row["iou"] for row in before]
@@ -323,12 +325,13 @@ def test_another_least_iou_costs_no_pass_over_the_activations(tmp_path, monkeypa
 
 def test_earlier_counts_are_taken_over_whatever_the_order_of_the_categories(tmp_path):
     random = np.random.default_rng(0)
-    concepts = Concepts(tmp_path, {}, ("truth/part", "truth/object"), (0, 1), ("a", "b", "c"), (1, 2, 3), (0, 0, 1))
+    nowhere = StoreRef(tmp_path, {})
+    concepts = Concepts(nowhere, ("truth/part", "truth/object"), (0, 1), ("a", "b", "c"), (1, 2, 3), (0, 0, 1))
     shapes = ((2, 4, 3), (2, 4), (2, 4, 2), (2, 3), (2,), (2, 2))
     counts = Counts(*(random.integers(1, 99, shape) for shape in shapes))
-    layer = Layer("conv", "id", tmp_path / "activations.zarr", {}, (4, 1, 1), 1.0, "digest")
+    layer = Layer("conv", "id", StoreRef(tmp_path / "activations.zarr", {}), (4, 1, 1), 1.0, "digest")
     one = Wanted(layer, False, (), "thresholds", {"truth/part": "p", "truth/object": "o"}, "id")
-    how = PRESETS["standard"] | {"min_iou": 0.04}
+    how = Method.read(PRESETS["standard"] | {"method": "standard", "min_iou": 0.04, "split": "validation"})
     write_layer(
         one, Threshold(np.zeros(4, np.float16), np.zeros(4, np.int64), 1), counts, concepts, how, list(one.labels)
     )
@@ -343,7 +346,7 @@ def test_another_source_of_concepts_is_counted_beside_the_first(tmp_path):
     first = opened(layers_of(before)["b"]["iou"])["intersection"][:]
     raw = segmentation(tmp_path, dissect={"quantile": 0.2}, concepts=["truth", "pixels"])
     plan = run(raw, *STAGES)
-    how = plan.config.datasets["photos"].dissect.resolved()
+    how = how_of(plan)
     for name, layer in layers_of(plan).items():
         rows = [row for row in units_of(plan) if row["layer"] == name]
         check_layer(plan, how, layer, layer["iou"].parent, rows)
@@ -375,7 +378,7 @@ def test_a_network_that_shares_layers_shares_their_dissection(tmp_path, monkeypa
     run(raw, *STAGES)
     raw["networks"]["twin"] = tiny(tmp_path)
     run(raw, "ingest", "concepts", "network", "extract")
-    monkeypatch.setattr(dissect, "client", None)
+    monkeypatch.setattr(client, "client", None)
     plan = run(raw, *STAGES)
     assert layers_of(plan, "twin") == layers_of(plan)
     assert units_of(plan, network="twin") == units_of(plan)

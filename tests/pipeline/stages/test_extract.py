@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import zarr
-from experiments import SIZE, labelled_images, lines, run, scenes, segmentation, tiny, write_image
+from experiments import SIZE, job, labelled_images, lines, run, scenes, segmentation, tiny, write_image
 from PIL import Image
 
 from pipeline.data.images import Images
@@ -16,7 +16,6 @@ from pipeline.errors import MicrotomeError
 from pipeline.networks import forward, prepare
 from pipeline.networks.build import load
 from pipeline.networks.layers import Recorder
-from pipeline.plan import job
 from pipeline.run import experiment
 from pipeline.run.planner import make
 from pipeline.stages.extract import layers as extract_layers
@@ -81,9 +80,9 @@ def plan_of(raw):
 
 def tasks_of(plan):
     """The tasks of an extraction, as `run` makes them, into stores of their own."""
-    step = next(plan.of_stage("extract"))
-    images, model = Images.of(plan, step), job.model_of(plan, step)
-    prepared = prepare.prepare(model, images.size, extract.VERSION)
+    wanted = job(plan, "extract", "photos", "tiny")
+    images, model, settings = wanted.images, wanted.model, wanted.settings
+    prepared = prepare.prepare(model, images.size, settings.layers, settings.special_tokens, extract.VERSION)
 
     def into(folder):
         layers = [extract_layers.Layer(id, folder / id / "activations.zarr", *rest) for id, *rest in prepared.layers]
@@ -405,9 +404,9 @@ def test_weights_that_are_not_what_was_written_are_refused(tmp_path):
     data = bytearray(file.read_bytes())
     data[-1] ^= 1  # the last bit of a weight: still a finite number
     file.write_bytes(data)
-    step = next(step for step in plan.of_stage("extract") if step.network == "tiny")
+    wanted = job(plan, "extract", "photos", "tiny")
     with pytest.raises(MicrotomeError, match=r"model\.safetensors is not what was written"):
-        extract.run(plan, step)
+        wanted.stage.run(wanted)
 
 
 def test_a_bound_counts_images_and_not_shards():

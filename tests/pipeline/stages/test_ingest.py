@@ -195,7 +195,7 @@ def test_an_ingest_cut_short_among_appended_images_keeps_all_slots(tmp_path, mon
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.stages.ingest.stage.run_tasks", killed)
+        patch.setattr("pipeline.workers.resumable.run_tasks", killed)
         with pytest.raises(KeyboardInterrupt):
             run(imagefolder(tmp_path), "ingest")
     run(imagefolder(tmp_path), "ingest")

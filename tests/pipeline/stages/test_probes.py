@@ -12,18 +12,19 @@ import pytest
 import torch
 import xarray as xr
 import zarr
-from experiments import VIT, copied, labelled_images, lines, run, scenes, segmentation, shown, tiny, write_image
+from experiments import VIT, copied, job, labelled_images, lines, run, scenes, segmentation, shown, tiny, write_image
 
-from pipeline.data.images import Images
 from pipeline.errors import MicrotomeError
 from pipeline.networks.build import load
 from pipeline.networks.forward import normalise
 from pipeline.networks.layers import Recorder, resolve, to_maps
-from pipeline.plan.job import model_of
 from pipeline.run import experiment as run_experiment
 from pipeline.run import planner
-from pipeline.stages.probes import stage as probes
+from pipeline.stages.extract.results import Extracted
 from pipeline.stages.probes import tasks
+from pipeline.stages.probes.division import PARTS, divide, picks, ranks
+from pipeline.stages.probes.stage import STAGE, layers_of
+from pipeline.storage.store import StoreRef
 from pipeline.workers import client
 
 pytestmark = pytest.mark.usefixtures("workers")
@@ -91,15 +92,13 @@ def plain_right(x, label, fit, choose, test, classes=12):
 
 
 def the_division(made, network="vit", dataset="scenes"):
-    step = made.step("probes", dataset, network)
-    images = Images.of(made, step)
-    classes = made.parent(step, "ingest")[1].result["classes"]
-    return probes.divide(images, np.asarray(images.reader()["label"][:]), step.settings["probes"], classes, step.name)
+    probes = job(made, "probes", dataset, network)
+    return divide(probes.images, probes.settings.probes, probes.name)
 
 
 def test_accuracies_are_those_of_plain_forwards_and_least_squares(made):
     division = the_division(made)
-    parts = {part: division.slots(part) for part in tasks.PARTS}
+    parts = {part: division.slots(part) for part in PARTS}
     label = division.label
     images = xr.open_zarr(made.results / "scenes/images.zarr")
     assert set(images.split.values[parts["test"]]) == {"validation"} and len(parts["test"]) == 40
@@ -151,7 +150,7 @@ def test_intervals_and_table(made):
     division = the_division(made)
     test = division.slots("test")
     assert found.attrs["network_accuracy"] == pytest.approx((logits[test].argmax(1) == division.label[test]).mean())
-    assert found.attrs["counted"] == {part: len(division.slots(part)) for part in tasks.PARTS}
+    assert found.attrs["counted"] == {part: len(division.slots(part)) for part in PARTS}
     few = found.probe_accuracy.sel(features="pooled", shots="1").isel(layer=1, position=0).values
     half = 3.182446 * few.std(ddof=1) / 2  # the quantile of Student's t with 3 degrees of freedom
     cell = found.isel(layer=1).sel(features="pooled", shots="1")
@@ -178,15 +177,14 @@ def test_intervals_and_table(made):
 
 def test_read_and_computed_features_are_the_same_bits(made):
     for network in ("cnn", "vit"):
-        step = made.step("probes", "scenes", network)
-        images, model = Images.of(made, step), model_of(made, step)
-        _, extracted = made.parent(step, "extract")
-        prepared = tasks.prepare(model, images.size, [entry["name"] for entry in extracted.result["layers"]])
-        folder = made.results / "scenes" / network
-        layers = probes.layers_of(made, step, prepared.infos, extracted.result["layers"], folder)
-        for shard in extracted.result["shards"]:
+        own = job(made, "probes", "scenes", network)
+        images, extracted = own.images, Extracted.of(own.parent("extract"))
+        prepared = tasks.prepare(own.model, images.size, [layer.name for layer in extracted.layers])
+        layers = layers_of(own, prepared, extracted.layers)
+        for shard in extracted.shards:
             start, stop = images.range(shard)
-            values = tasks.computed(model, images.store, images.files_of(shard), (start, stop), layers)
+            pixels = StoreRef(images.store, images.files_of(shard))
+            values = tasks.computed(own.model, pixels, (start, stop), layers)
             for layer in layers:
                 kept = zarr.open_group(layer.features, mode="r", use_consolidated=False)["feature"][start:stop]
                 np.testing.assert_array_equal(values[layer.id], kept)
@@ -229,7 +227,7 @@ def test_the_same_bits_for_any_workers_and_after_a_cut(made, tmp_path, monkeypat
     assert len(good) == shards, "four shards were made again"
 
     for network in ("cnn", "vit"):
-        for path in probes.discard(made, made.step("probes", "scenes", network)):
+        for path in STAGE.made(job(made, "probes", "scenes", network)):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         (made.results / made.step("probes", "scenes", network).manifest).unlink()
     monkeypatch.setenv(client.ADDRESS, two_workers)
@@ -249,7 +247,7 @@ def test_other_probes_cost_no_forward(made, tmp_path):
     assert not np.array_equal(opened(made, "vit").accuracy.sel(shots=["1", "2", "full"]), old, equal_nan=True)
     # Other weights: of this network alone.
     raw["networks"]["vit"]["seed"] = 2
-    assert probes.pending(made, made.step("probes", "scenes", "vit")) == (0, 24)
+    assert STAGE.pending(job(made, "probes", "scenes", "vit")) == (0, 24)
     made = run(raw, *STAGES)
     assert features_made(made, "cnn") == before[0] and len(features_made(made, "vit")) == 4
     assert len({layer.stem for layer in (made.results / "scenes/vit/probe-features").glob("*.zarr")}) == 4
@@ -283,18 +281,18 @@ def test_a_changed_image_costs_its_shard(tmp_path):
 
 def test_a_split_with_two_purposes_is_divided_by_the_ids_alone():
     names = [f"image {i}" for i in range(4000)]
-    place = tasks.ranks(names, 0, "part")
-    np.testing.assert_array_equal(tasks.ranks(names[::-1], 0, "part")[::-1], place)
+    place = ranks(names, 0, "part")
+    np.testing.assert_array_equal(ranks(names[::-1], 0, "part")[::-1], place)
     assert abs((place < 2.0**64 * 0.2).mean() - 0.2) < 0.03
-    assert (tasks.ranks(names, 1, "part") != place).all()
+    assert (ranks(names, 1, "part") != place).all()
     label = np.arange(4000) % 7
     slots = np.arange(10, 4010)
-    picked = tasks.picks(slots, label, names, 8, 5, 3, 0)
+    picked = picks(slots, label, names, 8, 5, 3, 0)
     assert picked.shape == (3, 8, 5) and (picked[:, 7] == -1).all(), "a class without images"
     for draw in picked:
         assert len(np.unique(draw[:7])) == 35 and (label[draw[:7] - 10] == np.arange(7)[:, None]).all()
     assert (picked[0] != picked[1]).any()
-    np.testing.assert_array_equal(tasks.picks(slots, label, names, 8, 2, 3, 0), picked[..., :2])
+    np.testing.assert_array_equal(picks(slots, label, names, 8, 2, 3, 0), picked[..., :2])
 
 
 def test_where_single_positions_are():
@@ -439,7 +437,7 @@ def test_other_steps_keep_their_ids_and_only_narrows(tmp_path):
 
 def test_the_page_of_the_report(made, tmp_path):
     from pipeline.report.experiment import Experiment
-    from pipeline.stages.probes import page as page
+    from pipeline.stages.probes import page
     from pipeline.stages.report.site import render
 
     probed = shown(made, "probes", tmp_path / "report")

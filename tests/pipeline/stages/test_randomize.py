@@ -2,13 +2,14 @@
 
 import csv
 import json
+from pathlib import Path
 from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 import xarray as xr
-from experiments import lines, run, scenes, shown
+from experiments import job, lines, run, scenes, shown
 
 import pipeline
 from pipeline.config.networks import NetworkSpec
@@ -16,9 +17,12 @@ from pipeline.errors import MicrotomeError
 from pipeline.networks.build import build
 from pipeline.networks.checkpoint import read
 from pipeline.run import experiment as run_experiment
-from pipeline.run import planner
+from pipeline.run import planner, preflight
 from pipeline.stages.randomize import tasks
+from pipeline.stages.randomize.found import TABLE_1, Run
+from pipeline.stages.randomize.results import How, Told
 from pipeline.stages.randomize.settings import Corruption
+from pipeline.stages.randomize.stage import data_of, runs_of
 from pipeline.stages.randomize.tasks import corrupted
 from pipeline.stages.randomize.training import Sets
 from pipeline.upkeep import damage, unreferenced
@@ -89,7 +93,7 @@ def test_what_is_written(tmp_path):
     assert rows["random"]["random_crop"] == "True" and rows["half"]["share"] == "0.5" and rows["true"]["share"] == ""
     assert (found.seconds.values > 0).all()
     assert pipeline.open_results(made.results).randomization["noise"].sizes["run"] == 3
-    manifest = made.manifest(made.step("randomize", comparison="noise"))
+    manifest = made.manifest(made.step("randomize", experiment="noise"))
     assert not list((made.results / "randomization/noise/runs").glob("*/checkpoint.pt"))
     assert damage.verify(made.results) == []
     # The accuracy is that of the weights that are kept.
@@ -135,7 +139,7 @@ def test_the_same_bits_after_a_cut_and_for_any_workers(tmp_path, monkeypatch, tw
     made = run(raw, *STAGES)
     folder = made.results / "randomization/noise"
     before = {name: (folder / name).read_bytes() for name in stored(made)}
-    step = made.step("randomize", comparison="noise")
+    step = made.step("randomize", experiment="noise")
     digest = made.manifest(step).digest
     (made.results / step.manifest).unlink()
     ledger = folder / "runs.ledger"
@@ -148,7 +152,7 @@ def test_the_same_bits_after_a_cut_and_for_any_workers(tmp_path, monkeypatch, tw
 
 
 def stored(made):
-    files = made.manifest(made.step("randomize", comparison="noise")).files
+    files = made.manifest(made.step("randomize", experiment="noise")).files
     return [name for name in files if "/seconds/c/" not in name]
 
 
@@ -156,14 +160,11 @@ def test_a_killed_run_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
     raw = experiment(tmp_path, {"true": {"network": "small"}}, checkpoint_seconds=0, epochs=6)
     made = run(raw, *STAGES)
     whole, id = curves(made), table(made)["true"]["id"]
-    step = made.step("randomize", comparison="noise")
-    from pipeline.data.images import Images
-    from pipeline.stages.randomize import stage as randomize
-
     # The worker ends after three epochs: nothing but the checkpoint is there.
-    data = randomize.data_of(Images.of(made, step), step)
+    of_noise = job(made, "randomize", experiment="noise")
+    data = data_of(of_noise.images, of_noise)
     folder = tmp_path / "elsewhere"
-    one = randomize.runs_of(made, step, data, folder)["true"]
+    one = runs_of(of_noise, data, folder)["true"]
     assert one.id == id
     begun = []
 
@@ -247,8 +248,9 @@ def test_a_run_is_a_network_of_the_configuration(tmp_path):
 
 def test_the_page_of_the_report(tmp_path):
     from pipeline.report.experiment import Experiment
-    from pipeline.stages.randomize import page as page
-    from pipeline.stages.randomize.found import over_share, read_randomization
+    from pipeline.stages.randomize import page
+    from pipeline.stages.randomize.figures import over_share
+    from pipeline.stages.randomize.found import read_randomization
     from pipeline.stages.report.site import render
 
     raw = experiment(tmp_path)
@@ -277,35 +279,32 @@ def test_the_page_of_the_report(tmp_path):
     assert page.pages(Experiment(plan_made.results, tmp_path / "report", "None", ())) == []
 
 
-def test_the_paper_s_numbers_stand_beside_the_same_runs():
-    from pipeline.stages.randomize.found import TABLE_1, Run
+def of_the_table(how, parameters, batch_norm=False):
+    """A run of which only these facts are known."""
+    return Run("x", Told.model_construct(how=how, parameters=parameters, batch_norm=batch_norm), {})
 
-    how = {"corruption": "true_labels", "share": None, "random_crop": True, "weight_decay": 5e-4, "dropout": None}
-    facts = {"how": how, "parameters": 1_387_786, "batch_norm": False}
-    assert Run("x", facts, {}).paper == (0.9990, 0.8122)
-    assert Run("x", facts | {"parameters": 1_387_787}, {}).paper is None
-    assert Run("x", facts | {"how": how | {"dropout": 0.5}}, {}).paper is None
-    assert Run("x", facts | {"how": how | {"corruption": "gaussian"}}, {}).paper is None
+
+def test_the_paper_s_numbers_stand_beside_the_same_runs():
+    how = {"corruption": "true_labels", "random_crop": True, "weight_decay": 5e-4, "seed": 0, "crop": 28}
+    assert of_the_table(How(**how), 1_387_786).paper == (0.9990, 0.8122)
+    assert of_the_table(How(**how), 1_387_787).paper is None
+    assert of_the_table(How(**how, dropout=0.5), 1_387_786).paper is None
+    assert of_the_table(How(**how | {"corruption": "gaussian"}), 1_387_786).paper is None
     assert len(TABLE_1) == 19
 
 
 def test_the_full_table_s_configuration_is_the_paper_s():
-    from pathlib import Path
-
-    from pipeline.stages.randomize.found import TABLE_1, Run
-
     asked = run_experiment.load(Path("config/noise-cifar10.yaml")).randomize["zhang2017"]
     networks = {name: build(NetworkSpec.of(spec)) for name, spec in asked.networks.items()}
-    facts = {}
+    beside = set()
     for name, one in asked.runs.items():
-        network = networks[one.network]
-        facts[name] = {
-            "how": asked.fitting(name) | {"corruption": one.corruption, "share": one.share},
-            "parameters": sum(each.numel() for each in network.parameters()),
-            "batch_norm": any(key.endswith("running_var") for key in network.state_dict()),
-        }
-        assert asked.fitting(name)["learning_rate"] == (0.1 if name.startswith("inception") else 0.01)
-    assert {Run(name, each, {}).paper for name, each in facts.items()} == set(TABLE_1.values())
+        network, how = networks[one.network], asked.hyperparameters(name)
+        how = How(**how.written(), corruption=one.corruption, share=one.share, seed=one.seed, crop=asked.crop)
+        parameters = sum(each.numel() for each in network.parameters())
+        batch_norm = any(key.endswith("running_var") for key in network.state_dict())
+        beside.add(of_the_table(how, parameters, batch_norm).paper)
+        assert how.learning_rate == (0.1 if name.startswith("inception") else 0.01)
+    assert beside == set(TABLE_1.values())
 
 
 def test_corruptions_of_a_run():
@@ -417,8 +416,6 @@ def test_one_class_is_refused(tmp_path):
 
 
 def test_networks_are_inspected_before_any_work(tmp_path):
-    from pipeline.run import preflight
-
     raw = experiment(tmp_path)
     raw["networks"]["tiny"]["datasets"] = []
     networks = raw["randomize"]["noise"]["networks"]
@@ -436,7 +433,7 @@ def test_other_steps_keep_their_ids(tmp_path):
     del raw["randomize"]
     plain = planner.make(run_experiment.parse(raw))
     assert {path for path, step in plain.steps.items() if step.stage != "report"} < set(made.steps)
-    assert made.step("randomize", comparison="noise").manifest.startswith("randomization/noise/done/randomize.")
+    assert made.step("randomize", experiment="noise").manifest.startswith("randomization/noise/done/randomize.")
 
 
 def test_only_keeps_the_experiments_that_it_needs(tmp_path):

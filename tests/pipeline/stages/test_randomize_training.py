@@ -14,7 +14,7 @@ from kernels.images.whiten import whiten
 from pipeline.errors import MicrotomeError
 from pipeline.networks.training.repeatable import order
 from pipeline.stages.randomize import training
-from pipeline.stages.randomize.settings import FITTING
+from pipeline.stages.randomize.settings import How
 from pipeline.stages.randomize.training import Sets, Training, repeatable, train
 
 
@@ -34,7 +34,7 @@ def network(dropout=0.0):
 
 
 def settings(**changes):
-    return FITTING | {"seed": 1, "crop": 8, "batch_size": 16, "epochs": 3, "learning_rate": 0.02} | changes
+    return How(**{"seed": 1, "crop": 8, "batch_size": 16, "epochs": 3, "learning_rate": 0.02} | changes)
 
 
 @pytest.fixture(autouse=True)
@@ -133,7 +133,7 @@ def test_side_by_side_each_run_is_as_alone():
     train(together)
     for one, other in zip(alone, together, strict=True):
         assert one.curve.loss == other.curve.loss and bits(one.network) == bits(other.network)
-        assert len(other.curve) == other.how["epochs"]
+        assert len(other.curve) == other.how.epochs
 
 
 class NoLookingBack(TorchDispatchMode):

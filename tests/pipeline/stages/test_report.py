@@ -7,6 +7,7 @@ import html.parser
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,12 @@ from report_results import write_results
 
 from pipeline.config.report import Figures, Report
 from pipeline.errors import MicrotomeError
+from pipeline.plan import stage
 from pipeline.report.experiment import Experiment, Made
-from pipeline.report.page import Page
-from pipeline.stages.report import pages, site
+from pipeline.stages.dissect import cards
+from pipeline.stages.registry import STAGES
+from pipeline.stages.report import site
+from pipeline.stages.report.pages import declared
 from pipeline.stages.report.site import build
 from pipeline.storage.manifest import Manifest, write_file
 from pipeline.storage.read_back import read_text
@@ -31,7 +35,27 @@ MODEL = {
     "accuracy": {"train": 0.99, "validation": 0.977},
     "curve": [{"step": 0, "loss": 2.5, "accuracy": 0.1}, {"step": 10, "loss": 1.0, "accuracy": None}],
 }
+DECLARED = declared(STAGES.values())
 COMMAND = "snakemake report --configfile config/mine.yaml"
+
+
+MINE = """
+from pipeline.report.page import Page
+
+
+def pages(experiment):
+    (experiment.out / "tables/mine.csv").write_text("a\\n1\\n")
+    values = {"answer": f"<{len(experiment.of_stage('mine'))}>"}
+    findings = ["Without unit 3, <b> loses 2 %."]
+    return [Page("mine.html", "Mine & more", "mine.html.j2", values, "About it.", findings, files=["tables/mine.csv"])]
+"""
+OTHER = """
+from pipeline.report.page import Page
+
+
+def pages(experiment):
+    return [Page("mine.html", "Other", "mine.html.j2", {"answer": ""})]
+"""
 
 
 class Html(html.parser.HTMLParser):
@@ -86,7 +110,7 @@ def experiment(results: Path, *networks: str, title: str = "A report", **changes
 
 def report(results: Path, *networks: str, **changes: Any) -> Path:
     wanted = experiment(results, *networks, **changes)
-    build(wanted)
+    build(wanted, DECLARED)
     return wanted.out
 
 
@@ -119,7 +143,7 @@ def test_nothing_from_data_is_interpreted(hostile: Path, name: str) -> None:
     page = Html(hostile / name)
     assert not [key for _, attrs in page.tags for key in attrs if key.startswith("on") or key == "style"]
     assert HOSTILE in page.text  # it is shown, as text
-    ours = (site.TEMPLATES / "browser.js").read_text(encoding="utf-8")
+    ours = (Path(cards.__file__).parent / "templates/browser.js").read_text(encoding="utf-8")
     scripts = [text for kind, text in page.blocks if kind != "application/json"]
     assert scripts == ([ours] if name.startswith("network") else [])
     for kind, text in page.blocks:
@@ -132,7 +156,7 @@ def test_nothing_from_data_is_interpreted(hostile: Path, name: str) -> None:
 def test_a_name_cannot_turn_the_text_after_it_around(tmp_path: Path, control: str) -> None:
     results = write_results(tmp_path, {"cnn": [("a", 6)]}, concepts=[(f"tree{control}", "truth/object")])
     made = (Made("dissect", "scenes", "cnn"),)
-    build(Experiment(results, tmp_path / "report", f"Mine{control}", made, figures=Figures(formats=[])))
+    build(Experiment(results, tmp_path / "report", f"Mine{control}", made, figures=Figures(formats=[])), DECLARED)
     for page in (tmp_path / "report").glob("*.html"):
         text = page.read_text()
         assert control not in text and f"\\u{ord(control):x}" not in text and "Mine\ufffd" in text
@@ -293,7 +317,8 @@ def test_several_data_sets_and_names_that_look_alike(tmp_path: Path) -> None:
         write_results(tmp_path, {network: [("stem", 2)]}, dataset=dataset)
     made = (Made("dissect", "a-b", "c"), Made("dissect", "a", "b-c"))
     out = tmp_path / "report"
-    assert [page.title for page in build(Experiment(tmp_path, out, "Two", made))][1:3] == ["c on a-b", "b-c on a"]
+    site_of = build(Experiment(tmp_path, out, "Two", made), DECLARED)
+    assert [page.title for page in site_of][1:3] == ["c on a-b", "b-c on a"]
     assert (out / "network-a-b-c.html").exists() and (out / "network-a-b-c-2.html").exists()
     assert len(list((out / "units").iterdir())) == 2
 
@@ -326,19 +351,14 @@ def test_a_stage_adds_its_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     (tmp_path / "templates/mine.html.j2").write_text(
         '{% extends "page.html.j2" %}{% block content %}<p>{{ answer }} from {{ experiment.title }}</p>{% endblock %}'
     )
-    monkeypatch.setattr(site, "FOLDERS_OF_TEMPLATES", (site.TEMPLATES, tmp_path / "templates"))
-
-    def mine(experiment: Experiment) -> list[Page]:
-        (experiment.out / "tables/mine.csv").write_text("a\n1\n")
-        values = {"answer": f"<{len(experiment.of_stage('mine'))}>"}
-        findings = ["Without unit 3, <b> loses 2 %."]
-        return [
-            Page("mine.html", "Mine & more", "mine.html.j2", values, "About it.", findings, files=["tables/mine.csv"])
-        ]
-
-    monkeypatch.setattr(site, "pages", lambda experiment: [*pages.pages(experiment), *mine(experiment)])
+    (tmp_path / "my_page.py").write_text(MINE)
+    (tmp_path / "my_other_page.py").write_text(OTHER)
+    monkeypatch.syspath_prepend(tmp_path)
+    mine = stage.Page("my_page", 15)
     wanted = experiment(results, "cnn")
-    written = site.written(build(wanted))
+    pages = build(wanted, declared([*STAGES.values(), replace(STAGES["ingest"], pages=(mine,))]))
+    assert [page.title for page in pages][1:3] == ["cnn", "Mine & more"], "between the pages 10 and 20"
+    written = site.written(pages)
     assert {"mine.html", "tables/mine.csv", "index.html", "tables/units-scenes-cnn.csv"} < set(written)
     assert all((wanted.out / file).is_file() for file in written)
     assert "<0> from A report" in Html(wanted.out / "mine.html").words
@@ -346,9 +366,7 @@ def test_a_stage_adds_its_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert "Mine & more" in index.words and "Without unit 3, <b> loses 2 %." in index.words
     assert "mine.html" in index.links()
     with pytest.raises(MicrotomeError, match=r"two pages of the report are named mine\.html: Mine & more and Other"):
-        other = Page("mine.html", "Other", "mine.html.j2", {"answer": ""})
-        monkeypatch.setattr(site, "pages", lambda experiment: [*mine(experiment), other])
-        build(wanted)
+        build(wanted, [mine, stage.Page("my_other_page", 16)])
 
 
 def test_missing_and_mixed_up_files_are_refused(tmp_path: Path) -> None:

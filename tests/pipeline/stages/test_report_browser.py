@@ -17,6 +17,8 @@ from report_results import write_results
 
 from pipeline.config.report import Figures, Report
 from pipeline.report.experiment import Experiment, Made
+from pipeline.stages.registry import STAGES
+from pipeline.stages.report.pages import declared
 from pipeline.stages.report.site import build
 
 selenium = pytest.importorskip("selenium", reason="selenium is not installed")
@@ -113,7 +115,7 @@ def report_of(folder: Path, layers: list[tuple[str, int]], cards: int, title: st
     steps = tuple(Made("dissect", "scenes", name, seconds=2.0) for name in ("cnn", "cnn-untrained"))
     how = {"report": Report(cards=cards), "figures": Figures(formats=[])}
     experiment = Experiment(results, results / "report", title, steps, **how)
-    build(experiment)
+    build(experiment, declared(STAGES.values()))
     return experiment.out
 
 

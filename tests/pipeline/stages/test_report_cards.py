@@ -15,7 +15,7 @@ from report_results import SCALE, write_results
 from pipeline.config.report import Report
 from pipeline.report.experiment import Experiment, Made
 from pipeline.stages.dissect import cards
-from pipeline.stages.dissect.found import Unit
+from pipeline.stages.dissect.found import Unit, networks
 from pipeline.stages.extract import pictures
 
 
@@ -135,7 +135,7 @@ def test_pictures_show_the_extracted_valid_images_of_the_split_with_their_masks(
     monkeypatch.setattr(cards, "UNITS_AT_ONCE", 2)
     experiment = Experiment(results, tmp_path / "out", "", (Made("dissect", "scenes", "cnn"),), report=Report(cards=5))
     (experiment.out / "units").mkdir(parents=True)
-    dissection = experiment.networks[0].trained
+    dissection = networks(experiment)[0].trained
     drawn = cards.draw_cards(experiment, dissection)
 
     assert set(drawn) == {(u.layer, u.unit) for u in cards.best_units(dissection.units, 5)}

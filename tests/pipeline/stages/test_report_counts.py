@@ -17,10 +17,10 @@ from pipeline.stages.ablate.found import Ablation
 from pipeline.stages.ablate.page import Section, finding
 from pipeline.stages.dissect import sentences
 from pipeline.stages.dissect.counting import categories, count_concepts, count_detectors
-from pipeline.stages.dissect.detectors import short_names
 from pipeline.stages.dissect.figures import share_above
-from pipeline.stages.dissect.found import Unit
+from pipeline.stages.dissect.found import Unit, short_names
 from pipeline.stages.dissect.tables import DETECTOR_COLUMNS, UNIT_COLUMNS, by_iou, detector_rows, write_units
+from pipeline.stages.report.overview import images
 from pipeline.stages.report.provenance import flatten
 
 
@@ -152,7 +152,7 @@ def test_times_are_readable() -> None:
 def test_what_a_data_set_holds() -> None:
     facts = {"size": [48, 64], "splits": {"train": {"0": 64, "3": 936}, "validation": {"1": 7}}}
     said = "streets: 1\u202f007 images of 64 × 48 pixels (train 1\u202f000, validation 7)."
-    assert sentences.images(Made("ingest", "streets", result=facts)) == said
+    assert images(Made("ingest", "streets", result=facts)) == said
 
 
 def test_short_names_stay_distinct() -> None:

@@ -21,10 +21,9 @@ from pipeline.networks import inspection
 from pipeline.networks.build import load
 from pipeline.networks.forward import normalise
 from pipeline.networks.layers import resolve
-from pipeline.plan import inspected as preflight
+from pipeline.plan import inspected
 from pipeline.run import experiment as run_experiment
-from pipeline.run import forecast, planner
-from pipeline.run import preflight as run_preflight
+from pipeline.run import forecast, planner, preflight
 from pipeline.stages.sight.tasks import gradients
 from pipeline.workers import client
 
@@ -452,14 +451,14 @@ def test_configurations_that_are_refused(tmp_path, change, message):
 
 
 def test_unknown_layers_are_refused_before_any_work(tmp_path, monkeypatch):
-    monkeypatch.setattr(preflight, "in_own_process", lambda _, requests, what: inspection.answer(requests))
+    monkeypatch.setattr(inspected, "in_own_process", lambda _, requests, what: inspection.answer(requests))
     raw = experiment(tmp_path, layers={"cnn": ["a", "bb"]}, networks=["cnn"])
     with pytest.raises(MicrotomeError, match=r"cnn.*layer 'bb' is not in"):
-        run_preflight.check(planner.make(run_experiment.parse(raw)))
+        preflight.check(planner.make(run_experiment.parse(raw)))
     raw["sight"]["layers"] = {"cnn": "all"}
     made = planner.make(run_experiment.parse(raw))
-    run_preflight.check(made)
-    costs = {cost.step.name: cost for cost in forecast.forecast(made)}
+    preflight.check(made)
+    costs = {each.job.name: each.cost for each in forecast.forecast(made)}
     assert (costs["sight scenes cnn"].images, costs["sight scenes cnn"].tasks) == (16, 3)
 
 
@@ -514,7 +513,7 @@ def test_other_steps_keep_their_ids(tmp_path):
 def test_the_page_of_the_report(made, tmp_path):
     from pipeline.report.experiment import Experiment
     from pipeline.stages.report.site import render
-    from pipeline.stages.sight import page as page
+    from pipeline.stages.sight import page
 
     of_sight = shown(made, "sight", tmp_path)
     (found,) = page.pages(of_sight)

@@ -14,7 +14,7 @@ import zarr
 from experiments import VIT, hsic1, labelled_images, lines, run, scenes, segmentation, shown, tiny, write_image
 
 import pipeline
-from pipeline.data.minibatches import minibatches
+from pipeline.data.minibatches import Batching, minibatches
 from pipeline.errors import MicrotomeError
 from pipeline.networks.build import load
 from pipeline.networks.forward import normalise
@@ -200,7 +200,7 @@ def test_the_same_bits_for_any_workers_and_after_a_cut(tmp_path, monkeypatch, tw
     made = run(raw, *STAGES)
     before = contents(made)
     assert sum("grams.zarr/gram/c" in name for name in before) == 6 and any("cka.csv" in name for name in before)
-    for step in (made.step("grams", "scenes", "vit"), made.step("similarity", comparison="both")):
+    for step in (made.step("grams", "scenes", "vit"), made.step("similarity", experiment="both")):
         (made.results / step.manifest).unlink()
     ledger = made.results / "scenes/vit/grams.ledger"
     whole = ledger.read_bytes().splitlines(keepends=True)
@@ -271,7 +271,7 @@ def test_a_constant_layer_is_said_to_be(tmp_path):
     assert np.isnan(found.cka.values[0]).all() and np.isfinite(found.cka.values[1:, 1:]).all()
     assert str(found.note.values[0, 1]) == "cnn/0: the same for all images of a minibatch"
     assert found.note.values[1, 2] == ""
-    facts = made.manifest(made.step("similarity", comparison="both")).result
+    facts = made.manifest(made.step("similarity", experiment="both")).result
     assert facts["undefined"] == ["cnn/0"] and facts["uniformity"]["cnn"] == [None, None]
     with (made.results / "similarity/both/cka.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -281,7 +281,7 @@ def test_a_constant_layer_is_said_to_be(tmp_path):
 def test_the_page_of_the_report(tmp_path):
     from pipeline.report.experiment import Experiment
     from pipeline.stages.report.site import render
-    from pipeline.stages.similarity import page as page
+    from pipeline.stages.similarity import page
 
     raw = experiment(tmp_path, {"both": {"networks": ["cnn", "vit"]}, "alone": {"networks": ["vit"]}})
     plan_made = run(raw, *STAGES)
@@ -315,24 +315,28 @@ def test_the_page_of_the_report(tmp_path):
 
 def test_minibatches():
     ids = [f"image {i}" for i in range(40)]
-    how = {"images": 30, "minibatch": 8, "epochs": 2, "replacement": False, "last": "weigh", "seed": 0}
+    how = Batching(images=30, minibatch=8, epochs=2, replacement=False, last="weigh", seed=0)
     slots = np.arange(5, 40)
+
+    def changed(**keys):
+        return how.model_copy(update=keys)
+
     found = minibatches(slots, ids, how, "x")
     assert [len(one.images) for one in found] == [8, 8, 8, 6] * 2
     for epoch in (0, 1):
         assert sorted(i for one in found if one.epoch == epoch for i in one.images) == list(range(5, 35))
     assert found[0].images != found[4].images and found[3].weight == 18
-    assert minibatches(slots, ids, how | {"seed": 1}, "x") != found
+    assert minibatches(slots, ids, changed(seed=1), "x") != found
     # The order goes by the ids and not by the slots.
-    moved = minibatches(slots[::-1][5:][::-1], ["", *ids], how | {"images": 29}, "x")
+    moved = minibatches(slots[::-1][5:][::-1], ["", *ids], changed(images=29), "x")
     assert {len(one.images) for one in moved} == {8, 5}
-    drawn = minibatches(slots, ids, how | {"replacement": True, "epochs": 30}, "x")
+    drawn = minibatches(slots, ids, changed(replacement=True, epochs=30), "x")
     assert all(len(set(one.images)) == 8 for one in drawn) and len(drawn) == 90
     assert len({i for one in drawn[:3] for i in one.images}) < 24
     with pytest.raises(MicrotomeError, match="x: 3 images, and at least 4 are needed"):
         minibatches(slots[:3], ids, how, "x")
     with pytest.raises(MicrotomeError, match="30 images make no minibatch of 64"):
-        minibatches(slots, ids, how | {"minibatch": 64, "last": "drop"}, "x")
+        minibatches(slots, ids, changed(minibatch=64, last="drop"), "x")
 
 
 def test_layers_of_different_images_are_refused(tmp_path):
@@ -343,7 +347,7 @@ def test_layers_of_different_images_are_refused(tmp_path):
     type(manifest)(**{**manifest.__dict__, "result": manifest.result | {"images": "0" * 20}}).write(
         made.results / step.manifest
     )
-    (made.results / made.step("similarity", comparison="both").manifest).unlink()
+    (made.results / made.step("similarity", experiment="both").manifest).unlink()
     with pytest.raises(MicrotomeError, match="layers of vit and cnn are of different images"):
         run(raw, *STAGES)
 
@@ -435,4 +439,4 @@ def test_other_steps_keep_their_ids(tmp_path):
     plain = planner.make(run_experiment.parse(raw))
     assert {path for path, step in plain.steps.items() if step.stage != "report"} < set(made.steps)
     assert made.step("grams", "scenes", "vit").manifest.startswith("scenes/vit/done/grams.")
-    assert made.step("similarity", comparison="both").manifest.startswith("similarity/both/done/similarity.")
+    assert made.step("similarity", experiment="both").manifest.startswith("similarity/both/done/similarity.")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import zarr
-from experiments import SIZE, VIT, labelled_images, lines, run, segmentation, tiny, write_image, write_label_map
+from experiments import SIZE, VIT, job, labelled_images, lines, run, segmentation, tiny, write_image, write_label_map
 
 from pipeline.config.networks import Network
 from pipeline.errors import MicrotomeError
@@ -17,16 +17,16 @@ from pipeline.networks import forward
 from pipeline.networks.build import load
 from pipeline.plan.step import Plan
 from pipeline.stages.concepts import stage as concepts
-from pipeline.stages.dissect import cards, streamed
-from pipeline.stages.dissect import stage as dissect
+from pipeline.stages.dissect import cards, intersections, streamed, thresholds
 from pipeline.stages.dissect.found import read_dissection
-from pipeline.stages.extract import pictures
+from pipeline.stages.extract import counting, pictures
 from pipeline.stages.extract import stage as extract
 from pipeline.stages.extract import streaming as stream
-from pipeline.stages.ingest import stage as ingest
+from pipeline.stages.extract import tasks as extract_tasks
 from pipeline.stages.network import stage as network
 from pipeline.storage.store import DamagedStoreError
 from pipeline.upkeep import damage, unreferenced, why
+from pipeline.workers import client, resumable
 
 STAGES = ("ingest", "concepts", "network", "extract", "dissect")
 NAMES = [f"street/{k:02}" for k in range(22)]  # six shards, the last one smaller
@@ -54,10 +54,10 @@ class Here:
             self.images[model.name] += len(pixels)
             return own(model, pixels, names, take, stop_early)
 
-        for module in (ingest, concepts, network, extract, dissect, streamed):
+        for module in (resumable, concepts, network, extract, counting, thresholds, intersections, streamed):
             patch.setattr(module, "run_tasks", self.run_tasks)
-            patch.setattr(module, "client", self.client, raising=module is not streamed)
-        for module in (extract, stream):
+        patch.setattr(client, "client", self.client)
+        for module in (extract_tasks, stream):
             patch.setattr(module, "forward_in_batches", counted)
         patch.setattr(stream, "BLOCKS", 3)
 
@@ -318,10 +318,10 @@ def test_damage_is_found_and_made_again(folder, here):
     data[-1] ^= 1
     chunk.write_bytes(data)
     with pytest.raises(DamagedStoreError, match="checksum"):
-        step = plan.step("dissect", "photos", "tiny")
-        for manifest in plan.manifest(step).includes:
+        wanted_again = job(plan, "dissect", "photos", "tiny")
+        for manifest in wanted_again.read().includes:
             (plan.results / manifest).unlink()
-        dissect.run(plan, step)
+        wanted_again.stage.run(wanted_again)
     assert [found.file for found in damage.repair(plan.results)] == [chunk]
     here.tasks.clear()
     plan = run(raw, *STAGES)

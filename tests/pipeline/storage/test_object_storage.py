@@ -88,7 +88,7 @@ def test_results_are_the_same(both):
     assert outputs(local) == outputs(remote)
     for step in local.steps.values():
         if step.stage in ARRAYS:
-            twin = remote.step(step.stage, None if step.comparison else step.dataset, step.network, step.comparison)
+            twin = remote.step(step.stage, None if step.experiment else step.dataset, step.network, step.experiment)
             ours, theirs = (dict(made.manifest(each).files) for made, each in ((local, step), (remote, twin)))
             if step.stage == "network":  # names the file of the module
                 del ours["model.json"], theirs["model.json"]

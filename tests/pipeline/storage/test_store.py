@@ -17,6 +17,7 @@ from pipeline.storage.store import (
     DamagedStoreError,
     Ledger,
     Reader,
+    StoreRef,
     attributes,
     create,
     metadata_files,
@@ -333,3 +334,82 @@ def test_the_last_line_of_a_shard_counts(ledger):
     assert Ledger(ledger.path).entries["1"]["id"] == "newer"
     assert len(ledger.path.read_text().splitlines()) == 4
     assert json.loads(ledger.path.read_text().splitlines()[0].rpartition("\t")[0])["shard"] == "0"
+
+
+# What tasks carry of a store ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def many(tmp_path):
+    """A store of three shards with names that begin alike, and arrays whose shards are one file and several."""
+    path = tmp_path / "here" / "many.zarr"
+    shapes = {
+        "map": Array(("image", "unit"), (10, 6), np.float32, (2, 3), shard=(4, 6)),
+        "maps": Array(("image", "unit"), (10, 6), np.float32, (4, 2)),
+        "label": Array(("image",), (10,), np.int64, (4,)),
+    }
+    create(path, shapes, {})
+    files = {}
+    for start in (0, 4, 8):
+        rows = np.arange(start, min(start + 4, 10))
+        values = (rows[:, None] * np.ones(6)).astype(np.float32)
+        blocks = {"map": ((start, 0), values), "maps": ((start, 0), values), "label": ((start,), rows)}
+        files |= write(path, blocks)
+    return StoreRef(path, files | metadata_files(path))
+
+
+@pytest.mark.parametrize("arrays", [[], ["map"], ["maps"], ["label", "map"], ["map", "maps", "label"], ["other"]])
+@pytest.mark.parametrize("shards", [[], [0], [1, 2], [2, 0, 1], [7]])
+def test_a_task_carries_the_files_that_it_reads_and_no_others(many, arrays, shards):
+    found = many.of(arrays, shards)
+    expected = {
+        name: value
+        for name, value in many.files.items()
+        if name == "zarr.json"
+        or (
+            name.partition("/")[0] in arrays
+            and ("/c/" not in name or int(name.partition("/c/")[2].partition("/")[0]) in shards)
+        )
+    }
+    assert found.path == many.path and found.files == expected
+    assert many.of(iter(arrays), iter(shards)) == found, "of anything that can be gone through once"
+    assert found.of(arrays, shards) == found
+
+
+def test_what_is_carried_is_read_and_the_rest_is_refused(many):
+    chosen = many.of(["maps"], [1])
+    assert len([name for name in chosen.files if "/c/" in name]) == 3
+    reader = chosen.open()
+    np.testing.assert_array_equal(reader["maps"][4:8], np.repeat(np.arange(4.0, 8)[:, None], 6, 1))
+    with pytest.raises(DamagedStoreError, match=r"many\.zarr: chunk maps/c/0/0 was never recorded"):
+        reader["maps"][3:5]
+    with pytest.raises(DamagedStoreError, match=r"many\.zarr: chunk label/c/1 was never recorded"):
+        reader["label"][4:8]
+    (many.path / "maps/c/1/2").write_bytes(b"")
+    with pytest.raises(DamagedStoreError, match=r"many\.zarr: chunk maps/c/1/2 has 0 bytes"):
+        many.of(["maps"], [1]).open()["maps"][4:8]
+    (many.path / "maps/zarr.json").write_text("{}")
+    with pytest.raises(DamagedStoreError, match=r"many\.zarr: chunk maps/zarr\.json has 2 bytes"):
+        many.of(["maps"], [1]).open()["maps"]
+
+
+def test_a_manifest_names_the_files_of_several_stores(many):
+    described = {f"many.zarr/{name}": value for name, value in many.files.items()}
+    others = {"units.csv": (1, 2), "many.zarr.csv": (3, 4), "many/x/c/0": (5, 6), "other.zarr/zarr.json": (7, 8)}
+    assert StoreRef.of_manifest(many.path.parent, "many.zarr", described | others) == many
+    assert StoreRef.of_manifest(many.path.parent, "none.zarr", described).files == {}
+
+
+def test_what_is_carried_is_small():
+    """Of a million images only what one task reads goes to the workers; what finds it fast does not go at all."""
+    files = {"zarr.json": (1, 2)}
+    for array in ("image", "label"):
+        files |= {f"{array}/zarr.json": (1, 2)} | {f"{array}/c/{shard}/0": (shard, shard) for shard in range(2000)}
+    whole = StoreRef(Path("results/scenes/images.zarr"), files)
+    before = len(dumps(whole))
+    one = whole.of(["image"], [1234])
+    assert list(one.files) == ["zarr.json", "image/zarr.json", "image/c/1234/0"]
+    assert len(dumps(one)) < 400 < before / 100
+    assert len(dumps(whole)) == before, "the index of its files stays here"
+    assert loads(dumps(one)) == one and loads(dumps(whole)) == whole
+    assert loads(dumps(whole)).of(["image"], [1234]) == one

@@ -4,10 +4,11 @@ import os
 import shutil
 
 import pytest
-from experiments import labelled_images, lines, run, scenes, segmentation, tiny
+from experiments import job, labelled_images, lines, run, scenes, segmentation, tiny
 
 from pipeline.errors import MicrotomeError
-from pipeline.plan import job as stage
+from pipeline.plan.job import UNFINISHED
+from pipeline.plan.stage import nothing
 from pipeline.run import experiment as run_experiment
 from pipeline.run import planner
 from pipeline.stages import registry
@@ -213,7 +214,7 @@ def test_the_results_of_an_interrupted_dissection_are_spared(experiment, monkeyp
     raw, results = experiment
     dataset = raw["datasets"]["photos"] | {"dissect": {"quantile": 0.05}}
     before = set(results.glob("photos/layers/*/dissect-*/"))
-    monkeypatch.setattr("pipeline.stages.dissect.results.unit_rows", interrupt)
+    monkeypatch.setattr("pipeline.stages.dissect.stage.unit_rows", interrupt)
     with pytest.raises(KeyboardInterrupt):
         run(raw | {"datasets": {"photos": dataset}}, *STAGES)
     monkeypatch.undo()
@@ -222,7 +223,7 @@ def test_the_results_of_an_interrupted_dissection_are_spared(experiment, monkeyp
 
 
 def test_a_folder_that_was_being_written_is_cleared_away(tmp_path):
-    """`earlier.keep` fills one before it gives it its name."""
+    """`replaced.keep` fills one before it gives it its name."""
     (tmp_path / "net/before/.abc.partial").mkdir(parents=True)
     (tmp_path / "net/before/.abc.partial/units.csv").write_text("half")
     (tmp_path / "net/.x.partial").write_text("half")
@@ -248,7 +249,8 @@ def test_a_results_folder_without_its_scratch_folder_is_repaired(experiment):
 
 @pytest.mark.parametrize("name", registry.STAGES)
 def test_every_stage_says_what_it_made(name):
-    assert callable(registry.STAGES[name].discard)
+    made = registry.STAGES[name].made
+    assert callable(made) and made is not nothing
 
 
 def interrupt(*_):
@@ -364,10 +366,10 @@ def test_recompute_of_a_trained_network(tmp_path):
 def test_a_note_of_what_a_step_fills_goes_when_it_is_finished(experiment):
     raw, results = experiment
     made = planner.make(run_experiment.parse(raw))
-    step = made.step("extract", "photos", "tiny")
-    stage.refers_to(made, step, [results / "photos/layers/x"])
-    notes = list((results / ".microtome" / stage.UNFINISHED).glob("*.json"))
-    assert len(notes) == 1
-    (made.results / step.manifest).unlink()
-    registry.STAGES["extract"].run(made, step)
-    assert not list((results / ".microtome" / stage.UNFINISHED).glob("*.json"))
+    extraction = job(made, "extract", "photos", "tiny")
+    extraction.refers_to([results / "photos/layers/x"])
+    notes = list((results / ".microtome" / UNFINISHED).glob("*.json"))
+    assert len(notes) == 1 and extraction.noted() == ["photos/layers/x"]
+    extraction.manifest.unlink()
+    extraction.stage.run(extraction)
+    assert not list((results / ".microtome" / UNFINISHED).glob("*.json")) and extraction.noted() == []

@@ -25,10 +25,10 @@ ROOT = Path(__file__).parents[3]
 START = """
 import sys, time
 from pathlib import Path
-from pipeline import cluster
-from pipeline.config import Cluster
-process, address_file = cluster.start_pool(Cluster(workers=1), Path(sys.argv[1]))
-cluster._wait_for(address_file)
+from pipeline.config.cluster import Cluster
+from pipeline.workers import client, pool
+process, address_file = pool.start_pool(Cluster(workers=1), Path(sys.argv[1]))
+client._wait_for(address_file)
 print(address_file.read_text(), flush=True)
 time.sleep(600)
 """

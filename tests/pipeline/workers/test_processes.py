@@ -15,7 +15,7 @@ from pipeline.workers import processes
 ROOT = Path(__file__).parents[3]
 JOB = """
 import sys, time
-from pipeline import processes
+from pipeline.workers import processes
 processes.end_with_main()
 processes.interruptible()
 try:
@@ -27,7 +27,7 @@ except KeyboardInterrupt:
 """
 MAIN = """
 import subprocess, sys, time
-from pipeline import processes
+from pipeline.workers import processes
 processes.announce()
 job = subprocess.Popen([sys.executable, "-c", sys.argv[1]], start_new_session=True)
 print(job.pid, flush=True)
