@@ -19,7 +19,6 @@ from pipeline.workers.devices import device
 from pipeline.workers.tasks import computing
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
 
 

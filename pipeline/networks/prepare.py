@@ -1,58 +1,64 @@
-"""The properties of a network that no image determines: layers, ids, scales, and the memory of a forward pass."""
+"""The properties of a network that no image determines: layers, their ids, and the memory of a forward pass."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.config.networks import Network
-from pipeline.networks.forward import Model, loaded, network_of, normalise, platform_numerics, scale_for
+from pipeline.networks.forward import Model
 from pipeline.networks.layer import LayerInfo
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from pipeline.networks.layers import Survey
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """The properties of a network that no image determines.
+    """What every stage knows of a network before any image.
 
-    Layers in order with id and scale, classes (None: it has no head), and numerics.
+    Attributes
+    ----------
+    layers : the wanted ones, in execution order.
+    parameters : how many.
+    largest : values of the largest output of any module, for one image.
     """
 
-    layers: list[tuple[str, LayerInfo, float]]
-    classes: int | None
-    numerics: dict[str, Any]
+    layers: list[LayerInfo]
     parameters: int
-    largest: int  # values of the largest output of any module, for one image
+    largest: int
 
 
-def prepare(
-    model: Model, size: tuple[int, int], layers: str | Sequence[str], special_tokens: int | None, version: int
-) -> Prepared:
-    """Load the network, resolve its layers, compute their ids, and find each layer's scale. Runs on a worker.
+def survey_of(network: nn.Module, model: Model, size: tuple[int, int], special_tokens: int | None) -> Survey:
+    """Return what one forward pass of an image of this size shows."""
+    from pipeline.networks.layers import survey
 
-    The scale comes from a forward pass over fixed noise, so it depends on the layer alone and not on the images.
-    """
-    import torch
+    return survey(network, (model.spec.preprocessing.channels, *size), special_tokens)
 
+
+def prepare(network: nn.Module, model: Model, survey: Survey, layers: str | Sequence[str]) -> Prepared:
+    """Choose the layers of a network that was surveyed, and measure it. Runs on a worker."""
+    from pipeline.networks.layers import choose
+
+    infos = choose(network, survey, layers, model.name)
+    return Prepared(infos, sum(each.numel() for each in network.parameters()), survey.largest)
+
+
+def ids_of(
+    network: nn.Module,
+    model: Model,
+    size: tuple[int, int],
+    layers: Sequence[LayerInfo],
+    numerics: Mapping[str, Any],
+) -> dict[str, str]:
+    """Return the id of each layer by name: the digest of all that its output depends on beside the image."""
     from pipeline.networks.layer_id import layer_ids
-    from pipeline.networks.layers import Recorder, choose, classes_of, survey
 
-    spec = model.spec
-    shape = (spec.preprocessing.channels, *size)
-    as_loaded = loaded(model)
-    surveyed = survey(as_loaded, shape, special_tokens)
-    infos = choose(as_loaded, surveyed, layers, model.name)
-    numerics = spec.numerics.model_dump() | platform_numerics(version)
-    preprocessing = spec.preprocessing.model_dump() | {"size": list(size)}
-    ids = layer_ids(as_loaded, infos, preprocessing, numerics, shape)
-    noise = torch.randint(0, 256, (4, 3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    with Recorder(network_of(model), ids) as record:
-        logits, outputs = record(normalise(noise, spec))
-    described = [
-        (ids[info.name], info, scale_for(float(outputs[info.name].abs().amax()), headroom=True)) for info in infos
-    ]
-    parameters = sum(parameter.numel() for parameter in as_loaded.parameters())
-    return Prepared(described, classes_of(as_loaded, logits), numerics, parameters, surveyed.largest)
+    preprocessing = model.spec.preprocessing.model_dump() | {"size": list(size)}
+    return layer_ids(network, layers, preprocessing, dict(numerics), (model.spec.preprocessing.channels, *size))
 
 
 def forward_need(prepared: Prepared, spec: Network, size: tuple[int, int]) -> int:

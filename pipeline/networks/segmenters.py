@@ -23,7 +23,7 @@ from pipeline.config.datasets import AnyDataset
 from pipeline.config.networks import Head, NetworkSpec, Segmenter
 from pipeline.data import kinds as datasets
 from pipeline.errors import MicrotomeError, nearest
-from pipeline.networks import identity, segmenters
+from pipeline.networks import identity
 from pipeline.networks.build import published_file
 from pipeline.storage.identity import FileDigests, digest
 

@@ -129,8 +129,8 @@ class Job:
 
     @property
     def is_control(self) -> bool:
-        """Whether its network is an untrained control."""
-        return self.network.endswith(UNTRAINED)
+        """Whether it has a network, and that is an untrained control."""
+        return (self._step.network or "").endswith(UNTRAINED)
 
     # Where it is ------------------------------------------------------------------------------------------------------
 

@@ -29,7 +29,7 @@ import numpy as np
 from pipeline.config.cluster import Cluster
 from pipeline.config.networks import Network
 from pipeline.data.images import Images
-from pipeline.networks import forward, prepare
+from pipeline.networks import forward
 from pipeline.networks.build import load
 from pipeline.networks.checkpoint import sha256, write_safetensors
 from pipeline.stages.dissect import intersections, work
@@ -167,11 +167,14 @@ def network(folder: Path, name: str, layers: list[str], micro_batch: int) -> for
 
 def tasks(
     folder: Path, model: forward.Model, images: Images, pooled: bool = False
-) -> tuple[prepare.Prepared, list[extract_layers.Layer]]:
-    prepared = prepare.prepare(model, images.size, extract.VERSION)
-    layers = [
-        extract_layers.Layer(id, folder / id / "activations.zarr", *rest, pooled) for id, *rest in prepared.layers
-    ]
+) -> tuple[extract_tasks.Extraction, list[extract_layers.Layer]]:
+    spec = model.spec
+    prepared = extract_tasks.prepare_extraction(model, images.size, spec.layers, spec.special_tokens, extract.VERSION)
+    layers = []
+    for info in prepared.layers:
+        home = folder / prepared.ids[info.name] / "activations.zarr"
+        scale = prepared.scales[info.name]
+        layers.append(extract_layers.Layer(prepared.ids[info.name], home, info, scale, pooled))
     assert prepared.classes is not None
     extract_layers.open_logits(folder / "logits.zarr", images, prepared.classes)
     return prepared, [extract_layers.open_layer(layer, images) for layer in layers]

@@ -70,7 +70,7 @@ def bare(model: forward.Model, images: Images) -> float:
 
 
 def looked(title: str, model: forward.Model, images: Images, folder: Path) -> None:
-    prepared = sight_tasks.prepare(model, images.size, model.spec.layers, model.spec.special_tokens)
+    prepared = sight_tasks.prepare_seen(model, images.size, model.spec.layers, model.spec.special_tokens)
     batches = [Minibatch(0, tuple(range(at, at + MINIBATCH))) for at in range(0, images.count, MINIBATCH)]
     layers, skips = len(prepared.layers), len(prepared.skips)
     floors = {

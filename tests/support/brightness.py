@@ -35,7 +35,7 @@ class Brightness(Chosen):
     channel: int | None = Field(None, ge=0, le=2, description="one channel alone; default: the mean of all")
 
 
-SECTION = Brightness.section("brightness", "with this section, the brightness of images is measured; default: it is not")
+SECTION = Brightness.section("brightness", "with this section, the brightness of images is measured")
 
 
 class Settings(Record):

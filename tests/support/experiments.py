@@ -185,12 +185,11 @@ def copied(made: Plan, raw: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 def shown(made: Plan, stage: str, out: Path, formats: Sequence[str] = ("png",)) -> Any:
     """What the report knows of the steps of a stage, an `Experiment`; its figures and tables go below `out`."""
     from pipeline.config.report import Figures
-    from pipeline.report.experiment import Experiment
-    from pipeline.stages.report.stage import made as as_made
+    from pipeline.report.experiment import Experiment, Made
 
     for folder in ("figures", "tables"):
         (out / folder).mkdir(parents=True, exist_ok=True)
-    steps = tuple(as_made(made, step) for step in made.of_stage(stage))
+    steps = tuple(map(Made.of, jobs(made, stage)))
     return Experiment(made.results, out, "Mine", steps, figures=Figures(formats=list(formats)))
 
 

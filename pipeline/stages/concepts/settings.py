@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import NonNegativeInt
@@ -13,7 +14,7 @@ class ClassList(Record):
     """The class list of one category of truth: digest of its file, and the values that mean nothing."""
 
     list: str
-    void: list[NonNegativeInt]
+    void: Sequence[NonNegativeInt]
 
 
 class Settings(Record):

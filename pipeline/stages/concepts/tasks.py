@@ -71,14 +71,14 @@ def label_shard(
         # Whether truth was read in this task or in an earlier one says nothing of the other sources.
         missing = sorted(refused) if category.source == TRUTH else []
         contents[category.name] = hashlib.blake2b(block.tobytes() + repr(missing).encode(), digest_size=16).hexdigest()
-    own = {
+    facts = {
         category.name: {
             "content": contents[category.name],
             "refused": refused if category.source == TRUTH else {},
         }
         for category in categories
     }
-    return Done(shard, files, own=own)
+    return Done(shard, files, own=facts)
 
 
 def resized(maps: np.ndarray, size: tuple[int, int]) -> np.ndarray:

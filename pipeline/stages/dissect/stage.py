@@ -275,7 +275,7 @@ def cost(job: Job, done: bool) -> Cost:
         speed = inspected.speed(job)
         rate, shown = speed.get("images_per_second"), rate_of(speed)
         seconds = seconds + counted.images / rate if rate and seconds is not None else None
-        prepared = Prepared([], 0, {}, found["parameters"], found["largest"])
+        prepared = Prepared([], found["parameters"], found["largest"])
         # As many of them are counted together as a worker has room for, with true labels and with permuted ones.
         room = min(ACCUMULATOR_BYTES, memory.memory(job.cluster) // 4)
         each = [layer["shape"][0] for layer in streamed]

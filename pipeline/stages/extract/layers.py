@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pipeline.config.networks import Network
 from pipeline.networks.forward import Model
 from pipeline.networks.layer import LayerInfo
-from pipeline.networks.prepare import Prepared
 from pipeline.storage.identity import digest
 from pipeline.storage.manifest import remove_others
 
@@ -59,9 +59,9 @@ def shard_id(images: Images, shard: int, layer: Layer) -> str:
     return digest([images.contents[shard], layer.scale])
 
 
-def logits_id(images: Images, shard: int, model: Model, prepared: Prepared) -> str:
+def logits_id(images: Images, shard: int, model: Model, numerics: Mapping[str, Any]) -> str:
     """What a shard of the logits was made from: they have a plain name, so all of it."""
-    made_of = [model.sha256, model.architecture, model.spec.preprocessing.model_dump(), prepared.numerics]
+    made_of = [model.sha256, model.architecture, model.spec.preprocessing.model_dump(), numerics]
     return digest([images.contents[shard], *made_of])
 
 

@@ -24,7 +24,7 @@ from pipeline.config.patterns import fits
 from pipeline.errors import nearest
 from pipeline.networks.forward import scale_for
 from pipeline.networks.layer import LayerInfo
-from pipeline.networks.prepare import Prepared, forward_need, prepare
+from pipeline.networks.prepare import Prepared, forward_need
 from pipeline.plan import inspected
 from pipeline.plan.cost import SHRINKS, Cost, Store, rate_of
 from pipeline.plan.counted import Counted
@@ -37,7 +37,7 @@ from pipeline.stages.extract.layers import Layer, alike, holds, layer_of, logits
 from pipeline.stages.extract.pictures import KEPT
 from pipeline.stages.extract.results import Extracted, StoredLayer
 from pipeline.stages.extract.settings import Settings, Tails
-from pipeline.stages.extract.tasks import REMEDY, extract_block, memory_need
+from pipeline.stages.extract.tasks import REMEDY, extract_block, memory_need, prepare_extraction
 from pipeline.storage import manifest, provenance
 from pipeline.storage.identity import digest
 from pipeline.storage.lock import one_at_a_time
@@ -105,8 +105,11 @@ def run(job: Job) -> None:
     logits = job.folder / "logits.zarr"
     with one_at_a_time(job.scratch / f"{job.dataset}.extract.lock"), job.workers() as workers:
         task = model, images.size, settings.layers, settings.special_tokens, VERSION
-        (prepared,) = run_tasks(workers, prepare, [task], 1, f"{job.name}: layers")
-        layers = [layer_of(job.dataset_folder, model.spec, *entry) for entry in prepared.layers]
+        (prepared,) = run_tasks(workers, prepare_extraction, [task], 1, f"{job.name}: layers")
+        layers = [
+            layer_of(job.dataset_folder, model.spec, prepared.ids[info.name], info, prepared.scales[info.name])
+            for info in prepared.layers
+        ]
         job.refers_to([layer.store.parent for layer in layers])
         layers = [open_layer(layer, images) for layer in alike(layers)]
         if prepared.classes is None:  # those of another network that had this name
@@ -138,7 +141,7 @@ def run(job: Job) -> None:
                         if str(shard) in ledgers[layer.id].entries:  # its files are about to become others
                             remove_others(layer.store.parent / "done", "activations")
                     known = prepared.classes is None or logits_ledger.get(
-                        str(shard), logits_id(images, shard, model, prepared), logits
+                        str(shard), logits_id(images, shard, model, prepared.numerics), logits
                     )
                     head = None if known else logits
                     if missing or head or uncounted:
@@ -162,7 +165,7 @@ def run(job: Job) -> None:
                             overflow[id] = max(overflow.get(id, 0.0), value)
                         if "" in one.files:
                             logits_ledger.record(
-                                str(one.shard), logits_id(images, one.shard, model, prepared), one.files[""]
+                                str(one.shard), logits_id(images, one.shard, model, prepared.numerics), one.files[""]
                             )
                     tails.record(done)
             if not overflow:
@@ -333,7 +336,7 @@ def cost(job: Job, done: bool) -> Cost:
     values = sum(store.raw for store in stores) / 2
     speed = inspected.speed(job)
     rate = speed.get("images_per_second")
-    prepared = Prepared([], 0, {}, found["parameters"], found["largest"])
+    prepared = Prepared(infos, found["parameters"], found["largest"])
     return Cost(
         tuple(stores),
         counted.images,

@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pipeline.config.networks import Network
-from pipeline.networks.forward import HALF_MAX, Model, forward_in_batches, half, host_buffer, refuse_non_finite, to_host
-from pipeline.networks.prepare import Prepared, forward_need
+from pipeline.networks.forward import (
+    HALF_MAX,
+    Model,
+    forward_in_batches,
+    half,
+    host_buffer,
+    loaded,
+    network_of,
+    normalise,
+    platform_numerics,
+    refuse_non_finite,
+    scale_for,
+    to_host,
+)
+from pipeline.networks.prepare import Prepared, forward_need, ids_of, prepare, survey_of
 from pipeline.stages.extract.layers import Layer
 from pipeline.stages.extract.streaming import Counter, Part, Streamed
 from pipeline.storage.manifest import Files
@@ -42,6 +55,41 @@ class Block:
     block: int
     shards: list[Shard]
     tails: dict[str, Files]
+
+
+@dataclass(frozen=True)
+class Extraction(Prepared):
+    """A network as an extraction knows it: its layers with their ids and scales.
+
+    `classes` is None for a network without a head; `numerics` is all else that decides the last bits.
+    """
+
+    ids: dict[str, str]
+    scales: dict[str, float]
+    classes: int | None
+    numerics: dict[str, Any]
+
+
+def prepare_extraction(
+    model: Model, size: tuple[int, int], layers: str | Sequence[str], special_tokens: int | None, version: int
+) -> Extraction:
+    """Load the network, resolve its layers, compute their ids, and find each layer's scale. Runs on a worker.
+
+    The scale comes from a forward pass over fixed noise, so it depends on the layer alone and not on the images.
+    """
+    import torch
+
+    from pipeline.networks.layers import Recorder, classes_of
+
+    network = loaded(model)
+    prepared = prepare(network, model, survey_of(network, model, size, special_tokens), layers)
+    numerics = model.spec.numerics.model_dump() | platform_numerics(version)
+    ids = ids_of(network, model, size, prepared.layers, numerics)
+    noise = torch.randint(0, 256, (4, 3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    with Recorder(network_of(model), ids) as record:
+        logits, outputs = record(normalise(noise, model.spec))
+    scales = {name: scale_for(float(outputs[name].abs().amax()), headroom=True) for name in ids}
+    return Extraction(**vars(prepared), ids=ids, scales=scales, classes=classes_of(network, logits), numerics=numerics)
 
 
 def memory_need(layers: Iterable[Layer], prepared: Prepared, spec: Network, images: int, size: tuple[int, int]) -> int:

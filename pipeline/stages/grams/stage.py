@@ -26,7 +26,7 @@ from pipeline.plan.stage import Draft, Stage, Wanted
 from pipeline.plan.step import Key
 from pipeline.stages.grams.results import Kept
 from pipeline.stages.grams.settings import Settings
-from pipeline.stages.grams.tasks import GRAMS, entries_of, keep_grams, memory_need, prepare
+from pipeline.stages.grams.tasks import GRAMS, entries_of, keep_grams, memory_need, prepare_layers
 from pipeline.stages.similarity.settings import Similarity
 from pipeline.storage.identity import digest
 from pipeline.storage.manifest import within
@@ -48,6 +48,7 @@ CODE = (
     "pipeline/networks/layer_id.py",
     "pipeline/networks/layers.py",
     "pipeline/networks/libraries",
+    "pipeline/networks/prepare.py",
     "pipeline/stages/grams/results.py",
     "pipeline/stages/grams/settings.py",
     "pipeline/stages/grams/stage.py",
@@ -98,7 +99,7 @@ def run(job: Job) -> None:
     store = job.folder / "grams.zarr"
     with job.workers() as workers:
         asked = (model, images.size, how.layers, how.special_tokens, VERSION)
-        (prepared,) = run_tasks(workers, prepare, [asked], 1, f"{job.name}: layers")
+        (prepared,) = run_tasks(workers, prepare_layers, [asked], 1, f"{job.name}: layers")
         size = max(len(batch.images) for batch in batches)
         entries = entries_of(prepared.layers, how.features)
         job.check_memory(memory_need(prepared.parameters, prepared.largest, size, len(entries), images.size), REMEDY)

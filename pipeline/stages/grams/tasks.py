@@ -13,6 +13,7 @@ from pipeline.errors import MicrotomeError
 from pipeline.networks.features import Entry, grams_of, images_of, naming_slots
 from pipeline.networks.forward import Model, loaded, network_of, platform_numerics
 from pipeline.networks.layer import LayerInfo
+from pipeline.networks.prepare import Prepared, ids_of, prepare, survey_of
 from pipeline.storage.store import StoreRef
 from pipeline.workers.resumable import Done
 
@@ -20,31 +21,20 @@ GRAMS = "grams"  # the store, as `Done` names it
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """What a network says of itself: its layers in execution order, the id of each, and what a forward takes."""
+class Identified(Prepared):
+    """A network with the id of each of its layers."""
 
-    layers: list[LayerInfo]
     ids: dict[str, str]
-    parameters: int
-    largest: int
 
 
-def prepare(
-    model: Model, size: tuple[int, int], wanted: str | Sequence[str], special: int | None, version: int
-) -> Prepared:
-    """On a worker: resolve a network's layers, and compute their ids, of all that their outputs depend on."""
-    from pipeline.networks.layer_id import layer_ids
-    from pipeline.networks.layers import choose, survey
-
-    spec = model.spec
-    shape = (spec.preprocessing.channels, *size)
+def prepare_layers(
+    model: Model, size: tuple[int, int], layers: str | Sequence[str], special_tokens: int | None, version: int
+) -> Identified:
+    """Resolve a network's layers and compute their ids, on a worker. Minibatches are no part of the numerics."""
     network = loaded(model)
-    surveyed = survey(network, shape, special)
-    infos = choose(network, surveyed, wanted, model.name)
-    numerics = spec.numerics.model_dump(exclude={"micro_batch"}) | platform_numerics(version)
-    preprocessing = spec.preprocessing.model_dump() | {"size": list(size)}
-    ids = layer_ids(network, infos, preprocessing, numerics, shape)
-    return Prepared(infos, ids, sum(each.numel() for each in network.parameters()), surveyed.largest)
+    prepared = prepare(network, model, survey_of(network, model, size, special_tokens), layers)
+    numerics = model.spec.numerics.model_dump(exclude={"micro_batch"}) | platform_numerics(version)
+    return Identified(**vars(prepared), ids=ids_of(network, model, size, prepared.layers, numerics))
 
 
 def entries_of(layers: Sequence[LayerInfo], features: Sequence[str]) -> list[Entry]:

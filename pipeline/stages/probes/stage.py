@@ -21,6 +21,7 @@ import numpy as np
 
 from pipeline.errors import MicrotomeError
 from pipeline.networks.layer import LayerInfo
+from pipeline.networks.prepare import Prepared
 from pipeline.plan.cost import Cost, Store
 from pipeline.plan.counted import ingested
 from pipeline.plan.inspected import found, speed
@@ -36,11 +37,10 @@ from pipeline.stages.probes.tasks import (
     FULL,
     STORE,
     Layer,
-    Prepared,
     Task,
     forward_need,
     gather,
-    prepare,
+    prepare_layers,
     probe,
     vectors_of,
 )
@@ -114,7 +114,7 @@ def run(job: Job) -> None:
     with job.workers() as workers:
         stored = Extracted.of(job.parent("extract")).layers
         task = job.model, images.size, [layer.name for layer in stored]
-        (prepared,) = run_tasks(workers, prepare, [task], 1, f"{job.name}: layers")
+        (prepared,) = run_tasks(workers, prepare_layers, [task], 1, f"{job.name}: layers")
         job.check_memory(forward_need(prepared, job.model.spec, images.shard_images, images.size), FORWARD_REMEDY)
         layers = layers_of(job, prepared, stored)
         gathered, features = gather_features(job, workers, layers)
@@ -150,7 +150,7 @@ def unreferenced(results: Path, used: set[Path]) -> Iterator[Path]:
 def layers_of(job: Job, prepared: Prepared, stored: Sequence[StoredLayer]) -> list[Layer]:
     """Return the layers in execution order, as tasks name them."""
     probing = job.settings.probes
-    infos = {info.name: info for info in prepared.infos}
+    infos = {info.name: info for info in prepared.layers}
     return [
         Layer(
             infos[layer.name],

@@ -14,6 +14,7 @@ import numpy as np
 from pipeline.config.networks import Network
 from pipeline.networks.forward import HALF_MAX, Model, forward_in_batches, loaded, refuse_non_finite, scale_for
 from pipeline.networks.layer import LayerInfo
+from pipeline.networks.prepare import Prepared, prepare, survey_of
 from pipeline.stages.probes.division import PARTS
 from pipeline.storage.store import StoreRef, write
 from pipeline.workers.devices import device
@@ -67,15 +68,6 @@ class Layer:
         """The stored arrays that the features are read from."""
         of = {"pooled": "mean", "class_token": "special", "spatial": "activation"}
         return tuple(dict.fromkeys(of[vector.features] for vector in self.vectors))
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What a network says of itself: the layers, its parameters, and values of the largest output of any module."""
-
-    infos: list[LayerInfo]
-    parameters: int
-    largest: int
 
 
 @dataclass(frozen=True)
@@ -151,14 +143,10 @@ def spread(length: int, count: int) -> list[int]:
     return [(2 * at + 1) * length // (2 * count) for at in range(count)]
 
 
-def prepare(model: Model, size: tuple[int, int], names: Sequence[str]) -> Prepared:
+def prepare_layers(model: Model, size: tuple[int, int], names: Sequence[str]) -> Prepared:
     """Resolve the layers of a network."""
-    from pipeline.networks.layers import choose, survey
-
     network = loaded(model)
-    surveyed = survey(network, (model.spec.preprocessing.channels, *size), model.spec.special_tokens)
-    infos = choose(network, surveyed, list(names), model.name)
-    return Prepared(infos, sum(each.numel() for each in network.parameters()), surveyed.largest)
+    return prepare(network, model, survey_of(network, model, size, model.spec.special_tokens), list(names))
 
 
 def forward_need(prepared: Prepared, spec: Network, images: int, size: tuple[int, int]) -> int:
@@ -168,7 +156,7 @@ def forward_need(prepared: Prepared, spec: Network, images: int, size: tuple[int
     """
     pixels = 3 * size[0] * size[1]
     forward = 4 * spec.numerics.micro_batch * (pixels + 4 * prepared.largest)
-    stored = 2 * images * max(math.prod(info.shape) for info in prepared.infos)
+    stored = 2 * images * max(math.prod(info.shape) for info in prepared.layers)
     return 12 * prepared.parameters + forward + images * pixels + 2 * stored
 
 

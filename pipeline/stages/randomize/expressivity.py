@@ -1,7 +1,7 @@
 """The theorem's network on an experiment's own images: 2n + d weights give any labels to n images of d values.
 
-Theorem 1 and lemma 1 of Zhang et al. (2017). The network is written down and not trained: what fits a sample says nothing
-of what was learnt.
+Theorem 1 and lemma 1 of Zhang et al. (2017). The network is written down and not trained: that it fits a sample says
+nothing of what it has learnt.
 """
 
 from __future__ import annotations
@@ -50,9 +50,12 @@ def build(images: NDArray[np.uint8], labels: NDArray[np.int64], classes: int, cr
         seconds[name] = time.perf_counter() - began
         fits.append(Fit(labels=name, largest_error=error))
     eigenvalue = smallest_eigenvalue(np.sort(inputs @ network.direction), network.bias)
-    images_, values = inputs.shape
     found = Expressivity(
-        images=images_, values=values, weights=network.weights, smallest_eigenvalue=eigenvalue, fits=fits
+        images=len(inputs),
+        values=inputs.shape[1],
+        weights=network.weights,
+        smallest_eigenvalue=eigenvalue,
+        fits=fits,
     )
     return Built(found, seconds)
 

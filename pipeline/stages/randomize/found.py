@@ -119,7 +119,7 @@ class Randomized:
     Attributes
     ----------
     cifar10 : whether its classes are those of the paper's data set.
-    expressivity : what the theorem's network comes to; None: it was not asked for yet.
+    expressivity : what the theorem's network comes to; None: these results are older than it.
     fitting_seconds : what that takes, by labels.
     """
 

@@ -96,15 +96,15 @@ def dissections(experiment: Experiment, found: Randomized) -> Iterator[tuple[Run
 
 
 def express(found: Randomized) -> str:
-    """Say what the theorem's network shows; empty where it was not asked for."""
+    """Say what the theorem's network shows; empty where results are older than it."""
     known = found.expressivity
     if known is None:
         return ""
-    images, values = words.plural(known.images, "training image"), words.number(known.values)
-    error = max(fit.largest_error for fit in known.fits)
+    weights, values = words.number(known.weights), words.number(known.values)
+    images, error = words.plural(known.images, "training image"), max(fit.largest_error for fit in known.fits)
     return (
-        f"A two-layer ReLU network of 2n + d = {words.number(known.weights)} weights, written down and not trained, gives "
-        f"n = {images} of d = {values} values their labels, true or random, with an error of {error:.1e} at most."
+        f"A two-layer ReLU network of 2n + d = {weights} weights, written down and not trained, gives n = {images} of "
+        f"d = {values} values their labels, true or random, with an error of {error:.1e} at most."
     )
 
 

@@ -1,12 +1,12 @@
 """The stage `randomize`: how easily networks fit noise. Each run is a training on true or on corrupted data.
 
 Writes, for each experiment of the configuration,
-    randomization/<name>/runs.csv     one row a run: what it was, and what came out
-    randomization/<name>/curves.zarr  train_loss, train_accuracy, test_accuracy, test_loss, test_ece, seconds
-                                      (run, epoch) · label (run, image): what was trained on
-    randomization/<name>/runs/<id>/   weights and facts of each run
-    randomization/<name>/expressivity.json  what a network that is written down, not trained, comes to: its weights, the
-                                      largest error, and the lemma's eigenvalue; in no digest
+    randomization/<name>/runs.csv           one row a run: what it was, and what came out
+    randomization/<name>/curves.zarr        train_loss, train_accuracy, test_accuracy, test_loss, test_ece, seconds
+                                            (run, epoch) · label (run, image): what was trained on
+    randomization/<name>/runs/<id>/         weights and facts of each run
+    randomization/<name>/expressivity.json  a network that is written down, not trained: its weights, its largest error,
+                                            and the lemma's eigenvalue. In no digest; nor is seconds.json beside it
 A run is known by its own settings and data: another line of the configuration trains its own run and no other.
 See docs/randomization.md; after Zhang et al., "Understanding deep learning requires rethinking generalization" (2017).
 """

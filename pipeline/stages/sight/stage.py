@@ -47,8 +47,10 @@ CODE = (
     "pipeline/networks/features.py",
     "pipeline/networks/forward.py",
     "pipeline/networks/graph/operations.py",
+    "pipeline/networks/layer_id.py",
     "pipeline/networks/layers.py",
     "pipeline/networks/libraries",
+    "pipeline/networks/prepare.py",
     "pipeline/stages/sight/averages.py",
     "pipeline/stages/sight/results.py",
     "pipeline/stages/sight/settings.py",
@@ -100,7 +102,7 @@ def run(job: Job) -> None:
     store = folder / "sight-minibatches.zarr"
     with job.workers() as workers:
         asked = (model, images.size, how.layers, how.special_tokens)
-        (prepared,) = run_tasks(workers, tasks.prepare, [asked], 1, f"{job.name}: layers")
+        (prepared,) = run_tasks(workers, tasks.prepare_seen, [asked], 1, f"{job.name}: layers")
         places = max(len(batch.images) for batch in batches)
         job.check_memory(tasks.memory_need(prepared, places, how.gradients, images.size), REMEDY)
         pixels = minibatches.pixel_digests(workers, images, batches, job.name)

@@ -28,7 +28,8 @@ from pipeline.networks.forward import Model, network_of, normalise, refuse_non_f
 from pipeline.networks.graph import operations
 from pipeline.networks.graph.operations import Attention, Operations, Skip
 from pipeline.networks.layer import LayerInfo
-from pipeline.networks.layers import Recorder, choose, first_tensor, one_attention_path, survey, to_maps
+from pipeline.networks.layers import Recorder, first_tensor, one_attention_path, to_maps
+from pipeline.networks.prepare import Prepared, prepare, survey_of
 from pipeline.storage.store import Array, StoreRef, write
 from pipeline.workers.resumable import Done
 
@@ -37,28 +38,24 @@ MOST_POSITIONS = 1024  # of a layer whose positions are compared with all patche
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """What a network says of itself.
+class Seen(Prepared):
+    """A network with what it does between its layers.
 
     Attributes
     ----------
-    layers : the wanted ones, in execution order.
     skips, attention : as `operations.find` gives them.
     localised : the last of the layers with more than one position, whose positions are compared with patches.
     absent : of a measure that this network does not have, why.
     unread : modules whose additions cannot be read.
-    parameters, largest, values : of a forward: weights, values of the largest output and of all outputs of an image.
+    values : of all outputs of an image.
     logits : whether the network gives logits.
     """
 
-    layers: list[LayerInfo]
     skips: list[Skip]
     attention: list[Attention]
     localised: LayerInfo | None
     absent: dict[str, str]
     unread: tuple[str, ...]
-    parameters: int
-    largest: int
     values: int
     logits: bool
 
@@ -69,7 +66,7 @@ class Work:
 
     model: Model
     image: tuple[int, int]
-    prepared: Prepared
+    prepared: Seen
     measures: tuple[str, ...]
     gradients: int  # images of a minibatch
     store: Path
@@ -79,19 +76,19 @@ class Work:
         return measure in self.measures and measure not in self.prepared.absent
 
 
-def prepare(model: Model, size: tuple[int, int], wanted: str | Sequence[str], special: int | None) -> Prepared:
-    """On a worker: look at a network, its layers and what it does between them."""
-    network, shape = network_of(model), (model.spec.preprocessing.channels, *size)
-    surveyed = survey(network, shape, special)
-    layers = choose(network, surveyed, wanted, model.name)
+def prepare_seen(model: Model, size: tuple[int, int], layers: str | Sequence[str], special_tokens: int | None) -> Seen:
+    """Look at a network, its layers and what it does between them, on a worker."""
+    network = network_of(model)
+    every = survey_of(network, model, size, special_tokens)
+    prepared = prepare(network, model, every, layers)
     blank = normalise(torch.zeros((2, 3, *size), dtype=torch.uint8), model.spec)
-    found = operations.find(network, blank, {layer.name: layer for layer in surveyed.layers})
+    found = operations.find(network, blank, {layer.name: layer for layer in every.layers})
     absent = {}
     if not found.skips:
         absent["skips"] = found.without_skips
     if not found.attention:
         absent["attention"] = found.without_attention
-    localised = next((layer for layer in reversed(layers) if layer.spatial), None)
+    localised = next((layer for layer in reversed(prepared.layers) if layer.spatial), None)
     grid = localised.shape[1:] if localised is not None else (1, 1)
     if localised is None:
         absent["localisation"] = "none of its layers has more than one position"
@@ -99,23 +96,21 @@ def prepare(model: Model, size: tuple[int, int], wanted: str | Sequence[str], sp
         absent["localisation"] = (
             f"layer {localised.name!r}, the last with positions, has {grid[0]} x {grid[1]} of them: name a later one"
         )
-    if not any(layer.spatial for layer in layers):
+    if not any(layer.spatial for layer in prepared.layers):
         absent["receptive_field"] = "none of its layers has more than one position"
-    return Prepared(
-        layers,
-        found.skips,
-        found.attention,
-        localised,
-        absent,
-        found.unread,
-        sum(each.numel() for each in network.parameters()),
-        surveyed.largest,
-        sum(layer.shape[0] * (layer.special + math.prod(layer.shape[1:])) for layer in surveyed.layers),
-        surveyed.classes is not None,
+    return Seen(
+        **vars(prepared),
+        skips=found.skips,
+        attention=found.attention,
+        localised=localised,
+        absent=absent,
+        unread=found.unread,
+        values=sum(layer.shape[0] * (layer.special + math.prod(layer.shape[1:])) for layer in every.layers),
+        logits=every.classes is not None,
     )
 
 
-def memory_need(prepared: Prepared, images: int, gradients: int, size: tuple[int, int]) -> int:
+def memory_need(prepared: Seen, images: int, gradients: int, size: tuple[int, int]) -> int:
     """Estimate the bytes of a task: weights, a forward without gradients, and one of a few images with them."""
     forward = 4 * images * (3 * size[0] * size[1] + 4 * prepared.largest)
     graph = 8 * gradients * (3 * size[0] * size[1] + prepared.values)

@@ -6,9 +6,8 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from pipeline.run.experiment import Config
 from pipeline.run.config_docs import FOLDER, _sections, documents
-from pipeline.run.experiment import load
+from pipeline.run.experiment import Config, load
 
 CONFIGS = sorted(FOLDER.glob("*.yaml"))
 

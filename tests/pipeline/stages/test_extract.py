@@ -13,7 +13,7 @@ from PIL import Image
 
 from pipeline.data.images import Images
 from pipeline.errors import MicrotomeError
-from pipeline.networks import forward, prepare
+from pipeline.networks import forward
 from pipeline.networks.build import load
 from pipeline.networks.layers import Recorder
 from pipeline.run import experiment
@@ -82,10 +82,15 @@ def tasks_of(plan):
     """The tasks of an extraction, as `run` makes them, into stores of their own."""
     wanted = job(plan, "extract", "photos", "tiny")
     images, model, settings = wanted.images, wanted.model, wanted.settings
-    prepared = prepare.prepare(model, images.size, settings.layers, settings.special_tokens, extract.VERSION)
+    prepared = extract_tasks.prepare_extraction(
+        model, images.size, settings.layers, settings.special_tokens, extract.VERSION
+    )
 
     def into(folder):
-        layers = [extract_layers.Layer(id, folder / id / "activations.zarr", *rest) for id, *rest in prepared.layers]
+        layers = []
+        for info in prepared.layers:
+            id = prepared.ids[info.name]
+            layers.append(extract_layers.Layer(id, folder / id / "activations.zarr", info, prepared.scales[info.name]))
         layers = [extract_layers.open_layer(layer, images) for layer in layers]
         extract_layers.open_logits(folder / "logits.zarr", images, prepared.classes)
         return [

@@ -179,7 +179,7 @@ def test_read_and_computed_features_are_the_same_bits(made):
     for network in ("cnn", "vit"):
         own = job(made, "probes", "scenes", network)
         images, extracted = own.images, Extracted.of(own.parent("extract"))
-        prepared = tasks.prepare(own.model, images.size, [layer.name for layer in extracted.layers])
+        prepared = tasks.prepare_layers(own.model, images.size, [layer.name for layer in extracted.layers])
         layers = layers_of(own, prepared, extracted.layers)
         for shard in extracted.shards:
             start, stop = images.range(shard)

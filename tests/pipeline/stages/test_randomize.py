@@ -9,22 +9,25 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
-from experiments import job, lines, run, scenes, shown
+from experiments import lines, run, scenes, shown
 
 import pipeline
+from kernels.expressivity import interpolate
 from pipeline.config.networks import NetworkSpec
 from pipeline.errors import MicrotomeError
 from pipeline.networks.build import build
 from pipeline.networks.checkpoint import read
 from pipeline.run import experiment as run_experiment
 from pipeline.run import planner, preflight
-from pipeline.stages.randomize import tasks
+from pipeline.stages.randomize import expressivity, tasks
 from pipeline.stages.randomize.found import TABLE_1, Run
-from pipeline.stages.randomize.results import How, Told
+from pipeline.stages.randomize.outcomes import output
+from pipeline.stages.randomize.results import Expressivity, How, Told
 from pipeline.stages.randomize.settings import Corruption
 from pipeline.stages.randomize.stage import data_of, runs_of
 from pipeline.stages.randomize.tasks import corrupted
 from pipeline.stages.randomize.training import Sets
+from pipeline.stages.registry import jobs
 from pipeline.upkeep import damage, unreferenced
 from pipeline.workers import client
 
@@ -161,7 +164,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
     made = run(raw, *STAGES)
     whole, id = curves(made), table(made)["true"]["id"]
     # The worker ends after three epochs: nothing but the checkpoint is there.
-    of_noise = job(made, "randomize", experiment="noise")
+    (of_noise,) = jobs(made, "randomize")
     data = data_of(of_noise.images, of_noise)
     folder = tmp_path / "elsewhere"
     one = runs_of(of_noise, data, folder)["true"]
@@ -276,6 +279,15 @@ def test_the_page_of_the_report(tmp_path):
     assert tested[-1][1:] == pytest.approx((float(rows["true"]["test_loss"]), float(rows["true"]["test_ece"])))
     html = render(of_noise, found, [found])
     assert html.count("<figure>") == 4 and "diverged in epoch" in html and "Paper" not in html
+    assert "A two-layer ReLU network of 2n + d = 660 weights" in html and "n = 36 training images of d = 588" in html
+    assert html.count('<th scope="row">true labels</th>') == html.count('<th scope="row">random labels</th>') == 1
+    # Results that were made before have no such file.
+    for name in ("expressivity.json", "seconds.json"):
+        (plan_made.results / "randomization/noise" / name).unlink()
+    for manifest in (plan_made.results / "randomization/noise/done").iterdir():
+        manifest.unlink()
+    (before,) = page.pages(of_noise)
+    assert "two-layer ReLU" not in render(of_noise, before, [before])
     assert page.pages(Experiment(plan_made.results, tmp_path / "report", "None", ())) == []
 
 
@@ -305,6 +317,54 @@ def test_the_full_table_s_configuration_is_the_paper_s():
         beside.add(of_the_table(how, parameters, batch_norm).paper)
         assert how.learning_rate == (0.1 if name.startswith("inception") else 0.01)
     assert beside == set(TABLE_1.values())
+
+
+def test_a_network_that_is_written_down_gives_any_labels(tmp_path):
+    """On the experiment's own images, against the network as the paper writes it and the lemma's matrix."""
+    raw = experiment(tmp_path)
+    made = run(raw, *STAGES)
+    folder = made.results / "randomization/noise"
+    found = Expressivity.read(json.loads((folder / "expressivity.json").read_text()))
+    data = pipeline.open_results(made.results)["scenes"].images
+    store = curves(made)
+    images = data["image"].values[store.image.values]
+    labels, classes = store.true_label.values, 12
+    built = expressivity.build(images, labels, classes, 14)
+    assert built.found == found and set(built.seconds) == {"true labels", "random labels"}
+    # Images that are equal count once.
+    twice = expressivity.build(np.concatenate([images, images[:5]]), np.append(labels, labels[:5] + 1) % 12, 12, 14)
+    assert twice.found.images == found.images
+    inputs = images[:, :, 1:15, 1:15].reshape(len(images), -1) / 255.0
+    assert len(np.unique(inputs, axis=0)) == len(inputs), "the theorem asks for different ones"
+    assert (found.images, found.values, found.weights) == (36, 588, 2 * 36 + 588)
+    random = corrupted(Sets(images, labels, images, labels), classes, "random_labels", None, 0).labels
+    assert (random != labels).any() and [fit.labels for fit in found.fits] == ["true labels", "random labels"]
+    for fit, own in zip(found.fits, (labels, random), strict=True):
+        network = interpolate(inputs, own.astype(float))
+        # One hidden unit after the other, in plain loops.
+        for at, image in enumerate(inputs):
+            x = float(image @ network.direction)
+            value = sum(w * max(x - b, 0.0) for w, b in zip(network.weight, network.bias, strict=True))
+            assert abs(value - own[at]) < 1e-6
+        assert fit.largest_error < 1e-9 and fit.largest_error == np.abs(network(inputs) - own).max()
+    x = np.sort(inputs @ network.direction)
+    matrix = np.maximum(x[:, None] - network.bias[None], 0)
+    eigenvalues = np.linalg.eigvals(matrix)
+    assert (np.triu(matrix, 1) == 0).all() and np.abs(eigenvalues).min() == pytest.approx(found.smallest_eigenvalue)
+    # No digest sees it, and the manifest names it: a file that is another is found.
+    manifest = made.manifest(made.step("randomize", experiment="noise"))
+    assert "expressivity.json" in manifest.files and "seconds.json" not in manifest.files
+    assert manifest.digest == output(
+        {name: each for name, each in manifest.files.items() if name != "expressivity.json"}
+    )
+    assert manifest.result.keys() == {"dataset", "runs", "images", "test_images"}
+
+
+def test_images_that_differ_too_little_have_no_such_network(tmp_path):
+    images = np.zeros((3, 3, 4, 4), np.uint8)
+    images[1, 0, 0, 0], images[2, 0, 0, 0] = 1, 2
+    assert expressivity.build(images, np.array([0, 1, 0]), 2, 4).found.images == 3
+    assert expressivity.build(images, np.array([0, 1, 0]), 2, 2).found.images == 1, "their centres are equal"
 
 
 def test_corruptions_of_a_run():
