@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator
 
 import pytest
+import threadpoolctl
 
 from pipeline.config.cluster import Cluster
 from pipeline.workers import client
@@ -12,6 +13,7 @@ from pipeline.workers import pool as cluster
 
 # What tests compute themselves is compared to the bit with what workers computed: under the same limits of threads.
 os.environ |= cluster.THREADS
+threadpoolctl.threadpool_limits(1)  # of what is there before the variables: zarr's plugin of pytest imports numpy
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -243,7 +243,7 @@ class Layer:
 def _open(path: Path) -> xr.Dataset:
     import xarray as xr
 
-    from pipeline.storage.store import Located
+    from pipeline.storage.engine import Located
 
     if not path.is_dir():
         raise MicrotomeError(f"{path} is not there; run the workflow first")

@@ -177,3 +177,8 @@ def told(url: str, missing: str | None = None) -> Iterator[None]:
     else:
         return
     raise MicrotomeError(f"stores: {url}: {why}; what is finished is kept, run again to go on")
+
+
+def chunks_of(root: Path, key: str) -> Objects | None:
+    """Return the objects that hold a file below a folder, if it is a chunk on object storage; else None."""
+    return objects_of(root) if "/c/" in key else None

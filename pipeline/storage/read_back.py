@@ -9,9 +9,10 @@ from typing import IO, Any, Protocol
 import zarr
 
 from pipeline.errors import MicrotomeError
+from pipeline.storage.engine import Located
 from pipeline.storage.identity import crc32c
 from pipeline.storage.manifest import recorded, recorded_files
-from pipeline.storage.store import Located, Reader
+from pipeline.storage.store import Reader
 
 
 class Store(Protocol):

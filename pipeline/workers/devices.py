@@ -2,7 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import resource
+from pathlib import Path
+
+import psutil
+
+CONTROL_GROUP = [
+    f"/sys/fs/cgroup/{name}"
+    for name in (
+        "memory/memory.limit_in_bytes",
+        "memory/memory.soft_limit_in_bytes",
+        "memory.max",
+        "memory.high",
+        "memory.low",
+    )
+]
+"""Files with the limits of this process's control group, of both versions."""
 
 
 def cores() -> int:
@@ -13,11 +30,19 @@ def cores() -> int:
 
 
 def memory() -> int:
-    """Return how many bytes this process may use: within the machine, its control group and its SLURM job."""
-    from distributed.system import MEMORY_LIMIT
+    """Return how many bytes this process may use: within the machine, its control group and its SLURM job.
 
+    As `distributed.system.memory_limit`, whose import takes two seconds.
+    """
+    limit = psutil.virtual_memory().total
+    for file in CONTROL_GROUP:
+        with contextlib.suppress(OSError, ValueError):  # absent, or "max"
+            found = int(Path(file).read_text())
+            limit = min(limit, found) if found > 0 else limit
+    hard = resource.getrlimit(resource.RLIMIT_RSS)[1]
+    limit = min(limit, hard) if hard > 0 else limit
     asked = os.environ.get("SLURM_MEM_PER_NODE", "")
-    return min(int(MEMORY_LIMIT), int(asked) << 20) if asked.isdigit() and int(asked) else int(MEMORY_LIMIT)
+    return min(limit, int(asked) << 20) if asked.isdigit() and int(asked) else limit
 
 
 def gpus() -> list[str]:

@@ -62,8 +62,8 @@ def table(logits: np.ndarray, labels: np.ndarray, before: float) -> None:
     to_fit, to_judge = in_two(keys([str(row) for row in range(len(labels))]), len(labels) // 2, 0)
     began = time.process_time()
     parts = logits[to_fit], labels[to_fit], logits[to_judge], labels[to_judge]
-    evaluate(*parts, methods, {"bins": 15, "penalty": None}, seed=0)
-    need = memory_need(*logits.shape, methods) / 1e6
+    evaluate(*parts, methods, bins=15, penalty=None, seed=0)
+    need = memory_need(len(labels), logits.shape[1], methods) / 1e6
     print(
         f"{len(methods)} methods: {time.process_time() - began:.0f} s, grown {grown() - before:.0f} MB beyond the "
         f"logits' {logits.nbytes / 1e6:.0f}; the stage asks for {need:.0f} MB"

@@ -39,7 +39,7 @@ from pipeline.stages.extract import layers as extract_layers
 from pipeline.stages.extract import stage as extract
 from pipeline.stages.extract import tasks as extract_tasks
 from pipeline.storage.manifest import Files
-from pipeline.storage.store import Array, create, metadata_files, write
+from pipeline.storage.store import Array, StoreRef, create, metadata_files, write
 from pipeline.workers.client import client
 from pipeline.workers.pool import pool
 from pipeline.workers.tasks import run_tasks
@@ -152,7 +152,7 @@ def noise(store: Path, count: int, size: int, shard: int = SHARD) -> Images:
         coarse = rng.integers(0, 256, (min(shard, count - at), 3, size // 8, size // 8), np.uint8)
         files |= write(store, {"image": ((at, 0, 0, 0), coarse.repeat(8, axis=2).repeat(8, axis=3))})
     contents = [str(k) for k in range(-(-count // shard))]
-    return Images(store, files | metadata_files(store), count, (size, size), shard, contents, {})
+    return Images(store, files | metadata_files(store), count, (size, size), shard, contents, {}, [])
 
 
 def network(folder: Path, name: str, layers: list[str], micro_batch: int) -> forward.Model:
@@ -267,15 +267,13 @@ def made(
         label_files |= write(label, {"label_map": ((at, 0, 0, 0), drawn)})
         rows = np.arange(count)
         counted.append(Counted(k, rows, rows % 20, np.roll(rows, 1)))
-    layer = work.Layer("conv5_3", "made", maps, files | metadata_files(maps), (units, 14, 14), 1.0, "")
+    activation = StoreRef(maps, files | metadata_files(maps))
+    layer = work.Layer("conv5_3", "made", activation, (units, 14, 14), 1.0, "")
     numbers = tuple(range(1, concepts + 1))
     names = tuple(map(str, numbers))
     place = tuple(int(np.searchsorted(edges, number, side="right")) - 1 for number in numbers)
-    return (
-        layer,
-        counted,
-        Concepts(label, label_files | metadata_files(label), ("a", "b", "c"), (0, 1, 2), names, numbers, place),
-    )
+    labels = StoreRef(label, label_files | metadata_files(label))
+    return layer, counted, Concepts(labels, ("a", "b", "c"), (0, 1, 2), names, numbers, place)
 
 
 # Memory ---------------------------------------------------------------------------------------------------------------

@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from tests.pipeline.large_listing import decoded_by_nobody, large
 
-from pipeline.data.images import Images
 from pipeline.plan.step import Plan
 from pipeline.run import experiment, planner
 from pipeline.stages.dissect import work
-from pipeline.stages.ingest import stage as ingest
+from pipeline.stages.registry import jobs
+from tests.support.large_listing import decoded_by_nobody, large
 
 ROOT = Path(__file__).parents[2]
 
@@ -51,10 +50,11 @@ def measure(folder: Path, count: int) -> None:
     made: Plan = report("plan, the first time", planner.make, wanted)
     report("plan, at every later start", planner.make, wanted)
     dry_run(folder, raw)
-    step = made.step("ingest", "large")
+    (ingest,) = jobs(made, "ingest")
     with decoded_by_nobody():
-        report("ingest, all but decoding", ingest.run, made, step)
-    images = Images.of(made, made.step("extract", "large", "resnet"))
+        report("ingest, all but decoding", ingest.stage.run, ingest)
+    (extract,) = jobs(made, "extract")
+    images = extract.images
     counted = report("images that count", work.counted_images, images, "validation", images.shards("validation"), [])
     report("id of that choice", work.basis, counted)
 

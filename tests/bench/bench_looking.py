@@ -19,14 +19,14 @@ import torch
 
 from pipeline.config.networks import Network
 from pipeline.data.images import Images
-from pipeline.data.minibatches import Minibatch
+from pipeline.data.minibatches import Minibatch, pixels_of
 from pipeline.networks import forward
 from pipeline.networks.build import load
 from pipeline.networks.checkpoint import sha256, write_safetensors
 from pipeline.networks.layers import choose, survey
 from pipeline.stages.probes import tasks
 from pipeline.stages.sight import tasks as sight_tasks
-from pipeline.storage.store import create
+from pipeline.storage.store import StoreRef, create
 from tests.bench.bench_costs import noise
 from tests.bench.timing import seconds
 
@@ -83,12 +83,12 @@ def looked(title: str, model: forward.Model, images: Images, folder: Path) -> No
         if measure in prepared.absent:
             continue
         store = folder / f"{title}-{measure}.zarr"
-        work = sight_tasks.Work(model, images.store, images.size, prepared, (measure,), GRADIENTS, store, MINIBATCH)
+        work = sight_tasks.Work(model, images.size, prepared, (measure,), GRADIENTS, store, MINIBATCH)
         create(store, sight_tasks.arrays(work, len(batches)), {})
 
         def run(work: sight_tasks.Work = work) -> None:
             for at, batch in enumerate(batches):
-                sight_tasks.look(work, images.files, at, batch)
+                sight_tasks.look(work, pixels_of(images, batch), str(at), batch)
 
         row(title, layers, f"sight: {measure}", model, images, run, floor)
 
@@ -98,12 +98,12 @@ def probed(title: str, model: forward.Model, images: Images, folder: Path) -> No
     layers = []
     for info in choose(forward.network_of(model), surveyed, model.spec.layers, title):
         vectors = tasks.vectors_of(info, ("pooled", "class_token", "spatial"), 3)
-        layers.append(tasks.Layer(info, info.name, 1.0, folder, folder / "features", vectors))
+        layers.append(tasks.Layer(info, info.name, 1.0, folder / "features", vectors))
     shards = [images.range(at) for at in range(len(images.contents))]
 
     def run() -> None:
         for at, bounds in enumerate(shards):
-            tasks.computed(model, images.store, images.files_of(at), bounds, layers)
+            tasks.computed(model, StoreRef(images.store, images.files_of(at)), bounds, layers)
 
     row(title, len(layers), "probes: features", model, images, run, 1.0)
 

@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.config.networks import NetworkSpec
 from pipeline.networks.build import load
-from pipeline.stages.randomize.settings import FITTING
+from pipeline.stages.randomize.settings import How
 from pipeline.stages.randomize.training import Sets, Training, repeatable, train
 from tests.bench.timing import seconds
 
@@ -92,7 +92,7 @@ def on_gpu(name: str, spec: NetworkSpec, sets: Sets, together: int) -> None:
 
 
 def started(spec: NetworkSpec, sets: Sets, device: str, crop: bool, seed: int = 0) -> Training:
-    how = FITTING | {"seed": seed, "crop": 28, "random_crop": crop, "epochs": 3}
+    how = How(seed=seed, crop=28, random_crop=crop, epochs=3)
     return Training(load(spec), sets, how, device=device)
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from kernels.dissection.brackets import Bracket
 from kernels.dissection.counts import GROUPS, Counts, ShardCounts
 from pipeline.data.images import Images
 from pipeline.networks import forward
@@ -27,8 +28,9 @@ from pipeline.stages.dissect.work import Concepts, Counted
 from pipeline.stages.extract import streaming as stream
 from pipeline.stages.extract import tasks as extract_tasks
 from pipeline.stages.extract.pictures import KEPT
+from pipeline.stages.extract.settings import Tails
 from pipeline.storage.manifest import Files
-from pipeline.storage.store import Array, Ledger, create, metadata_files, write
+from pipeline.storage.store import Array, Ledger, StoreRef, create, metadata_files, write
 from tests.bench.bench_costs import ALL, LABELS, MICRO_BATCH, QUANTILE, SHARD, SIZE, network, noise, shards, tasks
 from tests.bench.timing import seconds
 
@@ -96,7 +98,8 @@ def labelled(store: Path, count: int, shard: int = SHARD) -> tuple[Concepts, lis
     numbers = tuple(range(1, 301))
     place = tuple((number - 1) // 100 for number in numbers)
     names = tuple(map(str, numbers))
-    return Concepts(store, files | metadata_files(store), ("a", "b", "c"), (0, 1, 2), names, numbers, place), counted
+    labels = StoreRef(store, files | metadata_files(store))
+    return Concepts(labels, ("a", "b", "c"), (0, 1, 2), names, numbers, place), counted
 
 
 def full(
@@ -110,7 +113,8 @@ def full(
     stored = []
     for layer in layers:
         files = {path.relative_to(layer.store).as_posix(): _recorded(path) for path in _files(layer.store)}
-        stored.append(work.Layer(layer.name, layer.id, layer.store, files, layer.info.shape, layer.scale, layer.id))
+        maps = StoreRef(layer.store, files)
+        stored.append(work.Layer(layer.name, layer.id, maps, layer.info.shape, layer.scale, layer.id))
 
     def thresholds() -> None:
         for layer in stored:
@@ -146,9 +150,9 @@ def none(
     """The two passes of layers that are not stored, by `timed`."""
     _, layers = tasks(folder, model, images, pooled=True)
     parts = [stream.Part(one.shard, images.files_of(one.shard), images.range(one.shard), one.rows) for one in counted]
-    how = {"quantile": QUANTILE, "border": "edge", "positions": "upsampled", "size": LABELS, "version": 0}
+    how = Tails(quantile=QUANTILE, border="edge", positions="upsampled", size=LABELS, version=0)
     streamed = [stream.streamed(layer.store.parent, layer.id, layer.info, layer.scale, how) for layer in layers]
-    brackets: dict[str, object] = {}
+    brackets: dict[str, Bracket] = {}
 
     def sample() -> None:
         found, _ = stream.sample(model, images.store, parts[: stream.SAMPLE_SHARDS], streamed)

@@ -3,9 +3,9 @@
     python -m tests.bench.bench_scheduler      first: what a scheduler does, into build/bench-scheduler.json
     python -m tests.bench.scale_plan           writes the tables of docs/scale.md, with the rates they go by
 
-Shapes and operations come from the networks on torch's meta device, CPU rates from `pipeline.run.forecast`, whose rates
-`make bench` measures, and the speed of forwards on a core from the probe of `make plan`. No GPU was at hand: how fast
-one is, is an assumption, named in the table.
+Shapes and operations come from the networks on torch's meta device, CPU rates from the stages, whose rates `make bench`
+measures, and the speed of forwards on a core from the probe of `make plan`. No GPU was at hand: how fast one is, is an
+assumption, named in the table.
 """
 
 from __future__ import annotations

@@ -20,13 +20,13 @@ import yaml
 from torch.nn.functional import cross_entropy, interpolate
 
 import pipeline
-from pipeline.config.core import NetworkSpec
+from pipeline.config.networks import NetworkSpec
 from pipeline.data.scenes import CATEGORIES, CONCEPTS, generate
 from pipeline.networks.build import build
 from pipeline.networks.checkpoint import write_safetensors
 from pipeline.plan import settle
 from pipeline.run import experiment, planner
-from pipeline.stages import registry
+from pipeline.stages.registry import jobs
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "config" / "config.yaml"
@@ -171,10 +171,9 @@ def dissect(folder: Path, names: list[str]) -> Any:
     (folder / "agreement.yaml").write_text(yaml.safe_dump(raw, sort_keys=False))
     made = planner.make(experiment.parse(raw))
     settle.settle(made)
-    for step in made.steps.values():
-        wanted = step.stage != "report" and not str(step.network).endswith("-untrained")
-        if wanted and not (made.results / step.manifest).exists():
-            registry.STAGES[step.stage].run(made, step)
+    for job in jobs(made):
+        if job.stage.name != "report" and not job.is_control and not job.manifest.exists():
+            job.stage.run(job)
     return pipeline.open_results(made.results)
 
 

@@ -1,14 +1,12 @@
 """Real images, and networks that others trained: ../shared/data, or data/ in the folder that MICROTOME_SHARED names."""
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
 DATA = Path(os.environ.get("MICROTOME_SHARED", ROOT.parent / "shared")) / "data"
-sys.path.append(str(ROOT / "tests" / "workflow"))  # workflow_run
 
 
 @pytest.fixture

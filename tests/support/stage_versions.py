@@ -13,6 +13,7 @@ import functools
 import hashlib
 import importlib
 import json
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -44,16 +45,19 @@ def versioned() -> dict[str, Versioned]:
     """Every stage that names its code, the scenes, and the layer ids."""
     from pipeline.stages.registry import STAGES
 
-    found = {
-        name: Versioned(f"pipeline.stages.{name}.stage", "VERSION", stage.code)
-        for name, stage in STAGES.items()
-        if stage.code
-    }
+    found = {name: Versioned(_home(name), "VERSION", stage.code) for name, stage in STAGES.items() if stage.code}
     found["scenes"] = Versioned(
         "pipeline.data.scenes", "VERSION", ("kernels/images/colour_names.py", "pipeline/data/scenes")
     )
     found["layer_id"] = Versioned("pipeline.networks.layer_id", "_VERSION", ("pipeline/networks/layer_id.py",))
     return found
+
+
+def _home(stage: str) -> str:
+    """The module of a stage that holds its version: one that `stage` imports, where others need it too."""
+    inside = (ROOT / "pipeline" / "stages" / stage).glob("*.py")
+    (name,) = (path.stem for path in inside if re.search(r"^VERSION = \d", path.read_text(), re.MULTILINE))
+    return f"pipeline.stages.{stage}.{name}"
 
 
 def files(code: tuple[str, ...]) -> list[str]:

@@ -3,12 +3,11 @@
 
 
 rule report:
-    default_target: True
-    localrule: True
     input:
         RUN.targets("report"),
         # What `snakemake --report` shows; none before there is a report.
         figures(),
+    localrule: True
 
 
 for stage in RUN.stages:
@@ -17,9 +16,9 @@ for stage in RUN.stages:
         rule:
             name:
                 stage.name
-            localrule: True
             input:
                 RUN.targets(stage.name),
+            localrule: True
 
 
 for stage in RUN.stages:

@@ -69,8 +69,8 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """What is known of a layer's tail before any image.
+class Cut:
+    """A network that is cut after a layer: what is known of the part behind it, its tail, before any image.
 
     Attributes
     ----------
@@ -91,7 +91,7 @@ class Prepared:
 
 
 @dataclass(frozen=True)
-class Target(Prepared):
+class Target(Cut):
     """A layer whose units are removed, as tasks name it.
 
     Attributes
@@ -125,7 +125,7 @@ class Target(Prepared):
         return np.int16 if self.classes < 1 << 15 else np.int32
 
 
-def prepare(model: Model, size: tuple[int, int], names: list[str], shard_images: int) -> list[Prepared]:
+def prepare_cuts(model: Model, size: tuple[int, int], names: list[str], shard_images: int) -> list[Cut]:
     """Cut the network after each layer, and divide its work: by its cost alone, so always alike."""
     from pipeline.networks.layers import resolve
 
@@ -144,7 +144,7 @@ def prepare(model: Model, size: tuple[int, int], names: list[str], shard_images:
         whole_shard = 4 * shard_images * math.prod(info.shape)
         memory = held + cost.pair_bytes * pairs + cost.image_bytes * images + whole_shard
         found.append(
-            Prepared(info, tail.traced.shapes[tail.traced.output][1], block, pairs, images, tail.whole, flops, memory)
+            Cut(info, tail.traced.shapes[tail.traced.output][1], block, pairs, images, tail.whole, flops, memory)
         )
     return found
 

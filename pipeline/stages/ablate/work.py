@@ -15,7 +15,7 @@ from pipeline.errors import MicrotomeError, nearest
 from pipeline.networks.forward import Model
 from pipeline.plan.job import Job
 from pipeline.stages.ablate.settings import Measure, Removal
-from pipeline.stages.ablate.tasks import Prepared, Shard, Target, prepare
+from pipeline.stages.ablate.tasks import Cut, Shard, Target, prepare_cuts
 from pipeline.stages.extract.results import Extracted, StoredLayer, logits
 from pipeline.storage.store import StoreRef
 from pipeline.workers.tasks import run_tasks
@@ -72,9 +72,9 @@ class Work:
         """Prepare each layer whose units are to be removed; yield it with its shards, by number."""
         extraction = self.job.parent("extract")
         extracted = Extracted.of(extraction)
-        prepared = self._prepared(extracted.by_name)
+        cuts = self._cuts(extracted.by_name)
         heads = logits(self.job.folder, extraction)
-        for each in prepared:
+        for each in cuts:
             layer = extracted.layer(each.info.name)
             target = Target(
                 **vars(each), id=layer.id, scale=layer.scale, folder=self.job.folder, replace=self.settings.replace
@@ -84,7 +84,7 @@ class Work:
             maps = layer.activations(self.job.results, self.job.dataset_folder)
             yield target, self._shards(set(stored), maps, heads)
 
-    def _prepared(self, known: Mapping[str, StoredLayer]) -> list[Prepared]:
+    def _cuts(self, known: Mapping[str, StoredLayer]) -> list[Cut]:
         """Cut the network after each layer, and refuse what takes too much memory or has other classes."""
         chosen = self.settings.layers
         names = [list(known)[-1]] if chosen == "last" else list(chosen)
@@ -95,16 +95,16 @@ class Work:
                     f"{nearest(name, known)}"
                 )
         task = self.model, self.images.size, list(dict.fromkeys(names)), self.images.shard_images
-        (prepared,) = run_tasks(self.workers, prepare, [task], 1, f"{self.job.name}: tails")
-        for each in prepared:
+        (cuts,) = run_tasks(self.workers, prepare_cuts, [task], 1, f"{self.job.name}: tails")
+        for each in cuts:
             self.job.check_memory(each.memory, REMEDY, f"{self.job.name}: {each.info.name}")
-        for each in prepared:
+        for each in cuts:
             if each.classes != len(self.classes):
                 raise MicrotomeError(
                     f"network {self.job.network!r} gives {each.classes} logits, and data set {self.job.dataset!r} "
                     f"has {len(self.classes)} classes: they cannot be compared"
                 )
-        return prepared
+        return cuts
 
     def _shards(self, stored: set[int], maps: StoreRef, heads: StoreRef) -> dict[int, Shard]:
         """Return the shards with their rows, and what is stored of them."""

@@ -121,7 +121,7 @@ def measured(logits: Path, images: Images) -> dict[str, Any]:
     """
     import zarr
 
-    from pipeline.storage.store import Located
+    from pipeline.storage.engine import Located
 
     try:
         array = zarr.open_array(Located(logits, read_only=True), path="logits", mode="r", zarr_format=3)

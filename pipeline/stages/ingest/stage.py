@@ -215,7 +215,7 @@ def known_ids(store: Path) -> np.ndarray | None:
     """
     import zarr
 
-    from pipeline.storage.store import Located
+    from pipeline.storage.engine import Located
 
     try:
         array = zarr.open_array(Located(store, read_only=True), path="image_id", mode="r", zarr_format=3)

@@ -61,6 +61,7 @@ CODE = (
     "pipeline/networks/layers.py",
     "pipeline/networks/libraries",
     "pipeline/networks/build.py",
+    "pipeline/networks/prepare.py",
     "pipeline/stages/probes/division.py",
     "pipeline/stages/probes/results.py",
     "pipeline/stages/probes/settings.py",

@@ -16,8 +16,8 @@ from kernels.expressivity import interpolate, smallest_eigenvalue
 from kernels.images.corruption import corrupted_labels
 from pipeline.networks.training.repeatable import stream
 from pipeline.stages.randomize.results import Expressivity, Fit
+from pipeline.stages.randomize.runs import LABELS
 
-LABELS = 4  # purpose of random numbers: as a run with `random_labels` and seed 0 draws them
 IMAGES = 50_000  # at most, which the kernel takes in a tenth of a second
 VALUES = 1 << 24  # of all images together at most: 128 MB
 
@@ -33,7 +33,8 @@ class Built:
 def build(images: NDArray[np.uint8], labels: NDArray[np.int64], classes: int, crop: int) -> Built:
     """Write down the network for the centres of the first images, with their labels and with random ones.
 
-    Of images that are equal, the first counts: the theorem asks for different ones.
+    Random labels are those of a run with `random_labels` and seed 0. Of images that are equal, the first counts: the
+    theorem asks for different ones.
 
     Raises
     ------

@@ -11,6 +11,7 @@ from pipeline.config.networks import NetworkSpec
 from pipeline.stages.randomize.settings import How
 from pipeline.storage.store import StoreRef
 
+LABELS, PIXELS = 4, 5  # purposes of random numbers
 SECONDS = "seconds.json"  # by the clock: in no digest
 EXPRESSIVITY = "expressivity.json"
 

@@ -24,15 +24,12 @@ from pipeline.networks.build import load
 from pipeline.networks.checkpoint import sha256, write_safetensors
 from pipeline.networks.training.repeatable import stream
 from pipeline.stages.randomize import expressivity
-from pipeline.stages.randomize.expressivity import LABELS
-from pipeline.stages.randomize.runs import EXPRESSIVITY, SECONDS, Data, Run
+from pipeline.stages.randomize.runs import EXPRESSIVITY, LABELS, PIXELS, SECONDS, Data, Run
 from pipeline.stages.randomize.training import DIVERGED, FINISHED, Sets, Training, repeatable, train
 from pipeline.storage.atomic import write_atomically
 from pipeline.storage.identity import crc32c
 from pipeline.storage.manifest import Files, write_file
 from pipeline.workers.devices import device
-
-PIXELS = 5  # purpose of random numbers
 
 
 @functools.lru_cache(maxsize=1)

@@ -190,16 +190,16 @@ def test_wrong_values(tmp_path, path, value, message):
 
 
 def test_presets_and_what_overrides_them():
-    assert Dissect().resolved() == PRESETS["standard"] | {
+    assert Dissect().resolved().model_dump() == PRESETS["standard"] | {
         "method": "standard",
         "min_iou": 0.04,
         "split": "validation",
     }
     for method, preset in PRESETS.items():
-        assert preset.items() <= Dissect(method=method).resolved().items()
+        assert preset.items() <= Dissect(method=method).resolved().model_dump().items()
     own = Dissect(method="cvpr2017", quantile=0.02, border="zeros").resolved()
-    assert own["quantile"] == 0.02 and own["border"] == "zeros"
-    assert own["positions"] == "native" and own["union"] == "category"
+    assert own.quantile == 0.02 and own.border == "zeros"
+    assert own.positions == "native" and own.union == "category"
 
 
 def test_the_same_again_from_what_is_written_down(tmp_path):

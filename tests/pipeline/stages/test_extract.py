@@ -415,7 +415,7 @@ def test_weights_that_are_not_what_was_written_are_refused(tmp_path):
 
 
 def test_a_bound_counts_images_and_not_shards():
-    images = Images(None, {}, 24, (4, 4), 8, [], {"validation": {"0": 1, "1": 8, "2": 8}})
+    images = Images(None, {}, 24, (4, 4), 8, [], {"validation": {"0": 1, "1": 8, "2": 8}}, [])
     assert images.shards("validation") == [0, 1, 2]
     assert images.shards("validation", 1) == [0]
     assert images.shards("validation", 2) == [0, 1]

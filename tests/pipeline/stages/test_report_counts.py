@@ -15,6 +15,7 @@ from pipeline.report.style import shorten
 from pipeline.report.tables import safe, write_table
 from pipeline.stages.ablate.found import Ablation
 from pipeline.stages.ablate.page import Section, finding
+from pipeline.stages.ablate.settings import Measure
 from pipeline.stages.dissect import sentences
 from pipeline.stages.dissect.counting import categories, count_concepts, count_detectors
 from pipeline.stages.dissect.figures import share_above
@@ -172,7 +173,7 @@ def test_a_class_that_is_never_recognised_has_nothing_to_lose() -> None:
     found = Ablation(
         "d", "n", "a", ["x", "y", "z"], units, np.array([[1, 0], [0, 1], [0, 1]]), loss, loss, loss[:, 0],
         np.array([0, 1]), [], [], none, none, np.full(3, 0.5), 0.5, np.array([True, True, False]),
-        {"rank": "train", "judge": "validation"},
+        Measure.model_construct(rank="train", judge="validation"), [],
     )  # fmt: skip
     assert found.without_units == ["y"] and found.never_recognised == ["z"]
     assert "of 3 classes, 1 lose" in finding(Section(found, "n", [], [], {}, ""))

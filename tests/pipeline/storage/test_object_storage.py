@@ -18,9 +18,10 @@ from pipeline.errors import MicrotomeError
 from pipeline.run import experiment as run_experiment
 from pipeline.run import planner
 from pipeline.storage import object_storage as objects
+from pipeline.storage.engine import Located
 from pipeline.storage.manifest import Manifest
 from pipeline.storage.object_storage import objects_of, settle, size_of
-from pipeline.storage.store import DamagedStoreError, Located, Reader
+from pipeline.storage.store import DamagedStoreError, Reader
 from pipeline.upkeep import damage, unreferenced
 from pipeline.upkeep.recompute import discard
 from pipeline.workers import client

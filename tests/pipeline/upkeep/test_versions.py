@@ -1,9 +1,13 @@
 """No stage's numerical code changes without its author saying whether the numbers change."""
 
+import json
+
+import golden_plans
 import pytest
 import stage_versions
-from stage_versions import complaint, digest_of, files, imports, main, read_record, versioned
+from stage_versions import ROOT, complaint, digest_of, files, imports, main, read_record, versioned
 
+from pipeline.stages.extract.settings import THRESHOLDS
 from pipeline.stages.registry import STAGES
 
 
@@ -16,45 +20,87 @@ def test_the_code_is_that_of_the_recorded_version(name):
 
 def test_every_stage_has_a_version_and_names_its_own_code():
     for name, stage in STAGES.items():
-        assert isinstance(stage.VERSION, int) and stage.VERSION >= 1
-        if hasattr(stage, "CODE"):
-            assert stage.__name__.replace(".", "/") + ".py" in files(stage.CODE), name
+        assert isinstance(stage.version, int) and stage.version >= 1
+        home = f"pipeline/stages/{name}"
+        if stage.code:
+            assert stage.version == versioned()[name].version
+            own = {f"{home}/{file}.py" for file in ("stage", "settings", "tasks", "results")}
+            assert {file for file in own if (ROOT / file).exists()} <= set(files(stage.code)), name
+    assert [name for name, stage in STAGES.items() if not stage.code] == ["report"]
     assert {"ingest", "concepts", "network", "extract", "dissect", "scenes", "layer_id"} <= set(versioned())
 
 
-# What only finds, moves and keeps bytes: ids and digests hold what it found.
-PLUMBING = {
-    f"pipeline/{name}.py"
-    for name in (
-        "arrays", "cluster", "config", "datasets", "earlier", "errors", "identity", "images", "known_datasets",
-        "label_maps", "layer_info", "listing", "lock", "manifest", "network", "plan", "privacy", "processes",
-        "published", "recipe", "result_tables", "snapshot", "stage", "store", "tables",
-    )
-}  # fmt: skip
+def test_the_version_of_thresholds_of_layers_that_are_not_stored_is_that_of_the_dissection():
+    assert THRESHOLDS == STAGES["dissect"].version
+
+
+# What only finds, moves and keeps bytes: ids and digests hold what it found. What a stage names is none of it.
+NAMED = {file for one in versioned().values() for file in files(one.code)}
+FINDS = {
+    path.relative_to(ROOT).as_posix()
+    for package in ("storage", "config", "workers", "data", "plan")
+    for path in (ROOT / "pipeline" / package).rglob("*.py")
+}
+DESCRIBES = {f"pipeline/networks/{name}.py" for name in ("identity", "layer", "published")}
+PLUMBING = (FINDS - NAMED) | DESCRIBES | {"pipeline/errors.py"}
+# What lists a data set: each id holds the digest of the listing, or of the pixels.
+LISTS = {
+    f"pipeline/data/{name}.py" for name in ("arrays", "csv_tables", "kinds", "listing", "published_layouts", "snapshot")
+}
+# Imported, and of a version of their own, or not used for results of the stage.
+ALONE = {
+    "ingest": {"kernels/images/colour_names.py", "pipeline/data/label_maps.py"},  # by the scenes, and by `concepts`
+    "concepts": LISTS,
+    "randomize": LISTS,
+    "network": LISTS,
+    "dissect": LISTS
+    # Those layers go by the version of `extract`; a forecast tells the memory of a forward pass.
+    | {f"pipeline/networks/{name}.py" for name in ("forward", "layers", "prepare")},
+    "ablate": LISTS,
+    "extract": {
+        "pipeline/stages/extract/replaced.py",  # what was there before is kept
+        # Counts of layers that are not stored go by the version of `dissect`.
+        *(f"kernels/dissection/{name}.py" for name in ("brackets", "half", "threshold")),
+        "pipeline/stages/extract/pictures.py",
+    },
+    "probes": {"pipeline/networks/layer_id.py"},  # the manifest of the extraction has the ids
+    "layer_id": {"pipeline/networks/layers.py"},
+}
+
+
+def parents_of(name: str) -> set[str]:
+    """The stages that steps of a stage read, in some plan that is recorded; their versions are in its ids."""
+    steps = [step for plan in json.loads(golden_plans.RECORD.read_text()).values() for step in plan]
+    return {
+        parent.split()[0] for step in steps if step["step"].split()[0] == name for parent in step["parents"]
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", sorted(versioned()))
 def test_the_code_of_a_stage_is_all_that_it_computes_with(name):
     code = set(files(versioned()[name].code))
     used = {module for file in code for module in imports(file)}
-    assert used - code - PLUMBING - ALONE.get(name, set()) == set()
+    promised = {f"pipeline/stages/{stage}/{file}.py" for stage in parents_of(name) for file in ("results", "settings")}
+    assert used - code - PLUMBING - promised - ALONE.get(name, set()) == set()
 
 
-# Imported, and of a version of their own, or not used for results of the stage.
-ALONE = {
-    "ingest": {"kernels/images/colour_names.py"},  # by the scenes
-    "network": {"pipeline/stages/randomize/stage.py"},  # whose manifest names the weights
-    "calibrate": {"pipeline/stages/calibrate/plain_files.py"},  # the program beside the stage
-    # Counts of layers that are not stored go by the version of `dissect`, and those layers by that of `extract`.
-    "extract": {
-        "kernels/dissection/half.py",
-        "kernels/dissection/threshold.py",
-        "pipeline/stages/dissect/stage.py",
-        "pipeline/stages/extract/pictures.py",
-    },
-    "dissect": {"pipeline/networks/forward.py", "pipeline/networks/layers.py"},
-    "layer_id": {"pipeline/networks/layers.py"},
-}
+def test_nothing_else_is_excused():
+    """What is no longer imported needs no excuse."""
+    for name, excused in ALONE.items():
+        used = {module for file in files(versioned()[name].code) for module in imports(file)}
+        assert excused - LISTS <= used, name
+        assert excused & used, name
+
+
+@pytest.mark.parametrize("name", sorted(set(versioned()) & set(STAGES)))
+def test_what_a_stage_names_is_used_by_it(name):
+    """A folder may hold more, and what is loaded by name alone."""
+    left, used = [f"pipeline/stages/{name}/stage.py"], set()
+    while left:
+        if (file := left.pop()) not in used:
+            used.add(file)
+            left += imports(file)
+    assert {file for file in versioned()[name].code if file.endswith(".py")} <= used
 
 
 SOURCE = '''
@@ -125,7 +171,7 @@ def test_recording(tmp_path, monkeypatch, capsys):
     assert set(recorded) == set(versioned())
     original = stage_versions.syntax_digest
     monkeypatch.setattr(
-        stage_versions, "syntax_digest", lambda path: "new" if path.name == "colour.py" else original(path)
+        stage_versions, "syntax_digest", lambda path: "new" if path.name == "colour_names.py" else original(path)
     )
     assert main([]) == 1 and "concepts: kernels/images/colour_names.py changed" in capsys.readouterr().out
     assert read_record() == recorded

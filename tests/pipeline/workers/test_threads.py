@@ -75,16 +75,18 @@ def test_more_threads_are_seen_where_there_are_more(tmp_path):
 
 
 CALIBRATE = f"""{TELL}
-import atexit, runpy, sys
+import runpy, sys
 
-atexit.register(tell)
 assert not {{"numpy", "torch", "scipy", "numba"}} & set(sys.modules)
-runpy.run_module("pipeline.calibrate", run_name="__main__", alter_sys=True)
+try:
+    runpy.run_module("pipeline.calibrate", run_name="__main__", alter_sys=True)
+finally:
+    tell()
 """
 
 
 def test_the_program_for_plain_files_computes_with_one_thread(tmp_path):
-    """`python -m pipeline.calibrate`, whatever the environment says; asked as it ends."""
+    """`python -m pipeline.calibrate`, whatever the environment says; asked at its end."""
     generator = np.random.default_rng(0)
     labels = generator.integers(0, 3, 90)
     logits = generator.standard_normal((90, 3)) + 2 * np.eye(3)[labels]
