@@ -6,13 +6,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 UV_VERSION := 0.13.9
 
-.PHONY: demo test lint plan why recompute verify repair gc rescan bench chaos lock help clean
+.PHONY: demo test test-slow lint plan why recompute verify repair gc rescan bench chaos lock help clean
 demo: $(VENV)/installed ## Install, run CONFIG (default: config/config.yaml), and print where the report is
 	@test -r '$(CONFIG)' || { echo 'error: no configuration file $(CONFIG)' >&2; exit 1; }
 	@$(BIN)/snakemake --configfile $(CONFIG) --quiet reason host
 
-test: $(VENV)/installed ## Run the tests
-	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+test: $(VENV)/installed ## Run the tests of every module, and the workflow once: minutes
+	@$(BIN)/python -m pytest -m 'not slow' --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+test-slow: $(VENV)/installed ## Run the slow tests: SLURM, chaos, real data, other libraries, many workflows
+	@$(BIN)/python -m pytest -m slow --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/installed ## Check formatting, style, types and the workflow
 	@$(BIN)/ruff check .

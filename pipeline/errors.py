@@ -6,11 +6,11 @@ import errno
 from collections.abc import Iterable, Iterator
 
 ADVICE = {
-    errno.ENOSPC: "the disk is full: make room; what is finished is kept, run again to go on",
-    errno.EDQUOT: "the disk quota is used up: make room; what is finished is kept, run again to go on",
+    errno.ENOSPC: "the disk is full: free some space; finished work is kept; rerun to resume",
+    errno.EDQUOT: "the disk quota is exhausted: free some space; finished work is kept; rerun to resume",
     errno.EROFS: "the file system is read-only",
     errno.EACCES: "permission denied",
-    errno.EMFILE: "too many open files: raise the limit, with `ulimit -n 1024` say",
+    errno.EMFILE: "too many open files: raise the limit, for example with `ulimit -n 1024`",
     errno.ENFILE: "too many open files on this machine",
     errno.ENOMEM: "out of memory: lower `cluster.workers`, or `shard_images` of the data set",
 }

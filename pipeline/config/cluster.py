@@ -10,11 +10,11 @@ from pipeline.config.base import Strict
 
 
 class Tls(Strict):
-    """Files that prove who a scheduler, its workers and we are. Only their paths are here, and go into no result."""
+    """Files that authenticate scheduler, workers and this client. Results hold neither these files nor their paths."""
 
     ca: str = Field(description="certificate (PEM) of the authority that signed all others")
-    certificate: str = Field(description="our own, as a client")
-    key: str = Field(description="the private key that goes with it")
+    certificate: str = Field(description="this client's certificate")
+    key: str = Field(description="its private key")
 
 
 Directive = Annotated[str, StringConstraints(pattern=r"^-[^\s][^\r\n]*$")]
@@ -24,18 +24,20 @@ Word = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._,:@+-]
 
 
 class Slurm(Strict):
-    """With `kind: slurm`: what each job of the queue is. It holds `processes` workers, or with GPUs one."""
+    """The jobs of the queue, with `kind: slurm`. Each holds `processes` workers, or a single worker with GPUs."""
 
     partition: Word | None = Field(None, description="`sbatch -p`")
     account: Word | None = Field(None, description="`sbatch -A`")
     walltime: Annotated[str, StringConstraints(pattern=r"^([0-9]+-)?[0-9]+(:[0-9]{2}){0,2}$")] = Field(
-        "24:00:00", description="`sbatch -t`; what a job had not finished when it ends is given to another"
+        "24:00:00", description="`sbatch -t`; when a job ends, another one takes over its unfinished work"
     )
-    processes: PositiveInt = Field(1, description="workers of one job, all on one node")
+    processes: PositiveInt = Field(1, description="workers per job, all on one node")
     interface: Word | None = Field(
-        None, description="network that scheduler and workers listen on, `ib0` say; default: that of the host's address"
+        None,
+        description="network on which scheduler and workers listen, for example `ib0`; default: that of the "
+        "host's address",
     )
-    directives: list[Directive] = Field([], description="more options of `sbatch`, `--constraint=a100` say")
+    directives: list[Directive] = Field([], description="more options of `sbatch`, for example `--constraint=a100`")
     wait: PositiveInt = Field(60, description="minutes to wait for the first worker")
 
 
@@ -49,30 +51,32 @@ def _loopback(address: str) -> bool:
 
 
 class Cluster(Strict):
-    """The workers of a run: processes with one thread each, on this machine or, with the last two kinds, on others."""
+    """The workers of a run: single-threaded processes on this machine or, with the last two kinds, on others."""
 
     kind: Literal["local", "gpu", "address", "slurm"] = Field(
-        "local", description="on the cores, on the visible GPUs, those of a scheduler that runs, or jobs of a queue"
+        "local", description="workers on the cores, on the visible GPUs, of a running scheduler, or in jobs of a queue"
     )
-    workers: PositiveInt | None = Field(None, description="default: one a core, or one a GPU; `slurm` has no default")
+    workers: PositiveInt | None = Field(
+        None, description="default: one per core, or one per GPU; `slurm` has no default"
+    )
     memory: Annotated[str, StringConstraints(pattern=r"^[0-9]+(\.[0-9]+)? ?[kMGT]i?B$")] | None = Field(
-        None, description="that a worker may use, `4 GB` say; default: its share of the machine's"
+        None, description="per worker, for example `4 GB`; default: its share of the machine's memory"
     )
-    dashboard: bool = Field(False, description="that of Dask, on 127.0.0.1:8787")
+    dashboard: bool = Field(False, description="serve Dask's dashboard on 127.0.0.1:8787")
     gpus: bool = Field(False, description="whether each worker of an `address` or of `slurm` has a GPU")
-    address: str | None = Field(None, description="of a scheduler, `tls://host:8786` say")
-    tls: Tls | None = Field(None, description="what a `tls://` address takes")
+    address: str | None = Field(None, description="of a scheduler, for example `tls://host:8786`")
+    tls: Tls | None = Field(None, description="files for a `tls://` address")
     insecure: bool = Field(
         False, description="allow a `tcp://` address on another host: whoever reaches that port can run code there"
     )
-    slurm: Slurm = Field(Slurm(), description="what a job of the queue is")
+    slurm: Slurm = Field(Slurm(), description="the jobs of the queue")
 
     @field_validator("address")
     @classmethod
     def _plain(cls, address: str | None) -> str | None:
         # Do not repeat the address: it may hold a password.
         if address is not None and "@" in address:
-            raise ValueError("an address holds no user or password: say who we are with `tls`")
+            raise ValueError("an address holds no user or password: authenticate with `tls`")
         if address is not None and not re.fullmatch(
             r"(tls|tcp)://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:]+\]):[0-9]{1,5}", address
         ):

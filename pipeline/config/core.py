@@ -21,9 +21,9 @@ from pipeline.storage.object_storage import URL
 
 
 class Controls(Strict):
-    """The two controls that stand beside every network: untrained, and label maps permuted over the images."""
+    """The two controls of every network: an untrained copy, and label maps permuted over the images."""
 
-    images: PositiveInt | None = Field(None, description="bound on the images of each control; default: all")
+    images: PositiveInt | None = Field(None, description="maximum number of images of each control; default: all")
 
 
 class Core(Strict):
@@ -32,7 +32,7 @@ class Core(Strict):
     sections: ClassVar[tuple[Section, ...]] = ()
     """The sections that the model has in addition to the keys below."""
 
-    name: Name = Field(description="the report is written to report/<name>")
+    name: Name = Field(description="name of the experiment; its report is written to report/<name>")
     results: str = Field("results", description="folder of all results; several experiments may share it")
     stores: str | None = Field(
         None,
@@ -41,10 +41,10 @@ class Core(Strict):
     datasets: Annotated[dict[Name, AnyDataset], Field(min_length=1)] = Field(description="by name")
     networks: Annotated[dict[Name, Network], Field(min_length=1)] = Field(description="by name")
     segmenters: dict[Name, Segmenter] = Field({}, description="by name")
-    controls: Controls = Field(Controls(), description="what the units are compared with")
+    controls: Controls = Field(Controls(), description="the controls of every network")
     cluster: Cluster = Field(Cluster(), description="the workers")
-    report: Report = Field(Report(), description="the pages at the end")
-    figures: Figures = Field(Figures(), description="the figures in them")
+    report: Report = Field(Report(), description="the pages at the end of a run")
+    figures: Figures = Field(Figures(), description="the figures of the report")
 
     def section(self, key: str) -> Any:
         """Return the section of a stage by its key, or its default if the configuration has none."""
@@ -65,7 +65,7 @@ class Core(Strict):
     @classmethod
     def _place(cls, value: str | None) -> str | None:
         if value is not None and not URL.fullmatch(value):  # do not repeat it: it may hold a secret
-            raise ValueError("it is not of the form s3://bucket or s3://bucket/prefix; credentials are no part of it")
+            raise ValueError("it is not of the form s3://bucket or s3://bucket/prefix; it must not contain credentials")
         return value
 
     @model_validator(mode="after")
@@ -74,7 +74,7 @@ class Core(Strict):
             if name in RESERVED:
                 raise ValueError(f"the name {name!r} is reserved (as are {', '.join(RESERVED)})")
             if name.endswith(ENDINGS):
-                raise ValueError(f"the name {name!r} ends as a file of the results folder does ({', '.join(ENDINGS)})")
+                raise ValueError(f"the name {name!r} ends like a file of the results folder ({', '.join(ENDINGS)})")
         for name, network in self.networks.items():
             if name.endswith(UNTRAINED):
                 raise ValueError(f"network {name!r}: the suffix {UNTRAINED!r} is for the untrained control")

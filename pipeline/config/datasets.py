@@ -10,21 +10,28 @@ from pipeline.config.base import PIXELS, TRUTH, Name, Share, Strict
 
 
 class Dissect(Strict):
-    """Settings of the dissection. `method` is a preset; a key given beside it overrides the preset."""
+    """Settings of the dissection. `method` is a preset; other keys override it."""
 
     method: Literal["standard", "pnas2020", "cvpr2017"] = Field(
-        "standard", description="preset of the four keys below; the other two are those of the papers' code"
+        "standard", description="preset of the four keys below; `pnas2020` and `cvpr2017` are those of the papers' code"
     )
-    quantile: Annotated[float, Field(gt=0, lt=1)] | None = Field(None, description="share of positions above t_u")
+    quantile: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="share of positions above a unit's threshold"
+    )
     positions: Literal["upsampled", "native"] | None = Field(
-        None, description="where the threshold is counted: maps upsampled to the label maps' size, or as they are"
+        None,
+        description="where thresholds are counted: on maps upsampled to the size of the label maps, or on maps as "
+        "they are",
     )
     border: Literal["edge", "zeros"] | None = Field(
-        None, description="what lies outside a map when it is upsampled: its edge values, or zeros that blend in"
+        None, description="values outside a map when it is upsampled: its edge values, or zeros that blend in"
     )
-    union: Literal["all", "category"] | None = Field(None, description="pixels in the union: all, or of images with it")
+    union: Literal["all", "category"] | None = Field(
+        None,
+        description="pixels in the union: of all images, or only of images in which the concept's category is labelled",
+    )
     min_iou: Annotated[float, Field(ge=0, lt=1)] = Field(0.04, description="a unit is a detector above this IoU")
-    split: str = Field("validation", description="the images that thresholds and IoU are counted over")
+    split: str = Field("validation", description="split of the images that thresholds and IoU are computed on")
 
     def resolved(self) -> Dissect:
         """Return the settings with every value filled in, from the preset if none is given."""
@@ -40,14 +47,14 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 class Squash(Strict):
-    """Every image to one size."""
+    """Resize every image to one size."""
 
     squash: tuple[PositiveInt, PositiveInt] = Field(description="height, width; the aspect ratio is not kept")
 
 
 CONCEPTS = (
-    "sources of label maps: `truth` (where it comes with label maps), `pixels` (colour names computed from the "
-    "pixels), names of segmenters"
+    "sources of label maps: `truth` (the data set's own), `pixels` (colour names computed from "
+    "the pixels), names of segmenters"
 )
 
 
@@ -56,22 +63,24 @@ class Dataset(Strict):
 
     has_truth: ClassVar[bool] = False  # whether it comes with label maps
 
-    shard_images: PositiveInt = Field(64, description="images of one shard, the unit of work")
+    shard_images: PositiveInt = Field(64, description="images per shard, the unit of work")
     max_images: PositiveInt | None = Field(
-        None, description="the first so many images of each split, in the order of a hash of their ids; default: all"
+        None, description="use only the first N images of each split, ordered by a hash of their ids; default: all"
     )
     concepts: list[Name] = Field([PIXELS], description=CONCEPTS)
     label_map_size: tuple[PositiveInt, PositiveInt] | None = Field(
-        None, description="height, width of the label maps, at which units are compared with them; default: the images'"
+        None,
+        description="height, width of the label maps, the size at which units are compared with them; default: "
+        "the images'",
     )
     dissect: Dissect = Field(Dissect(), description="how units are compared with concepts")
 
 
 class SceneCounts(Strict):
-    """How many scenes are drawn for each split."""
+    """The number of scenes drawn for each split."""
 
     train: NonNegativeInt = Field(8000, description="images to train on")
-    validation: NonNegativeInt = Field(1600, description="images to dissect and to measure accuracy on")
+    validation: NonNegativeInt = Field(1600, description="images to dissect, and to measure accuracy on")
 
 
 class Scenes(Dataset):
@@ -81,17 +90,17 @@ class Scenes(Dataset):
 
     kind: Literal["scenes"] = Field(description="this kind")
     concepts: list[Name] = Field([TRUTH], description=CONCEPTS)
-    seed: NonNegativeInt = Field(0, description="other scenes for another seed")
+    seed: NonNegativeInt = Field(0, description="another seed gives other scenes")
     size: Annotated[int, Field(ge=16, le=1024)] = Field(64, description="height and width in pixels")
-    images: SceneCounts = Field(SceneCounts(), description="how many, by split")
+    images: SceneCounts = Field(SceneCounts(), description="number of scenes, by split")
 
 
 class Split(Strict):
-    """Exactly one way to give every image a split."""
+    """Exactly one way to assign every image to a split."""
 
     folders: bool = Field(False, description="the first folder names the split: root/<split>/<class>/image")
     csv: str | None = Field(None, description="CSV with columns image,split")
-    share: dict[Name, Share] | None = Field(None, description="shares by a hash of the image id")
+    share: dict[Name, Share] | None = Field(None, description="share of each split, by a hash of the image id")
     all: Name | None = Field(None, description="one split for all images")
 
     @model_validator(mode="after")
@@ -107,62 +116,66 @@ class Split(Strict):
 class Images(Dataset):
     """The keys of data sets of images, in files of their own or not."""
 
-    resize: PositiveInt | Squash | None = Field(None, description="length of the short side, or squash, or none")
+    resize: PositiveInt | Squash | None = Field(
+        None, description="length of the short side, or `squash`; default: no resize"
+    )
     crop: PositiveInt | None = Field(None, description="centre crop after the resize")
-    max_pixels: PositiveInt = Field(64_000_000, description="a file with more pixels is refused before decoding")
+    max_pixels: PositiveInt = Field(64_000_000, description="refuse files with more pixels before decoding")
 
 
 class Files(Images):
     """The keys of data sets of image files."""
 
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.01, description="a larger share of refused images stops the stage"
+        0.01, description="the stage stops if a larger share of images is refused"
     )
 
 
 class ImageFolder(Files):
-    """Images in one folder a class."""
+    """Images in one folder per class."""
 
     kind: Literal["imagefolder"] = Field(description="this kind")
     root: str = Field(description="folder of the images")
-    split: Split = Field(Split(all="validation"), description="which split each image belongs to")
+    split: Split = Field(Split(all="validation"), description="how each image gets its split")
     labels: str | None = Field(None, description="CSV with columns image,label, for folders without classes")
 
 
 class Csv(Files):
-    """Images that a table names."""
+    """Images listed in a table."""
 
     kind: Literal["csv"] = Field(description="this kind")
-    root: str = Field(description="folder that the paths are below")
-    table: str = Field(description="CSV with the columns path, label and split; the last two may be absent")
+    root: str = Field(description="base folder of the paths")
+    table: str = Field(description="CSV with columns path,label,split; the last two are optional")
     split: Split | None = Field(
-        None, description="which split each image belongs to; default: the column `split`, without one all `validation`"
+        None,
+        description="how each image gets its split; default: the column `split`, or `validation` for all without "
+        "that column",
     )
 
 
 class ImageNet(Files):
-    """ImageNet of 2012, as torchvision lays it out."""
+    """ImageNet 2012, in torchvision's layout."""
 
     kind: Literal["imagenet"] = Field(description="this kind")
-    root: str = Field(description="folder with val/, train/ and meta.bin or the archive of the devkit")
+    root: str = Field(description="folder with val/, train/ and meta.bin or the devkit's archive")
     splits: Annotated[list[Literal["train", "validation"]], Field(min_length=1)] = Field(
-        ["validation"], description="the splits to take"
+        ["validation"], description="splits to use"
     )
-    unpack: bool = Field(False, description="let torchvision unpack the archives in `root` where folders are missing")
-    verify: bool = Field(True, description="archives must be the published ones, by their md5")
+    unpack: bool = Field(False, description="let torchvision unpack the archives in `root` if folders are missing")
+    verify: bool = Field(True, description="check the md5 of the archives against the published ones")
 
 
 class Places365(Files):
-    """Places365, as torchvision lays it out."""
+    """Places365, in torchvision's layout."""
 
     kind: Literal["places365"] = Field(description="this kind")
-    root: str = Field(description="folder with the lists and val_256/, data_256_standard/ and so on")
+    root: str = Field(description="folder with the lists and val_256/, data_256_standard/ etc.")
     splits: Annotated[list[Literal["train", "train-challenge", "validation", "test"]], Field(min_length=1)] = Field(
-        ["validation"], description="the splits to take"
+        ["validation"], description="splits to use"
     )
-    small: bool = Field(True, description="the images of 256 x 256 pixels; false: the large ones")
-    download: bool = Field(False, description="let torchvision download to `root` what is missing")
-    verify: bool = Field(True, description="the lists must be the published ones, by their md5")
+    small: bool = Field(True, description="use the images of 256 x 256 pixels; false: the large ones")
+    download: bool = Field(False, description="let torchvision download missing files to `root`")
+    verify: bool = Field(True, description="check the md5 of the lists against the published ones")
 
 
 class Cifar10(Images):
@@ -171,42 +184,42 @@ class Cifar10(Images):
     kind: Literal["cifar10"] = Field(description="this kind")
     root: str = Field(description="folder with cifar-10-batches-py/")
     splits: Annotated[list[Literal["train", "test"]], Field(min_length=1)] = Field(
-        ["train", "test"], description="the splits to take"
+        ["train", "test"], description="splits to use"
     )
-    download: bool = Field(False, description="let torchvision download to `root` what is missing")
-    verify: bool = Field(True, description="the batches must be the published ones, by their md5")
+    download: bool = Field(False, description="let torchvision download missing files to `root`")
+    verify: bool = Field(True, description="check the md5 of the batches against the published ones")
 
 
 class Npz(Images):
-    """Images that are an array in a file of numpy."""
+    """Images in an array of a numpy file."""
 
     kind: Literal["npz"] = Field(description="this kind")
     file: str | Annotated[dict[Name, str], Field(min_length=1)] = Field(
-        description="an npz, with splits in its array `split` if it has one; or one npz for each split"
+        description="an npz, with splits in its optional array `split`; or one npz per split"
     )
-    x: str = Field("x", description="array of the images, uint8; `{split}` in it becomes the name of the split")
-    y: str | None = Field("y", description="array of the labels, whole numbers; null: there are none")
+    x: str = Field("x", description="array of the images, uint8; `{split}` in it stands for the name of the split")
+    y: str | None = Field("y", description="array of the labels, whole numbers; null: no labels")
     classes: list[str] | None = Field(None, description="names of the classes; default: their numbers")
 
 
 class LabelMaps(Strict):
     """The index maps of one category."""
 
-    folder: str = Field(description="folder of the label maps, laid out as that of the images")
-    classes: str = Field(description="class list: one name a line, `id name` lines, or a CSV with columns id,name")
-    void: list[NonNegativeInt] = Field([], description="values that mean nothing is known")
+    folder: str = Field(description="folder of the label maps, with the layout of the images' folder")
+    classes: str = Field(description="class list: one name per line, `id name` lines, or a CSV with columns id,name")
+    void: list[NonNegativeInt] = Field([], description="void values: nothing is known about the pixel")
 
 
 class Segmentation(Files):
-    """Images with index label maps, one folder a category."""
+    """Images with index label maps, one folder per category."""
 
     has_truth: ClassVar[bool] = True
 
     kind: Literal["segmentation"] = Field(description="this kind")
     concepts: list[Name] = Field([TRUTH], description=CONCEPTS)
     root: str = Field(description="folder of the images")
-    split: Split = Field(Split(all="validation"), description="which split each image belongs to")
-    label_maps: Annotated[dict[Name, LabelMaps], Field(min_length=1)] = Field(description="by name of the category")
+    split: Split = Field(Split(all="validation"), description="how each image gets its split")
+    label_maps: Annotated[dict[Name, LabelMaps], Field(min_length=1)] = Field(description="by name of category")
     labels: str | None = Field(None, description="CSV with columns image,label")
 
 

@@ -69,14 +69,14 @@ class NetworkSpec(BaseModel):
     arguments: dict[str, Any] = Field(
         default_factory=dict, description="keyword arguments of the builder; for transformers, entries of its config"
     )
-    weights: str = Field(RANDOM, description="a checkpoint, `random` (the untrained control) or `train` (made here)")
+    weights: str = Field(RANDOM, description="a checkpoint, `random` (the untrained control) or `train` (trained here)")
     local: str | None = Field(
-        None, description="the published file (transformers: folder) itself, where it is not in the library's cache"
+        None, description="the published file itself (transformers: folder), if it is not in the library's cache"
     )
-    download: bool = Field(False, description="fetch published weights that are not on this machine")
+    download: bool = Field(False, description="download published weights that are not on this machine")
     seed: int = Field(default=0, ge=0, lt=2**63, description="of the initial weights")
     prefix: str | None = Field(
-        None, description="what every key of the checkpoint starts with and the network's keys do not, `module.` say"
+        None, description="prefix of every key of the checkpoint that the network's keys lack, for example `module.`"
     )
 
     @model_validator(mode="after")
@@ -153,9 +153,9 @@ class NetworkSpec(BaseModel):
 
 
 class Preprocessing(Strict):
-    """x in [0, 1] → (x - mean) / std, for the channels red, green, blue; with one number each, for grey.
+    """x in [0, 1] → (x - mean) / std, per channel: three numbers for red, green and blue, or one for grey.
 
-    Published weights, timm and transformers state their own mean and std, which then are the default.
+    Published weights, timm and transformers state their own mean and std, which are then the default.
     """
 
     mean: tuple[float, float, float] | tuple[float] = Field((0.485, 0.456, 0.406), description="those of ImageNet")
@@ -163,7 +163,7 @@ class Preprocessing(Strict):
         (0.229, 0.224, 0.225), description="those of ImageNet"
     )
     per_image: bool = Field(
-        False, description="whiten each image by its own mean and deviation instead, as randomization runs do"
+        False, description="instead whiten each image by its own mean and deviation, as randomization runs do"
     )
 
     @model_serializer(mode="wrap")
@@ -189,42 +189,41 @@ class Preprocessing(Strict):
 
 
 class Numerics(Strict):
-    """Fixed per network: another value gives other activations in the last bits."""
+    """Fixed per network: other values change the last bits of activations."""
 
-    micro_batch: PositiveInt = Field(32, description="images of one forward pass; the last one is padded")
-    channels_last: bool = Field(True, description="torch's memory format, the faster one for convolutions")
+    micro_batch: PositiveInt = Field(32, description="images per forward pass; the last one is padded")
+    channels_last: bool = Field(True, description="torch's memory format that is faster for convolutions")
 
 
 class Train(Strict):
     """Where and how a network is trained."""
 
     dataset: Name = Field(description="the data set to train on")
-    split: str = Field("train", description="its images to train on")
+    split: str = Field("train", description="its split to train on")
     fraction: Share = Field(
-        1.0, description="of these images, of each class; those of a smaller fraction are among those of a larger one"
+        1.0, description="fraction of these images, per class; a larger fraction contains a smaller one"
     )
-    recipe: Recipe = Field(Recipe(), description="how it is trained")
+    recipe: Recipe = Field(Recipe(), description="training settings")
 
 
 class Ablate(Strict):
-    """Which units each class depends on: layers whose units are removed, one at a time and in sets."""
+    """Which units each class depends on: units of these layers are removed, one at a time and in sets."""
 
     layers: Literal["last"] | Annotated[list[str], Field(min_length=1)] = Field(
-        "last", description="names among the network's `layers`; `last`: the last of them"
+        "last", description="some of the network's `layers`, by name; `last`: the last of them"
     )
     replace: Literal["zero", "mean", "shuffled"] = Field(
-        "zero", description="what a removed unit gives: 0, its mean over `rank`, or what it gives for another image"
+        "zero", description="output of a removed unit: 0, its mean over `rank`, or its output for another image"
     )
-    rank: str = Field("train", description="the split by whose losses units are ranked for each class")
-    judge: str | None = Field(
-        None, description="the split that sets of units are judged on; default: the one that is dissected"
-    )
-    images: PositiveInt | None = Field(None, description="bound on the images of each split; default: all")
+    rank: str = Field("train", description="split whose losses rank the units for each class")
+    judge: str | None = Field(None, description="split on which sets of units are judged; default: the dissected one")
+    images: PositiveInt | None = Field(None, description="maximum number of images of each split; default: all")
     sizes: Annotated[list[PositiveInt], Field(min_length=1)] = Field(
-        [1, 2, 3, 4, 5, 20, 64, 128, 256, 512, 1024], description="of the sets; those below the layer's units are used"
+        [1, 2, 3, 4, 5, 20, 64, 128, 256, 512, 1024],
+        description="of the sets; a layer uses those below its number of units",
     )
-    draws: NonNegativeInt = Field(10, description="random sets of each size, as a control")
-    datasets: list[Name] | None = Field(None, description="on these data sets; default: all of the network's")
+    draws: NonNegativeInt = Field(10, description="random sets per size, as a control")
+    datasets: list[Name] | None = Field(None, description="only on these data sets; default: all of the network's")
 
     @field_validator("layers")
     @classmethod
@@ -235,29 +234,32 @@ class Ablate(Strict):
 
 
 class Network(NetworkSpec):
-    """A network: how to build it, its weights, and the layers to look at."""
+    """A network: how to build it, its weights, and the layers to examine."""
 
     weights: str = Field(
-        description="a .pt, .pth or .safetensors file, `train`, `random`, published ones: `pretrained` (timm, "
-        "transformers), `DEFAULT` or another name (torchvision), or `randomize:<experiment>/<run>`"
+        description="a .pt, .pth or .safetensors file; `train`; `random`; published weights: `pretrained` (timm, "
+        "transformers), `DEFAULT` or another name (torchvision); or `randomize:<experiment>/<run>`"
     )
     layers: Literal["auto"] | Annotated[list[str], Field(min_length=1)] = Field(
         "auto", description="names of modules, or patterns such as `layer*`; `auto`: the blocks"
     )
-    special_tokens: NonNegativeInt | None = Field(None, description="class and register tokens, when not found alone")
-    preprocessing: Preprocessing = Field(Preprocessing(), description="what the network expects of pixels")
-    numerics: Numerics = Field(Numerics(), description="how it is computed")
+    special_tokens: NonNegativeInt | None = Field(
+        None, description="number of class and register tokens, if detection fails"
+    )
+    preprocessing: Preprocessing = Field(Preprocessing(), description="normalisation that the network expects")
+    numerics: Numerics = Field(Numerics(), description="batch size and memory format of its forward passes")
     store: Kept | Annotated[dict[str, Kept], Field(min_length=1)] = Field(
         "full",
-        description="of a layer: `full`; `none`, counted in two forward passes and not stored; `pooled`, without its "
-        "maps and not dissected; or one of these by name or pattern of layers",
+        description="of a layer: `full`; `none`: streamed, counted in two forward passes without being stored; "
+        "`pooled`: without its maps, so not dissected; or one of these by name or pattern of layers",
     )
-    train: Train | None = Field(None, description="with `weights: train`, how")
-    datasets: list[Name] | None = Field(None, description="the data sets to dissect it on; default: all")
+    train: Train | None = Field(None, description="with `weights: train`: how it is trained")
+    datasets: list[Name] | None = Field(None, description="data sets on which it is dissected; default: all")
     group: Name | None = Field(
-        None, description="networks of one group, seeds or checkpoints say, are shown together with mean and spread"
+        None,
+        description="networks of one group, for example seeds or checkpoints, are shown together with mean and spread",
     )
-    ablate: Ablate | None = Field(None, description="with this section, units are removed; default: none are")
+    ablate: Ablate | None = Field(None, description="which units are removed; default: no ablation")
 
     @model_validator(mode="after")
     def _training_together(self) -> Network:
@@ -287,11 +289,12 @@ class Head(Strict):
         None, description="first and last channel of that output, from 0; default: all"
     )
     classes: str = Field(
-        description="class list: one name a line, `id name` lines, or a CSV with columns id,name and, if it names the "
-        "classes of several categories, category; or `model`: the names in the config.json of a transformers model"
+        description="class list: one name per line, `id name` lines, or a CSV with columns id,name and, if it "
+        "covers several categories, category; or `model`: the names in the config.json of a "
+        "transformers model"
     )
     first: NonNegativeInt = Field(0, description="id, in the class list, of the first channel: 1 for ADE20K's 150")
-    void: list[NonNegativeInt] = Field([], description="ids that mean nothing: background, unlabelled")
+    void: list[NonNegativeInt] = Field([], description="void ids, for example background, unlabelled")
 
     @model_validator(mode="after")
     def in_order(self) -> Head:
@@ -301,21 +304,23 @@ class Head(Strict):
 
 
 class Segmenter(NetworkSpec):
-    """A segmentation network as a source of concepts; data sets name it in `concepts`."""
+    """A segmentation network as a source of concepts; data sets refer to it in `concepts`."""
 
     weights: str = Field(
-        description="a .pt, .pth or .safetensors file, or published ones: `pretrained` (transformers), `DEFAULT` or "
-        "another name (torchvision)"
+        description="a .pt, .pth or .safetensors file, or published weights: `pretrained` (transformers), "
+        "`DEFAULT` or another name (torchvision)"
     )
-    preprocessing: Preprocessing = Field(Preprocessing(), description="what the network expects of pixels")
+    preprocessing: Preprocessing = Field(Preprocessing(), description="normalisation that the network expects")
     resize: tuple[PositiveInt, PositiveInt] | None = Field(
-        None, description="height, width that images are resized to for it (bilinear); default: as they are stored"
+        None, description="height, width to which its input images are resized (bilinear); default: as stored"
     )
-    numerics: Numerics = Field(Numerics(micro_batch=8), description="how it is computed")
-    categories: Annotated[dict[Name, Head], Field(min_length=1)] = Field(description="by name of the category")
+    numerics: Numerics = Field(
+        Numerics(micro_batch=8), description="batch size and memory format of its forward passes"
+    )
+    categories: Annotated[dict[Name, Head], Field(min_length=1)] = Field(description="by name of category")
 
     @model_validator(mode="after")
     def _trained(self) -> Segmenter:
         if self.weights_file is None and not self.published:
-            raise ValueError(f"weights: {self.weights!r}: a segmenter needs those of a trained network, a file say")
+            raise ValueError(f"weights: {self.weights!r}: a segmenter needs trained weights, for example a file")
         return self

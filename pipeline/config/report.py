@@ -8,22 +8,20 @@ from pipeline.config.base import Strict
 
 
 class Report(Strict):
-    """The pages that a run ends in."""
+    """The pages at the end of a run."""
 
     title: str | None = Field(None, description="default: the experiment's name")
-    top_images: PositiveInt = Field(5, description="images of a unit")
-    cards: NonNegativeInt = Field(
-        1000, description="units of each network that are shown on images, those with the highest IoU first"
-    )
+    top_images: PositiveInt = Field(5, description="images per unit")
+    cards: NonNegativeInt = Field(1000, description="units per network that are shown on images, highest IoU first")
 
 
 class Figures(Strict):
-    """The figures of the report, as files for a paper. Each is also there as SVG, which the page shows, and as CSV."""
+    """The figures of the report, as files for a paper. Each also exists as SVG, which the page shows, and as CSV."""
 
     width: Literal["one", "two"] | Annotated[float, Field(ge=2, le=20)] = Field(
-        "two", description="one or two columns of a journal, 3.5 and 7.1 inches; or inches"
+        "two", description="one or two columns of a journal, 3.5 or 7.1 inches; or a number of inches"
     )
-    formats: list[Literal["pdf", "png"]] = Field(["pdf", "png"], description="what is written besides SVG")
+    formats: list[Literal["pdf", "png"]] = Field(["pdf", "png"], description="formats besides SVG")
     dpi: Annotated[int, Field(ge=50, le=1200)] = Field(300, description="dots per inch of PNG files")
 
     @property

@@ -60,8 +60,8 @@ class Chosen(Strict):
 
     controls: ClassVar[bool] = True  # whether untrained controls may be named
 
-    networks: list[str] | None = Field(None, description="these networks; default: all")
-    datasets: list[Name] | None = Field(None, description="on these data sets; default: all")
+    networks: list[str] | None = Field(None, description="only these networks; default: all")
+    datasets: list[Name] | None = Field(None, description="only on these data sets; default: all")
 
     def applies(self, network: str, dataset: str) -> bool:
         """Return whether the section applies to a network on a data set; a control has to be named."""

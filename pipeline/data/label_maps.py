@@ -91,7 +91,7 @@ def read_label_map(path: Path | str, max_pixels: int) -> np.ndarray:
         image.load()
         indices = np.asarray(turn_upright(image, image))
     if mode not in INDEX_MODES:
-        raise Refused(f"colours ({mode}); expected one index a pixel, as grey or palette")
+        raise Refused(f"colours ({mode}); expected one index per pixel, as grey or palette")
     return (indices // GREY_STEPS.get(raw_mode, 1)).astype(np.uint16)
 
 

@@ -136,7 +136,7 @@ def _unpack_imagenet(known: Any, root: str, split: str, validation: list[str]) -
     # Unpack under another name until complete: an existing folder counts as unpacked.
     partial = f"{folder}.partial"
     if Path(root, partial).exists():
-        raise MicrotomeError(f"{root}/{partial} is left of an unpacking that was cut short: remove it and run again")
+        raise MicrotomeError(f"{root}/{partial} is left from an interrupted unpacking: remove it and run again")
     if split == "train":
         known.parse_train_archive(root, folder=partial)
     else:

@@ -75,7 +75,7 @@ def read(path: str | Path, prefix: str | None = None) -> dict[str, torch.Tensor]
             if wrong:
                 raise MicrotomeError(
                     f"checkpoint {path}: {wrong} of {tensor.numel()} values of {key!r} are NaN or infinite: "
-                    f"take a checkpoint of before the training diverged"
+                    f"take a checkpoint from before training diverged"
                 )
     return state
 

@@ -51,7 +51,7 @@ def loaded(model: Model) -> torch.nn.Module:
 
     if sha256(model.weights) != model.sha256:
         raise MicrotomeError(
-            f"{model.weights} is not what was written (another sha256): run `make repair` to have it made again"
+            f"{model.weights} is not what was written (another sha256): run `make repair` to recompute it"
         )
     return load(model.spec, model.weights)
 

@@ -58,7 +58,7 @@ def check_places(network: nn.Module, layers: Sequence[LayerInfo], input_shape: t
         found = [_found_at(maps[2 + i] - maps[0], box, images.shape[2:]) for i, box in enumerate(boxes)]
         if found.count(False) >= _ELSEWHERE:
             raise MicrotomeError(
-                f"layer {layer.name!r} of {name} has its positions in another order than row by row (a change of the "
+                f"layer {layer.name!r} of {name} has positions that are not in row order (a change of the "
                 f"image shows elsewhere in its {layer.shape[1]}x{layer.shape[2]} map), as inside windows of attention: "
                 f"take the output of a whole block or stage, or a layer of another kind"
             )

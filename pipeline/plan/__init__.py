@@ -1,1 +1,1 @@
-"""Steps, the plan that they make, and what a job of one sees."""
+"""Steps, the plan that they form, and a job's view of one step."""

@@ -1,4 +1,4 @@
-"""What a step would take: the stores that it writes, images, tasks, seconds and memory."""
+"""The cost of a step: the stores that it writes, images, tasks, seconds and memory."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# Bytes on the disk for each byte before compression, on the cautious side of what was measured: activations of the demo
-# 0.48 to 0.67, of a random VGG-16 0.79; images of the demo 0.96; its label maps 0.04.
+# Compression ratios, a little worse than measured: activations of the demo 0.48 to 0.67, of a random VGG-16 0.79;
+# images of the demo 0.96; its label maps 0.04.
 SHRINKS = {"maps": 0.8, "pixels": 1.0, "labels": 0.15}
 
 
 @dataclass(frozen=True)
 class Store:
-    """A store, or a layer of one: bytes before compression, as they are expected on the disk, and there already."""
+    """A store, or a layer of one: its uncompressed bytes, the bytes expected on disk, and those already there."""
 
     name: str
     raw: float
     expected: float
     there: float
     kept: str = "full"
-    unstored: float = 0.0  # bytes before compression that `store: none` saves
+    unstored: float = 0.0  # uncompressed bytes that `store: none` saves
 
     @property
     def missing(self) -> float:
@@ -29,7 +29,7 @@ class Store:
 
 @dataclass(frozen=True)
 class Cost:
-    """What one step takes. `seconds` are those of one worker, and None where nothing says how many."""
+    """The cost of one step. `seconds` are those of one worker; None if unknown."""
 
     stores: tuple[Store, ...] = ()
     images: int = 0
@@ -41,7 +41,7 @@ class Cost:
 
 
 def rate_of(speed: Mapping[str, Any]) -> str:
-    """Images a second as the table shows them, `~` where they are estimated."""
+    """Return images per second as the table shows them, with `~` for estimates."""
     if "images_per_second" not in speed:
         return speed.get("skipped", "not measured")
     return f"{'' if speed['images'] else '~'}{speed['images_per_second']:.3g}"

@@ -1,4 +1,4 @@
-"""How many images a job counts, and what their label maps are like: what estimates of several stages begin with."""
+"""The images that a job counts, and the size of their label maps: the basis of several stages' estimates."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pipeline.plan.job import Job
 
 @dataclass(frozen=True)
 class Counted:
-    """The images that a job counts, with what their label maps are like."""
+    """The images that a job counts, and their label maps."""
 
     images: int
     size: tuple[int, int]
@@ -32,7 +32,7 @@ class Counted:
         )
 
     def shards(self, images: int) -> int:
-        """Return how many shards of so many images there are."""
+        """Return the number of shards of this many images."""
         return -(-self.images // images)
 
 

@@ -1,8 +1,8 @@
-"""What the inspection says of networks before any work: each is built on the meta device, with its layers and its
-checkpoint's names and shapes. Stages have other networks inspected, too: those that runs train, segmenters.
+"""Inspect networks before any work.
 
-That needs torch, so it runs in a process of its own, once for a network, a size of images and a choice of layers; the
-answer is kept under an id of these.
+The inspection builds each network on the meta device, lists its layers, and checks its checkpoint's names and shapes.
+Stages also have other networks inspected: those that runs train, and segmenters. The inspection needs torch, so it runs
+in a process of its own, once per network, image size and choice of layers. Its answer is cached under an id of these.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from pipeline.storage.identity import digest
 from pipeline.workers.processes import in_own_process
 
 VERSION = 4
-LIBRARIES = ("torch", "torchvision", "timm", "transformers")  # of another version, networks may be others
-PAIRS = "extract"  # the stage whose jobs are the networks on their data sets
+LIBRARIES = ("torch", "torchvision", "timm", "transformers")  # other versions may build other networks
+PAIRS = "extract"  # the stage with one job per network and data set
 
 
 def report(line: str) -> None:
-    """Tell the person who waits."""
+    """Print a line for the person who waits."""
     print(line, file=sys.stderr)
 
 
 def ask(unknown: list[Question]) -> None:
-    """Have questions answered in a process of its own, and keep the answers.
+    """Have questions answered in a separate process, and cache the answers.
 
-    Raises `MicrotomeError` that says everything that is wrong.
+    Raises `MicrotomeError` with everything that is wrong.
     """
     requests = [question.request for question in unknown]
     answers = in_own_process("pipeline.networks.inspection", requests, "the inspection of the networks")
@@ -53,20 +53,20 @@ def ask(unknown: list[Question]) -> None:
 
 
 def pairs(jobs: Iterable[Job]) -> Iterator[Job]:
-    """The jobs among these that stand for a network on a data set.
+    """Yield the jobs among these that stand for a network on a data set.
 
-    An untrained control has the architecture of its network: one inspection does for both.
+    An untrained control has its network's architecture: one inspection covers both.
     """
     return (job for job in jobs if job.stage.name == PAIRS and not job.is_control)
 
 
 def found(job: Job) -> dict[str, Any]:
-    """Return what the inspection found of a job's network, or of the one that it is the control or a copy of."""
+    """Return what the inspection found of a job's network, or of its original if it is a control or a copy."""
     return json.loads(question(_pair(job)).kept.read_text())
 
 
 def speed(job: Job) -> dict[str, Any]:
-    """Return what the probe of a job's network said, empty where it was not asked."""
+    """Return the speed probe's answer for a job's network; empty if it has not run."""
     return speed_question(_pair(job)).answer
 
 
@@ -77,7 +77,7 @@ def _pair(job: Job) -> Job:
 
 
 def question(job: Job) -> Question:
-    """Return what is asked about a network on a data set, for a job that `pairs` gave."""
+    """Return the inspection's question about a network on a data set, for a job from `pairs`."""
     asked = _request(job)
     by = {key: value for key, value in asked.items() if key not in ("network", "images")}
     kept = inspected(job.scratch, [job.parent_job("network").id, by])
@@ -85,20 +85,20 @@ def question(job: Job) -> Question:
 
 
 def inspected(scratch: Path, made_of: list[Any]) -> Path:
-    """Return where the answer to a question about all this is kept."""
+    """Return the cache file of the answer to a question."""
     return scratch / "inspected" / f"{digest([VERSION, versions(), *made_of])}.json"
 
 
 def speed_question(job: Job) -> Question:
-    """Return what is asked about the speed of a network, for a job that `pairs` gave."""
+    """Return the speed probe's question about a network, for a job from `pairs`."""
     random = job.network_spec.model_copy(update={"weights": "random", "train": None, "prefix": None, "seed": 0})
     return speed_of(job, random, _request(job)["input_shape"], f"{job.network!r} on {job.dataset!r}")
 
 
 def speed_of(job: Job, spec: Network | Segmenter, input_shape: list[int], whose: str) -> Question:
-    """Return what is asked about the speed of a network with random weights.
+    """Return the speed probe's question about a network with random weights.
 
-    It does not depend on the weights, and the answer holds for this machine alone.
+    Speed does not depend on the weights, and the answer holds for this machine alone.
     """
     request = {
         "network": NetworkSpec.of(spec).model_dump(),
@@ -128,7 +128,7 @@ def _request(job: Job) -> dict[str, Any]:
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """Return the versions of the libraries that build networks, as far as they are installed."""
+    """Return the versions of the installed libraries that build networks."""
     found = {}
     for name in LIBRARIES:
         with contextlib.suppress(PackageNotFoundError):

@@ -1,4 +1,4 @@
-"""A job: one step of a plan with all that a stage needs to do it."""
+"""A job: one step of a plan, with all that its stage needs to run it."""
 
 from __future__ import annotations
 
@@ -31,14 +31,15 @@ from pipeline.workers.resumable import Done, Parts
 if TYPE_CHECKING:
     import numpy as np
 
-UNFINISHED = "unfinished"  # folder of the scratch folder: what steps that were begun refer to
+UNFINISHED = "unfinished"  # subfolder of the scratch folder: what unfinished steps refer to
 
 
 class Job:
     """One step of a plan, as its stage sees it.
 
-    A stage reads its settings, its parents' manifests, images and network here; it begins, notes what it fills, and
-    finishes with a manifest. `stages` are those of the registry by name (`pipeline.plan.stage.Stage`).
+    A stage reads its settings, its parents' manifests, its images and its network from here. It calls `begin`, then
+    `refers_to` for the folders that it fills, and `finish`, which writes the manifest. `stages` are those of the
+    registry by name (`pipeline.plan.stage.Stage`).
     """
 
     def __init__(self, plan: Plan, step: Step, stages: Mapping[str, Any]) -> None:
@@ -58,7 +59,7 @@ class Job:
 
     @property
     def name(self) -> str:
-        """What messages call it."""
+        """Its name in messages."""
         return self._step.name
 
     @property
@@ -67,7 +68,7 @@ class Job:
 
     @property
     def key(self) -> Key:
-        """What it is of: the names among data set, network and experiment that it has."""
+        """Its subject: those names among data set, network and experiment that it has."""
         return self._step.key
 
     @property
@@ -82,17 +83,17 @@ class Job:
 
     @property
     def experiment(self) -> str:
-        """The name of its experiment, or of its comparison."""
+        """The name of its experiment or comparison."""
         return _there(self._step.experiment, self, "experiment")
 
     @cached_property
     def settings(self) -> Any:
-        """Everything its id is made of, beside the version and the parents, as its stage types it."""
+        """All that its id depends on besides the version and the parents, typed by its stage."""
         return self.stage.settings.read(self._step.settings)
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """What its id is the digest of, as JSON: the settings, `version`, and `parents`, the ids of what it reads."""
+        """The content of its id, as JSON: the settings, `version`, and `parents`, the ids of what it reads."""
         return self._step.settings
 
     @property
@@ -119,17 +120,17 @@ class Job:
 
     @property
     def original(self) -> str:
-        """The network of the configuration that its network is the control or a copy of; else that itself."""
+        """The configured network that its network is a control or a copy of; otherwise its network itself."""
         return self._plan.original(self.network)
 
     @property
     def splits(self) -> Mapping[str, int]:
-        """The images of each split of its data set, as they are listed."""
+        """The number of listed images of its data set, by split."""
         return self._plan.splits[self.dataset]
 
     @property
     def is_control(self) -> bool:
-        """Whether it has a network, and that is an untrained control."""
+        """Whether its network is an untrained control."""
         return (self._step.network or "").endswith(UNTRAINED)
 
     # Where it is ------------------------------------------------------------------------------------------------------
@@ -140,7 +141,7 @@ class Job:
 
     @property
     def scratch(self) -> Path:
-        """Folder for what may be lost at any time."""
+        """Folder for disposable files."""
         return self._plan.scratch
 
     @property
@@ -159,7 +160,7 @@ class Job:
 
     @property
     def command(self) -> str:
-        """What a person types to have it done."""
+        """The command that runs it."""
         return self._plan.command(self._step.stage)
 
     # What it reads ----------------------------------------------------------------------------------------------------
@@ -169,7 +170,7 @@ class Job:
         return self._plan.manifest(self._plan.parent(self._step, stage))
 
     def parent_job(self, stage: str) -> Job:
-        """Return its parent of this stage as a job; `KeyError` where it has none."""
+        """Return its parent of this stage as a job; `KeyError` if it has none."""
         return Job(self._plan, self._plan.parent(self._step, stage), self.stages)
 
     @property
@@ -178,11 +179,11 @@ class Job:
         return [Job(self._plan, self._plan.steps[path], self.stages) for path in self._step.parents]
 
     def jobs(self, stage: str | None = None) -> Iterator[Job]:
-        """All jobs of the plan, or those of one stage."""
+        """Yield all jobs of the plan, or those of one stage."""
         return jobs(self._plan, self.stages, stage)
 
     def beside(self, stage: str, network: str | None = None) -> Job | None:
-        """Return the job of another stage for the same data set and network, or for another network; None: no such."""
+        """Return another stage's job for the same data set and network, or for `network`; None if there is none."""
         network = network or self.network
         same = (job for job in self.jobs(stage) if (job._step.dataset, job._step.network) == (self.dataset, network))
         return next(same, None)
@@ -210,7 +211,7 @@ class Job:
         return Manifest.read(self.manifest)
 
     def before(self) -> Manifest | None:
-        """Return the manifest of the last time that this was done, with whatever settings."""
+        """Return the manifest of its last run, with whatever settings."""
         return latest(self.manifest.parent, self._step.stage)
 
     def resumed(
@@ -229,7 +230,7 @@ class Job:
     # Doing it ---------------------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Remove the manifests that describe what this job is about to rewrite."""
+        """Remove the manifests of what this job is about to rewrite."""
         remove_others(self.manifest.parent, self._step.stage)
         self._began = time.time()
 
@@ -238,16 +239,16 @@ class Job:
         return client.client(self.cluster, self.scratch)
 
     def check_memory(self, need: float, remedy: str, what: str = "") -> None:
-        """Refuse tasks that need more bytes each than a worker may use."""
+        """Refuse tasks that each need more bytes than a worker may use."""
         memory.check_memory(self.cluster, need, what or self.name, remedy)
 
     def refers_to(self, folders: Iterable[Path]) -> None:
-        """Note the folders that this job fills, so that they are not swept up before it is finished."""
+        """Note the folders that this job fills, so that `make gc` keeps them until the job finishes."""
         names = sorted({folder.relative_to(self.results).as_posix() for folder in folders})
         write_atomically(self._note, json.dumps({"step": self.name, "folders": names}))
 
     def noted(self) -> list[str]:
-        """Return the folders, relative to the results, that it had begun to fill when it was interrupted."""
+        """Return the folders, relative to the results folder, that it noted before it was interrupted."""
         try:
             return json.loads(self._note.read_text())["folders"]
         except (OSError, ValueError):
@@ -260,7 +261,7 @@ class Job:
         return self.scratch / UNFINISHED / f"{self._step.stage}.{digest(of)}.json"
 
     def told(self, error: NonFiniteError, image_id: Sequence[str] | np.ndarray) -> MicrotomeError:
-        """Return the error as a person reads it; `image_id` of every slot."""
+        """Return the error as a readable message; `image_id` holds the id of every slot."""
         layer, index = error.args
         return MicrotomeError(
             f"network {self.network!r}, layer {layer!r}: the output for image {image_id[index]!r} of data set "
@@ -269,7 +270,7 @@ class Job:
 
     @contextlib.contextmanager
     def finite(self, images: Images) -> Iterator[None]:
-        """Name the image where a task found an output that is not finite."""
+        """Name the image if a task finds an output that is not finite."""
         try:
             yield
         except NonFiniteError as error:
@@ -290,7 +291,7 @@ class Job:
         output : digest of the output.
         files : size and crc32c of its files, relative to the folder that holds `done/`.
         result, includes : as in `Manifest`.
-        made : how many shards were made now, of how many; the others were there.
+        made : (shards computed by this job, all shards); the others were already there.
         """
         plan, step = self._plan, self._step
         manifest = Manifest(
@@ -312,7 +313,7 @@ class Job:
 
 
 def jobs(plan: Plan, stages: Mapping[str, Any], stage: str | None = None) -> Iterator[Job]:
-    """All jobs of a plan, parents before children, or those of one stage."""
+    """Yield all jobs of a plan, parents before children, or those of one stage."""
     return (Job(plan, step, stages) for step in plan.steps.values() if stage is None or step.stage == stage)
 
 

@@ -1,4 +1,4 @@
-"""What is asked about a network before any work, and the answer where there is one."""
+"""A question to the inspection about a network, and its cached answer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Question:
-    """Something to inspect: how messages call it, where its answer is kept, and the request."""
+    """Something to inspect: its name in messages, the file of its answer, and the request."""
 
     name: str
     kept: Path
@@ -22,5 +22,5 @@ class Question:
 
     @property
     def answer(self) -> dict[str, Any]:
-        """What was found; empty where nothing was asked yet."""
+        """What the inspection found; empty if it has not run."""
         return json.loads(self.kept.read_text()) if self.answered else {}

@@ -1,4 +1,4 @@
-"""(To be said.)"""
+"""Set aside stale manifests: those whose recorded parents differ from the present ones."""
 
 import shutil
 from collections.abc import Mapping
@@ -10,10 +10,10 @@ from pipeline.storage.manifest import Manifest
 
 
 def settle(plan: Plan, dry: bool = False) -> list[str]:
-    """Set aside every wanted manifest that was made from other parents than those that stand there now.
+    """Set aside every wanted manifest that is stale.
 
-    No store is touched: the shard ledgers decide what is done again. Returns one line a manifest; with `dry` nothing is
-    moved.
+    Stores stay as they are: the shard ledgers decide what is recomputed. Returns one line per manifest; with `dry`,
+    nothing moves.
     """
     found = outdated(plan)
     for path in found if not dry else ():
@@ -24,10 +24,10 @@ def settle(plan: Plan, dry: bool = False) -> list[str]:
 
 
 def outdated(plan: Plan) -> dict[str, str]:
-    """The wanted manifests that are there and no longer stand for what a run would make now, and why.
+    """Return the stale manifests among the wanted ones, and why each is stale.
 
-    A parent that is missing, damaged, outdated, or has another output digest than the one recorded (a network trained
-    again, say) takes its children with it.
+    A parent makes its children stale if it is missing, damaged, itself stale, or has another output digest than the
+    recorded one (for example, a retrained network).
     """
     gone: set[str] = set()
     digests: dict[str, str] = {}
@@ -51,7 +51,7 @@ def outdated(plan: Plan) -> dict[str, str]:
 
 
 def _outdated(results: Path, step: Step, manifest: Manifest, digests: Mapping[str, str], gone: set[str]) -> str | None:
-    """Why a manifest no longer stands for what a run would make now; None where it does."""
+    """Return why a manifest is stale; None if it is not."""
     for parent in step.parents:
         if parent in gone:
             return f"{parent} is not there"

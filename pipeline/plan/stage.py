@@ -1,4 +1,4 @@
-"""What a stage declares of itself, and the draft of a plan that its steps are made from."""
+"""What a stage declares about itself, and the draft plan from which it makes its steps."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ from pipeline.storage.manifest import Manifest
 from pipeline.storage.record import Record
 
 Place = Literal["dataset", "network", "pair", "experiment", "comparison", "report"]
-"""What a step is of, which decides its wildcards and its folder: a data set; a network; a network on a data set; that
-with the name of an experiment; an experiment with no more than its name; the configuration."""
+"""The subject of a step, which decides its wildcards and its folder: a data set; a network; a network on a data set; a
+named experiment on a network and a data set; a comparison, which has only a name; the configuration.
+"""
 
 FOLDERS: dict[Place, str] = {
     "dataset": "{dataset}",
@@ -40,9 +41,9 @@ class Wanted:
 
     Attributes
     ----------
-    settings : everything the id is made of, beside the stage's version and the parents.
-    parents : the steps that it reads, in the order that the id holds.
-    read : ids of what is read of the parents, where it is a part of them; default: their ids.
+    settings : all that the id depends on besides the stage's version and the parents.
+    parents : the steps that it reads, in the order of its id.
+    read : ids of what it reads of the parents, if only a part; default: their ids.
     """
 
     key: Key
@@ -53,7 +54,7 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Copy:
-    """A network that a stage adds to those of the configuration, and the one that it is a copy of."""
+    """A network that a stage adds to the configured ones, and the original that it copies."""
 
     network: Network
     original: str
@@ -61,16 +62,16 @@ class Copy:
 
 @dataclass
 class Draft:
-    """A plan that is being made: stages read what is known and the steps so far, and ask for their own.
+    """A plan in the making: stages read what is known and the steps so far, and add their own.
 
     Attributes
     ----------
-    config : as it was given, with published weights resolved.
+    config : as given, with published weights resolved.
     summaries : what the listing of each data set says.
-    digests : of files, remembered.
+    digests : the cache of file digests.
     networks : every network, its untrained control, and the copies that stages ask for.
-    originals : of a control or a copy, the network that it belongs to.
-    stages : all of them, by name: the last one reads the steps of those that have pages.
+    originals : the network that a control or a copy belongs to.
+    stages : all stages by name: the last one reads the steps of those that have pages.
     """
 
     config: Core
@@ -86,21 +87,24 @@ class Draft:
         return scratch_of(self.config)
 
     def step(self, stage: str, dataset: str | None = None, network: str | None = None, experiment: str = "") -> Step:
-        """Return the step of a stage for these names; `KeyError` where there is none (yet)."""
+        """Return a stage's step for these names; `KeyError` if there is none (yet)."""
         key = Key(dataset, network, experiment or None)
-        return next(step for step in self.steps.values() if (step.stage, step.key) == (stage, key))
+        for step in self.steps.values():
+            if (step.stage, step.key) == (stage, key):
+                return step
+        raise KeyError(f"no step {stage} {key} yet: is its stage before this one in the registry?")
 
     def of_stage(self, stage: str) -> list[Step]:
         return [step for step in self.steps.values() if step.stage == stage]
 
     def pairs(self) -> Iterator[tuple[str, str]]:
-        """Every network on every data set that it is dissected on: data set, network."""
+        """Yield (data set, network) for every network on every data set that it is dissected on."""
         for name, network in self.networks.items():
             for dataset in self.config.datasets_of(network):
                 yield dataset, name
 
     def require_classes(self, key: str, datasets: Iterable[str] | None) -> None:
-        """Refuse a section that needs classes and names a data set without, or has no data set with classes."""
+        """Refuse a section that needs classes if its data set lacks them, or if no data set has any."""
         without = [name for name, summary in self.summaries.items() if not summary.classes]
         named = [name for name in datasets or () if name in without]
         if named or (datasets is None and len(without) == len(self.summaries)):
@@ -116,43 +120,43 @@ def nothing(*_: Any) -> Iterator[Any]:
 
 @dataclass(frozen=True)
 class Page:
-    """A module of the report's pages, with one function `pages(experiment)`, and its place among the others."""
+    """A module of report pages, with one function `pages(experiment)`, and its position among the others."""
 
     module: str
     position: int
     here: bool = False
-    """Made in the process of the job, which has the workers draw; the others are made on a worker."""
+    """Whether the job's own process makes it, with drawing on the workers; the others are made on a worker."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage: all that the rest of the project knows of it.
+    """A stage: all that the rest of the project knows about it.
 
     Attributes
     ----------
-    name : of the rule `make_<name>`, of manifests and commands; never changed.
-    version : raised when the same settings give other numbers.
+    name : its name in the rule `make_<name>`, in manifests and in commands; it never changes.
+    version : raised when the same settings give different numbers.
     says : the rule's message, with Snakemake's wildcards.
-    steps : asks for the stage's steps, for a draft that holds those of the stages before it.
+    steps : asks for the stage's steps; the draft holds those of earlier stages.
     run : does the work of one step and writes its manifest.
-    settings : the model of what its ids are made of, beside version and parents.
-    code : files and folders of the code that decides its numbers, as a test records them.
-    place : what a step is of. folder : of its results, where that is an experiment or a comparison.
-    section : its key of the configuration.
+    settings : the model of all that its ids depend on, besides version and parents.
+    code : files and folders of the code that decides its numbers; a test records them.
+    place : the subject of a step. folder : of its results, if the subject is an experiment or a comparison.
+    section : its section of the configuration.
     networks : networks that it adds to a plan.
-    requests : of a network on a data set: what it has the inspection find beside the layers.
-    questions : what it has inspected beside the networks that are dissected. speeds : what it has timed.
-    check : what is wrong with a step, once the inspection has answered: one sentence each.
-    sizes : lines of `make plan` on a step.
-    cost : what a step takes; None where only an earlier run says.
-    pending : shards that a run would do now, of how many; the images are ingested.
+    requests : what the inspection finds, besides the layers, about a network on a data set.
+    questions : what it has inspected besides the dissected networks. speeds : what it has timed.
+    check : problems of a step, after the inspection: one sentence each.
+    sizes : lines about a step in `make plan`.
+    cost : the cost of a step; None if only an earlier run tells.
+    pending : (shards that a run would compute now, all shards), once the images are ingested.
     counts : what `pending` counts, in words.
     explains : what a step does, for `make why`.
     made : the files and folders that a step made.
     owned : the folders that one of its manifests, at this path, refers to.
-    unreferenced : folders below the results that nothing refers to, given the folders that something does.
-    pages : of the report.
-    priority : of Snakemake's jobs.
+    unreferenced : folders below the results folder that nothing refers to, given the folders in use.
+    pages : its pages of the report.
+    priority : of its jobs in Snakemake.
     """
 
     name: str

@@ -1,7 +1,7 @@
-"""The plan of a run as data: which steps are wanted, the id of each, and the manifest that proves each finished.
+"""The plan of a run as data: the wanted steps, their ids, and the manifests that prove them finished.
 
-The main process makes it from the configuration alone (no torch, no store is opened) and saves it as one JSON file;
-every job reads that: ids are computed once.
+The main process computes it from the configuration alone (without torch, without opening a store) and saves it as one
+JSON file. Every job reads that file, so ids are computed once.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pipeline.storage.redact import without_home
 
 @dataclass(frozen=True)
 class Key:
-    """What a step is of: a data set, a network, an experiment of that name, as far as its stage has these.
+    """The subject of a step: a data set, a network and an experiment's name, as far as its stage has them.
 
     An experiment is an entry of the stage's section: a comparison of networks, or runs on one data set.
     """
@@ -38,7 +38,7 @@ class Key:
 class Step:
     """One job of the workflow: a stage for one key.
 
-    `settings` is everything the id is made of, by name; `parents` are the manifests (relative to the results folder)
+    `settings` is all that the id depends on, by name; `parents` are the manifests (relative to the results folder)
     whose outputs it reads.
     """
 
@@ -73,10 +73,10 @@ class Plan:
     Attributes
     ----------
     steps : by manifest path.
-    networks : every network of the configuration, its untrained control, and the copies that stages ask for.
-    originals : of a control or a copy, the network of the configuration that it belongs to.
+    networks : every configured network, its untrained control, and the copies that stages ask for.
+    originals : the configured network that a control or a copy belongs to.
     splits : images by data set and split.
-    arguments : what snakemake was given besides a target: the configuration files and what overrides them. In no id.
+    arguments : snakemake's arguments besides a target: configuration files and overrides. No id contains them.
     """
 
     config: Core
@@ -92,17 +92,17 @@ class Plan:
 
     @property
     def scratch(self) -> Path:
-        """Folder for what may be lost at any time: caches, pool addresses, plans."""
+        """Folder for disposable files: caches, pool addresses, plans."""
         return scratch_of(self.config)
 
     def original(self, network: str) -> str:
-        """Return the network of the configuration that another is the control or a copy of; else itself."""
+        """Return the configured network that a control or a copy belongs to; otherwise the network itself."""
         return self.originals.get(network, network)
 
     def step(
         self, stage: str, dataset: str | None = None, network: str | None = None, experiment: str | None = None
     ) -> Step:
-        """Return the one step of a stage with these names; an experiment has its data set by itself."""
+        """Return the one step of a stage with these names; an experiment implies its data set."""
         for step in self.of_stage(stage):
             # The folder of an experiment on one network of a data set has all three names.
             data = None if experiment is not None and network is None else step.dataset
@@ -122,7 +122,7 @@ class Plan:
         network: str | None = None,
         experiment: str | None = None,
     ) -> Step:
-        """Return the step, if its id is this one: a job for any other id is refused."""
+        """Return the step if its id matches; refuse a job for any other id."""
         step = self.step(stage, dataset, network, experiment)
         if step.id != id:
             raise MicrotomeError(f"{step.name}: the configuration makes {step.id}, not {id}; ask for it by its word")
@@ -132,15 +132,15 @@ class Plan:
         return Manifest.read(self.results / step.manifest)
 
     def parent(self, step: Step, stage: str) -> Step:
-        """Return the parent of a step that is of this stage."""
+        """Return the parent of a step that belongs to this stage."""
         for path in step.parents:
             if self.steps[path].stage == stage:
                 return self.steps[path]
         raise KeyError(f"{step.name} has no parent of stage {stage}")
 
     def command(self, target: str) -> str:
-        """Return what a person types to make a target of this configuration."""
-        # A shell knows `~` where it is not quoted.
+        """Return the command that makes a target of this configuration."""
+        # A shell expands `~` only if it is not quoted.
         given = (without_home(argument) for argument in self.arguments)
         quoted = ("~/" + shlex.quote(each[2:]) if each.startswith("~/") else shlex.quote(each) for each in given)
         return " ".join(["snakemake", shlex.quote(target), *quoted])

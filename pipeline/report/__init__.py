@@ -1,1 +1,1 @@
-"""What the pages of a report are made of: figures, words, tables, and the experiment that they show."""
+"""The building blocks of report pages: figures, words, tables, and the experiment that they show."""

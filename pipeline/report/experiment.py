@@ -1,4 +1,4 @@
-"""What every page of a report is made from: where the results are, which steps made them, and how it is drawn."""
+"""The input of every report page: the results folder, the finished steps, and how to draw."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Made:
-    """One finished step, as its manifest tells: `result` holds the small facts that the stage left for others."""
+    """One finished step, read from its manifest: `result` holds the small facts that the stage left for others."""
 
     stage: str
     dataset: str | None = None
@@ -31,7 +31,7 @@ class Made:
 
     @staticmethod
     def of(job: Job) -> Made:
-        """Return a finished job as its manifest tells of it."""
+        """Return a finished job, read from its manifest."""
         manifest, key = job.read(), job.key
         seconds = manifest.provenance.get("seconds")
         return Made(job.stage.name, key.dataset, key.network, job.id, seconds, manifest.result, key.experiment)
@@ -39,10 +39,10 @@ class Made:
 
 @dataclass(frozen=True)
 class Dissected:
-    """A network and the same network untrained, by their names in the results folder; None without that control.
+    """A network and its untrained control, by their names in the results folder; None without that control.
 
-    The other control, label maps permuted over the images, is shown when `units-permuted.csv` stands beside
-    `units.csv`; `permuted_images` is how many images it was counted on, where that is known.
+    The other control, label maps permuted over the images, is shown if `units-permuted.csv` stands beside `units.csv`;
+    `permuted_images` is the number of its images, if known.
     """
 
     dataset: str
@@ -57,12 +57,12 @@ class Experiment:
 
     Attributes
     ----------
-    results : the results folder, read only.
+    results : the results folder, read-only.
     out : the report's own folder, into which pages write.
-    made : the steps of the plan, parents before children.
-    configuration : the configuration as JSON, without what has its default value.
-    versions : what made the results: revision, Python, packages.
-    command : what a person types to make this report again.
+    made : the finished steps of the plan, parents before children.
+    configuration : the configuration as JSON, without default values.
+    versions : what computed the results: revision, Python, packages.
+    command : the command that regenerates this report.
     workers : a `distributed.Client`; None: everything is computed in this process.
     """
 
@@ -78,12 +78,12 @@ class Experiment:
     workers: Any = None
 
     def of_stage(self, stage: str) -> list[Made]:
-        """Return the steps of a stage, in the order of the configuration; none where it has no such stage."""
+        """Return the steps of a stage, in configuration order; none if the configuration lacks it."""
         return [made for made in self.made if made.stage == stage]
 
     @property
     def dissected(self) -> list[Dissected]:
-        """The networks that were dissected, each with its untrained control where there is one."""
+        """Return the dissected networks, each with its untrained control if there is one."""
         dissected = {(made.dataset, made.network): made for made in self.of_stage("dissect")}
         found = []
         for (dataset, network), made in dissected.items():
@@ -94,7 +94,7 @@ class Experiment:
         return found
 
     def once(self, read: Callable[[Experiment], Result]) -> Result:
-        """Return what a function reads for this experiment; for all pages it is read once."""
+        """Return what a function reads for this experiment; the result is cached for all pages."""
         if read not in self._read:
             self._read[read] = read(self)
         return self._read[read]
@@ -104,7 +104,7 @@ class Experiment:
         return {}
 
     def name(self, dataset: str, network: str) -> str:
-        """Return what file names call a network: `<dataset>-<network>`, with a number where two are alike."""
+        """Return a network's name in file names: `<dataset>-<network>`, with a number if two coincide."""
         return self._names[dataset, network]
 
     @cached_property
@@ -117,7 +117,7 @@ class Experiment:
         return names
 
     def label(self, dataset: str, network: str) -> str:
-        """Return what a reader calls the network: with its data set only where there are several."""
+        """Return a network's name for readers: with its data set only if there are several."""
         several = len({one.dataset for one in self.dissected}) > 1
         return f"{network} on {dataset}" if several else network
 
@@ -126,11 +126,11 @@ class Experiment:
         return f"network-{self.name(dataset, network)}.html"
 
     def link_to(self, dataset: str, network: str, layer: str, unit: int) -> str:
-        """Return the address of a unit in the browser of its network."""
+        """Return the address of a unit in its network's browser."""
         return f"{self.page_of(dataset, network)}#unit={quote(layer, safe='')}/{unit}"
 
     def map(self, function: Callable[..., Result], tasks: Iterable[tuple], label: str) -> Iterator[Result]:
-        """Yield `function(*task)` for every task, on the workers where there are any, in any order."""
+        """Yield `function(*task)` for every task, on the workers if there are any, in any order."""
         if self.workers is None:
             return (function(*task) for task in tasks)
         tasks = list(tasks)

@@ -1,4 +1,4 @@
-"""What a page of the report is made of: the interface between a stage's page and the site around it."""
+"""The parts of a report page: the interface between a stage's page and the site around it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -7,10 +7,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure that was written, by `style.draw`: its files are relative to the report's folder.
+    """A figure that `style.draw` wrote; its files are relative to the report's folder.
 
     `files` maps a format (`svg`, `pdf`, `png`, `csv`) to its file. `kind` names the caption in `workflow/report/`;
-    `labels` say in `snakemake --report` what it shows.
+    `labels` describe it in `snakemake --report`.
     """
 
     kind: str
@@ -30,7 +30,10 @@ class Figure:
 
 @dataclass(frozen=True)
 class Picture:
-    """Images of a unit, say, for the overview: `file` holds `images` squares side by side, `link` leads to it."""
+    """Images for the overview, for example of a unit.
+
+    `file` holds `images` squares side by side; `link` leads to their subject.
+    """
 
     file: str
     images: int
@@ -46,18 +49,18 @@ class Page:
 
     Attributes
     ----------
-    file : its name in the report's folder, `ablation.html` say.
-    title : heading, and the text of links to it. Any text: it is escaped where it is shown.
+    file : its name in the report's folder, for example `ablation.html`.
+    title : heading, and the text of links to it. It may be any text: templates escape it.
     template : the page's own template in `templates/`, which extends `page.html.j2`.
     values : what the template shows, by name.
-    summary : one sentence for the overview: what this page is about.
-    findings : sentences for the overview, computed from the numbers and true whatever these are.
-    figures : all figures of the page; the first is on the overview too.
-    pictures : a few for the overview.
-    files : other files that were written for it, relative to the report's folder.
-    methods : template with the stage's definitions, shown on the page of methods; empty: none.
+    summary : one sentence for the overview: the page's subject.
+    findings : sentences for the overview, computed from the numbers and true for any numbers.
+    figures : all figures of the page; the overview shows the first too.
+    pictures : a few pictures for the overview.
+    files : its other files, relative to the report's folder.
+    methods : template with the stage's definitions for the methods page; empty: none.
     methods_values : what that template shows, by name.
-    script : a script of ours in `templates/`, allowed by its digest; empty: none.
+    script : one of our scripts in `templates/`, allowed by its digest; empty: none.
     """
 
     file: str

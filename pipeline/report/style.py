@@ -1,7 +1,7 @@
-"""One style for all figures, fit for a paper, and the files that a figure is written to.
+"""One style for all figures, fit for a paper, and the files of a figure.
 
-The same numbers give the same bytes: no dates, fixed ids. In SVG letters are outlines, in PDF the font is embedded.
-Colours are those of Okabe and Ito, told apart with every common colour blindness; lines differ in their dashes too.
+The same numbers give the same bytes: no dates, fixed ids. In SVG, letters are outlines; in PDF, the font is embedded.
+The colours are those of Okabe and Ito, distinct under every common colour blindness; lines also differ in their dashes.
 """
 
 import math
@@ -94,15 +94,15 @@ def draw(
     rows: Iterable[Sequence[object]],
     labels: Mapping[str, str] | None = None,
 ) -> Figure:
-    """Write a figure in every wanted format and its numbers as CSV.
+    """Write a figure in every wanted format, and its numbers as CSV.
 
     Parameters
     ----------
-    name : of the files, without ending.
-    drawing : makes the figure at a width in inches, in the style of this module; it may arrange its panels by it.
-    kind : what sort of figure it is; `workflow/report/<kind>.rst` is its caption in Snakemake's report.
-    alt : what a person who cannot see it is told. caption : the text below it.
-    header, rows : the numbers it shows, as `tables/<name>.csv`. Text in them is made safe for spreadsheets.
+    name : of the files, without suffix.
+    drawing : draws the figure at a width in inches, in this module's style; it may arrange its panels by the width.
+    kind : type of figure; `workflow/report/<kind>.rst` is its caption in Snakemake's report.
+    alt : description for people who cannot see it. caption : the text below it.
+    header, rows : its numbers, written to `tables/<name>.csv`. Text is made safe for spreadsheets.
     """
     files = {"svg": f"figures/{name}.svg"}
     on_page: dict[str, str] = {}
@@ -111,7 +111,7 @@ def draw(
     if inches["wide"] > NARROW:
         inches["narrow"] = NARROW
     with matplotlib.rc_context(SETTINGS), warnings.catch_warnings():
-        # A name in a script that the bundled font lacks shows as boxes in figures; the page itself spells it out.
+        # Characters that the bundled font lacks show as boxes in figures; the page itself shows them.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         for shape, width in inches.items():
             ending = "" if shape == "wide" else f"-{shape}"
@@ -129,13 +129,16 @@ def draw(
 
 
 def grid_of(panels: int, width: float, most: int) -> tuple[int, int]:
-    """Rows and columns for panels at a width in inches: at most `most` side by side, each at least 1.1 inches wide."""
+    """Return rows and columns for panels at a width in inches.
+
+    At most `most` panels stand side by side, each at least 1.1 inches wide.
+    """
     columns = max(1, min(panels, most, int(width / 1.1)))
     return math.ceil(panels / columns), columns
 
 
 def shorten(text: str, limit: int) -> str:
-    """At most `limit` characters, cut in the middle: the ends tell layers apart."""
+    """Return at most `limit` characters, cut in the middle: the ends tell layers apart."""
     if len(text) <= limit:
         return text
     tail = (limit - 1) * 2 // 3
@@ -143,27 +146,27 @@ def shorten(text: str, limit: int) -> str:
 
 
 def colour_style(position: int) -> dict[str, Any]:
-    """Colour of what stands at this position, with a hatch once the eight colours are used up."""
+    """Return the colour at this position, with a hatch once the eight colours are used up."""
     turn, colour = divmod(position, len(COLOURS))
     return {"facecolor": COLOURS[colour], "hatch": HATCHES[turn % len(HATCHES)]}
 
 
 def bare(panel: Axes, *sides: str) -> None:
-    """Take away lines of the frame, `left` say, and the ticks on them; their labels stay."""
+    """Remove lines of the frame, for example `left`, and their ticks; keep the labels."""
     for side in sides:
         panel.spines[side].set_visible(False)
         panel.tick_params(axis="y" if side in ("left", "right") else "x", length=0)
 
 
-# The canvases are asked to write, not the figure: that would draw everything twice, the first time for the layout.
+# The canvas writes the file, not the figure: `savefig` would draw everything twice, the first time for the layout.
 
 
 def _write_svg(figure: matplotlib.figure.Figure, file: Path, dark: Path) -> None:
-    """The figure without a ground, and once more in the colours for a dark one."""
+    """Write the figure without a background, and once more in the colours for a dark one."""
     figure.patch.set_alpha(0)
     FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None})
     figure.patch.set_alpha(1)
-    figure.set_layout_engine("none")  # where matplotlib made a layout, once is enough
+    figure.set_layout_engine("none")  # one layout pass is enough
     svg = file.read_text(encoding="utf-8")
     for light, other in ON_DARK.items():
         svg = svg.replace(light, other)

@@ -1,4 +1,4 @@
-"""The report's CSV files: units by IoU, and detectors per run, layer and category."""
+"""CSV files of the report."""
 
 import csv
 import math
@@ -7,9 +7,10 @@ from pathlib import Path
 
 
 def safe(text: str) -> str:
-    """A text from data as a CSV cell that no spreadsheet takes for a formula.
+    """Return text from data as a CSV cell that no spreadsheet evaluates as a formula.
 
-    A leading =, +, -, @, tab or line break makes spreadsheets evaluate a cell; an apostrophe before it prevents that.
+    Spreadsheets evaluate a cell that starts with =, +, -, @, a tab or a line break; an apostrophe before it prevents
+    that.
     """
     return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r", "\n") else text
 
@@ -21,7 +22,7 @@ def _cell(value: object) -> object:
 
 
 def write_table(file: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Write a CSV in UTF-8. Text is made safe for spreadsheets; NaN and None are blank cells."""
+    """Write a CSV file in UTF-8, with text made safe for spreadsheets and blank cells for NaN and None."""
     with file.open("w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(header)

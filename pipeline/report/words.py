@@ -8,17 +8,17 @@ SURE = 2
 
 
 def number(value: Any) -> str:
-    """An integer with thousands separated by thin spaces; anything else as its text."""
+    """Format an integer with thin spaces between thousands; return anything else as its text."""
     return f"{value:,}".replace(",", "\u202f") if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
 def decimal(value: float, digits: int = 3) -> str:
-    """A fixed number of digits; a dash for NaN."""
+    """Format a number with a fixed number of digits; a dash for NaN."""
     return "–" if math.isnan(value) else f"{value:.{digits}f}"
 
 
 def percent(value: float, digits: int = 0) -> str:
-    """A share as a percentage; a dash for NaN. Never rounds to 0 or 100 what is neither; does not break."""
+    """Format a share as a percentage; a dash for NaN. Other values never round to 0 or 100; the text does not break."""
     if math.isnan(value):
         return "–"
     step = 0.01 / 10**digits
@@ -30,17 +30,17 @@ def percent(value: float, digits: int = 0) -> str:
 
 
 def with_error(value: float, error: float | None) -> str:
-    """A number and its standard error, where it has one."""
+    """Format a number with its standard error, if it has one."""
     return f"{value:.3f}" + ("" if error is None or math.isnan(error) else f" ± {error:.3f}")
 
 
 def plural(count: Any, noun: str) -> str:
-    """`1 unit`, `2 units`."""
+    """Return `1 unit`, `2 units`."""
     return f"{number(count)} {noun}{'' if count == 1 else 's'}"
 
 
 def seconds(value: float | None) -> str:
-    """A time in seconds, minutes or hours; a dash where it is not known."""
+    """Format a time in seconds, minutes or hours; a dash if unknown."""
     if value is None:
         return "–"
     if value < 90:

@@ -1,7 +1,7 @@
-"""`config/schema.json` and `config/README.md`, generated from the classes of the configuration.
+"""Generate `config/schema.json` and `config/README.md` from the configuration's classes.
 
-The schema lets an editor complete and check a config; the page lists every key with its default and meaning. A test
-fails when they differ from the classes: run `python -m pipeline.config`.
+Editors complete and check a config with the schema; the page lists every key with its default and meaning. A test fails
+when they differ from the classes: run `python -m pipeline.config`.
 """
 
 import json
@@ -38,13 +38,13 @@ begin with a letter or digit. For completion in an editor, put this on a file's 
 
 
 def write() -> None:
-    """Write both files anew."""
+    """Regenerate both files."""
     for name, text in documents().items():
         write_atomically(FOLDER / name, text)
 
 
 def documents() -> dict[str, str]:
-    """The two files' contents, by name."""
+    """Return the contents of the two files, by name."""
     schema = Config.model_json_schema()
     sections = [section(*found, schema["$defs"]) for found in _sections(Config, "")]
     return {
@@ -55,7 +55,7 @@ def documents() -> dict[str, str]:
 
 
 def section(model: type[BaseModel], path: str, definitions: dict[str, Any]) -> str:
-    """The heading, first paragraph and table of keys of one section."""
+    """Return the heading, first paragraph and table of keys of one section."""
     properties = (definitions.get(model.__name__) or Config.model_json_schema())["properties"]
     about = " ".join((model.__doc__ or "").split("\n\n")[0].split())
     rows = []
@@ -74,7 +74,7 @@ def section(model: type[BaseModel], path: str, definitions: dict[str, Any]) -> s
 
 
 def presets() -> str:
-    """The table of presets of the dissection."""
+    """Return the table of dissection presets."""
     keys = list(next(iter(PRESETS.values())))
     rows = [f"| `{name}` | {' | '.join(str(values[key]) for key in keys)} |" for name, values in PRESETS.items()]
     head = ["## Presets of `dissect.method`", "", f"| method | {' | '.join(f'`{key}`' for key in keys)} |"]
@@ -82,7 +82,7 @@ def presets() -> str:
 
 
 def _sections(model: type[BaseModel], path: str) -> Iterator[tuple[type[BaseModel], str]]:
-    """Every section with the path of its keys, each followed by those within it; one that occurs again is left out."""
+    """Yield every section with the path of its keys, followed by its subsections; each section occurs once."""
     seen: set[type[BaseModel]] = set()
 
     def walk(model: type[BaseModel], path: str) -> Iterator[tuple[type[BaseModel], str]]:
@@ -100,7 +100,7 @@ def _sections(model: type[BaseModel], path: str) -> Iterator[tuple[type[BaseMode
 
 
 def _models(annotation: Any, path: str) -> Iterator[tuple[type[BaseModel], str]]:
-    """The sections that a field's type holds, with the name of the field, and `<name>` where they go by name."""
+    """Yield the sections in a field's type with the path of their keys; `<name>` stands for the keys of a mapping."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation, path
     by_name = getattr(annotation, "__origin__", None) is dict
@@ -119,7 +119,7 @@ def _default(field: Any) -> str:
 
 
 def _values(schema: dict[str, Any], definitions: dict[str, Any]) -> str:
-    """What a value may be, in words, from its JSON schema."""
+    """Describe the values that a JSON schema allows, in words."""
     if "$ref" in schema:
         return "a section"
     if "const" in schema:

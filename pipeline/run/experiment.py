@@ -1,4 +1,4 @@
-"""The configuration as a whole: the core's keys and the sections of the stages in the registry."""
+"""The whole configuration: the core's keys, plus the section of each registered stage."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pipeline.stages.registry import STAGES
 
 
 def configuration(stages: Iterable[Stage]) -> type[Core]:
-    """Return the model of the configuration that these stages make."""
+    """Return the configuration model for these stages."""
     sections = tuple(stage.section for stage in stages if stage.section is not None)
     fields: dict[str, Any] = {
         each.key: (each.type, Field(each.default, description=each.description)) for each in sections
@@ -31,9 +31,9 @@ Config = configuration(STAGES.values())
 
 
 def parse(raw: Mapping[str, Any]) -> Core:
-    """Validate a configuration; every error names the key, what was found and the nearest known key.
+    """Validate a configuration; every error names the key, the value found and the nearest known key.
 
-    The key `only` (a name, or several with commas) keeps just these networks or data sets, and what they need.
+    The key `only` (one name, or several separated by commas) keeps only these networks or data sets and what they need.
     """
     raw = dict(raw)
     only = raw.pop("only", None)
@@ -59,7 +59,7 @@ def load(path: Path) -> Core:
 
 
 def select(config: Core, only: str | list[str]) -> Core:
-    """Keep the named networks and data sets; where only one of the two is named, all of the other kind stay."""
+    """Keep only the named networks and data sets; if only one of the two kinds is named, keep all of the other."""
     names = [name.strip() for name in (only.split(",") if isinstance(only, str) else map(str, only))]
     known = [*config.networks, *config.datasets]
     for name in names:

@@ -1,8 +1,9 @@
-"""What a run would take, before anything runs: bytes on the disk, images a second, time, memory of a worker, tasks.
+"""Estimate a run before it starts: disk space, throughput, time, memory per worker, tasks.
 
-Sizes come from the layers that the inspection found, the speed of networks from a probe (`pipeline.networks.speed`),
-that of other stages from rates measured by `make bench` or, for decoding and label maps, assumed; where a stage has run
-before, from what it took then. A run whose results the disk cannot hold is refused.
+Sizes come from the layers that the inspection found. The speed of networks comes from a probe
+(`pipeline.networks.speed`). The speed of other stages comes from rates that `make bench` measured; those of decoding
+and label maps are assumed. If a stage has run before, its recorded time takes precedence. If the disk cannot hold the
+results, the run is refused.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from pipeline.plan.step import Plan
 from pipeline.stages.registry import jobs
 from pipeline.workers import memory
 
-SHARE = 0.95  # of the free bytes that a run may plan to fill
-LITTLE = 50e6  # bytes that are not worth a refusal before the disk gives its own: such estimates say little
+SHARE = 0.95  # the share of the free bytes that a run may plan to fill
+LITTLE = 50e6  # bytes that never cause a refusal before the disk is full: such estimates say little
 
 
 def lines(plan: Plan, estimates: Sequence[Estimate]) -> list[str]:
-    """The forecast as text: a line a step, a line a layer below its network's, and the sums."""
+    """Return the forecast as text: one line per step, one per layer below its network, and the totals."""
     workers, allowed = memory.workers(plan.config.cluster), memory.memory(plan.config.cluster)
     head = ("", "GB", "on disk", "missing", "images", "images/s", "time", "tasks", "GB/worker")
     rows: list[tuple[str, ...]] = [head]
@@ -43,7 +44,7 @@ def lines(plan: Plan, estimates: Sequence[Estimate]) -> list[str]:
     found = ["  ".join(_aligned(row, widths)).rstrip() for row in rows]
     found.append(
         f"{_gb(missing)} GB to write, {room}; about {_time(sum(known) / workers)} on {workers} "
-        f"worker{'s' * (workers > 1)} of {allowed / 1e9:.1f} GB, beside steps that were never timed"
+        f"worker{'s' * (workers > 1)} of {allowed / 1e9:.1f} GB, besides steps that were never timed"
     )
     left_out = {store.name for store in stores if store.kept == "pooled"}
     if left_out:
@@ -59,7 +60,7 @@ def lines(plan: Plan, estimates: Sequence[Estimate]) -> list[str]:
 
 
 def check_disk(plan: Plan, estimates: Sequence[Estimate]) -> None:
-    """Refuse a run whose results the file system cannot hold, beside what is there already.
+    """Refuse a run whose results do not fit on the file system beside what is already there.
 
     Raises
     ------
@@ -82,7 +83,7 @@ def check_disk(plan: Plan, estimates: Sequence[Estimate]) -> None:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What one job takes: its stage's estimate, or the time of the last run where that says more."""
+    """The cost of one job: its stage's estimate, or the time of the last run if that is more precise."""
 
     job: Job
     cost: Cost
@@ -94,7 +95,7 @@ class Estimate:
 
 
 def forecast(plan: Plan) -> list[Estimate]:
-    """Estimate what each job takes, in the plan's order; a stage without an estimate goes by its last run."""
+    """Estimate each job's cost, in plan order; a stage without an estimate uses its last run."""
     gone = outdated(plan)
     workers = memory.workers(plan.config.cluster)
     found = []
@@ -104,7 +105,7 @@ def forecast(plan: Plan) -> list[Estimate]:
         cost = estimate(job, done) if estimate is not None else Cost()
         provenance = before.provenance if before is not None else {}
         seconds = cost.seconds
-        if provenance.get("made") and provenance.get("shards"):  # the clock's, with as many workers as there were
+        if provenance.get("made") and provenance.get("shards"):  # wall-clock time, with that run's workers
             seconds = provenance["seconds"] / provenance["made"] * cost.tasks * workers
         elif estimate is None and provenance:
             seconds = provenance["seconds"] * workers
@@ -114,7 +115,7 @@ def forecast(plan: Plan) -> list[Estimate]:
 
 
 def _free(folder: Path) -> float:
-    """Free bytes of the file system that a folder is on, or will be."""
+    """Return the free bytes of the file system that holds a folder, or will hold it."""
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     return float(shutil.disk_usage(there).free)
 

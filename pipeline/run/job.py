@@ -1,4 +1,4 @@
-"""A job of the workflow in a process of its own: one stage, its log, and its errors as a person reads them."""
+"""A job of the workflow, in a process of its own: one stage, its log, and readable errors."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from pipeline.workers.processes import PLAN
 
 
 def job(stage: str, wildcards: Any, log: str) -> None:
-    """Run one stage as a job of the workflow; an error a user can act on is printed without a traceback.
+    """Run one stage as a job of the workflow; print errors that users can act on without a traceback.
 
-    What is printed goes to the terminal and to `log`, whose folder exists.
+    Output goes to the terminal and to `log`, whose folder exists.
     """
     processes.end_with_main()
     processes.interruptible()
@@ -37,7 +37,7 @@ def job(stage: str, wildcards: Any, log: str) -> None:
             about = "" if str(error).startswith(step.name) else f"{step.name}: "
             print(f"error: {about}{error}", file=sys.stderr)
         except KeyboardInterrupt:
-            print(f"interrupted: {step.name}; finished shards are kept, run again to go on", file=sys.stderr)
+            print(f"interrupted: {step.name}; finished shards are kept; rerun to resume", file=sys.stderr)
         except Exception as error:
             main = processes.main()
             said = explained(error) if isinstance(error, OSError) else None
@@ -53,7 +53,7 @@ def job(stage: str, wildcards: Any, log: str) -> None:
 
 
 class _Both(io.TextIOBase):
-    """Writes to the terminal and to a file; a file that cannot be written does not stop what is told there."""
+    """A stream that writes to the terminal and to a file; if the file cannot be written, the terminal still works."""
 
     def __init__(self, terminal: TextIO, path: Path) -> None:
         self.terminal = terminal
@@ -65,7 +65,7 @@ class _Both(io.TextIOBase):
         if self.file is not None:
             with contextlib.suppress(OSError):
                 self.file.write(without_home(text))
-                self.file.flush()  # at once: what is still held back would fail again, as the file is closed
+                self.file.flush()  # at once: buffered text would fail again when the file is closed
         return self.terminal.write(text)
 
     def flush(self) -> None:

@@ -1,4 +1,4 @@
-"""Make the plan of a configuration: every stage of the registry asks for its steps, and each gets its id."""
+"""Make the plan of a configuration: collect the steps that every stage asks for, and compute their ids."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from pipeline.storage.identity import FileDigests, digest
 
 
 def make(config: Core, rescan: bool = False, arguments: Sequence[str] = ()) -> Plan:
-    """Compute every step of a configuration. Reads listings, checkpoints and module files (through memories)."""
+    """Compute every step of a configuration, from listings, checkpoints and module files (read through caches)."""
     scratch = scratch_of(config)
     digests = FileDigests(scratch / "files.json")
     object_storage.settle(Path(config.results), config.stores)
@@ -41,7 +41,7 @@ def make(config: Core, rescan: bool = False, arguments: Sequence[str] = ()) -> P
 
 
 def summaries(config: Core, rescan: bool) -> dict[str, Summary]:
-    """Return what the listing of each data set says."""
+    """Return a summary of each data set's listing."""
     found = {}
     for name, dataset in config.datasets.items():
         with about(f"data set {name!r}"):
@@ -50,17 +50,17 @@ def summaries(config: Core, rescan: bool) -> dict[str, Summary]:
 
 
 def step_of(stage: Stage, wanted: Wanted, config: str) -> Step:
-    """Return a step with its id: the digest of its settings, the stage's version and what it reads."""
+    """Return a step with its id: the digest of its settings, its stage's version and its parents."""
     read = [parent.id for parent in wanted.parents] if wanted.read is None else list(wanted.read)
     settings = wanted.settings.written() | {"version": stage.version, "parents": read}
-    settings = json.loads(json.dumps(settings))  # as a manifest will hold it
+    settings = json.loads(json.dumps(settings))  # as a manifest will hold them
     id = digest(settings)
     parents = tuple(parent.manifest for parent in wanted.parents)
     return Step(stage.name, id, stage.manifest(wanted.key, config, id), wanted.key, parents, settings)
 
 
 def add_networks(draft: Draft, stages: Iterable[Stage]) -> None:
-    """Add every network, followed by its untrained control, and the copies that stages ask for."""
+    """Add every network, followed by its untrained control, then the copies that stages ask for."""
     for name, spec in draft.config.networks.items():
         draft.networks[name] = spec
         if (control := control_of(spec)) is not None:
@@ -73,10 +73,10 @@ def add_networks(draft: Draft, stages: Iterable[Stage]) -> None:
 
 
 def control_of(spec: Network) -> Network | None:
-    """Return the untrained control of a network; one that is random already is its own."""
+    """Return the untrained control of a network; None if the network is itself random."""
     if spec.weights == "random":
         return None
-    # A model of transformers needs its folder for the architecture, too.
+    # A transformers model needs its folder for the architecture too.
     local = spec.local if spec.transformers is not None else None
     untrained = {"weights": "random", "train": None, "prefix": None, "ablate": None, "local": local}
     return spec.model_copy(update=untrained)
@@ -97,12 +97,12 @@ def save(plan: Plan) -> Path:
     path = plan.scratch / "plans" / f"{plan.config.name}.{digest(body)}.json"
     if not path.exists():
         write_atomically(path, body)
-        path.chmod(0o600)  # it holds paths as they were configured, of keys too
+        path.chmod(0o600)  # it holds paths as configured, including those of keys
     return path
 
 
 def read(path: Path) -> Plan:
-    """Read a plan that was saved."""
+    """Read a saved plan."""
     value = json.loads(path.read_text())
     steps = [Step(**{**step, "key": Key(**step["key"]), "parents": tuple(step["parents"])}) for step in value["steps"]]
     return Plan(

@@ -1,4 +1,4 @@
-"""Before any work: have inspected what was not yet, and ask each stage what is wrong."""
+"""Check a plan before any work starts: inspect new networks, then ask each stage for problems."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from pipeline.workers import tls
 
 
 def check(plan: Plan, probe: bool = False) -> None:
-    """Inspect what has not been inspected yet; raise `MicrotomeError` that says everything that is wrong.
+    """Inspect what has not been inspected yet; raise `MicrotomeError` with everything that is wrong.
 
-    With `probe` the speed of networks is measured too, where it is not known.
+    With `probe`, also measure the speed of networks where it is unknown.
     """
     if plan.config.cluster.tls is not None:
         tls.check(plan.config.cluster.tls.model_dump())
@@ -35,7 +35,7 @@ def check(plan: Plan, probe: bool = False) -> None:
 
 
 def questions(every: Iterable[Job]) -> Iterator[Question]:
-    """Return what has to be inspected: networks on their data sets, then what stages ask for."""
+    """Yield what the inspection has to answer: networks on their data sets, then the requests of stages."""
     every = list(every)
     yield from map(inspected.question, inspected.pairs(every))
     for job in every:
@@ -43,7 +43,7 @@ def questions(every: Iterable[Job]) -> Iterator[Question]:
 
 
 def speeds(every: Iterable[Job]) -> Iterator[Question]:
-    """Return what has to be timed, for jobs that are not done."""
+    """Yield what the probe has to time, for unfinished jobs."""
     every = [job for job in every if not job.manifest.exists()]
     for job in every:
         yield from job.stage.speeds(job)
@@ -51,7 +51,7 @@ def speeds(every: Iterable[Job]) -> Iterator[Question]:
 
 
 def sizes(plan: Plan) -> list[str]:
-    """Return lines on the layers and parameters of each network, and what stages have to say of their sizes."""
+    """Return lines on each network's layers and parameters, and what stages add about sizes."""
     every = list(jobs(plan))
     lines = []
     for job in inspected.pairs(every):
@@ -64,7 +64,7 @@ def sizes(plan: Plan) -> list[str]:
 
 
 def _advise(every: Iterable[Job], new: set) -> None:
-    """Print what libraries advise on the image sizes of networks that were inspected now."""
+    """Print the libraries' advice on image sizes, for networks that were just inspected."""
     for job in inspected.pairs(every):
         if inspected.question(job).kept in new:
             size = job.parent_job("ingest").settings.size

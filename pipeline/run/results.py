@@ -1,11 +1,11 @@
-"""A results folder as xarray, for notebooks and programs that come after.
+"""A results folder as xarray, for notebooks and further programs.
 
     results = pipeline.open_results("results")
     cnn = results["scenes"]["cnn"]
-    cnn.units                                  # one row a unit, as in units.csv
+    cnn.units                                  # one row per unit, as in units.csv
     cnn["features.conv6"].iou["iou"]           # (unit, concept)
 
-Stores are opened when they are asked for and read when they are computed (xarray over Dask), so opening costs nothing.
+Stores are opened on access and read when they are computed (xarray over Dask), so opening a folder costs nothing.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def open_results(path: str | Path) -> Results:
     Raises
     ------
     MicrotomeError
-        When there is no such folder, or none that holds a data set.
+        If there is no such folder, or it holds no data set.
     """
     results = Results(Path(path))
     if not results.path.is_dir():
@@ -44,13 +44,13 @@ def open_results(path: str | Path) -> Results:
 
 
 class NotThereError(MicrotomeError, KeyError):
-    """A results folder does not hold what was asked for."""
+    """A results folder does not hold the requested item."""
 
-    __str__ = Exception.__str__  # KeyError's puts quotes around the message
+    __str__ = Exception.__str__  # KeyError's own puts quotes around the message
 
 
 class _Folder(Mapping[str, Item]):
-    """What a folder holds, by name."""
+    """A folder's contents, by name."""
 
     path: Path
     kind: str
@@ -111,13 +111,13 @@ class Results(_Folder["Dataset"]):
 
     @property
     def reports(self) -> dict[str, Path]:
-        """The page of every configuration, by its name."""
+        """The report page of every configuration, by its name."""
         return {file.parent.name: file for file in sorted(self.path.glob("report/*/index.html"))}
 
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Dataset(_Folder["Network"]):
-    """One data set: its images and label maps, and by name the networks that were dissected on it."""
+    """One data set: its images and label maps, and, by name, the networks that were dissected on it."""
 
     path: Path
     kind = "dissected network"
@@ -140,7 +140,7 @@ class Dataset(_Folder["Network"]):
 
     @property
     def quarantine(self) -> list[dict[str, str]]:
-        """image_id, path, reason of every image that was refused."""
+        """image_id, path, reason of every refused image."""
         return _table(self.path / "quarantine.csv")
 
 
@@ -153,7 +153,7 @@ class Network(_Folder["Layer"]):
 
     @cached_property
     def paths(self) -> dict[str, dict[str, str]]:
-        """layers.json: where the stores of each layer are."""
+        """layers.json: the paths of each layer's stores."""
         return json.loads((self.path / "layers.json").read_text())
 
     def names(self) -> list[str]:
@@ -172,7 +172,7 @@ class Network(_Folder["Layer"]):
 
     @cached_property
     def ablation(self) -> dict[str, xr.Dataset]:
-        """By layer, what each class loses without each unit and without sets of them; empty where none were removed."""
+        """By layer: what each class loses without each unit, and without sets of units; empty without ablation."""
         store = self.path / "ablation.zarr"
         return {name: _open(store / name) for name in _open(store).attrs["layers"]} if store.is_dir() else {}
 
@@ -180,29 +180,32 @@ class Network(_Folder["Layer"]):
     def calibration(self) -> xr.Dataset:
         """score (split, calibration, measure); count, correct, confidence (split, calibration, bin).
 
-        The network's own over all images: all_count, all_correct, all_confidence (bin).
+        The uncalibrated network's own, over all images: all_count, all_correct, all_confidence (bin).
         """
         return _open(self.path / "calibration.zarr")
 
     @cached_property
     def sight(self) -> xr.Dataset:
-        """How it looks at images: receptive fields (layer, y, x), attention_distance (attention, head), skip_ratio and
-        accuracy_loss (skip), localisation (output, input), as far as they were asked for and the network has them."""
+        """How the network sees images, as far as it was measured and the network has it.
+
+        Receptive fields (layer, y, x), attention_distance (attention, head), skip_ratio and accuracy_loss (skip),
+        localisation (output, input).
+        """
         return _open(self.path / "sight.zarr")
 
     @cached_property
     def probes(self) -> xr.Dataset:
-        """accuracy, low, high (layer, features, shots) of linear probes; of single ones probe_accuracy, penalty."""
+        """accuracy, low, high (layer, features, shots) of linear probes; probe_accuracy, penalty of single probes."""
         return _open(self.path / "probes.zarr")
 
     @property
     def units(self) -> list[dict[str, Any]]:
-        """units.csv, one row a unit: numbers are numbers, and None where the table has none."""
+        """units.csv, one row per unit: numbers as numbers, blank cells as None."""
         return list(map(_numbers, _table(self.path / "units.csv")))
 
     @property
     def units_permuted(self) -> list[dict[str, Any]]:
-        """The same for the control with permuted label maps; empty where there is none."""
+        """The same for the control with permuted label maps; empty if there is none."""
         file = self.path / "units-permuted.csv"
         return list(map(_numbers, _table(file))) if file.exists() else []
 

@@ -1,4 +1,4 @@
-"""What the Snakefile does around its rules: plan, settle, inspect, lock, pool of workers, and the account of time."""
+"""What the Snakefile does around its rules: plan, settle, inspect, lock, start workers, account for time."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ from pipeline.workers import client, memory, processes
 from pipeline.workers import pool as cluster
 from pipeline.workers.processes import PLAN
 
-LEAST_MB = 4000  # of a worker, in what a job asks a queue for
-GRACE = 6  # seconds that jobs and workers have to end in good order after an interrupt
+LEAST_MB = 4000  # the least memory of a worker, in a job's request to a queue
+GRACE = 6  # seconds that jobs and workers have to end cleanly after an interrupt
 
 
 class Run:
     """One invocation of the workflow.
 
-    In the main process it makes the plan, checks the networks on the meta device, and sets outdated manifests aside
-    (unless `dry`, or another run holds the lock: then `start` says so). In a job's process it reads the plan.
-    `files` and `overrides` are where the configuration `raw` comes from: for the commands that a report names.
+    The main process makes the plan, checks the networks on the meta device, and sets stale manifests aside (unless
+    `dry`; if another run holds the lock, `start` reports it). A job's process reads the plan. `files` and `overrides`
+    are the sources of the configuration `raw`; the report quotes them in its commands.
     """
 
     def __init__(
@@ -92,15 +92,15 @@ class Run:
         os.environ[PLAN] = str(planner.save(self.plan).absolute())
 
     def _clear_up(self) -> None:
-        """The run before did not end in good order: wait for what is left of it, remove its temporary files."""
+        """Clean up after a run that did not end cleanly: wait for its processes, remove its temporary files."""
         from pipeline.storage.store import remove_partials
 
-        print("the run before did not end in good order: clearing up after it", file=sys.stderr)
+        print("the previous run did not end cleanly: cleaning up after it", file=sys.stderr)
         processes.end_leftovers(self.plan.scratch / "plans")
         cluster.clear(self.plan.scratch)
         remove_partials(self.plan.results)
-        # Snakemake would run a job again that was done and not yet noted as done. Ours are done when their manifest is
-        # there, which is written whole.
+        # Snakemake would rerun a job that finished before it was marked as finished. Our jobs are finished once their
+        # manifest exists, and manifests are written atomically.
         for marker in Path(".snakemake/incomplete").glob("*"):
             if marker.is_file():
                 marker.unlink()
@@ -115,18 +115,18 @@ class Run:
         return str(self.plan.results / home / folder / f"{stage.name}.{{id}}.{suffix}")
 
     def memory(self, stage: str, wildcards: Any, threads: int) -> int:
-        """Return the megabytes of a job with a worker for each of `threads`, by the stage's own estimate."""
+        """Return a job's megabytes, with one worker for each of `threads`, by the stage's own estimate."""
         job = Job(self.plan, self._wanted(stage, wildcards), STAGES)
         estimate = job.stage.cost(job, False).memory if job.stage.cost is not None else None
         need = (estimate or 0) * memory.threads(self.plan.config.cluster) + memory.WORKER_BASE
         return threads * max(LEAST_MB, math.ceil(need / 1e6))
 
     def targets(self, stage: str) -> list[str]:
-        """The manifests of a stage, as Snakemake names them."""
+        """Return a stage's manifests, as Snakemake names them."""
         return [str(self.plan.results / step.manifest) for step in self.plan.of_stage(stage)]
 
     def parents(self, stage: str, wildcards: Any) -> list[str]:
-        """The manifests that a job reads; a job whose id is not the wanted one is refused."""
+        """Return the manifests that a job reads; refuse a job whose id differs from the plan's."""
         return [str(self.plan.results / parent) for parent in self._wanted(stage, wildcards).parents]
 
     def _wanted(self, stage: str, wildcards: Any) -> Step:
@@ -134,7 +134,7 @@ class Run:
         return self.plan.wanted(stage, wildcards.id, *named)
 
     def figures(self) -> Iterator[tuple[str, str, dict[str, str]]]:
-        """Path, kind and labels of every figure of the finished report; none where it is still to be made."""
+        """Yield path, kind and labels of every figure of the finished report; none if the report is pending."""
         for step in self.plan.of_stage("report"):
             manifest = _read(self.plan.results / step.manifest)
             for figure in manifest.result["figures"] if manifest else []:
@@ -143,9 +143,9 @@ class Run:
                     yield str(path), figure["kind"], figure["labels"]
 
     def start(self, elsewhere: bool = False) -> None:
-        """Before the first job: no other run holds the results folder; start the workers.
+        """Lock the results folder and start the workers, before the first job.
 
-        Jobs that run `elsewhere`, as jobs of a queue, have pools of their own there.
+        Jobs that run `elsewhere`, such as jobs of a queue, have pools of their own there.
         """
         if self.refused is not None:
             raise self.refused
@@ -165,7 +165,10 @@ class Run:
         atexit.register(self.stop)
 
     def stop(self, failed: bool = False) -> None:
-        """After the last job. A run that failed leaves the lock's file: there may be something to clear up."""
+        """Stop the workers and release the lock, after the last job.
+
+        A failed run leaves the lock file: the next run may have something to clean up.
+        """
         if self.pool is not None:
             cluster.stop_pool(self.pool)
             self.pool = None
@@ -173,15 +176,15 @@ class Run:
             atexit.unregister(self.lock.release)
 
     def _interrupt(self, number: int, frame: object) -> None:
-        """SIGTERM and Ctrl-C: jobs and workers are told to end, and killed if they do not; a second one does not wait.
+        """Handle SIGTERM and Ctrl-C: ask jobs and workers to end, then kill them; a second signal kills at once.
 
-        Snakemake's own answer to SIGTERM is to wait until the running jobs are done.
+        Snakemake's own handler of SIGTERM waits until the running jobs are done.
         """
         if self.interrupted:
             processes.ask_to_end(processes.descendants(), signal.SIGKILL)
             os._exit(128 + number)
         self.interrupted = True
-        print(f"{signal.Signals(number).name}: stopping; finished shards are kept, run again to go on", file=sys.stderr)
+        print(f"{signal.Signals(number).name}: stopping; finished shards are kept; rerun to resume", file=sys.stderr)
         processes.ask_to_end(processes.descendants(but=[self.pool.pid] if self.pool else []))
         if self.pool is not None and self.pool.stdin is not None:
             self.pool.stdin.close()
@@ -191,7 +194,7 @@ class Run:
         raise KeyboardInterrupt
 
     def account(self) -> str:
-        """How the time of this run was spent, a line a job, and where the report is."""
+        """Return how this run spent its time, one line per job, and where the report is."""
         lines = []
         for step in self.plan.steps.values():
             manifest = _read(self.plan.results / step.manifest)
@@ -206,7 +209,7 @@ class Run:
 
 
 def arguments(files: Sequence[str | Path], overrides: Mapping[str, Any]) -> list[str]:
-    """The arguments of snakemake that give a configuration; files below the working folder are named from there."""
+    """Return snakemake's arguments for a configuration; files below the working folder get relative paths."""
     given = []
     if files:
         named = (Path(file) for file in files)

@@ -56,7 +56,7 @@ def descriptions(path: Path) -> list[Path]:
 
 def verified_bytes(root: Path, key: str, expected: Mapping[str, tuple[int, int]]) -> bytes:
     """Return the bytes of one chunk file, or raise `DamagedStoreError` with store and file."""
-    advice = "run `make verify` to find all damage and `make repair` to make only these again"
+    advice = "run `make verify` to find all damage and `make repair` to recompute only these"
     if key not in expected:
         raise DamagedStoreError(f"{root}: chunk {key} was never recorded as written; {advice}")
     size, crc = expected[key]

@@ -148,7 +148,7 @@ def taken_over(results: Path, host: str, pid: int) -> str | None:
     value = _parsed(holder)
     if (value.get("host"), value.get("pid")) == (host, pid):
         return None
-    return f"the lock on {results} was deleted while this run worked; now it is that of {_describe(holder)}"
+    return f"the lock on {results} was deleted while this run worked; it now belongs to {_describe(holder)}"
 
 
 @contextlib.contextmanager
@@ -188,4 +188,4 @@ def _describe(holder: str) -> str:
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(value["since"]))
         return f"pid {value['pid']} on {value['host']}, in {value['folder']}, since {since}"
     except (KeyError, TypeError):
-        return "it has not said who it is"
+        return "an unknown holder"

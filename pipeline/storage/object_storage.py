@@ -176,7 +176,7 @@ def told(url: str, missing: str | None = None) -> Iterator[None]:
         )
     else:
         return
-    raise MicrotomeError(f"stores: {url}: {why}; what is finished is kept, run again to go on")
+    raise MicrotomeError(f"stores: {url}: {why}; finished work is kept; rerun to resume")
 
 
 def chunks_of(root: Path, key: str) -> Objects | None:

@@ -43,9 +43,9 @@ def _read_json(file: Path) -> dict[str, Any]:
         try:
             content = json.load(stream)
         except json.JSONDecodeError as error:
-            raise MicrotomeError(f"{file} is not JSON ({error}); make it again") from None
+            raise MicrotomeError(f"{file} is not JSON ({error}); recompute it") from None
     if not isinstance(content, dict):
-        raise MicrotomeError(f"{file} holds a {type(content).__name__}, a JSON object was expected; make it again")
+        raise MicrotomeError(f"{file} holds a {type(content).__name__}, a JSON object was expected; recompute it")
     return content
 
 
@@ -65,4 +65,4 @@ def read_text(file: Path) -> IO[str]:
     try:
         return io.StringIO(data.decode(), newline="")
     except UnicodeDecodeError as error:
-        raise MicrotomeError(f"{file} is not text in UTF-8 ({error}); make it again") from None
+        raise MicrotomeError(f"{file} is not text in UTF-8 ({error}); recompute it") from None

@@ -1,1 +1,1 @@
-"""Looking after a results folder: find damage, have only that made again, say why something would run, sweep up."""
+"""Maintain a results folder: find damage, recompute only that, explain why a step would run, remove leftovers."""

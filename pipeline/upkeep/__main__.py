@@ -1,11 +1,12 @@
 """The commands of `make`.
 
-python -m pipeline.upkeep verify RESULTS                          every chunk file against what was recorded
-python -m pipeline.upkeep repair RESULTS                          verify, then forget the damaged files: the next run
-                                                                  makes them again
-python -m pipeline.upkeep gc RESULTS [--yes]                      what no network refers to, and with --yes remove it
-python -m pipeline.upkeep why CONFIG [--only NAMES]               what would run, why, and what it costs
-python -m pipeline.upkeep recompute CONFIG STAGE [--only NAMES]   throw away what a stage made: the next run makes it
+python -m pipeline.upkeep verify RESULTS                          compare every chunk file with what was recorded
+python -m pipeline.upkeep repair RESULTS                          verify, then forget damaged files: the next run
+                                                                  recomputes them
+python -m pipeline.upkeep gc RESULTS [--yes]                      list what no network refers to; --yes removes it
+python -m pipeline.upkeep why CONFIG [--only NAMES]               list what would run, why, and what it costs
+python -m pipeline.upkeep recompute CONFIG STAGE [--only NAMES]   delete a stage's outputs: the next run
+                                                                  recomputes them
 """
 
 import argparse
@@ -88,7 +89,7 @@ def recompute(given: argparse.Namespace) -> int:
 
 
 def _results(given: argparse.Namespace) -> Path:
-    """The results folder; any other is not to be written to."""
+    """Return the results folder; refuse any other folder, so that nothing is written there."""
     if not (given.results / damage.SCRATCH).is_dir() and next(damage.manifests(given.results), None) is None:
         raise MicrotomeError(f"{given.results} is no results folder: it has neither {damage.SCRATCH}/ nor a manifest")
     return given.results

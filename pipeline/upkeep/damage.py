@@ -1,4 +1,4 @@
-"""Files that are not what was written: found by the manifests and ledgers that recorded them, and forgotten."""
+"""Find files that differ from what manifests and ledgers recorded, and forget them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SCRATCH = ".microtome"
 
 @dataclass(frozen=True)
 class Damage:
-    """One file that is not what was recorded when it was written, and the manifest or ledger that recorded it."""
+    """One file that differs from its record, and the manifest or ledger that holds the record."""
 
     record: Path
     folder: Path
@@ -33,7 +33,7 @@ class Damage:
 
 
 def manifests(results: Path) -> Iterator[Path]:
-    """Every manifest of a results folder."""
+    """Yield every manifest of a results folder."""
     return (
         path
         for path in sorted(results.rglob("done/*.json"))
@@ -44,7 +44,7 @@ def manifests(results: Path) -> Iterator[Path]:
 def verify(results: Path) -> list[Damage]:
     """Compare every recorded file with its size and crc32c; report each file once.
 
-    Manifests record what is finished, and ledgers also the shards of stores that are not.
+    Manifests record finished outputs; ledgers also record the shards of unfinished stores.
     """
     if not results.is_dir():
         raise MicrotomeError(f"{results}: no such results folder")
@@ -74,12 +74,15 @@ def verify(results: Path) -> list[Damage]:
 
 
 def ledgers(results: Path) -> Iterator[Path]:
-    """Every ledger of a results folder that stands beside a store."""
+    """Yield every ledger of a results folder that stands beside a store."""
     return (path for path in sorted(results.rglob("*.ledger")) if path.with_suffix(".zarr").is_dir())
 
 
 def _inside(store: Path, files: Files) -> Files:
-    """The chunk files inside the present shapes of their arrays: a ledger also knows shards of a larger store."""
+    """Return the chunk files inside the present shapes of their arrays.
+
+    A ledger also knows the shards of a store that was once larger.
+    """
     shapes: dict[str, list[tuple[int, int]]] = {}
     found: Files = {}
     for name, recorded in files.items():
@@ -89,7 +92,7 @@ def _inside(store: Path, files: Files) -> Files:
                 layout = json.loads((store / array / "zarr.json").read_text())
                 steps = layout["chunk_grid"]["configuration"]["chunk_shape"]
                 shapes[array] = list(zip(layout["shape"], steps, strict=True))
-            except (OSError, ValueError, KeyError):  # damaged itself: then every chunk is looked at
+            except (OSError, ValueError, KeyError):  # the metadata are damaged: then check every chunk
                 shapes[array] = []
         if all(int(at) * step < length for at, (length, step) in zip(place.split("/"), shapes[array], strict=False)):
             found[name] = recorded
@@ -109,10 +112,10 @@ def _compare(folder: Path, name: str, size: int, crc: int) -> str | None:
 
 
 def repair(results: Path) -> list[Damage]:
-    """Forget every damaged file: remove it, and each manifest that names it. The next run makes only these again.
+    """Forget every damaged file: remove it, and each manifest that names it. The next run recomputes only these.
 
-    A ledger entry whose file is gone counts as absent, so the shard is made anew; what was made from it is checked by
-    id and digest, and stays where the bytes come out the same.
+    A ledger entry whose file is gone counts as absent, so the shard is recomputed. Its children are checked by id and
+    digest, and stay if the recomputed bytes are the same.
     """
     damaged = verify(results)
     files = {damage.file for damage in damaged}

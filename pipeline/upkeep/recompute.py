@@ -1,4 +1,4 @@
-"""Throw away on purpose what a stage made. (`snakemake --forcerun` only checks its shards again.)"""
+"""Delete a stage's outputs on purpose. (`snakemake --forcerun` only checks the shards again.)"""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pipeline.storage.store import remove
 
 
 def discard(config: Core, stage: str) -> list[str]:
-    """Remove everything that a stage made for a configuration; return one line for each file or folder.
+    """Remove everything that a stage made for a configuration; return one line per file or folder.
 
-    Steps that read it are recomputed only where the new output differs. Layers are shared: another network with the
-    same layers has them recomputed too.
+    Steps that read it are recomputed only if its new output differs. Layers are shared: another network with the same
+    layers has them recomputed too.
     """
     if stage not in STAGES:
         raise MicrotomeError(f"no stage {stage!r}{nearest(stage, STAGES)}; there are: {', '.join(STAGES)}")

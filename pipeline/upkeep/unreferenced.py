@@ -1,4 +1,4 @@
-"""What nothing in a results folder refers to any more: layers, dissections of layers, trainings, runs, manifests."""
+"""Find what nothing in a results folder refers to: layers, dissections of layers, trainings, runs, manifests."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from pipeline.upkeep.damage import SCRATCH, manifests
 
 
 def folders(results: Path) -> list[Path]:
-    """Return folders that nothing refers to: no manifest, and no step that was begun and is to be taken up again.
+    """Return the folders that nothing refers to: no manifest, and no interrupted step that will resume.
 
-    A damaged manifest stops this with `MicrotomeError`: what it refers to is not known.
+    A damaged manifest raises `MicrotomeError`, since its references are unknown.
     """
     used = _begun(results)
     for path in manifests(results):
@@ -29,7 +29,7 @@ def folders(results: Path) -> list[Path]:
 
 
 def _begun(results: Path) -> set[Path]:
-    """Return the folders of steps that were begun and not finished."""
+    """Return the folders of steps that began and have not finished."""
     found: set[Path] = set()
     for note in (results / SCRATCH / UNFINISHED).glob("*.json"):
         found |= {results / name for name in json.loads(note.read_text())["folders"]}

@@ -1,4 +1,4 @@
-"""What a run would do, and why: which part of which id changed, and what that costs, before anything runs."""
+"""Explain what a run would do and why, before it starts: which part of which id changed, and what that costs."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pipeline.run import planner
 from pipeline.stages.registry import jobs
 from pipeline.storage.manifest import Manifest
 
-DIGEST_LENGTHS = (20, 32, 64)  # of ids and checksums, which say nothing to a reader
+DIGEST_LENGTHS = (20, 32, 64)  # lengths of ids and checksums, which mean nothing to a reader
 
 
 def explain(config: Core) -> list[str]:
-    """Return one line per step that would run, one below for each reason, and one with its cost."""
+    """Return one line per step that would run; below it, one line per reason and one with its cost."""
     plan = planner.make(config)
     stale = outdated(plan)
     names = {step.manifest: step.name for step in plan.steps.values()}
@@ -48,14 +48,14 @@ def explain(config: Core) -> list[str]:
 
 
 def _named(reason: str, names: Mapping[str, str]) -> str:
-    """A reason with the steps' names in place of their manifests' paths."""
+    """Return a reason with step names in place of manifest paths."""
     for path, name in names.items():
         reason = reason.replace(path, name)
     return reason
 
 
 def _cost(job: Job, before: Manifest | None, stale: Mapping[str, str]) -> tuple[str, float | None]:
-    """Return what the step would do, and in how many seconds going by the last time; None where there was none."""
+    """Return what the step would do, and its seconds by the last run; None if there was none."""
     last: Mapping[str, Any] = before.provenance if before is not None else {}
     pending, counts, explains = job.stage.pending, job.stage.counts, job.stage.explains
     if pending is None:
@@ -65,7 +65,7 @@ def _cost(job: Job, before: Manifest | None, stale: Mapping[str, str]) -> tuple[
         count, total = pending(job)
         said = f"{count} of {total} {counts}"
     elif [parent.stage.name for parent in to_come] == ["ingest"] and "shards" in last:
-        # What was made from the images that stay is kept.
+        # Outputs from unchanged images are kept.
         ingest = to_come[0]
         assert ingest.stage.pending is not None
         count = min(ingest.stage.pending(ingest)[0], last["shards"])
@@ -89,7 +89,7 @@ def _path(job: Job) -> str:
 
 
 def _changes(before: Any, now: Any, parents: list[str], name: str = "") -> Iterator[str]:
-    """The leaves in which two settings differ."""
+    """Yield the leaves in which two settings differ."""
     if isinstance(before, dict) and isinstance(now, dict):
         for key in sorted(set(before) | set(now)):
             yield from _changes(before.get(key), now.get(key), parents, f"{name}.{key}" if name else key)
@@ -98,7 +98,7 @@ def _changes(before: Any, now: Any, parents: list[str], name: str = "") -> Itera
             yield "reads other steps than before"
         else:
             yield from (
-                f"reads {parent}, which is to be made from something else"
+                f"reads {parent}, whose inputs change"
                 for parent, old, new in zip(parents, before, now, strict=True)
                 if old != new
             )

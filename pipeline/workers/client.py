@@ -42,7 +42,7 @@ def client(cluster: Cluster, scratch: Path) -> Iterator[Any]:
     from distributed.comm import CommClosedError
     from distributed.utils import silence_logging_cmgr
 
-    check_memory(cluster, 0, "Python with torch alone", "there is less than that for a worker: use a larger machine")
+    check_memory(cluster, 0, "Python with torch alone", "a worker has less memory than that: use a larger machine")
     with contextlib.ExitStack() as stack:
         address_file, security = None, None
         if cluster.address is not None:
@@ -74,11 +74,11 @@ def client(cluster: Cluster, scratch: Path) -> Iterator[Any]:
                 raise
             if found is None and address_file is None:
                 raise MicrotomeError(f"{what} cannot be reached: {type(error).__name__}: {error}") from None
-            why = "ended from outside, or for lack of memory"
+            why = "killed from outside, or out of memory"
             with contextlib.suppress(OSError, ValueError):
                 if address_file is not None:
                     why = json.loads(address_file.read_text()).get("error", why)
-            raise MicrotomeError(f"{what} is gone: {why}; finished shards are kept, run again to go on") from error
+            raise MicrotomeError(f"{what} is gone: {why}; finished shards are kept; rerun to resume") from error
 
 
 def _check_workers(client: Any, cluster: Cluster, what: str) -> None:
@@ -138,7 +138,7 @@ def _wait_for(address_file: Path, seconds: float = 120) -> dict[str, Any]:
             if "error" in found:
                 raise MicrotomeError(f"the pool of workers did not start: {found['error']}")
             if not processes.lives(found["pid"]):
-                raise MicrotomeError("the pool of workers has ended: run again to go on")
+                raise MicrotomeError("the pool of workers has ended: rerun to resume")
             if "address" in found:
                 return found
         time.sleep(0.02)

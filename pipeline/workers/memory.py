@@ -48,6 +48,6 @@ def check_memory(cluster: Cluster, need: float, what: str, remedy: str) -> None:
     allowed, need = memory(cluster), threads(cluster) * need
     if WORKER_BASE + need > allowed:
         raise MicrotomeError(
-            f"{what} needs about {(WORKER_BASE + need) / 1e9:.2f} GB a worker, and a worker may use "
+            f"{what} needs about {(WORKER_BASE + need) / 1e9:.2f} GB per worker, and a worker may use "
             f"{allowed / 1e9:.2f} GB: {remedy}, or raise `cluster.memory`, or lower `cluster.workers`"
         )

@@ -170,8 +170,8 @@ def _processes(cluster: Cluster, scratch: Path, count: int) -> Any:
         visible = devices.gpus()
         if count > len(visible):
             raise MicrotomeError(
-                f"cluster.kind is gpu, and torch sees {len(visible)} GPUs here for {count} workers, one each: "
-                + ("lower `cluster.workers`" if visible else "use `kind: local`")
+                f"cluster.kind is gpu, and torch sees {len(visible)} GPUs here for {count} workers, "
+                "which need one each: " + ("lower `cluster.workers`" if visible else "use `kind: local`")
             )
     options = {
         "nthreads": threads(cluster),

@@ -31,7 +31,7 @@ def start(cluster: Cluster, scratch: Path, security: Security, environment: dict
     try:
         from dask_jobqueue import SLURMCluster
     except ImportError:
-        raise MicrotomeError("cluster.kind is slurm, which takes the package dask-jobqueue: install .[slurm]") from None
+        raise MicrotomeError("cluster.kind is slurm, which needs the package dask-jobqueue: install .[slurm]") from None
     finally:
         signal.signal(signal.SIGINT, interrupt)  # the import installs its own handler
     asked = cluster.slurm
@@ -67,7 +67,7 @@ def check(script: str) -> None:
             raise MicrotomeError("cluster.kind is slurm, and there is no `sbatch` here") from None
     if done.returncode:
         said = " ".join(done.stderr.split()) or f"exit status {done.returncode}"
-        raise MicrotomeError(f"SLURM takes no job of `cluster.slurm`: {said}")
+        raise MicrotomeError(f"SLURM rejects jobs of `cluster.slurm`: {said}")
 
 
 def options(cluster: Cluster, scratch: Path, security: Security, environment: dict[str, str]) -> dict[str, Any]:

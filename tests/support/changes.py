@@ -28,6 +28,7 @@ from pipeline.plan import settle
 from pipeline.run import experiment as run_experiment
 from pipeline.run import planner
 from pipeline.stages import registry
+from pipeline.stages.report import stage as report
 from pipeline.storage.manifest import Manifest
 
 ROOT = Path(__file__).parents[2]
@@ -219,7 +220,8 @@ def version_raised(stage: str) -> Iterator[None]:
 
 @contextmanager
 def report_changed() -> Iterator[None]:
-    with mock.patch("pipeline.stages.report.stage.code", lambda: "changed"):
+    before = report.settings_of
+    with mock.patch.object(report, "settings_of", lambda draft: before(draft).model_copy(update={"code": "changed"})):
         yield
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -52,6 +53,12 @@ def snakemake(folder: Path, config: Mapping[str, Any] | Path, *arguments: str, c
     )
     assert done.returncode == code, f"exit status {done.returncode}, expected {code}:\n{done.stdout}"
     return done.stdout
+
+
+def linked(finished: Path, folder: Path) -> Path:
+    """A results folder that shares its files with a finished one: for tests that replace files and damage none."""
+    shutil.copytree(finished / "results", folder / "results", copy_function=os.link)
+    return folder / "results"
 
 
 def written(results: Path) -> set[str]:

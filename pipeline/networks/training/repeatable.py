@@ -65,11 +65,12 @@ class Checkpoint:
                 found = {name: content[name] for name in facts}
         except Exception as error:  # whatever is wrong with the bytes, the remedy is the same
             raise MicrotomeError(
-                f"training checkpoint {self.path} cannot be read ({type(error).__name__}); delete it to train anew"
+                f"training checkpoint {self.path} cannot be read ({type(error).__name__}); "
+                f"delete it to train from scratch"
             ) from error
         if key != self.key:
             raise MicrotomeError(
-                f"training checkpoint {self.path} is of another recipe or data set; delete it to train anew"
+                f"training checkpoint {self.path} is of another recipe or data set; delete it to train from scratch"
             )
         return found
 

@@ -15,23 +15,22 @@ Calibration = Literal[
 
 
 class Calibrate(Chosen):
-    """Whether networks know when they are wrong: methods fitted on some images of the dissected split, and judged on
-    the others."""
+    """Whether networks know when they are wrong: fit methods on some images of the dissected split, judge on others."""
 
     controls: ClassVar[bool] = False
 
-    networks: list[Name] | None = Field(None, description="these networks; default: all")
-    datasets: list[Name] | None = Field(None, description="on these data sets; default: all with classes")
+    networks: list[Name] | None = Field(None, description="only these networks; default: all")
+    datasets: list[Name] | None = Field(None, description="only on these data sets; default: all with classes")
     methods: list[Calibration] | None = Field(
-        None, description="those that are fitted; default: all, with more than 100 classes without the matrices"
+        None, description="methods to fit; default: all, but no matrices with more than 100 classes"
     )
-    splits: Many = Field(20, description="random splits of the images: a single one is noise")
-    share: Annotated[float, Field(gt=0, lt=1)] = Field(0.5, description="of the images, to fit on")
+    splits: Many = Field(20, description="random splits of the images: a single split is noisy")
+    share: Annotated[float, Field(gt=0, lt=1)] = Field(0.5, description="share of the images to fit on")
     bins: Many = Field(15, description="of reliability diagrams, calibration errors and histogram binning")
     penalty: Annotated[float, Field(gt=0)] | None = Field(
         None,
-        description="of `matrix_odir`, on what is off the diagonal and on the bias; default: chosen on a fifth of the "
-        "images that are fitted on",
+        description="of `matrix_odir`, on off-diagonal entries and the bias; default: chosen on a fifth of the "
+        "fitting images",
     )
 
     @model_validator(mode="after")
@@ -67,4 +66,4 @@ class Settings(Record):
     classes: int
 
 
-SECTION = Calibrate.section("calibrate", "with this section, networks are calibrated; default: none")
+SECTION = Calibrate.section("calibrate", "how networks are calibrated; default: no calibration")

@@ -1,4 +1,4 @@
-"""What `concepts` promises to the stages that read it: categories, their concepts, and refused label maps."""
+"""What `concepts` promises to later stages: categories, their concepts, and refused label maps."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ class Category(Record):
 
     Attributes
     ----------
-    place : on the store's category axis.
-    numbers, concepts : in the label maps, and the names of these, in the order of the source.
-    contents : of each shard, the digest of its label maps.
+    place : index on the store's category axis.
+    numbers, concepts : the numbers in the label maps, and their names, in the source's order.
+    contents : the digest of each shard's label maps.
     """
 
     name: str
@@ -24,12 +24,12 @@ class Category(Record):
 
 
 class Labelled(Record):
-    """What the manifest of `concepts` says.
+    """The result in the manifest of `concepts`.
 
     Attributes
     ----------
-    shards : those with label maps. size : (height, width) of these.
-    refused : ids of images whose label maps were refused: they count nowhere.
+    shards : those with label maps. size : (height, width) of the label maps.
+    refused : ids of images with refused label maps: they count nowhere.
     """
 
     shards: list[int]

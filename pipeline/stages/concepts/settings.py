@@ -1,4 +1,4 @@
-"""What the id of a data set's label maps is made of."""
+"""The content of the id of a data set's label maps."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from pipeline.storage.record import Record
 
 
 class ClassList(Record):
-    """The class list of one category of truth: digest of its file, and the values that mean nothing."""
+    """The class list of one category of truth: digest of its file, and its void values."""
 
     list: str
     void: Sequence[NonNegativeInt]
 
 
 class Settings(Record):
-    """Sources of label maps in order, the split that is labelled, the size of the maps, class lists and segmenters.
+    """Sources of label maps in order, the labelled split, the size of the maps, class lists and segmenters.
 
-    A segmenter is what `pipeline.networks.segmenters.settings` says of it.
+    `pipeline.networks.segmenters.settings` describes each segmenter.
     """
 
     sources: list[str]

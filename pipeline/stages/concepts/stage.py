@@ -1,13 +1,13 @@
-"""The stage `concepts`: label maps of every source, at one size, into `concepts.zarr`.
+"""The stage `concepts`: write label maps of every source, at one size, into `concepts.zarr`.
 
 Writes
     concepts.zarr            label_map (image, category, y, x) uint16, 0 = nothing ·
                              coords category "<source>/<category>" · attrs concepts {number: {name, category}}
-    concepts-quarantine.csv  image_id, path, reason: images whose label maps were refused; they count nowhere
+    concepts-quarantine.csv  image_id, path, reason: images with refused label maps; they count nowhere
 
 Sources are the data set's own label maps (`truth`), the colours of the pixels (`pixels`), and segmentation networks, by
-name. Concept numbers are unique over the categories and only ever appended: another source leaves the label maps of
-those that are there as they are, and so does another version of one.
+name. Concept numbers are unique across categories and only ever appended, so a new source, or a new version of one,
+leaves the label maps of the others unchanged.
 """
 
 from __future__ import annotations
@@ -68,9 +68,9 @@ CODE = (
     "pipeline/data/scenes",
     "pipeline/networks/segmenters.py",
 )
-LABELS = 2e-3  # CPU seconds for the label maps of a category of an image: assumed, until they have been made once
+LABELS = 2e-3  # CPU seconds per image and category of label maps: assumed, until the stage has run once
 UINT16 = 65535
-TABLE = "table"  # the entry of the ledger that holds the concepts with their numbers, and the categories
+TABLE = "table"  # the ledger entry with the numbered concepts and the categories
 
 
 def steps(draft: Draft) -> Iterator[Wanted]:
@@ -84,7 +84,7 @@ def steps(draft: Draft) -> Iterator[Wanted]:
 
 
 def settings_of(dataset: AnyDataset, known: Mapping[str, Any], digests: FileDigests) -> Settings:
-    """Return what the label maps' id is made of beside the images."""
+    """Return what the label maps' id depends on besides the images."""
     optional: dict[str, Any] = {}
     if isinstance(dataset, Segmentation) and TRUTH in dataset.concepts:
         optional["classes"] = {
@@ -116,7 +116,7 @@ def run(job: Job) -> None:
     parts = parts_of(job, store, ledger, shards, {name: each.numbers for name, each in categories.items()})
 
     def arguments(shard: str, names: list[str]) -> tuple:
-        """Made as it is handed out: the paths of a million label maps are not held at once."""
+        """Build a task's arguments when it is submitted: the paths of a million label maps are not held at once."""
         start, stop = images.range(int(shard))
         items = []
         for name in map(str, image_id[start:stop]):
@@ -180,7 +180,7 @@ def run(job: Job) -> None:
 
 
 def models(job: Job) -> dict[str, segmenters.Model]:
-    """Return the segmenters of a data set as tasks name them, with the checkpoints that the plan was made with."""
+    """Return a data set's segmenters as tasks name them, with the plan's checkpoints."""
     return {
         name: segmenters.Model(name, job.config.segmenters[name].model_dump_json(), digest(made_of["checkpoint"]))
         for name, made_of in (job.settings.segmenters or {}).items()
@@ -190,9 +190,9 @@ def models(job: Job) -> dict[str, segmenters.Model]:
 def parts_of(
     job: Job, store: Path, ledger: Ledger, shards: Sequence[int], numbers: Mapping[str, Sequence[int]]
 ) -> dict[str, Parts]:
-    """Return the shards of each category, with what the label maps of each are made from.
+    """Return the shards of each category, with the id of each shard's label maps.
 
-    Of a segmenter, other categories do not matter.
+    A segmenter's ids do not depend on other categories.
     """
     images, settings, found = job.images, job.settings, {}
     records = job.parent("ingest").result["records"]
@@ -216,12 +216,12 @@ def parts_of(
 
 
 def memory_need(images: int, size: tuple[int, int], categories: int) -> int:
-    """Estimate the bytes of a task: label maps as read, numbered and compressed, and the pixels for colours."""
+    """Return the bytes of a task: label maps as read, numbered and compressed, and the pixels for colours."""
     return images * size[0] * size[1] * (6 * categories + 12)
 
 
 def pending(job: Job) -> tuple[int, int]:
-    """Count the shards that a run would label now, and all of them, with the images that are ingested."""
+    """Count the shards that a run would label now, and all of them, given the ingested images."""
     from pipeline.storage.store import Ledger
 
     store = job.folder / "concepts.zarr"
@@ -243,9 +243,9 @@ def made(job: Job) -> list[Path]:
 def open_store(
     store: Path, ledger: Ledger, images: Images, size: tuple[int, int], wanted: Mapping[str, Sequence[str]]
 ) -> list[Numbering]:
-    """Create the store or take it up; categories and concepts that are new to it are appended.
+    """Create or reopen the store; append new categories and concepts.
 
-    Where the store's zarr.json is damaged, its ledger knows the numbers that were given out.
+    If the store's zarr.json is damaged, its ledger still holds the assigned numbers.
     """
     from pipeline.storage.store import Array, attributes, create, remove_partials
 
@@ -283,7 +283,7 @@ def open_store(
 
 
 def questions(job: Job) -> list[Question]:
-    """Return what the inspection is asked about the segmenters of a data set."""
+    """Return the inspection's questions about a data set's segmenters."""
     return list(_questions(job).values())
 
 
@@ -298,7 +298,7 @@ def _questions(job: Job) -> dict[str, Question]:
 
 
 def speeds(job: Job) -> list[Question]:
-    """Return what the probe is asked about the speed of the segmenters of a data set."""
+    """Return the probe's questions about the speed of a data set's segmenters."""
     return [_speed(job, name) for name in job.settings.segmenters or {}]
 
 
@@ -310,7 +310,7 @@ def _speed(job: Job, name: str) -> Question:
 
 
 def sizes(job: Job) -> Iterator[str]:
-    """Tell what segmenters name."""
+    """Yield a line on the concepts that each segmenter names."""
     for question in questions(job):
         concepts = question.answer["concepts"]
         named = ", ".join(f"{len(names)} of {category}" for category, names in concepts.items())
@@ -326,7 +326,7 @@ def cost(job: Job, done: bool) -> Cost:
     store = Store(name, raw, expected, expected if done else size_of(job.folder / name))
     asked = _questions(job)
     probes = [_speed(job, each).answer for each in asked]
-    rates: list[float] = [probe.get("images_per_second", 0.0) for probe in probes]  # 0: not known
+    rates: list[float] = [probe.get("images_per_second", 0.0) for probe in probes]  # 0: unknown
     known = all(rates)
     seconds = counted.images * len(counted.categories) * LABELS + sum(counted.images / rate for rate in rates if rate)
     memory = memory_need(dataset.shard_images, counted.size, len(counted.categories))

@@ -1,4 +1,4 @@
-"""What workers do for the stage `concepts`: the label maps of one shard, from every source."""
+"""Worker tasks of the stage `concepts`: the label maps of one shard, from every source."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pipeline.workers.resumable import Done
 
 @dataclass(frozen=True)
 class Numbering:
-    """One category as tasks name it: its place on the category axis and the number of each of its concepts."""
+    """One category as tasks name it: its index on the category axis and the number of each of its concepts."""
 
     name: str
     place: int
@@ -48,9 +48,9 @@ def label_shard(
     image_size: tuple[int, int],
     size: tuple[int, int],
 ) -> Done:
-    """On a worker: the label maps of one shard, in the given categories, numbered and written.
+    """Write the numbered label maps of one shard, in the given categories, on a worker.
 
-    They are made at the size of the images, and taken to another size by the label under the centre of each position.
+    They are made at the size of the images. Another size takes the label under the centre of each position.
     """
     from pipeline.storage.store import write
 
@@ -68,7 +68,7 @@ def label_shard(
     for category in categories:
         block = np.array([0, *category.numbers], np.uint16)[resized(maps[category.name], size)][:, None]
         files[category.name] = write(store, {"label_map": ((start, category.place, 0, 0), block)})
-        # Whether truth was read in this task or in an earlier one says nothing of the other sources.
+        # Only truth's digest covers refusals: the others must not depend on whether this task read truth.
         missing = sorted(refused) if category.source == TRUTH else []
         contents[category.name] = hashlib.blake2b(block.tobytes() + repr(missing).encode(), digest_size=16).hexdigest()
     facts = {
@@ -82,7 +82,7 @@ def label_shard(
 
 
 def resized(maps: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Label maps (image, y, x) at another size: position i of n takes the label at floor((i + 1/2) m / n) of m."""
+    """Resize label maps (image, y, x): position i of n takes the label at floor((i + 1/2) m / n) of m."""
     if maps.shape[1:] == size:
         return maps
     rows, columns = ((2 * np.arange(n) + 1) * m // (2 * n) for n, m in zip(size, maps.shape[1:], strict=True))
@@ -95,7 +95,7 @@ def _truth(
     names: Sequence[str],
     size: tuple[int, int],
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """The data set's own label maps, uint16 (image, y, x) by category, and why images were refused."""
+    """Read the data set's own label maps, uint16 (image, y, x) by category; also return why images were refused."""
     from pipeline.data.decode import Refused
 
     maps = {name: np.zeros((len(items), *size), np.uint16) for name in names}
@@ -114,7 +114,7 @@ def _truth(
 
 
 def _colours(pixels: np.ndarray) -> dict[str, np.ndarray]:
-    """The colour name of every pixel, uint16 (image, y, x), numbered from 1 in the order of `COLOURS`."""
+    """Return the colour name of every pixel, uint16 (image, y, x), numbered from 1 in the order of `COLOURS`."""
     from kernels.images.colour_names import colour_names
 
     return {"colour": colour_names(np.moveaxis(pixels, 1, -1)).astype(np.uint16) + 1}

@@ -1,4 +1,4 @@
-"""The data behind the browser of units: one row a unit, compact, as JSON in the page."""
+"""Data of the unit browser: one row per unit, compact, as JSON in the page."""
 
 import math
 from collections.abc import Mapping
@@ -13,11 +13,11 @@ from pipeline.storage.read_back import open_store
 
 
 def browser_data(experiment: Experiment, network: Network, cards: Mapping[tuple[str, int], Card]) -> dict[str, Any]:
-    """What the script of the browser reads.
+    """Return the data that the browser's script reads.
 
     `units` are rows: layer, unit, concept (-1: no label), IoU, ceiling, held-out IoU, ends of the interval, threshold,
-    activation rate, then for units with pictures: images, best concepts as [concept, IoU], histogram, its two ends.
-    Layers, concepts, categories, images and classes are numbers into the lists beside it. None: not defined.
+    activation rate; then, for units with pictures: images, best concepts as [concept, IoU], histogram, its two ends.
+    Layers, concepts, categories, images and classes are indices into their own lists. None: undefined.
     """
     dissection = network.trained
     pictures = open_pictures(experiment.results / dissection.dataset / "images.zarr")
@@ -66,13 +66,13 @@ def browser_data(experiment: Experiment, network: Network, cards: Mapping[tuple[
 
 
 def concepts_of(iou: Any) -> list[tuple[str, str]]:
-    """Name and category of every column of an IoU store."""
+    """Return name and category of every column of an IoU store."""
     names, categories = np.asarray(iou["concept"][:]), np.asarray(iou["category"][:])
     return [(str(name), str(category)) for name, category in zip(names, categories, strict=True)]
 
 
 class _Numbers:
-    """Numbers given to things in the order in which they are met."""
+    """Numbers for items, in order of first use."""
 
     def __init__(self) -> None:
         self.known: dict[Any, int] = {}
@@ -91,5 +91,5 @@ def _images_of(network: Network) -> int:
 
 
 def _rounded(value: float) -> float | None:
-    """Five digits are more than a screen shows."""
+    """Round to five digits, more than a screen shows."""
     return None if math.isnan(value) else float(f"{value:.5g}")

@@ -1,7 +1,6 @@
-"""Pictures of units: the images on which each responds most, cut around the region above its threshold.
+"""Pictures of units: the images on which each responds most, cropped around the region above its threshold.
 
-Beside them what else a card shows and only the stores know: the concepts with the next highest IoU, and a histogram of
-the activation.
+A card also shows what only the stores know: the concepts with the next highest IoU, and a histogram of the activation.
 """
 
 import math
@@ -21,11 +20,11 @@ from pipeline.stages.extract.pictures import BINS, KEPT, SAMPLE, bins_of, facts,
 from pipeline.storage.read_back import Store, open_store
 
 TILE = 112
-"""Side of one image of a unit in pixels."""
+"""Side of one image of a unit, in pixels."""
 UNITS_AT_ONCE = 256
 """Units of one task: bounds its memory, and how often the files of a wide layer are read."""
 RUNNERS_UP = 5
-"""Concepts listed for each unit, the best one included."""
+"""Concepts listed per unit, including the best one."""
 OUTLINE, EDGE = (255, 214, 10), (20, 20, 20)
 DIM = Image.new("RGB", (TILE, TILE), (27, 27, 27))
 JPEG: dict[str, Any] = {"quality": 85, "subsampling": 0}
@@ -33,13 +32,13 @@ JPEG: dict[str, Any] = {"quality": 85, "subsampling": 0}
 
 @dataclass(frozen=True)
 class Card:
-    """What is known of one unit besides its row in `units.csv`.
+    """What is known about one unit besides its row in `units.csv`.
 
     Attributes
     ----------
     file : its pictures side by side, relative to the report's folder.
     images : their numbers in `images.zarr`, highest maximum first.
-    concepts : (column of the IoU store, IoU) of the concepts that fit best, best first.
+    concepts : (column of the IoU store, IoU) of the best concepts, best first.
     histogram : positions of the maps in `BINS` equal bins from `low` to `high`, in units of the activation.
     """
 
@@ -53,7 +52,7 @@ class Card:
 
 @dataclass(frozen=True)
 class Pictures:
-    """The images of a data set: small columns read once, pixels when they are shown."""
+    """The images of a data set: small columns read once, pixels on demand."""
 
     pixels: Any
     ids: np.ndarray
@@ -63,13 +62,13 @@ class Pictures:
     split: np.ndarray
 
     def shown(self, split: str | None) -> np.ndarray:
-        """(image,) bool: the images that may be shown. A split that names no image is not a split: all of them."""
+        """Return (image,) bool: the images that may be shown. If no image has this split, all may be shown."""
         of_split = self.split == split
         return self.valid & of_split if of_split.any() else self.valid
 
 
 def draw_cards(experiment: Experiment, dissection: Dissection) -> dict[tuple[str, int], Card]:
-    """Draw the pictures of the units of a network, as many as the configuration wants; cards by (layer, unit)."""
+    """Draw the pictures of a network's units, as many as the configuration wants; return the cards by (layer, unit)."""
     name = experiment.name(dissection.dataset, dissection.network)
     chosen = best_units(dissection.units, experiment.report.cards)
     (experiment.out / "units" / name).mkdir(exist_ok=True)
@@ -84,7 +83,7 @@ def draw_cards(experiment: Experiment, dissection: Dissection) -> dict[tuple[str
 
 
 def best_units(units: Iterable[Unit], limit: int) -> list[Unit]:
-    """At most `limit` units: the best detector of each concept first, then the other detectors, then the rest."""
+    """Return at most `limit` units: the best detector of each concept, then the other detectors, then the rest."""
     best: list[Unit] = []
     others: list[Unit] = []
     seen: set[tuple[str, str]] = set()
@@ -96,14 +95,14 @@ def best_units(units: Iterable[Unit], limit: int) -> list[Unit]:
 
 
 def parts(units: Sequence[int]) -> Iterator[Sequence[int]]:
-    """The units of one layer, a task's worth at a time."""
+    """Yield the units of one layer, in parts of one task each."""
     return (units[at : at + UNITS_AT_ONCE] for at in range(0, len(units), UNITS_AT_ONCE))
 
 
 def draw_units(
     out: Path, prefix: str, images: Path, layer: Layer, units: Sequence[int], top: int
 ) -> tuple[str, dict[int, Card]]:
-    """On a worker: draw some units of one layer; return the layer's name and the cards by unit."""
+    """Draw some units of one layer, on a worker; return the layer's name and the cards by unit."""
     pictures = open_pictures(images)
     activations, thresholds = open_store(layer.activations), open_store(layer.thresholds)
     scale = np.float32(activations.attrs["scale"])  # a power of two: dividing a threshold by it is exact
@@ -138,7 +137,7 @@ def draw_tiles(
     units: Sequence[int],
     tops: Sequence[Sequence[int]],
 ) -> dict[tuple[int, int], Image.Image]:
-    """A picture of every unit on each of its images, by (unit, image). `threshold` is that of the stored values."""
+    """Draw a picture of every unit on each of its images, by (unit, image), with thresholds for the stored values."""
     array = activations["activation"]
     images_a_chunk, units_a_chunk = array.chunks[:2]
     wanted: dict[tuple[int, int], list[tuple[int, int]]] = {}
@@ -148,7 +147,7 @@ def draw_tiles(
     size = pictures.pixels.shape[2], pictures.pixels.shape[3]
     tiles = {}
     shard, pixels = -1, np.empty(0)
-    for (row, column), pairs in sorted(wanted.items()):  # in the order of the files, so that each is read once
+    for (row, column), pairs in sorted(wanted.items()):  # in file order, so that each file is read once
         first, start = row * images_a_chunk, column * units_a_chunk
         if row != shard:
             shard, pixels = row, np.asarray(pictures.pixels[first : first + images_a_chunk])
@@ -168,7 +167,7 @@ def draw_kept(
     units: Sequence[int],
     tops: Sequence[Sequence[int]],
 ) -> dict[tuple[int, int], Image.Image]:
-    """As `draw_tiles`, of a layer that is not stored: from the maps that were kept for this."""
+    """Draw the pictures of a streamed layer, as `draw_tiles` does, from the maps that were kept for them."""
     first, last = units[0], units[-1] + 1
     images, maps = np.asarray(kept["image"][first:last]), np.asarray(kept["map"][first:last])
     size = pictures.pixels.shape[2], pictures.pixels.shape[3]
@@ -189,9 +188,10 @@ def draw_kept(
 def histogram(
     activations: Store, units: Sequence[int], shown: np.ndarray, highest: np.ndarray
 ) -> list[tuple[list[int], float, float]]:
-    """Counts of the stored values of each unit in `BINS` bins, with the ends of the range, over the sample's maps.
+    """Count each unit's stored values over the sample's maps, in `BINS` bins with the ends of their range.
 
-    The range goes from the lowest value of the sample to the highest of all images. No counts without a value.
+    The range goes from the lowest value of the sample to the highest of all images. Units without values have no
+    counts.
     """
     array = activations["activation"]
     step = array.chunks[0]
@@ -214,13 +214,13 @@ def histogram(
 
 
 def best_concepts(iou: np.ndarray) -> list[tuple[int, float]]:
-    """(column, IoU) of the concepts that fit best, of equal ones the first; none that does not overlap at all."""
+    """Return (column, IoU) of the best concepts, ties by column; concepts without overlap are left out."""
     order = np.argsort(np.where(np.isnan(iou), np.inf, -iou), kind="stable")[:RUNNERS_UP]
     return [(int(column), float(iou[column])) for column in order if iou[column] > 0]
 
 
 def tile(image: np.ndarray, region: np.ndarray) -> Image.Image:
-    """A square cut around the region, everything outside the region dimmed, its edge drawn as a line.
+    """Draw a square around a region, with everything outside the region dimmed and its edge as a line.
 
     Parameters
     ----------
@@ -237,20 +237,20 @@ def tile(image: np.ndarray, region: np.ndarray) -> Image.Image:
     bright = picture.resize((TILE, TILE), Image.Resampling.BICUBIC)
     dim = Image.blend(DIM, Image.blend(bright.convert("L").convert("RGB"), bright, 0.4), 0.45)
     small = Image.fromarray(region[top : top + side, left : left + side].astype(np.uint8) * 255)
-    # Resampled smoothly and cut at one half, the outline follows the region without its staircase.
+    # Smooth resampling, cut at one half, gives an outline without the region's staircase.
     inside = np.asarray(small.resize((TILE, TILE), Image.Resampling.BILINEAR)) >= 128
     near = _grow(inside)
     wide = _grow(near)
     drawn = Image.composite(bright, dim, _stencil(inside))
-    drawn.paste(EDGE, mask=_stencil(wide & ~near))  # a dark line outside the yellow one: seen on snow as on asphalt
+    drawn.paste(EDGE, mask=_stencil(wide & ~near))  # a dark line outside the yellow one: visible on snow and on asphalt
     drawn.paste(OUTLINE, mask=_stencil(near & ~inside))
     return drawn
 
 
 def square_around(region: np.ndarray) -> tuple[int, int, int]:
-    """Top, left and side of the square that shows a region: 1.5 times its extent, at least half the image, inside it.
+    """Return top, left and side of a region's square: 1.5 times its extent, at least half the image, inside it.
 
-    A region without any pixel gives the largest square at the image's centre.
+    An empty region gives the largest square at the image's centre.
     """
     height, width = region.shape
     largest = min(height, width)
@@ -265,7 +265,7 @@ def square_around(region: np.ndarray) -> tuple[int, int, int]:
 
 
 def montage(tiles: Sequence[Image.Image]) -> Image.Image:
-    """Pictures side by side; the page draws the gaps, in the colour of its ground."""
+    """Put pictures side by side; the page draws the gaps, in the colour of its background."""
     canvas = Image.new("RGB", (len(tiles) * TILE, TILE))
     for place, picture in enumerate(tiles):
         canvas.paste(picture, (place * TILE, 0))
@@ -273,7 +273,7 @@ def montage(tiles: Sequence[Image.Image]) -> Image.Image:
 
 
 def open_pictures(path: Path) -> Pictures:
-    """The images of a data set."""
+    """Open the images of a data set."""
     store = open_store(path)
     names = [str(name) for name in store.attrs.get("classes") or []]
     labels = np.asarray(store["label"][:])
@@ -291,7 +291,7 @@ def _stencil(where: np.ndarray) -> Image.Image:
 
 
 def _grow(mask: np.ndarray) -> np.ndarray:
-    """The mask and its four neighbours."""
+    """Return the mask and its four neighbours."""
     grown = mask.copy()
     grown[1:] |= mask[:-1]
     grown[:-1] |= mask[1:]

@@ -14,7 +14,7 @@ from pipeline.report.tables import write_table
 from pipeline.stages.dissect.compared import Group, Replaced, changes, groups, replaced
 
 RELABELLED = 30
-"""Units with another label that the page lists; the CSV has all."""
+"""Relabelled units that the page lists; the CSV has all."""
 
 
 def pages(experiment: Experiment) -> list[Page]:
@@ -98,7 +98,7 @@ def spread(width: float, group: Group) -> Drawing:
 
 
 def relabelled_table(experiment: Experiment, one: Replaced) -> str:
-    """Write the units with another label as CSV; return its file."""
+    """Write the relabelled units as CSV; return its file."""
     name = experiment.name(one.network.trained.dataset, one.network.trained.network)
     file = f"tables/relabelled-{name}.csv"
     rows: Sequence[Sequence[object]] = [

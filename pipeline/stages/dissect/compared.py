@@ -1,4 +1,4 @@
-"""Networks beside each other: those of a group, and what a network gave before its weights were replaced."""
+"""Compare networks: the members of a group, and a network before and after its weights were replaced."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pipeline.stages.extract import replaced as earlier
 
 @dataclass(frozen=True)
 class Group:
-    """Networks of one group on one data set that were cut at the same layers."""
+    """Networks of one group on one data set, dissected at the same layers."""
 
     name: str
     dataset: str
@@ -27,18 +27,18 @@ class Group:
         return self.members[0].trained.layer_names
 
     def share(self, layer: int) -> list[float]:
-        """Share of the layer's units that are detectors, of each member."""
+        """Return the share of the layer's units that are detectors, for each member."""
         return [member.counts["trained"][layer].share for member in self.members]
 
     def spread(self, layer: int) -> tuple[float, float]:
-        """Mean and standard deviation (of the sample; NaN for a single member) of `share`."""
+        """Return mean and standard deviation (of the sample; NaN for a single member) of `share`."""
         values = self.share(layer)
         return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else math.nan
 
 
 @dataclass(frozen=True)
 class Before:
-    """A network as it was under other weights: their sha256, its accuracy (NaN: not known), and its detectors."""
+    """A network under earlier weights: their sha256, its accuracy (NaN: unknown), and its detectors."""
 
     weights: str
     accuracy: float
@@ -52,7 +52,7 @@ class Before:
 
 @dataclass(frozen=True)
 class Replaced:
-    """A network beside what it was before, newest first. `now` is it under the present weights."""
+    """A network and its earlier weights, newest first. `now` is the network under the present weights."""
 
     network: Network
     now: Before
@@ -60,14 +60,14 @@ class Replaced:
 
     @property
     def relabelled(self) -> list[tuple[Unit, Unit]]:
-        """Units with another concept than under the weights before, (before, now), in layers that both have."""
+        """Return units whose concept changed with the weights, as (before, now), in layers that both networks have."""
         known = {(unit.layer, unit.unit): unit for unit in self.before[0].units}
         pairs = ((known.get((unit.layer, unit.unit)), unit) for unit in self.now.units)
         return [(old, new) for old, new in pairs if old is not None and old.concept != new.concept]
 
 
 def groups(experiment: Experiment) -> list[Group]:
-    """The groups of the configuration that have two members or more on a data set; their layers have to be the same."""
+    """Return the configured groups with at least two members on a data set; their layers must be the same."""
     of = {name: spec["group"] for name, spec in experiment.configuration.get("networks", {}).items() if "group" in spec}
     found: dict[tuple[str, str, tuple[str, ...]], list[Network]] = {}
     for network in networks(experiment):
@@ -78,7 +78,7 @@ def groups(experiment: Experiment) -> list[Group]:
 
 
 def replaced(experiment: Experiment) -> Iterator[Replaced]:
-    """The networks of which results under earlier weights are kept."""
+    """Yield the networks with kept results of earlier weights."""
     for network in networks(experiment):
         folder = experiment.results / network.trained.dataset / network.trained.network
         before = [_before(home, facts) for home, facts in earlier.kept(folder)]
@@ -103,7 +103,7 @@ def _before(home: Path, facts: dict) -> Before:
 
 
 def _measured_now(experiment: Experiment, network: Network) -> float:
-    """Accuracy by the logits, as for the weights before: over the same images."""
+    """Return the accuracy by the logits, as for the earlier weights: over the same images."""
     from pipeline.data.images import Images
     from pipeline.storage.manifest import latest
 
@@ -119,6 +119,6 @@ def _measured_now(experiment: Experiment, network: Network) -> float:
 def changes(
     layers: Sequence[LayerCount], before: Sequence[LayerCount]
 ) -> list[tuple[str, LayerCount | None, LayerCount]]:
-    """Each layer of now with the one of this name before; None where there was none."""
+    """Return each present layer with the earlier layer of this name; None if there was none."""
     known = {count.layer: count for count in before}
     return [(count.layer, known.get(count.layer), count) for count in layers]

@@ -1,4 +1,4 @@
-"""Counting detectors: how many units of a layer detect a concept, and how many different concepts that makes."""
+"""Count detectors: how many units of a layer detect a concept, and how many different concepts they detect."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Unit:
-    """One row of `units.csv`; numbers that the file leaves blank are NaN."""
+    """One row of `units.csv`; blank numbers are NaN."""
 
     layer: str
     unit: int
@@ -23,12 +23,12 @@ class Unit:
 
     @property
     def detector(self) -> bool:
-        """Whether the unit kept a label, which it does when its IoU exceeds `min_iou`."""
+        """Whether the unit kept a label, that is, its IoU exceeds `min_iou`."""
         return bool(self.concept)
 
     @property
     def share_of_ceiling(self) -> float:
-        """IoU / ceiling: 1 means as good as a mask of this size can be. NaN without a ceiling."""
+        """IoU / ceiling: 1 is the optimum for a mask of this size. NaN without a ceiling."""
         return self.iou / self.iou_ceiling if self.iou_ceiling > 0 else math.nan
 
 
@@ -53,12 +53,12 @@ class LayerCount:
 
     @property
     def share(self) -> float:
-        """Detectors / units, 0 for a layer without units."""
+        """Detectors / units; 0 for a layer without units."""
         return self.detectors / self.units if self.units else 0.0
 
 
 def count_detectors(units: Iterable[Unit], layers: Sequence[str]) -> list[LayerCount]:
-    """Detectors and unique detectors per layer and category, one entry for each of `layers`, in that order.
+    """Count detectors and unique detectors per layer and category, one entry for each of `layers`, in that order.
 
     A concept counts once per category: two categories may share a name (`glass` as object and as material).
     """
@@ -69,7 +69,7 @@ def count_detectors(units: Iterable[Unit], layers: Sequence[str]) -> list[LayerC
 
 
 def categories(counts: Iterable[LayerCount]) -> list[str]:
-    """Names of all categories that have a detector in one of `counts`, sorted."""
+    """Return the names of all categories with a detector in one of `counts`, sorted."""
     return sorted({category for count in counts for category in count.by_category})
 
 
@@ -100,7 +100,7 @@ class ConceptCount:
 
 
 def count_concepts(units: Iterable[Unit], last: str) -> list[ConceptCount]:
-    """Detectors per concept, most first; of equal ones those with more in the layer `last`, then by name."""
+    """Count detectors per concept, most first; ties by the count in the layer `last`, then by name."""
     found: dict[tuple[str, str], list[int]] = {}
     for unit in units:
         if unit.detector:

@@ -1,4 +1,4 @@
-"""The figures of a dissected network: detectors by layer, concepts, IoU, training. Each is a drawing at a width."""
+"""Figures of a dissected network: detectors by layer, concepts, IoU, training. Each is drawn at a given width."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,10 @@ from pipeline.stages.dissect.counting import ConceptCount, LayerCount, categorie
 
 
 def detectors(width: float, runs: Mapping[str, Sequence[LayerCount]], short: Mapping[str, str]) -> Figure:
-    """Detectors per layer, stacked by category; one panel a run, the first layer on top. `short`: category -> label."""
+    """Draw detectors per layer, stacked by category: one panel per run, first layer on top.
+
+    `short`: category -> label.
+    """
     names = categories(count for counts in runs.values() for count in counts)
     layers = [count.layer for count in next(iter(runs.values()))]
     rows, columns = (1, len(runs)) if width > 5 else (len(runs), 1)
@@ -38,7 +41,7 @@ def detectors(width: float, runs: Mapping[str, Sequence[LayerCount]], short: Map
     for panel, (run, counts) in zip(panels, runs.items(), strict=True):
         _stack(panel, counts, names)
         panel.set_title(RUN_TITLES[run])
-        panel.set_xlim(0, max(most, 1) * (1.4 if columns > 1 else 1.2))  # room for "12/64" at the longest bar's end
+        panel.set_xlim(0, max(most, 1) * (1.4 if columns > 1 else 1.2))  # room for "12/64" beside the longest bar
         panel.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         panel.grid(axis="x")
     panels[0].set_yticks(range(len(layers)), [shorten(layer, 24) for layer in layers])
@@ -49,7 +52,7 @@ def detectors(width: float, runs: Mapping[str, Sequence[LayerCount]], short: Map
 
 
 def concepts(width: float, counts: Sequence[ConceptCount], short: Mapping[str, str], most: int = 36) -> Figure:
-    """Units per concept: full colour for the last layer, pale for those before it. At most `most` concepts."""
+    """Draw units per concept, at most `most` concepts: full colour for the last layer, pale for earlier ones."""
     shown = list(counts[:most])
     names = sorted({count.category for count in counts})
     columns = 1 if width <= 5 or len(shown) <= 8 else 2
@@ -75,12 +78,15 @@ def concepts(width: float, counts: Sequence[ConceptCount], short: Mapping[str, s
 
 
 def iou(width: float, values: Mapping[str, Mapping[str, Sequence[float]]], min_iou: float) -> Figure:
-    """Share of a layer's units with an IoU above x, a panel a layer, a line a run. `values`: run -> layer -> IoU."""
+    """Draw the share of a layer's units with an IoU above x: one panel per layer, one line per run.
+
+    `values`: run -> layer -> IoU.
+    """
     layers = list(next(iter(values.values())))
     right = upper_end(values, min_iou)
     grid = np.linspace(0, right, 201)
     rows, columns = grid_of(len(layers), width, 6 if len(layers) > 8 else 4)
-    # Laid out in inches by hand: matplotlib's own layout takes seconds with forty panels.
+    # Laid out by hand, in inches: matplotlib's own layout takes seconds with forty panels.
     height = 1.05 * rows + 0.66
     figure = Figure(figsize=(width, height))
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
@@ -99,7 +105,7 @@ def iou(width: float, values: Mapping[str, Mapping[str, Sequence[float]]], min_i
     for panel in panels.flat[len(layers) :]:
         panel.set_axis_off()
     for panel in panels.flat[max(len(layers) - columns, 0) : len(layers)]:
-        panel.tick_params(labelbottom=True)  # the lowest of its column, also above an empty place
+        panel.tick_params(labelbottom=True)  # the lowest of its column, also above an empty cell
     corner = panels[0, 0]
     corner.set_xticks(x_ticks, [f"{tick:g}" for tick in x_ticks.round(6)])
     corner.set_yticks([0, 0.5, 1], ["0 %", "50 %", "100 %"])
@@ -115,7 +121,7 @@ def iou(width: float, values: Mapping[str, Mapping[str, Sequence[float]]], min_i
 
 
 def training(width: float, curve: Sequence[Mapping[str, Any]]) -> Figure:
-    """Loss and accuracy over the training steps; entries without one of the two are left out of its line."""
+    """Draw loss and accuracy over the training steps; a line skips entries without its value."""
     rows, columns = (1, 2) if width > 5 else (2, 1)
     figure = Figure(figsize=(width, 1.5 * rows), layout="constrained")
     for panel, key in zip(figure.subplots(rows, columns).ravel(), ("loss", "accuracy"), strict=True):
@@ -138,13 +144,13 @@ def training(width: float, curve: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def upper_end(values: Mapping[str, Mapping[str, Sequence[float]]], min_iou: float) -> float:
-    """Where the axis of IoU ends: a little beyond the highest."""
+    """Return the upper end of the IoU axis: a little above the highest value."""
     every = (value for layers in values.values() for of_layer in layers.values() for value in of_layer)
     return max([*(value for value in every if value == value), min_iou, 0.01]) * 1.05
 
 
 def share_above(values: Sequence[float], grid: np.ndarray) -> np.ndarray:
-    """Share of `values` that exceed each point of `grid`; NaN (no IoU) exceeds nothing. Zeros for no values."""
+    """Return the share of `values` above each point of `grid`; NaN (no IoU) exceeds nothing. No values: zeros."""
     ordered = np.sort(np.asarray([value for value in values if value == value], dtype=np.float64))
     above = len(ordered) - np.searchsorted(ordered, grid, side="right")
     return above / max(len(values), 1)

@@ -1,4 +1,4 @@
-"""What the report reads from a results folder: one network, its layers, its units and its controls."""
+"""Read a dissected network from a results folder: its layers, its units and its controls."""
 
 import csv
 import math
@@ -37,7 +37,7 @@ class Layer:
     """Attributes of the IoU store: method, quantile, positions, border, min_iou, images, ..."""
     concepts: int
     shown: Path | None = None
-    """Of a layer that is not stored: what was kept for pictures."""
+    """For a streamed layer: what was kept for pictures."""
 
 
 @dataclass(frozen=True)
@@ -60,12 +60,12 @@ class Dissection:
 
 
 def read_dissection(results: Path, dataset: str, network: str) -> Dissection:
-    """Read `layers.json`, `units.csv` and `model.json` of one network; no array is read.
+    """Read `layers.json`, `units.csv` and `model.json` of one network, without reading an array.
 
     Raises
     ------
     MicrotomeError
-        When a file is missing or does not hold what the results contract says.
+        If a file is missing or violates the results contract.
     """
     folder = results / dataset / network
     layers = read_layers(results / dataset, folder / "layers.json")
@@ -76,12 +76,12 @@ def read_dissection(results: Path, dataset: str, network: str) -> Dissection:
 
 
 def read_layer_names(file: Path) -> list[str]:
-    """Names of the layers in a `layers.json`, in execution order; their stores need not be there any more."""
+    """Read the layer names in a `layers.json`, in execution order; their stores may be gone."""
     return list(_read_json(file))
 
 
 def read_layers(dataset_folder: Path, file: Path) -> list[Layer]:
-    """The layers of one network, in execution order, with the settings that its IoU was counted under."""
+    """Read the layers of one network, in execution order, with the settings of its IoU."""
     layers = []
     for name, paths in _read_json(file).items():
         missing = {"id", "activations", "thresholds", "iou"} - set(paths)
@@ -112,7 +112,7 @@ def read_layers(dataset_folder: Path, file: Path) -> list[Layer]:
 
 
 def read_units(file: Path, layers: Sequence[str]) -> list[Unit]:
-    """The rows of a `units.csv`. A layer that is not in `layers` is an error: the files belong to different runs."""
+    """Read the rows of a `units.csv`. A layer outside `layers` is an error: the files belong to different runs."""
     with read_text(file) as stream:
         reader = csv.DictReader(stream)
         missing = set(COLUMNS) - set(reader.fieldnames or ())
@@ -136,7 +136,7 @@ def read_units(file: Path, layers: Sequence[str]) -> list[Unit]:
 
 @dataclass(frozen=True)
 class Network:
-    """A network beside its controls. `runs` holds the units of each run: `trained`, `untrained`, `permuted`."""
+    """A network and its controls. `runs` holds the units of each run: `trained`, `untrained`, `permuted`."""
 
     trained: Dissection
     untrained: Dissection | None
@@ -160,7 +160,7 @@ class Network:
 
     @property
     def last(self) -> dict[str, LayerCount]:
-        """The count of the last layer, by run."""
+        """The counts of the last layer, by run."""
         return {run: counts[-1] for run, counts in self.counts.items()}
 
     @property
@@ -213,7 +213,7 @@ def read_network(results: Path, one: Dissected) -> Network:
 
 
 def short_names(names: Sequence[str]) -> dict[str, str]:
-    """Categories without their source (`truth/object` -> `object`) where that leaves no two alike."""
+    """Return categories without their source (`truth/object` -> `object`), unless two would coincide."""
     tails = [name.partition("/")[2] or name for name in names]
     return dict(zip(names, tails if len(set(tails)) == len(tails) else names, strict=True))
 
@@ -227,7 +227,7 @@ def _same_layers(trained: Dissection, untrained: Dissection) -> None:
 
 
 def lead(experiment: Experiment) -> str:
-    """Say in one sentence, for a newcomer, what was looked at in all."""
+    """Return one sentence for a newcomer: what was dissected in all."""
     found = networks(experiment)
     if not found:
         return "This report shows no network."

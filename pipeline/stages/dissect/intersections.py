@@ -1,4 +1,4 @@
-"""Intersections of units with concepts, of layers whose maps are stored; and how counts are put together."""
+"""Intersections of units with concepts, for stored layers; and how counts are combined."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from kernels.dissection.counts import Counts, Labels
 
 
-ACCUMULATOR_BYTES = 2 << 30  # counts that a worker holds at once; layers beyond that go through the images again
+ACCUMULATOR_BYTES = 2 << 30  # counts that a worker holds at once; further layers need another pass over the images
 
 
 def count_stored(
@@ -29,7 +29,7 @@ def count_stored(
     batch: list[Wanted],
     chosen: Concepts,
 ) -> tuple[dict[tuple[str, bool], Counts], dict[str, Arrays]]:
-    """The counts of layers whose maps are stored."""
+    """Return the counts of stored layers."""
     shards = {one.shard: one for wanted in batch for one in wanted.counted}
     tasks = []
     for part in runs(list(shards.values()), client):
@@ -51,7 +51,7 @@ def count_stored(
 
 
 def only(concepts: Concepts, categories: list[str]) -> Concepts:
-    """The concepts of some categories."""
+    """Return the concepts of some categories."""
     places = [concepts.categories.index(name) for name in categories]
     columns = [at for at, place in enumerate(concepts.category_index) if place in places]
     return replace(
@@ -65,7 +65,7 @@ def only(concepts: Concepts, categories: list[str]) -> Concepts:
 
 
 def joined(concepts: Concepts, sources: Mapping[str, tuple[Counts, Concepts]]) -> Counts:
-    """Counts with all concepts in order, each category from its source; areas and pixels are in every source."""
+    """Combine counts of all concepts in order, each category from its source; areas and pixels are in every source."""
     from kernels.dissection.counts import Counts
 
     columns, places = [], []
@@ -87,7 +87,10 @@ def joined(concepts: Concepts, sources: Mapping[str, tuple[Counts, Concepts]]) -
 
 
 def memory_need(layer: Layer, images: int, size: tuple[int, int], concepts: Concepts) -> int:
-    """Bytes of a task: maps as stored and decompressed, the counts of thresholds or of IoU, and prepared label maps."""
+    """Return the bytes of a task: maps as stored and decompressed, counts, and prepared label maps.
+
+    The counts are those of thresholds or those of IoU.
+    """
     from kernels.dissection.counts import GROUPS
 
     units, height, width = layer.shape
@@ -97,15 +100,17 @@ def memory_need(layer: Layer, images: int, size: tuple[int, int], concepts: Conc
 
 
 def counting_need(units: int, concepts: Concepts, images: int, size: tuple[int, int]) -> int:
-    """Bytes of counting so many units of a batch together beside a forward: their counts, twice, and label maps of a
-    shard."""
+    """Return the bytes of counting a batch's units besides a forward pass.
+
+    They are the counts, twice, and the label maps of a shard.
+    """
     from kernels.dissection.counts import GROUPS
 
     return 16 * GROUPS * units * len(concepts.names) + 6 * images * size[0] * size[1] * len(concepts.categories)
 
 
 def batches(missing: list[Wanted], concepts: int, accumulator: int) -> Iterator[list[Wanted]]:
-    """Layers whose counts fit into `accumulator` bytes together; one that does not fit stands alone."""
+    """Yield batches of layers whose counts fit into `accumulator` bytes; a larger layer is a batch of its own."""
     from kernels.dissection.counts import GROUPS
 
     batch: list[Wanted] = []
@@ -123,7 +128,7 @@ def batches(missing: list[Wanted], concepts: int, accumulator: int) -> Iterator[
 def count_run(
     wanted: list[tuple[Layer, bool, set[int], np.ndarray]], part: list[Counted], concepts: Concepts, border: Any
 ) -> dict[tuple[str, bool], Counts]:
-    """On a worker: the counts of some shards, merged, by (layer id, permuted)."""
+    """Count some shards and merge the counts, by (layer id, permuted), on a worker."""
     from kernels.dissection.counts import GROUPS, Counts
     from kernels.dissection.iou import count_shard
 
@@ -154,7 +159,7 @@ def count_run(
 
 
 def labels_of(concepts: Concepts, label_maps: Any, one: Counted) -> Labels:
-    """The label maps of the images of a shard that count, prepared for counting."""
+    """Return a shard's label maps of the images that count, prepared for counting."""
     from kernels.dissection.counts import label_columns
 
     step = label_maps.chunks[0]

@@ -14,7 +14,7 @@ from pipeline.stages.dissect.found import Network, networks
 from pipeline.stages.dissect.tables import DETECTOR_COLUMNS, by_iou, detector_rows, write_units
 
 ROWS_WITHOUT_SCRIPT = 50
-"""Rows of the table that stands in for the browser of units where no script runs."""
+"""Rows of the table that replaces the unit browser where scripts are off."""
 PICTURES = 6
 """Units of a network that the overview shows."""
 
@@ -61,7 +61,7 @@ def page(
 
 
 def best_pictures(experiment: Experiment, network: Network, cards: Mapping[tuple[str, int], Card]) -> Iterator[Picture]:
-    """The best unit of each of a few concepts."""
+    """Yield the best unit of each of a few concepts."""
     of = network.trained
     for unit in best_units(of.units, PICTURES):
         card = cards.get((unit.layer, unit.unit))
@@ -77,7 +77,7 @@ def best_pictures(experiment: Experiment, network: Network, cards: Mapping[tuple
 
 
 def draw_all(experiment: Experiment, network: Network) -> Iterator[Figure]:
-    """Draw the figures of a network; one without training or detectors has fewer."""
+    """Draw the figures of a network; a network without training or detectors has fewer."""
     name = experiment.name(network.trained.dataset, network.trained.network)
     label, short = network.trained.network, network.category_names
     labels = {"network": label, "data set": network.trained.dataset}

@@ -1,4 +1,4 @@
-"""What `dissect` writes of a layer, and what it takes from earlier results."""
+"""What `dissect` writes for a layer, and what it reuses from earlier results."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ SHOWN = ("image", "map", "histogram", "low", "high")
 
 
 class Dissected(Record):
-    """What the manifest of `dissect` says: the images that were counted, and those of the permuted control."""
+    """The result in the manifest of `dissect`: the number of counted images, and of those of the permuted control."""
 
     images: int
     control_images: int
@@ -56,7 +56,7 @@ class Dissected(Record):
 
 
 class CountedLayer(Record):
-    """What the manifest of one layer's result says: the ids of its thresholds, and of the counts of each category."""
+    """The result in one layer's manifest: the ids of its thresholds, and of the counts of each category."""
 
     thresholds: str
     labels: dict[str, str]
@@ -67,7 +67,7 @@ class CountedLayer(Record):
 
 
 def earlier_results(one: Wanted) -> Iterator[tuple[Path, Manifest]]:
-    """Finished results for the same layer with the same thresholds: folder and manifest."""
+    """Yield folder and manifest of finished results for the same layer with the same thresholds."""
     for path in sorted((one.layer.folder / "done").glob("dissect.*.json")):
         manifest = Manifest.read(path)
         if CountedLayer.of(manifest).thresholds == one.thresholds:
@@ -75,7 +75,7 @@ def earlier_results(one: Wanted) -> Iterator[tuple[Path, Manifest]]:
 
 
 def earlier_threshold(one: Wanted) -> Threshold | None:
-    """The thresholds of an earlier result, if there is one with these."""
+    """Return the same thresholds from an earlier result, if there is one."""
     for folder, manifest in earlier_results(one):
         stored = result_store(folder, "thresholds.zarr", manifest)
         half = (stored["threshold"][:] / np.float32(stored.attrs["scale"])).astype(np.float16)
@@ -84,21 +84,21 @@ def earlier_threshold(one: Wanted) -> Threshold | None:
 
 
 def result_store(folder: Path, name: str, manifest: Manifest) -> Reader:
-    """One store of a dissect-<id> folder, to be read verified."""
+    """Open one store of a dissect-<id> folder, for verified reads."""
     from pipeline.storage.store import Reader
 
     return Reader(folder / name, storage_manifest.below(f"{folder.name}/{name}", manifest.files))
 
 
 def earlier_counts(one: Wanted, concepts: Concepts) -> dict[str, tuple[Counts, Concepts]]:
-    """Counts of earlier results, by category, for the categories that were counted there on the same label maps."""
+    """Return earlier counts, by category, for categories that were counted on the same label maps."""
     found: dict[str, tuple[Counts, Concepts]] = {}
     for folder, manifest in earlier_results(one):
         there = CountedLayer.of(manifest).labels
         names = [name for name, id in one.labels.items() if there.get(name) == id and name not in found]
         if names:
             stored = result_store(folder, "counts.zarr", manifest)
-            # The store's own order: a manifest gives its entries sorted by name.
+            # The store's own order: a manifest sorts its entries by name.
             categories, place = tuple(stored.attrs["categories"]), tuple(stored.attrs["category_of_concept"])
             source = replace(concepts, categories=categories, axis=(), names=(), numbers=(), category_index=place)
             found |= dict.fromkeys(names, (read_counts(stored), source))
@@ -106,7 +106,7 @@ def earlier_counts(one: Wanted, concepts: Concepts) -> dict[str, tuple[Counts, C
 
 
 def earlier_shown(one: Wanted) -> Arrays | None:
-    """What pictures show of a layer that is not stored, as an earlier result with the same thresholds has it."""
+    """Return the pictures' data of a streamed layer from an earlier result with the same thresholds."""
     for folder, manifest in earlier_results(one):
         if f"{folder.name}/shown.zarr/zarr.json" in manifest.files:
             stored = result_store(folder, "shown.zarr", manifest)
@@ -129,9 +129,9 @@ def write_layer(
     counted: list[str],
     shown: Arrays | None = None,
 ) -> None:
-    """Write the result of one layer; `counted` are the categories that were counted now, for its provenance.
+    """Write the result of one layer; its provenance records `counted`, the categories that were counted now.
 
-    `shown` is what pictures show of a layer that is not stored.
+    `shown` is the pictures' data of a streamed layer.
     """
     from kernels.dissection.counts import iou
     from pipeline.storage.store import write_whole
@@ -202,7 +202,7 @@ def write_layer(
 
 
 def unit_rows(one: Wanted, manifest: Manifest, method: Method) -> list[list[Any]]:
-    """The rows of units.csv for one layer, read back from its verified stores."""
+    """Return the rows of units.csv for one layer, read back from its verified stores."""
     from kernels.dissection.labels import label_units
 
     folder = one.layer.folder / f"dissect-{one.id}"

@@ -1,4 +1,4 @@
-"""Sentences made from the numbers. Each states counts and shares only, so that it is true whatever the numbers are."""
+"""Sentences computed from the numbers. Each states only counts and shares, so it is true for any numbers."""
 
 import math
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ CONTROLS = {"untrained": "the same network untrained", "permuted": "label maps p
 
 
 def what_was_compared(network: Network) -> str:
-    """What the units of a network were compared with."""
+    """Say what the units of a network were compared with."""
     layer = network.trained.layers[-1]
     images = layer.settings.get("images")
     where = f" on {plural(images, 'image')}" if isinstance(images, int) else ""
@@ -23,13 +23,13 @@ def what_was_compared(network: Network) -> str:
 
 
 def findings(network: Network) -> list[str]:
-    """What came out for a network, beside its controls."""
+    """Return the findings for a network and its controls."""
     found = [against_controls(network), categories_of_last_layer(network), through_the_layers(network)]
     return [sentence for sentence in [*found, best_unit(network)] if sentence]
 
 
 def against_controls(network: Network) -> str:
-    """Detectors of the last layer, and in the controls."""
+    """Compare the detectors of the last layer with those of the controls."""
     layer, count = network.trained.layers[-1], network.last["trained"]
     text = (
         f"Of the {plural(count.units, 'unit')} in {layer.name}, the last layer, {number(count.detectors)} "
@@ -45,7 +45,7 @@ def against_controls(network: Network) -> str:
 
 
 def best_unit(network: Network) -> str:
-    """The detector with the highest IoU; empty where there is none."""
+    """Name the detector with the highest IoU; empty if there is none."""
     detectors = [unit for unit in network.trained.units if unit.detector]
     if not detectors:
         return ""
@@ -57,7 +57,7 @@ def best_unit(network: Network) -> str:
 
 
 def categories_of_last_layer(network: Network) -> str:
-    """Detectors of the last layer by category, most first."""
+    """Count the detectors of the last layer by category, most first."""
     count = network.last["trained"]
     layer = network.trained.layers[-1].name
     if not count.detectors:
@@ -71,7 +71,7 @@ def categories_of_last_layer(network: Network) -> str:
 
 
 def through_the_layers(network: Network) -> str:
-    """Share of detectors in the first and in the last layer, for every run; empty with a single layer."""
+    """Compare the share of detectors in the first and the last layer, for every run; empty with a single layer."""
     counts = network.counts["trained"]
     if len(counts) < 2:
         return ""
@@ -92,7 +92,7 @@ def through_the_layers(network: Network) -> str:
 
 
 def controls(network: Network) -> str:
-    """Which controls stand beside the network, on how many images, and which are absent."""
+    """Name the controls that the network has, on how many images, and those that are absent."""
     absent = [text for run, text in CONTROLS.items() if run not in network.counts]
     parts = []
     if network.untrained is not None:
@@ -111,7 +111,7 @@ def controls(network: Network) -> str:
 
 
 def accuracy(model: dict[str, Any]) -> dict[str, float]:
-    """Accuracies of a `model.json` by split; a single number is that of the validation images."""
+    """Return the accuracies of a `model.json` by split; a single number is that of the validation images."""
     found = model.get("accuracy")
     if not isinstance(found, dict):
         found = {"validation": found}

@@ -1,4 +1,4 @@
-"""What a dissection's id is made of."""
+"""The content of a dissection's id."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Method(Record):
 
 
 class Settings(Record):
-    """The method, and the controls: whether label maps are permuted too, and over how many images."""
+    """The method, and the controls: whether label maps are also permuted, and over how many images."""
 
     dissect: Method
     permuted: bool

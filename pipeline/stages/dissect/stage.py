@@ -1,13 +1,13 @@
-"""The stage `dissect`: thresholds of units, IoU with every concept, labels; beside them the permuted control.
+"""The stage `dissect`: compute thresholds of units, IoU with every concept, labels, and the permuted control.
 
 Writes, for every layer, shared by all networks with that layer,
     layers/<layer id>/dissect-<id>/thresholds.zarr  threshold (unit) float32, active (unit) int64: positions above it
     layers/<layer id>/dissect-<id>/iou.zarr         intersection (unit, concept) int64 · unit_area (unit) ·
                                                     concept_area (concept) · iou (unit, concept) float32
     layers/<layer id>/dissect-<id>/counts.zarr      the same counts by jackknife group and category
-    layers/<layer id>/dissect-<id>/shown.zarr       of a layer that is not stored: what pictures of its units show
+    layers/<layer id>/dissect-<id>/shown.zarr       for a streamed layer: data for pictures of its units
 and for the network
-    <network>/layers.json          where these are, by layer name, in execution order
+    <network>/layers.json          paths of these, by layer name, in execution order
     <network>/units.csv            the label of every unit
     <network>/units-permuted.csv   the same, with the label maps permuted over the images of each shard
 
@@ -109,7 +109,7 @@ def steps(draft: Draft) -> Iterator[plan.Wanted]:
             control_images=draft.config.controls.images,
         )
         parents = [draft.step("ingest", data), draft.step("concepts", data), draft.step("extract", data, name)]
-        if draft.networks[name].streams:  # what is not stored is computed again
+        if draft.networks[name].streams:  # streamed layers are recomputed
             parents.append(draft.step("network", network=name))
         yield plan.Wanted(Key(data, name), settings, tuple(parents))
 
@@ -123,7 +123,7 @@ def run(job: Job) -> None:
     labelled = Labelled.of(labels)
     folder, size = job.dataset_folder, labelled.size
     concepts = concepts_of(StoreRef.of_manifest(folder, "concepts.zarr", labels.files), labelled)
-    # A layer that is stored pooled has no maps.
+    # Pooled layers have no maps.
     layers = [layer_of(job.results, folder, stored) for stored in extracted.layers if stored.store != "pooled"]
     if not layers:
         raise MicrotomeError(f"{job.name}: every layer is stored pooled, which leaves none to dissect")
@@ -131,7 +131,7 @@ def run(job: Job) -> None:
     bound = job.settings.control_images
     few = [one for one in counted if one.shard in images.shards(method.split, bound)] if bound else counted
 
-    # Alone in its shard, an image has no other label map to meet.
+    # An image that is alone in its shard cannot swap label maps.
     with_control = job.settings.permuted and any(len(one.rows) > 1 for one in few)
     wanted = []
     for layer in layers:
@@ -142,7 +142,7 @@ def run(job: Job) -> None:
     homes = [one.layer.folder for one in wanted]
     job.refers_to([*homes, *(home / f"dissect-{one.id}" for home, one in zip(homes, wanted, strict=True))])
     with one_at_a_time(job.scratch / f"{job.dataset}.dissect.lock"):
-        # Two names of one output, a block and its last part say, are one layer with one result.
+        # Two names of one output, for example a block and its last part, are one layer with one result.
         missing = list({one.id: one for one in wanted if not finished(one)}.values())
         if missing:
             accumulator = min(ACCUMULATOR_BYTES, memory.memory(job.cluster) // 4)
@@ -189,7 +189,7 @@ def run(job: Job) -> None:
 
 
 def made(job: Job) -> list[Path]:
-    """Return the files and folders of a dissection, shared results of layers included."""
+    """Return the files and folders of a dissection, including shared results of layers."""
     found = []
     before = job.before()
     for name in before.includes if before else ():
@@ -206,16 +206,15 @@ def count_and_write(
     method: Method,
     accumulator: int,
 ) -> None:
-    """Count intersections for every wanted result, a batch of layers at a time; write each when it is done.
+    """Count intersections for every wanted result, one batch of layers at a time; write each result when it is done.
 
-    `count` gives the counts of a batch by (layer id, permuted), and the stores `shown.zarr` of layers that are not
-    stored.
+    `count` returns a batch's counts by (layer id, permuted), and the stores `shown.zarr` of streamed layers.
     """
     for batch in batches(missing, len(concepts.names), accumulator):
         known = {(one.layer.id, one.permuted): earlier_counts(one, concepts) for one in batch}
         rest = {name for one in batch for name in set(one.labels) - set(known[one.layer.id, one.permuted])}
         chosen = only(concepts, [name for name in concepts.categories if name in rest])
-        # Areas come with any count; where all categories are known there is nothing to count.
+        # Every count also gives the areas; if all categories are known, there is nothing to count.
         totals, shown = count(batch, chosen) if rest else ({}, {})
         for w in batch:
             key = w.layer.id, w.permuted
@@ -228,7 +227,7 @@ def count_and_write(
 
 
 def owned(manifest: Manifest, path: Path) -> set[Path]:
-    """Return the layers that a dissection includes, and its results in them."""
+    """Return a dissection's layers, and its results in them."""
     results = path.parents[3]
     found = set()
     for name in manifest.includes:
@@ -238,7 +237,7 @@ def owned(manifest: Manifest, path: Path) -> set[Path]:
 
 
 def unreferenced(results: Path, used: set[Path]) -> Iterator[Path]:
-    """Yield layers that no network includes; of the others, dissections and tails that none does."""
+    """Yield layers that no network includes; in the other layers, dissections and tails that none includes."""
     for layer in sorted(results.glob("*/layers/*/")):
         parts = sorted((*layer.glob("dissect-*/"), *layer.glob("tails-*.zarr/")))
         yield from [part for part in parts if part not in used] if layer in used else [layer]
@@ -246,8 +245,8 @@ def unreferenced(results: Path, used: set[Path]) -> Iterator[Path]:
 
 def explains(step: Step) -> str:
     if any("/network." in parent for parent in step.parents):
-        return "counted in a forward of the layers that are not stored, the others from the stores"
-    return "counted from the stores, without a forward"
+        return "streamed layers counted in a forward pass, the others from the stores"
+    return "counted from the stores, without a forward pass"
 
 
 def cost(job: Job, done: bool) -> Cost:
@@ -276,14 +275,14 @@ def cost(job: Job, done: bool) -> Cost:
         rate, shown = speed.get("images_per_second"), rate_of(speed)
         seconds = seconds + counted.images / rate if rate and seconds is not None else None
         prepared = Prepared([], found["parameters"], found["largest"])
-        # As many of them are counted together as a worker has room for, with true labels and with permuted ones.
+        # A worker counts as many layers together as fit its memory, with true and with permuted labels.
         room = min(ACCUMULATOR_BYTES, memory.memory(job.cluster) // 4)
         each = [layer["shape"][0] for layer in streamed]
         one = counting_need(1, replace(concepts, categories=()), 0, (0, 0)) // 2
         together = max(max(each), min(2 * sum(each), room // max(1, one)))
         counting = counting_need(together, concepts, dataset.shard_images, (height, width))
         maps = 12 * network.numerics.micro_batch * max(math.prod(layer["shape"]) for layer in streamed)
-        merged = 3 * TAIL * sum(each)  # counters in int64, thrice
+        merged = 3 * TAIL * sum(each)  # counters in int64, three copies
         need = max(need, maps + counting + merged + forward_need(prepared, network, counted.size))
     return Cost((), counted.images, counted.shards(dataset.shard_images), seconds, need, shown)
 

@@ -1,8 +1,8 @@
-"""The dissection of streamed layers: thresholds from their tails, IoU in a second forward pass.
+"""Dissect streamed layers: thresholds from their tails, IoU in a second forward pass.
 
-See `pipeline.stages.extract.streaming`. Units whose thresholds the tails do not prove are counted again in another
-bracket, in a forward pass of their layers alone. Passes are cut into blocks of shards. The scratch folder keeps what is
-counted of a block until the results are written.
+See `pipeline.stages.extract.streaming`. If the tails do not prove a unit's threshold, it is counted again in another
+bracket, in a forward pass of its layer alone. Passes are cut into blocks of shards. The scratch folder keeps a block's
+counts until the results are written.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ AREAS = ("unit_area", "unit_area_in_category", "concept_area", "pixels", "pixels
 
 @dataclass(frozen=True)
 class Shown:
-    """What is kept of a layer's maps in the second pass: those of each unit's top images, and a histogram.
+    """What the second pass keeps of a layer's maps: those of each unit's top images, and a histogram.
 
     Attributes
     ----------
-    image : (unit, place) int64, highest maximum first; -1 where there are fewer.
+    image : (unit, place) int64, highest maximum first; -1 fills up.
     sample : (image,) int64, those of the histogram.
-    low, high : (unit,) float32, its range, of the stored values; NaN without a value.
+    low, high : (unit,) float32, the histogram's range, in stored values; NaN without a value.
     """
 
     image: np.ndarray
@@ -57,7 +57,7 @@ class Shown:
     high: np.ndarray
 
     def at(self, start: int, stop: int) -> Shown:
-        """The same of some images alone, counted from the first."""
+        """Return the same for some images only, numbered from the first of them."""
         inside = (self.image >= start) & (self.image < stop)
         sample = self.sample[(self.sample >= start) & (self.sample < stop)] - start
         return replace(self, image=np.where(inside, self.image - start, -1), sample=sample)
@@ -65,8 +65,10 @@ class Shown:
 
 @dataclass(frozen=True)
 class OfLayer:
-    """What one task counts of a layer: true and permuted labels (by id of the result, with the shards of each), and
-    pictures, by shard."""
+    """What one task counts for a layer.
+
+    It counts true and permuted labels (by id of the result, with the shards of each), and pictures, by shard.
+    """
 
     layer: Streamed
     threshold: np.ndarray
@@ -101,7 +103,7 @@ class Passes:
         return Part(shard, self.images.files_of(shard), self.images.range(shard), rows)
 
     def parts(self, block: int) -> list[Part]:
-        """The shards of a block that hold images that count."""
+        """Return the shards of a block that hold counted images."""
         members = [shard for shard in self.blocks[block] if shard in self.counted]
         return [self.part(shard, self.counted[shard].rows) for shard in members]
 
@@ -114,7 +116,7 @@ class Passes:
     # Thresholds -------------------------------------------------------------------------------------------------------
 
     def thresholds(self, layers: Mapping[str, Layer]) -> dict[str, Threshold]:
-        """Thresholds by layer id, from the tails; for units that these do not prove, from another pass over them."""
+        """Return thresholds by layer id, from the tails; units whose tails do not prove them get another pass."""
         found: dict[str, Threshold] = {}
         pending: dict[str, tuple[Streamed, np.ndarray]] = {}
         tails = self._without_refused(layers)
@@ -142,7 +144,7 @@ class Passes:
         return found
 
     def _without_refused(self, layers: Mapping[str, Layer]) -> dict[str, Tail]:
-        """The tails that the extraction counted, less those of images whose label maps were refused since."""
+        """Return the tails that the extraction counted, minus images whose label maps were refused since."""
         tails: dict[str, Tail] = {}
         for id, layer in layers.items():
             assert layer.streamed is not None and layer.tails is not None
@@ -171,7 +173,7 @@ class Passes:
     def _tails(
         self, pending: Mapping[str, tuple[Streamed, np.ndarray]], digests: Mapping[str, str], number: int
     ) -> dict[str, Tail]:
-        """The tails of some units in their brackets, over all images."""
+        """Return the tails of some units in their brackets, over all images."""
         from kernels.dissection.brackets import Tail
 
         if not pending:
@@ -205,10 +207,10 @@ class Passes:
         return [np.array([one.shard, *one.rows]) for one in self.counted.values()]
 
     def remove(self) -> None:
-        """Remove what was kept of blocks: the results are written."""
+        """Remove the counted blocks, once the results are written."""
         for one in self.finished:
             one.remove()
-        with contextlib.suppress(OSError):  # those of another step are there
+        with contextlib.suppress(OSError):  # it holds those of another step
             stream.blocks_folder(self.job.scratch).rmdir()
 
     # IoU --------------------------------------------------------------------------------------------------------------
@@ -216,7 +218,7 @@ class Passes:
     def count(
         self, thresholds: Mapping[str, Threshold]
     ) -> Callable[[list[Wanted], Concepts], tuple[dict[tuple[str, bool], Counts], dict[str, Arrays]]]:
-        """What counts a batch of layers; see `dissect.count_and_write`."""
+        """Return the function that counts a batch of layers; see `dissect.count_and_write`."""
 
         def counted(batch: list[Wanted], chosen: Concepts) -> tuple[Any, Any]:
             return self._count(batch, chosen, thresholds)
@@ -291,7 +293,7 @@ class Passes:
 
 
 class Kept:
-    """The pictures of a layer, put together from blocks."""
+    """The pictures of a layer, assembled from blocks."""
 
     def __init__(self, shown: Shown, maps: np.ndarray, histogram: np.ndarray) -> None:
         self.shown, self.maps, self.histogram = shown, maps, histogram
@@ -327,7 +329,10 @@ def count_block(
     concepts: Concepts,
     border: Any,
 ) -> tuple[int, dict[str, Files]]:
-    """On a worker: a block of shards through the network, counted for every result wanted; the files written, by id."""
+    """Run a block of shards through the network, and count and write every wanted result, on a worker.
+
+    Returns the files by id.
+    """
     from kernels.dissection.counts import GROUPS, Counts
     from kernels.dissection.iou import count_shard
 
@@ -375,14 +380,14 @@ def count_block(
 
 
 def sparse(counts: Counts) -> dict[str, np.ndarray]:
-    """Counts as those of one shard, by name: the zeros of the intersection left out."""
+    """Return counts as those of one shard, by name, without the zeros of the intersection."""
     flat = counts.intersection.reshape(-1)
     key = np.flatnonzero(flat)
     return {"key": key, "count": flat[key]} | {name: getattr(counts, name) for name in AREAS}
 
 
 class Pieces:
-    """On a worker: what is kept of a layer's maps over a block."""
+    """What is kept of a layer's maps over a block, on a worker."""
 
     def __init__(self, one: OfLayer) -> None:
         self.layer, self.shown = one.layer, one.shown
@@ -392,7 +397,7 @@ class Pieces:
         self.histogram = np.zeros((units, pictures.BINS), np.int64)
 
     def take(self, shard: int, at: int, maps: torch.Tensor) -> None:
-        """The maps (image, unit, y, x) float32 of the shard's images from `at` on."""
+        """Take the maps (image, unit, y, x) float32 of the shard's images from `at` on."""
         shown = self.shown[shard]
         unit, place = np.nonzero((shown.image >= at) & (shown.image < at + len(maps)))
         if len(unit):

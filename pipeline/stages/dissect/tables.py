@@ -1,4 +1,4 @@
-"""(To be said.)"""
+"""CSV files of the dissection: units by IoU, and detectors per run, layer and category."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,15 +15,15 @@ DETECTOR_COLUMNS = ("run", "layer", "units", "category", "detectors", "unique_de
 
 
 def write_units(file: Path, units: Iterable[Unit]) -> None:
-    """Write the units, highest IoU first, with IoU / ceiling as a column of its own. NaN is written as a blank cell."""
+    """Write the units, highest IoU first, with IoU / ceiling as a separate column and blank cells for NaN."""
     columns = [column if column != "iou_over_ceiling" else "share_of_ceiling" for column in UNIT_COLUMNS]
     write_table(file, UNIT_COLUMNS, ([getattr(unit, column) for column in columns] for unit in by_iou(units)))
 
 
 def detector_rows(runs: Mapping[str, Sequence[LayerCount]]) -> Iterator[Sequence[object]]:
-    """Detectors and unique detectors of every run (trained, untrained, permuted) and layer.
+    """Yield detectors and unique detectors of every run (trained, untrained, permuted) and layer.
 
-    One row per layer with a blank category holds the layer's totals; one row per category that has detectors follows.
+    The first row of a layer has a blank category and holds its totals; one row per category with detectors follows.
     """
     for run, counts in runs.items():
         for count in counts:
@@ -33,5 +33,5 @@ def detector_rows(runs: Mapping[str, Sequence[LayerCount]]) -> Iterator[Sequence
 
 
 def by_iou(units: Iterable[Unit]) -> list[Unit]:
-    """Units sorted by IoU, highest first, units without one last; ties by their order in the network."""
+    """Sort units by IoU, highest first and units without one last; ties keep their order in the network."""
     return sorted(units, key=lambda unit: math.inf if math.isnan(unit.iou) else -unit.iou)

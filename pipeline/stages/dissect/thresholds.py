@@ -1,4 +1,4 @@
-"""Exact thresholds of layers whose maps are stored."""
+"""Exact thresholds of stored layers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from kernels.dissection.brackets import Bracket, Tail
 
 
-SAMPLE_SHARDS = 4  # the first shards are a random sample of the images: where the thresholds probably lie
+SAMPLE_SHARDS = 4  # the first shards are a random sample of the images that brackets the thresholds
 
 
 def find_thresholds(
@@ -28,7 +28,10 @@ def find_thresholds(
     method: Method,
     size: tuple[int, int],
 ) -> dict[str, Threshold]:
-    """Find the exact top quantile of every unit: brackets from a sample, counts in them, again where they missed."""
+    """Find the exact top quantile of every unit.
+
+    Brackets come from a sample, and positions are counted in them; units that a bracket missed are counted again.
+    """
     quantile, border = method.quantile, method.border
     counted_at = {id: method.counted_at(layer.size, size) for id, layer in layers.items()}
     found: dict[str, Threshold] = {}

@@ -1,4 +1,4 @@
-"""What one dissection is about to do: concepts, layers, images that count, and the id of each result."""
+"""The work of one dissection: concepts, layers, counted images, and the id of each result."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ VERSION = 2
 
 @dataclass(frozen=True)
 class Concepts:
-    """The concepts that are counted, in columns, and where their label maps are.
+    """The counted concepts, in columns, and their label maps.
 
     `numbers`, `names` and `category_index` have one entry per column. `category_index` is the index into `categories`;
     `axis` is the position of each category on the store's axis.
@@ -43,14 +43,13 @@ class Concepts:
     category_index: tuple[int, ...]
 
     def at(self, part: Iterable[Counted]) -> Concepts:
-        """Return the same concepts with the files of some shards alone."""
+        """Return the same concepts with the files of only some shards."""
         return replace(self, store=self.store.of(["label_map"], [one.shard for one in part]))
 
 
 @dataclass(frozen=True)
 class Counted:
-    """The images of one shard that count: their rows in the shard, jackknife groups, and whose labels each meets in
-    the permuted control."""
+    """The counted images of one shard: their rows, jackknife groups, and partners in the permuted control."""
 
     shard: int
     rows: np.ndarray
@@ -62,7 +61,7 @@ class Counted:
 class Layer:
     """A layer as tasks name it.
 
-    `streamed` and `tails`, the store of its tails, are those of a layer whose maps are not stored.
+    `streamed` and `tails`, the store of its tails, belong to a streamed layer.
     """
 
     name: str
@@ -84,16 +83,16 @@ class Layer:
         return self.shape[1:]
 
     def at(self, part: Iterable[Counted]) -> Layer:
-        """Return the same layer with the files of some shards alone."""
+        """Return the same layer with the files of only some shards."""
         return replace(self, store=self.store.of(["activation"], [one.shard for one in part]), tails=None)
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """One result per layer: true labels or permuted ones, over these shards, under this id.
+    """One result per layer: true or permuted labels, over these shards, under this id.
 
-    `thresholds` is the id of the thresholds alone, and `labels` that of what was counted for each category: what an
-    earlier result with the same ones holds is taken from there.
+    `thresholds` is the id of the thresholds alone, and `labels` that of each category's counts: earlier results with
+    the same ids are reused.
     """
 
     layer: Layer
@@ -143,7 +142,7 @@ def layer_of(results: Path, dataset: Path, stored: StoredLayer) -> Layer:
 
 
 def counted_images(images: Images, split: str, shards: Iterable[int], refused: Iterable[str]) -> list[Counted]:
-    """The images that count in each shard: valid, of the split, with label maps that were not refused."""
+    """Return the counted images of each shard: valid, of the split, with label maps that were not refused."""
     from pipeline.data.listing import derangement, group
 
     image_id = images.image_ids()
@@ -162,12 +161,12 @@ def counted_images(images: Images, split: str, shards: Iterable[int], refused: I
 
 
 def basis(counted: Iterable[Counted]) -> str:
-    """The id of a choice of images, with their groups and partners."""
+    """Return the id of a selection of images, with their groups and partners."""
     return digest([[one.shard, *(part.tolist() for part in (one.rows, one.group, one.partner))] for one in counted])
 
 
 def thresholds_id(layer: Layer, counted: Iterable[Counted], method: Method, size: tuple[int, int]) -> str:
-    """Return what a layer's thresholds are made from; `size` is that of the label maps."""
+    """Return the id of a layer's thresholds; `size` is that of the label maps."""
     made_of = [method.quantile, method.border, list(method.counted_at(layer.size, size))]
     return digest([VERSION, layer.digest, basis(counted), made_of])
 
@@ -180,7 +179,7 @@ def want(
     labelled: Labelled,
     method: Method,
 ) -> Wanted:
-    """The result for a layer, with the id of all it depends on: activations, images, label maps, settings."""
+    """Return the result to compute for a layer; its id covers activations, images, label maps and settings."""
     counted = tuple(one for one in counted if len(one.rows) > 1 or not permuted)
     common = [VERSION, thresholds, basis(counted), permuted]
     labels = {c.name: digest([*common, c.numbers, c.contents]) for c in labelled.categories}
@@ -198,7 +197,7 @@ def finished(one: Wanted) -> bool:
 
 
 def paths_of(one: Wanted, folder: Path) -> dict[str, str]:
-    """An entry of layers.json: paths relative to the data set's folder."""
+    """Return an entry of layers.json: paths relative to the data set's folder."""
     own = one.layer.folder / f"dissect-{one.id}"
     shown = {"shown": (own / "shown.zarr").relative_to(folder).as_posix()} if one.layer.streamed else {}
     return shown | {
@@ -211,7 +210,7 @@ def paths_of(one: Wanted, folder: Path) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Threshold:
-    """Thresholds of a layer's units as stored (float16, before the scale), and positions above them of how many."""
+    """Thresholds of a layer's units as stored (float16, before scaling), positions above them, and all positions."""
 
     threshold: np.ndarray
     active: np.ndarray
@@ -219,13 +218,13 @@ class Threshold:
 
 
 def runs(counted: list[Counted], client: Any) -> Iterator[list[Counted]]:
-    """Cut the shards into runs, some for every worker: one task merges the counts of its run before it sends them."""
+    """Cut the shards into runs, several per worker: one task merges the counts of its run before it sends them."""
     length = max(1, -(-len(counted) // (4 * workers_of(client))))
     return (counted[at : at + length] for at in range(0, len(counted), length))
 
 
 def activation(layer: Layer, one: Counted) -> np.ndarray:
-    """The maps (image, unit, y, x) float16 of the images of a shard that count."""
+    """Return the maps (image, unit, y, x) float16 of a shard's counted images."""
     array = layer.store.open()["activation"]
     start = one.shard * array.chunks[0]
     maps = np.asarray(array[start : start + array.chunks[0]])

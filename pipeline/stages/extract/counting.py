@@ -1,4 +1,4 @@
-"""The layers of an extraction that are counted and not stored."""
+"""The streamed layers of an extraction: counted without being stored."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 
 class Counting:
-    """The layers of an extraction that are counted and not stored, and which blocks of shards are counted.
+    """The streamed layers of an extraction, and which blocks of shards are counted.
 
-    Without such a layer there is nothing to count, and every shard is a block of its own.
+    Without a streamed layer there is nothing to count, and every shard is a block of its own.
 
     Attributes
     ----------
@@ -56,7 +56,7 @@ class Counting:
         return stream.streamed(layer.store.parent, layer.id, layer.info, layer.scale, self.settings)
 
     def known(self, layer: Layer) -> bool:
-        """Whether the layer's tails have a bracket on the disk, which `layers` then has."""
+        """Return whether the layer's tails have a bracket on disk; if so, `layers` holds it."""
         from pipeline.storage.store import Ledger, remove
 
         one = self.streamed(layer)
@@ -70,8 +70,8 @@ class Counting:
     def open(self, workers: Any, prepared: Prepared, layers: Iterable[Layer]) -> dict[str, float]:
         """Find the brackets, from a sample where there is none yet, and open the stores.
 
-        Returns the largest value of every layer that does not fit float16 by the sample: it is to be scaled, and then
-        this done again.
+        Returns the largest value of every layer that exceeds float16 in the sample: the caller raises its scale and
+        calls this again.
         """
         model = self.job.model
         wanted = [layer for layer in layers if layer.streamed]
@@ -96,7 +96,7 @@ class Counting:
         return stream.block_id(layer, self.images, [self.parts[shard] for shard in self.blocks[block]], self.shown)
 
     def missing(self, block: int) -> list[Streamed]:
-        """The layers whose tails of a block are yet to be counted."""
+        """Return the layers whose tails of a block are not counted yet."""
         return [
             layer
             for id, layer in self.layers.items()
@@ -108,7 +108,7 @@ class Counting:
             self.ledgers[id].record(str(done.block), self.id(self.layers[id], done.block), files)
 
     def files(self, layer: Streamed) -> Files:
-        """The files of a layer's tails, named from the folder of the layer."""
+        """Return the files of a layer's tails, relative to the layer's folder."""
         from pipeline.storage.store import metadata_files
 
         files = self.ledgers[layer.id].files(["bracket", *map(str, self.blocks)])

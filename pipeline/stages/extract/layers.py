@@ -1,4 +1,4 @@
-"""Stores of layers and logits: where they are, what each shard is made from, and how they are laid out."""
+"""Stores of layers and logits: their paths, the ids of their shards, and their layout."""
 
 from __future__ import annotations
 
@@ -20,13 +20,16 @@ if TYPE_CHECKING:
     from pipeline.storage.store import Ledger
 
 
-UNIT_BLOCK = 64  # units of one chunk inside a shard
+UNIT_BLOCK = 64  # units in one chunk of a shard
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer as tasks name it: where its store is, how its output becomes maps, whether these are kept, and, where
-    they are not, whether they are counted."""
+    """A layer as tasks name it.
+
+    It holds the store's path, how an output becomes maps, whether the maps are stored, and, if not, whether they are
+    counted.
+    """
 
     id: str
     store: Path
@@ -46,7 +49,7 @@ def layer_of(folder: Path, spec: Network, id: str, info: LayerInfo, scale: float
 
 
 def alike(layers: list[Layer]) -> list[Layer]:
-    """A layer that is to be counted and not stored is stored where another name of the same output asks for it."""
+    """Store a streamed layer whose output is also a stored layer under another name."""
     full = {layer.id for layer in layers if not layer.pooled}
     return [
         replace(layer, pooled=False, streamed=False) if layer.streamed and layer.id in full else layer
@@ -55,24 +58,24 @@ def alike(layers: list[Layer]) -> list[Layer]:
 
 
 def shard_id(images: Images, shard: int, layer: Layer) -> str:
-    """What a shard of a layer's store was made from; the layer id, the store's folder, says the rest."""
+    """Return the id of a shard of a layer's store; the layer id, the store's folder, covers the rest."""
     return digest([images.contents[shard], layer.scale])
 
 
 def logits_id(images: Images, shard: int, model: Model, numerics: Mapping[str, Any]) -> str:
-    """What a shard of the logits was made from: they have a plain name, so all of it."""
+    """Return the id of a shard of the logits, which covers everything, since logits have a plain file name."""
     made_of = [model.sha256, model.architecture, model.spec.preprocessing.model_dump(), numerics]
     return digest([images.contents[shard], *made_of])
 
 
 def holds(ledger: Ledger, shard: int, id: str, store: Path, pooled: bool) -> bool:
-    """Whether a shard of a layer is there as it is wanted; a full one serves where a pooled one is wanted."""
+    """Return whether the wanted shard of a layer is there; a full shard also serves as a pooled one."""
     entry = ledger.get(str(shard), id, store)
     return entry is not None and (pooled or not entry.get("pooled", False))
 
 
 def open_layer(layer: Layer, images: Images) -> Layer:
-    """Create a layer's store, or take up the one that is there, at the larger of the two scales."""
+    """Create or reopen a layer's store, at the larger of the two scales."""
     from pipeline.storage.store import Array, attributes, create, metadata_files, remove_partials
 
     scale = max(layer.scale, attributes(layer.store).get("scale", 0.0))

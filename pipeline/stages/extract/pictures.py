@@ -1,6 +1,6 @@
 """What pictures of a unit show: its images with the highest maxima, and a histogram of its values on some images.
 
-Used by the report, which reads stored maps, and by passes that keep these maps alone of a layer that is not stored.
+The report uses it on stored maps; passes over streamed layers use it to keep only the maps that pictures need.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ KEPT = 12
 
 
 def top_images(maximum: Any, units: Sequence[int], shown: np.ndarray, count: int) -> tuple[list[list[int]], np.ndarray]:
-    """Images with the highest maxima of each unit, highest first, ties by image number; and the highest of all.
+    """Find the images with the highest maxima of each unit, and the highest maximum of all.
 
     Parameters
     ----------
@@ -29,7 +29,8 @@ def top_images(maximum: Any, units: Sequence[int], shown: np.ndarray, count: int
 
     Returns
     -------
-    one list of images a unit, and (unit,) float32: the highest maximum, NaN where there is none
+    one list of images per unit, highest first, ties by image number; and (unit,) float32: the highest maximum, NaN if
+        there is none
     """
     columns = np.asarray(units)
     length = min(maximum.shape[0], len(shown))
@@ -38,7 +39,7 @@ def top_images(maximum: Any, units: Sequence[int], shown: np.ndarray, count: int
         rows = np.flatnonzero(shown[start : min(start + ROWS_AT_ONCE, length)])
         if not len(rows):
             continue
-        # By row: a shard that holds none of them may not have been extracted.
+        # By row: a shard without any of them may not have been extracted.
         block = np.asarray(maximum[start + rows, int(columns[0]) : int(columns[-1]) + 1])[:, columns - columns[0]]
         values = np.concatenate([values, block])
         images = np.concatenate([images, np.broadcast_to(start + rows[:, None], block.shape)])
@@ -53,17 +54,17 @@ def top_images(maximum: Any, units: Sequence[int], shown: np.ndarray, count: int
 
 
 def bins_of(values: np.ndarray, low: Any, high: Any) -> np.ndarray:
-    """The bin of each float32 value, of `BINS` equal ones from `low` to `high`, which broadcast."""
+    """Return each float32 value's bin, of `BINS` equal ones from `low` to `high`, which broadcast."""
     width = np.where(high > low, high - low, np.float32(1))
     return ((values - low) * (BINS / width)).astype(np.int64).clip(0, BINS - 1)
 
 
 def sample_of(shown: np.ndarray) -> np.ndarray:
-    """The images of the histograms, of those that may be shown (image,) bool."""
+    """Return the images of the histograms, among those that may be shown (image,) bool."""
     return np.flatnonzero(shown)[:SAMPLE]
 
 
 def facts(shown: Mapping[str, np.ndarray], unit: int) -> tuple[list[int], float, float]:
-    """Counts and range of a unit's histogram, from a store of kept maps; no counts without a value."""
+    """Return counts and range of a unit's histogram, from a store of kept maps; no counts without a value."""
     low, high = float(shown["low"][unit]), float(shown["high"][unit])
     return (shown["histogram"][unit].tolist() if low == low else []), low, high

@@ -1,11 +1,11 @@
-"""What a network gave before it was replaced under its name: kept, so that a report can show before and after.
+"""Keep a network's results when other weights replace it, so that a report can show before and after.
 
 Writes, when other weights come under a network's name,
     <dataset>/<network>/before/<first 20 digits of the old weights' sha256>/
         units.csv, units-permuted.csv, layers.json, logits.zarr   as they were
         facts.json                                                weights_sha256, accuracy, images
         done/before.<the same digits>.json                        manifest: what these files were, and when replaced
-The stores of the old layers stay until `make gc`; these small files stay until somebody removes them.
+The stores of the old layers stay until `make gc`; these small files stay until somebody deletes them.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ TABLES = ("units.csv", "units-permuted.csv", "layers.json")
 
 
 def keep(job: Job) -> None:
-    """Keep the finished results of other weights, if this network on this data set has any, before they are replaced.
+    """Keep the finished results of other weights before they are replaced, if this network on this data set has any.
 
-    To be called by the stage that is the first to overwrite them, before it removes its own manifest.
+    The first stage that overwrites them calls this, before it removes its own manifest.
     """
     from pipeline.storage.store import remove
 
     folder, images, weights = job.folder, job.images, job.model.sha256
-    remove(folder / FOLDER / weights[:20])  # they are the present ones again
+    remove(folder / FOLDER / weights[:20])  # these weights are back
     old = _finished_weights(job)
     if old is None or old == weights:
         return
@@ -58,7 +58,7 @@ def keep(job: Job) -> None:
     facts: dict[str, Any] = {"weights_sha256": old}
     files: Files = {}
     if (folder / "logits.zarr").is_dir():
-        # Chunk files are replaced and never changed, so links to them cost nothing and stay what they are.
+        # Chunk files are replaced and never changed, so links to them cost nothing and keep their content.
         shutil.copytree(folder / "logits.zarr", temporary / "logits.zarr", copy_function=_link)
         if objects := objects_of(folder / "logits.zarr"):
             files = {f"logits.zarr/{name}": objects.copy(name, home / "logits.zarr") for name in objects.sizes()}
@@ -78,7 +78,7 @@ def keep(job: Job) -> None:
 
 
 def _link(source: str, target: str) -> None:
-    if Path(source).name == "zarr.json":  # rewritten in place when images come
+    if Path(source).name == "zarr.json":  # rewritten in place when images are added
         shutil.copy2(source, target)
         return
     try:
@@ -88,7 +88,7 @@ def _link(source: str, target: str) -> None:
 
 
 def _finished_weights(job: Job) -> str | None:
-    """sha256 of the weights that the finished dissection in this folder was made with; None where there is none."""
+    """Return the sha256 of the weights of the finished dissection in this folder; None if there is none."""
     folder = job.folder
     aside = job.scratch / "aside" / folder.relative_to(job.results) / "done"
     for done in (folder / "done", aside):
@@ -101,7 +101,7 @@ def _finished_weights(job: Job) -> str | None:
 
 
 def _is_written(file: Path, manifest: Manifest) -> bool:
-    """Whether a file is the one that a manifest describes: an earlier manifest may stand for an older one."""
+    """Return whether a file matches a manifest: an older manifest may describe an older file."""
     try:
         data = file.read_bytes()
     except OSError:
@@ -110,14 +110,14 @@ def _is_written(file: Path, manifest: Manifest) -> bool:
 
 
 def _digest_of(manifest: Manifest, stage: str) -> str | None:
-    """The output digest of the parent of a stage, as it was read."""
+    """Return the output digest of the parent of a stage, as it was read."""
     return next((value for path, value in manifest.parents.items() if Path(path).name.startswith(f"{stage}.")), None)
 
 
 def measured(logits: Path, images: Images) -> dict[str, Any]:
-    """Share of the labelled images that a network with these logits recognises, and how many they are.
+    """Return the accuracy of a network with these logits on the labelled images, and how many they are.
 
-    Where the logits of a shard are damaged or cannot be matched with labels, no accuracy is told.
+    If a shard's logits are damaged or cannot be matched with labels, the result has no accuracy.
     """
     import zarr
 
@@ -138,9 +138,9 @@ def measured(logits: Path, images: Images) -> dict[str, Any]:
 
 
 def kept(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """What a network's folder keeps of earlier weights, with the facts of each; the last one replaced first.
+    """List the kept results of earlier weights in a network's folder, with the facts of each; the last replaced first.
 
-    Raises `MicrotomeError` where a file is not what was kept; `make repair` gives the whole of these weights up.
+    Raises `MicrotomeError` if a file differs from what was kept; `make repair` then drops all results of these weights.
     """
     manifests = [Manifest.read(path) for path in (folder / FOLDER).glob(f"*/done/{FOLDER}.*.json")]
     found = []

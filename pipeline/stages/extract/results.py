@@ -1,4 +1,4 @@
-"""What `extract` promises to the stages that read it: its layers, where each is, and the shards that it holds."""
+"""What `extract` promises to later stages: its layers, where each one is, and the shards that it holds."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class StoredLayer(Record):
     ----------
     shape : (units, y, x). scale : stored values are to be multiplied by it.
     manifest, digest : of its store, which all networks with this layer share.
-    store : `pooled`, without its maps; `none`, streamed: counted in two forward passes; None: it is stored whole.
-    tails, counted, info : of a streamed layer: the name of the store of its tails, the settings that they were counted
-        under, and what is known of the layer.
+    store : `pooled`: without maps; `none`: streamed, counted in two forward passes; None: stored whole.
+    tails, counted, info : for a streamed layer: the name of the store of its tails, the settings under which they were
+        counted, and the layer's properties.
     """
 
     name: str
@@ -43,7 +43,7 @@ class StoredLayer(Record):
 
     @property
     def layer_info(self) -> LayerInfo:
-        """What is known of a layer that is not stored."""
+        """The properties of a streamed layer."""
         assert self.info is not None
         return LayerInfo(**{**self.info, "shape": tuple(self.info["shape"])})
 
@@ -58,13 +58,13 @@ class StoredLayer(Record):
 
 
 class Extracted(Record):
-    """What the manifest of `extract` says.
+    """The result in the manifest of `extract`.
 
     Attributes
     ----------
     layers : in execution order.
-    shards : those that hold images of the split, which are all in every store.
-    forward_bytes : what a forward takes, where layers are not stored.
+    shards : those with images of the split, which every store holds.
+    forward_bytes : memory of a forward pass, if there are streamed layers.
     """
 
     layers: list[StoredLayer]
@@ -76,7 +76,7 @@ class Extracted(Record):
         return cls.read(manifest.result)
 
     def layer(self, name: str) -> StoredLayer:
-        """Return the layer of this name; `KeyError` where there is none."""
+        """Return the layer of this name; `KeyError` if there is none."""
         return self.by_name[name]
 
     @property
@@ -85,5 +85,5 @@ class Extracted(Record):
 
 
 def logits(folder: Path, manifest: Manifest) -> StoreRef:
-    """Return the network's logits, in its folder; no files where it has no head."""
+    """Return the network's logits, in its folder; without files if it has no head."""
     return StoreRef.of_manifest(folder, "logits.zarr", manifest.files)

@@ -1,4 +1,4 @@
-"""What an extraction's id is made of."""
+"""The content of an extraction's id."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ THRESHOLDS = 2
 
 
 class Tails(Record):
-    """What the tails of a layer that is not stored depend on beside the layer.
+    """What the tails of a streamed layer depend on besides the layer.
 
     Attributes
     ----------
-    size : (height, width) of the label maps, at which positions are counted; None: the images'.
+    size : (height, width) of the label maps, the size at which positions are counted; None: that of the images.
     version : of the thresholds.
     """
 
@@ -31,25 +31,25 @@ class Tails(Record):
 
     @classmethod
     def of(cls, dissect: Dissect, label_map_size: Sequence[int] | None) -> Tails:
-        """Return the settings of the tails, for those of the dissection that they serve."""
+        """Return the settings of the tails for a dissection."""
         return cls.read(
             {key: getattr(dissect, key) for key in ("quantile", "border", "positions")}
             | {"size": label_map_size, "version": THRESHOLDS}
         )
 
     def counted_at(self, layer: tuple[int, int]) -> tuple[int, int]:
-        """Return where positions are counted: at the size of the label maps, or at the layer's own."""
+        """Return the size at which positions are counted: that of the label maps, or the layer's own."""
         assert self.size is not None
         return self.size if self.positions == "upsampled" else layer
 
 
 class Settings(Record):
-    """Which layers of a network are extracted, how it is computed, and over which images.
+    """Which layers of a network are extracted, how, and over which images.
 
     Attributes
     ----------
-    images : bound on these.
-    store : what is kept of each layer, where it is not `full` for all. tails : of layers that are not stored.
+    images : bound on their number.
+    store : what is kept of each layer, unless all are `full`. tails : of streamed layers.
     """
 
     layers: str | list[str]

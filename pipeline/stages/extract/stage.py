@@ -1,13 +1,13 @@
-"""The stage `extract`: one forward pass per (data set, network) fills the stores of all its layers.
+"""The stage `extract`: fill the stores of all layers in one forward pass per (data set, network).
 
 Writes, for whole shards that hold images of the wanted split,
     layers/<layer id>/activations.zarr  activation (image, unit, y, x) float16 = value / attrs["scale"] ·
                                         maximum, mean (image, unit) float32 · special (image, token, unit) float16 for
                                         class and register tokens
     <network>/logits.zarr               logits (image, class) float32
-A shard that was not extracted is absent and reads as NaN, and so are the maps of a layer that is stored pooled: it has
-everything else. So are those of a layer that is not stored (`store: none`), whose thresholds are counted in the same
-forward pass (`streaming`).
+A shard that was not extracted is absent and reads as NaN. A layer that is stored pooled has everything but the maps,
+which read as NaN. So do the maps of a streamed layer (`store: none`), whose thresholds are counted in the same forward
+pass (`streaming`).
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def steps(draft: Draft) -> Iterator[Wanted]:
 
 
 def settings_of(spec: Network, dataset: AnyDataset, limit: int | None) -> Settings:
-    """Return what an extraction's id is made of; `limit` bounds the images."""
+    """Return the content of an extraction's id; `limit` bounds the images."""
     optional: dict[str, Any] = {} if spec.store == "full" else {"store": spec.store}
     if spec.streams:
         optional["tails"] = Tails.of(dataset.dissect.resolved(), dataset.label_map_size)
@@ -112,7 +112,7 @@ def run(job: Job) -> None:
         ]
         job.refers_to([layer.store.parent for layer in layers])
         layers = [open_layer(layer, images) for layer in alike(layers)]
-        if prepared.classes is None:  # those of another network that had this name
+        if prepared.classes is None:  # left by another network of this name
             remove(logits)
         else:
             open_logits(logits, images, prepared.classes)
@@ -120,7 +120,8 @@ def run(job: Job) -> None:
         tails = Counting(job, images, shards)
         made: set[int] = set()
         while True:
-            # Two names of one output, a block and its last part say, have one id and one store: full if one asks.
+            # Two names of one output, for example a block and its last part, share one id and one store: full if either
+            # asks for it.
             by_wish = sorted(layers, key=lambda layer: (not layer.pooled, layer.streamed))
             distinct = {layer.id: layer for layer in by_wish}
             ledgers = {id: Ledger(layer.store.with_suffix(".ledger")) for id, layer in distinct.items()}
@@ -138,7 +139,7 @@ def run(job: Job) -> None:
                         if not holds(ledgers[id], shard, shard_id(images, shard, layer), layer.store, layer.pooled)
                     ]
                     for layer in missing:
-                        if str(shard) in ledgers[layer.id].entries:  # its files are about to become others
+                        if str(shard) in ledgers[layer.id].entries:  # its files are about to change
                             remove_others(layer.store.parent / "done", "activations")
                     known = prepared.classes is None or logits_ledger.get(
                         str(shard), logits_id(images, shard, model, prepared.numerics), logits
@@ -170,7 +171,7 @@ def run(job: Job) -> None:
                     tails.record(done)
             if not overflow:
                 break
-            # The values of some image are beyond the headroom: those layers again, at a scale that holds all of them.
+            # Some values exceed the headroom: extract those layers again, at a scale that holds all values.
             layers = [
                 open_layer(replace(layer, scale=scale_for(overflow[layer.id])), images)
                 if layer.id in overflow
@@ -191,9 +192,10 @@ def run(job: Job) -> None:
 
 
 def pending(job: Job) -> tuple[int, int]:
-    """Count the shards that a run would put through the network now, and all of them, of the images that are ingested.
+    """Count the shards that a run would put through the network now, and all of them, among the ingested images.
 
-    Layers are known where the last extraction read the same weights in the same way; else it is all shards at most.
+    The layers are known if the last extraction read the same weights in the same way; otherwise all shards are an upper
+    bound.
     """
     from pipeline.storage.store import Ledger
 
@@ -210,7 +212,7 @@ def pending(job: Job) -> tuple[int, int]:
         kept = model.spec.kept(layer.name)
         known.append((layer.scale, kept != "full", store, Ledger(store.with_suffix(".ledger"))))
         if kept == "none":
-            info = LayerInfo(layer.name, layer.shape, "map", 0, "", "")  # the tails' store needs the shape alone
+            info = LayerInfo(layer.name, layer.shape, "map", 0, "", "")  # the store of tails needs only the shape
             if not tails.known(Layer(layer.id, store, info, layer.scale, True, streamed=True)):
                 return len(shards), len(shards)
     for block, members in tails.blocks.items():
@@ -229,7 +231,7 @@ def pending(job: Job) -> tuple[int, int]:
 
 
 def _same_layers(job: Job, before: Manifest) -> bool:
-    """Whether an earlier extraction had the layers that this one will have; the network may not be made yet."""
+    """Return whether an earlier extraction had this one's layers; the network may not exist yet."""
     decisive = ("version", "layers", "special_tokens", "preprocessing", "numerics")
     try:
         model = job.model
@@ -241,7 +243,7 @@ def _same_layers(job: Job, before: Manifest) -> bool:
 
 
 def made(job: Job) -> list[Path]:
-    """Return the files and folders of an extraction, shared layers included."""
+    """Return the files and folders of an extraction, including shared layers."""
     found = [job.folder / "logits.zarr", job.folder / "logits.ledger"]
     before = job.before()
     for layer in Extracted.of(before).layers if before else ():
@@ -252,7 +254,7 @@ def made(job: Job) -> list[Path]:
 
 
 def owned(manifest: Manifest, path: Path) -> set[Path]:
-    """Return the layers that an extraction includes, and the tails that were counted of them."""
+    """Return an extraction's layers, and their counted tails."""
     results, found = path.parents[3], set()
     for name in manifest.includes:
         found.add((results / name).parent.parent)
@@ -262,7 +264,7 @@ def owned(manifest: Manifest, path: Path) -> set[Path]:
 
 
 def unreferenced(results: Path, used: set[Path]) -> Iterator[Path]:
-    """Yield what is kept of earlier weights and was cut short, or what `repair` gave up; the rest stays."""
+    """Yield kept results of earlier weights that are incomplete or that `repair` dropped; all others stay."""
     yield from (home for home in sorted(results.glob("*/*/before/*/")) if not list(home.glob("done/before.*.json")))
 
 
@@ -282,7 +284,7 @@ def finish_layer(
     counted: Files = {}
     extra: dict[str, Any] = {}
     if layer.streamed:
-        # What the maps would be is known by what they would be made from; the tails depend on a sample.
+        # Unstored maps are identified by what they would be computed from: the tails depend on a sample.
         contents |= {"store": kept, "shards": made_of}
         one = tails.layers[layer.id]
         wish.append(one.store.stem)
@@ -348,21 +350,21 @@ def cost(job: Job, done: bool) -> Cost:
 
 
 def _layers_there(job: Job, names: Sequence[str]) -> dict[str, float]:
-    """Return the bytes of the layers that are on the disk, by name, as far as an earlier extraction tells.
+    """Return the bytes of the layers on disk, by name, as far as an earlier extraction tells.
 
-    One that was interrupted has noted which folders it fills, and not of which layers: each gets an equal part.
+    An interrupted one has noted the folders that it fills, but not their layers: each gets an equal part.
     """
     before = job.before()
     if before is not None and _same_layers(job, before):
         layers = Extracted.of(before).layers
         return {layer.name: size_of(layer.folder(job.dataset_folder) / "activations.zarr") for layer in layers}
-    folders = [folder for folder in job.noted() if not folder.endswith(".zarr")]  # those are inside
+    folders = [folder for folder in job.noted() if not folder.endswith(".zarr")]  # the others are inside these
     begun = sum(size_of(job.results / folder) for folder in folders)
     return dict.fromkeys(names, begun / len(names))
 
 
 def check(job: Job) -> Iterator[str]:
-    """Tell what is wrong with the key `store` of a network, whose layers are known now."""
+    """Yield problems with a network's key `store`, now that its layers are known."""
     if job.is_control:
         return
     network = job.network_spec

@@ -1,15 +1,15 @@
-"""Layers that are not stored (`store: none`): what is counted of their maps while the network computes them.
+"""Streamed layers (`store: none`): count their maps while the network computes them.
 
-Two forward passes over the images take the place of the maps. The first, in the stage `extract`, counts the tail of
-every unit (`kernels.dissection.threshold`) in a bracket that comes from some of the images; the second, in `dissect`,
-meets the thresholds with the label maps. In both the maps are rounded as a store would hold them, in the same
-micro-batches, so thresholds and IoU are those of a layer that is stored, to the bit.
+Two forward passes over the images replace the stored maps. The first, in the stage `extract`, counts the tail of every
+unit (`kernels.dissection.threshold`) in a bracket from a sample of the images. The second, in `dissect`, compares maps
+above the thresholds with the label maps. Both round the maps as a store would hold them, in the same micro-batches, so
+thresholds and IoU equal those of a stored layer to the bit.
 
 Writes, beside the layer's `activations.zarr`,
     layers/<layer id>/tails-<id>.zarr  count (block, bin) int64: values of each unit by bins of float16 codes ·
                                        positions (block) int64 · lowest (block, unit) float32 ·
                                        floor, ceiling, offset (unit) int64: codes of the bracket, first bin
-A block is a run of shards: there are at most `BLOCKS`, whatever the number of images, and each is counted by one task.
+A block is a run of shards: there are at most `BLOCKS`, whatever the number of images, and one task counts each.
 """
 
 from __future__ import annotations
@@ -39,25 +39,25 @@ if TYPE_CHECKING:
     from pipeline.networks.layer import LayerInfo
     from pipeline.storage.store import Ledger
 
-TAIL = 2000  # bytes of the counters of a unit in a block, compressed
+TAIL = 2000  # bytes of a unit's counters in a block, compressed
 BLOCKS = 64
-SAMPLE_SHARDS, SAMPLE_IMAGES = 4, 32  # images of each of the first shards: where the thresholds probably lie
-# A unit that is missed costs another forward pass: the brackets are wider than those of stored maps, and so are bins.
+SAMPLE_SHARDS, SAMPLE_IMAGES = 4, 32  # first shards, and images of each: a sample that brackets the thresholds
+# A missed unit costs another forward pass, so the brackets, and with them the bins, are wider than for stored maps.
 ERRORS, MARGIN = 6.0, 3.0
-ALIKE = 4  # images whose maps are looked at in the same places
-BINS = 1 << 16  # every code has its own
+ALIKE = 4  # images whose maps are sampled at the same positions
+BINS = 1 << 16  # one per code
 COUNTERS = 1 << 25  # of all layers of a network, as int64
 
 
 @dataclass(frozen=True)
 class Streamed:
-    """A layer whose maps are not stored, as tasks name it.
+    """A streamed layer, as tasks name it.
 
     Attributes
     ----------
     store : of its tails.
-    size, border, quantile : of the thresholds: where positions are counted, and what share of them.
-    bracket : in which they are counted; None before the sample was taken.
+    size, border, quantile : of the thresholds: where positions are counted, and the share of them above a threshold.
+    bracket : the range in which they are counted; None before the sample.
     """
 
     id: str
@@ -87,7 +87,7 @@ class Part:
 
 
 def streamed(folder: Path, id: str, info: LayerInfo, scale: float, settings: Tails) -> Streamed:
-    """Return a layer with the store of its tails, in `folder`; `settings` have the size of the label maps."""
+    """Return a layer with the store of its tails, in `folder`; `settings` hold the size of the label maps."""
     height, width = settings.counted_at(info.shape[1:])
     name = digest([settings.version, settings.quantile, settings.border, [height, width], scale])
     store = folder / f"tails-{name}.zarr"
@@ -95,7 +95,10 @@ def streamed(folder: Path, id: str, info: LayerInfo, scale: float, settings: Tai
 
 
 def blocks(shards: Iterable[int], total: int) -> dict[int, list[int]]:
-    """The shards by block, of a data set of so many: a power of two of them, so that blocks stay as images come."""
+    """Group the shards of a data set into blocks.
+
+    Blocks have a power of two of shards, so they stay the same when images are added.
+    """
     length = 1
     while -(-total // length) > BLOCKS:
         length *= 2
@@ -106,7 +109,7 @@ def blocks(shards: Iterable[int], total: int) -> dict[int, list[int]]:
 
 
 def parts(images: Images, shards: Iterable[int], counts: np.ndarray) -> dict[int, Part]:
-    """The shards of a pass, with the rows at which `counts` (image,) is true."""
+    """Return the shards of a pass, with the rows at which `counts` (image,) is true."""
     found = {}
     for shard in shards:
         start, stop = images.range(shard)
@@ -115,7 +118,7 @@ def parts(images: Images, shards: Iterable[int], counts: np.ndarray) -> dict[int
 
 
 def block_id(layer: Streamed, images: Images, block: Iterable[Part], shown: Mapping[int, np.ndarray]) -> str:
-    """What the tail of a block was counted from; the store's folder and name say the rest."""
+    """Return the id of a block's tail; the store's folder and name cover the rest."""
     bracket = layer.counters
     made_of = [[images.contents[part.shard], part.rows.tolist(), shown[part.shard].tolist()] for part in block]
     return digest([made_of, bracket.bins, bracket.floor.tolist(), bracket.ceiling.tolist()])
@@ -125,9 +128,9 @@ def block_id(layer: Streamed, images: Images, block: Iterable[Part], shown: Mapp
 
 
 def with_bracket(layer: Streamed, ledger: Ledger) -> Streamed:
-    """The layer with the bracket that its store holds; as it was where there is none.
+    """Return the layer with the bracket in its store; unchanged if there is none.
 
-    Any bracket gives the same thresholds, so one that is there stays, whatever became of the images it came from.
+    Every bracket gives the same thresholds, so an existing one stays, whatever happened to its sample images.
     """
     from kernels.dissection.brackets import Bracket
     from pipeline.storage.store import Reader, attributes
@@ -142,7 +145,7 @@ def with_bracket(layer: Streamed, ledger: Ledger) -> Streamed:
 
 
 def open_store(layer: Streamed, count: int, ledger: Ledger) -> None:
-    """Create the store of a layer's tails for so many blocks, or bring one that is there to that; write the bracket."""
+    """Create the store of a layer's tails, or resize it, to `count` blocks; write the bracket."""
     from pipeline.storage.store import Array, create, remove_partials, write
 
     bracket = layer.counters
@@ -164,10 +167,10 @@ def open_store(layer: Streamed, count: int, ledger: Ledger) -> None:
 def sample(
     model: Model, images: Path, shards: Sequence[Part], layers: Sequence[Streamed]
 ) -> tuple[dict[str, Bracket], dict[str, float]]:
-    """On a worker: brackets of layers, by id, from some images of some shards; or the largest value of one that does
-    not fit float16, whose bracket is then to be taken again.
+    """Find the layers' brackets, by id, from some images of some shards, on a worker.
 
-    An image that is not finite is left out: the pass over all images names it.
+    A layer that exceeds float16 gets its largest value instead, and its bracket has to be taken again. Images with
+    values that are not finite are left out: the pass over all images names them.
     """
     import torch
 
@@ -226,7 +229,7 @@ def sample(
 
 
 class Counter:
-    """On a worker: the tail of a layer over the shards of a block, from each output as soon as it is ready."""
+    """Count a layer's tail over the shards of a block, from each output as soon as it is ready, on a worker."""
 
     def __init__(self, layer: Streamed) -> None:
         from kernels.dissection.brackets import Tail
@@ -238,11 +241,11 @@ class Counter:
         self.rows = self.shown = np.empty(0, np.int64)
 
     def begin(self, part: Part, shown: np.ndarray) -> None:
-        """The outputs that follow are those of this shard; `shown` are its rows whose lowest values are wanted."""
+        """Start a shard: later outputs belong to it; `shown` are its rows whose lowest values are wanted."""
         self.rows, self.shown = part.rows, shown
 
     def take(self, at: int, maps: torch.Tensor) -> None:
-        """Maps (image, unit, y, x) float32 that fit float16, of the images of the shard from `at` on."""
+        """Count maps (image, unit, y, x) float32 that fit float16, of the shard's images from `at` on."""
         from kernels.dissection.threshold import count_tail
 
         rows = within(self.rows, at, len(maps))
@@ -268,13 +271,13 @@ class Counter:
 
 
 def within(rows: np.ndarray, at: int, count: int) -> np.ndarray:
-    """Those of some ascending rows of a shard that lie in `count` images from `at` on, counted from there."""
+    """Return the ascending rows of a shard that lie in `count` images from `at` on, relative to `at`."""
     first, last = np.searchsorted(rows, [at, at + count])
     return rows[first:last] - at
 
 
 def as_stored(maps: torch.Tensor, rows: np.ndarray, scale: float) -> np.ndarray | torch.Tensor:
-    """Maps of some rows, float16 as a store would hold them: an array, on a GPU a tensor, which stays there."""
+    """Return the maps of some rows, as float16 like in a store: an array, or on a GPU a tensor, which stays there."""
     chosen = maps if len(rows) == len(maps) else maps[rows]
     halved = half(chosen, scale).contiguous()
     return halved if halved.is_cuda else halved.numpy()
@@ -284,7 +287,7 @@ def as_stored(maps: torch.Tensor, rows: np.ndarray, scale: float) -> np.ndarray 
 
 
 def read_tail(layer: Streamed, files: Files, wanted: Iterable[int]) -> tuple[Tail, np.ndarray]:
-    """The tail over some blocks, and the lowest stored value of every unit over the images of the pictures' sample."""
+    """Read the tail over some blocks, and each unit's lowest stored value over the sample images of pictures."""
     from kernels.dissection.brackets import Bracket, Tail
     from pipeline.storage.store import Reader
 
@@ -306,8 +309,10 @@ def forward(
     layers: Sequence[Streamed],
     take: Callable[[Streamed, int, torch.Tensor], None],
 ) -> None:
-    """On a worker: a shard through the network; `take(layer, at, maps)` gets the maps (image, unit, y, x) float32 of
-    its images from `at` on."""
+    """Run a shard through the network, on a worker.
+
+    `take(layer, at, maps)` gets the maps (image, unit, y, x) float32 of its images from `at` on.
+    """
     import torch
 
     from pipeline.networks.layers import to_maps
@@ -323,12 +328,11 @@ def forward(
     forward_in_batches(model, pixels, list(by_name), taken, stop_early=True)
 
 
-# Blocks of a pass that are done ---------------------------------------------------------------------------------------
+# Finished blocks of a pass --------------------------------------------------------------------------------------------
 
 
 class Finished:
-    """What the tasks of a pass have counted so far, a file a block, in the scratch folder: a run that was cut short
-    goes on after the last block."""
+    """The finished blocks of a pass, one file each in the scratch folder: an interrupted run resumes after them."""
 
     def __init__(self, scratch: Path, id: str) -> None:
         from pipeline.storage.store import Ledger
@@ -343,7 +347,7 @@ class Finished:
         self.ledger.record(str(block), made_from, files)
 
     def read(self, block: int) -> Mapping[str, np.ndarray]:
-        """The arrays of a block, if the file is what was written."""
+        """Read the arrays of a block, if the file is intact."""
         from pipeline.storage.store import verified_bytes
 
         files = self.ledger.files([str(block)])
@@ -359,7 +363,7 @@ class Finished:
 
 
 def blocks_folder(scratch: Path) -> Path:
-    """Where what is counted of blocks lies until the results are written."""
+    """Return the folder that holds counted blocks until the results are written."""
     return scratch / "blocks"
 
 
@@ -368,7 +372,7 @@ def name_of(block: int) -> str:
 
 
 def save(folder: Path, block: int, arrays: Mapping[str, np.ndarray]) -> Files:
-    """On a worker: write what was counted of a block; return its file with size and crc32c."""
+    """Write the counts of a block, on a worker; return its file with size and crc32c."""
     data = io.BytesIO()
     np.savez_compressed(data, **arrays)  # type: ignore[arg-type]
     write_atomically(folder / name_of(block), data.getvalue())
@@ -383,9 +387,9 @@ def tail_block(
     shards: Sequence[Part],
     layers: Sequence[tuple[Streamed, np.ndarray, Path | None]],
 ) -> tuple[int, dict[str, Any]]:
-    """On a worker: the tails of some units of layers over a block, each in the layer's bracket, by layer id.
+    """Count tails of some units of layers over a block, by layer id, each in its layer's bracket, on a worker.
 
-    With a folder they are written there, and the files returned; else the tails themselves.
+    With a folder, write them there and return the files; otherwise return the tails.
     """
     from kernels.dissection.threshold import count_tail
 
@@ -415,8 +419,10 @@ def tail_block(
 
 
 def memory_need(layers: Iterable[Streamed], micro_batch: int) -> int:
-    """Bytes of counting beside a forward: one layer's maps of a micro-batch a few times over, and the counters of all,
-    which are merged in int64."""
+    """Return the bytes of counting besides a forward pass.
+
+    They are a few copies of one layer's maps of a micro-batch, and the counters of all layers, merged in int64.
+    """
     layers = list(layers)
     largest = max((math.prod(layer.info.shape) for layer in layers), default=0)
     counters = sum(int(layer.counters.offset[-1]) for layer in layers if layer.bracket is not None)

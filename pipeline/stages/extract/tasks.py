@@ -1,4 +1,4 @@
-"""What workers do for the stage `extract`: some shards through the network, and what is kept of each layer written."""
+"""Worker tasks of the stage `extract`: run shards through the network, and write what is kept of each layer."""
 
 from __future__ import annotations
 
@@ -40,8 +40,11 @@ REMEDY = "lower `shard_images` of the data set or `numerics.micro_batch` of the 
 
 @dataclass
 class Shard:
-    """What one task says of its shard, by layer id: the files written (logits under ""), or the largest value of a
-    layer that did not fit float16, whose shard is then not written."""
+    """A task's result for one shard, by layer id.
+
+    `files` are those written (logits under ""); `overflow` is the largest value of a layer that exceeds float16, whose
+    shard is then not written.
+    """
 
     shard: int
     files: dict[str, Files] = field(default_factory=dict)
@@ -50,7 +53,7 @@ class Shard:
 
 @dataclass
 class Block:
-    """What one task says of its shards, and the files of the tails that it wrote, by layer id."""
+    """A task's results for its shards, and the tail files that it wrote, by layer id."""
 
     block: int
     shards: list[Shard]
@@ -59,7 +62,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Extraction(Prepared):
-    """A network as an extraction knows it: its layers with their ids and scales.
+    """A network in an extraction: its layers with their ids and scales.
 
     `classes` is None for a network without a head; `numerics` is all else that decides the last bits.
     """
@@ -73,7 +76,7 @@ class Extraction(Prepared):
 def prepare_extraction(
     model: Model, size: tuple[int, int], layers: str | Sequence[str], special_tokens: int | None, version: int
 ) -> Extraction:
-    """Load the network, resolve its layers, compute their ids, and find each layer's scale. Runs on a worker.
+    """Load the network, resolve its layers, compute their ids, and find each layer's scale, on a worker.
 
     The scale comes from a forward pass over fixed noise, so it depends on the layer alone and not on the images.
     """
@@ -93,10 +96,10 @@ def prepare_extraction(
 
 
 def memory_need(layers: Iterable[Layer], prepared: Prepared, spec: Network, images: int, size: tuple[int, int]) -> int:
-    """Bytes of a task on `images` of a size: the weights as loaded and as used, a forward, and what is kept.
+    """Return the bytes of a task on `images` of a size: weights as loaded and as used, a forward pass, its outputs.
 
-    In a forward without gradients an operation's input, output and workspace live, and an output is divided and halved
-    there. What is kept of outputs is float16, and copied and compressed when it is written.
+    In a forward pass without gradients, an operation's input, output and workspace are alive, and outputs are divided
+    and halved there. Kept outputs are float16, and are copied and compressed when they are written.
     """
     layers = list(layers)
     maps = [0 if layer.pooled else math.prod(layer.info.shape) for layer in layers]
@@ -114,7 +117,7 @@ def extract_block(
     parts: list[tuple[Part, np.ndarray, list[Layer], Path | None]],
     streamed: list[Streamed],
 ) -> Block:
-    """On a worker: some shards, one after the other, and the tails of layers over all of them."""
+    """Extract some shards in turn, and count the tails of layers over all of them, on a worker."""
     counters = {layer.info.name: Counter(layer) for layer in streamed}
     done = Block(block, [], {})
     for part, shown, layers, logits in parts:
@@ -138,10 +141,10 @@ def extract_shard(
     logits: Path | None,
     counters: Mapping[str, Counter] | None = None,
 ) -> Shard:
-    """On a worker: one shard through the network, in micro-batches of fixed size, and its files written.
+    """Run one shard through the network, in micro-batches of fixed size, and write its files, on a worker.
 
     Every image of the shard goes through, so the micro-batches are the same whichever images count; slots without a
-    valid image are black. `counters` get the outputs of the layers of their names too.
+    valid image are black. `counters` also get the outputs of the layers that they are named after.
     """
     import torch
 
@@ -151,7 +154,7 @@ def extract_shard(
     pixels = torch.from_numpy(Reader(images, files)["image"][start:stop])
     counting = dict(counters or {})
     kept = {layer.name: Kept.empty(layer, len(pixels), counting.pop(layer.name, None)) for layer in layers}
-    for name, counter in counting.items():  # of which all else is there
+    for name, counter in counting.items():  # streamed layers that are otherwise complete
         uncounted = counter.layer
         unwritten = Layer(uncounted.id, Path(), uncounted.info, uncounted.scale, pooled=True)
         kept[name] = Kept.empty(unwritten, len(pixels), counter)
@@ -181,11 +184,11 @@ def extract_shard(
 
 @dataclass
 class Kept:
-    """What a shard keeps of a layer, taken from its output as soon as that is ready: a forward holds no outputs.
+    """What a shard keeps of a layer, taken from its output as soon as it is ready: a forward pass holds no outputs.
 
-    `maps` (image, unit, y, x) and `special` (image, token, unit) are float16, divided by the layer's scale; None where
+    `maps` (image, unit, y, x) and `special` (image, token, unit) are float16, divided by the layer's scale; None if
     there are none to keep. `maximum`, `mean` (image, unit) and `largest` (image), the largest absolute value, are
-    float32 and not divided. `counter` counts the maps of a layer that is not stored.
+    float32 and not divided. `counter` counts the maps of a streamed layer.
     """
 
     layer: Layer
@@ -213,7 +216,7 @@ class Kept:
         )
 
     def take(self, at: int, output: torch.Tensor) -> None:
-        """The output for the images of the shard from `at` on."""
+        """Take the output for the shard's images from `at` on."""
         import torch
 
         from pipeline.networks.layers import to_maps
@@ -223,7 +226,7 @@ class Kept:
         maximum = maps.amax((2, 3))
         to_host(maximum, self.maximum[part])
         to_host(maps.mean((2, 3)), self.mean[part])
-        # NaN and infinity come through: `isfinite` on every value takes longer than all the rest.
+        # NaN and infinity pass through: `isfinite` on every value takes longer than all the rest.
         largest = torch.maximum(maximum, -maps.amin((2, 3))).amax(1)
         if self.maps is not None:
             to_host(half(maps, self.layer.scale), self.maps[part])
@@ -231,12 +234,13 @@ class Kept:
             largest = torch.maximum(largest, special.abs().amax((1, 2)))
             to_host(half(special, self.layer.scale), self.special[part])
         to_host(largest, self.largest[part])
-        # What is not finite or too large is not counted: the shard is refused, or the layer scaled and counted again.
+        # Values that are not finite or too large are not counted: the shard is refused, or the layer is rescaled and
+        # recounted.
         if self.counter is not None and bool((largest <= HALF_MAX * self.layer.scale).all()):
             self.counter.take(at, maps)
 
     def values(self, start: int) -> dict[str, tuple[tuple[int, ...], np.ndarray]]:
-        """The blocks to write, for a shard that begins with image `start`."""
+        """Return the blocks to write, for a shard that begins with image `start`."""
         found: dict[str, tuple[tuple[int, ...], np.ndarray]] = {
             "maximum": ((start, 0), self.maximum.numpy()),
             "mean": ((start, 0), self.mean.numpy()),

@@ -1,1 +1,1 @@
-"""Images of a data set, decoded."""
+"""Decoded images of a data set."""

@@ -1,4 +1,4 @@
-"""What the id of an ingested data set is made of; `pipeline.data.kinds.settings` gives it."""
+"""The content of an ingested data set's id; `pipeline.data.kinds.settings` builds it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ class Settings(Record):
 
     Attributes
     ----------
-    listing : digest of all that is listed. images : how many. size : (height, width). source : where they come from.
-    scenes : version of the drawn scenes. geometry, max_pixels : how a file is decoded. array : of an npz.
+    listing : digest of the whole listing. images : their number. size : (height, width). source : where they come from.
+    scenes : version of the drawn scenes. geometry, max_pixels : how a file is decoded. array : of an npz file.
     """
 
     kind: str

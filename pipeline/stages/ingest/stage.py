@@ -1,9 +1,9 @@
-"""The stage `ingest`: every image is decoded once, into `images.zarr`; no later pass opens an image file.
+"""The stage `ingest`: decode every image once, into `images.zarr`; no later pass opens an image file.
 
 Writes
     images.zarr     image (image, channel, y, x) uint8 · label (image) int64, -1: none · split (image) · valid (image) ·
                     coords image_id · attrs classes
-    quarantine.csv  image_id, path, reason: every input that was refused. It keeps its slot, with valid = False
+    quarantine.csv  image_id, path, reason: every refused input. It keeps its slot, with valid = False
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ CODE = (
     "pipeline/data/csv_tables.py",
     "pipeline/data/torchvision_data.py",
 )
-SOURCE = "source"  # the entry of the ledger that says where the images come from
+SOURCE = "source"  # the ledger entry with the source of the images
 REMEDY = "lower `shard_images` or `max_pixels` of the data set"
-IMAGE = 6e-3  # CPU seconds to decode an image and bring it to size: assumed, until ingest has run once
-COLUMN = (65536,)  # chunk of what has one value an image: the same for any number, so that a longer store keeps its ids
+IMAGE = 6e-3  # CPU seconds to decode and resize an image: assumed, until ingest has run once
+COLUMN = (65536,)  # chunk of arrays with one value per image: fixed, so that a store that grows keeps its ids
 
 
 def steps(draft: Draft) -> Iterator[Wanted]:
@@ -79,7 +79,7 @@ def run(job: Job) -> None:
     parts = Parts(store, shard_ids(job.identity, listed, at, per_shard))
 
     def arguments(shard: str, _: list[str]) -> tuple:
-        """Made as it is handed out: a million names are not held twice."""
+        """Build a task's arguments when it is submitted: a million names are not held twice."""
         part = slice(int(shard) * per_shard, (int(shard) + 1) * per_shard)
         items = [str(name) if i >= 0 else None for name, i in zip(image_id[part], at[part], strict=True)]
         known = {name: listed.refused[name] for name in items if name in listed.refused}
@@ -130,7 +130,7 @@ def run(job: Job) -> None:
 
 
 def memory_need(dataset: AnyDataset, size: tuple[int, int]) -> int:
-    """Bytes of a task: the pixels of a shard, as read and compressed, and what reading takes."""
+    """Return the bytes of a task: the pixels of a shard, as read and compressed, and the overhead of reading."""
     return 2 * 3 * dataset.shard_images * size[0] * size[1] + kinds.memory_need(dataset)
 
 
@@ -161,14 +161,14 @@ def cost(job: Job, done: bool) -> Cost:
 
 
 def slots_of(listed: Listing, store: Path, ledger: Ledger, source: str) -> tuple[np.ndarray, np.ndarray]:
-    """Image id of every slot, and its place in the listing (-1: gone); known images keep their slots."""
+    """Return the image id of every slot, and its position in the listing (-1: gone); known images keep their slots."""
     from pipeline.data.listing import slots
 
     return slots(listed, known_ids(store) if source_of(store, ledger) == source else None)
 
 
 def is_used(listed: Listing, at: np.ndarray) -> np.ndarray:
-    """Boolean (slot,): the image of the slot is listed and within the data set's bound."""
+    """Return whether each slot's image is listed and within the data set's bound, as boolean (slot,)."""
     used = at >= 0
     if listed.chosen is not None:
         used[used] = listed.chosen[at[used]]
@@ -176,11 +176,10 @@ def is_used(listed: Listing, at: np.ndarray) -> np.ndarray:
 
 
 def shard_ids(identity: Mapping[str, Any], listed: Listing, at: np.ndarray, per_shard: int) -> dict[str, str]:
-    """Return what each shard is made from: the records of all its images, within the bound or not, and how they are
-    decoded, of which `identity` is that of the step.
+    """Return the id of each shard: a digest of its images' records, within the bound or not, and of their decoding.
 
-    A shard whose images are all beyond the bound has none: it stays as it is. One with an image that is gone is made,
-    so that nothing of that image stays.
+    `identity` is that of the step. A shard whose images are all beyond the bound has no id: it stays as it is. A shard
+    with a vanished image has one, so that its recomputation removes that image.
     """
     common = {key: value for key, value in identity.items() if key not in ("listing", "images")}
     wanted = np.unique(np.flatnonzero(is_used(listed, at) | (at < 0)) // per_shard)
@@ -196,13 +195,13 @@ def shard_ids(identity: Mapping[str, Any], listed: Listing, at: np.ndarray, per_
 
 
 def shards_of(shard: np.ndarray) -> dict[str, int]:
-    """How many images each shard holds, from the shard of every image; shards in order, as JSON names them."""
+    """Return the number of images of each shard, from the shard of every image; shards in order, as JSON names them."""
     found, count = np.unique(shard, return_counts=True)
     return {str(name): int(images) for name, images in zip(found, count, strict=True)}
 
 
 def source_of(store: Path, ledger: Ledger) -> str | None:
-    """Return the source of the images that a store holds: as it says or, where its zarr.json is damaged, its ledger."""
+    """Return the source of a store's images, from the store or, if its zarr.json is damaged, from its ledger."""
     from pipeline.storage.store import attributes
 
     return attributes(store).get("source") or ledger.entries.get(SOURCE, {}).get("id")
@@ -211,7 +210,7 @@ def source_of(store: Path, ledger: Ledger) -> str | None:
 def known_ids(store: Path) -> np.ndarray | None:
     """Return the image ids of the store in slot order.
 
-    Slots at the end without an id are those of an ingest that was cut short: they are given out again.
+    Slots at the end without an id come from an interrupted ingest: they are reassigned.
     """
     import zarr
 
@@ -228,7 +227,7 @@ def known_ids(store: Path) -> np.ndarray | None:
 def open_store(
     store: Path, dataset: AnyDataset, count: int, size: tuple[int, int], classes: list[str], source: str, ledger: Ledger
 ) -> None:
-    """Create the store, or bring the one that holds this data set to more slots; another data set's makes way."""
+    """Create the store, or resize it if it holds this data set; a store of another data set is replaced."""
     from pipeline.storage.store import Array, create, remove, remove_partials
 
     if source_of(store, ledger) != source:
@@ -257,7 +256,7 @@ def ingest_shard(
     known_refused: dict[str, str],
     size: tuple[int, int],
 ) -> Done:
-    """On a worker: decode the images of one shard and write them. A refused or vanished image leaves black pixels.
+    """Decode the images of one shard and write them, on a worker. A refused or vanished image leaves black pixels.
 
     The facts are the digest of the shard's pixels, and what was refused and why.
     """

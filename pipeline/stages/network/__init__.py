@@ -1,1 +1,1 @@
-"""Weights: read, drawn or trained."""
+"""Network weights: loaded, random or trained."""

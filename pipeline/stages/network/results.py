@@ -1,4 +1,4 @@
-"""What `network` promises to the stages that read it."""
+"""What `network` promises to later stages."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pipeline.storage.record import Record
 
 
 class Weights(Record):
-    """What the manifest of `network` says.
+    """The result in the manifest of `network`.
 
     Attributes
     ----------

@@ -1,4 +1,4 @@
-"""What a network's id is made of."""
+"""The content of a network's id."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from pipeline.storage.record import Record
 
 
 class Settings(Record):
-    """The builder, and one of: the recipe of a training, the seed of random weights, a run, or a checkpoint's digest.
+    """The builder, and one of: a training recipe, the seed of random weights, a run, or a checkpoint's digest.
 
     Attributes
     ----------
-    architecture : as `pipeline.networks.identity.architecture` says it.
-    preprocessing : model.json tells it, and a training depends on it.
-    train : data set, split, recipe and seed, since the weights are not known before; not how often it is saved.
-    weights : of a run, which the parents name.
-    checkpoint : sha256 of the file; where published weights are in several files, of each. prefix : of its keys.
+    architecture : from `pipeline.networks.identity.architecture`.
+    preprocessing : model.json records it, and a training depends on it.
+    train : data set, split, recipe and seed, since the weights are not known in advance; without the checkpoint
+        interval.
+    weights : of a run; the parents name it.
+    checkpoint : sha256 of the file, or of each file if published weights have several. prefix : of its keys.
     """
 
     architecture: dict[str, Any]

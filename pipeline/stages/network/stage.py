@@ -1,4 +1,4 @@
-"""The stage `network`: weights are read, drawn or trained, checked, and written as `networks/<network>/`.
+"""The stage `network`: load, draw or train weights, check them, and write them to `networks/<network>/`.
 
 Writes
     model.safetensors  the state dict, tensors only
@@ -48,7 +48,7 @@ CODE = (
 def steps(draft: Draft) -> Iterator[Wanted]:
     for name, spec in draft.networks.items():
         copied = name not in draft.config.networks and spec.weights == "train"
-        if not draft.config.datasets_of(spec) and not copied:  # `only` left it none
+        if not draft.config.datasets_of(spec) and not copied:  # `only` left it no data set
             continue
         parents: tuple[Step, ...] = ()
         read = None
@@ -67,7 +67,7 @@ def steps(draft: Draft) -> Iterator[Wanted]:
 
 
 def settings_of(spec: Network, digests: FileDigests) -> Settings:
-    """Return what the network's id is made of."""
+    """Return the content of the network's id."""
     weights: dict[str, Any]
     match spec.weights:
         case "train":
@@ -88,7 +88,7 @@ def settings_of(spec: Network, digests: FileDigests) -> Settings:
 
 
 def check_fraction(name: str, train: Train, found: Summary) -> None:
-    """Refuse a part of the images of a data set that has fewer images than there are classes."""
+    """Refuse a fraction of a data set's images that is smaller than the number of classes."""
     images = found.splits[train.split]
     part = int(train.fraction * images)
     if train.fraction < 1 and part < max(2, found.classes):
@@ -122,13 +122,13 @@ def run(job: Job) -> None:
 
 
 def made(job: Job) -> list[Path]:
-    """Return the network's files, with what a training left to be taken up again."""
+    """Return the network's files, with the checkpoints from which its training can resume."""
     folder = job.folder
     return [folder / "model.safetensors", folder / "model.json", *folder.glob("training-*")]
 
 
 def owned(manifest: Manifest, path: Path) -> set[Path]:
-    """Return the folder of the training that a network's weights come from."""
+    """Return the training folder of a network's weights."""
     training = manifest.result.get("training")
     return {path.parent.parent / training} if training is not None else set()
 
@@ -148,7 +148,7 @@ STAGE = Stage(
     run=run,
     settings=Settings,
     code=CODE,
-    explains="weights read, drawn or trained; trained only where recipe or training images are others",
+    explains="weights loaded, drawn or trained; trained only if the recipe or the training images changed",
     made=made,
     owned=owned,
     unreferenced=unreferenced,

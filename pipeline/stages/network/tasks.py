@@ -1,4 +1,4 @@
-"""What a worker does for the stage `network`: build, load or train a network, and write its files."""
+"""Worker task of the stage `network`: build, load or train a network, and write its files."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def make(
     training: Training | None,
     taken: tuple[Path, Mapping[str, Any]] | None = None,
 ) -> Weights:
-    """On a worker: build, load or train; write the two files; return the small facts.
+    """Build, load or train a network, on a worker; write its two files; return the small facts.
 
-    `taken` are file and facts of a run's weights, where it is one whose weights they are.
+    `taken` holds the file and facts of a run, if the weights are those of a run.
     """
     from pipeline.networks.build import load
     from pipeline.networks.checkpoint import sha256, write_safetensors
@@ -73,10 +73,10 @@ def make(
 
 
 def _train(spec: Network, folder: Path, given: Training) -> tuple[Any, dict[str, Any]]:
-    """Train, or take up a training that was cut short.
+    """Train, or resume an interrupted training.
 
-    Its folder is named after the recipe and the images that are trained on, and stays: when other images come, only the
-    accuracy is measured again.
+    The recipe and the training images name its folder, which stays: when other images arrive, only the accuracy is
+    measured again.
     """
     import numpy as np
 
@@ -126,9 +126,9 @@ def _train(spec: Network, folder: Path, given: Training) -> tuple[Any, dict[str,
 
 
 def part_of(mask: np.ndarray, label: np.ndarray, image_id: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """(image) bool: a fraction of the images of a mask, of each class, one image at least; those without a class not.
+    """Select a fraction of each class in a mask, at least one image, as (image) bool; drop images without a class.
 
-    In an order of the ids that `seed` changes, so that a smaller part lies within a larger one.
+    Images are taken in an order of their ids that `seed` decides, so a smaller fraction lies within a larger one.
     """
     import numpy as np
 

@@ -12,34 +12,39 @@ ProbeFeatures = Literal["class_token", "pooled", "spatial"]
 
 
 class Probes(Chosen):
-    """Linear probes: how well the classes can be read off each layer by a linear classifier."""
+    """Linear probes: how well a linear classifier reads the classes off each layer."""
 
     networks: list[str] | None = Field(
-        None, description="these networks, with `-untrained` at the end their controls; default: all but controls"
+        None,
+        description="only these networks; the suffix `-untrained` names their controls; default: all except controls",
     )
-    datasets: list[Name] | None = Field(None, description="on these data sets; default: all with classes")
+    datasets: list[Name] | None = Field(None, description="only on these data sets; default: all with classes")
     features: Annotated[list[ProbeFeatures], Field(min_length=1)] = Field(
         ["class_token", "pooled", "spatial"],
-        description="what is read of a layer: its `class_token`, its mean over the positions (`pooled`), single "
-        "positions (`spatial`); those that it has",
+        description="what is read of a layer, if it has it: its `class_token`, its mean over positions "
+        "(`pooled`), single positions (`spatial`)",
     )
-    grid: PositiveInt = Field(2, description="single positions a side, evenly spread, each with a probe of its own")
-    shots: list[PositiveInt] = Field([1, 5, 10], description="images of each class to fit on, beside all there are")
-    draws: Many = Field(10, description="random picks of these images, which are averaged over")
-    fit: str = Field("train", description="the split to fit on")
+    grid: PositiveInt = Field(2, description="single positions per side, evenly spread, each with its own probe")
+    shots: list[PositiveInt] = Field(
+        [1, 5, 10], description="images of each class to fit on, besides a fit on all images"
+    )
+    draws: Many = Field(10, description="random picks of these images, whose results are averaged")
+    fit: str = Field("train", description="split to fit on")
     choose: str | None = Field(
-        None, description="the split that chooses the penalty; default: a `share` of `fit`, which is not fitted on"
+        None, description="split that chooses the penalty; default: a `share` of `fit`, left out of the fit"
     )
     test: str | None = Field(
-        None, description="the split to judge on; default: the one that is dissected. If it is `fit`, a `share` of it"
+        None, description="split to judge on; default: the dissected one. If it is `fit`, a `share` of it"
     )
-    share: Annotated[float, Field(gt=0, lt=0.5)] = Field(0.2, description="of the images of a split with two purposes")
-    images: PositiveInt | None = Field(None, description="bound on the images of each split; default: all")
+    share: Annotated[float, Field(gt=0, lt=0.5)] = Field(
+        0.2, description="share of the images of a split that serves two purposes"
+    )
+    images: PositiveInt | None = Field(None, description="maximum number of images of each split; default: all")
     penalties: Annotated[list[Annotated[float, Field(ge=1e-9)]], Field(min_length=1)] = Field(
         [1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0],
-        description="that one is chosen of, for each image and standardised features",
+        description="candidates for the penalty, per image, with standardised features",
     )
-    seed: NonNegativeInt = Field(0, description="of the shares and of the picks")
+    seed: NonNegativeInt = Field(0, description="of the shares and the random picks")
 
     @model_validator(mode="after")
     def _apart(self) -> "Probes":
@@ -97,4 +102,4 @@ class Settings(Record):
     classes: int
 
 
-SECTION = Probes.section("probes", "with this section, layers are probed; default: none are")
+SECTION = Probes.section("probes", "how layers are probed; default: no probes")

@@ -19,22 +19,22 @@ Corruption = Literal["true_labels", "corrupted_labels", "random_labels", "shuffl
 
 
 class Fitting(Strict):
-    """How a run is trained. What a run leaves out its network says, then the experiment, then the paper."""
+    """How a run is trained. A key that a run omits comes from its network, then the experiment, then the paper."""
 
     epochs: PositiveInt | None = Field(None, description="passes over the images; 100")
     until_fitted: bool | None = Field(
-        None, description="end with the first epoch that predicted every training image right; false"
+        None, description="end after the first epoch that predicts every training image correctly; false"
     )
-    batch_size: PositiveInt | None = Field(None, description="images of a step; 128")
-    learning_rate: Positive | None = Field(None, description="of the first epoch; 0.01")
-    decay: Share | None = Field(None, description="factor of the learning rate after each epoch; 0.95")
+    batch_size: PositiveInt | None = Field(None, description="images per step; 128")
+    learning_rate: Positive | None = Field(None, description="in the first epoch; 0.01")
+    decay: Share | None = Field(None, description="factor on the learning rate after each epoch; 0.95")
     momentum: Annotated[float, Field(ge=0, lt=1)] | None = Field(None, description="of SGD; 0.9")
     weight_decay: NonNegativeFloat | None = Field(None, description="of matrices and filters; 0")
     random_crop: bool | None = Field(
-        None, description="a window of each image at random in place of the one in its centre; false"
+        None, description="crop each image at a random position instead of its centre; false"
     )
     dropout: Annotated[float, Field(ge=0, lt=1)] | None = Field(
-        None, description="share that the network's modules of dropout drop; default: as it is built"
+        None, description="probability of the network's dropout modules; default: as built"
     )
 
 
@@ -87,7 +87,7 @@ class Settings(Record):
 
 
 class RunNetwork(NetworkSpec, Fitting):
-    """A network that runs train from random weights, and what of `Fitting` holds for all of its runs."""
+    """A network that runs train from random weights, with the keys of `Fitting` that hold for all of its runs."""
 
     @model_validator(mode="after")
     def _from_random_weights(self) -> RunNetwork:
@@ -98,15 +98,15 @@ class RunNetwork(NetworkSpec, Fitting):
 
 
 class NoiseRun(Fitting):
-    """One training: a network, what it is to fit, and how."""
+    """One training: a network, what it fits, and how."""
 
     network: Name = Field(description="one of the experiment's `networks`")
-    corruption: Corruption = Field("true_labels", description="what is done to the training images or labels")
+    corruption: Corruption = Field("true_labels", description="corruption of the training images or labels")
     share: Annotated[float, Field(ge=0, le=1)] | None = Field(
-        None, description="with `corrupted_labels`: the probability of each label to be drawn at random"
+        None, description="with `corrupted_labels`: the probability that a label is replaced by a random one"
     )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
-        0, description="of the first weights, the corruption and the order of the images"
+        0, description="of the initial weights, the corruption and the order of the images"
     )
 
     @model_validator(mode="after")
@@ -117,18 +117,18 @@ class NoiseRun(Fitting):
 
 
 class Randomize(Fitting):
-    """How easily networks fit noise: runs on true labels, on corrupted ones, and on images without meaning."""
+    """How easily networks fit noise: runs on true labels, on corrupted labels, and on meaningless images."""
 
     dataset: Name = Field(description="the data set")
-    split: str = Field("train", description="its images to train on")
-    test: str = Field("validation", description="its images to test on, whose labels stay true")
-    images: PositiveInt | None = Field(None, description="the first so many of `split`; default: all")
-    test_images: PositiveInt | None = Field(None, description="the first so many of `test`; default: all")
-    crop: PositiveInt = Field(28, description="height and width of what networks see of an image")
+    split: str = Field("train", description="its split to train on")
+    test: str = Field("validation", description="its split to test on, whose labels stay true")
+    images: PositiveInt | None = Field(None, description="use only the first N images of `split`; default: all")
+    test_images: PositiveInt | None = Field(None, description="use only the first N images of `test`; default: all")
+    crop: PositiveInt = Field(28, description="height and width of the crop that networks see")
     networks: Annotated[dict[Name, RunNetwork], Field(min_length=1)] = Field(description="by name")
     runs: Annotated[dict[Name, NoiseRun], Field(min_length=1)] = Field(description="by name")
-    checkpoint_seconds: NonNegativeFloat = Field(15, description="between two checkpoints of a run")
-    together: PositiveInt = Field(4, description="runs side by side on one GPU; on a core there is one")
+    checkpoint_seconds: NonNegativeFloat = Field(15, description="seconds between two checkpoints of a run")
+    together: PositiveInt = Field(4, description="runs in parallel on one GPU; a CPU core takes one")
 
     @model_validator(mode="after")
     def _known_networks(self) -> Randomize:

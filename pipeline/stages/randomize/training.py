@@ -336,6 +336,6 @@ def set_dropout(network: nn.Module, share: float) -> None:
     """Have every module of dropout drop this share."""
     found = [module for module in network.modules() if isinstance(module, nn.modules.dropout._DropoutNd)]
     if share and not found:
-        raise MicrotomeError("`dropout` is asked for, and the network has no module of dropout")
+        raise MicrotomeError("`dropout` is set, but the network has no dropout module")
     for module in found:
         module.p = share

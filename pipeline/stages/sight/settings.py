@@ -17,25 +17,27 @@ Measure = Literal["receptive_field", "attention", "skips", "localisation"]
 
 
 class Sight(Chosen):
-    """How networks look at images: how far their layers and their attention reach, what their skip connections pass on,
-    and whether their last layer knows where things are."""
+    """How networks see images: reach of layers and attention, use of skip connections, localisation."""
 
     networks: list[str] | None = Field(
-        None, description="these networks; with `-untrained` at the end, their controls; default: all but controls"
+        None,
+        description="only these networks; the suffix `-untrained` names their controls; default: all except controls",
     )
-    datasets: list[Name] | None = Field(None, description="on these data sets; default: all of the network's")
+    datasets: list[Name] | None = Field(None, description="only on these data sets; default: all of the network's")
     measures: Annotated[list[Measure], Field(min_length=1)] = Field(
-        list(get_args(Measure)), description="what is measured; default: all"
+        list(get_args(Measure)), description="measurements to make; default: all"
     )
     images: Annotated[int, Field(ge=4)] = Field(
-        256, description="images that go through each network, once and once more without each of its skip connections"
+        256, description="images that each network sees, once as it is and once without each skip connection"
     )
-    minibatch: Annotated[int, Field(ge=4)] = Field(64, description="images of a minibatch")
-    gradients: PositiveInt = Field(8, description="images of a minibatch whose gradients make receptive fields")
-    seed: NonNegativeInt = Field(0, description="other minibatches for another seed")
-    split: str | None = Field(None, description="the images' split; default: the one that is dissected")
+    minibatch: Annotated[int, Field(ge=4)] = Field(64, description="images per minibatch")
+    gradients: PositiveInt = Field(8, description="images per minibatch whose gradients give receptive fields")
+    seed: NonNegativeInt = Field(0, description="another seed gives other minibatches")
+    split: str | None = Field(None, description="split of the images; default: the dissected one")
     layers: dict[str, Literal["all", "auto"] | Annotated[list[str], Field(min_length=1)]] = Field(
-        {}, description="by network: names or patterns, `auto`, or `all` modules; default: the network's `layers`"
+        {},
+        description="by network: names or patterns of layers, `auto`, or `all` modules; default: the network's "
+        "`layers`",
     )
 
     @model_validator(mode="after")
@@ -73,4 +75,4 @@ class Settings(Record):
         )
 
 
-SECTION = Sight.section("sight", "how networks look at images; default: not asked")
+SECTION = Sight.section("sight", "how networks see images; default: not measured")

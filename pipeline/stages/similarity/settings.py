@@ -23,19 +23,23 @@ class Comparison(Strict):
     """Networks whose layers are compared, each with itself and with the others."""
 
     networks: Annotated[list[str], Field(min_length=1)] = Field(
-        description="names of networks; with `-untrained` at the end, of their controls"
+        description="names of networks; the suffix `-untrained` names their controls"
     )
-    dataset: Name | None = Field(None, description="on this data set; default: the one that the networks share")
+    dataset: Name | None = Field(
+        None, description="data set of the comparison; default: the one that the networks share"
+    )
 
 
 class DataFraction(Strict):
-    """A network that is trained here, compared with copies of itself that are trained on parts of the images."""
+    """A network that is trained here, compared with copies trained on fractions of its images."""
 
     network: Name = Field(description="a network with `weights: train`")
     fractions: Annotated[list[Share], Field(min_length=1)] = Field(
-        description="of the images that it is trained on, a copy for each; it itself stands for all of them"
+        description="of its training images, one copy per fraction; the network itself stands for 1"
     )
-    dataset: Name | None = Field(None, description="compared on this data set; default: the one that it sees")
+    dataset: Name | None = Field(
+        None, description="data set of the comparison; default: the network's, if it has only one"
+    )
 
     @property
     def copies(self) -> dict[str, float]:
@@ -53,33 +57,37 @@ class DataFraction(Strict):
 
 
 class Similarity(Strict):
-    """How alike layers are: CKA and its relatives, within networks and between them."""
+    """How similar layers are: CKA and related measures, within networks and between them."""
 
     compare: dict[Name, Comparison] = Field({}, description="by name")
     data_fraction: dict[Name, DataFraction] = Field(
-        {}, description="by name: copies of a network that are trained on parts of its images, compared with it"
+        {}, description="by name: copies of a network, trained on fractions of its images and compared with it"
     )
-    images: Annotated[int, Field(ge=4)] = Field(1024, description="images that go through each network, of `split`")
-    minibatch: Annotated[int, Field(ge=4)] = Field(64, description="images of a minibatch")
-    epochs: Many = Field(1, description="times that the images are shuffled into minibatches")
+    images: Annotated[int, Field(ge=4)] = Field(1024, description="images of `split` that each network sees")
+    minibatch: Annotated[int, Field(ge=4)] = Field(64, description="images per minibatch")
+    epochs: Many = Field(1, description="number of times that the images are shuffled into minibatches")
     replacement: bool = Field(
-        False, description="draw each minibatch on its own from all images; false: cut a shuffled list of them"
+        False, description="draw each minibatch independently from all images; false: cut a shuffled list of them"
     )
     last: Literal["drop", "weigh"] = Field(
-        "drop", description="a smaller last minibatch: dropped, or weighted with n (n - 3), as all then are"
+        "drop",
+        description="a smaller last minibatch: dropped, or kept, with every minibatch of n images weighted by n "
+        "(n - 3)",
     )
-    seed: NonNegativeInt = Field(0, description="other minibatches for another seed")
-    split: str | None = Field(None, description="the images' split; default: the one that is dissected")
+    seed: NonNegativeInt = Field(0, description="another seed gives other minibatches")
+    split: str | None = Field(None, description="split of the images; default: the dissected one")
     layers: dict[str, Literal["all", "auto"] | Annotated[list[str], Field(min_length=1)]] = Field(
-        {}, description="by network: names or patterns, `auto`, or `all` modules; default: the network's `layers`"
+        {},
+        description="by network: names or patterns of layers, `auto`, or `all` modules; default: the network's "
+        "`layers`",
     )
     features: Annotated[list[Features], Field(min_length=1)] = Field(
         ["whole"],
-        description="of each layer: its `whole` output, its `class_token`, its tokens but class and register tokens "
-        "(`spatial`), its mean over the positions (`pooled`)",
+        description="of each layer: its `whole` output, its `class_token`, its tokens except class and register "
+        "tokens (`spatial`), its mean over positions (`pooled`)",
     )
-    neighbours: PositiveInt = Field(10, description="nearest images that mutual neighbours are counted among")
-    procrustes: bool = Field(True, description="orthogonal Procrustes too, the slow one of the measures")
+    neighbours: PositiveInt = Field(10, description="number of nearest images for mutual neighbours")
+    procrustes: bool = Field(True, description="also measure orthogonal Procrustes, the slowest measure")
 
     @property
     def comparisons(self) -> dict[str, Comparison]:
@@ -207,7 +215,7 @@ class Settings(Record):
 SECTION = Section(
     "similarity",
     Similarity | None,
-    "how alike layers of networks are; default: not asked",
+    "how similar layers of networks are; default: not measured",
     check=check,
     narrowed=narrowed,
 )

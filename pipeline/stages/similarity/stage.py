@@ -107,7 +107,7 @@ def check_images(job: Job, kept: Sequence[Kept]) -> None:
         if own.images != kept[0].images:
             raise MicrotomeError(
                 f"{job.name}: the layers of {parent.network} and {first.network} are of different images; "
-                f"`make recompute STAGE=grams` makes them again"
+                f"`make recompute STAGE=grams` recomputes them"
             )
 
 
@@ -123,7 +123,7 @@ STAGE = Stage(
     code=CODE,
     section=SECTION,
     networks=networks,
-    explains="compared from the Gram matrices, without a forward",
+    explains="compared from the Gram matrices, without a forward pass",
     made=made,
     pages=(Page("pipeline.stages.similarity.page", 60),),
 )

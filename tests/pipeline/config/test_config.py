@@ -141,7 +141,7 @@ def test_hostile_names(tmp_path, where, name):
 def test_names_of_files_of_the_results_folder(tmp_path, name):
     raw = scenes(tmp_path)
     (raw["networks"][name],) = raw["networks"].values()
-    with pytest.raises(MicrotomeError, match="ends as a file of the results folder"):
+    with pytest.raises(MicrotomeError, match="ends like a file of the results folder"):
         parse(raw)
 
 

@@ -70,7 +70,7 @@ def test_what_is_no_label_map_is_refused(tmp_path):
     path = tmp_path / "a.png"
     for mode in ("RGB", "RGBA", "LA"):
         Image.new(mode, (4, 4)).save(path)
-        assert reason(path) == f"colours ({mode}); expected one index a pixel, as grey or palette"
+        assert reason(path) == f"colours ({mode}); expected one index per pixel, as grey or palette"
     Image.new("L", (4, 4)).save(path, "JPEG")  # a lossy label map under another name
     assert reason(path) == "not an image; expected PNG"
     path.write_bytes(png(np.zeros((4, 4), int), 8, 0)[:45])

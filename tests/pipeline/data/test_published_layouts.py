@@ -133,7 +133,7 @@ def test_imagenets_that_are_refused(tmp_path, in_process):
         path.unlink()
     refused(f"1 class folders in .* have no images, the first is {WNIDS[0]!r}; was unpacking cut short")
     (root / "train.partial").mkdir()
-    refused(r"train.partial is left of an unpacking that was cut short: remove it", splits=["train"], unpack=True)
+    refused(r"train.partial is left from an interrupted unpacking: remove it", splits=["train"], unpack=True)
     (root / "ILSVRC2012_devkit_t12.tar.gz").write_bytes(b"no archive")
     refused(r"torchvision cannot read .*: ReadError")
     (root / "meta.bin").write_bytes(b"no meta")

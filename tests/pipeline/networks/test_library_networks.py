@@ -119,7 +119,7 @@ def test_tokens_stand_where_the_image_does(tmp_path):
 @pytest.mark.parametrize(
     ("spec", "layers", "said"),
     [
-        ({"timm": "hiera_tiny_224", "arguments": HIERA}, ["blocks.0"], "another order than row by row"),
+        ({"timm": "hiera_tiny_224", "arguments": HIERA}, ["blocks.0"], "not in row order"),
         ({"timm": "nest_tiny", "arguments": NEST}, ["levels.0.transformer_encoder.0"], "16x16 map"),
         ({"timm": "swin_tiny_patch4_window7_224", "arguments": SWIN}, ["layers.0.blocks.0.attn.qkv"], "the batch in"),
         ({"timm": "vit_tiny_patch16_224", "arguments": VIT}, ["blocks.0.attn.q_norm"], "another order"),

@@ -51,7 +51,7 @@ def test_rows_pass_and_windows_do_not(mix):
     check(Ordered(torch.arange(64), mix))
     for order in (windows(8, 4), windows(8, 2), torch.arange(63, -1, -1), torch.arange(64).view(8, 8).T.reshape(-1)):
         with pytest.raises(
-            MicrotomeError, match=r"layer 'tokens' of net has its positions in another order .* 8x8 map"
+            MicrotomeError, match=r"layer 'tokens' of net has positions that are not in row order .* 8x8 map"
         ):
             check(Ordered(order, mix))
 

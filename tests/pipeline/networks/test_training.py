@@ -184,7 +184,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path, harm):
     train(network(), folder=tmp_path)
     path = tmp_path / CHECKPOINT
     path.write_bytes(harm(path.read_bytes()))
-    with pytest.raises(MicrotomeError, match=r"checkpoint\.pt cannot be read .*; delete it to train anew"):
+    with pytest.raises(MicrotomeError, match=r"checkpoint\.pt cannot be read .*; delete it to train from scratch"):
         train(network(), folder=tmp_path)
 
 

@@ -389,6 +389,8 @@ def test_no_step_for_data_sets_that_are_not_named(tmp_path):
 def test_too_little_memory_is_refused_before_any_task(tmp_path):
     raw = experiment(tmp_path)
     run(raw, *STAGES[:-1])
-    with pytest.raises(MicrotomeError, match=r"ablate scenes tiny: b needs about .* GB a worker.*lower `shard_images`"):
+    with pytest.raises(
+        MicrotomeError, match=r"ablate scenes tiny: b needs about .* GB per worker.*lower `shard_images`"
+    ):
         run(raw | {"cluster": {"memory": "629.15 MB"}}, "ablate")
     assert not (tmp_path / "results/scenes/tiny/ablation-predictions").exists()

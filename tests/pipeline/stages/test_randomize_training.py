@@ -201,7 +201,7 @@ def test_a_last_minibatch_of_one_image_is_left_out():
 def test_what_is_refused():
     with pytest.raises(MicrotomeError, match="network has 4 classes but the training labels go up to 6"):
         Training(network(), sets(classes=7), settings())
-    with pytest.raises(MicrotomeError, match="has no module of dropout"):
+    with pytest.raises(MicrotomeError, match="has no dropout module"):
         Training(nn.Sequential(nn.Flatten(), nn.Linear(192, 4)), sets(), settings(dropout=0.5))
 
 

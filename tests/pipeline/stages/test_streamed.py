@@ -284,7 +284,7 @@ def test_what_a_change_costs(folder, here):
     here.tasks.clear()
     write_image(own, NAMES[5], np.full((SIZE, SIZE, 3), 77, np.uint8))
     said = "\n".join(why.explain(plan.config.model_validate(raw)))
-    assert "counted in a forward of the layers that are not stored" in said
+    assert "streamed layers counted in a forward pass" in said
     run(raw, *STAGES)
     assert here.tasks["extract_block"] == 1 and here.tasks["sample"] == 0 and len(lines(ledger)) == before + 1
     # Another quantile: other tails, and those of before are swept up.

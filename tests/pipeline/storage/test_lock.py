@@ -71,7 +71,7 @@ def test_a_holder_who_has_not_said_who_it_is(tmp_path):
     lock = RunLock(tmp_path)
     lock.acquire()
     lock.path.write_text('{"half')
-    with pytest.raises(MicrotomeError, match="not said who it is"):
+    with pytest.raises(MicrotomeError, match="an unknown holder"):
         RunLock(tmp_path).acquire()
     lock.file.close()
 
@@ -160,7 +160,7 @@ def test_what_a_run_leaves_in_the_lock(tmp_path):
 
 def test_a_lock_that_was_taken_away(tmp_path, other_run):
     own = socket.gethostname(), os.getpid()
-    assert "it is that of pid" in taken_over(tmp_path, *own)
+    assert "it now belongs to pid" in taken_over(tmp_path, *own)
     assert taken_over(tmp_path, socket.gethostname(), other_run.pid) is None
     assert "deleted" in taken_over(tmp_path / "elsewhere", *own)
 

@@ -306,7 +306,7 @@ def test_why_for_weights_that_changed(experiment):
     raw, _ = experiment
     said = "\n".join(why(raw | {"networks": {"tiny": raw["networks"]["tiny"] | {"seed": 9}}}))
     assert "network tiny\n    random: 0 → 9" in said
-    assert "reads network tiny, which is to be made from something else\n    → at most 2 shards" in said
+    assert "reads network tiny, whose inputs change\n    → at most 2 shards" in said
 
 
 def test_why_from_the_shell(experiment, tmp_path, capsys):

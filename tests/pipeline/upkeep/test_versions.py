@@ -31,7 +31,7 @@ def test_every_stage_has_a_version_and_names_its_own_code():
 
 
 def test_the_version_of_thresholds_of_layers_that_are_not_stored_is_that_of_the_dissection():
-    assert THRESHOLDS == STAGES["dissect"].version
+    assert STAGES["dissect"].version == THRESHOLDS
 
 
 # What only finds, moves and keeps bytes: ids and digests hold what it found. What a stage names is none of it.
@@ -71,9 +71,7 @@ ALONE = {
 def parents_of(name: str) -> set[str]:
     """The stages that steps of a stage read, in some plan that is recorded; their versions are in its ids."""
     steps = [step for plan in json.loads(golden_plans.RECORD.read_text()).values() for step in plan]
-    return {
-        parent.split()[0] for step in steps if step["step"].split()[0] == name for parent in step["parents"]
-    }  # fmt: skip
+    return {parent.split()[0] for step in steps if step["step"].split()[0] == name for parent in step["parents"]}
 
 
 @pytest.mark.parametrize("name", sorted(versioned()))

@@ -119,7 +119,7 @@ def test_memory():
     with pytest.raises(MicrotomeError) as error:
         memory.check_memory(Cluster(memory="1 GB"), 900e6, "a feast", "lower the portions")
     assert str(error.value) == (
-        "a feast needs about 1.53 GB a worker, and a worker may use 1.00 GB: lower the portions, or raise "
+        "a feast needs about 1.53 GB per worker, and a worker may use 1.00 GB: lower the portions, or raise "
         "`cluster.memory`, or lower `cluster.workers`"
     )
 
@@ -128,7 +128,7 @@ def test_a_worker_with_a_gpu_has_several_tasks_of_which_one_computes():
     gpu = Cluster(kind="gpu", workers=1, memory="3 GB")
     assert memory.threads(gpu) == memory.GPU_THREADS > 1 == memory.threads(Cluster())
     memory.check_memory(gpu, 700e6, "a feast", "lower the portions")
-    with pytest.raises(MicrotomeError, match=r"about 3\.03 GB a worker"):
+    with pytest.raises(MicrotomeError, match=r"about 3\.03 GB per worker"):
         memory.check_memory(gpu, 800e6, "a feast", "lower the portions")
 
     beside, most, seen = threading.Barrier(3), [0], []
@@ -165,7 +165,9 @@ def test_tasks_are_alone_unless_they_say_otherwise(client):
 
 def test_too_little_memory_for_any_worker(tmp_path):
     with (
-        pytest.raises(MicrotomeError, match=r"torch alone needs about 0\.63 GB a worker, .* may use 0\.40 GB: .*raise"),
+        pytest.raises(
+            MicrotomeError, match=r"torch alone needs about 0\.63 GB per worker, .* may use 0\.40 GB: .*raise"
+        ),
         workers_client.client(Cluster(memory="400 MB"), tmp_path),
     ):
         pass
@@ -254,7 +256,7 @@ def test_a_pool_that_is_killed_is_told_in_one_line(tmp_path, monkeypatch, capfd)
     with cluster.pool(Cluster(workers=1), tmp_path) as address_file:
         monkeypatch.setenv(workers_client.ADDRESS, str(address_file))
         with (
-            pytest.raises(MicrotomeError, match="is gone: ended from outside"),
+            pytest.raises(MicrotomeError, match="is gone: killed from outside"),
             workers_client.client(Cluster(workers=1), tmp_path) as found,
         ):
             for _ in workers_tasks.run_tasks(found, square, ((at,) for at in range(1000)), 1000, "killed"):
@@ -266,7 +268,7 @@ def test_a_pool_that_is_killed_is_told_in_one_line(tmp_path, monkeypatch, capfd)
 def test_a_pool_that_is_gone_before_the_next_tasks(tmp_path, monkeypatch, capfd):
     monkeypatch.delenv(workers_client.ADDRESS, raising=False)
     with (
-        pytest.raises(MicrotomeError, match="is gone: ended from outside"),
+        pytest.raises(MicrotomeError, match="is gone: killed from outside"),
         cluster.pool(Cluster(workers=1), tmp_path) as address_file,
     ):
         monkeypatch.setenv(workers_client.ADDRESS, str(address_file))

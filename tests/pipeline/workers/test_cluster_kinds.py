@@ -127,7 +127,7 @@ def test_one_worker_a_gpu(monkeypatch):
     assert cluster._processes(gpus, Path("scratch"), 2) == "pool"
     environments = [each["options"]["env"] for each in made["workers"].values()]
     assert environments == [{"CUDA_VISIBLE_DEVICES": "GPU-a"}, {"CUDA_VISIBLE_DEVICES": "GPU-b"}]
-    with pytest.raises(MicrotomeError, match=r"torch sees 2 GPUs here for 3 workers, one each: lower"):
+    with pytest.raises(MicrotomeError, match=r"torch sees 2 GPUs here for 3 workers, which need one each: lower"):
         cluster._processes(gpus, Path("scratch"), 3)
     monkeypatch.setattr(devices, "gpus", list)
     with pytest.raises(MicrotomeError, match=r"torch sees 0 GPUs here .*: use `kind: local`"):
@@ -481,7 +481,7 @@ def test_what_sbatch_refuses_is_told_in_its_words(tmp_path, monkeypatch):
     (tmp_path / "sbatch").write_text('#!/bin/sh\necho "sbatch: error: invalid partition: long" >&2\nexit 1\n')
     (tmp_path / "sbatch").chmod(0o755)
     with pytest.raises(
-        MicrotomeError, match=r"takes no job of `cluster.slurm`: sbatch: error: invalid partition: long"
+        MicrotomeError, match=r"rejects jobs of `cluster.slurm`: sbatch: error: invalid partition: long"
     ):
         slurm.check("")
 
