@@ -48,9 +48,13 @@ gc: $(VENV)/installed ## List what no network in RESULTS refers to; YES=1 remove
 rescan: $(VENV)/installed ## List data sets again, to find files that were written in place
 	@$(BIN)/snakemake --configfile $(CONFIG) --config rescan=true
 
-bench: $(VENV)/installed ## Measure what the stages cost, as ratios
-	@export OMP_NUM_THREADS=1; for run in "costs" "dissection --images 64" "ablation --images 8 --plain-units 1" "calibration" "similarity --images 128" looking "listing 100000" "scenes speed"; do \
-	  echo "== $$run"; $(BIN)/python -m tests.bench.bench_$$run || exit 1; done
+BENCHMARKS := "costs" "dissection --images 64" "ablation --images 8 --plain-units 1" "calibration" "similarity --images 128" "looking" \
+  "listing 100000" "scenes speed"
+bench: $(VENV)/installed ## Measure what the stages cost, as ratios: ONLY='costs similarity' measures these
+	@export OMP_NUM_THREADS=1; for name in $(ONLY); do case ' $(BENCHMARKS) ' in *"\"$$name"[\"\ ]*) ;; \
+	  *) echo "error: no benchmark '$$name'; there are" $(foreach one,$(BENCHMARKS),$(one)) >&2; exit 1; esac; done; \
+	for run in $(BENCHMARKS); do case ' $(ONLY) ' in '  ' | *" $${run%% *} "*) \
+	  echo "== $$run"; $(BIN)/python -m tests.bench.bench_$$run || exit 1; esac; done
 
 chaos: $(VENV)/installed ## Kill, damage and starve a miniature experiment, and compare its results: minutes. ONLY='kill-* repair'
 	@mkdir -p build/chaos

@@ -246,7 +246,7 @@ def find(network: nn.Module, images: torch.Tensor, layers: Mapping[str, LayerInf
             unread.append(module)
         else:
             skips.append(Skip(module, place, first, branch, shortcut, info))
-    why = "its forward pass has no residual addition"
+    why = "no addition of a branch to what it was made of was found in its forward"
     if unread:
         why = f"what {unread[0]!r} adds cannot be read as units at positions"
     attention, why_not = _attention(tape, len(images), layers)

@@ -210,7 +210,7 @@ class Residual(nn.Module):
 
 def test_other_additions_are_no_skips():
     found = found_in(Sums())
-    assert found.skips == [] and found.without_skips.startswith("its forward pass has no residual addition")
+    assert found.skips == [] and found.without_skips.startswith("no addition of a branch")
 
 
 @pytest.mark.parametrize(("first", "in_place"), [(True, False), (False, False), (False, True)])
