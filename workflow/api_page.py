@@ -1,4 +1,4 @@
-"""Write docs/api.md, the public functions and classes, from their signatures and docstrings: `python workflow/api_page.py`."""
+"""Write docs/api.md, the public functions and classes, from their docstrings: `python workflow/api_page.py`."""
 
 import importlib
 import inspect
@@ -17,8 +17,8 @@ import pipeline  # noqa: E402
 
 HEAD = """# Public functions
 
-`python workflow/api_page.py` writes this page from the docstrings. Everything else in `pipeline/` can change with any release.
-`help(function)` gives shapes, units, errors and the source of each.
+`python workflow/api_page.py` writes this page from the docstrings. Everything else in `pipeline/` can change with any
+release. `help(function)` gives shapes, units, errors and the source of each.
 """
 
 
