@@ -38,7 +38,7 @@ def open_store(path: Path) -> Store:
         raise MicrotomeError(f"the report needs the store {path}, which does not exist; dissect the network") from None
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
     with read_text(file) as stream:
         try:
             content = json.load(stream)

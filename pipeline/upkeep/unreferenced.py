@@ -37,8 +37,7 @@ def _begun(results: Path) -> set[Path]:
 
 
 def remove(folder: Path) -> None:
-    """Remove an unreferenced folder, its manifest first."""
-    if folder.name.startswith("dissect-"):
-        (folder.parent / "done" / f"{folder.name.replace('-', '.', 1)}.json").unlink(missing_ok=True)
+    """Remove an unreferenced folder, its manifest first: `done/<stage>.<id>.json` is that of `<stage>-<id>/`."""
+    (folder.parent / "done" / f"{folder.name.replace('-', '.', 1)}.json").unlink(missing_ok=True)
     folder.with_suffix(".ledger").unlink(missing_ok=True)
     store.remove(folder)

@@ -1,4 +1,4 @@
-"""The smallest stage that has everything: the mean brightness of every image. docs/adding-a-stage.md follows it.
+"""A small stage in one file: the mean brightness of every image. docs/adding-a-stage.md follows it.
 
 Writes brightness.zarr, brightness (image) float32: mean over channels and pixels, from 0 to 1; NaN where an image does
 not count. In one file here; a real stage is a package, `pipeline/stages/brightness/`.

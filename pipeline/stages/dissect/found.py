@@ -21,7 +21,7 @@ from pipeline.stages.dissect.counting import (
 )
 from pipeline.stages.dissect.results import UNIT_COLUMNS as COLUMNS
 from pipeline.storage.manifest import recorded
-from pipeline.storage.read_back import _read_json, open_store, read_text
+from pipeline.storage.read_back import open_store, read_json, read_text
 
 
 @dataclass(frozen=True)
@@ -71,19 +71,19 @@ def read_dissection(results: Path, dataset: str, network: str) -> Dissection:
     layers = read_layers(results / dataset, folder / "layers.json")
     units = read_units(folder / "units.csv", [layer.name for layer in layers])
     model_file = results / "networks" / network / "model.json"
-    model = _read_json(model_file) if model_file.exists() or recorded(model_file) else {}
+    model = read_json(model_file) if model_file.exists() or recorded(model_file) else {}
     return Dissection(dataset, network, layers, units, model)
 
 
 def read_layer_names(file: Path) -> list[str]:
     """Read the layer names in a `layers.json`, in execution order; their stores may be gone."""
-    return list(_read_json(file))
+    return list(read_json(file))
 
 
 def read_layers(dataset_folder: Path, file: Path) -> list[Layer]:
     """Read the layers of one network, in execution order, with the settings of its IoU."""
     layers = []
-    for name, paths in _read_json(file).items():
+    for name, paths in read_json(file).items():
         missing = {"id", "activations", "thresholds", "iou"} - set(paths)
         if missing:
             raise MicrotomeError(

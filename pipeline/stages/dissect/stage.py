@@ -124,7 +124,7 @@ def run(job: Job) -> None:
     folder, size = job.dataset_folder, labelled.size
     concepts = concepts_of(StoreRef.of_manifest(folder, "concepts.zarr", labels.files), labelled)
     # Pooled layers have no maps.
-    layers = [layer_of(job.results, folder, stored) for stored in extracted.layers if stored.store != "pooled"]
+    layers = [layer_of(job.results, folder, stored, method) for stored in extracted.layers if stored.store != "pooled"]
     if not layers:
         raise MicrotomeError(f"{job.name}: every layer is stored pooled, which leaves none to dissect")
     counted = counted_images(images, method.split, extracted.shards, labelled.refused)
@@ -237,10 +237,10 @@ def owned(manifest: Manifest, path: Path) -> set[Path]:
 
 
 def unreferenced(results: Path, used: set[Path]) -> Iterator[Path]:
-    """Yield layers that no network includes; in the other layers, dissections and tails that none includes."""
-    for layer in sorted(results.glob("*/layers/*/")):
-        parts = sorted((*layer.glob("dissect-*/"), *layer.glob("tails-*.zarr/")))
-        yield from [part for part in parts if part not in used] if layer in used else [layer]
+    """Yield dissections that no network includes, of the layers that one does: a layer goes as a whole."""
+    for part in sorted(results.glob("*/layers/*/dissect-*/")):
+        if part.parent in used and part not in used:
+            yield part
 
 
 def explains(step: Step) -> str:

@@ -120,13 +120,24 @@ def concepts_of(store: StoreRef, labelled: Labelled) -> Concepts:
     )
 
 
-def layer_of(results: Path, dataset: Path, stored: StoredLayer) -> Layer:
-    """Return a layer of an extraction, with the files that its manifest describes."""
+def layer_of(results: Path, dataset: Path, stored: StoredLayer, method: Method) -> Layer:
+    """Return a layer of an extraction, with the files that its manifest describes.
+
+    Raises
+    ------
+    MicrotomeError
+        Its tails were counted for another quantile, border or kind of positions than this dissection's.
+    """
     manifest = Manifest.read(results / stored.manifest)
     home = stored.folder(dataset)
     streamed = tails = None
     if stored.streamed:
         assert stored.counted is not None
+        differ = [
+            key for key in ("quantile", "border", "positions") if getattr(stored.counted, key) != getattr(method, key)
+        ]
+        if differ:
+            raise MicrotomeError(f"layer {stored.name!r} was extracted for another {' and '.join(differ)}")
         streamed = streaming.streamed(home, stored.id, stored.layer_info, stored.scale, stored.counted)
         tails = StoreRef.of_manifest(home, streamed.store.name, manifest.files)
     return Layer(

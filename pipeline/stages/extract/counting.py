@@ -57,15 +57,20 @@ class Counting:
 
     def known(self, layer: Layer) -> bool:
         """Return whether the layer's tails have a bracket on disk; if so, `layers` holds it."""
-        from pipeline.storage.store import Ledger, remove
+        from pipeline.storage.store import Ledger
 
         one = self.streamed(layer)
-        if layer.id in self.layers and self.layers[layer.id].store != one.store:  # counted at a scale that is too small
-            remove(self.layers[layer.id].store)
-            self.ledgers[layer.id].clear()
         self.ledgers[layer.id] = Ledger(one.store.with_suffix(".ledger"))
         self.layers[layer.id] = stream.with_bracket(one, self.ledgers[layer.id])
         return self.layers[layer.id].bracket is not None
+
+    def _discard_outgrown(self, layer: Layer) -> None:
+        """Remove the layer's tails that were counted at a scale that is too small."""
+        from pipeline.storage.store import remove
+
+        if layer.id in self.layers and self.layers[layer.id].store != self.streamed(layer).store:
+            remove(self.layers[layer.id].store)
+            self.ledgers[layer.id].clear()
 
     def open(self, workers: Any, prepared: Prepared, layers: Iterable[Layer]) -> dict[str, float]:
         """Find the brackets, from a sample where there is none yet, and open the stores.
@@ -74,8 +79,10 @@ class Counting:
         calls this again.
         """
         model = self.job.model
-        wanted = [layer for layer in layers if layer.streamed]
-        unknown = [self.layers[layer.id] for layer in wanted if not self.known(layer)]
+        wanted = [one for one in layers if one.streamed]
+        for one in wanted:
+            self._discard_outgrown(one)
+        unknown = [self.layers[one.id] for one in wanted if not self.known(one)]
         overflow: dict[str, float] = {}
         if unknown:
             some = [part for part in self.parts.values() if len(part.rows)][: stream.SAMPLE_SHARDS]

@@ -57,9 +57,9 @@ def alike(layers: list[Layer]) -> list[Layer]:
     ]
 
 
-def shard_id(images: Images, shard: int, layer: Layer) -> str:
+def shard_id(images: Images, shard: int, scale: float) -> str:
     """Return the id of a shard of a layer's store; the layer id, the store's folder, covers the rest."""
-    return digest([images.contents[shard], layer.scale])
+    return digest([images.contents[shard], scale])
 
 
 def logits_id(images: Images, shard: int, model: Model, numerics: Mapping[str, Any]) -> str:

@@ -136,7 +136,9 @@ def run(job: Job) -> None:
                     missing = [
                         layer
                         for id, layer in distinct.items()
-                        if not holds(ledgers[id], shard, shard_id(images, shard, layer), layer.store, layer.pooled)
+                        if not holds(
+                            ledgers[id], shard, shard_id(images, shard, layer.scale), layer.store, layer.pooled
+                        )
                     ]
                     for layer in missing:
                         if str(shard) in ledgers[layer.id].entries:  # its files are about to change
@@ -159,7 +161,7 @@ def run(job: Job) -> None:
                         made.add(one.shard)
                         for id, layer in distinct.items():
                             if id in one.files:
-                                made_from = shard_id(images, one.shard, layer)
+                                made_from = shard_id(images, one.shard, layer.scale)
                                 facts = {"pooled": True} if layer.pooled else {}
                                 ledgers[id].record(str(one.shard), made_from, one.files[id], **facts)
                         for id, value in one.overflow.items():
@@ -223,7 +225,7 @@ def pending(job: Job) -> tuple[int, int]:
         for shard in shards
         if shard in uncounted
         or not all(
-            holds(ledger, shard, digest([images.contents[shard], scale]), store, pooled)
+            holds(ledger, shard, shard_id(images, shard, scale), store, pooled)
             for scale, pooled, store, ledger in known
         )
     ]
@@ -264,7 +266,15 @@ def owned(manifest: Manifest, path: Path) -> set[Path]:
 
 
 def unreferenced(results: Path, used: set[Path]) -> Iterator[Path]:
-    """Yield kept results of earlier weights that are incomplete or that `repair` dropped; all others stay."""
+    """Yield layers that no network includes, and in the others, tails that none includes.
+
+    Also yield kept results of earlier weights that are incomplete or that `repair` dropped; all others stay.
+    """
+    for layer in sorted(results.glob("*/layers/*/")):
+        if layer not in used:
+            yield layer
+        else:
+            yield from (tail for tail in sorted(layer.glob("tails-*.zarr/")) if tail not in used)
     yield from (home for home in sorted(results.glob("*/*/before/*/")) if not list(home.glob("done/before.*.json")))
 
 
@@ -279,7 +289,7 @@ def finish_layer(
     wish = [kept] if layer.pooled else []
     if layer.pooled:
         files = {name: value for name, value in files.items() if not name.startswith("activation/")}
-    made_of = {shard: shard_id(images, shard, layer) for shard in shards}
+    made_of = {shard: shard_id(images, shard, layer.scale) for shard in shards}
     contents: dict[str, Any] = {"layer": layer.id, "files": files}
     counted: Files = {}
     extra: dict[str, Any] = {}

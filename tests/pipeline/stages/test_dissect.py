@@ -227,7 +227,7 @@ def test_the_same_counts_in_any_order_and_cut_into_any_runs(tmp_path):
     labelled, how = Labelled.of(labels), own.identity["dissect"]
     folder = plan.results / "photos"
     concepts = work.concepts_of(StoreRef.of_manifest(folder, "concepts.zarr", labels.files), labelled)
-    layer = work.layer_of(plan.results, folder, extracted.layers[0])
+    layer = work.layer_of(plan.results, folder, extracted.layers[0], own.settings.dissect)
     counted = work.counted_images(images, how["split"], extracted.shards, labelled.refused)
     threshold = opened(layers_of(plan)[layer.name]["thresholds"])["threshold"][:].astype(np.float16)
     wanted = [(layer, permuted, {one.shard for one in counted}, threshold) for permuted in (False, True)]
