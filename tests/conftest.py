@@ -49,12 +49,34 @@ SLOW = (
     "tests/pipeline/networks/test_zhang2017.py",
     "tests/pipeline/run/test_configs.py",
     "tests/pipeline/plan/test_golden_plans.py",
+    # A stage run three to five times: with one worker and two, cut off, or from other images.
+    "tests/pipeline/data/test_max_images.py::test_a_bound_that_is_lifted_and_set_again",
+    "tests/pipeline/data/test_published_layouts.py::test_imagenet_from_a_config_to_the_store",
+    "tests/pipeline/networks/test_layer_id.py::test_ids_are_the_same_in_another_process",
+    "tests/pipeline/networks/test_segmenters.py::test_another_source_and_another_version_of_it",
+    "tests/pipeline/networks/test_training.py::test_a_killed_process_leaves_no_trace",
+    "tests/pipeline/stages/test_ablate.py::test_a_class_without_images_is_nan_with_a_note",
+    "tests/pipeline/stages/test_ablate.py::test_stored_shards_and_computed_ones_give_the_same",
+    "tests/pipeline/stages/test_ablate.py::test_the_same_bits_for_any_workers_and_after_a_cut",
+    "tests/pipeline/stages/test_ablate.py::test_what_is_seen_before_any_work",
+    "tests/pipeline/stages/test_calibrate.py::test_any_number_of_workers_gives_the_same_bytes",
+    "tests/pipeline/stages/test_calibrate_plain_files.py::test_the_page_shows_the_numbers",
+    "tests/pipeline/stages/test_probes.py::test_the_same_bits_for_any_workers_and_after_a_cut",
+    "tests/pipeline/stages/test_randomize.py::test_networks_are_inspected_before_any_work",
+    "tests/pipeline/stages/test_randomize.py::test_the_same_bits_after_a_cut_and_for_any_workers",
+    "tests/pipeline/stages/test_report.py::test_same_results_same_bytes",
+    "tests/pipeline/stages/test_sight.py::test_the_same_bits_for_any_workers_and_after_a_cut",
+    "tests/pipeline/stages/test_streamed.py::test_other_settings_and_brackets_that_miss",
+    "tests/pipeline/stages/test_streamed.py::test_what_a_change_costs",
+    "tests/pipeline/storage/test_object_storage.py",
+    "tests/pipeline/workers/test_cluster_kinds.py",
+    "tests/workflow/test_end_to_end.py::test_a_damaged_chunk_is_recomputed_alone",
 )
 """What `make test-slow` runs, and `make test` does not."""
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    if item.path.relative_to(item.config.rootpath).as_posix().startswith(SLOW):
+    if item.nodeid.startswith(SLOW):
         item.add_marker(pytest.mark.slow)
 
 

@@ -314,7 +314,7 @@ def test_what_a_network_lacks_is_said(made):
     found = opened(made, "cnn")
     absent = found.attrs["absent"]
     assert absent["attention"] == "it has no self-attention"
-    assert absent["skips"].startswith("its forward pass has no residual") and set(absent) == {"attention", "skips"}
+    assert absent["skips"].startswith("no addition of a branch") and set(absent) == {"attention", "skips"}
     assert "attention_distance" not in found and "skip_ratio" not in found and "localisation" in found
     folder = made.results / "scenes/cnn"
     assert not (folder / "sight-skips.csv").exists() and (folder / "sight-localisation.csv").exists()
