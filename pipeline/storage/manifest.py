@@ -8,7 +8,7 @@ describes.
 
 import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -117,16 +117,6 @@ def within(folder: str, files: Mapping[str, tuple[int, int]]) -> Files:
 def below(folder: str, files: Mapping[str, tuple[int, int]]) -> Files:
     """Return the files of one folder, named relative to that folder."""
     return {name[len(folder) + 1 :]: value for name, value in files.items() if name.startswith(folder + "/")}
-
-
-def by_shard(files: Files, store: str, arrays: Sequence[str]) -> dict[int, Files]:
-    """Return the chunk files of some arrays of a store, by shard; each chunk holds images of one shard."""
-    found: dict[int, Files] = {}
-    for name, value in below(store, files).items():
-        parts = name.split("/")
-        if parts[0] in arrays and parts[1] == "c":
-            found.setdefault(int(parts[2]), {})[name] = value
-    return found
 
 
 def unnamed_stores(folder: Path, stage: str) -> list[Path]:
