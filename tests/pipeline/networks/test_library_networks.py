@@ -122,7 +122,7 @@ def test_tokens_stand_where_the_image_does(tmp_path):
         ({"timm": "hiera_tiny_224", "arguments": HIERA}, ["blocks.0"], "not in row order"),
         ({"timm": "nest_tiny", "arguments": NEST}, ["levels.0.transformer_encoder.0"], "16x16 map"),
         ({"timm": "swin_tiny_patch4_window7_224", "arguments": SWIN}, ["layers.0.blocks.0.attn.qkv"], "the batch in"),
-        ({"timm": "vit_tiny_patch16_224", "arguments": VIT}, ["blocks.0.attn.q_norm"], "another order"),
+        ({"timm": "vit_tiny_patch16_224", "arguments": VIT}, ["blocks.0.attn.q_norm"], "not in row order"),
         ({"timm": "vit_tiny_patch16_224", "arguments": VIT}, "auto", "cannot take images"),
     ],
 )  # fmt: skip
@@ -216,7 +216,7 @@ def test_ids_follow_the_backbone(tmp_path, make, head, tokens, second):
 def test_ids_are_the_same_in_every_process(tmp_path):
     folder = transformers_folder(tmp_path, **HF_VIT)
     code = (
-        f"import sys; sys.path.insert(0, {str(ROOT / 'tests/pipeline')!r})\n"
+        f"import sys; sys.path.insert(0, {str(ROOT / 'tests/pipeline/networks')!r})\n"
         "from test_library_networks import *\n"
         f"print(*ids(timm_vit()), *ids(hugging_vit({str(folder)!r})))"
     )
