@@ -216,7 +216,7 @@ def test_ids_follow_the_backbone(tmp_path, make, head, tokens, second):
 def test_ids_are_the_same_in_every_process(tmp_path):
     folder = transformers_folder(tmp_path, **HF_VIT)
     code = (
-        f"import sys; sys.path.insert(0, {str(ROOT / 'tests/pipeline/networks')!r})\n"
+        f"import sys; sys.path[:0] = {[str(ROOT / 'tests' / name) for name in ('pipeline/networks', 'support')]!r}\n"
         "from test_library_networks import *\n"
         f"print(*ids(timm_vit()), *ids(hugging_vit({str(folder)!r})))"
     )
