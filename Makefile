@@ -4,6 +4,8 @@ CONFIG ?= config/config.yaml
 RESULTS ?= results
 VENV := .venv
 BIN := $(VENV)/bin
+# A run starts dozens of processes: without cached bytecode each of them compiles all that it imports, and takes twice as long.
+unexport PYTHONDONTWRITEBYTECODE
 UV_VERSION := 0.13.9
 
 .PHONY: demo test test-slow lint plan why recompute verify repair gc rescan bench chaos lock help clean

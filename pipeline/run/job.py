@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import io
 import os
+import resource
 import sys
+import time
 import traceback
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from pipeline.errors import MicrotomeError, explained
 from pipeline.plan.job import Job
@@ -20,19 +23,20 @@ from pipeline.workers import processes
 from pipeline.workers.processes import PLAN
 
 
-def job(stage: str, wildcards: Any, log: str) -> None:
-    """Run one stage as a job of the workflow; print errors that users can act on without a traceback.
+def job(manifest: str, log: str) -> int:
+    """Make a step's manifest as a job of the workflow; return its exit status.
 
-    Output goes to the terminal and to `log`, whose folder exists.
+    Errors that users can act on are printed without a traceback. Output goes to the terminal and to `log`, whose folder
+    exists; time and memory to the table of the same name.
     """
     processes.end_with_main()
     processes.interruptible()
+    began = time.time()
     plan = planner.read(Path(os.environ[PLAN]))
-    named = (wildcards.get(name) for name in ("dataset", "network", "experiment"))
-    step = plan.wanted(stage, wildcards["id"], *named)
+    step = plan.steps[Path(manifest).relative_to(plan.results).as_posix()]
     with _Both(sys.stderr, Path(log)) as both, contextlib.redirect_stderr(both):
         try:
-            STAGES[stage].run(Job(plan, step, STAGES))
+            STAGES[step.stage].run(Job(plan, step, STAGES))
         except MicrotomeError as error:
             about = "" if str(error).startswith(step.name) else f"{step.name}: "
             print(f"error: {about}{error}", file=sys.stderr)
@@ -48,8 +52,18 @@ def job(stage: str, wildcards: Any, log: str) -> None:
             else:
                 print(f"error: {step.name}: {said}", file=sys.stderr)
         else:
-            return
-    sys.exit(1)
+            _benchmark(Path(log).with_suffix(".tsv"), time.time() - began)
+            return 0
+    return 1
+
+
+def _benchmark(path: Path, seconds: float) -> None:
+    """Write a job's time (s) and largest memory (MiB) as Snakemake's benchmarks do; workers are not part of it."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    clock = str(datetime.timedelta(seconds=round(seconds)))
+    row = (f"{seconds:.4f}", clock, f"{used.ru_maxrss / 1024:.2f}", f"{used.ru_utime + used.ru_stime:.2f}")
+    with contextlib.suppress(OSError):
+        path.write_text("\t".join(("s", "h:m:s", "max_rss", "cpu_time")) + "\n" + "\t".join(row) + "\n")
 
 
 class _Both(io.TextIOBase):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from pipeline.plan import settle
 from pipeline.plan.job import Job
 from pipeline.plan.stage import Stage
 from pipeline.plan.step import Key, Step
-from pipeline.run import experiment, forecast, planner, preflight
+from pipeline.run import experiment, forecast, jobs, planner, preflight
 from pipeline.stages.registry import STAGES
 from pipeline.storage.lock import RunLock
 from pipeline.storage.manifest import Manifest
@@ -49,6 +50,7 @@ class Run:
         overrides: Mapping[str, Any] | None = None,
     ) -> None:
         self.pool: subprocess.Popen | None = None
+        self.jobs: jobs.Jobs | None = None
         self.interrupted = False
         # Jobs and workers import this same code, from any working directory.
         own = str(Path(__file__).parents[2])
@@ -114,6 +116,13 @@ class Run:
         home = stage.folder_of(Key("{dataset}", "{network}", "{experiment}"), self.plan.config.name)
         return str(self.plan.results / home / folder / f"{stage.name}.{{id}}.{suffix}")
 
+    @property
+    def command(self) -> str:
+        """Return the shell command of every job, with Snakemake's names in braces."""
+        script = Path(__file__).parents[2] / "workflow/scripts/job.py"
+        python = f"{shlex.quote(sys.executable)} {shlex.quote(str(script))}".replace("{", "{{").replace("}", "}}")
+        return f"{python} {{output:q}} {{log:q}}"
+
     def memory(self, stage: str, wildcards: Any, threads: int) -> int:
         """Return a job's megabytes, with one worker for each of `threads`, by the stage's own estimate."""
         job = Job(self.plan, self._wanted(stage, wildcards), STAGES)
@@ -158,17 +167,21 @@ class Run:
         self.began = time.time()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._interrupt)
-        if elsewhere or kind == "address":
-            return
-        self.pool, address = cluster.start_pool(self.plan.config.cluster, self.plan.scratch)
-        os.environ[client.ADDRESS] = str(address.absolute())
         atexit.register(self.stop)
+        if not elsewhere:
+            self.jobs = jobs.start()
+            if kind != "address":
+                self.pool, address = cluster.start_pool(self.plan.config.cluster, self.plan.scratch)
+                os.environ[client.ADDRESS] = str(address.absolute())
 
     def stop(self, failed: bool = False) -> None:
-        """Stop the workers and release the lock, after the last job.
+        """Stop the processes that serve jobs, after the last one.
 
         A failed run leaves the lock file: the next run may have something to clean up.
         """
+        if self.jobs is not None:
+            self.jobs.stop()
+            self.jobs = None
         if self.pool is not None:
             cluster.stop_pool(self.pool)
             self.pool = None

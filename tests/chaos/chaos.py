@@ -57,6 +57,8 @@ def faults(undisturbed: Path, seed: int = 0) -> dict[str, Fault]:
         ("ctrl-c-twice", kills.ctrl_c_twice, 1),
         ("kill-worker", kills.worker, 3),
         ("kill-job", kills.job, 2),
+        ("kill-client", kills.client, 2),
+        ("kill-jobs", kills.jobs, 2),
         ("kill-pool", kills.pool, 2),
         ("sigterm-pool", kills.pool_sigterm, 1),
         ("why", kills.asked_why, 1),

@@ -133,6 +133,16 @@ def job(case: Case, stage: str) -> Outcome:
     return _some_part(case, stage, "job", signal.SIGKILL)
 
 
+def client(case: Case, stage: str) -> Outcome:
+    """kill -9 of the process that Snakemake runs for a job, which waits for it"""
+    return _some_part(case, stage, "client", signal.SIGKILL)
+
+
+def jobs(case: Case, stage: str) -> Outcome:
+    """kill -9 of the process that forks jobs"""
+    return _some_part(case, stage, "jobs", signal.SIGKILL)
+
+
 def pool(case: Case, stage: str) -> Outcome:
     """kill -9 of the pool, which holds scheduler and nannies"""
     return _some_part(case, stage, "pool", signal.SIGKILL)

@@ -14,11 +14,17 @@ import psutil
 
 MARK = "MICROTOME_CHAOS"  # environment variable: which run a process belongs to, inherited by all of its descendants
 
-ROLES: dict[str, Callable[[Sequence[str]], bool]] = {
-    "snakemake": lambda line: any(Path(word).name == "snakemake" for word in line[:3]),
-    "job": lambda line: any(".snakemake/scripts/" in word for word in line),
-    "pool": lambda line: "pipeline.workers.pool" in line,
-    "worker": lambda line: "--multiprocessing-fork" in line,
+JOBS = "pipeline.run.jobs"
+
+ROLES: dict[str, Callable[[psutil.Process], bool]] = {
+    "snakemake": lambda process: any(Path(word).name == "snakemake" for word in process.cmdline()[:3]),
+    "client": lambda process: any(word.endswith("workflow/scripts/job.py") for word in process.cmdline()),
+    "jobs": lambda process: JOBS in process.cmdline() and not ROLES["job"](process),
+    "job": lambda process: (
+        JOBS in process.cmdline() and (parent := process.parent()) is not None and JOBS in parent.cmdline()
+    ),
+    "pool": lambda process: "pipeline.workers.pool" in process.cmdline(),
+    "worker": lambda process: "--multiprocessing-fork" in process.cmdline(),
 }
 
 
@@ -59,7 +65,7 @@ class Running:
             with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
                 if process.status() == psutil.STATUS_ZOMBIE or process.environ().get(MARK) != self.mark:
                     continue
-                if role is None or ROLES[role](process.cmdline()):
+                if role is None or ROLES[role](process):
                     found.append(process)
         return sorted(found, key=lambda process: process.create_time())
 

@@ -1,5 +1,6 @@
 """A miniature experiment through the real Snakefile, once; then what a second start, a dry run and upkeep say of it."""
 
+import csv
 import json
 import shutil
 import subprocess
@@ -23,6 +24,10 @@ def test_the_results_of_a_run(finished):
     assert images.image.shape == (8, 3, 32, 32) and images.attrs["classes"]
     page = (results / "report/mini/index.html").read_text()
     assert "tiny" in page and (results / "report/mini/figures").is_dir()
+    (log,) = results.rglob("extract.*.tsv")
+    (row,) = csv.DictReader(log.read_text().splitlines(), delimiter="\t")
+    assert list(row) == ["s", "h:m:s", "max_rss", "cpu_time"]
+    assert 0 < float(row["cpu_time"]) < 600 and 20 < float(row["max_rss"]) < 24_000
 
 
 def test_a_second_start_has_nothing_to_do(finished, tmp_path):

@@ -32,13 +32,11 @@ for stage in RUN.stages:
             RUN.path(stage, "done", "json"),
         log:
             RUN.path(stage, "logs", "log"),
-        benchmark:
-            RUN.path(stage, "logs", "tsv")
         priority: stage.priority
         threads: 1
         resources:
             mem_mb=memory(stage.name),
         message:
             stage.says
-        script:
-            "../scripts/stage.py"
+        shell:
+            RUN.command

@@ -1,0 +1,140 @@
+"""The process that forks a run's jobs, after it imported what they all need.
+
+A job that starts as a Python process of its own imports for seconds, and a small step computes for one. The main
+process starts this one (`python -m pipeline.run.jobs DESCRIPTOR`) with a listening socket; `workflow/scripts/job.py`,
+which Snakemake runs, connects to it. A job holds that connection alone: it closes if the job is killed, and the job
+ends if it closes. This process ends with the main process, whose pipe is its stdin. It has one thread, so that it can
+fork at any moment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import traceback
+from pathlib import Path
+from typing import NoReturn
+
+from pipeline.run.job import job
+from pipeline.workers.pool import THREADS
+
+SOCKET = "MICROTOME_JOBS"  # environment variable: the socket of this process
+PRELOADED = ("distributed", "zarr", "pipeline.workers.client")
+PATIENCE = 10  # seconds for a request to arrive whole
+
+
+class Jobs:
+    """The main process's side: starts the process, and ends it."""
+
+    def __init__(self) -> None:
+        self.folder = tempfile.mkdtemp(prefix="microtome-")  # of this user alone
+        path = str(Path(self.folder) / "jobs")
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(path)
+            listener.listen(128)
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "pipeline.run.jobs", str(listener.fileno())],
+                stdin=subprocess.PIPE,
+                pass_fds=[listener.fileno()],
+                env=os.environ | THREADS,
+            )
+        os.environ[SOCKET] = path
+
+    def stop(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        try:
+            self.process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+        shutil.rmtree(self.folder, ignore_errors=True)
+        os.environ.pop(SOCKET, None)
+
+
+def start() -> Jobs | None:
+    """Start the process that forks jobs; None where forking is not safe, or no socket can be made.
+
+    Jobs then are processes of their own.
+    """
+    if not sys.platform.startswith("linux"):
+        return None
+    try:
+        return Jobs()
+    except OSError:
+        return None
+
+
+def serve(listener: socket.socket) -> None:
+    """Fork a job for each connection, until stdin closes."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)  # not SIG_IGN, which jobs would inherit until they set their own
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system forgets jobs that have ended
+    for name in PRELOADED:
+        importlib.import_module(name)
+    while True:
+        ready, _, _ = select.select([listener, sys.stdin], [], [])
+        if sys.stdin in ready:
+            return
+        connection, _ = listener.accept()
+        if os.fork() == 0:
+            listener.close()
+            _run(connection)
+        connection.close()
+
+
+def _run(connection: socket.socket) -> NoReturn:
+    """Run one job in this process, which was forked for it; answer with its exit status."""
+    status = 1
+    try:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        connection.settimeout(PATIENCE)
+        head, streams, _, _ = socket.recv_fds(connection, 4, 3)
+        request = json.loads(_received(connection, int.from_bytes(head, "big")))
+        connection.settimeout(None)
+        for number, stream in enumerate(streams):
+            os.dup2(stream, number)
+            os.close(stream)
+        os.environ.update(request["environment"])
+        connection.send(b"b")  # it has begun
+        threading.Thread(target=_listen, args=(connection,), daemon=True, name="end with the client").start()
+        status = job(request["manifest"], request["log"])
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        with contextlib.suppress(OSError):
+            connection.send(bytes([status]))
+        os._exit(status)
+
+
+def _received(connection: socket.socket, size: int) -> bytes:
+    found = b""
+    while len(found) < size:
+        if not (piece := connection.recv(size - len(found))):
+            raise EOFError
+        found += piece
+    return found
+
+
+def _listen(connection: socket.socket) -> None:
+    """Pass on the signals that the client gets; end this job if the client is gone."""
+    with contextlib.suppress(OSError):
+        while number := connection.recv(1):
+            os.kill(os.getpid(), number[0])
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    serve(socket.socket(fileno=int(sys.argv[1])))
