@@ -67,7 +67,7 @@ SLOW = (
     "tests/pipeline/stages/test_calibrate.py::test_any_number_of_workers_gives_the_same_bytes",
     "tests/pipeline/stages/test_calibrate_plain_files.py::test_the_page_shows_the_numbers",
     "tests/pipeline/stages/test_dissect.py::test_after_a_change_the_numbers_are_those_of_a_fresh_run[append]",
-    "tests/pipeline/stages/test_dissect.py::test_after_a_change_the_numbers_are_those_of_a_fresh_run[change a label map]",
+    "tests/pipeline/stages/test_dissect.py::test_after_a_change_the_numbers_are_those_of_a_fresh_run[change a label map]",  # noqa: E501
     "tests/pipeline/stages/test_dissect.py::test_after_a_change_the_numbers_are_those_of_a_fresh_run[remove]",
     "tests/pipeline/stages/test_dissect.py::test_another_source_of_concepts_is_counted_beside_the_first",
     "tests/pipeline/stages/test_probes.py::test_controls_pooled_layers_and_a_split_that_chooses",

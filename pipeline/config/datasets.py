@@ -75,6 +75,11 @@ class Dataset(Strict):
     )
     dissect: Dissect = Field(Dissect(), description="how units are compared with concepts")
 
+    @property
+    def examined_split(self) -> str:
+        """The split whose activations are extracted and dissected: that of other stages, too, where none is named."""
+        return self.dissect.split
+
 
 class SceneCounts(Strict):
     """The number of scenes drawn for each split."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,43 +25,12 @@ from pipeline.networks import segmenters
 from pipeline.networks.build import build, load_weights
 from pipeline.networks.graph.tail import Tail
 from pipeline.networks.graph.trace import UntraceableError, trace
-from pipeline.networks.layer import LayerInfo
+from pipeline.networks.layer import Inspection, LayerInfo
 from pipeline.networks.layers import Survey, choose, in_proportion, survey
 from pipeline.networks.speed import Probe, measure
 from pipeline.networks.token_order import check_places
 
 _HALF_BYTES = 2
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """The properties of a network that do not depend on its weights.
-
-    Attributes
-    ----------
-    layers : the wanted ones, in execution order.
-    activation_bytes : per layer, of its float16 activations for all images, before compression.
-    parameters : number of trainable values.
-    largest : values of the largest output of any module, for one image.
-    ablation : per layer whose units are to be removed, the floating-point operations per pair of a unit and an image;
-        None if the network cannot be cut there and all of it runs.
-    output : shape of the network's output for one image; (classes,) for a classifier.
-    classes : number of logits, or None if the network has no head.
-    compared : names of the layers that are compared, if these are others.
-    """
-
-    architecture: str
-    layers: list[LayerInfo]
-    activation_bytes: dict[str, int]
-    parameters: int
-    largest: int
-    output: tuple[int, ...]
-    classes: int | None
-    ablation: dict[str, float | None] = field(default_factory=dict)
-    compared: list[str] = field(default_factory=list)
-
-    def json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 class Ablation(BaseModel):

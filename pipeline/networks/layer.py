@@ -1,7 +1,10 @@
-"""The properties of a layer that no image determines, as tasks carry them: imported without torch."""
+"""The properties of a network and its layers that no image determines: imported without torch."""
 
-from dataclasses import dataclass
-from typing import Literal
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
 Layout = Literal["map", "channels_last", "tokens", "vector"]
 
@@ -31,3 +34,40 @@ class LayerInfo:
     @property
     def spatial(self) -> bool:
         return self.shape[1] * self.shape[2] > 1
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """The properties of a network that do not depend on its weights.
+
+    Attributes
+    ----------
+    layers : the wanted ones, in execution order.
+    activation_bytes : per layer, of its float16 activations for all images, before compression.
+    parameters : number of trainable values.
+    largest : values of the largest output of any module, for one image.
+    ablation : per layer whose units are to be removed, the floating-point operations per pair of a unit and an image;
+        None if the network cannot be cut there and all of it runs.
+    output : shape of the network's output for one image; (classes,) for a classifier.
+    classes : number of logits, or None if the network has no head.
+    compared : names of the layers that are compared, if these are others.
+    """
+
+    architecture: str
+    layers: list[LayerInfo]
+    activation_bytes: dict[str, int]
+    parameters: int
+    largest: int
+    output: tuple[int, ...]
+    classes: int | None
+    ablation: dict[str, float | None] = field(default_factory=dict)
+    compared: list[str] = field(default_factory=list)
+
+    def json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def read(answer: Mapping[str, Any]) -> Inspection:
+        """Return the inspection that `json` gave."""
+        layers = [LayerInfo(**{**layer, "shape": tuple(layer["shape"])}) for layer in answer["layers"]]
+        return Inspection(**{**answer, "layers": layers, "output": tuple(answer["output"])})

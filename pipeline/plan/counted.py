@@ -23,7 +23,7 @@ class Counted:
         dataset = job.dataset_spec
         height, width = ingested(job)
         limit = job.config.controls.images if job.is_control else None
-        images = job.splits[dataset.dissect.split]
+        images = job.splits[dataset.examined_split]
         return Counted(
             min(images, limit or images),
             (height, width),

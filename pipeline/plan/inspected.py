@@ -19,6 +19,7 @@ from typing import Any
 
 from pipeline.config.networks import Network, NetworkSpec, Segmenter
 from pipeline.errors import MicrotomeError
+from pipeline.networks.layer import Inspection
 from pipeline.plan.job import Job
 from pipeline.plan.question import Question
 from pipeline.storage.atomic import write_atomically
@@ -60,9 +61,9 @@ def pairs(jobs: Iterable[Job]) -> Iterator[Job]:
     return (job for job in jobs if job.stage.name == PAIRS and not job.is_control)
 
 
-def found(job: Job) -> dict[str, Any]:
+def found(job: Job) -> Inspection:
     """Return what the inspection found of a job's network, or of its original if it is a control or a copy."""
-    return json.loads(question(_pair(job)).kept.read_text())
+    return Inspection.read(question(_pair(job)).answer)
 
 
 def speed(job: Job) -> dict[str, Any]:

@@ -119,7 +119,7 @@ def nothing(*_: Any) -> Iterator[Any]:
 
 
 @dataclass(frozen=True)
-class Page:
+class PageModule:
     """A module of report pages, with one function `pages(experiment)`, and its position among the others."""
 
     module: str
@@ -182,7 +182,7 @@ class Stage:
     made: Callable[[Job], Iterable[Path]] = nothing
     owned: Callable[[Manifest, Path], set[Path]] | None = None
     unreferenced: Callable[[Path, set[Path]], Iterable[Path]] = nothing
-    pages: tuple[Page, ...] = ()
+    pages: tuple[PageModule, ...] = ()
     priority: int = 0
 
     def folder_of(self, key: Key, config: str) -> str:

@@ -38,7 +38,7 @@ class Made:
 
 
 @dataclass(frozen=True)
-class Dissected:
+class DissectedPair:
     """A network and its untrained control, by their names in the results folder; None without that control.
 
     The other control, label maps permuted over the images, is shown if `units-permuted.csv` stands beside `units.csv`;
@@ -82,7 +82,7 @@ class Experiment:
         return [made for made in self.made if made.stage == stage]
 
     @property
-    def dissected(self) -> list[Dissected]:
+    def dissected(self) -> list[DissectedPair]:
         """Return the dissected networks, each with its untrained control if there is one."""
         dissected = {(made.dataset, made.network): made for made in self.of_stage("dissect")}
         found = []
@@ -90,7 +90,7 @@ class Experiment:
             assert dataset is not None and network is not None
             if not network.endswith(UNTRAINED):
                 control = network + UNTRAINED if (dataset, network + UNTRAINED) in dissected else None
-                found.append(Dissected(dataset, network, control, made.result.get("control_images")))
+                found.append(DissectedPair(dataset, network, control, made.result.get("control_images")))
         return found
 
     def once(self, read: Callable[[Experiment], Result]) -> Result:

@@ -56,10 +56,9 @@ def sizes(plan: Plan) -> list[str]:
     lines = []
     for job in inspected.pairs(every):
         known = inspected.found(job)
-        count = len(known["layers"])
-        layers = [layer["name"] for layer in known["layers"]]
+        layers, count = [layer.name for layer in known.layers], len(known.layers)
         named = ", ".join(layers if count <= 4 else [*layers[:2], "...", layers[-1]])
-        lines.append(f"{job.network} on {job.dataset}: {known['parameters']:,} parameters, {count} layers ({named})")
+        lines.append(f"{job.network} on {job.dataset}: {known.parameters:,} parameters, {count} layers ({named})")
     return lines + [line for job in every for line in job.stage.sizes(job)]
 
 

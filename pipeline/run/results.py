@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     import xarray as xr
 
 Item = TypeVar("Item")
-NUMBERS = ("iou", "iou_ceiling", "iou_held_out", "ci_low", "ci_high", "threshold", "activation_rate")
 
 
 def open_results(path: str | Path) -> Results:
@@ -154,7 +153,9 @@ class Network(_Folder["Layer"]):
     @cached_property
     def paths(self) -> dict[str, dict[str, str]]:
         """layers.json: the paths of each layer's stores."""
-        return json.loads((self.path / "layers.json").read_text())
+        from pipeline.stages.dissect.found import read_layer_paths
+
+        return read_layer_paths(self.path / "layers.json")
 
     def names(self) -> list[str]:
         return list(self.paths)
@@ -201,13 +202,17 @@ class Network(_Folder["Layer"]):
     @property
     def units(self) -> list[dict[str, Any]]:
         """units.csv, one row per unit: numbers as numbers, blank cells as None."""
-        return list(map(_numbers, _table(self.path / "units.csv")))
+        from pipeline.stages.dissect.found import read_unit_rows
+
+        return read_unit_rows(self.path / "units.csv")
 
     @property
     def units_permuted(self) -> list[dict[str, Any]]:
         """The same for the control with permuted label maps; empty if there is none."""
+        from pipeline.stages.dissect.found import read_unit_rows
+
         file = self.path / "units-permuted.csv"
-        return list(map(_numbers, _table(file))) if file.exists() else []
+        return read_unit_rows(file) if file.exists() else []
 
 
 @dataclass(frozen=True)
@@ -256,7 +261,3 @@ def _open(path: Path) -> xr.Dataset:
 def _table(path: Path) -> list[dict[str, str]]:
     with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
         return list(csv.DictReader(file))
-
-
-def _numbers(row: dict[str, str]) -> dict[str, Any]:
-    return row | {"unit": int(row["unit"])} | {key: float(row[key]) if row[key] else None for key in NUMBERS}

@@ -35,7 +35,7 @@ def open_store(path: Path) -> Store:
     try:
         return zarr.open_group(Located(path, read_only=True), mode="r", use_consolidated=False)
     except FileNotFoundError:
-        raise MicrotomeError(f"the report needs the store {path}, which does not exist; dissect the network") from None
+        raise MicrotomeError(f"there is no store {path}; dissect the network") from None
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def read_text(file: Path) -> IO[str]:
         data = file.read_bytes()
     except FileNotFoundError:
         todo = "run `make repair`" if written else "dissect the network first"
-        raise MicrotomeError(f"the report needs {file}, which does not exist; {todo}") from None
+        raise MicrotomeError(f"there is no {file}; {todo}") from None
     if written is not None and written != (len(data), crc32c(data)):
         raise MicrotomeError(
             f"{file} is not what was written; run `make verify` to find all damage and `make repair` to make only "

@@ -34,7 +34,7 @@ from pipeline.networks.build import load
 from pipeline.networks.checkpoint import sha256, write_safetensors
 from pipeline.stages.dissect import intersections, work
 from pipeline.stages.dissect import thresholds as dissect_thresholds
-from pipeline.stages.dissect.work import Concepts, Counted
+from pipeline.stages.dissect.work import Concepts, CountedShard
 from pipeline.stages.extract import layers as extract_layers
 from pipeline.stages.extract import stage as extract
 from pipeline.stages.extract import tasks as extract_tasks
@@ -237,7 +237,7 @@ def dissect_once(
 
 def made(
     folder: Path, images: int, units: int, concepts: int, shard: int
-) -> tuple[work.Layer, list[Counted], Concepts]:
+) -> tuple[work.LayerSource, list[CountedShard], Concepts]:
     """Stores of activations and of label maps in three categories, patches of 7 x 7."""
     rng = np.random.default_rng(0)
     maps, size = folder / "activations.zarr", (images, units, 14, 14)
@@ -266,9 +266,9 @@ def made(
         drawn = np.concatenate(patches, axis=1).repeat(7, axis=2).repeat(7, axis=3).astype(np.uint16)
         label_files |= write(label, {"label_map": ((at, 0, 0, 0), drawn)})
         rows = np.arange(count)
-        counted.append(Counted(k, rows, rows % 20, np.roll(rows, 1)))
+        counted.append(CountedShard(k, rows, rows % 20, np.roll(rows, 1)))
     activation = StoreRef(maps, files | metadata_files(maps))
-    layer = work.Layer("conv5_3", "made", activation, (units, 14, 14), 1.0, "")
+    layer = work.LayerSource("conv5_3", "made", activation, (units, 14, 14), 1.0, "")
     numbers = tuple(range(1, concepts + 1))
     names = tuple(map(str, numbers))
     place = tuple(int(np.searchsorted(edges, number, side="right")) - 1 for number in numbers)

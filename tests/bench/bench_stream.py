@@ -24,7 +24,7 @@ from pipeline.networks import forward
 from pipeline.stages.dissect import intersections, work
 from pipeline.stages.dissect import streamed as dissect_streamed
 from pipeline.stages.dissect import thresholds as dissect_thresholds
-from pipeline.stages.dissect.work import Concepts, Counted
+from pipeline.stages.dissect.work import Concepts, CountedShard
 from pipeline.stages.extract import streaming as stream
 from pipeline.stages.extract import tasks as extract_tasks
 from pipeline.stages.extract.pictures import KEPT
@@ -78,7 +78,7 @@ def measure(folder: Path, count: int, name: str, times: int) -> None:
     print(f"  on the disk: full {maps / count / 1e6:.2f} MB an image, none {kept / 1e6:.1f} MB in all")
 
 
-def labelled(store: Path, count: int, shard: int = SHARD) -> tuple[Concepts, list[Counted]]:
+def labelled(store: Path, count: int, shard: int = SHARD) -> tuple[Concepts, list[CountedShard]]:
     """300 concepts in three categories, patches of 7 x 7, and which images count: all."""
     rng = np.random.default_rng(0)
     create(
@@ -94,7 +94,7 @@ def labelled(store: Path, count: int, shard: int = SHARD) -> tuple[Concepts, lis
         drawn = np.concatenate(patches, axis=1).repeat(7, axis=2).repeat(7, axis=3).astype(np.uint16)
         files |= write(store, {"label_map": ((at, 0, 0, 0), drawn)})
         rows = np.arange(number)
-        counted.append(Counted(k, rows, rows % GROUPS, np.roll(rows, 1)))
+        counted.append(CountedShard(k, rows, rows % GROUPS, np.roll(rows, 1)))
     numbers = tuple(range(1, 301))
     place = tuple((number - 1) // 100 for number in numbers)
     names = tuple(map(str, numbers))
@@ -103,7 +103,7 @@ def labelled(store: Path, count: int, shard: int = SHARD) -> tuple[Concepts, lis
 
 
 def full(
-    folder: Path, model: forward.Model, images: Images, counted: list[Counted], concepts: Concepts
+    folder: Path, model: forward.Model, images: Images, counted: list[CountedShard], concepts: Concepts
 ) -> dict[str, float]:
     """Extraction, thresholds and IoU of layers that are stored."""
     _, layers = tasks(folder, model, images)
@@ -114,7 +114,7 @@ def full(
     for layer in layers:
         files = {path.relative_to(layer.store).as_posix(): _recorded(path) for path in _files(layer.store)}
         maps = StoreRef(layer.store, files)
-        stored.append(work.Layer(layer.name, layer.id, maps, layer.info.shape, layer.scale, layer.id))
+        stored.append(work.LayerSource(layer.name, layer.id, maps, layer.info.shape, layer.scale, layer.id))
 
     def thresholds() -> None:
         for layer in stored:
@@ -143,7 +143,7 @@ def none(
     folder: Path,
     model: forward.Model,
     images: Images,
-    counted: list[Counted],
+    counted: list[CountedShard],
     concepts: Concepts,
     timed: Callable[[Callable[[], object]], float] = seconds,
 ) -> dict[str, float]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from kernels.ablation import KINDS, Predictions, random_sets, ranked_sets, ranking
-from pipeline.stages.ablate.results import AblatedLayer, Counted
+from pipeline.stages.ablate.results import AblatedLayer, AblationCounts
 from pipeline.stages.ablate.tasks import (
     SETS,
     TASK_UNITS,
@@ -29,7 +29,7 @@ from pipeline.workers.resumable import Parts
 from pipeline.workers.tasks import run_tasks
 
 
-def ablate_layer(work: Work, target: Target, shards: Mapping[int, Shard]) -> tuple[Counted, Files]:
+def ablate_layer(work: Work, target: Target, shards: Mapping[int, Shard]) -> tuple[AblationCounts, Files]:
     """Remove the units of a layer; return the counts, and the files of the predictions behind them."""
     settings, measure = work.settings, work.settings.measure
     if target.replace == "mean":
@@ -47,7 +47,7 @@ def ablate_layer(work: Work, target: Target, shards: Mapping[int, Shard]) -> tup
         files |= manifest_files(target.set_predictions, predicted.files())
     facts = facts_of(work, target, shards, units, predicted, len(sets), whole)
     set_counts = counts.reshape(3, len(KINDS), len(sizes), len(work.classes))
-    return Counted(target.info.name, measure, whole, without, order, sizes, set_counts, random, facts), files
+    return AblationCounts(target.info.name, measure, whole, without, order, sizes, set_counts, random, facts), files
 
 
 def facts_of(

@@ -100,7 +100,7 @@ class Ablated(Record):
 
 
 @dataclass(frozen=True)
-class Counted:
+class AblationCounts:
     """What was counted for one layer.
 
     Attributes
@@ -138,7 +138,7 @@ def unit_labels(folder: Path, dissected: Manifest) -> Labels:
     return {(row["layer"], int(row["unit"])): row for row in csv.DictReader(io.StringIO(text))}
 
 
-def write_layer(path: Path, classes: list[str], found: Counted, name: str) -> Files:
+def write_layer(path: Path, classes: list[str], found: AblationCounts, name: str) -> Files:
     """Write the group of a layer; return its files, named from the folder of the network."""
     units = len(next(iter(found.without.values())).predicted)
     splits = list(found.whole)
@@ -190,7 +190,7 @@ def layer_files(store: Path) -> Files:
     return within(store.name, {"zarr.json": metadata_files(store)["zarr.json"]})
 
 
-def set_losses(found: Counted) -> tuple[np.ndarray, np.ndarray]:
+def set_losses(found: AblationCounts) -> tuple[np.ndarray, np.ndarray]:
     """(kind, size, class) of the class's balanced accuracy, and of the accuracy over all classes, without its set."""
     judged = found.whole[found.measure.judge]
     total = int(judged.images.sum())
@@ -201,14 +201,14 @@ def set_losses(found: Counted) -> tuple[np.ndarray, np.ndarray]:
     return loss, np.where(undefined, np.nan, judged.accuracy[0] - correct / total)
 
 
-def random_losses(found: Counted) -> np.ndarray:
+def random_losses(found: AblationCounts) -> np.ndarray:
     """(draw, kind, size, class) of balanced accuracy, without random sets."""
     judged = found.whole[found.measure.judge]
     loss = judged.balanced_accuracy - found.random.balanced_accuracy
     return loss.reshape(found.measure.draws, len(RANDOM_KINDS), len(found.sizes), -1)
 
 
-def write_tables(layers: Iterable[Counted], labels: Labels, classes: list[str]) -> dict[str, bytes]:
+def write_tables(layers: Iterable[AblationCounts], labels: Labels, classes: list[str]) -> dict[str, bytes]:
     """Return the three tables, by file name."""
     rows: dict[str, list[list[Any]]] = {"ablation.csv": [], "ablation-sets.csv": [], "ablation-units.csv": []}
     for found in layers:
@@ -219,7 +219,7 @@ def write_tables(layers: Iterable[Counted], labels: Labels, classes: list[str]) 
     return {name: csv_bytes(given, rows[name]) for name, given in zip(rows, columns, strict=True)}
 
 
-def class_rows(found: Counted, labels: Labels, classes: list[str]) -> list[list[Any]]:
+def class_rows(found: AblationCounts, labels: Labels, classes: list[str]) -> list[list[Any]]:
     """Return the most important units of each class; none where a class could not be ranked."""
     rank, judge = found.measure.rank, found.measure.judge
     recall = found.whole[judge].recall - found.without[judge].recall
@@ -239,7 +239,7 @@ def class_rows(found: Counted, labels: Labels, classes: list[str]) -> list[list[
     ]
 
 
-def set_rows(found: Counted, classes: list[str]) -> list[list[Any]]:
+def set_rows(found: AblationCounts, classes: list[str]) -> list[list[Any]]:
     """Return for every class, kind and size the losses without the set, and mean and range without random ones."""
     if not found.sizes:
         return []
@@ -258,7 +258,7 @@ def set_rows(found: Counted, classes: list[str]) -> list[list[Any]]:
     return rows
 
 
-def unit_rows(found: Counted, labels: Labels) -> list[list[Any]]:
+def unit_rows(found: AblationCounts, labels: Labels) -> list[list[Any]]:
     """Return every unit, with the number of classes it is important to and what is lost over all classes."""
     rank, judge = found.measure.rank, found.measure.judge
     served = classes_served(found.order, found.loss[rank])

@@ -22,7 +22,7 @@ from pipeline.config.networks import Ablate
 from pipeline.errors import MicrotomeError
 from pipeline.plan.inspected import found
 from pipeline.plan.job import Job
-from pipeline.plan.stage import Draft, Page, Stage, Wanted
+from pipeline.plan.stage import Draft, PageModule, Stage, Wanted
 from pipeline.plan.step import Key
 from pipeline.stages.ablate.layer import ablate_layer
 from pipeline.stages.ablate.results import Ablated, layer_files, unit_labels, write_layer, write_tables
@@ -76,7 +76,7 @@ def settings_of(draft: Draft, section: Ablate, dataset: str, network: str) -> Se
             f"network {network!r}, ablate: the images of data set {dataset!r} have no classes that could lose "
             f"anything: give it `labels`, or name other data sets in `ablate.datasets`"
         )
-    judge = section.judge or draft.config.datasets[dataset].dissect.split
+    judge = section.judge or draft.config.datasets[dataset].examined_split
     for key, split in (("rank", section.rank), ("judge", judge)):
         try:
             summary.require(dataset, split)
@@ -128,8 +128,8 @@ def sizes(job: Job) -> Iterator[str]:
     inspected, removal = found(job), job.settings.ablate
     splits = len(removal.splits)
     images = f"{removal.images:,} images of each of {splits} splits" if removal.images else f"all of {splits} splits"
-    units = {layer["name"]: layer["shape"][0] for layer in inspected["layers"]}
-    for layer, flops in inspected["ablation"].items():
+    units = {layer.name: layer.shape[0] for layer in inspected.layers}
+    for layer, flops in inspected.ablation.items():
         cost = f"{flops / 1e6:.3g} MFLOP" if flops is not None else "a whole forward"
         yield (
             f"{job.network} on {job.dataset}: {units[layer]} units of {layer} removed from {images}, {cost} for each "
@@ -151,5 +151,5 @@ STAGE = Stage(
     explains="units removed again only on shards of images that changed",
     made=made,
     unreferenced=unreferenced,
-    pages=(Page("pipeline.stages.ablate.page", 30),),
+    pages=(PageModule("pipeline.stages.ablate.page", 30),),
 )

@@ -24,7 +24,7 @@ import numpy as np
 from pipeline.errors import MicrotomeError
 from pipeline.plan.inspected import found
 from pipeline.plan.job import Job
-from pipeline.plan.stage import Draft, Page, Stage, Wanted
+from pipeline.plan.stage import Draft, PageModule, Stage, Wanted
 from pipeline.plan.step import Key
 from pipeline.stages.calibrate.results import (
     Calibrated,
@@ -87,7 +87,7 @@ def steps(draft: Draft) -> Iterator[Wanted]:
 def settings_of(draft: Draft, section: Calibrate, dataset: str) -> Settings:
     """Return what the id is made of; refuse too few images."""
     summary = draft.summaries[dataset]
-    images = summary.splits[draft.config.datasets[dataset].dissect.split]
+    images = summary.splits[draft.config.datasets[dataset].examined_split]
     few = fitted_on(section.share, images)
     if few < summary.classes:
         raise MicrotomeError(
@@ -101,7 +101,7 @@ def settings_of(draft: Draft, section: Calibrate, dataset: str) -> Settings:
 
 def check(job: Job) -> Iterator[str]:
     """Say what is wrong with the logits of a network that is to be calibrated."""
-    given, classes = found(job)["classes"], job.settings.classes
+    given, classes = found(job).classes, job.settings.classes
     if given != classes:
         yield (
             f"network {job.network!r} on {job.dataset!r} cannot be calibrated: "
@@ -235,5 +235,5 @@ STAGE = Stage(
     run=run,
     explains="methods fitted again on the splits that are missing, from stored logits",
     made=made,
-    pages=(Page("pipeline.stages.calibrate.page", 40),),
+    pages=(PageModule("pipeline.stages.calibrate.page", 40),),
 )

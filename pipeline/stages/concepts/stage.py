@@ -77,7 +77,7 @@ def steps(draft: Draft) -> Iterator[Wanted]:
     config = draft.config
     for name in sorted({data for network in config.networks.values() for data in config.datasets_of(network)}):
         dataset = config.datasets[name]
-        draft.summaries[name].require(name, dataset.dissect.split)
+        draft.summaries[name].require(name, dataset.examined_split)
         with about(f"data set {name!r}"):
             settings = settings_of(dataset, config.segmenters, draft.digests)
         yield Wanted(Key(dataset=name), settings, (draft.step("ingest", name),))
@@ -93,7 +93,7 @@ def settings_of(dataset: AnyDataset, known: Mapping[str, Any], digests: FileDige
     if named := [name for name in dataset.concepts if name in known]:
         optional["segmenters"] = {name: segmenters.settings(known[name], digests) for name in named}
     return Settings(
-        sources=dataset.concepts, split=dataset.dissect.split, label_map_size=dataset.label_map_size, **optional
+        sources=dataset.concepts, split=dataset.examined_split, label_map_size=dataset.label_map_size, **optional
     )
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from kernels.dissection.iou import mask
 from pipeline.report.experiment import Experiment
-from pipeline.stages.dissect.found import Dissection, Layer, Unit
+from pipeline.stages.dissect.found import DissectedLayer, Dissection, Unit
 from pipeline.stages.dissect.tables import by_iou
 from pipeline.stages.extract.pictures import BINS, KEPT, SAMPLE, bins_of, facts, top_images
 from pipeline.storage.read_back import Store, open_store
@@ -100,7 +100,7 @@ def parts(units: Sequence[int]) -> Iterator[Sequence[int]]:
 
 
 def draw_units(
-    out: Path, prefix: str, images: Path, layer: Layer, units: Sequence[int], top: int
+    out: Path, prefix: str, images: Path, layer: DissectedLayer, units: Sequence[int], top: int
 ) -> tuple[str, dict[int, Card]]:
     """Draw some units of one layer, on a worker; return the layer's name and the cards by unit."""
     pictures = open_pictures(images)

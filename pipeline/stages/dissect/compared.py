@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pipeline.report.experiment import Experiment
 from pipeline.stages.dissect.counting import LayerCount, count_detectors
-from pipeline.stages.dissect.found import Network, Unit, networks, read_layer_names, read_units
+from pipeline.stages.dissect.found import Network, Unit, networks, read_layer_paths, read_units
 from pipeline.stages.extract import replaced as earlier
 
 
@@ -94,7 +94,7 @@ def replaced(experiment: Experiment) -> Iterator[Replaced]:
 
 
 def _before(home: Path, facts: dict) -> Before:
-    layers = read_layer_names(home / "layers.json")
+    layers = list(read_layer_paths(home / "layers.json"))
     units = read_units(home / "units.csv", layers)
     accuracy = facts.get("accuracy")
     return Before(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import MicrotomeError
-from pipeline.report.experiment import Dissected, Experiment
+from pipeline.report.experiment import DissectedPair, Experiment
 from pipeline.report.words import plural
 from pipeline.stages.dissect.counting import (
     ConceptCount,
@@ -23,9 +23,11 @@ from pipeline.stages.dissect.results import UNIT_COLUMNS as COLUMNS
 from pipeline.storage.manifest import recorded
 from pipeline.storage.read_back import open_store, read_json, read_text
 
+NUMBERS = COLUMNS[4:]
+
 
 @dataclass(frozen=True)
-class Layer:
+class DissectedLayer:
     """One layer of a network, with the stores that hold its numbers."""
 
     name: str
@@ -46,7 +48,7 @@ class Dissection:
 
     dataset: str
     network: str
-    layers: list[Layer]
+    layers: list[DissectedLayer]
     units: list[Unit]
     model: dict[str, Any] = field(default_factory=dict)
 
@@ -75,15 +77,15 @@ def read_dissection(results: Path, dataset: str, network: str) -> Dissection:
     return Dissection(dataset, network, layers, units, model)
 
 
-def read_layer_names(file: Path) -> list[str]:
-    """Read the layer names in a `layers.json`, in execution order; their stores may be gone."""
-    return list(read_json(file))
+def read_layer_paths(file: Path) -> dict[str, dict[str, str]]:
+    """Read a `layers.json`: the paths of each layer's stores, in execution order; the stores may be gone."""
+    return read_json(file)
 
 
-def read_layers(dataset_folder: Path, file: Path) -> list[Layer]:
+def read_layers(dataset_folder: Path, file: Path) -> list[DissectedLayer]:
     """Read the layers of one network, in execution order, with the settings of its IoU."""
     layers = []
-    for name, paths in read_json(file).items():
+    for name, paths in read_layer_paths(file).items():
         missing = {"id", "activations", "thresholds", "iou"} - set(paths)
         if missing:
             raise MicrotomeError(
@@ -95,7 +97,7 @@ def read_layers(dataset_folder: Path, file: Path) -> list[Layer]:
                 f"{dataset_folder / paths['iou']} does not say its `min_iou`; dissect the network again"
             )
         layers.append(
-            Layer(
+            DissectedLayer(
                 name=name,
                 id=paths["id"],
                 activations=dataset_folder / paths["activations"],
@@ -112,26 +114,40 @@ def read_layers(dataset_folder: Path, file: Path) -> list[Layer]:
 
 
 def read_units(file: Path, layers: Sequence[str]) -> list[Unit]:
-    """Read the rows of a `units.csv`. A layer outside `layers` is an error: the files belong to different runs."""
-    with read_text(file) as stream:
-        reader = csv.DictReader(stream)
-        missing = set(COLUMNS) - set(reader.fieldnames or ())
-        if missing:
-            raise MicrotomeError(f"{file} lacks the columns {', '.join(sorted(missing))}; dissect the network again")
-        rows = list(reader)
+    """Read the units of a `units.csv`. A layer outside `layers` is an error: the files belong to different runs."""
     units = []
-    for number, row in enumerate(rows, start=1):
+    for number, row in enumerate(read_unit_rows(file), start=1):
         if row["layer"] not in layers:
             raise MicrotomeError(
                 f"{file}, row {number}: layer {row['layer']!r} is not in layers.json ({', '.join(layers)}); "
                 "the two files come from different runs: dissect the network again"
             )
+        numbers = {name: math.nan if row[name] is None else row[name] for name in NUMBERS}
+        units.append(Unit(row["layer"], row["unit"], row["concept"], row["category"], **numbers))
+    return units
+
+
+def read_unit_rows(file: Path) -> list[dict[str, Any]]:
+    """Read the rows of a `units.csv`: numbers as numbers, blank cells as None.
+
+    Raises
+    ------
+    MicrotomeError
+        A column is missing, or a cell is no number.
+    """
+    with read_text(file) as stream:
+        reader = csv.DictReader(stream)
+        missing = set(COLUMNS) - set(reader.fieldnames or ())
+        if missing:
+            raise MicrotomeError(f"{file} lacks the columns {', '.join(sorted(missing))}; dissect the network again")
+        rows: list[dict[str, Any]] = list(reader)
+    for number, row in enumerate(rows, start=1):
         try:
-            numbers = {name: float(row[name]) if row[name] else math.nan for name in COLUMNS[4:]}
-            units.append(Unit(row["layer"], int(row["unit"]), row["concept"], row["category"], **numbers))
+            row["unit"] = int(row["unit"])
+            row |= {name: float(row[name]) if row[name] else None for name in NUMBERS}
         except (TypeError, ValueError) as error:
             raise MicrotomeError(f"{file}, row {number}: {error}; dissect the network again") from None
-    return units
+    return rows
 
 
 @dataclass(frozen=True)
@@ -197,7 +213,7 @@ def _networks(experiment: Experiment) -> list[Network]:
     return [read_network(experiment.results, one) for one in experiment.dissected]
 
 
-def read_network(results: Path, one: Dissected) -> Network:
+def read_network(results: Path, one: DissectedPair) -> Network:
     """Read one network and its controls."""
     trained = read_dissection(results, one.dataset, one.network)
     runs = {"trained": trained.units}

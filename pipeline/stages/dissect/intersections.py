@@ -10,7 +10,7 @@ import numpy as np
 
 from pipeline.stages.dissect.results import Arrays
 from pipeline.stages.dissect.settings import Method
-from pipeline.stages.dissect.work import Concepts, Counted, Layer, Threshold, Wanted, activation, runs
+from pipeline.stages.dissect.work import Concepts, CountedShard, LayerResult, LayerSource, Threshold, activation, runs
 from pipeline.workers.devices import device
 from pipeline.workers.tasks import run_tasks
 
@@ -26,7 +26,7 @@ def count_stored(
     label: str,
     thresholds: Mapping[str, Threshold],
     method: Method,
-    batch: list[Wanted],
+    batch: list[LayerResult],
     chosen: Concepts,
 ) -> tuple[dict[tuple[str, bool], Counts], dict[str, Arrays]]:
     """Return the counts of stored layers."""
@@ -86,7 +86,7 @@ def joined(concepts: Concepts, sources: Mapping[str, tuple[Counts, Concepts]]) -
     )
 
 
-def memory_need(layer: Layer, images: int, size: tuple[int, int], concepts: Concepts) -> int:
+def memory_need(layer: LayerSource, images: int, size: tuple[int, int], concepts: Concepts) -> int:
     """Return the bytes of a task: maps as stored and decompressed, counts, and prepared label maps.
 
     The counts are those of thresholds or those of IoU.
@@ -109,11 +109,11 @@ def counting_need(units: int, concepts: Concepts, images: int, size: tuple[int, 
     return 16 * GROUPS * units * len(concepts.names) + 6 * images * size[0] * size[1] * len(concepts.categories)
 
 
-def batches(missing: list[Wanted], concepts: int, accumulator: int) -> Iterator[list[Wanted]]:
+def batches(missing: list[LayerResult], concepts: int, accumulator: int) -> Iterator[list[LayerResult]]:
     """Yield batches of layers whose counts fit into `accumulator` bytes; a larger layer is a batch of its own."""
     from kernels.dissection.counts import GROUPS
 
-    batch: list[Wanted] = []
+    batch: list[LayerResult] = []
     held = 0
     for wanted in missing:
         size = 8 * GROUPS * wanted.layer.shape[0] * concepts
@@ -126,7 +126,10 @@ def batches(missing: list[Wanted], concepts: int, accumulator: int) -> Iterator[
 
 
 def count_run(
-    wanted: list[tuple[Layer, bool, set[int], np.ndarray]], part: list[Counted], concepts: Concepts, border: Any
+    wanted: list[tuple[LayerSource, bool, set[int], np.ndarray]],
+    part: list[CountedShard],
+    concepts: Concepts,
+    border: Any,
 ) -> dict[tuple[str, bool], Counts]:
     """Count some shards and merge the counts, by (layer id, permuted), on a worker."""
     from kernels.dissection.counts import GROUPS, Counts
@@ -158,7 +161,7 @@ def count_run(
     return totals
 
 
-def labels_of(concepts: Concepts, label_maps: Any, one: Counted) -> Labels:
+def labels_of(concepts: Concepts, label_maps: Any, one: CountedShard) -> Labels:
     """Return a shard's label maps of the images that count, prepared for counting."""
     from kernels.dissection.counts import label_columns
 

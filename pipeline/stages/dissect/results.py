@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.stages.dissect.settings import Method
-from pipeline.stages.dissect.work import Concepts, Threshold, Wanted, manifest_of
+from pipeline.stages.dissect.work import Concepts, LayerResult, Threshold, manifest_of
 from pipeline.storage import manifest as storage_manifest
 from pipeline.storage import provenance
 from pipeline.storage.identity import digest
@@ -66,7 +66,7 @@ class CountedLayer(Record):
         return cls.read(manifest.result)
 
 
-def earlier_results(one: Wanted) -> Iterator[tuple[Path, Manifest]]:
+def earlier_results(one: LayerResult) -> Iterator[tuple[Path, Manifest]]:
     """Yield folder and manifest of finished results for the same layer with the same thresholds."""
     for path in sorted((one.layer.folder / "done").glob("dissect.*.json")):
         manifest = Manifest.read(path)
@@ -74,7 +74,7 @@ def earlier_results(one: Wanted) -> Iterator[tuple[Path, Manifest]]:
             yield one.layer.folder / f"dissect-{manifest.id}", manifest
 
 
-def earlier_threshold(one: Wanted) -> Threshold | None:
+def earlier_threshold(one: LayerResult) -> Threshold | None:
     """Return the same thresholds from an earlier result, if there is one."""
     for folder, manifest in earlier_results(one):
         stored = result_store(folder, "thresholds.zarr", manifest)
@@ -90,7 +90,7 @@ def result_store(folder: Path, name: str, manifest: Manifest) -> Reader:
     return Reader(folder / name, storage_manifest.below(f"{folder.name}/{name}", manifest.files))
 
 
-def earlier_counts(one: Wanted, concepts: Concepts) -> dict[str, tuple[Counts, Concepts]]:
+def earlier_counts(one: LayerResult, concepts: Concepts) -> dict[str, tuple[Counts, Concepts]]:
     """Return earlier counts, by category, for categories that were counted on the same label maps."""
     found: dict[str, tuple[Counts, Concepts]] = {}
     for folder, manifest in earlier_results(one):
@@ -105,7 +105,7 @@ def earlier_counts(one: Wanted, concepts: Concepts) -> dict[str, tuple[Counts, C
     return found
 
 
-def earlier_shown(one: Wanted) -> Arrays | None:
+def earlier_shown(one: LayerResult) -> Arrays | None:
     """Return the pictures' data of a streamed layer from an earlier result with the same thresholds."""
     for folder, manifest in earlier_results(one):
         if f"{folder.name}/shown.zarr/zarr.json" in manifest.files:
@@ -121,7 +121,7 @@ def read_counts(stored: Reader) -> Counts:
 
 
 def write_layer(
-    wanted: Wanted,
+    wanted: LayerResult,
     found: Threshold,
     counts: Counts,
     concepts: Concepts,
@@ -201,7 +201,7 @@ def write_layer(
     ).write(manifest_of(wanted))
 
 
-def unit_rows(one: Wanted, manifest: Manifest, method: Method) -> list[list[Any]]:
+def unit_rows(one: LayerResult, manifest: Manifest, method: Method) -> list[list[Any]]:
     """Return the rows of units.csv for one layer, read back from its verified stores."""
     from kernels.dissection.labels import label_units
 

@@ -33,7 +33,7 @@ from pipeline.plan import stage as plan
 from pipeline.plan.cost import Cost, rate_of
 from pipeline.plan.counted import Counted
 from pipeline.plan.job import Job
-from pipeline.plan.stage import Draft, Page, Stage
+from pipeline.plan.stage import Draft, PageModule, Stage
 from pipeline.plan.step import Key, Step
 from pipeline.stages.concepts.results import Labelled
 from pipeline.stages.dissect.intersections import (
@@ -60,9 +60,9 @@ from pipeline.stages.dissect.thresholds import find_thresholds
 from pipeline.stages.dissect.work import (
     VERSION,
     Concepts,
-    Layer,
+    LayerResult,
+    LayerSource,
     Threshold,
-    Wanted,
     concepts_of,
     counted_images,
     finished,
@@ -199,8 +199,8 @@ def made(job: Job) -> list[Path]:
 
 
 def count_and_write(
-    count: Callable[[list[Wanted], Concepts], tuple[dict[tuple[str, bool], Counts], dict[str, Arrays]]],
-    missing: list[Wanted],
+    count: Callable[[list[LayerResult], Concepts], tuple[dict[tuple[str, bool], Counts], dict[str, Arrays]]],
+    missing: list[LayerResult],
     thresholds: Mapping[str, Threshold],
     concepts: Concepts,
     method: Method,
@@ -253,15 +253,15 @@ def cost(job: Job, done: bool) -> Cost:
     counted, dataset, network = Counted.of(job), job.dataset_spec, job.network_spec
     height, width = counted.label_map_size
     found = inspected.found(job)
-    layers = [layer for layer in found["layers"] if network.kept(layer["name"]) != "pooled"]
-    units = sum(layer["shape"][0] for layer in layers)
+    layers = [layer for layer in found.layers if network.kept(layer.name) != "pooled"]
+    units = sum(layer.shape[0] for layer in layers)
     constant, position = COUNTED
     names = tuple(name for concept_names in counted.categories.values() for name in concept_names)
     nowhere = StoreRef(Path(), {})
     concepts = Concepts(nowhere, tuple(counted.categories), (), names, (), ())
     need = max(
         memory_need(
-            Layer(layer["name"], "", nowhere, tuple(layer["shape"]), 1.0, ""),
+            LayerSource(layer.name, "", nowhere, layer.shape, 1.0, ""),
             dataset.shard_images,
             (height, width),
             concepts,
@@ -270,18 +270,18 @@ def cost(job: Job, done: bool) -> Cost:
     )
     seconds: float | None = counted.images * units * (constant + position * height * width)
     shown = ""
-    if streamed := [layer for layer in layers if network.kept(layer["name"]) == "none"]:
+    if streamed := [layer for layer in layers if network.kept(layer.name) == "none"]:
         speed = inspected.speed(job)
         rate, shown = speed.get("images_per_second"), rate_of(speed)
         seconds = seconds + counted.images / rate if rate and seconds is not None else None
-        prepared = Prepared([], found["parameters"], found["largest"])
+        prepared = Prepared([], found.parameters, found.largest)
         # A worker counts as many layers together as fit its memory, with true and with permuted labels.
         room = min(ACCUMULATOR_BYTES, memory.memory(job.cluster) // 4)
-        each = [layer["shape"][0] for layer in streamed]
+        each = [layer.shape[0] for layer in streamed]
         one = counting_need(1, replace(concepts, categories=()), 0, (0, 0)) // 2
         together = max(max(each), min(2 * sum(each), room // max(1, one)))
         counting = counting_need(together, concepts, dataset.shard_images, (height, width))
-        maps = 12 * network.numerics.micro_batch * max(math.prod(layer["shape"]) for layer in streamed)
+        maps = 12 * network.numerics.micro_batch * max(math.prod(layer.shape) for layer in streamed)
         merged = 3 * TAIL * sum(each)  # counters in int64, three copies
         need = max(need, maps + counting + merged + forward_need(prepared, network, counted.size))
     return Cost((), counted.images, counted.shards(dataset.shard_images), seconds, need, shown)
@@ -302,7 +302,7 @@ STAGE = Stage(
     owned=owned,
     unreferenced=unreferenced,
     pages=(
-        Page("pipeline.stages.dissect.page", 10, here=True),
-        Page("pipeline.stages.dissect.compare_page", 20),
+        PageModule("pipeline.stages.dissect.page", 10, here=True),
+        PageModule("pipeline.stages.dissect.compare_page", 20),
     ),
 )

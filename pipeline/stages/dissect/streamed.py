@@ -19,7 +19,7 @@ from pipeline.networks.forward import Model, half
 from pipeline.stages.dissect.intersections import counting_need, labels_of
 from pipeline.stages.dissect.results import Arrays
 from pipeline.stages.dissect.settings import Method
-from pipeline.stages.dissect.work import Concepts, Counted, Layer, Threshold, Wanted
+from pipeline.stages.dissect.work import Concepts, CountedShard, LayerResult, LayerSource, Threshold
 from pipeline.stages.extract import pictures
 from pipeline.stages.extract import streaming as stream
 from pipeline.stages.extract.results import Extracted
@@ -84,7 +84,7 @@ class Passes:
         job: Job,
         workers: Any,
         extracted: Extracted,
-        counted: list[Counted],
+        counted: list[CountedShard],
         method: Method,
         size: tuple[int, int],
     ) -> None:
@@ -115,7 +115,7 @@ class Passes:
 
     # Thresholds -------------------------------------------------------------------------------------------------------
 
-    def thresholds(self, layers: Mapping[str, Layer]) -> dict[str, Threshold]:
+    def thresholds(self, layers: Mapping[str, LayerSource]) -> dict[str, Threshold]:
         """Return thresholds by layer id, from the tails; units whose tails do not prove them get another pass."""
         found: dict[str, Threshold] = {}
         pending: dict[str, tuple[Streamed, np.ndarray]] = {}
@@ -143,7 +143,7 @@ class Passes:
             every = {id: units for id, (_, units) in pending.items()}
         return found
 
-    def _without_refused(self, layers: Mapping[str, Layer]) -> dict[str, Tail]:
+    def _without_refused(self, layers: Mapping[str, LayerSource]) -> dict[str, Tail]:
         """Return the tails that the extraction counted, minus images whose label maps were refused since."""
         tails: dict[str, Tail] = {}
         for id, layer in layers.items():
@@ -217,16 +217,16 @@ class Passes:
 
     def count(
         self, thresholds: Mapping[str, Threshold]
-    ) -> Callable[[list[Wanted], Concepts], tuple[dict[tuple[str, bool], Counts], dict[str, Arrays]]]:
+    ) -> Callable[[list[LayerResult], Concepts], tuple[dict[tuple[str, bool], Counts], dict[str, Arrays]]]:
         """Return the function that counts a batch of layers; see `dissect.count_and_write`."""
 
-        def counted(batch: list[Wanted], chosen: Concepts) -> tuple[Any, Any]:
+        def counted(batch: list[LayerResult], chosen: Concepts) -> tuple[Any, Any]:
             return self._count(batch, chosen, thresholds)
 
         return counted
 
     def _count(
-        self, batch: list[Wanted], chosen: Concepts, thresholds: Mapping[str, Threshold]
+        self, batch: list[LayerResult], chosen: Concepts, thresholds: Mapping[str, Threshold]
     ) -> tuple[dict[tuple[str, bool], Counts], dict[str, Arrays]]:
         from kernels.dissection.counts import GROUPS, Counts, ShardCounts
 
@@ -276,7 +276,7 @@ class Passes:
         self.finished += done.values()
         return totals, pictures_of
 
-    def _shown(self, layer: Layer) -> Shown:
+    def _shown(self, layer: LayerSource) -> Shown:
         assert layer.streamed is not None and layer.tails is not None
         units = range(layer.shape[0])
         maximum = layer.store.open()["maximum"]
@@ -299,7 +299,7 @@ class Kept:
         self.shown, self.maps, self.histogram = shown, maps, histogram
 
     @classmethod
-    def empty(cls, layer: Layer, shown: Shown) -> Kept:
+    def empty(cls, layer: LayerSource, shown: Shown) -> Kept:
         units, height, width = layer.shape
         maps = np.full((units * pictures.KEPT, height, width), np.nan, np.float16)
         return cls(shown, maps, np.zeros((units, pictures.BINS), np.int64))
@@ -324,7 +324,7 @@ def count_block(
     model: Model,
     images: Path,
     block: int,
-    members: list[tuple[Part, Counted | None]],
+    members: list[tuple[Part, CountedShard | None]],
     wanted: list[OfLayer],
     concepts: Concepts,
     border: Any,
@@ -345,7 +345,7 @@ def count_block(
     }
     kept = {one.layer.id: Pieces(one) for one in wanted if one.shown}
     labels: Any = None
-    counted: Counted | None = None
+    counted: CountedShard | None = None
     shard = 0
 
     def take(layer: Streamed, at: int, maps: torch.Tensor) -> None:

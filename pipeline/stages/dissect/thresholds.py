@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.stages.dissect.settings import Method
-from pipeline.stages.dissect.work import Counted, Layer, Threshold, activation, runs
+from pipeline.stages.dissect.work import CountedShard, LayerSource, Threshold, activation, runs
 from pipeline.workers.devices import device
 from pipeline.workers.tasks import run_tasks
 
@@ -23,8 +23,8 @@ SAMPLE_SHARDS = 4  # the first shards are a random sample of the images that bra
 def find_thresholds(
     client: Any,
     label: str,
-    layers: Mapping[str, Layer],
-    counted: list[Counted],
+    layers: Mapping[str, LayerSource],
+    counted: list[CountedShard],
     method: Method,
     size: tuple[int, int],
 ) -> dict[str, Threshold]:
@@ -64,7 +64,7 @@ def find_thresholds(
 
 
 def sample_layer(
-    layer: Layer, sample: list[Counted], size: tuple[int, int], border: Any, quantile: float
+    layer: LayerSource, sample: list[CountedShard], size: tuple[int, int], border: Any, quantile: float
 ) -> tuple[str, Bracket]:
     from kernels.dissection.threshold import sample_bracket
 
@@ -73,7 +73,12 @@ def sample_layer(
 
 
 def tail_layer(
-    layer: Layer, units: np.ndarray, bracket: Bracket, part: list[Counted], size: tuple[int, int], border: Any
+    layer: LayerSource,
+    units: np.ndarray,
+    bracket: Bracket,
+    part: list[CountedShard],
+    size: tuple[int, int],
+    border: Any,
 ) -> tuple[str, Tail]:
     from kernels.dissection.threshold import count_tail
 

@@ -42,13 +42,13 @@ class Concepts:
     numbers: tuple[int, ...]
     category_index: tuple[int, ...]
 
-    def at(self, part: Iterable[Counted]) -> Concepts:
+    def at(self, part: Iterable[CountedShard]) -> Concepts:
         """Return the same concepts with the files of only some shards."""
         return replace(self, store=self.store.of(["label_map"], [one.shard for one in part]))
 
 
 @dataclass(frozen=True)
-class Counted:
+class CountedShard:
     """The counted images of one shard: their rows, jackknife groups, and partners in the permuted control."""
 
     shard: int
@@ -58,7 +58,7 @@ class Counted:
 
 
 @dataclass(frozen=True)
-class Layer:
+class LayerSource:
     """A layer as tasks name it.
 
     `streamed` and `tails`, the store of its tails, belong to a streamed layer.
@@ -82,22 +82,22 @@ class Layer:
     def size(self) -> tuple[int, int]:
         return self.shape[1:]
 
-    def at(self, part: Iterable[Counted]) -> Layer:
+    def at(self, part: Iterable[CountedShard]) -> LayerSource:
         """Return the same layer with the files of only some shards."""
         return replace(self, store=self.store.of(["activation"], [one.shard for one in part]), tails=None)
 
 
 @dataclass(frozen=True)
-class Wanted:
+class LayerResult:
     """One result per layer: true or permuted labels, over these shards, under this id.
 
     `thresholds` is the id of the thresholds alone, and `labels` that of each category's counts: earlier results with
     the same ids are reused.
     """
 
-    layer: Layer
+    layer: LayerSource
     permuted: bool
-    counted: tuple[Counted, ...]
+    counted: tuple[CountedShard, ...]
     thresholds: str
     labels: Mapping[str, str]
     id: str
@@ -120,7 +120,7 @@ def concepts_of(store: StoreRef, labelled: Labelled) -> Concepts:
     )
 
 
-def layer_of(results: Path, dataset: Path, stored: StoredLayer, method: Method) -> Layer:
+def layer_of(results: Path, dataset: Path, stored: StoredLayer, method: Method) -> LayerSource:
     """Return a layer of an extraction, with the files that its manifest describes.
 
     Raises
@@ -140,7 +140,7 @@ def layer_of(results: Path, dataset: Path, stored: StoredLayer, method: Method) 
             raise MicrotomeError(f"layer {stored.name!r} was extracted for another {' and '.join(differ)}")
         streamed = streaming.streamed(home, stored.id, stored.layer_info, stored.scale, stored.counted)
         tails = StoreRef.of_manifest(home, streamed.store.name, manifest.files)
-    return Layer(
+    return LayerSource(
         name=stored.name,
         id=stored.id,
         store=StoreRef.of_manifest(home, "activations.zarr", manifest.files),
@@ -152,7 +152,7 @@ def layer_of(results: Path, dataset: Path, stored: StoredLayer, method: Method) 
     )
 
 
-def counted_images(images: Images, split: str, shards: Iterable[int], refused: Iterable[str]) -> list[Counted]:
+def counted_images(images: Images, split: str, shards: Iterable[int], refused: Iterable[str]) -> list[CountedShard]:
     """Return the counted images of each shard: valid, of the split, with label maps that were not refused."""
     from pipeline.data.listing import derangement, group
 
@@ -165,49 +165,49 @@ def counted_images(images: Images, split: str, shards: Iterable[int], refused: I
         rows = np.flatnonzero(counts[start:stop])
         if len(rows):
             ids = image_id[start:stop][rows]
-            found.append(Counted(shard, rows, group(ids), derangement(ids)))
+            found.append(CountedShard(shard, rows, group(ids), derangement(ids)))
     if not found:
         raise MicrotomeError(f"{images.store.parent.name}: no image of split {split!r} is left to dissect")
     return found
 
 
-def basis(counted: Iterable[Counted]) -> str:
+def basis(counted: Iterable[CountedShard]) -> str:
     """Return the id of a selection of images, with their groups and partners."""
     return digest([[one.shard, *(part.tolist() for part in (one.rows, one.group, one.partner))] for one in counted])
 
 
-def thresholds_id(layer: Layer, counted: Iterable[Counted], method: Method, size: tuple[int, int]) -> str:
+def thresholds_id(layer: LayerSource, counted: Iterable[CountedShard], method: Method, size: tuple[int, int]) -> str:
     """Return the id of a layer's thresholds; `size` is that of the label maps."""
     made_of = [method.quantile, method.border, list(method.counted_at(layer.size, size))]
     return digest([VERSION, layer.digest, basis(counted), made_of])
 
 
 def want(
-    layer: Layer,
+    layer: LayerSource,
     permuted: bool,
-    counted: Iterable[Counted],
+    counted: Iterable[CountedShard],
     thresholds: str,
     labelled: Labelled,
     method: Method,
-) -> Wanted:
+) -> LayerResult:
     """Return the result to compute for a layer; its id covers activations, images, label maps and settings."""
     counted = tuple(one for one in counted if len(one.rows) > 1 or not permuted)
     common = [VERSION, thresholds, basis(counted), permuted]
     labels = {c.name: digest([*common, c.numbers, c.contents]) for c in labelled.categories}
-    return Wanted(
+    return LayerResult(
         layer, permuted, counted, thresholds, labels, digest([*common, list(labels.items()), method.written()])
     )
 
 
-def manifest_of(one: Wanted) -> Path:
+def manifest_of(one: LayerResult) -> Path:
     return one.layer.folder / "done" / f"dissect.{one.id}.json"
 
 
-def finished(one: Wanted) -> bool:
+def finished(one: LayerResult) -> bool:
     return manifest_of(one).exists()
 
 
-def paths_of(one: Wanted, folder: Path) -> dict[str, str]:
+def paths_of(one: LayerResult, folder: Path) -> dict[str, str]:
     """Return an entry of layers.json: paths relative to the data set's folder."""
     own = one.layer.folder / f"dissect-{one.id}"
     shown = {"shown": (own / "shown.zarr").relative_to(folder).as_posix()} if one.layer.streamed else {}
@@ -228,13 +228,13 @@ class Threshold:
     positions: int
 
 
-def runs(counted: list[Counted], client: Any) -> Iterator[list[Counted]]:
+def runs(counted: list[CountedShard], client: Any) -> Iterator[list[CountedShard]]:
     """Cut the shards into runs, several per worker: one task merges the counts of its run before it sends them."""
     length = max(1, -(-len(counted) // (4 * workers_of(client))))
     return (counted[at : at + length] for at in range(0, len(counted), length))
 
 
-def activation(layer: Layer, one: Counted) -> np.ndarray:
+def activation(layer: LayerSource, one: CountedShard) -> np.ndarray:
     """Return the maps (image, unit, y, x) float16 of a shard's counted images."""
     array = layer.store.open()["activation"]
     start = one.shard * array.chunks[0]

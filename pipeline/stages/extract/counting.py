@@ -10,7 +10,7 @@ import numpy as np
 
 from pipeline.networks.prepare import Prepared, forward_need
 from pipeline.stages.extract import streaming as stream
-from pipeline.stages.extract.layers import Layer
+from pipeline.stages.extract.layers import LayerStore
 from pipeline.stages.extract.pictures import sample_of
 from pipeline.stages.extract.streaming import Streamed
 from pipeline.stages.extract.tasks import REMEDY, Block
@@ -51,11 +51,11 @@ class Counting:
         sampled = np.isin(np.arange(images.count), sample_of(counts))
         self.shown = {shard: part.rows for shard, part in stream.parts(images, shards, sampled).items()}
 
-    def streamed(self, layer: Layer) -> Streamed:
+    def streamed(self, layer: LayerStore) -> Streamed:
         assert self.settings is not None
         return stream.streamed(layer.store.parent, layer.id, layer.info, layer.scale, self.settings)
 
-    def known(self, layer: Layer) -> bool:
+    def known(self, layer: LayerStore) -> bool:
         """Return whether the layer's tails have a bracket on disk; if so, `layers` holds it."""
         from pipeline.storage.store import Ledger
 
@@ -64,7 +64,7 @@ class Counting:
         self.layers[layer.id] = stream.with_bracket(one, self.ledgers[layer.id])
         return self.layers[layer.id].bracket is not None
 
-    def _discard_outgrown(self, layer: Layer) -> None:
+    def _discard_outgrown(self, layer: LayerStore) -> None:
         """Remove the layer's tails that were counted at a scale that is too small."""
         from pipeline.storage.store import remove
 
@@ -72,7 +72,7 @@ class Counting:
             remove(self.layers[layer.id].store)
             self.ledgers[layer.id].clear()
 
-    def open(self, workers: Any, prepared: Prepared, layers: Iterable[Layer]) -> dict[str, float]:
+    def open(self, workers: Any, prepared: Prepared, layers: Iterable[LayerStore]) -> dict[str, float]:
         """Find the brackets, from a sample where there is none yet, and open the stores.
 
         Returns the largest value of every layer that exceeds float16 in the sample: the caller raises its scale and

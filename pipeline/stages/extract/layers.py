@@ -24,7 +24,7 @@ UNIT_BLOCK = 64  # units in one chunk of a shard
 
 
 @dataclass(frozen=True)
-class Layer:
+class LayerStore:
     """A layer as tasks name it.
 
     It holds the store's path, how an output becomes maps, whether the maps are stored, and, if not, whether they are
@@ -43,12 +43,14 @@ class Layer:
         return self.info.name
 
 
-def layer_of(folder: Path, spec: Network, id: str, info: LayerInfo, scale: float) -> Layer:
+def layer_of(folder: Path, spec: Network, id: str, info: LayerInfo, scale: float) -> LayerStore:
     kept = spec.kept(info.name)
-    return Layer(id, folder / "layers" / id / "activations.zarr", info, scale, kept != "full", streamed=kept == "none")
+    return LayerStore(
+        id, folder / "layers" / id / "activations.zarr", info, scale, kept != "full", streamed=kept == "none"
+    )
 
 
-def alike(layers: list[Layer]) -> list[Layer]:
+def alike(layers: list[LayerStore]) -> list[LayerStore]:
     """Store a streamed layer whose output is also a stored layer under another name."""
     full = {layer.id for layer in layers if not layer.pooled}
     return [
@@ -74,7 +76,7 @@ def holds(ledger: Ledger, shard: int, id: str, store: Path, pooled: bool) -> boo
     return entry is not None and (pooled or not entry.get("pooled", False))
 
 
-def open_layer(layer: Layer, images: Images) -> Layer:
+def open_layer(layer: LayerStore, images: Images) -> LayerStore:
     """Create or reopen a layer's store, at the larger of the two scales."""
     from pipeline.storage.store import Array, attributes, create, metadata_files, remove_partials
 

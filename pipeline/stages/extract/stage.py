@@ -33,7 +33,16 @@ from pipeline.plan.stage import Draft, Stage, Wanted
 from pipeline.plan.step import Key
 from pipeline.stages.extract import replaced, streaming
 from pipeline.stages.extract.counting import Counting
-from pipeline.stages.extract.layers import Layer, alike, holds, layer_of, logits_id, open_layer, open_logits, shard_id
+from pipeline.stages.extract.layers import (
+    LayerStore,
+    alike,
+    holds,
+    layer_of,
+    logits_id,
+    open_layer,
+    open_logits,
+    shard_id,
+)
 from pipeline.stages.extract.pictures import KEPT
 from pipeline.stages.extract.results import Extracted, StoredLayer
 from pipeline.stages.extract.settings import Settings, Tails
@@ -89,7 +98,7 @@ def settings_of(spec: Network, dataset: AnyDataset, limit: int | None) -> Settin
         special_tokens=spec.special_tokens,
         preprocessing=spec.preprocessing,
         numerics=spec.numerics,
-        split=dataset.dissect.split,
+        split=dataset.examined_split,
         images=limit,
         **optional,
     )
@@ -215,7 +224,7 @@ def pending(job: Job) -> tuple[int, int]:
         known.append((layer.scale, kept != "full", store, Ledger(store.with_suffix(".ledger"))))
         if kept == "none":
             info = LayerInfo(layer.name, layer.shape, "map", 0, "", "")  # the store of tails needs only the shape
-            if not tails.known(Layer(layer.id, store, info, layer.scale, True, streamed=True)):
+            if not tails.known(LayerStore(layer.id, store, info, layer.scale, True, streamed=True)):
                 return len(shards), len(shards)
     for block, members in tails.blocks.items():
         if tails.missing(block):
@@ -279,7 +288,7 @@ def unreferenced(results: Path, used: set[Path]) -> Iterator[Path]:
 
 
 def finish_layer(
-    job: Job, layer: Layer, images: Images, shards: list[int], ledger: Ledger, tails: Counting
+    job: Job, layer: LayerStore, images: Images, shards: list[int], ledger: Ledger, tails: Counting
 ) -> StoredLayer:
     """Write the manifest of a layer's store, which all networks with this prefix share; return its entry."""
     from pipeline.storage.store import metadata_files
@@ -327,15 +336,14 @@ def finish_layer(
 def cost(job: Job, done: bool) -> Cost:
     counted, dataset, network = Counted.of(job), job.dataset_spec, job.network_spec
     found = inspected.found(job)
-    infos = [LayerInfo(**{**layer, "shape": tuple(layer["shape"])}) for layer in found["layers"]]
-    there = {} if done else _layers_there(job, [info.name for info in infos])
+    there = {} if done else _layers_there(job, [info.name for info in found.layers])
     tasks = counted.shards(dataset.shard_images)
     images = tasks * dataset.shard_images  # shards are whole
     stores, layers = [], []
-    for info in infos:
+    for info in found.layers:
         units, height, width = info.shape
         kept = network.kept(info.name)
-        layers.append(Layer("", Path(), info, 1.0, kept != "full", streamed=kept == "none"))
+        layers.append(LayerStore("", Path(), info, 1.0, kept != "full", streamed=kept == "none"))
         all_maps = 2 * images * units * height * width
         maps = all_maps if kept == "full" else 0
         beside = images * units * (2 * info.special + 8)
@@ -348,7 +356,7 @@ def cost(job: Job, done: bool) -> Cost:
     values = sum(store.raw for store in stores) / 2
     speed = inspected.speed(job)
     rate = speed.get("images_per_second")
-    prepared = Prepared(infos, found["parameters"], found["largest"])
+    prepared = Prepared(found.layers, found.parameters, found.largest)
     return Cost(
         tuple(stores),
         counted.images,
@@ -378,7 +386,7 @@ def check(job: Job) -> Iterator[str]:
     if job.is_control:
         return
     network = job.network_spec
-    names = [layer["name"] for layer in inspected.found(job)["layers"]]
+    names = [layer.name for layer in inspected.found(job).layers]
     who = f"network {job.network!r} on {job.dataset!r}"
     entries = {} if isinstance(network.store, str) else network.store
     for entry in entries:

@@ -26,7 +26,7 @@ from pipeline.networks.forward import (
     to_host,
 )
 from pipeline.networks.prepare import Prepared, forward_need, ids_of, prepare, survey_of
-from pipeline.stages.extract.layers import Layer
+from pipeline.stages.extract.layers import LayerStore
 from pipeline.stages.extract.streaming import Counter, Part, Streamed
 from pipeline.storage.manifest import Files
 from pipeline.workers.tasks import overlapping
@@ -95,7 +95,9 @@ def prepare_extraction(
     return Extraction(**vars(prepared), ids=ids, scales=scales, classes=classes_of(network, logits), numerics=numerics)
 
 
-def memory_need(layers: Iterable[Layer], prepared: Prepared, spec: Network, images: int, size: tuple[int, int]) -> int:
+def memory_need(
+    layers: Iterable[LayerStore], prepared: Prepared, spec: Network, images: int, size: tuple[int, int]
+) -> int:
     """Return the bytes of a task on `images` of a size: weights as loaded and as used, a forward pass, its outputs.
 
     In a forward pass without gradients, an operation's input, output and workspace are alive, and outputs are divided
@@ -114,7 +116,7 @@ def extract_block(
     model: Model,
     images: Path,
     block: int,
-    parts: list[tuple[Part, np.ndarray, list[Layer], Path | None]],
+    parts: list[tuple[Part, np.ndarray, list[LayerStore], Path | None]],
     streamed: list[Streamed],
 ) -> Block:
     """Extract some shards in turn, and count the tails of layers over all of them, on a worker."""
@@ -137,7 +139,7 @@ def extract_shard(
     files: Files,
     shard: int,
     bounds: tuple[int, int],
-    layers: list[Layer],
+    layers: list[LayerStore],
     logits: Path | None,
     counters: Mapping[str, Counter] | None = None,
 ) -> Shard:
@@ -156,7 +158,7 @@ def extract_shard(
     kept = {layer.name: Kept.empty(layer, len(pixels), counting.pop(layer.name, None)) for layer in layers}
     for name, counter in counting.items():  # streamed layers that are otherwise complete
         uncounted = counter.layer
-        unwritten = Layer(uncounted.id, Path(), uncounted.info, uncounted.scale, pooled=True)
+        unwritten = LayerStore(uncounted.id, Path(), uncounted.info, uncounted.scale, pooled=True)
         kept[name] = Kept.empty(unwritten, len(pixels), counter)
     head = forward_in_batches(model, pixels, list(kept), lambda name, at, output: kept[name].take(at, output))
     done = Shard(shard)
@@ -191,7 +193,7 @@ class Kept:
     float32 and not divided. `counter` counts the maps of a streamed layer.
     """
 
-    layer: Layer
+    layer: LayerStore
     maps: torch.Tensor | None
     special: torch.Tensor | None
     maximum: torch.Tensor
@@ -200,7 +202,7 @@ class Kept:
     counter: Counter | None = None
 
     @classmethod
-    def empty(cls, layer: Layer, count: int, counter: Counter | None = None) -> Kept:
+    def empty(cls, layer: LayerStore, count: int, counter: Counter | None = None) -> Kept:
         import torch
 
         units, height, width = layer.info.shape

@@ -85,7 +85,7 @@ def settings_of(draft: Draft, network: str, dataset: str, asked: Similarity) -> 
         special_tokens=spec.special_tokens,
         preprocessing=spec.preprocessing,
         numerics=Arithmetic.of(spec),
-        split=asked.split or draft.config.datasets[dataset].dissect.split,
+        split=asked.split or draft.config.datasets[dataset].examined_split,
         **{key: getattr(asked, key) for key in Batching.model_fields},
     )
 
@@ -158,7 +158,7 @@ def requests(job: Job) -> dict[str, Any]:
 def cost(job: Job, done: bool) -> Cost:
     how, found, speed = job.settings, inspected.found(job), inspected.speed(job)
     images = min(job.splits[how.split], how.images) * how.epochs
-    layers = len(found["compared"] or found["layers"]) * len(how.features)
+    layers = len(found.compared or found.layers) * len(how.features)
     minibatch = min(how.minibatch, images)
     tasks = max(1, images // minibatch)
     raw = 8.0 * tasks * layers * minibatch * (minibatch + 1) / 2
@@ -169,7 +169,7 @@ def cost(job: Job, done: bool) -> Cost:
         images,
         tasks,
         GRAM * images / rate if rate else None,
-        memory_need(found["parameters"], found["largest"], minibatch, layers, ingested(job)),
+        memory_need(found.parameters, found.largest, minibatch, layers, ingested(job)),
         rate_of(speed),
     )
 

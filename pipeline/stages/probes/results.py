@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.stages.probes.tasks import Layer
+from pipeline.stages.probes.tasks import ProbedLayer
 from pipeline.storage.manifest import Files, Manifest
 from pipeline.storage.record import Record
 from pipeline.storage.store import Array, Reader
@@ -56,7 +56,7 @@ def layout(layers: int, features: int, shots: Sequence[str], draws: int, grid: i
 
 
 def names(
-    layers: Sequence[Layer], features: Sequence[str], shots: Sequence[str], grid: int
+    layers: Sequence[ProbedLayer], features: Sequence[str], shots: Sequence[str], grid: int
 ) -> dict[str, tuple[tuple[int, ...], np.ndarray]]:
     """Return the blocks that are of no single probe: names, where single positions are, units of each layer."""
     positions = np.full((2, len(layers), grid**2), -1)

@@ -20,13 +20,12 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import MicrotomeError
-from pipeline.networks.layer import LayerInfo
 from pipeline.networks.prepare import Prepared
 from pipeline.plan.cost import Cost, Store
 from pipeline.plan.counted import ingested
 from pipeline.plan.inspected import found, speed
 from pipeline.plan.job import Job
-from pipeline.plan.stage import Draft, Page, Stage, Wanted
+from pipeline.plan.stage import Draft, PageModule, Stage, Wanted
 from pipeline.plan.step import Key
 from pipeline.stages.extract.results import Extracted, StoredLayer, logits
 from pipeline.stages.probes import results
@@ -36,7 +35,7 @@ from pipeline.stages.probes.settings import SECTION, Probes, Probing, Settings
 from pipeline.stages.probes.tasks import (
     FULL,
     STORE,
-    Layer,
+    ProbedLayer,
     Task,
     forward_need,
     gather,
@@ -89,7 +88,7 @@ def steps(draft: Draft) -> Iterator[Wanted]:
 
 def settings_of(draft: Draft, section: Probes, dataset: str) -> Settings:
     """Return what the id is made of; refuse splits that are not there."""
-    summary, test = draft.summaries[dataset], section.test or draft.config.datasets[dataset].dissect.split
+    summary, test = draft.summaries[dataset], section.test or draft.config.datasets[dataset].examined_split
     if section.choose == test:
         raise MicrotomeError(
             f"probes.choose, data set {dataset!r}: split {test!r} is judged on: name another, or leave `choose` out "
@@ -148,12 +147,12 @@ def unreferenced(results: Path, used: set[Path]) -> Iterator[Path]:
 # The features ---------------------------------------------------------------------------------------------------------
 
 
-def layers_of(job: Job, prepared: Prepared, stored: Sequence[StoredLayer]) -> list[Layer]:
+def layers_of(job: Job, prepared: Prepared, stored: Sequence[StoredLayer]) -> list[ProbedLayer]:
     """Return the layers in execution order, as tasks name them."""
     probing = job.settings.probes
     infos = {info.name: info for info in prepared.layers}
     return [
-        Layer(
+        ProbedLayer(
             infos[layer.name],
             layer.id,
             layer.scale,
@@ -187,7 +186,7 @@ def pending(job: Job) -> tuple[int, int]:
     return len(missing), len(shards_of(job.images, job.settings.probes))
 
 
-def gather_features(job: Job, workers: Any, layers: Sequence[Layer]) -> tuple[set[str], dict[str, Files]]:
+def gather_features(job: Job, workers: Any, layers: Sequence[ProbedLayer]) -> tuple[set[str], dict[str, Files]]:
     """Have the features of all images that count kept: the shards that were read now, and the files by layer id."""
     images, features = job.images, job.settings.probes.features
     distinct = {layer.id: layer for layer in layers if layer.vectors}
@@ -224,7 +223,7 @@ def gather_features(job: Job, workers: Any, layers: Sequence[Layer]) -> tuple[se
     return gathered, {id: own.files() | metadata_files(distinct[id].features) for id, own in parts.items()}
 
 
-def is_stored(stored: StoredLayer, layer: Layer) -> bool:
+def is_stored(stored: StoredLayer, layer: ProbedLayer) -> bool:
     """Whether what a layer's features are made from is stored: single positions are read off its maps."""
     return stored.store is None or "activation" not in layer.arrays
 
@@ -256,7 +255,7 @@ def network_accuracy(job: Job, division: Division) -> float | None:
 def fit_probes(
     job: Job,
     workers: Any,
-    layers: Sequence[Layer],
+    layers: Sequence[ProbedLayer],
     features: Mapping[str, Files],
     division: Division,
     facts: Probed,
@@ -305,13 +304,12 @@ def cost(job: Job, done: bool) -> Cost:
     """Features of images that are not extracted take a forward; those of others are read."""
     probing, dataset, size = job.settings.probes, job.dataset_spec, ingested(job)
     counts = {split: min(job.splits[split], probing.images or job.splits[split]) for split in probing.splits}
-    images, computed = sum(counts.values()), sum(counts.values()) - counts.get(dataset.dissect.split, 0)
+    images, computed = sum(counts.values()), sum(counts.values()) - counts.get(dataset.examined_split, 0)
     inspected = found(job)
-    infos = [LayerInfo(**{**layer, "shape": tuple(layer["shape"])}) for layer in inspected["layers"]]
-    vectors = sum(info.shape[0] * len(vectors_of(info, probing.features, probing.grid)) for info in infos)
+    vectors = sum(info.shape[0] * len(vectors_of(info, probing.features, probing.grid)) for info in inspected.layers)
     name, raw = "probe-features", 4.0 * images * vectors
     there = raw if done else size_of(job.folder / name)
-    prepared = Prepared(infos, inspected["parameters"], inspected["largest"])
+    prepared = Prepared(inspected.layers, inspected.parameters, inspected.largest)
     rate = speed(job).get("images_per_second")
     return Cost(
         stores=(Store(name, raw, raw, there),),
@@ -338,5 +336,5 @@ STAGE = Stage(
     counts="shards of features to keep",
     made=made,
     unreferenced=unreferenced,
-    pages=(Page("pipeline.stages.probes.page", 50),),
+    pages=(PageModule("pipeline.stages.probes.page", 50),),
 )

@@ -44,7 +44,7 @@ class Vector:
 
 
 @dataclass(frozen=True)
-class Layer:
+class ProbedLayer:
     """A layer as tasks name it.
 
     Attributes
@@ -86,7 +86,7 @@ class Task:
     row: int
     column: int
     kind: str
-    layer: Layer
+    layer: ProbedLayer
     features: StoreRef = field(repr=False)
     ranges: Mapping[int, tuple[int, int]] = field(repr=False)
     part: np.ndarray = field(repr=False)
@@ -168,7 +168,7 @@ def gather(
     images: StoreRef,
     shard: str,
     bounds: tuple[int, int],
-    layers: Sequence[tuple[Layer, StoreRef | None]],
+    layers: Sequence[tuple[ProbedLayer, StoreRef | None]],
 ) -> Done:
     """Keep the features of one shard: read where its activations are stored (given with the layer), else computed.
 
@@ -185,7 +185,7 @@ def gather(
     )
 
 
-def read(layer: Layer, activations: StoreRef, start: int, stop: int) -> np.ndarray:
+def read(layer: ProbedLayer, activations: StoreRef, start: int, stop: int) -> np.ndarray:
     """Read (image, vector, unit) float32 of a shard, from what is stored of a layer."""
     reader = activations.open()
     arrays = {name: np.asarray(reader[name][start:stop]) for name in layer.arrays}
@@ -200,7 +200,9 @@ def read(layer: Layer, activations: StoreRef, start: int, stop: int) -> np.ndarr
     return found
 
 
-def computed(model: Model, images: StoreRef, bounds: tuple[int, int], layers: Sequence[Layer]) -> dict[str, np.ndarray]:
+def computed(
+    model: Model, images: StoreRef, bounds: tuple[int, int], layers: Sequence[ProbedLayer]
+) -> dict[str, np.ndarray]:
     """Compute by layer id (image, vector, unit) float32 of a shard, in a forward pass that keeps nothing else."""
     import torch
 

@@ -56,7 +56,7 @@ def build(images: NDArray[np.uint8], labels: NDArray[np.int64], classes: int, cr
         values=inputs.shape[1],
         weights=network.weights,
         smallest_eigenvalue=eigenvalue,
-        fits=fits,
+        fits=tuple(fits),
     )
     return Built(found, seconds)
 

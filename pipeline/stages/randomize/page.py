@@ -100,6 +100,8 @@ def express(found: Randomized) -> str:
     known = found.expressivity
     if known is None:
         return ""
+    if known.refused is not None:
+        return f"No two-layer network of the theorem was written down: {known.refused}."
     weights, values = words.number(known.weights), words.number(known.values)
     images, error = words.plural(known.images, "training image"), max(fit.largest_error for fit in known.fits)
     return (

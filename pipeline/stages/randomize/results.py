@@ -98,13 +98,15 @@ class Expressivity(Record):
     ----------
     images : n, that differ. values : d, of each. weights : 2n + d.
     smallest_eigenvalue : of the lemma's matrix, which above 0 has an inverse.
+    refused : why no such network was written down; the rest is 0 then.
     """
 
-    images: int
-    values: int
-    weights: int
-    smallest_eigenvalue: float
-    fits: list[Fit]
+    images: int = 0
+    values: int = 0
+    weights: int = 0
+    smallest_eigenvalue: float = 0.0
+    fits: tuple[Fit, ...] = ()
+    refused: str | None = None
 
 
 def run_settings(settings: Mapping[str, Any], run: str) -> dict[str, Any]:

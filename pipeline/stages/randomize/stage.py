@@ -25,7 +25,7 @@ from pipeline.errors import MicrotomeError
 from pipeline.networks.identity import architecture
 from pipeline.plan.inspected import Question, inspected
 from pipeline.plan.job import Job
-from pipeline.plan.stage import Draft, Page, Stage, Wanted
+from pipeline.plan.stage import Draft, PageModule, Stage, Wanted
 from pipeline.plan.step import Key
 from pipeline.stages.randomize.results import Runs
 from pipeline.stages.randomize.runs import EXPRESSIVITY, SECONDS, Data, Run
@@ -252,6 +252,6 @@ STAGE = Stage(
     made=made,
     owned=owned,
     unreferenced=unreferenced,
-    pages=(Page("pipeline.stages.randomize.page", 80),),
+    pages=(PageModule("pipeline.stages.randomize.page", 80),),
     priority=1,  # long, and networks may wait for the weights of a run
 )

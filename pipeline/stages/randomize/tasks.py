@@ -24,6 +24,7 @@ from pipeline.networks.build import load
 from pipeline.networks.checkpoint import sha256, write_safetensors
 from pipeline.networks.training.repeatable import stream
 from pipeline.stages.randomize import expressivity
+from pipeline.stages.randomize.results import Expressivity
 from pipeline.stages.randomize.runs import EXPRESSIVITY, LABELS, PIXELS, SECONDS, Data, Run
 from pipeline.stages.randomize.training import DIVERGED, FINISHED, Sets, Training, repeatable, train
 from pipeline.storage.atomic import write_atomically
@@ -68,15 +69,13 @@ def corrupted(sets: Sets, classes: int, corruption: str, share: float | None, se
 def express(data: Data, crop: int, folder: Path) -> Files:
     """On a worker: have the theorem's network give the labels, and write what it comes to.
 
-    Return what a manifest says of the file; nothing where images differ too little for any network of this form.
+    Where images differ too little for any network of this form, the file says so. Return what a manifest says of it.
     """
     true = read(data)
     try:
         built = expressivity.build(true.images, true.labels, data.classes, crop)
-    except ValueError:
-        for name in (EXPRESSIVITY, SECONDS):  # of other images
-            (folder / name).unlink(missing_ok=True)
-        return {}
+    except ValueError as error:
+        built = expressivity.Built(Expressivity(refused=str(error)), {})
     write_atomically(folder / SECONDS, json.dumps(built.seconds))
     return write_file(folder, EXPRESSIVITY, json.dumps(built.found.written(), indent=1).encode())
 

@@ -18,12 +18,12 @@ from pipeline.report.experiment import Experiment
 from pipeline.report.page import Page
 
 
-def declared(stages: Iterable[Stage]) -> list[stage.Page]:
+def declared(stages: Iterable[Stage]) -> list[stage.PageModule]:
     """Return the pages that stages declare, in the order of the report."""
     return sorted((page for each in stages for page in each.pages), key=lambda page: page.position)
 
 
-def pages(experiment: Experiment, wanted: Sequence[stage.Page]) -> list[Page]:
+def pages(experiment: Experiment, wanted: Sequence[stage.PageModule]) -> list[Page]:
     """Make the pages, in order. Drawing takes longest: the workers do it while this process draws, too."""
     alone = replace(experiment, workers=None)
     tasks = [(page.module, alone) for page in wanted if not page.here]
@@ -39,7 +39,7 @@ def of_module(name: str, experiment: Experiment) -> tuple[str, list[Page]]:
     return name, importlib.import_module(name).pages(experiment)
 
 
-def templates(wanted: Sequence[stage.Page]) -> list[Path]:
+def templates(wanted: Sequence[stage.PageModule]) -> list[Path]:
     """Return the folders `templates` beside the modules of pages."""
     files = (importlib.import_module(page.module).__file__ for page in wanted)
     return [folder for file in files if file is not None and (folder := Path(file).parent / "templates").is_dir()]

@@ -32,7 +32,7 @@ REORDERING = dict.fromkeys((*range(0x202A, 0x202F), *range(0x2066, 0x206A)), "\u
 METHODS = "What the words and numbers of these pages mean, how they were computed, and where they come from."
 
 
-def build(experiment: Experiment, wanted: Sequence[stage.Page]) -> list[Page]:
+def build(experiment: Experiment, wanted: Sequence[stage.PageModule]) -> list[Page]:
     """Write the report, with these pages of stages, into `experiment.out`; return its pages, the overview first.
 
     Files of an earlier report there that this one lacks are removed; other files stay. The same results give the same

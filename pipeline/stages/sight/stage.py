@@ -22,7 +22,7 @@ from pipeline.networks.features import Arithmetic
 from pipeline.networks.forward import platform_numerics
 from pipeline.plan.cost import Cost
 from pipeline.plan.job import Job
-from pipeline.plan.stage import Draft, Page, Stage, Wanted
+from pipeline.plan.stage import Draft, PageModule, Stage, Wanted
 from pipeline.plan.step import Key
 from pipeline.stages.sight.results import TABLES, Looked
 from pipeline.stages.sight.settings import SECTION, Settings, Sight
@@ -84,7 +84,7 @@ def settings_of(draft: Draft, network: str, dataset: str, asked: Sight) -> Setti
         minibatch=asked.minibatch,
         gradients=asked.gradients,
         seed=asked.seed,
-        split=asked.split or draft.config.datasets[dataset].dissect.split,
+        split=asked.split or draft.config.datasets[dataset].examined_split,
         special_tokens=spec.special_tokens,
         preprocessing=spec.preprocessing,
         numerics=Arithmetic.of(spec),
@@ -174,5 +174,5 @@ STAGE = Stage(
     pending=pending,
     counts="minibatches to put through the network",
     made=made,
-    pages=(Page("pipeline.stages.sight.page", 70),),
+    pages=(PageModule("pipeline.stages.sight.page", 70),),
 )

@@ -15,7 +15,7 @@ from typing import Any
 
 from pipeline.errors import MicrotomeError
 from pipeline.plan.job import Job
-from pipeline.plan.stage import Copy, Draft, Page, Stage, Wanted
+from pipeline.plan.stage import Copy, Draft, PageModule, Stage, Wanted
 from pipeline.plan.step import Key
 from pipeline.stages.grams.results import Kept, gram_matrices
 from pipeline.stages.similarity.averages import COLUMNS, Grams, arrays, facts, plain, put_together, rows
@@ -125,5 +125,5 @@ STAGE = Stage(
     networks=networks,
     explains="compared from the Gram matrices, without a forward pass",
     made=made,
-    pages=(Page("pipeline.stages.similarity.page", 60),),
+    pages=(PageModule("pipeline.stages.similarity.page", 60),),
 )

@@ -20,7 +20,7 @@ from pipeline.stages.dissect import intersections, thresholds, work
 from pipeline.stages.dissect.intersections import joined
 from pipeline.stages.dissect.results import UNIT_COLUMNS, earlier_counts, write_layer
 from pipeline.stages.dissect.settings import Method
-from pipeline.stages.dissect.work import Concepts, Layer, Threshold, Wanted
+from pipeline.stages.dissect.work import Concepts, LayerResult, LayerSource, Threshold
 from pipeline.stages.extract.results import Extracted
 from pipeline.storage.store import StoreRef
 from pipeline.upkeep import damage
@@ -329,8 +329,8 @@ def test_earlier_counts_are_taken_over_whatever_the_order_of_the_categories(tmp_
     concepts = Concepts(nowhere, ("truth/part", "truth/object"), (0, 1), ("a", "b", "c"), (1, 2, 3), (0, 0, 1))
     shapes = ((2, 4, 3), (2, 4), (2, 4, 2), (2, 3), (2,), (2, 2))
     counts = Counts(*(random.integers(1, 99, shape) for shape in shapes))
-    layer = Layer("conv", "id", StoreRef(tmp_path / "activations.zarr", {}), (4, 1, 1), 1.0, "digest")
-    one = Wanted(layer, False, (), "thresholds", {"truth/part": "p", "truth/object": "o"}, "id")
+    layer = LayerSource("conv", "id", StoreRef(tmp_path / "activations.zarr", {}), (4, 1, 1), 1.0, "digest")
+    one = LayerResult(layer, False, (), "thresholds", {"truth/part": "p", "truth/object": "o"}, "id")
     how = Method.read(PRESETS["standard"] | {"method": "standard", "min_iou": 0.04, "split": "validation"})
     write_layer(
         one, Threshold(np.zeros(4, np.float16), np.zeros(4, np.int64), 1), counts, concepts, how, list(one.labels)

@@ -3,6 +3,7 @@
 import csv
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_args
 
 import numpy as np
@@ -19,8 +20,8 @@ from pipeline.networks.build import build
 from pipeline.networks.checkpoint import read
 from pipeline.run import experiment as run_experiment
 from pipeline.run import planner, preflight
-from pipeline.stages.randomize import expressivity, tasks
-from pipeline.stages.randomize.found import TABLE_1, Run
+from pipeline.stages.randomize import expressivity, page, tasks
+from pipeline.stages.randomize.found import TABLE_1, Run, read_expressivity
 from pipeline.stages.randomize.outcomes import output
 from pipeline.stages.randomize.results import Expressivity, How, Told
 from pipeline.stages.randomize.settings import Corruption
@@ -365,6 +366,20 @@ def test_images_that_differ_too_little_have_no_such_network(tmp_path):
     images[1, 0, 0, 0], images[2, 0, 0, 0] = 1, 2
     assert expressivity.build(images, np.array([0, 1, 0]), 2, 4).found.images == 3
     assert expressivity.build(images, np.array([0, 1, 0]), 2, 2).found.images == 1, "their centres are equal"
+
+
+def test_where_there_is_no_such_network_the_page_says_why(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise ValueError("they differ too little")
+
+    monkeypatch.setattr(tasks, "read", lambda data: Sets(*[np.zeros(1)] * 4))
+    monkeypatch.setattr(tasks.expressivity, "build", refuse)
+    data = SimpleNamespace(classes=2)
+    assert set(tasks.express(data, 4, tmp_path)) == {"expressivity.json"}
+    known, seconds = read_expressivity(tmp_path)
+    assert known == Expressivity(refused="they differ too little") and seconds == {}
+    found = SimpleNamespace(expressivity=known)
+    assert page.express(found) == "No two-layer network of the theorem was written down: they differ too little."
 
 
 def test_corruptions_of_a_run():

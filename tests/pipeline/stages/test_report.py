@@ -354,7 +354,7 @@ def test_a_stage_adds_its_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     (tmp_path / "my_page.py").write_text(MINE)
     (tmp_path / "my_other_page.py").write_text(OTHER)
     monkeypatch.syspath_prepend(tmp_path)
-    mine = stage.Page("my_page", 15)
+    mine = stage.PageModule("my_page", 15)
     wanted = experiment(results, "cnn")
     pages = build(wanted, declared([*STAGES.values(), replace(STAGES["ingest"], pages=(mine,))]))
     assert [page.title for page in pages][1:3] == ["cnn", "Mine & more"], "between the pages 10 and 20"
@@ -366,7 +366,7 @@ def test_a_stage_adds_its_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert "Mine & more" in index.words and "Without unit 3, <b> loses 2 %." in index.words
     assert "mine.html" in index.links()
     with pytest.raises(MicrotomeError, match=r"two pages of the report are named mine\.html: Mine & more and Other"):
-        build(wanted, [mine, stage.Page("my_other_page", 16)])
+        build(wanted, [mine, stage.PageModule("my_other_page", 16)])
 
 
 def test_missing_and_mixed_up_files_are_refused(tmp_path: Path) -> None:
