@@ -385,7 +385,7 @@ def test_missing_and_mixed_up_files_are_refused(tmp_path: Path) -> None:
         with pytest.raises(MicrotomeError, match=message):
             report(results, "cnn")
     units.unlink()
-    with pytest.raises(MicrotomeError, match=r"units\.csv, which does not exist"):
+    with pytest.raises(MicrotomeError, match=r"units\.csv"):
         report(results, "cnn")
     shutil.rmtree(results / "scenes" / "layers" / "cnn00" / "dissect-d1" / "iou.zarr")
     with pytest.raises(MicrotomeError, match=r"needs the store .*iou\.zarr"):
@@ -402,7 +402,7 @@ def test_a_table_that_is_not_what_was_written(tmp_path):
         with pytest.raises(MicrotomeError, match=r"units\.csv is not what was written; run `make verify`"):
             read_text(tmp_path / "units.csv")
     (tmp_path / "units.csv").unlink()
-    with pytest.raises(MicrotomeError, match=r"units\.csv, which does not exist; run `make repair`"):
+    with pytest.raises(MicrotomeError, match=r"units\.csv; run `make repair`"):
         read_text(tmp_path / "units.csv")
     (tmp_path / "other.csv").write_bytes(b"\xa6")
     with pytest.raises(MicrotomeError, match=r"other\.csv is not text in UTF-8"):
