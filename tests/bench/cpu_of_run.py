@@ -1,7 +1,7 @@
 """CPU seconds of a command with all that it starts: `python -m tests.bench.cpu_of_run -- snakemake --configfile ...`.
 
-`time` counts the processes that somebody waited for; workers that are killed are not among them. This process adopts what
-loses its parent, and waits for it.
+`time` counts the processes that somebody waited for; workers that are killed are not among them. This process adopts
+what loses its parent, and waits for it.
 """
 
 import ctypes
