@@ -6,6 +6,7 @@ It refuses unknown keys and wrong values, and names the nearest ones. `pipeline.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
@@ -60,6 +61,17 @@ class Core(Strict):
     def datasets_of(self, network: Network) -> list[str]:
         """List the data sets that a network is dissected on."""
         return network.datasets if network.datasets is not None else list(self.datasets)
+
+    @field_validator("results")
+    @classmethod
+    def a_folder_of_its_own(cls, value: str) -> str:
+        if not value.strip():
+            raise ValueError("give the folder of all results")
+        if found := sorted(set(value) & set("{}")):
+            raise ValueError(f"{' and '.join(found)} in a path is a placeholder for Snakemake: name another folder")
+        if (path := Path(value).expanduser().resolve()) in (Path(path.anchor), Path.home()):
+            raise ValueError(f"{path} holds more than results: name a folder of its own")
+        return value
 
     @field_validator("stores")
     @classmethod

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, ValidationError, create_model
 
@@ -14,6 +16,9 @@ from pipeline.config.section import Selection
 from pipeline.errors import MicrotomeError, nearest
 from pipeline.plan.stage import Stage
 from pipeline.stages.registry import STAGES
+
+if TYPE_CHECKING:
+    import yaml
 
 
 def configuration(stages: Iterable[Stage]) -> type[Core]:
@@ -50,12 +55,43 @@ def load(path: Path) -> Core:
     import yaml
 
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = yaml.load(path.read_text(encoding="utf-8"), _loader())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise MicrotomeError(f"cannot read the configuration {path}: {error}") from error
     if not isinstance(raw, dict):
         raise MicrotomeError(f"the configuration {path} is not a mapping of keys")
     return parse(raw)
+
+
+def refuse_repeated_keys(path: Path) -> None:
+    """Refuse a YAML file with a key that is given twice: other readers take the last one in silence."""
+    import yaml
+
+    with contextlib.suppress(OSError, UnicodeDecodeError, yaml.YAMLError):  # whoever reads it tells these
+        yaml.load(path.read_text(encoding="utf-8"), _loader())
+
+
+@functools.cache
+def _loader() -> type[yaml.SafeLoader]:
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """YAML's own loader of plain data, which minds keys that are given twice."""
+
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            lines: dict[str, int] = {}
+            for key, _ in node.value:
+                if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                    line = key.start_mark.line + 1
+                    if key.value in lines:
+                        raise MicrotomeError(
+                            f"the configuration is refused: {key.value!r} is given twice, in lines "
+                            f"{lines[key.value]} and {line}; keep one of them"
+                        )
+                    lines[key.value] = line
+            return super().construct_mapping(node, deep)
+
+    return Loader
 
 
 def select(config: Core, only: str | list[str]) -> Core:

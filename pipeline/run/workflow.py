@@ -59,6 +59,8 @@ class Run:
             self.plan = planner.read(Path(os.environ[PLAN]))
             return
         processes.announce()
+        for file in files:
+            experiment.refuse_repeated_keys(Path(file))
         atexit.register(scrub_logs, Path(".snakemake"), time.time() - 60)
         try:
             self._prepare(raw, dry, arguments(files, overrides or {}))

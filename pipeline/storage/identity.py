@@ -27,8 +27,9 @@ def crc32c(data: bytes) -> int:
 
 
 class FileDigests:
-    """A cache of sha256 file digests, keyed by path, size, mtime_ns and inode, so that large checkpoints are read once.
+    """A cache of sha256 file digests, by path and stamp, so that large checkpoints are read once.
 
+    A stamp is size, mtime_ns, inode and ctime_ns. Programs can set all but the last, as `cp -p` and `tar x` do.
     The cache is a JSON file in the results folder. If it is lost, the files are read again.
     """
 
@@ -45,7 +46,7 @@ class FileDigests:
         try:
             stat = path.stat()
             key = digest(os.fspath(path.resolve()))  # hashed, so that the cache reveals no paths
-            stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+            stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ino, stat.st_ctime_ns]
             entry = self.known.get(key)
             if isinstance(entry, list) and entry[:-1] == stamp:
                 return entry[-1]

@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> int:
 
 
 def verify(given: argparse.Namespace) -> int:
-    found = damage.verify(given.results)
+    found = damage.verify(_results(given))
     print("\n".join(map(str, found)) or "every file is what was written")
     return 1 if found else 0
 
@@ -89,7 +89,9 @@ def recompute(given: argparse.Namespace) -> int:
 
 
 def _results(given: argparse.Namespace) -> Path:
-    """Return the results folder; refuse any other folder, so that nothing is written there."""
+    """Return the results folder; refuse any other folder, so that nothing is read or written there."""
+    if not given.results.is_dir():
+        raise MicrotomeError(f"{given.results}: no such results folder")
     if not (given.results / damage.SCRATCH).is_dir() and next(damage.manifests(given.results), None) is None:
         raise MicrotomeError(f"{given.results} is no results folder: it has neither {damage.SCRATCH}/ nor a manifest")
     return given.results

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from pipeline.storage.manifest import Files, Manifest
 from pipeline.storage.store import Ledger, remove, stored_bytes
 
 SCRATCH = ".microtome"
+NAME = re.compile(r"[a-z][a-z0-9_]*\.[0-9a-f]{20}\.json")  # of a manifest
 
 
 @dataclass(frozen=True)
@@ -33,11 +35,11 @@ class Damage:
 
 
 def manifests(results: Path) -> Iterator[Path]:
-    """Yield every manifest of a results folder."""
+    """Yield every manifest of a results folder: other files, and what links lead to, are not ours."""
     return (
         path
         for path in sorted(results.rglob("done/*.json"))
-        if SCRATCH not in path.relative_to(results).parts and not path.name.startswith(".")
+        if SCRATCH not in path.relative_to(results).parts and NAME.fullmatch(path.name) and not path.is_symlink()
     )
 
 
@@ -46,8 +48,6 @@ def verify(results: Path) -> list[Damage]:
 
     Manifests record finished outputs; ledgers also record the shards of unfinished stores.
     """
-    if not results.is_dir():
-        raise MicrotomeError(f"{results}: no such results folder")
     found: dict[Path, Damage] = {}
     good: set[tuple[Path, int, int]] = set()
 

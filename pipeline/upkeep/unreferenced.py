@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 from pipeline.plan.job import UNFINISHED
@@ -11,10 +12,13 @@ from pipeline.storage import store
 from pipeline.storage.manifest import Manifest
 from pipeline.upkeep.damage import SCRATCH, manifests
 
+OURS = re.compile(r"(?:^|-)[0-9a-f]{20}(?:\.zarr)?$")
+
 
 def folders(results: Path) -> list[Path]:
-    """Return the folders that nothing refers to: no manifest, and no interrupted step that will resume.
+    """Return our folders that nothing refers to: no manifest, and no interrupted step that will resume.
 
+    A folder is ours if its name has an id and no link leads to it: a person may keep folders of his own beside them.
     A damaged manifest raises `MicrotomeError`, since its references are unknown.
     """
     used = _begun(results)
@@ -24,8 +28,15 @@ def folders(results: Path) -> list[Path]:
         if stage is not None and stage.owned is not None:
             used |= stage.owned(manifest, path)
     found = [folder for stage in STAGES.values() for folder in stage.unreferenced(results, used)]
+    found = [folder for folder in found if OURS.search(folder.name) and not _linked(folder, results)]
     lost = ["aside"] if list((results / SCRATCH / UNFINISHED).glob("*.json")) else ["aside", "blocks"]
     return found + [folder for name in lost if (folder := results / SCRATCH / name).is_dir()]
+
+
+def _linked(folder: Path, results: Path) -> bool:
+    """Return whether a link below the results folder leads to this folder."""
+    below = folder.relative_to(results)
+    return any((results / part).is_symlink() for part in (below, *below.parents) if part.parts)
 
 
 def _begun(results: Path) -> set[Path]:

@@ -12,7 +12,7 @@ from pipeline.config.datasets import PRESETS, Dissect
 from pipeline.config.messages import known_keys
 from pipeline.errors import MicrotomeError
 from pipeline.run import planner
-from pipeline.run.experiment import Config, load, parse, select
+from pipeline.run.experiment import Config, load, parse, refuse_repeated_keys, select
 
 
 def full(folder):
@@ -282,3 +282,47 @@ def test_what_is_not_default_can_be_written_and_read_again(tmp_path):
     said = json.loads(made.model_dump_json(exclude_defaults=True))
     assert said["networks"]["tiny"]["preprocessing"] == {"mean": [0.1, 0.2, 0.3]}
     assert parse(said) == made
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "lines"),
+    [
+        ("name: a\nresults: r\nname: b\n", "name", "1 and 3"),
+        ("networks:\n  cnn: {layers: [a]}\n  cnn: {layers: [b]}\n", "cnn", "2 and 3"),
+        (
+            "datasets:\n  scenes:\n    kind: scenes\n    dissect: {quantile: 0.1, quantile: 0.2}\n",
+            "quantile",
+            "4 and 4",
+        ),
+        ('{"name": "a",\n "name": "b"}', "name", "1 and 2"),
+    ],
+)
+def test_a_key_that_is_given_twice(tmp_path, text, key, lines):
+    """YAML's own reader, and Snakemake's, take the last one in silence."""
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    for read in (load, refuse_repeated_keys):
+        with pytest.raises(MicrotomeError, match=f"{key!r} is given twice, in lines {lines}"):
+            read(file)
+
+
+def test_a_key_that_a_merge_brings_is_not_given_twice(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("a: &a {size: 1}\nb: {<<: *a, size: 2}\n")
+    refuse_repeated_keys(file)
+
+
+@pytest.mark.parametrize(
+    ("results", "message"),
+    [
+        ("", "give the folder"),
+        (" ", "give the folder"),
+        ("/", "holds more than results"),
+        ("~", "holds more than results"),
+        ("~/", "holds more than results"),
+        ("a/{run}", "placeholder"),
+    ],
+)
+def test_a_results_folder_of_its_own(tmp_path, results, message):
+    with pytest.raises(MicrotomeError, match=rf"results.*{message}"):
+        parse(scenes(tmp_path) | {"results": results})

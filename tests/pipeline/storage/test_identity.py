@@ -1,10 +1,14 @@
 """Ids and remembered checksums of files."""
 
 import hashlib
+import io
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tarfile
+import time
 from pathlib import Path
 
 import pytest
@@ -115,7 +119,7 @@ def test_a_damaged_memory_costs_a_read(tmp_path, text):
     digests = FileDigests(memory)
     assert digests(file) == hashlib.sha256(b"one").hexdigest()
     digests.save()
-    assert FileDigests(memory).known[digest(str(file.resolve()))][3] == hashlib.sha256(b"one").hexdigest()
+    assert FileDigests(memory).known[digest(str(file.resolve()))][-1] == hashlib.sha256(b"one").hexdigest()
 
 
 def test_a_file_that_cannot_be_read(tmp_path):
@@ -123,3 +127,45 @@ def test_a_file_that_cannot_be_read(tmp_path):
         FileDigests(tmp_path / "files.json")(tmp_path / "absent")
     with pytest.raises(MicrotomeError, match="cannot read"):
         FileDigests(tmp_path / "files.json")(tmp_path)
+
+
+def in_place(path):
+    path.write_bytes(b"other")
+
+
+def removed_and_copied(path):
+    other = path.with_name("other")
+    other.write_bytes(b"other")
+    path.unlink()
+    shutil.copy2(other, path)
+
+
+def unpacked(path):
+    """A file of an archive with one time for all: its new inode may be the number of the old one."""
+    with tarfile.open(path.with_name("a.tar"), "w") as archive:
+        entry = tarfile.TarInfo(path.name)
+        entry.size = 5
+        archive.addfile(entry, io.BytesIO(b"other"))
+    with tarfile.open(path.with_name("a.tar")) as archive:
+        archive.extractall(path.parent, filter="data")
+
+
+def moved_over(path):
+    other = path.with_name("other")
+    other.write_bytes(b"other")
+    other.rename(path)
+
+
+@pytest.mark.parametrize("replace", [in_place, removed_and_copied, unpacked, moved_over])
+def test_a_file_of_the_same_size_and_time_is_read_again(tmp_path, replace):
+    path = tmp_path / "weights.pt"
+    path.write_bytes(b"first")
+    before = path.stat()
+    digests = FileDigests(tmp_path / "memory.json")
+    assert digests(path) == hashlib.sha256(b"first").hexdigest()
+    digests.save()
+    time.sleep(0.02)  # the clock of a file system ticks in milliseconds
+    replace(path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    assert FileDigests(tmp_path / "memory.json")(path) == hashlib.sha256(b"other").hexdigest()

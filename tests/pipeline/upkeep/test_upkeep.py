@@ -182,6 +182,49 @@ def test_what_is_no_longer_referred_to(experiment, capsys):
     assert damage.verify(results) == []
 
 
+def test_what_a_person_keeps_beside_results_is_left_alone(experiment, tmp_path, capsys):
+    """Folders and files without an id of ours, and what links lead to, whatever they are called."""
+    raw, results = experiment
+    old = sorted(results.glob("photos/layers/*/"))[0]
+    kept = [
+        results / "photos/layers/important",
+        results / "networks/tiny/training-notes",
+        results / "photos/tiny/before/mine",
+        results / "randomization/mine/runs/thesis",
+        results / "photos/layers/0123456789abcdef0123-copy",
+        old / "dissect-by-hand",
+        old / "tails-mine.zarr",
+    ]
+    outside = tmp_path / "outside" / old.name
+    for folder in [*kept, outside]:
+        folder.mkdir(parents=True)
+        (folder / "notes.txt").write_text("mine")
+    (results / "photos/layers/00000000000000000000").symlink_to(outside)
+    (results / "elsewhere").symlink_to(tmp_path / "outside")
+    (tmp_path / "outside/layers/11111111111111111111").mkdir(parents=True)
+    for name in ("notes.json", "ingest.json", ".extract.00000000000000000000.json"):
+        (results / "photos/done" / name).write_text("mine")
+    for name in results.glob("networks/tiny/done/network.*.json"):
+        (results / "photos/done/network.00000000000000000000.json").symlink_to(name)
+    assert unreferenced.folders(results) == [] and damage.verify(results) == []
+    assert main(["gc", str(results), "--yes"]) == main(["repair", str(results)]) == 0
+    assert all((folder / "notes.txt").read_text() == "mine" for folder in [*kept, outside])
+    assert (results / "photos/done/notes.json").read_text() == "mine"
+    assert (tmp_path / "outside/layers/11111111111111111111").is_dir()
+    # What is ours goes beside them.
+    run(raw | {"networks": {"tiny": raw["networks"]["tiny"] | {"layers": ["b"], "seed": 4}}}, *STAGES)
+    assert len(unreferenced.folders(results)) == 2
+
+
+@pytest.mark.parametrize("command", ["verify", "repair", "gc"])
+def test_no_other_folder_is_touched(tmp_path, command):
+    (tmp_path / "layers/0123456789abcdef0123").mkdir(parents=True)
+    for folder, said in ((tmp_path, "is no results folder"), (tmp_path / "none", "no such results folder")):
+        with pytest.raises(MicrotomeError, match=said):
+            main([command, str(folder)])
+    assert (tmp_path / "layers/0123456789abcdef0123").is_dir()
+
+
 def test_another_quantile_leaves_results_behind(experiment):
     raw, results = experiment
     before = set(results.glob("photos/layers/*/dissect-*/"))
