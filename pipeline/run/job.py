@@ -23,7 +23,7 @@ from pipeline.workers import processes
 from pipeline.workers.processes import PLAN
 
 
-def job(manifest: str, log: str) -> int:
+def run_job(manifest: str, log: str) -> int:
     """Make a step's manifest as a job of the workflow; return its exit status.
 
     Errors that users can act on are printed without a traceback. Output goes to the terminal and to `log`, whose folder

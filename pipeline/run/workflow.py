@@ -20,13 +20,12 @@ from pipeline.plan import settle
 from pipeline.plan.job import Job
 from pipeline.plan.stage import Stage
 from pipeline.plan.step import Key, Step
-from pipeline.run import experiment, forecast, jobs, planner, preflight
+from pipeline.run import experiment, forecast, forks, planner, preflight
 from pipeline.stages.registry import STAGES
 from pipeline.storage.lock import RunLock
 from pipeline.storage.manifest import Manifest
 from pipeline.storage.redact import scrub_logs
-from pipeline.workers import client, memory, processes
-from pipeline.workers import pool as cluster
+from pipeline.workers import client, memory, pool, processes
 from pipeline.workers.processes import PLAN
 
 LEAST_MB = 4000  # the least memory of a worker, in a job's request to a queue
@@ -50,7 +49,7 @@ class Run:
         overrides: Mapping[str, Any] | None = None,
     ) -> None:
         self.pool: subprocess.Popen | None = None
-        self.jobs: jobs.Jobs | None = None
+        self.forks: subprocess.Popen | None = None
         self.interrupted = False
         # Jobs and workers import this same code, from any working directory.
         own = str(Path(__file__).parents[2])
@@ -101,7 +100,7 @@ class Run:
 
         print("the previous run did not end cleanly: cleaning up after it", file=sys.stderr)
         processes.end_leftovers(self.plan.scratch / "plans")
-        cluster.clear(self.plan.scratch)
+        pool.clear(self.plan.scratch)
         remove_partials(self.plan.results)
         # Snakemake would rerun a job that finished before it was marked as finished. Our jobs are finished once their
         # manifest exists, and manifests are written atomically.
@@ -171,9 +170,9 @@ class Run:
             signal.signal(number, self._interrupt)
         atexit.register(self.stop)
         if not elsewhere:
-            self.jobs = jobs.start()
+            self.forks = forks.start()
             if kind != "address":
-                self.pool, address = cluster.start_pool(self.plan.config.cluster, self.plan.scratch)
+                self.pool, address = pool.start_pool(self.plan.config.cluster, self.plan.scratch)
                 os.environ[client.ADDRESS] = str(address.absolute())
 
     def stop(self, failed: bool = False) -> None:
@@ -181,12 +180,9 @@ class Run:
 
         A failed run leaves the lock file: the next run may have something to clean up.
         """
-        if self.jobs is not None:
-            self.jobs.stop()
-            self.jobs = None
-        if self.pool is not None:
-            cluster.stop_pool(self.pool)
-            self.pool = None
+        for process in filter(None, (self.forks, self.pool)):
+            pool.stop_pool(process)
+        self.forks = self.pool = None
         if failed:
             atexit.unregister(self.lock.release)
 
@@ -200,9 +196,11 @@ class Run:
             os._exit(128 + number)
         self.interrupted = True
         print(f"{signal.Signals(number).name}: stopping; finished shards are kept; rerun to resume", file=sys.stderr)
-        processes.ask_to_end(processes.descendants(but=[self.pool.pid] if self.pool else []))
-        if self.pool is not None and self.pool.stdin is not None:
-            self.pool.stdin.close()
+        served = [process for process in (self.forks, self.pool) if process is not None]
+        processes.ask_to_end(processes.descendants(but=[process.pid for process in served]))
+        for process in served:
+            assert process.stdin is not None
+            process.stdin.close()
         overdue = threading.Timer(GRACE, lambda: processes.ask_to_end(processes.descendants(), signal.SIGKILL))
         overdue.daemon = True
         overdue.start()

@@ -14,7 +14,7 @@ import psutil
 
 MARK = "MICROTOME_CHAOS"  # environment variable: which run a process belongs to, inherited by all of its descendants
 
-JOBS = "pipeline.run.jobs"
+JOBS = "pipeline.run.forks"
 
 ROLES: dict[str, Callable[[psutil.Process], bool]] = {
     "snakemake": lambda process: any(Path(word).name == "snakemake" for word in process.cmdline()[:3]),

@@ -1,10 +1,10 @@
 """The process that forks a run's jobs, after it imported what they all need.
 
-A job that starts as a Python process of its own imports for seconds, and a small step computes for one. The main
-process starts this one (`python -m pipeline.run.jobs DESCRIPTOR`) with a listening socket; `workflow/scripts/job.py`,
-which Snakemake runs, connects to it. A job holds that connection alone: it closes if the job is killed, and the job
-ends if it closes. This process ends with the main process, whose pipe is its stdin. It has one thread, so that it can
-fork at any moment.
+A Python process of its own imports for seconds what a job needs, and a small job computes for one. The main process
+starts this one (`python -m pipeline.run.forks DESCRIPTOR`) with a listening socket; `workflow/scripts/job.py`, which
+Snakemake runs, connects to it. A job holds that connection alone: it closes if the job is killed, and the job ends if
+it closes. This process ends with the main process, whose pipe is its stdin. It has one thread, so that it can fork at
+any moment.
 """
 
 from __future__ import annotations
@@ -25,65 +25,52 @@ import traceback
 from pathlib import Path
 from typing import NoReturn
 
-from pipeline.run.job import job
+from pipeline.run.job import run_job
 from pipeline.workers.pool import THREADS
 
-SOCKET = "MICROTOME_JOBS"  # environment variable: the socket of this process
-PRELOADED = ("distributed", "zarr", "pipeline.workers.client")
+SOCKET = "MICROTOME_JOBS"  # environment variable: the path of this process's socket
+PRELOADED = ("distributed", "zarr")
 PATIENCE = 10  # seconds for a request to arrive whole
+BEGUN = b"b"  # what a job sends once it has begun, before its status
 
 
-class Jobs:
-    """The main process's side: starts the process, and ends it."""
+def start() -> subprocess.Popen | None:
+    """Start the process that forks jobs; it ends when its stdin closes.
 
-    def __init__(self) -> None:
-        self.folder = tempfile.mkdtemp(prefix="microtome-")  # of this user alone
-        path = str(Path(self.folder) / "jobs")
-        with socket.socket(socket.AF_UNIX) as listener:
-            listener.bind(path)
-            listener.listen(128)
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "pipeline.run.jobs", str(listener.fileno())],
-                stdin=subprocess.PIPE,
-                pass_fds=[listener.fileno()],
-                env=os.environ | THREADS,
-            )
-        os.environ[SOCKET] = path
-
-    def stop(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        try:
-            self.process.wait(PATIENCE)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-        shutil.rmtree(self.folder, ignore_errors=True)
-        os.environ.pop(SOCKET, None)
-
-
-def start() -> Jobs | None:
-    """Start the process that forks jobs; None where forking is not safe, or no socket can be made.
-
-    Jobs then are processes of their own.
+    Return None where forking is not safe, or no socket can be made: jobs then are processes of their own.
     """
     if not sys.platform.startswith("linux"):
         return None
+    folder = tempfile.mkdtemp(prefix="microtome-")  # of this user alone
+    path = str(Path(folder) / "jobs")
     try:
-        return Jobs()
-    except OSError:
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(path)
+            listener.listen(128)
+            process = subprocess.Popen(
+                [sys.executable, "-m", "pipeline.run.forks", str(listener.fileno())],
+                stdin=subprocess.PIPE,
+                pass_fds=[listener.fileno()],
+                env=os.environ | THREADS,
+                start_new_session=True,  # Ctrl-C in the terminal reaches the clients, which pass it on
+            )
+    except OSError as error:
+        shutil.rmtree(folder)
+        print(f"each job is a process of its own: no socket in {folder} ({error})", file=sys.stderr)
         return None
+    os.environ[SOCKET] = path
+    return process
 
 
 def serve(listener: socket.socket) -> None:
     """Fork a job for each connection, until stdin closes."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)  # not SIG_IGN, which jobs would inherit until they set their own
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system forgets jobs that have ended
     for name in PRELOADED:
         importlib.import_module(name)
     while True:
         ready, _, _ = select.select([listener, sys.stdin], [], [])
         if sys.stdin in ready:
+            shutil.rmtree(Path(listener.getsockname()).parent, ignore_errors=True)
             return
         connection, _ = listener.accept()
         if os.fork() == 0:
@@ -104,10 +91,10 @@ def _run(connection: socket.socket) -> NoReturn:
         for number, stream in enumerate(streams):
             os.dup2(stream, number)
             os.close(stream)
-        os.environ.update(request["environment"])
-        connection.send(b"b")  # it has begun
+        os.environ.update(request["environment"] | THREADS)
+        connection.send(BEGUN)
         threading.Thread(target=_listen, args=(connection,), daemon=True, name="end with the client").start()
-        status = job(request["manifest"], request["log"])
+        status = run_job(request["manifest"], request["log"])
     except BaseException:
         traceback.print_exc()
     finally:
@@ -123,7 +110,7 @@ def _received(connection: socket.socket, size: int) -> bytes:
     found = b""
     while len(found) < size:
         if not (piece := connection.recv(size - len(found))):
-            raise EOFError
+            raise EOFError("the client is gone")
         found += piece
     return found
 
