@@ -27,19 +27,13 @@ _ENTRIES = ("state_dict", "model_state_dict", "model")
 _SHOWN = 4
 
 
-def load_into(network: nn.Module, path: str | Path, prefix: str | None = None) -> None:
-    """Load a checkpoint into `network` in place; every key must fit in name, shape and kind of number.
-
-    Floating-point values are cast to the parameter's dtype. BatchNorm's `num_batches_tracked` may be missing, as in
-    checkpoints from before PyTorch 0.4.1; torch then keeps the network's own.
-    """
-    load_state(network, read(path, prefix), path)
-
-
 def load_state(network: nn.Module, state: dict[str, torch.Tensor], path: str | Path) -> None:
-    """Load `state` (tensors by key, from `read` or, on the meta device, from `shapes`) into `network`.
+    """Load `state` (tensors by key, from `read` or, on the meta device, from `shapes`) into `network`, in place.
 
-    `path` only names the file in messages. On a meta network, no value is copied: names and shapes are checked.
+    Every key must fit in name, shape and kind of number. Floating-point values are cast to the parameter's dtype.
+    BatchNorm's `num_batches_tracked` may be missing, as in checkpoints from before PyTorch 0.4.1; torch then keeps the
+    network's own. `path` only names the file in messages. On a meta network, no value is copied: names and shapes are
+    checked.
     """
     own = network.state_dict()
     _check_kinds(state, own, path)

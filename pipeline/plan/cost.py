@@ -37,7 +37,6 @@ class Cost:
     seconds: float | None = None
     memory: int | None = None
     rate: str = ""
-    done: bool = False
 
 
 def rate_of(speed: Mapping[str, Any]) -> str:

@@ -31,7 +31,7 @@ LIBRARIES = ("torch", "torchvision", "timm", "transformers")  # other versions m
 PAIRS = "extract"  # the stage with one job per network and data set
 
 
-def report(line: str) -> None:
+def say(line: str) -> None:
     """Print a line for the person who waits."""
     print(line, file=sys.stderr)
 

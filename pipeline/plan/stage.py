@@ -15,7 +15,7 @@ from pipeline.errors import MicrotomeError
 from pipeline.plan.cost import Cost
 from pipeline.plan.job import Job
 from pipeline.plan.question import Question
-from pipeline.plan.step import Key, Step, scratch_of
+from pipeline.plan.step import Key, Step
 from pipeline.storage.identity import FileDigests
 from pipeline.storage.manifest import Manifest
 from pipeline.storage.record import Record
@@ -81,10 +81,6 @@ class Draft:
     originals: dict[str, str] = field(default_factory=dict)
     steps: dict[str, Step] = field(default_factory=dict)
     stages: Mapping[str, Stage] = field(default_factory=dict)
-
-    @property
-    def scratch(self) -> Path:
-        return scratch_of(self.config)
 
     def step(self, stage: str, dataset: str | None = None, network: str | None = None, experiment: str = "") -> Step:
         """Return a stage's step for these names; `KeyError` if there is none (yet)."""

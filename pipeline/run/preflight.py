@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from pipeline.errors import MicrotomeError
 from pipeline.networks import published
 from pipeline.plan import inspected
-from pipeline.plan.inspected import report
+from pipeline.plan.inspected import say
 from pipeline.plan.job import Job
 from pipeline.plan.question import Question
 from pipeline.plan.step import Plan
@@ -26,7 +26,7 @@ def check(plan: Plan, probe: bool = False) -> None:
     asked = [*questions(every), *(speeds(every) if probe else [])]
     unknown = list({question.kept: question for question in asked if not question.answered}.values())
     if unknown:
-        report(f"inspecting {', '.join(question.name for question in unknown)}")
+        say(f"inspecting {', '.join(question.name for question in unknown)}")
         inspected.ask(unknown)
         _advise(every, {question.kept for question in unknown})
     errors = [said for job in every for said in job.stage.check(job)]
@@ -68,4 +68,4 @@ def _advise(every: Iterable[Job], new: set) -> None:
         if inspected.question(job).kept in new:
             size = job.parent_job("ingest").settings.size
             if said := published.advice(job.network_spec, size, job.scratch):
-                report(f"{job.network} on {job.dataset}: {said}")
+                say(f"{job.network} on {job.dataset}: {said}")

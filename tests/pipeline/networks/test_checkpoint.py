@@ -14,6 +14,10 @@ from pipeline.errors import MicrotomeError
 from pipeline.networks import checkpoint
 
 
+def load_file(network, path):
+    checkpoint.load_state(network, checkpoint.read(path), path)
+
+
 def network():
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
 
@@ -43,7 +47,7 @@ def test_reads_all_formats(tmp_path, state, name):
     path = write(tmp_path / name, state)
     assert same(checkpoint.read(path), state)
     loaded = network()
-    checkpoint.load_into(loaded, path)
+    load_file(loaded, path)
     assert same(loaded.state_dict(), state)
 
 
@@ -80,14 +84,14 @@ def test_shapes_reads_no_values(tmp_path, state, suffix):
 def test_other_floating_point_types_are_cast(tmp_path, state, dtype):
     cast = {key: value.to(dtype) if value.is_floating_point() else value for key, value in state.items()}
     loaded = network()
-    checkpoint.load_into(loaded, write(tmp_path / "w.pt", cast))
+    load_file(loaded, write(tmp_path / "w.pt", cast))
     assert loaded[0].weight.dtype == torch.float32
     assert torch.equal(loaded[0].weight, cast["0.weight"].float())
 
 
 def test_batch_counters_may_be_missing(tmp_path, state):
     del state["1.num_batches_tracked"]
-    checkpoint.load_into(network(), write(tmp_path / "w.pt", dict(state)))
+    load_file(network(), write(tmp_path / "w.pt", dict(state)))
 
 
 def test_prefix(tmp_path, state):
@@ -97,7 +101,7 @@ def test_prefix(tmp_path, state):
     with pytest.raises(MicrotomeError, match=r"7 of 7 keys do not start with the prefix 'model\.'"):
         checkpoint.read(path, prefix="model.")
     with pytest.raises(MicrotomeError, match=r"does not fit .* set `prefix: 'module\.'`"):
-        checkpoint.load_into(network(), path)
+        load_file(network(), path)
     mixed = {**{f"module.{key}": value for key, value in state.items()}, "step": torch.tensor(1)}
     with pytest.raises(MicrotomeError, match=r"1 of 8 keys do not start with the prefix 'module\.' \(step\)"):
         checkpoint.read(write(tmp_path / "mixed.pt", mixed), prefix="module.")
@@ -108,7 +112,7 @@ def test_misfits_are_listed_and_nothing_is_loaded(tmp_path, state):
     state["1.bias"] = torch.zeros(5)
     path = write(tmp_path / "w.pt", dict(state))
     with pytest.raises(MicrotomeError) as error:
-        checkpoint.load_into(network(), path)
+        load_file(network(), path)
     said = str(error.value)
     assert str(path) in said
     assert "1 keys missing (0.weight)" in said
@@ -130,7 +134,7 @@ def test_values_that_are_refused(tmp_path, state, value, said, suffix):
     state["0.weight"] = value
     path = write(tmp_path / f"w{suffix}", dict(state))
     with pytest.raises(MicrotomeError, match=rf"{path.name}: {said}"):
-        checkpoint.load_into(network(), path)
+        load_file(network(), path)
 
 
 def test_one_nan_is_found(tmp_path, state):
