@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from pipeline.config.base import UNTRAINED
 from pipeline.config.cluster import Cluster
@@ -31,15 +31,16 @@ from pipeline.workers.resumable import Done, Parts
 if TYPE_CHECKING:
     import numpy as np
 
+S = TypeVar("S", bound=Record)
 UNFINISHED = "unfinished"  # subfolder of the scratch folder: what unfinished steps refer to
 
 
-class Job:
+class Job(Generic[S]):
     """One step of a plan, as its stage sees it.
 
     A stage reads its settings, its parents' manifests, its images and its network from here. It calls `begin`, then
     `refers_to` for the folders that it fills, and `finish`, which writes the manifest. `stages` are those of the
-    registry by name (`pipeline.plan.stage.Stage`).
+    registry by name (`pipeline.plan.stage.Stage`). `S` is its stage's model of settings.
     """
 
     def __init__(self, plan: Plan, step: Step, stages: Mapping[str, Any]) -> None:
@@ -87,7 +88,7 @@ class Job:
         return _there(self._step.experiment, self, "experiment")
 
     @cached_property
-    def settings(self) -> Any:
+    def settings(self) -> S:
         """All that its id depends on besides the version and the parents, typed by its stage."""
         return self.stage.settings.read(self._step.settings)
 
@@ -169,20 +170,20 @@ class Job:
         """Return the manifest of its parent of this stage."""
         return self._plan.manifest(self._plan.parent(self._step, stage))
 
-    def parent_job(self, stage: str) -> Job:
+    def parent_job(self, stage: str) -> Job[Any]:
         """Return its parent of this stage as a job; `KeyError` if it has none."""
         return Job(self._plan, self._plan.parent(self._step, stage), self.stages)
 
     @property
-    def parents(self) -> list[Job]:
+    def parents(self) -> list[Job[Any]]:
         """Its parents as jobs, in the order of its id."""
         return [Job(self._plan, self._plan.steps[path], self.stages) for path in self._step.parents]
 
-    def jobs(self, stage: str | None = None) -> Iterator[Job]:
+    def jobs(self, stage: str | None = None) -> Iterator[Job[Any]]:
         """Yield all jobs of the plan, or those of one stage."""
         return jobs(self._plan, self.stages, stage)
 
-    def beside(self, stage: str, network: str | None = None) -> Job | None:
+    def beside(self, stage: str, network: str | None = None) -> Job[Any] | None:
         """Return another stage's job for the same data set and network, or for `network`; None if there is none."""
         network = network or self.network
         same = (job for job in self.jobs(stage) if (job._step.dataset, job._step.network) == (self.dataset, network))
@@ -312,12 +313,12 @@ class Job:
         return manifest
 
 
-def jobs(plan: Plan, stages: Mapping[str, Any], stage: str | None = None) -> Iterator[Job]:
+def jobs(plan: Plan, stages: Mapping[str, Any], stage: str | None = None) -> Iterator[Job[Any]]:
     """Yield all jobs of a plan, parents before children, or those of one stage."""
     return (Job(plan, step, stages) for step in plan.steps.values() if stage is None or step.stage == stage)
 
 
-def _there(name: str | None, job: Job, what: str) -> str:
+def _there(name: str | None, job: Job[Any], what: str) -> str:
     if name is None:
         raise KeyError(f"{job.name} has no {what}")
     return name

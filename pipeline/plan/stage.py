@@ -164,7 +164,7 @@ class Stage:
     says: str
     place: Place
     steps: Callable[[Draft], Iterable[Wanted]]
-    run: Callable[[Job], None]
+    run: Callable[[Job[Any]], None]
     settings: type[Record]
     code: tuple[str, ...] = ()
     folder: str = ""

@@ -127,7 +127,7 @@ class Run:
 
     def memory(self, stage: str, wildcards: Any, threads: int) -> int:
         """Return a job's megabytes, with one worker for each of `threads`, by the stage's own estimate."""
-        job = Job(self.plan, self._wanted(stage, wildcards), STAGES)
+        job: Job[Any] = Job(self.plan, self._wanted(stage, wildcards), STAGES)
         estimate = job.stage.cost(job, False).memory if job.stage.cost is not None else None
         need = (estimate or 0) * memory.threads(self.plan.config.cluster) + memory.WORKER_BASE
         return threads * max(LEAST_MB, math.ceil(need / 1e6))

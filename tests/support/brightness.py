@@ -65,7 +65,7 @@ def steps(draft: Draft) -> Iterator[Wanted]:
             yield Wanted(Key(dataset=name), settings, (draft.step("ingest", name),))
 
 
-def run(job: Job) -> None:
+def run(job: Job[Settings]) -> None:
     from pipeline.storage.store import Array, create, metadata_files, remove_partials
 
     job.begin()
@@ -88,7 +88,7 @@ def run(job: Job) -> None:
     job.finish(digest(files), described, Measured(shards=shards), made=(len(new), len(shards)))
 
 
-def pending(job: Job) -> tuple[int, int]:
+def pending(job: Job[Settings]) -> tuple[int, int]:
     return 0, len(job.images.shards(job.settings.split))
 
 
@@ -96,7 +96,7 @@ def made(job: Job) -> list[Path]:
     return [job.folder / "brightness.zarr", job.folder / "brightness.ledger"]
 
 
-def cost(job: Job, done: bool) -> Cost:
+def cost(job: Job[Settings], done: bool) -> Cost:
     images = job.splits[job.settings.split]
     size = 4.0 * images
     tasks = -(-images // job.dataset_spec.shard_images)

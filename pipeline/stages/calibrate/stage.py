@@ -99,7 +99,7 @@ def settings_of(draft: Draft, section: Calibrate, dataset: str) -> Settings:
     return Settings(calibrate=Fitting(**given), classes=summary.classes)
 
 
-def check(job: Job) -> Iterator[str]:
+def check(job: Job[Settings]) -> Iterator[str]:
     """Say what is wrong with the logits of a network that is to be calibrated."""
     given, classes = found(job).classes, job.settings.classes
     if given != classes:
@@ -139,7 +139,7 @@ class Work:
         images = [self.rows.tolist(), self.label.tolist(), self.image_id.tolist()]
         return digest([VERSION, settings, self.logits.files, *images])
 
-    def scores(self, job: Job) -> Scores:
+    def scores(self, job: Job[Settings]) -> Scores:
         """Return the logits as tasks name them."""
         return Scores(
             digest([str(self.logits.path), job.name, self.made_of]),
@@ -152,7 +152,7 @@ class Work:
         )
 
 
-def work_of(job: Job) -> Work:
+def work_of(job: Job[Settings]) -> Work:
     """Choose the images that count; refuse too few of them, and those of one class alone."""
     images, extraction, settings = job.images, job.parent("extract"), job.settings
     split = extraction.settings["split"]
@@ -176,7 +176,7 @@ def work_of(job: Job) -> Work:
     return work
 
 
-def run(job: Job) -> None:
+def run(job: Job[Settings]) -> None:
     job.begin()
     work = work_of(job)
     store = job.folder / "calibration.zarr"

@@ -98,7 +98,7 @@ def check_fraction(name: str, train: Train, found: Summary) -> None:
         )
 
 
-def run(job: Job) -> None:
+def run(job: Job[Settings]) -> None:
     job.begin()
     spec, folder = job.network_spec, job.folder
     folder.mkdir(parents=True, exist_ok=True)

@@ -42,7 +42,7 @@ def settings_of(draft: Draft) -> Settings:
     )
 
 
-def run(job: Job) -> None:
+def run(job: Job[Settings]) -> None:
     from pipeline.report.experiment import Experiment, Made
     from pipeline.stages.report.pages import declared
     from pipeline.stages.report.site import build, written

@@ -62,11 +62,11 @@ def steps(draft: Draft) -> Iterator[Wanted]:
         yield Wanted(Key(dataset=data, experiment=name), settings, parents)
 
 
-def run(job: Job) -> None:
+def run(job: Job[Settings]) -> None:
     from pipeline.storage.store import write_whole
 
     job.begin()
-    how: Settings = job.settings
+    how = job.settings
     parents, manifests = job.parents, [parent.read() for parent in job.parents]
     kept = [Kept.of(manifest) for manifest in manifests]
     check_images(job, kept)
