@@ -22,6 +22,7 @@ from pipeline.plan.stage import Stage
 from pipeline.plan.step import Key, Step
 from pipeline.run import experiment, forecast, jobs, planner, preflight
 from pipeline.stages.registry import STAGES
+from pipeline.stages.report.results import Shown
 from pipeline.storage.lock import RunLock
 from pipeline.storage.manifest import Manifest
 from pipeline.storage.redact import scrub_logs
@@ -148,10 +149,10 @@ class Run:
         """Yield path, kind and labels of every figure of the finished report; none if the report is pending."""
         for step in self.plan.of_stage("report"):
             manifest = _read(self.plan.results / step.manifest)
-            for figure in manifest.result["figures"] if manifest else []:
-                path = (self.plan.results / step.manifest).parent.parent / figure["file"]
+            for figure in Shown.of(manifest).figures if manifest else []:
+                path = (self.plan.results / step.manifest).parent.parent / figure.file
                 if path.exists():
-                    yield str(path), figure["kind"], figure["labels"]
+                    yield str(path), figure.kind, figure.labels
 
     def start(self, elsewhere: bool = False) -> None:
         """Lock the results folder and start the workers, before the first job.

@@ -155,7 +155,7 @@ class Work:
 def work_of(job: Job[Settings]) -> Work:
     """Choose the images that count; refuse too few of them, and those of one class alone."""
     images, extraction, settings = job.images, job.parent("extract"), job.settings
-    split = extraction.settings["split"]
+    split = job.parent_job("extract").settings.split
     label = np.asarray(images.reader()["label"][:])
     stored = np.zeros(images.count, bool)
     for shard in Extracted.of(extraction).shards:

@@ -21,6 +21,7 @@ import numpy as np
 from pipeline.config.base import PIXELS, TRUTH
 from pipeline.config.datasets import AnyDataset, Segmentation
 from pipeline.data import kinds
+from pipeline.data.images import Images, Ingested
 from pipeline.errors import MicrotomeError, about
 from pipeline.networks import segmenters
 from pipeline.networks.segmenters import wanted_categories
@@ -43,7 +44,6 @@ from pipeline.workers.resumable import Parts, lacking
 from pipeline.workers.tasks import run_tasks
 
 if TYPE_CHECKING:
-    from pipeline.data.images import Images
     from pipeline.storage.store import Ledger
 
 REMEDY = "lower `shard_images` of the data set or `numerics.micro_batch` of the segmenter"
@@ -195,7 +195,7 @@ def parts_of(
     A segmenter's ids do not depend on other categories.
     """
     images, settings, found = job.images, job.settings, {}
-    records = job.parent("ingest").result["records"]
+    records = Ingested.read(job.parent("ingest").result).records
     for category, own_numbers in numbers.items():
         source, _, name = category.partition("/")
         ids = {}

@@ -227,6 +227,7 @@ def check(job: Job[Settings]) -> Iterator[str]:
 
 def owned(manifest: Manifest, path: Path) -> set[Path]:
     """Return the folders of the runs of an experiment."""
+    # By key: manifests of version 1 lack some of what `Runs` reads.
     return {path.parent.parent / "runs" / run["id"] for run in manifest.result["runs"].values()}
 
 
