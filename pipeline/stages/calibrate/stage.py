@@ -71,17 +71,13 @@ REMEDY = "lower `max_images` of the data set, or take `matrix` and `matrix_odir`
 
 def steps(draft: Draft) -> Iterator[Wanted]:
     section = draft.config.section(SECTION.key)
-    if section is None:
-        return
-    draft.require_classes(SECTION.key, section.datasets)
-    for dataset, network in draft.pairs():
-        if section.applies(network, dataset) and draft.summaries[dataset].classes:
-            parents = (
-                draft.step("ingest", dataset),
-                draft.step("network", network=network),
-                draft.step("extract", dataset, network),
-            )
-            yield Wanted(Key(dataset, network), settings_of(draft, section, dataset), parents)
+    for dataset, network in draft.chosen(SECTION, classes=True):
+        parents = (
+            draft.step("ingest", dataset),
+            draft.step("network", network=network),
+            draft.step("extract", dataset, network),
+        )
+        yield Wanted(Key(dataset, network), settings_of(draft, section, dataset), parents)
 
 
 def settings_of(draft: Draft, section: Calibrate, dataset: str) -> Settings:

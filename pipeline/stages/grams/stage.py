@@ -27,7 +27,7 @@ from pipeline.plan.step import Key
 from pipeline.stages.grams.results import Kept
 from pipeline.stages.grams.settings import Settings
 from pipeline.stages.grams.tasks import GRAMS, entries_of, keep_grams, memory_need, prepare_layers
-from pipeline.stages.similarity.settings import Similarity
+from pipeline.stages.similarity.settings import SECTION, Similarity
 from pipeline.storage.identity import digest
 from pipeline.storage.manifest import within
 from pipeline.storage.object_storage import size_of
@@ -60,10 +60,11 @@ GRAM = 1.15  # forwards that a forward with Gram matrices takes
 
 
 def steps(draft: Draft) -> Iterator[Wanted]:
-    asked: Similarity | None = draft.config.section("similarity")
+    asked: Similarity | None = draft.config.section(SECTION.key)
+    if asked is None:
+        return
     wanted: dict[Key, Wanted] = {}
-    for name, comparison in asked.comparisons.items() if asked is not None else ():
-        assert asked is not None
+    for name, comparison in asked.comparisons.items():
         data = asked.dataset_of(draft.config, name)
         for network in comparison.networks:
             settings = settings_of(draft, network, data, asked)

@@ -59,7 +59,7 @@ WORKING = 400 << 20  # bytes of a run beside its images: weights, gradients, mom
 
 
 def steps(draft: Draft) -> Iterator[Wanted]:
-    asked: dict[str, Randomize] = draft.config.section("randomize")
+    asked: dict[str, Randomize] = draft.config.section(SECTION.key)
     for name, experiment in asked.items():
         summary = draft.summaries[experiment.dataset]
         refuse(name, experiment, summary)

@@ -61,16 +61,14 @@ REMEDY = "lower `sight.minibatch` or `sight.gradients`"
 
 
 def steps(draft: Draft) -> Iterator[Wanted]:
-    asked: Sight | None = draft.config.section("sight")
-    for data, name in draft.pairs() if asked is not None else ():
-        assert asked is not None
-        if asked.applies(name, data):
-            settings, summary = settings_of(draft, name, data, asked), draft.summaries[data]
-            summary.require(data, settings.split)
-            count = summary.splits[settings.split]
-            minibatches.require(count, settings.batching, f"sight, split {settings.split!r} of {data!r}")
-            parents = draft.step("ingest", data), draft.step("network", network=name)
-            yield Wanted(Key(data, name), settings, parents)
+    asked: Sight = draft.config.section(SECTION.key)
+    for data, name in draft.chosen(SECTION):
+        settings, summary = settings_of(draft, name, data, asked), draft.summaries[data]
+        summary.require(data, settings.split)
+        count = summary.splits[settings.split]
+        minibatches.require(count, settings.batching, f"sight, split {settings.split!r} of {data!r}")
+        parents = draft.step("ingest", data), draft.step("network", network=name)
+        yield Wanted(Key(data, name), settings, parents)
 
 
 def settings_of(draft: Draft, network: str, dataset: str, asked: Sight) -> Settings:
