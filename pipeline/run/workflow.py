@@ -219,7 +219,7 @@ class Run:
         lines.append(f"{time.time() - self.began:8.1f} s  in all; jobs overlap")
         for step in self.plan.of_stage("report"):
             if (self.plan.results / step.manifest).exists():
-                report = self.plan.results / "report" / self.plan.config.name / "index.html"
+                report = (self.plan.results / step.manifest).parent.parent / "index.html"
                 lines.append(f"The report: {report.resolve()}")
         return "\n".join(lines)
 
