@@ -35,6 +35,13 @@ S = TypeVar("S", bound=Record)
 UNFINISHED = "unfinished"  # subfolder of the scratch folder: what unfinished steps refer to
 
 
+class Note(Record):
+    """What an unfinished step fills: its name, and folders relative to the results folder."""
+
+    step: str
+    folders: list[str]
+
+
 class Job(Generic[S]):
     """One step of a plan, as its stage sees it.
 
@@ -246,14 +253,16 @@ class Job(Generic[S]):
     def refers_to(self, folders: Iterable[Path]) -> None:
         """Note the folders that this job fills, so that `make gc` keeps them until the job finishes."""
         names = sorted({folder.relative_to(self.results).as_posix() for folder in folders})
-        write_atomically(self._note, json.dumps({"step": self.name, "folders": names}))
+        write_atomically(self._note, json.dumps(Note(step=self.name, folders=names).written()))
 
     def noted(self) -> list[str]:
-        """Return the folders, relative to the results folder, that it noted before it was interrupted."""
-        try:
-            return json.loads(self._note.read_text())["folders"]
-        except (OSError, ValueError):
-            return []
+        """Return the folders, relative to the results folder, that it noted before it was interrupted.
+
+        A damaged note counts as none here: the job writes it again.
+        """
+        with contextlib.suppress(OSError, MicrotomeError):
+            return noted_in(self._note)
+        return []
 
     @property
     def _note(self) -> Path:
@@ -316,6 +325,22 @@ class Job(Generic[S]):
 def jobs(plan: Plan, stages: Mapping[str, Any], stage: str | None = None) -> Iterator[Job[Any]]:
     """Yield all jobs of a plan, parents before children, or those of one stage."""
     return (Job(plan, step, stages) for step in plan.steps.values() if stage is None or step.stage == stage)
+
+
+def noted_in(note: Path) -> list[str]:
+    """Return the folders that a note names, relative to the results folder; none if there is no such file.
+
+    A damaged note raises `MicrotomeError`, since what its step fills is unknown.
+    """
+    try:
+        return Note.model_validate_json(note.read_bytes()).folders
+    except FileNotFoundError:
+        return []
+    except ValueError:
+        raise MicrotomeError(
+            f"{note} is damaged: it named the folders that an unfinished step fills. Run that step to its end, which "
+            f"removes the note, or remove the file if what the step made so far may go"
+        ) from None
 
 
 def _there(name: str | None, job: Job[Any], what: str) -> str:
