@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-RESERVED = ("networks", "layers", "done", "logs", "similarity", "randomization", "report")
+RESERVED = ("networks", "layers", "done", "logs", "report")
 
 
 ENDINGS = (".zarr", ".ledger", ".csv", ".json")  # endings of files beside the networks' folders

@@ -32,6 +32,8 @@ class Core(Strict):
 
     sections: ClassVar[tuple[Section, ...]] = ()
     """The sections that the model has in addition to the keys below."""
+    reserved: ClassVar[tuple[str, ...]] = RESERVED
+    """The names of folders that no data set, network or experiment may have."""
 
     name: Name = Field(description="name of the experiment; its report is written to report/<name>")
     results: str = Field("results", description="folder of all results; several experiments may share it")
@@ -83,8 +85,8 @@ class Core(Strict):
     @model_validator(mode="after")
     def _names(self) -> Core:
         for name in (*self.datasets, *self.networks, self.name):
-            if name in RESERVED:
-                raise ValueError(f"the name {name!r} is reserved (as are {', '.join(RESERVED)})")
+            if name in self.reserved:
+                raise ValueError(f"the name {name!r} is reserved (as are {', '.join(self.reserved)})")
             if name.endswith(ENDINGS):
                 raise ValueError(f"the name {name!r} ends like a file of the results folder ({', '.join(ENDINGS)})")
         for name, network in self.networks.items():

@@ -113,13 +113,13 @@ def speed_of(job: Job, spec: Network | Segmenter, input_shape: list[int], whose:
 
 
 def _request(job: Job) -> dict[str, Any]:
-    ingested, network = job.parent_job("ingest").identity, job.network_spec
+    ingested, network = job.parent_job("ingest").settings, job.network_spec
     request = {
         "network": NetworkSpec.of(network).model_dump(),
-        "input_shape": [network.preprocessing.channels, *ingested["size"]],
+        "input_shape": [network.preprocessing.channels, *ingested.size],
         "layers": network.layers,
         "special_tokens": network.special_tokens,
-        "images": ingested["images"],
+        "images": ingested.images,
     }
     for stage in job.stages.values():
         if stage.requests is not None and (other := job.beside(stage.name)) is not None:

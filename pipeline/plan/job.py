@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from pipeline.config.base import UNTRAINED
 from pipeline.config.cluster import Cluster
@@ -31,15 +31,23 @@ from pipeline.workers.resumable import Done, Parts
 if TYPE_CHECKING:
     import numpy as np
 
+S = TypeVar("S", bound=Record)
 UNFINISHED = "unfinished"  # subfolder of the scratch folder: what unfinished steps refer to
 
 
-class Job:
+class Note(Record):
+    """What an unfinished step fills: its name, and folders relative to the results folder."""
+
+    step: str
+    folders: list[str]
+
+
+class Job(Generic[S]):
     """One step of a plan, as its stage sees it.
 
     A stage reads its settings, its parents' manifests, its images and its network from here. It calls `begin`, then
     `refers_to` for the folders that it fills, and `finish`, which writes the manifest. `stages` are those of the
-    registry by name (`pipeline.plan.stage.Stage`).
+    registry by name (`pipeline.plan.stage.Stage`). `S` is its stage's model of settings.
     """
 
     def __init__(self, plan: Plan, step: Step, stages: Mapping[str, Any]) -> None:
@@ -87,7 +95,7 @@ class Job:
         return _there(self._step.experiment, self, "experiment")
 
     @cached_property
-    def settings(self) -> Any:
+    def settings(self) -> S:
         """All that its id depends on besides the version and the parents, typed by its stage."""
         return self.stage.settings.read(self._step.settings)
 
@@ -169,20 +177,20 @@ class Job:
         """Return the manifest of its parent of this stage."""
         return self._plan.manifest(self._plan.parent(self._step, stage))
 
-    def parent_job(self, stage: str) -> Job:
+    def parent_job(self, stage: str) -> Job[Any]:
         """Return its parent of this stage as a job; `KeyError` if it has none."""
         return Job(self._plan, self._plan.parent(self._step, stage), self.stages)
 
     @property
-    def parents(self) -> list[Job]:
+    def parents(self) -> list[Job[Any]]:
         """Its parents as jobs, in the order of its id."""
         return [Job(self._plan, self._plan.steps[path], self.stages) for path in self._step.parents]
 
-    def jobs(self, stage: str | None = None) -> Iterator[Job]:
+    def jobs(self, stage: str | None = None) -> Iterator[Job[Any]]:
         """Yield all jobs of the plan, or those of one stage."""
         return jobs(self._plan, self.stages, stage)
 
-    def beside(self, stage: str, network: str | None = None) -> Job | None:
+    def beside(self, stage: str, network: str | None = None) -> Job[Any] | None:
         """Return another stage's job for the same data set and network, or for `network`; None if there is none."""
         network = network or self.network
         same = (job for job in self.jobs(stage) if (job._step.dataset, job._step.network) == (self.dataset, network))
@@ -245,14 +253,16 @@ class Job:
     def refers_to(self, folders: Iterable[Path]) -> None:
         """Note the folders that this job fills, so that `make gc` keeps them until the job finishes."""
         names = sorted({folder.relative_to(self.results).as_posix() for folder in folders})
-        write_atomically(self._note, json.dumps({"step": self.name, "folders": names}))
+        write_atomically(self._note, json.dumps(Note(step=self.name, folders=names).written()))
 
     def noted(self) -> list[str]:
-        """Return the folders, relative to the results folder, that it noted before it was interrupted."""
-        try:
-            return json.loads(self._note.read_text())["folders"]
-        except (OSError, ValueError):
-            return []
+        """Return the folders, relative to the results folder, that it noted before it was interrupted.
+
+        A damaged note counts as none here: the job writes it again.
+        """
+        with contextlib.suppress(OSError, MicrotomeError):
+            return noted_in(self._note)
+        return []
 
     @property
     def _note(self) -> Path:
@@ -312,12 +322,28 @@ class Job:
         return manifest
 
 
-def jobs(plan: Plan, stages: Mapping[str, Any], stage: str | None = None) -> Iterator[Job]:
+def jobs(plan: Plan, stages: Mapping[str, Any], stage: str | None = None) -> Iterator[Job[Any]]:
     """Yield all jobs of a plan, parents before children, or those of one stage."""
     return (Job(plan, step, stages) for step in plan.steps.values() if stage is None or step.stage == stage)
 
 
-def _there(name: str | None, job: Job, what: str) -> str:
+def noted_in(note: Path) -> list[str]:
+    """Return the folders that a note names, relative to the results folder; none if there is no such file.
+
+    A damaged note raises `MicrotomeError`, since what its step fills is unknown.
+    """
+    try:
+        return Note.model_validate_json(note.read_bytes()).folders
+    except FileNotFoundError:
+        return []
+    except ValueError:
+        raise MicrotomeError(
+            f"{note} is damaged: it named the folders that an unfinished step fills. Run that step to its end, which "
+            f"removes the note, or remove the file if what the step made so far may go"
+        ) from None
+
+
+def _there(name: str | None, job: Job[Any], what: str) -> str:
     if name is None:
         raise KeyError(f"{job.name} has no {what}")
     return name

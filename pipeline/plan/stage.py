@@ -99,6 +99,20 @@ class Draft:
             for dataset in self.config.datasets_of(network):
                 yield dataset, name
 
+    def chosen(self, declared: Section, classes: bool = False) -> Iterator[tuple[str, str]]:
+        """Yield (data set, network) for every pair that a `Chosen` section applies to; none if there is no section.
+
+        With `classes`, yield only those whose images have classes, and refuse a section that names others.
+        """
+        section = self.config.section(declared.key)
+        if section is None:
+            return
+        if classes:
+            self.require_classes(declared.key, section.datasets)
+        for dataset, network in self.pairs():
+            if section.applies(network, dataset) and (self.summaries[dataset].classes or not classes):
+                yield dataset, network
+
     def require_classes(self, key: str, datasets: Iterable[str] | None) -> None:
         """Refuse a section that needs classes if its data set lacks them, or if no data set has any."""
         without = [name for name, summary in self.summaries.items() if not summary.classes]
@@ -160,7 +174,7 @@ class Stage:
     says: str
     place: Place
     steps: Callable[[Draft], Iterable[Wanted]]
-    run: Callable[[Job], None]
+    run: Callable[[Job[Any]], None]
     settings: type[Record]
     code: tuple[str, ...] = ()
     folder: str = ""

@@ -15,6 +15,7 @@ from typing import Any
 from pipeline.config.core import Core
 from pipeline.config.networks import Network
 from pipeline.errors import MicrotomeError
+from pipeline.storage import SCRATCH
 from pipeline.storage.manifest import Manifest
 from pipeline.storage.redact import without_home
 
@@ -147,4 +148,4 @@ class Plan:
 
 
 def scratch_of(config: Core) -> Path:
-    return Path(config.results) / ".microtome"
+    return Path(config.results) / SCRATCH

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, ValidationError, create_model
 
+from pipeline.config.base import RESERVED
 from pipeline.config.core import Core
 from pipeline.config.messages import explain
 from pipeline.config.section import Selection
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     import yaml
 
 
-def configuration(stages: Iterable[Stage]) -> type[Core]:
+def configuration(stages: Collection[Stage]) -> type[Core]:
     """Return the configuration model for these stages."""
     sections = tuple(stage.section for stage in stages if stage.section is not None)
     fields: dict[str, Any] = {
@@ -29,6 +30,7 @@ def configuration(stages: Iterable[Stage]) -> type[Core]:
     }
     model = create_model("Config", __base__=Core, __doc__=Core.__doc__, **fields)
     model.sections = sections
+    model.reserved = (*RESERVED, *(stage.folder for stage in stages if stage.folder))
     return model
 
 

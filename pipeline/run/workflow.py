@@ -22,6 +22,7 @@ from pipeline.plan.stage import Stage
 from pipeline.plan.step import Key, Step
 from pipeline.run import experiment, forecast, forks, planner, preflight
 from pipeline.stages.registry import STAGES
+from pipeline.stages.report.results import Shown
 from pipeline.storage.lock import RunLock
 from pipeline.storage.manifest import Manifest
 from pipeline.storage.redact import scrub_logs
@@ -126,7 +127,7 @@ class Run:
 
     def memory(self, stage: str, wildcards: Any, threads: int) -> int:
         """Return a job's megabytes, with one worker for each of `threads`, by the stage's own estimate."""
-        job = Job(self.plan, self._wanted(stage, wildcards), STAGES)
+        job: Job[Any] = Job(self.plan, self._wanted(stage, wildcards), STAGES)
         estimate = job.stage.cost(job, False).memory if job.stage.cost is not None else None
         need = (estimate or 0) * memory.threads(self.plan.config.cluster) + memory.WORKER_BASE
         return threads * max(LEAST_MB, math.ceil(need / 1e6))
@@ -147,10 +148,10 @@ class Run:
         """Yield path, kind and labels of every figure of the finished report; none if the report is pending."""
         for step in self.plan.of_stage("report"):
             manifest = _read(self.plan.results / step.manifest)
-            for figure in manifest.result["figures"] if manifest else []:
-                path = (self.plan.results / step.manifest).parent.parent / figure["file"]
+            for figure in Shown.of(manifest).figures if manifest else []:
+                path = (self.plan.results / step.manifest).parent.parent / figure.file
                 if path.exists():
-                    yield str(path), figure["kind"], figure["labels"]
+                    yield str(path), figure.kind, figure.labels
 
     def start(self, elsewhere: bool = False) -> None:
         """Lock the results folder and start the workers, before the first job.
@@ -216,7 +217,7 @@ class Run:
         lines.append(f"{time.time() - self.began:8.1f} s  in all; jobs overlap")
         for step in self.plan.of_stage("report"):
             if (self.plan.results / step.manifest).exists():
-                report = self.plan.results / "report" / self.plan.config.name / "index.html"
+                report = (self.plan.results / step.manifest).parent.parent / "index.html"
                 lines.append(f"The report: {report.resolve()}")
         return "\n".join(lines)
 

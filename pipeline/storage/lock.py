@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, Any, Self
 
 from pipeline.errors import MicrotomeError, explained
+from pipeline.storage import SCRATCH
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 BEAT = 5.0  # seconds between heartbeats
@@ -33,7 +34,7 @@ class RunLock:
     """
 
     def __init__(self, results: Path) -> None:
-        self.path = results / ".microtome" / "lock"
+        self.path = results / SCRATCH / "lock"
         self.file: IO[str] | None = None
         self.left_open = False
         self.since = time.time()
@@ -142,7 +143,7 @@ def taken_over(results: Path, host: str, pid: int) -> str | None:
     A deleted lock file counts as lost, since it keeps no other run out.
     """
     try:
-        holder = (results / ".microtome" / "lock").read_text()
+        holder = (results / SCRATCH / "lock").read_text()
     except OSError:
         return f"the lock on {results} was deleted while this run worked; another run may have written there"
     value = _parsed(holder)

@@ -16,6 +16,7 @@ from pathlib import Path
 from pipeline.config.core import Core
 from pipeline.errors import MicrotomeError, explained
 from pipeline.run import experiment
+from pipeline.storage import SCRATCH
 from pipeline.storage.lock import RunLock
 from pipeline.storage.object_storage import size_of
 from pipeline.upkeep import damage, unreferenced
@@ -92,8 +93,8 @@ def _results(given: argparse.Namespace) -> Path:
     """Return the results folder; refuse any other folder, so that nothing is read or written there."""
     if not given.results.is_dir():
         raise MicrotomeError(f"{given.results}: no such results folder")
-    if not (given.results / damage.SCRATCH).is_dir() and next(damage.manifests(given.results), None) is None:
-        raise MicrotomeError(f"{given.results} is no results folder: it has neither {damage.SCRATCH}/ nor a manifest")
+    if not (given.results / SCRATCH).is_dir() and next(damage.manifests(given.results), None) is None:
+        raise MicrotomeError(f"{given.results} is no results folder: it has neither {SCRATCH}/ nor a manifest")
     return given.results
 
 

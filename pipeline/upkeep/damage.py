@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import MicrotomeError
+from pipeline.storage import SCRATCH
 from pipeline.storage.identity import crc32c
 from pipeline.storage.manifest import Files, Manifest
 from pipeline.storage.store import Ledger, remove, stored_bytes
 
-SCRATCH = ".microtome"
 NAME = re.compile(r"[a-z][a-z0-9_]*\.[0-9a-f]{20}\.json")  # of a manifest
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
-from pipeline.plan.job import UNFINISHED
+from pipeline.plan.job import UNFINISHED, noted_in
 from pipeline.stages.registry import STAGES
-from pipeline.storage import store
+from pipeline.storage import SCRATCH, store
 from pipeline.storage.manifest import Manifest
-from pipeline.upkeep.damage import SCRATCH, manifests
+from pipeline.upkeep.damage import manifests
 
 OURS = re.compile(r"(?:^|-)[0-9a-f]{20}(?:\.zarr)?$")
 
@@ -19,7 +18,7 @@ def folders(results: Path) -> list[Path]:
     """Return our folders that nothing refers to: no manifest, and no interrupted step that will resume.
 
     A folder is ours if its name has an id and no link leads to it: a person may keep folders of his own beside them.
-    A damaged manifest raises `MicrotomeError`, since its references are unknown.
+    A damaged manifest or note raises `MicrotomeError`, since its references are unknown.
     """
     used = _begun(results)
     for path in manifests(results):
@@ -43,7 +42,7 @@ def _begun(results: Path) -> set[Path]:
     """Return the folders of steps that began and have not finished."""
     found: set[Path] = set()
     for note in (results / SCRATCH / UNFINISHED).glob("*.json"):
-        found |= {results / name for name in json.loads(note.read_text())["folders"]}
+        found |= {results / name for name in noted_in(note)}
     return found
 
 

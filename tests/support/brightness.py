@@ -24,6 +24,7 @@ from pipeline.storage.store import StoreRef
 from pipeline.workers.resumable import Done, Parts
 
 VERSION = 1
+CODE = ("tests/support/brightness.py",)  # of a real stage: its settings.py, results.py, stage.py, tasks.py and kernels
 
 
 # settings.py
@@ -58,45 +59,54 @@ class Measured(Record):
 
 
 def steps(draft: Draft) -> Iterator[Wanted]:
-    section: Brightness | None = draft.config.section("brightness")
+    section: Brightness | None = draft.config.section(SECTION.key)
     for name, dataset in draft.config.datasets.items():
         if section is not None and section.applies("", name):
             settings = Settings(split=dataset.dissect.split, channel=section.channel)
             yield Wanted(Key(dataset=name), settings, (draft.step("ingest", name),))
 
 
-def run(job: Job) -> None:
+def run(job: Job[Settings]) -> None:
     from pipeline.storage.store import Array, create, metadata_files, remove_partials
 
     job.begin()
-    images, channel = job.images, job.settings.channel
-    store = job.folder / "brightness.zarr"
-    step = (images.shard_images,)
+    images, parts = job.images, parts_of(job)
+    store, step = parts.store, (images.shard_images,)
     create(store, {"brightness": Array(("image",), (images.count,), np.float32, step, fill=np.nan)}, {})
     remove_partials(store)
-    shards = images.shards(job.settings.split)
-    parts = Parts(store, {str(shard): digest([VERSION, images.contents[shard], channel]) for shard in shards})
 
     def arguments(shard: str, _: list[str]) -> tuple:
-        return store, StoreRef(images.store, images.files_of(int(shard))), shard, images.range(int(shard)), channel
+        pixels, bounds = StoreRef(images.store, images.files_of(int(shard))), images.range(int(shard))
+        return store, pixels, shard, bounds, job.settings.channel
 
     job.check_memory(12 * images.shard_images * images.size[0] * images.size[1], "lower `shard_images`")
     with job.workers() as workers:
         new = job.resumed(workers, measure_shard, {"": parts}, arguments, "lower `shard_images`")
     files = parts.files()
     described = within(store.name, files | metadata_files(store))
-    job.finish(digest(files), described, Measured(shards=shards), made=(len(new), len(shards)))
+    result = Measured(shards=[int(shard) for shard in parts.ids])
+    job.finish(digest(files), described, result, made=(len(new), len(parts.ids)))
 
 
-def pending(job: Job) -> tuple[int, int]:
-    return 0, len(job.images.shards(job.settings.split))
+def parts_of(job: Job[Settings]) -> Parts:
+    """Return the shards with images that count, each with the id of what it is made from."""
+    images, channel = job.images, job.settings.channel
+    shards = images.shards(job.settings.split)
+    ids = {str(shard): digest([VERSION, images.contents[shard], channel]) for shard in shards}
+    return Parts(job.folder / "brightness.zarr", ids)
+
+
+def pending(job: Job[Settings]) -> tuple[int, int]:
+    """Count the shards that a run would measure now, and all of them."""
+    parts = parts_of(job)
+    return len(parts.missing()), len(parts.ids)
 
 
 def made(job: Job) -> list[Path]:
     return [job.folder / "brightness.zarr", job.folder / "brightness.ledger"]
 
 
-def cost(job: Job, done: bool) -> Cost:
+def cost(job: Job[Settings], done: bool) -> Cost:
     images = job.splits[job.settings.split]
     size = 4.0 * images
     tasks = -(-images // job.dataset_spec.shard_images)
@@ -125,6 +135,7 @@ STAGE = Stage(
     steps=steps,
     run=run,
     settings=Settings,
+    code=CODE,
     section=SECTION,
     cost=cost,
     pending=pending,

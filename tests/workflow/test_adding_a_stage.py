@@ -32,7 +32,8 @@ def test_one_entry_in_the_registry_is_all_that_it_takes(tmp_path, monkeypatch):
 
     config["brightness"] = {"channel": 2}
     (tmp_path / "mini.yaml").write_text(json.dumps(config))
-    assert "channel: 1 → 2" in upkeep(tmp_path, "why", "mini.yaml")
+    why = upkeep(tmp_path, "why", "mini.yaml")
+    assert "channel: 1 → 2" in why and "1 of 1 shards to measure" in why
     assert "removed results/scenes/brightness.zarr" in upkeep(tmp_path, "recompute", "mini.yaml", "brightness")
     assert jobs_run(snakemake(tmp_path, config, "brightness")) == {"make_brightness": 1}
     said = snakemake(tmp_path, config | {"brightness": {"chanel": 2}}, "brightness", code=1)

@@ -86,7 +86,7 @@ def settings_of(draft: Draft, section: Ablate, dataset: str, network: str) -> Se
     return Settings(ablate=Removal(**given), classes=summary.classes)
 
 
-def run(job: Job) -> None:
+def run(job: Job[Settings]) -> None:
     job.begin()
     folder, classes = job.folder, job.images.classes
     labels = unit_labels(folder, job.parent("dissect"))
@@ -118,12 +118,12 @@ def unreferenced(results: Path, used: set[Path]) -> Iterator[Path]:
         yield from unnamed_stores(folder, "ablate")
 
 
-def requests(job: Job) -> dict[str, Any]:
+def requests(job: Job[Settings]) -> dict[str, Any]:
     """Have the inspection find what a pair of a unit and an image costs, and refuse layers that are not there."""
     return {"ablate": {"layers": job.settings.ablate.layers, "classes": job.settings.classes}}
 
 
-def sizes(job: Job) -> Iterator[str]:
+def sizes(job: Job[Settings]) -> Iterator[str]:
     """Say what removing each unit of a layer costs, sets of units aside; units that make no difference cost nothing."""
     inspected, removal = found(job), job.settings.ablate
     splits = len(removal.splits)

@@ -14,7 +14,7 @@ from pipeline.data.listing import derangement
 from pipeline.errors import MicrotomeError, nearest
 from pipeline.networks.forward import Model
 from pipeline.plan.job import Job
-from pipeline.stages.ablate.settings import Measure, Removal
+from pipeline.stages.ablate.settings import Measure, Removal, Settings
 from pipeline.stages.ablate.tasks import Cut, Shard, Target, prepare_cuts
 from pipeline.stages.extract.results import Extracted, StoredLayer, logits
 from pipeline.storage.store import StoreRef
@@ -33,13 +33,13 @@ class Work:
     splits : by split, the one that ranks first, the rows of each shard that count.
     """
 
-    job: Job
+    job: Job[Settings]
     workers: Any
     label: np.ndarray
     splits: Mapping[str, Mapping[int, np.ndarray]]
 
     @staticmethod
-    def of(job: Job, workers: Any) -> Work:
+    def of(job: Job[Settings], workers: Any) -> Work:
         label = np.asarray(job.images.reader()["label"][:])
         return Work(job, workers, label, counted_rows(job.images, label, job.settings.ablate))
 

@@ -71,17 +71,13 @@ REMEDY = "lower `max_images` of the data set, or take `matrix` and `matrix_odir`
 
 def steps(draft: Draft) -> Iterator[Wanted]:
     section = draft.config.section(SECTION.key)
-    if section is None:
-        return
-    draft.require_classes(SECTION.key, section.datasets)
-    for dataset, network in draft.pairs():
-        if section.applies(network, dataset) and draft.summaries[dataset].classes:
-            parents = (
-                draft.step("ingest", dataset),
-                draft.step("network", network=network),
-                draft.step("extract", dataset, network),
-            )
-            yield Wanted(Key(dataset, network), settings_of(draft, section, dataset), parents)
+    for dataset, network in draft.chosen(SECTION, classes=True):
+        parents = (
+            draft.step("ingest", dataset),
+            draft.step("network", network=network),
+            draft.step("extract", dataset, network),
+        )
+        yield Wanted(Key(dataset, network), settings_of(draft, section, dataset), parents)
 
 
 def settings_of(draft: Draft, section: Calibrate, dataset: str) -> Settings:
@@ -99,7 +95,7 @@ def settings_of(draft: Draft, section: Calibrate, dataset: str) -> Settings:
     return Settings(calibrate=Fitting(**given), classes=summary.classes)
 
 
-def check(job: Job) -> Iterator[str]:
+def check(job: Job[Settings]) -> Iterator[str]:
     """Say what is wrong with the logits of a network that is to be calibrated."""
     given, classes = found(job).classes, job.settings.classes
     if given != classes:
@@ -139,7 +135,7 @@ class Work:
         images = [self.rows.tolist(), self.label.tolist(), self.image_id.tolist()]
         return digest([VERSION, settings, self.logits.files, *images])
 
-    def scores(self, job: Job) -> Scores:
+    def scores(self, job: Job[Settings]) -> Scores:
         """Return the logits as tasks name them."""
         return Scores(
             digest([str(self.logits.path), job.name, self.made_of]),
@@ -152,10 +148,10 @@ class Work:
         )
 
 
-def work_of(job: Job) -> Work:
+def work_of(job: Job[Settings]) -> Work:
     """Choose the images that count; refuse too few of them, and those of one class alone."""
     images, extraction, settings = job.images, job.parent("extract"), job.settings
-    split = extraction.settings["split"]
+    split = job.parent_job("extract").settings.split
     label = np.asarray(images.reader()["label"][:])
     stored = np.zeros(images.count, bool)
     for shard in Extracted.of(extraction).shards:
@@ -176,7 +172,7 @@ def work_of(job: Job) -> Work:
     return work
 
 
-def run(job: Job) -> None:
+def run(job: Job[Settings]) -> None:
     job.begin()
     work = work_of(job)
     store = job.folder / "calibration.zarr"

@@ -21,6 +21,7 @@ import numpy as np
 from pipeline.config.base import PIXELS, TRUTH
 from pipeline.config.datasets import AnyDataset, Segmentation
 from pipeline.data import kinds
+from pipeline.data.images import Images, Ingested
 from pipeline.errors import MicrotomeError, about
 from pipeline.networks import segmenters
 from pipeline.networks.segmenters import wanted_categories
@@ -43,7 +44,6 @@ from pipeline.workers.resumable import Parts, lacking
 from pipeline.workers.tasks import run_tasks
 
 if TYPE_CHECKING:
-    from pipeline.data.images import Images
     from pipeline.storage.store import Ledger
 
 REMEDY = "lower `shard_images` of the data set or `numerics.micro_batch` of the segmenter"
@@ -97,7 +97,7 @@ def settings_of(dataset: AnyDataset, known: Mapping[str, Any], digests: FileDige
     )
 
 
-def run(job: Job) -> None:
+def run(job: Job[Settings]) -> None:
     from pipeline.storage.store import Ledger, StoreRef, attributes, metadata_files, write
 
     job.begin()
@@ -179,7 +179,7 @@ def run(job: Job) -> None:
     job.finish(output, files, result, made=(len(made), len(shards)))
 
 
-def models(job: Job) -> dict[str, segmenters.Model]:
+def models(job: Job[Settings]) -> dict[str, segmenters.Model]:
     """Return a data set's segmenters as tasks name them, with the plan's checkpoints."""
     return {
         name: segmenters.Model(name, job.config.segmenters[name].model_dump_json(), digest(made_of["checkpoint"]))
@@ -188,21 +188,21 @@ def models(job: Job) -> dict[str, segmenters.Model]:
 
 
 def parts_of(
-    job: Job, store: Path, ledger: Ledger, shards: Sequence[int], numbers: Mapping[str, Sequence[int]]
+    job: Job[Settings], store: Path, ledger: Ledger, shards: Sequence[int], numbers: Mapping[str, Sequence[int]]
 ) -> dict[str, Parts]:
     """Return the shards of each category, with the id of each shard's label maps.
 
     A segmenter's ids do not depend on other categories.
     """
     images, settings, found = job.images, job.settings, {}
-    records = job.parent("ingest").result["records"]
+    records = Ingested.read(job.parent("ingest").result).records
     for category, own_numbers in numbers.items():
         source, _, name = category.partition("/")
         ids = {}
         for shard in shards:
             made_of: list[Any]
             if source in job.config.segmenters:
-                own = settings.segmenters[source]
+                own = (settings.segmenters or {})[source]
                 own = own | {"categories": own["categories"][name]} | segmenters.platform(job.cluster.on_gpus)
                 made_of = [images.contents[shard], own]
             elif source == PIXELS:
@@ -220,7 +220,7 @@ def memory_need(images: int, size: tuple[int, int], categories: int) -> int:
     return images * size[0] * size[1] * (6 * categories + 12)
 
 
-def pending(job: Job) -> tuple[int, int]:
+def pending(job: Job[Settings]) -> tuple[int, int]:
     """Count the shards that a run would label now, and all of them, given the ingested images."""
     from pipeline.storage.store import Ledger
 
@@ -287,7 +287,7 @@ def questions(job: Job) -> list[Question]:
     return list(_questions(job).values())
 
 
-def _questions(job: Job) -> dict[str, Question]:
+def _questions(job: Job[Settings]) -> dict[str, Question]:
     found, size = {}, list(ingested(job))
     for name, made_of in (job.settings.segmenters or {}).items():
         request = {"segmenter": job.config.segmenters[name].model_dump(), "size": size}
@@ -297,7 +297,7 @@ def _questions(job: Job) -> dict[str, Question]:
     return found
 
 
-def speeds(job: Job) -> list[Question]:
+def speeds(job: Job[Settings]) -> list[Question]:
     """Return the probe's questions about the speed of a data set's segmenters."""
     return [_speed(job, name) for name in job.settings.segmenters or {}]
 

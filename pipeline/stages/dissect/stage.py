@@ -114,7 +114,7 @@ def steps(draft: Draft) -> Iterator[plan.Wanted]:
         yield plan.Wanted(Key(data, name), settings, tuple(parents))
 
 
-def run(job: Job) -> None:
+def run(job: Job[Settings]) -> None:
     from pipeline.stages.dissect.streamed import Passes
 
     job.begin()

@@ -21,6 +21,7 @@ from pipeline.workers.tasks import run_tasks
 if TYPE_CHECKING:
     from pipeline.data.images import Images
     from pipeline.plan.job import Job
+    from pipeline.stages.extract.settings import Settings
     from pipeline.storage.store import Ledger
 
 
@@ -36,7 +37,7 @@ class Counting:
     parts, shown : by shard: the rows that count, and those whose lowest values pictures need.
     """
 
-    def __init__(self, job: Job, images: Images, shards: list[int]) -> None:
+    def __init__(self, job: Job[Settings], images: Images, shards: list[int]) -> None:
         self.job, self.images = job, images
         self.layers: dict[str, Streamed] = {}
         self.ledgers: dict[str, Ledger] = {}

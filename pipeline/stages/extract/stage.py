@@ -104,7 +104,7 @@ def settings_of(spec: Network, dataset: AnyDataset, limit: int | None) -> Settin
     )
 
 
-def run(job: Job) -> None:
+def run(job: Job[Settings]) -> None:
     from pipeline.storage.store import Ledger, metadata_files, remove
 
     images, model, settings = job.images, job.model, job.settings
@@ -202,7 +202,7 @@ def run(job: Job) -> None:
     job.finish(output, files, result, includes, made=(len(made), len(shards)))
 
 
-def pending(job: Job) -> tuple[int, int]:
+def pending(job: Job[Settings]) -> tuple[int, int]:
     """Count the shards that a run would put through the network now, and all of them, among the ingested images.
 
     The layers are known if the last extraction read the same weights in the same way; otherwise all shards are an upper

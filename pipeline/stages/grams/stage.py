@@ -27,7 +27,7 @@ from pipeline.plan.step import Key
 from pipeline.stages.grams.results import Kept
 from pipeline.stages.grams.settings import Settings
 from pipeline.stages.grams.tasks import GRAMS, entries_of, keep_grams, memory_need, prepare_layers
-from pipeline.stages.similarity.settings import Similarity
+from pipeline.stages.similarity.settings import SECTION, Similarity
 from pipeline.storage.identity import digest
 from pipeline.storage.manifest import within
 from pipeline.storage.object_storage import size_of
@@ -60,10 +60,11 @@ GRAM = 1.15  # forwards that a forward with Gram matrices takes
 
 
 def steps(draft: Draft) -> Iterator[Wanted]:
-    asked: Similarity | None = draft.config.section("similarity")
+    asked: Similarity | None = draft.config.section(SECTION.key)
+    if asked is None:
+        return
     wanted: dict[Key, Wanted] = {}
-    for name, comparison in asked.comparisons.items() if asked is not None else ():
-        assert asked is not None
+    for name, comparison in asked.comparisons.items():
         data = asked.dataset_of(draft.config, name)
         for network in comparison.networks:
             settings = settings_of(draft, network, data, asked)
@@ -90,7 +91,7 @@ def settings_of(draft: Draft, network: str, dataset: str, asked: Similarity) -> 
     )
 
 
-def run(job: Job) -> None:
+def run(job: Job[Settings]) -> None:
     from pipeline.storage.store import Array, create, metadata_files, remove_partials, write
 
     job.begin()
@@ -139,7 +140,7 @@ def run(job: Job) -> None:
     job.finish(output, within("grams.zarr", files | metadata_files(store)), result, made=(len(made), len(batches)))
 
 
-def pending(job: Job) -> tuple[int, int]:
+def pending(job: Job[Settings]) -> tuple[int, int]:
     """Count the minibatches that a run would put through the network at most, and all of them."""
     count = len(minibatches.of_split(job.images, job.settings.split, job.settings, job.name))
     return count, count
@@ -149,13 +150,13 @@ def made(job: Job) -> list[Path]:
     return [job.folder / "grams.zarr", job.folder / "grams.ledger"]
 
 
-def requests(job: Job) -> dict[str, Any]:
+def requests(job: Job[Settings]) -> dict[str, Any]:
     """Return the layers that are compared, where they are others than those that are dissected."""
     layers = job.settings.layers
     return {"compare": layers} if layers != job.network_spec.layers else {}
 
 
-def cost(job: Job, done: bool) -> Cost:
+def cost(job: Job[Settings], done: bool) -> Cost:
     how, found, speed = job.settings, inspected.found(job), inspected.speed(job)
     images = min(job.splits[how.split], how.images) * how.epochs
     layers = len(found.compared or found.layers) * len(how.features)

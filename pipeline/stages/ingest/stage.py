@@ -61,7 +61,7 @@ def steps(draft: Draft) -> Iterator[Wanted]:
         yield Wanted(Key(dataset=name), Settings.read(draft.summaries[name].settings))
 
 
-def run(job: Job) -> None:
+def run(job: Job[Settings]) -> None:
     from pipeline.storage.store import Ledger, metadata_files, write
 
     job.begin()
@@ -134,7 +134,7 @@ def memory_need(dataset: AnyDataset, size: tuple[int, int]) -> int:
     return 2 * 3 * dataset.shard_images * size[0] * size[1] + kinds.memory_need(dataset)
 
 
-def pending(job: Job) -> tuple[int, int]:
+def pending(job: Job[Settings]) -> tuple[int, int]:
     """Count the shards that a run would decode now, and all of them."""
     from pipeline.storage.store import Ledger
 
@@ -149,7 +149,7 @@ def made(job: Job) -> list[Path]:
     return [job.folder / "images.zarr", job.folder / "images.ledger"]
 
 
-def cost(job: Job, done: bool) -> Cost:
+def cost(job: Job[Settings], done: bool) -> Cost:
     settings, name = job.settings, "images.zarr"
     raw = 3 * settings.size[0] * settings.size[1] * settings.images
     expected = raw * SHRINKS["pixels"]

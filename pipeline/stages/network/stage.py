@@ -20,6 +20,7 @@ from pipeline.networks.identity import architecture, weights_digest
 from pipeline.plan.job import Job
 from pipeline.plan.stage import Draft, Stage, Wanted
 from pipeline.plan.step import Key, Step
+from pipeline.stages.network.results import Weights
 from pipeline.stages.network.settings import Settings
 from pipeline.stages.network.tasks import Training, make
 from pipeline.stages.randomize.results import run_settings, weights_of
@@ -98,7 +99,7 @@ def check_fraction(name: str, train: Train, found: Summary) -> None:
         )
 
 
-def run(job: Job) -> None:
+def run(job: Job[Settings]) -> None:
     job.begin()
     spec, folder = job.network_spec, job.folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -129,7 +130,7 @@ def made(job: Job) -> list[Path]:
 
 def owned(manifest: Manifest, path: Path) -> set[Path]:
     """Return the training folder of a network's weights."""
-    training = manifest.result.get("training")
+    training = Weights.of(manifest).training
     return {path.parent.parent / training} if training is not None else set()
 
 

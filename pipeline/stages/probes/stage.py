@@ -73,17 +73,13 @@ FORWARD_REMEDY = "lower `shard_images` of the data set or `numerics.micro_batch`
 
 def steps(draft: Draft) -> Iterator[Wanted]:
     section = draft.config.section(SECTION.key)
-    if section is None:
-        return
-    draft.require_classes(SECTION.key, section.datasets)
-    for dataset, network in draft.pairs():
-        if section.applies(network, dataset) and draft.summaries[dataset].classes:
-            parents = (
-                draft.step("ingest", dataset),
-                draft.step("network", network=network),
-                draft.step("extract", dataset, network),
-            )
-            yield Wanted(Key(dataset, network), settings_of(draft, section, dataset), parents)
+    for dataset, network in draft.chosen(SECTION, classes=True):
+        parents = (
+            draft.step("ingest", dataset),
+            draft.step("network", network=network),
+            draft.step("extract", dataset, network),
+        )
+        yield Wanted(Key(dataset, network), settings_of(draft, section, dataset), parents)
 
 
 def settings_of(draft: Draft, section: Probes, dataset: str) -> Settings:
@@ -107,7 +103,7 @@ def settings_of(draft: Draft, section: Probes, dataset: str) -> Settings:
     return Settings(probes=Probing(**given), classes=summary.classes)
 
 
-def run(job: Job) -> None:
+def run(job: Job[Settings]) -> None:
     job.begin()
     images, probing = job.images, job.settings.probes
     division = divide(images, probing, job.name)
@@ -147,7 +143,7 @@ def unreferenced(results: Path, used: set[Path]) -> Iterator[Path]:
 # The features ---------------------------------------------------------------------------------------------------------
 
 
-def layers_of(job: Job, prepared: Prepared, stored: Sequence[StoredLayer]) -> list[ProbedLayer]:
+def layers_of(job: Job[Settings], prepared: Prepared, stored: Sequence[StoredLayer]) -> list[ProbedLayer]:
     """Return the layers in execution order, as tasks name them."""
     probing = job.settings.probes
     infos = {info.name: info for info in prepared.layers}
@@ -168,7 +164,7 @@ def features_of(job: Job, layer: str) -> Path:
     return job.folder / "probe-features" / f"{layer}.zarr"
 
 
-def feature_parts(job: Job, layer: str, scale: float) -> Parts:
+def feature_parts(job: Job[Settings], layer: str, scale: float) -> Parts:
     """Return the shards whose features are needed, with what they are made from.
 
     The layer's id, their store's name, says the rest.
@@ -179,14 +175,16 @@ def feature_parts(job: Job, layer: str, scale: float) -> Parts:
     return Parts(features_of(job, layer), ids)
 
 
-def pending(job: Job) -> tuple[int, int]:
+def pending(job: Job[Settings]) -> tuple[int, int]:
     """Count the shards that would be read, or put through the network, for features that are not kept."""
     layers = Extracted.of(job.parent("extract")).layers
     missing = {shard for layer in layers for shard in feature_parts(job, layer.id, layer.scale).missing()}
     return len(missing), len(shards_of(job.images, job.settings.probes))
 
 
-def gather_features(job: Job, workers: Any, layers: Sequence[ProbedLayer]) -> tuple[set[str], dict[str, Files]]:
+def gather_features(
+    job: Job[Settings], workers: Any, layers: Sequence[ProbedLayer]
+) -> tuple[set[str], dict[str, Files]]:
     """Have the features of all images that count kept: the shards that were read now, and the files by layer id."""
     images, features = job.images, job.settings.probes.features
     distinct = {layer.id: layer for layer in layers if layer.vectors}
@@ -253,7 +251,7 @@ def network_accuracy(job: Job, division: Division) -> float | None:
 
 
 def fit_probes(
-    job: Job,
+    job: Job[Settings],
     workers: Any,
     layers: Sequence[ProbedLayer],
     features: Mapping[str, Files],
@@ -300,7 +298,7 @@ def fit_probes(
     return parts.files() | write(store, names) | metadata_files(store)
 
 
-def cost(job: Job, done: bool) -> Cost:
+def cost(job: Job[Settings], done: bool) -> Cost:
     """Features of images that are not extracted take a forward; those of others are read."""
     probing, dataset, size = job.settings.probes, job.dataset_spec, ingested(job)
     counts = {split: min(job.splits[split], probing.images or job.splits[split]) for split in probing.splits}

@@ -59,7 +59,7 @@ WORKING = 400 << 20  # bytes of a run beside its images: weights, gradients, mom
 
 
 def steps(draft: Draft) -> Iterator[Wanted]:
-    asked: dict[str, Randomize] = draft.config.section("randomize")
+    asked: dict[str, Randomize] = draft.config.section(SECTION.key)
     for name, experiment in asked.items():
         summary = draft.summaries[experiment.dataset]
         refuse(name, experiment, summary)
@@ -119,7 +119,7 @@ def refuse(name: str, asked: Randomize, found: Summary) -> None:
             )
 
 
-def run(job: Job) -> None:
+def run(job: Job[Settings]) -> None:
     from pipeline.stages.randomize import outcomes
     from pipeline.stages.randomize.tasks import express, train_runs
     from pipeline.storage.store import remove_partials
@@ -159,7 +159,7 @@ def run(job: Job) -> None:
     job.finish(outcomes.output(files), files | expressed, result, made=(len(missing), len(by_id)))
 
 
-def data_of(images: Images, job: Job) -> Data:
+def data_of(images: Images, job: Job[Settings]) -> Data:
     """Return the images that are trained and tested on: the first of their splits that have a class."""
     from pipeline.storage.store import StoreRef
 
@@ -183,7 +183,7 @@ def data_of(images: Images, job: Job) -> Data:
     return Data(id, store, how.classes, rows, labels, test_rows, test_labels)
 
 
-def runs_of(job: Job, data: Data, folder: Path) -> dict[str, Run]:
+def runs_of(job: Job[Settings], data: Data, folder: Path) -> dict[str, Run]:
     """Return the runs by name, each with its id."""
     asked, crop, classes = job.section[job.experiment], job.settings.crop, job.settings.classes
     found = {}
@@ -213,7 +213,7 @@ def questions(job: Job) -> list[Question]:
     return list(found.values())
 
 
-def check(job: Job) -> Iterator[str]:
+def check(job: Job[Settings]) -> Iterator[str]:
     """Say which networks give too few logits for the images' classes."""
     wanted = job.settings.classes
     for question in questions(job):
@@ -227,6 +227,7 @@ def check(job: Job) -> Iterator[str]:
 
 def owned(manifest: Manifest, path: Path) -> set[Path]:
     """Return the folders of the runs of an experiment."""
+    # By key: manifests of version 1 lack some of what `Runs` reads.
     return {path.parent.parent / "runs" / run["id"] for run in manifest.result["runs"].values()}
 
 

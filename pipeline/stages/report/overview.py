@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from pipeline.data.images import Ingested
 from pipeline.report.experiment import Experiment, Made
 from pipeline.report.page import Page
 from pipeline.report.words import number, plural
@@ -25,7 +26,8 @@ def overview(experiment: Experiment, pages: Sequence[Page]) -> Page:
 
 def images(ingest: Made) -> str:
     """Say what a data set holds, from the manifest of its images."""
-    height, width = ingest.result["size"]
-    splits = {split: sum(shards.values()) for split, shards in ingest.result["splits"].items()}
+    held = Ingested.read(ingest.result)
+    height, width = held.size
+    splits = {split: sum(shards.values()) for split, shards in held.splits.items()}
     listed = ", ".join(f"{split} {number(count)}" for split, count in splits.items())
     return f"{ingest.dataset}: {plural(sum(splits.values()), 'image')} of {width} × {height} pixels ({listed})."

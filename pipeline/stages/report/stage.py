@@ -19,13 +19,12 @@ from pipeline.storage.identity import crc32c, digest
 from pipeline.storage.provenance import provenance
 
 VERSION = 2
-FIRST = ("network", "dissect", "ablate", "calibrate", "probes", "similarity", "sight", "randomize")
-"""Stages whose steps the id names first, in this order; those of others with pages follow."""
 
 
 def steps(draft: Draft) -> Iterator[Wanted]:
-    others = [name for name, stage in draft.stages.items() if stage.pages and name not in FIRST]
-    yield Wanted(Key(), settings_of(draft), tuple(step for name in (*FIRST, *others) for step in draft.of_stage(name)))
+    paged = sorted((stage for stage in draft.stages.values() if stage.pages), key=lambda stage: stage.pages[0].position)
+    names = ("network", *(stage.name for stage in paged))
+    yield Wanted(Key(), settings_of(draft), tuple(step for name in names for step in draft.of_stage(name)))
 
 
 def settings_of(draft: Draft) -> Settings:
@@ -42,7 +41,7 @@ def settings_of(draft: Draft) -> Settings:
     )
 
 
-def run(job: Job) -> None:
+def run(job: Job[Settings]) -> None:
     from pipeline.report.experiment import Experiment, Made
     from pipeline.stages.report.pages import declared
     from pipeline.stages.report.site import build, written

@@ -61,16 +61,14 @@ REMEDY = "lower `sight.minibatch` or `sight.gradients`"
 
 
 def steps(draft: Draft) -> Iterator[Wanted]:
-    asked: Sight | None = draft.config.section("sight")
-    for data, name in draft.pairs() if asked is not None else ():
-        assert asked is not None
-        if asked.applies(name, data):
-            settings, summary = settings_of(draft, name, data, asked), draft.summaries[data]
-            summary.require(data, settings.split)
-            count = summary.splits[settings.split]
-            minibatches.require(count, settings.batching, f"sight, split {settings.split!r} of {data!r}")
-            parents = draft.step("ingest", data), draft.step("network", network=name)
-            yield Wanted(Key(data, name), settings, parents)
+    asked: Sight = draft.config.section(SECTION.key)
+    for data, name in draft.chosen(SECTION):
+        settings, summary = settings_of(draft, name, data, asked), draft.summaries[data]
+        summary.require(data, settings.split)
+        count = summary.splits[settings.split]
+        minibatches.require(count, settings.batching, f"sight, split {settings.split!r} of {data!r}")
+        parents = draft.step("ingest", data), draft.step("network", network=name)
+        yield Wanted(Key(data, name), settings, parents)
 
 
 def settings_of(draft: Draft, network: str, dataset: str, asked: Sight) -> Settings:
@@ -91,7 +89,7 @@ def settings_of(draft: Draft, network: str, dataset: str, asked: Sight) -> Setti
     )
 
 
-def run(job: Job) -> None:
+def run(job: Job[Settings]) -> None:
     from pipeline.stages.sight import averages, tasks
     from pipeline.storage.store import StoreRef, create, metadata_files, remove_partials, write_whole
 
@@ -135,7 +133,7 @@ def run(job: Job) -> None:
     job.finish(digest(files), files, result, made=(len(made), len(batches)))
 
 
-def pending(job: Job) -> tuple[int, int]:
+def pending(job: Job[Settings]) -> tuple[int, int]:
     """Count the minibatches that a run would put through the network at most, and all of them."""
     count = len(minibatches.of_split(job.images, job.settings.split, job.settings.batching, job.name))
     return count, count
@@ -146,13 +144,13 @@ def made(job: Job) -> list[Path]:
     return [*(job.folder / name for name in names), *job.folder.glob("sight-*.csv")]
 
 
-def requests(job: Job) -> dict[str, Any]:
+def requests(job: Job[Settings]) -> dict[str, Any]:
     """Return the layers that are looked at, where they are others than those that are dissected."""
     layers = job.settings.layers
     return {"look": layers} if layers != job.network_spec.layers else {}
 
 
-def cost(job: Job, done: bool) -> Cost:
+def cost(job: Job[Settings], done: bool) -> Cost:
     """How often the images go through the network depends on its skips, which are found on the way."""
     how = job.settings
     images = min(job.splits[how.split], how.images)

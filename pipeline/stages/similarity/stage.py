@@ -42,7 +42,7 @@ CODE = (
 
 def networks(draft: Draft) -> dict[str, Copy]:
     """Return the copies of networks that are trained on parts of the images."""
-    asked: Similarity | None = draft.config.section("similarity")
+    asked: Similarity | None = draft.config.section(SECTION.key)
     if asked is None:
         return {}
     copies = asked.trained_on_parts(draft.config.networks)
@@ -50,9 +50,10 @@ def networks(draft: Draft) -> dict[str, Copy]:
 
 
 def steps(draft: Draft) -> Iterator[Wanted]:
-    asked: Similarity | None = draft.config.section("similarity")
-    for name, comparison in asked.comparisons.items() if asked is not None else ():
-        assert asked is not None
+    asked: Similarity | None = draft.config.section(SECTION.key)
+    if asked is None:
+        return
+    for name, comparison in asked.comparisons.items():
         data = asked.dataset_of(draft.config, name)
         copied = {"fractions": asked.data_fraction[name].copies} if name in asked.data_fraction else {}
         settings = Settings(
@@ -62,11 +63,11 @@ def steps(draft: Draft) -> Iterator[Wanted]:
         yield Wanted(Key(dataset=data, experiment=name), settings, parents)
 
 
-def run(job: Job) -> None:
+def run(job: Job[Settings]) -> None:
     from pipeline.storage.store import write_whole
 
     job.begin()
-    how: Settings = job.settings
+    how = job.settings
     parents, manifests = job.parents, [parent.read() for parent in job.parents]
     kept = [Kept.of(manifest) for manifest in manifests]
     check_images(job, kept)

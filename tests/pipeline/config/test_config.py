@@ -2,17 +2,18 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import yaml
 from experiments import scenes
 
-from pipeline.config.base import RESERVED
 from pipeline.config.datasets import PRESETS, Dissect
 from pipeline.config.messages import known_keys
 from pipeline.errors import MicrotomeError
 from pipeline.run import planner
-from pipeline.run.experiment import Config, load, parse, refuse_repeated_keys, select
+from pipeline.run.experiment import Config, configuration, load, parse, refuse_repeated_keys, select
+from pipeline.stages.registry import STAGES
 
 
 def full(folder):
@@ -94,7 +95,7 @@ def test_every_error_is_said_at_once(tmp_path):
 
 
 @pytest.mark.parametrize("where", ["datasets", "networks", "name"])
-@pytest.mark.parametrize("name", RESERVED)
+@pytest.mark.parametrize("name", Config.reserved)
 def test_reserved_names(tmp_path, where, name):
     raw = scenes(tmp_path)
     if where == "name":
@@ -103,6 +104,14 @@ def test_reserved_names(tmp_path, where, name):
         (raw[where][name],) = raw[where].values()
     with pytest.raises(MicrotomeError, match=f"'{name}' is reserved"):
         parse(raw)
+
+
+def test_a_stage_reserves_the_name_of_its_folder(tmp_path):
+    raw = scenes(tmp_path) | {"name": "pairs"}
+    assert parse(raw).name == "pairs" and {"similarity", "randomization"} < set(Config.reserved)
+    stages = [replace(stage, folder="pairs") if stage.folder else stage for stage in STAGES.values()]
+    with pytest.raises(ValueError, match="'pairs' is reserved"):
+        configuration(stages).model_validate(raw)
 
 
 HOSTILE = [

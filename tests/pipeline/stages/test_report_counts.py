@@ -151,7 +151,9 @@ def test_times_are_readable() -> None:
 
 
 def test_what_a_data_set_holds() -> None:
-    facts = {"size": [48, 64], "splits": {"train": {"0": 64, "3": 936}, "validation": {"1": 7}}}
+    splits = {"train": {"0": 64, "3": 936}, "validation": {"1": 7}}
+    facts = {"images": 1007, "size": [48, 64], "shard_images": 64, "classes": [], "splits": splits, "contents": []}
+    facts |= {"records": [], "refused": 0, "ignored": {}}
     said = "streets: 1\u202f007 images of 64 × 48 pixels (train 1\u202f000, validation 7)."
     assert images(Made("ingest", "streets", result=facts)) == said
 

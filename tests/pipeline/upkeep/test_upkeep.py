@@ -1,5 +1,6 @@
 """Damage is found and only that is made again; what nothing refers to goes; why says what a run would do."""
 
+import json
 import os
 import shutil
 
@@ -413,6 +414,20 @@ def test_a_note_of_what_a_step_fills_goes_when_it_is_finished(experiment):
     extraction.refers_to([results / "photos/layers/x"])
     notes = list((results / ".microtome" / UNFINISHED).glob("*.json"))
     assert len(notes) == 1 and extraction.noted() == ["photos/layers/x"]
+    assert json.loads(notes[0].read_text()) == {"step": "extract photos tiny", "folders": ["photos/layers/x"]}
     extraction.manifest.unlink()
     extraction.stage.run(extraction)
     assert not list((results / ".microtome" / UNFINISHED).glob("*.json")) and extraction.noted() == []
+
+
+@pytest.mark.parametrize("text", [b'{"step": "extract', b"", b"\xff", b"[]", b'{"step": "a"}', b'{"folders": "a"}'])
+def test_a_damaged_note_of_what_a_step_fills_stops_gc(tmp_path, text):
+    raw = scenes(tmp_path)
+    extraction = job(planner.make(run_experiment.parse(raw)), "extract", "scenes", "tiny")
+    extraction.refers_to([extraction.results / "scenes/layers/x"])
+    assert unreferenced.folders(extraction.results) == []
+    (note,) = (extraction.scratch / UNFINISHED).glob("*.json")
+    note.write_bytes(text)
+    with pytest.raises(MicrotomeError, match=f"{note.name} is damaged.*remove"):
+        unreferenced.folders(extraction.results)
+    assert extraction.noted() == []
