@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -20,16 +20,51 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from kernels.locality.attention import attention_weights
+from pipeline.networks.graph.arithmetic import (  # fmt: skip
+    ADDED_PRODUCTS,
+    ADDITIONS,
+    DIVISIONS,
+    FUSED,
+    JOINS,
+    MULTIPLICATIONS,
+    OTHER_PRODUCTS,
+    PRODUCTS,
+    SHAPES,
+    SUBTRACTIONS,
+    SUBTRACTIONS_FROM,
+    SUMS,
+    Reading,
+    Term,
+    factors,
+    part,
+    reading,
+    sums_to_one,
+    terms,
+)
 from pipeline.networks.layer import LayerInfo
-from pipeline.networks.layers import in_proportion, one_attention_path
+from pipeline.networks.layers import first_tensor, in_proportion, one_attention_path
 
 Branch = Literal["attention", "mlp", "convolution"]
 
-ADDITIONS = frozenset({"add", "__add__", "__radd__", "add_", "__iadd__"})
-IN_PLACE = frozenset({"add_", "__iadd__"})
+SOFTMAX = frozenset({"softmax", "special_softmax", "_softmax"})
+EXPONENTIALS = SOFTMAX | {"exp", "softmin"}
 ATTENTION = frozenset({"multi_head_attention_forward", "scaled_dot_product_attention"})
 CONVOLUTIONS = frozenset({f"conv{n}d" for n in (1, 2, 3)} | {f"conv_transpose{n}d" for n in (1, 2, 3)})
-WEIGHTED = ATTENTION | CONVOLUTIONS | {"linear", "matmul", "__matmul__", "bmm", "baddbmm", "einsum"}
+WEIGHTED = ATTENTION | CONVOLUTIONS | PRODUCTS | {"linear", "bilinear"} | OTHER_PRODUCTS
+SUMMED = ADDITIONS | SUBTRACTIONS | SUBTRACTIONS_FROM | FUSED | ADDED_PRODUCTS
+# What else may be made of two results of one image, and is neither a sum of them nor attention.
+NEITHER = frozenset(
+    {"pow", "pow_", "__pow__", "where", "maximum", "minimum", "max", "min", "fmax", "fmin", "atan2", "clamp"}
+    | {"masked_fill", "masked_fill_", "copy_", "expand_as", "type_as", "to", "__getitem__", "__setitem__", "gather"}
+    | {"index_select", "scatter", "scatter_", "take_along_dim", "grid_sample", "batch_norm", "layer_norm"}
+    | {"group_norm", "instance_norm", "prelu", "fold", "pad", "broadcast_tensors", "meshgrid", "block_diag"}
+    | {"complex", "cross", "glu", "dropout", "eq", "ne", "lt", "le", "gt", "ge", "__eq__", "__ne__", "__lt__"}
+    | {"__le__", "__gt__", "__ge__", "logical_and", "logical_or", "isclose", "allclose", "equal", "normalize"}
+    | {"cosine_similarity", "floor_divide", "remainder"}
+)
+KNOWN = WEIGHTED | SUMMED | SOFTMAX | JOINS | SUMS | MULTIPLICATIONS | DIVISIONS | SHAPES | NEITHER
+IN_PLACE = frozenset({"__iadd__", "__isub__", "__imul__", "__itruediv__"})
+FROM_OUTSIDE = frozenset({"from_numpy", "as_tensor", "tensor", "asarray", "frombuffer", "from_dlpack"})
 
 
 @dataclass(frozen=True)
@@ -61,13 +96,17 @@ class Attention:
     name: str
     heads: int
     info: LayerInfo
+    place: int  # index of the product among those of a forward
+    operand: int
+    reading: Reading
 
 
 @dataclass(frozen=True)
 class Found:
     """The residual additions and attention of a network; if there are none to measure, the reason.
 
-    `unread` lists modules whose additions cannot be read.
+    `unread` lists modules whose additions cannot be read, `attention_unread` says of attention why it cannot be.
+    `trail` names the additions and products of a forward, in order: any other has other places.
     """
 
     skips: list[Skip]
@@ -75,12 +114,37 @@ class Found:
     without_skips: str = ""
     without_attention: str = ""
     unread: tuple[str, ...] = ()
+    attention_unread: tuple[str, ...] = ()
+    trail: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Product:
+    """A product, softmax or attention as it ran, with the module that called it."""
+
+    place: int
+    name: str
+    module: str
+    args: Any
+    kwargs: Mapping[str, Any]
+    output: Any
+    weights: torch.Tensor | None = None  # what torch's own attention says
+
+    def operand(self, which: int) -> torch.Tensor:
+        """Return a factor; -1 for the weights of attention, or what a softmax gave: queries and keys last."""
+        if which >= 0:
+            found = factors(self.name, self.args, self.kwargs)
+            assert found is not None
+            return found[0][which]
+        if self.name == "scaled_dot_product_attention":
+            return _of_scaled_dot_product(*self.args, **self.kwargs)
+        return self.output if self.weights is None else self.weights
 
 
 class Operations(TorchFunctionMode):
     """Observes every torch function that a network calls inside its `with` block, and the module that calls it.
 
-    `aside()` excludes what a hook computes.
+    `aside()` excludes what a hook computes. `trail` names additions and products, in their order.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -88,25 +152,31 @@ class Operations(TorchFunctionMode):
         self.network = network
         self.modules: list[str] = []
         self.additions = 0
+        self.products = 0
+        self.trail: list[str] = []
+        self._joined: Any = WeakIdKeyDictionary()
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._aside = False
         self._paths = contextlib.ExitStack()
 
-    def on_addition(self, place: int, operands: tuple[torch.Tensor, torch.Tensor]) -> int | None:
-        """Return which operand of an addition to leave out, or None for neither.
-
-        Called before each addition of two tensors of the same shape.
-        """
+    def on_addition(self, place: int, operands: tuple[Term, Term]) -> int | None:
+        """Return which term of an addition to leave out, or None for neither. Called before each addition."""
         return None
 
-    def on_attention(self, module: str, weights: Callable[[], torch.Tensor]) -> None:
-        """Handle attention after it ran.
+    def on_other_sum(self, parts: tuple[torch.Tensor, ...]) -> None:
+        """Handle a sum over joined tensors that is no plain sum or mean of two."""
 
-        `weights` gives (image, head, query, key), for windows with more dimensions before.
-        """
+    def on_product(self, product: Product) -> None:
+        """Handle a product of matrices, a softmax or attention after it ran."""
 
     def after(self, name: str, inputs: Any, output: Any) -> None:
         """Handle the end of any function, with its arguments and what it returned."""
+
+    def entered(self, module: str) -> None:
+        """Handle the start of a module."""
+
+    def left(self, module: str, inputs: Any, output: Any) -> None:
+        """Handle the end of a module."""
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
@@ -117,12 +187,12 @@ class Operations(TorchFunctionMode):
             self._aside = before
 
     def __enter__(self) -> Self:
-        self.modules, self.additions = [], 0
+        self.modules, self.additions, self.products, self.trail = [], 0, 0, []
         self._paths.enter_context(one_attention_path())
         for name, module in self.network.named_modules():
             self._hooks += [
-                module.register_forward_pre_hook(lambda *_, name=name: self.modules.append(name)),
-                module.register_forward_hook(lambda *_: self._leave(), always_call=True),
+                module.register_forward_pre_hook(lambda *_, name=name: self._enter(name)),
+                module.register_forward_hook(lambda _, *ends: self._leave(*ends), always_call=True),
             ]
         super().__enter__()
         return self
@@ -134,26 +204,36 @@ class Operations(TorchFunctionMode):
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        self._joined.clear()
         self._paths.close()
 
-    def _leave(self) -> None:
-        self.modules.pop()
+    def _enter(self, name: str) -> None:
+        self.modules.append(name)
+        self.entered(name)
+
+    def _leave(self, inputs: Any, output: Any) -> None:
+        self.left(self.modules.pop(), inputs, output)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         if self._aside:
             return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
-        if name in ADDITIONS and _of_one_shape(args, kwargs):
-            output = self._add(name, func, args)
+        weights = None
+        added = terms(name, args, kwargs)
+        if added is not None:
+            output = self._add(name, func, args, kwargs, added)
         elif name == "multi_head_attention_forward":
-            output = self._multi_head(func, args, kwargs)
+            output, weights = self._multi_head(func, args, kwargs)
         else:
             output = func(*args, **kwargs)
-            if name == "scaled_dot_product_attention" and output.ndim >= 4:
-                self.on_attention(self._module, lambda: _of_scaled_dot_product(*args, **kwargs))
-            elif name == "softmax" and isinstance(output, torch.Tensor) and _is_square(output):
-                self.on_attention(self._module, lambda: output)
+        if name in SUMS:
+            output = self._sum(name, (args, kwargs), output)
+        if name in PRODUCTS or name in SOFTMAX or name in ATTENTION:
+            self.on_product(Product(self.products, name, self._module, args, kwargs, output, weights))
+            self.products += 1
+            self.trail.append(f"{self._module}: {name}")
+        self._join(name, args, kwargs, output)
         self.after(name, (args, kwargs), output)
         return output
 
@@ -161,66 +241,251 @@ class Operations(TorchFunctionMode):
     def _module(self) -> str:
         return self.modules[-1] if self.modules else ""
 
-    def _add(self, name: str, func: Any, args: Any) -> torch.Tensor:
-        left_out = self.on_addition(self.additions, (args[0], args[1]))
+    def _left_out(self, name: str, operands: tuple[Term, Term]) -> int | None:
+        left_out = self.on_addition(self.additions, operands)
         self.additions += 1
-        if left_out is None:
-            return func(*args)
-        rest = args[1 - left_out]
-        return args[0].copy_(rest) if name in IN_PLACE else rest.clone()
+        self.trail.append(f"{self._module}: {name}")
+        return left_out
 
-    def _multi_head(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
+    def _add(
+        self, name: str, func: Any, args: Any, kwargs: Mapping[str, Any], operands: tuple[Term, Term]
+    ) -> torch.Tensor:
+        left_out = self._left_out(name, operands)
+        if left_out is None:
+            return func(*args, **kwargs)
+        rest = operands[1 - left_out].make()
+        into = args[0] if _in_place(name) else kwargs.get("out")
+        return rest.clone() if into is None else into.copy_(rest)
+
+    def _sum(self, name: str, inputs: Any, output: Any) -> Any:
+        """Observe a sum over tensors that were joined: x + f may be spelled `stack([x, f]).sum(0)`."""
+        joined = next((self._joined[each] for each in tensors_in(inputs) if each in self._joined), None)
+        if joined is None or not isinstance(output, torch.Tensor) or output.numel() != joined[0][0].numel():
+            return output
+        parts, plain = joined
+        shape = tuple(output.shape)
+        for factor in (1, 0.5) if plain and len(parts) == 2 else ():
+            both = part(parts[0], shape, factor), part(parts[1], shape, factor)
+            if torch.allclose(both[0].make() + both[1].make(), output):
+                left_out = self._left_out(name, both)
+                return output if left_out is None else both[1 - left_out].make().clone()
+        self.on_other_sum(parts)
+        return output
+
+    def _join(self, name: str, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
+        """Remember of which tensors, all of one size, a result is joined, and whether these are in it as they were."""
+        if not isinstance(output, torch.Tensor):
+            return
+        if name in JOINS:
+            parts = tuple(tensors_in(args[0] if args else kwargs["tensors"]))
+            if len(parts) > 1 and len({each.numel() for each in parts}) == 1:
+                self._joined[output] = parts, True
+        elif name in SHAPES or name in MULTIPLICATIONS or name in DIVISIONS:
+            before = next((self._joined[each] for each in tensors_in(args) if each in self._joined), None)
+            if before is not None:
+                self._joined[output] = before[0], before[1] and name in SHAPES
+
+    def _multi_head(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> tuple[Any, torch.Tensor]:
         """Run torch's own attention and request its weights."""
         asked = {**kwargs, "need_weights": True, "average_attn_weights": False}
         output, weights = func(*args, **asked)
-        if weights.ndim == 4:
-            self.on_attention(self._module, lambda: weights)
         wanted = kwargs.get("need_weights", True)
         mean = kwargs.get("average_attn_weights", True)
-        return output, (weights.mean(1) if mean else weights) if wanted else None
+        return (output, (weights.mean(-3) if mean else weights) if wanted else None), weights
 
 
-class _Tape(Operations):
-    """Records which results are made from which, starting with the images: numbered in order, each with its sources."""
+@dataclass(frozen=True)
+class _Attended:
+    """Attention as it was met: which operand of which product holds the weights, and how they are read."""
+
+    place: int
+    module: str
+    operand: int
+    reading: Reading
+    weights: torch.Tensor
+    elsewhere: bool = False  # the queries are not made of the image
+
+
+class Tape(Operations):
+    """Records which results are made from which, starting with the images: numbered in order, each with its sources.
+
+    `gaps` lists modules that give, or use, a tensor of which it is not known what it was made of.
+    """
 
     def __init__(self, network: nn.Module, images: torch.Tensor) -> None:
         super().__init__(network)
+        self.images = len(images)
         self.number: Any = WeakIdKeyDictionary()
         self.number[images] = 0
         self.made_of: list[frozenset[int]] = [frozenset()]
         self.by: list[str] = [""]
-        self.added: list[tuple[int, str, int, int, tuple[int, ...]]] = []  # place, module, two numbers, shape
-        self.attended: list[tuple[str, tuple[int, ...]]] = []
+        self.gaps: list[str] = []
+        self.constant: Any = WeakIdKeyDictionary()
+        for module in network.modules():
+            own = [*module.parameters(recurse=False), *module.buffers(recurse=False), *vars(module).values()]
+            self.constant.update({each: True for each in own if isinstance(each, torch.Tensor)})
 
-    def on_addition(self, place: int, operands: tuple[torch.Tensor, torch.Tensor]) -> None:
-        numbers = [self.number.get(each) for each in operands]
-        if None not in numbers:
-            self.added.append((place, self._module, numbers[0], numbers[1], tuple(operands[0].shape)))
+    def unknown(self, tensor: object) -> bool:
+        """Return whether a tensor may have been made of the images by what no mode observes."""
+        return (
+            isinstance(tensor, torch.Tensor)
+            and tensor not in self.number
+            and tensor not in self.constant
+            and tensor.is_floating_point()
+            and tensor.ndim > 1
+            and tensor.shape[0] % self.images == 0
+        )
 
-    def on_attention(self, module: str, weights: Callable[[], torch.Tensor]) -> None:
-        self.attended.append((module, tuple(weights().shape)))
+    def append(self, sources: frozenset[int], by: str) -> int:
+        self.made_of.append(sources)
+        self.by.append(by)
+        return len(self.made_of) - 1
 
     def after(self, name: str, inputs: Any, output: Any) -> None:
-        sources = frozenset(self.number[each] for each in _tensors(inputs) if each in self.number)
-        results = list(_tensors(output))
-        if not sources or not results:
+        given = list(tensors_in(inputs))
+        if any(map(self.unknown, given)):
+            self.gaps.append(self._module)
+        sources = frozenset(self.number[each] for each in given if each in self.number)
+        results = list(tensors_in(output))
+        if name == "__setitem__" or _in_place(name):
+            results = [given[0], *([given[0]._base] if given[0]._base is not None else [])]
+        if not results:
             return
-        self.made_of.append(sources)
-        self.by.append("attention" if name == "softmax" and _is_square(results[0]) else name)
-        for each in results:
-            self.number[each] = len(self.made_of) - 1
+        if sources:
+            number = self.append(sources, name)
+            self.number.update(dict.fromkeys(results, number))
+        elif not any(map(self.unknown, given)) and name not in FROM_OUTSIDE:
+            self.constant.update({each: True for each in results if each not in self.number})
+
+    def left(self, module: str, inputs: Any, output: Any) -> None:
+        with self.aside():
+            if self.unknown(first_tensor(output)):
+                self.gaps.append(module)
 
     def before(self, number: int) -> set[int]:
         """Return a result and everything that it is made from."""
+        return self.back(number, lambda _: False)
+
+    def back(self, number: int, stop: Callable[[int], bool]) -> set[int]:
+        """Return a result and what it is made from, no further than results at which to stop."""
         found, waiting = {number}, [number]
         while waiting:
-            for each in self.made_of[waiting.pop()] - found:
+            last = waiting.pop()
+            for each in self.made_of[last] - found if not stop(last) else ():
                 found.add(each)
                 waiting.append(each)
         return found
 
+
+class _Found(Tape):
+    """Notes additions, attention, and what may be either but cannot be read."""
+
+    def __init__(self, network: nn.Module, images: torch.Tensor) -> None:
+        super().__init__(network, images)
+        self.added: list[tuple[int, str, int, int, tuple[int, ...]]] = []  # place, module, two numbers, shape
+        self.attended: list[_Attended] = []
+        self.attention: set[int] = set()
+        self.exponentials: dict[int, tuple[Product, torch.Tensor]] = {}  # by number, until attention is made of them
+        self.multiplied: dict[int, tuple[str, str, int]] = {}  # until known for scores: module, why, how many values
+        self.merged: list[tuple[str, str]] = []
+
+    def on_addition(self, place: int, operands: tuple[Term, Term]) -> None:
+        numbers = []
+        for term in operands:
+            sources = frozenset(self.number[each] for each in term.of if each in self.number)
+            if not sources:
+                return
+            numbers.append(self.append(sources, term.by) if term.by else next(iter(sources)))
+        shapes = {each.shape for each in operands}
+        self.added.append((place, self._module, numbers[0], numbers[1], shapes.pop() if len(shapes) == 1 else ()))
+
+    def on_other_sum(self, parts: tuple[torch.Tensor, ...]) -> None:
+        numbers = [self.number[each] for each in parts if each in self.number]
+        self.added += [(-1, self._module, numbers[0], each, ()) for each in numbers[1:]]
+
+    def on_product(self, product: Product) -> None:
+        if product.name in ATTENTION:
+            query = product.args[0] if product.args else product.kwargs.get("query")
+            self._attends(product, -1, None, elsewhere=query in self.constant)
+
+    def _attends(self, product: Product, operand: int, read: Reading | None, elsewhere: bool = False) -> None:
+        weights = product.operand(operand)
+        last = weights.ndim - 2
+        read = read or Reading(tuple(range(last)), (last,), (last + 1,))
+        self.attended.append(_Attended(product.place, product.module, operand, read, weights, elsewhere))
+
+    def after(self, name: str, inputs: Any, output: Any) -> None:
+        super().after(name, inputs, output)
+        if not isinstance(output, torch.Tensor) or output not in self.number:
+            return
+        number, (args, kwargs) = self.number[output], inputs
+        product = Product(self.products - 1, name, self._module, args, kwargs, output)
+        several = len({self.number[each] for each in tensors_in(inputs) if each in self.number and _is_float(each)}) > 1
+        if name in EXPONENTIALS:
+            if output.ndim > 2:
+                self.exponentials[number] = product, output
+        elif name in PRODUCTS:
+            self._multiplies(product, number, several)
+        elif name in MULTIPLICATIONS:
+            self._broadcasts(inputs, output)
+        elif several and name in OTHER_PRODUCTS:
+            self._unread(output, f"multiplies two results by `{name}`")
+        elif several and name not in KNOWN:
+            self.merged.append((self._module, name))
+
+    def _unread(self, output: torch.Tensor, why: str) -> None:
+        self.multiplied[self.number[output]] = self._module, why, output.numel()
+
+    def _multiplies(self, product: Product, number: int, several: bool) -> None:
+        """Tell attention, which multiplies values with weights that sum to 1, from other products of two results."""
+        found = factors(product.name, product.args, product.kwargs)
+        both, equation = found or ((), "")
+        if found is None and several:
+            self._unread(product.output, f"multiplies results by `{product.name}`, in a form that is not read")
+        if found is None or any(each not in self.number for each in both):
+            return
+        why = "multiplies two results, neither of which sums to 1 over what it is multiplied with"
+        for which in (0, 1):
+            read, weights = reading(equation, which), both[which]
+            if read is None or weights.ndim < 3:
+                continue
+            mixed = self._mixed(weights)
+            if sums_to_one(weights, read.keys):
+                self._attends(product, which, read)
+            elif mixed is not None and sums_to_one(mixed.output, read.keys):
+                self._attends(mixed, -1, read)
+            elif sums_to_one(weights, read.queries):
+                why = "has attention weights that sum to 1 over what attends, not over what is attended to"
+                continue
+            else:
+                continue
+            self.attention.add(number)
+            made_of = self.before(self.number[weights])
+            for each in [
+                each for each in made_of & set(self.multiplied) if self.multiplied[each][2] == weights.numel()
+            ]:
+                del self.multiplied[each]
+            for each in made_of & set(self.exponentials):
+                del self.exponentials[each]
+            return
+        self._unread(product.output, why)
+
+    def _mixed(self, weights: torch.Tensor) -> Product | None:
+        """Return the softmax whose heads were mixed to make weights of its shape."""
+        last = max(self.before(self.number[weights]) & set(self.exponentials), default=None)
+        product = self.exponentials[last][0] if last is not None else None
+        usable = product is not None and product.name in SOFTMAX and product.output.shape == weights.shape
+        return product if usable else None
+
+    def _broadcasts(self, inputs: Any, output: torch.Tensor) -> None:
+        """Note a product of all of one result with all of another that is none of matrices."""
+        shapes = [tuple(each.shape) for each in tensors_in(inputs) if each in self.number]
+        if len(shapes) == 2 and tuple(output.shape) not in shapes:
+            self._unread(output, "multiplies all of one result with all of another")
+
     def functions(self, numbers: set[int]) -> list[str]:
-        return [self.by[each] for each in numbers if self.by[each] in WEIGHTED or self.by[each] == "attention"]
+        weighted = [self.by[each] for each in numbers if self.by[each] in WEIGHTED]
+        return weighted + ["attention"] * len(numbers & self.attention)
 
 
 def find(network: nn.Module, images: torch.Tensor, layers: Mapping[str, LayerInfo]) -> Found:
@@ -228,41 +493,66 @@ def find(network: nn.Module, images: torch.Tensor, layers: Mapping[str, LayerInf
 
     An addition is residual if one operand is made from the other by a function with weights. It is also residual if
     both are made from one result, one of them with at most one such function (a projection) and the other with more.
+    Attention is a product of values with weights that are not negative and sum to 1 over the values.
 
     Parameters
     ----------
-    images : (image, channel, y, x) as the network takes them, two or more; their values do not matter.
+    images : (image, channel, y, x) as the network takes them, two or more unlike ones.
     layers : all layers of the network, by name, as `layers.survey` finds them.
     """
-    with torch.no_grad(), _Tape(network, images) as tape:
-        network(images)
-    residual = [each for each in (_residual(tape, *added) for added in tape.added) if each is not None]
+    with torch.no_grad():
+        with _Found(network, images) as tape:
+            output = network(images)
+        if tape.unknown(first_tensor(output)):
+            tape.gaps.append("")
+        other = images.flip(0)
+        with _Found(network, other) as flipped:
+            network(other)
+    lost = [f"{said_of(module)} runs code that cannot be followed" for module in tape.gaps]
     skips: list[Skip] = []
     unread: list[str] = []
     image = (images.shape[2], images.shape[3])
-    for place, module, first, branch, shortcut, shape in residual:
-        info = _layer_of(module, shape, layers, image)
-        if info is None:
-            unread.append(module)
-        else:
-            skips.append(Skip(module, place, first, branch, shortcut, info))
+    for place, module, a, b, shape in tape.added:
+        residual = _residual(tape, a, b)
+        if residual is not None:
+            info = _layer_of(module, shape, layers, image) if shape[:1] == (len(images),) else None
+            if info is None:
+                unread.append(module)
+            else:
+                skips.append(Skip(module, place, *residual, info))
+    lost += [
+        f"{said_of(module)} combines two results by `{name}`, which cannot be read" for module, name in tape.merged
+    ]
     why = "no addition of a branch to what it was made of was found in its forward"
     if unread:
-        why = f"what {unread[0]!r} adds cannot be read as units at positions"
-    attention, why_not = _attention(tape, len(images), layers)
+        why = f"what {said_of(unread[0])} adds cannot be read as units at positions"
+    elif lost:
+        why = f"whether it has any cannot be read: {lost[0]}"
+    attention, reasons = _attention(tape, flipped, layers)
+    if not attention:
+        reasons += [f"whether it attends cannot be read: {each}" for each in lost]
     return Found(
-        _named(skips), attention, "" if skips else why, "" if attention else why_not, tuple(dict.fromkeys(unread))
+        _named(skips),
+        attention,
+        "" if skips else why,
+        "" if attention else reasons[0] if reasons else "it has no self-attention",
+        tuple(dict.fromkeys(unread)),
+        tuple(dict.fromkeys(reasons)),
+        tuple(tape.trail),
     )
 
 
-def _residual(
-    tape: _Tape, place: int, module: str, a: int, b: int, shape: tuple[int, ...]
-) -> tuple[int, str, bool, Branch, Literal["identity", "projection"], tuple[int, ...]] | None:
+def said_of(module: str) -> str:
+    return repr(module) if module else "the network's own forward"
+
+
+def _residual(tape: _Found, a: int, b: int) -> tuple[bool, Branch, Literal["identity", "projection"]] | None:
+    """Return whether the first operand of an addition skips the second, what the branch is, and what the skip is."""
     made_of = {a: tape.before(a), b: tape.before(b)}
     for skip, other in ((a, b), (b, a)):
         if skip != other and skip in made_of[other]:
             functions = tape.functions(made_of[other] - made_of[skip])
-            return (place, module, skip == a, _branch(functions), "identity", shape) if functions else None
+            return (skip == a, _branch(functions), "identity") if functions else None
     common = made_of[a] & made_of[b]
     if a == b or max(common) == 0:  # they share nothing but the image
         return None
@@ -270,7 +560,7 @@ def _residual(
     skip, other = sorted((a, b), key=lambda each: len(own[each]))
     if len(own[skip]) > 1 or len(own[skip]) == len(own[other]):
         return None
-    return place, module, skip == a, _branch(own[other]), "projection" if own[skip] else "identity", shape
+    return skip == a, _branch(own[other]), "projection" if own[skip] else "identity"
 
 
 def _branch(functions: list[str]) -> Branch:
@@ -316,39 +606,72 @@ def _named(skips: list[Skip]) -> list[Skip]:
         alike = [each for each in own if each.branch == skip.branch]
         number = f" {alike.index(skip) + 1}" if len(alike) > 1 else ""
         name = f"{skip.name} [{skip.branch}{number}]" if len(own) > 1 else skip.name
-        found.append(Skip(name, skip.place, skip.first, skip.branch, skip.shortcut, skip.info))
+        found.append(replace(skip, name=name))
     return found
 
 
-def _attention(tape: _Tape, images: int, layers: Mapping[str, LayerInfo]) -> tuple[list[Attention], str]:
-    found = []
-    calls = Counter(module for module, _ in tape.attended)
-    reasons = []
-    for module, (*count, heads, queries, keys) in tape.attended:
-        tokens = (layers[name] for name in _around(module) if name in layers and layers[name].layout == "tokens")
-        info = next(tokens, None)
-        if calls[module] > 1:
-            reasons.append(f"{module!r} attends more than once in one forward")
-        elif count != [images] or queries != keys:
-            reasons.append(f"{module!r} attends within windows, or from other tokens than those attended to")
+def _attention(tape: _Found, flipped: _Found, layers: Mapping[str, LayerInfo]) -> tuple[list[Attention], list[str]]:
+    """Return the attention over patches, and what cannot be measured of any other."""
+    calls = Counter(each.module for each in tape.attended)
+    again = {each.place: each.weights for each in flipped.attended}
+    found, reasons, seen = [], [], Counter[str]()
+    for each in tape.attended:
+        module = each.module
+        seen[module] += 1
+        read = _of_images(each, again.get(each.place), tape.images)
+        info = _tokens(module, layers)
+        if read is None:
+            reasons.append(f"{said_of(module)} attends within windows, or its images and heads cannot be told apart")
+            continue
+        _, heads, queries, keys = read.weights(each.weights, tape.images).shape
+        if queries != keys or each.elsewhere:
+            reasons.append(f"{said_of(module)} attends within windows, or from other tokens than those attended to")
         elif info is None or info.special + info.shape[1] * info.shape[2] != keys:
             reasons.append(
-                f"the {keys} tokens of {module!r} are no class or register tokens and then a grid of patches"
+                f"the {keys} tokens of {said_of(module)} are no class or register tokens and then a grid of patches"
             )
         else:
-            found.append(Attention(module, heads, info))
-    return found, reasons[0] if reasons else "it has no self-attention"
+            name = f"{module} [{seen[module]}]" if calls[module] > 1 else module
+            found.append(Attention(name, heads, info, each.place, each.operand, read))
+    reasons += [f"{said_of(module)} {why}, which cannot be read" for module, why, _ in tape.multiplied.values()]
+    reasons += [
+        f"{said_of(product.module)} takes a softmax of which it cannot be read whether it attends"
+        for product, _ in tape.exponentials.values()
+    ]
+    return found, reasons
 
 
-def _of_one_shape(args: Any, kwargs: Mapping[str, Any]) -> bool:
-    if len(args) != 2 or kwargs or not all(isinstance(each, torch.Tensor) for each in args):
-        return False
-    a, b = args
-    return a.shape == b.shape and a.ndim in (3, 4) and a.is_floating_point() and b.is_floating_point()
+def _of_images(attended: _Attended, flipped: torch.Tensor | None, images: int) -> Reading | None:
+    """Return where the images are among the weights' axes: the place where these follow when the batch is flipped."""
+    weights = attended.weights
+    if flipped is None or weights.shape != flipped.shape:
+        return None
+    best, closest = None, max(float((weights - flipped).abs().max()) / 10, 1e-6)
+    for read in attended.reading.of_images(tuple(weights.shape), images):
+        error = float((read.weights(weights, images).flip(0) - read.weights(flipped, images)).abs().max())
+        if error < closest:
+            best, closest = read, error
+    return best
 
 
-def _is_square(tensor: torch.Tensor) -> bool:
-    return tensor.ndim >= 4 and tensor.shape[-1] == tensor.shape[-2] > 1
+def _tokens(module: str, layers: Mapping[str, LayerInfo]) -> LayerInfo | None:
+    """Return the tokens that a module attends over: of the nearest one around it; else of the first inside it."""
+    inside = [name for name in layers if not module or name.startswith(f"{module}.")]
+    names = (*_around(module), *inside)
+    return next((layers[name] for name in names if name in layers and layers[name].layout == "tokens"), None)
+
+
+def _in_place(name: str) -> bool:
+    return (name.endswith("_") and not name.endswith("__")) or name in (
+        "__iadd__",
+        "__isub__",
+        "__imul__",
+        "__itruediv__",
+    )
+
+
+def _is_float(tensor: torch.Tensor) -> bool:
+    return tensor.is_floating_point()
 
 
 def _of_scaled_dot_product(
@@ -365,12 +688,12 @@ def _of_scaled_dot_product(
     return attention_weights(query, key, attn_mask, is_causal, scale)
 
 
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, (tuple, list)):
         for each in value:
-            yield from _tensors(each)
+            yield from tensors_in(each)
     elif isinstance(value, dict):
         for each in value.values():
-            yield from _tensors(each)
+            yield from tensors_in(each)

@@ -23,6 +23,7 @@ from pipeline.storage.tables import csv_bytes, number
 Arrays = dict[str, tuple[tuple[str, ...], np.ndarray]]
 
 NO_GRADIENT = "no pixel changes what its centre position gives"
+ZERO_GRADIENT = "its gradient is zero at every pixel, though its values change with the image"
 NO_POSITIONS = "it has one position only: every pixel is in its field"
 
 
@@ -61,7 +62,9 @@ def put_together(work: Work, batches: Sequence[Minibatch], images: Images, store
     if work.wants("receptive_field") or work.wants("skips"):
         found.arrays["layer"] = ("layer",), _text(layer.name for layer in work.prepared.layers)
     if work.wants("receptive_field"):
-        _receptive_fields(found, work, stored("receptive_field"), stored("gradients"))
+        _receptive_fields(found, work, stored("receptive_field"), stored("gradients"), stored("centre_changes"))
+    if "attention" in work.measures and work.prepared.attention and work.prepared.attention_unread:
+        found.attrs["attention_not_read"] = list(work.prepared.attention_unread)
     if work.wants("attention"):
         _attention(found, work, stored("distance")[kept])
     if work.wants("skips"):
@@ -72,14 +75,18 @@ def put_together(work: Work, batches: Sequence[Minibatch], images: Images, store
     return found
 
 
-def _receptive_fields(found: Averages, work: Work, fields: np.ndarray, count: np.ndarray) -> None:
+def _receptive_fields(found: Averages, work: Work, fields: np.ndarray, count: np.ndarray, changes: np.ndarray) -> None:
     layers = work.prepared.layers
     total = fields.sum(0) / count.sum()
     reach = [extent(field) for field in total]
-    notes = [
-        NO_POSITIONS if not layer.spatial else NO_GRADIENT if math.isnan(one.area) else ""
-        for layer, one in zip(layers, reach, strict=True)
-    ]
+    notes = []
+    for layer, one, changed in zip(layers, reach, changes.any(axis=0).tolist(), strict=True):
+        none = "" if not math.isnan(one.area) else ZERO_GRADIENT if changed else NO_GRADIENT
+        notes.append(work.prepared.gradient_notes.get(layer.name, none) if layer.spatial else NO_POSITIONS)
+    if all(math.isnan(one.area) for one in reach):
+        found.attrs["absent"]["receptive_field"] = "; ".join(
+            f"{layer.name}: {note}" for layer, note in zip(layers, notes, strict=True)
+        )
     total[[not layer.spatial for layer in layers]] = np.nan
     radius = np.array([one.radius for one in reach])
 

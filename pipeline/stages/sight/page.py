@@ -14,6 +14,7 @@ from pipeline.report.page import Figure, Page
 from pipeline.report.style import draw
 from pipeline.report.words import SURE, with_error
 from pipeline.stages.sight import figures
+from pipeline.stages.sight.averages import NO_POSITIONS
 from pipeline.stages.sight.found import (  # fmt: skip
     ATTENTION_COLUMNS,
     PLACE_COLUMNS,
@@ -32,7 +33,7 @@ from pipeline.stages.sight.found import (  # fmt: skip
 ABSENT = {
     "receptive_field": "No receptive fields",
     "attention": "No attention distances",
-    "skips": "No skip connections",
+    "skips": "No skip ratios",
     "localisation": "No localisation",
     "accuracy": "No accuracy without skips",
 }
@@ -81,8 +82,9 @@ def pages(experiment: Experiment) -> list[Page]:
 
 
 def findings(found: Sight) -> Iterator[str]:
-    """Say what the numbers show, whatever they are."""
+    """Say what the numbers show, whatever they are, and what could not be read."""
     values = found.values
+    yield from of_what_is_not_read(found)
     if found.has("receptive_field") and found.reach:
         first, last = found.reach[0], found.reach[-1]
         radius, error = values["receptive_radius"], values["receptive_radius_standard_error"]
@@ -103,6 +105,19 @@ def findings(found: Sight) -> Iterator[str]:
         yield from of_skips(found)
     if found.has("localisation"):
         yield from of_places(found)
+
+
+def of_what_is_not_read(found: Sight) -> Iterator[str]:
+    """Say of a measure that was made what it leaves out."""
+    if found.has("receptive_field"):
+        layers, said = found.names("layer"), [str(each) for each in found.values["receptive_note"]]
+        for note in dict.fromkeys(each for each in said if each and each != NO_POSITIONS):
+            yield f"{', '.join([layer for layer, each in zip(layers, said, strict=True) if each == note])}: {note}."
+    for why in found.settings.attention_not_read or ():
+        yield f"attention that is not measured: {why}."
+    if found.settings.skips_not_read:
+        names = ", ".join([each or "the network's own forward" for each in found.settings.skips_not_read])
+        yield f"additions that cannot be read as units at positions, and are not measured: those of {names}."
 
 
 def of_skips(found: Sight) -> Iterator[str]:

@@ -35,6 +35,7 @@ class Attributes(Record):
     absent : of what was asked for and this network or these images do not have, why.
     receptive_field_images : whose gradients were taken.
     accuracy : of the whole network. skips_not_read : modules whose additions cannot be read. labelled : images.
+    attention_not_read : why, of attention that is not measured.
     localised_* : the layer whose positions are compared with patches.
     localisation : CKA with the patch at a position's `own` place, with the `others`, and their `difference`.
     """
@@ -47,6 +48,7 @@ class Attributes(Record):
     receptive_field_images: int | None = None
     accuracy: float | None = None
     skips_not_read: list[str] | None = None
+    attention_not_read: list[str] | None = None
     labelled: int | None = None
     localised_layer: str | None = None
     localised_grid: tuple[int, int] | None = None

@@ -31,7 +31,7 @@ from pipeline.storage.manifest import within, write_file
 from pipeline.workers.resumable import Parts
 from pipeline.workers.tasks import run_tasks
 
-VERSION = 1
+VERSION = 2
 CODE = (
     "kernels/images/grey.py",
     "kernels/images/whiten.py",
@@ -46,6 +46,8 @@ CODE = (
     "pipeline/networks/checkpoint.py",
     "pipeline/networks/features.py",
     "pipeline/networks/forward.py",
+    "pipeline/networks/graph/arithmetic.py",
+    "pipeline/networks/graph/gradient_flow.py",
     "pipeline/networks/graph/operations.py",
     "pipeline/networks/layer_id.py",
     "pipeline/networks/layers.py",

@@ -7,7 +7,7 @@ images, with a backward pass from each layer.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +23,12 @@ from kernels.locality.receptive_field import centre
 from kernels.locality.skips import norm_ratio
 from kernels.similarity.cka import centred
 from pipeline.data.minibatches import Minibatch
+from pipeline.errors import MicrotomeError
 from pipeline.networks.features import images_of, naming_slots, packed_gram
 from pipeline.networks.forward import Model, network_of, normalise, refuse_non_finite
-from pipeline.networks.graph import operations
-from pipeline.networks.graph.operations import Attention, Operations, Skip
+from pipeline.networks.graph import gradient_flow, operations
+from pipeline.networks.graph.arithmetic import Term, sums_to_one
+from pipeline.networks.graph.operations import Attention, Operations, Product, Skip
 from pipeline.networks.layer import LayerInfo
 from pipeline.networks.layers import Recorder, first_tensor, one_attention_path, to_maps
 from pipeline.networks.prepare import Prepared, prepare, survey_of
@@ -46,7 +48,9 @@ class Seen(Prepared):
     skips, attention : as `operations.find` gives them.
     localised : the last of the layers with more than one position, whose positions are compared with patches.
     absent : of a measure that this network does not have, why.
-    unread : modules whose additions cannot be read.
+    unread : modules whose additions cannot be read. attention_unread : why of attention that cannot be.
+    trail : the additions and products of a forward, in order.
+    gradient_notes : by layer, where gradients end on their way to the input.
     values : of all outputs of an image.
     logits : whether the network gives logits.
     """
@@ -56,6 +60,9 @@ class Seen(Prepared):
     localised: LayerInfo | None
     absent: dict[str, str]
     unread: tuple[str, ...]
+    attention_unread: tuple[str, ...]
+    trail: tuple[str, ...]
+    gradient_notes: Mapping[str, str]
     values: int
     logits: bool
 
@@ -81,9 +88,10 @@ def prepare_seen(model: Model, size: tuple[int, int], layers: str | Sequence[str
     network = network_of(model)
     every = survey_of(network, model, size, special_tokens)
     prepared = prepare(network, model, every, layers)
-    blank = normalise(torch.zeros((2, 3, *size), dtype=torch.uint8), model.spec)
-    found = operations.find(network, blank, {layer.name: layer for layer in every.layers})
-    absent = {}
+    noise = torch.randint(256, (2, 3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    unlike = normalise(noise, model.spec)
+    found = operations.find(network, unlike, {layer.name: layer for layer in every.layers})
+    absent, notes = {}, {}
     if not found.skips:
         absent["skips"] = found.without_skips
     if not found.attention:
@@ -96,8 +104,16 @@ def prepare_seen(model: Model, size: tuple[int, int], layers: str | Sequence[str
         absent["localisation"] = (
             f"layer {localised.name!r}, the last with positions, has {grid[0]} x {grid[1]} of them: name a later one"
         )
-    if not any(layer.spatial for layer in prepared.layers):
+    spatial = [layer.name for layer in prepared.layers if layer.spatial]
+    if not spatial:
         absent["receptive_field"] = "none of its layers has more than one position"
+    try:
+        with _without_weights(network):
+            notes = gradient_flow.ends(network, unlike, spatial)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        absent["receptive_field"] = f"the network fails when it runs with gradients: {str(error).splitlines()[0]}"
     return Seen(
         **vars(prepared),
         skips=found.skips,
@@ -105,6 +121,9 @@ def prepare_seen(model: Model, size: tuple[int, int], layers: str | Sequence[str
         localised=localised,
         absent=absent,
         unread=found.unread,
+        attention_unread=found.attention_unread,
+        trail=found.trail,
+        gradient_notes=notes,
         values=sum(layer.shape[0] * (layer.special + math.prod(layer.shape[1:])) for layer in every.layers),
         logits=every.classes is not None,
     )
@@ -133,6 +152,7 @@ def arrays(work: Work, minibatches: int) -> dict[str, Array]:
     if work.wants("receptive_field"):
         add("receptive_field", "layer y x", (layers, *work.image))
         add("gradients", "", (), np.int64, 0)
+        add("centre_changes", "layer", (layers,), np.int64, 0)
     if work.wants("attention"):
         heads = max(each.heads for each in prepared.attention)
         add("distance", "place attention head kind", (places, len(prepared.attention), heads, 2))
@@ -188,7 +208,7 @@ def measured(work: Work, network: nn.Module, images: torch.Tensor) -> dict[str, 
     if work.wants("receptive_field"):
         some = images[: work.gradients]
         found["gradients"] = np.array(len(some))
-        found["receptive_field"] = gradients(network, some, work.prepared.layers)
+        found["receptive_field"], found["centre_changes"] = gradients(network, some, work.prepared.layers)
     return found
 
 
@@ -206,14 +226,16 @@ class _Look(Operations):
         self.work, self.without, self.before = work, without, before
         self.infos = {layer.name: layer for layer in work.prepared.layers}
         self.skips = {skip.place: skip for skip in work.prepared.skips if work.wants("skips")}
-        self.attention = {each.name: each for each in work.prepared.attention if work.wants("attention")}
+        self.attention = {each.place: each for each in work.prepared.attention if work.wants("attention")}
         self.packed: dict[str, np.ndarray] = {}
         self.ratios: dict[str, torch.Tensor] = {}
         self.distance: dict[str, torch.Tensor] = {}
         self.positions = np.zeros((0, 0))
         self.logits: torch.Tensor | None = None
+        self.images = 0
 
     def run(self, images: torch.Tensor) -> None:
+        self.images = len(images)
         localised = self.work.prepared.localised if self.work.wants("localisation") and self.without is None else None
         names = list(self.infos) if self.skips else [localised.name] if localised is not None else []
 
@@ -231,6 +253,11 @@ class _Look(Operations):
 
         with Recorder(self.network, names, take=take) as record, self:
             self.logits, _ = record(images)
+        if (self.skips or self.attention) and tuple(self.trail) != self.work.prepared.trail:
+            raise MicrotomeError(
+                "the network adds or multiplies other things for these images than for those that it was inspected "
+                "with, so its skips and attention cannot be told: leave `skips` and `attention` out of `sight.measures`"
+            )
 
     def gram_of(self, name: str, output: torch.Tensor) -> np.ndarray:
         if self.without is not None and self.additions <= self.without.place:
@@ -238,22 +265,29 @@ class _Look(Operations):
             return self.before.packed[name]
         return packed_gram(output, output, self._said(name))
 
-    def on_addition(self, place: int, operands: tuple[torch.Tensor, torch.Tensor]) -> int | None:
+    def on_addition(self, place: int, operands: tuple[Term, Term]) -> int | None:
         skip = self.skips.get(place)
         if self.without is not None:
             return (0 if self.without.first else 1) if place == self.without.place else None
         if skip is not None:
-            z, branch = operands if skip.first else operands[::-1]
+            z, branch = (each.make() for each in (operands if skip.first else operands[::-1]))
             ratio = norm_ratio(z, branch, 1 if skip.info.layout == "map" else -1)
             self.ratios[skip.name] = ratio.flatten(1).cpu()
         return None
 
-    def on_attention(self, module: str, weights: Callable[[], torch.Tensor]) -> None:
-        each = self.attention.get(module)
+    def on_product(self, product: Product) -> None:
+        each = self.attention.get(product.place)
         if each is not None and self.without is None:
+            weights = product.operand(each.operand)
+            if each.operand >= 0 and not sums_to_one(weights, each.reading.keys):
+                raise MicrotomeError(
+                    f"the attention weights of {each.name!r} do not sum to 1 over what is attended to, as when "
+                    f"the network was inspected: leave `attention` out of `sight.measures`"
+                )
+            weights = each.reading.weights(weights, self.images)
             grid = each.info.shape[1], each.info.shape[2]
             patch = self.work.image[0] / grid[0], self.work.image[1] / grid[1]
-            self.distance[module] = mean_distance(weights(), distances(grid, patch), each.info.special).cpu()
+            self.distance[each.name] = mean_distance(weights, distances(grid, patch), each.info.special).cpu()
 
     def predicted(self) -> np.ndarray | None:
         """The class of the highest logit of every image."""
@@ -316,11 +350,11 @@ def _vectors(look: _Look) -> np.ndarray:
     return centred(np.stack([look.packed[name] for name in look.infos]), "unbiased")
 
 
-def gradients(network: nn.Module, images: torch.Tensor, layers: Sequence[LayerInfo]) -> np.ndarray:
-    """Return (layer, y, x) float64: |d (sum over units of the centre position) / d input|.
+def gradients(network: nn.Module, images: torch.Tensor, layers: Sequence[LayerInfo]) -> tuple[np.ndarray, np.ndarray]:
+    """Return |d (sum over units of the centre position) / d input|, (layer, y, x) float64, and whether the sum changes.
 
-    It is the mean over channels, summed over images. A layer without positions, or that does not depend on the image,
-    has zeros.
+    The first is the mean over channels, summed over images. A layer without positions, or to which no gradient leads,
+    has zeros. The second, (layer), is 1 where the sum is not the same for all images.
     """
     centres: dict[str, torch.Tensor] = {}
     infos = {layer.name: layer for layer in layers if layer.spatial}
@@ -331,28 +365,33 @@ def gradients(network: nn.Module, images: torch.Tensor, layers: Sequence[LayerIn
             assert tensor is not None
             y, x = centre(infos[name].shape[1:])
             # Summed now: a later operation may overwrite the output.
-            centres[name] = to_maps(tensor, infos[name])[0][:, :, y, x].sum()
+            centres[name] = to_maps(tensor, infos[name])[0][:, :, y, x].sum(1)
 
         return hook
 
     hooks = [network.get_submodule(name).register_forward_hook(note(name)) for name in infos]
     found = np.zeros((len(layers), *images.shape[2:]))
+    changes = np.zeros(len(layers), np.int64)
     try:
         with torch.enable_grad(), one_attention_path(), _without_weights(network):
             given = images.detach().clone().requires_grad_()
             # An operation in place cannot be the first to use a tensor that gradients are asked of.
             network(given.clone())
             for at, layer in enumerate(layers):
-                if layer.spatial and centres[layer.name].requires_grad:
+                if not layer.spatial:
+                    continue
+                centre_sums = centres[layer.name]
+                changes[at] = int(bool((centre_sums != centre_sums[0]).any()))
+                if centre_sums.requires_grad:
                     (gradient,) = torch.autograd.grad(
-                        centres[layer.name], given, retain_graph=True, allow_unused=True, materialize_grads=True
+                        centre_sums.sum(), given, retain_graph=True, allow_unused=True, materialize_grads=True
                     )
                     refuse_non_finite(gradient, f"{layer.name} (its gradient)", 0)
                     found[at] = gradient.abs().double().mean(1).sum(0).cpu().numpy()
     finally:
         for hook in hooks:
             hook.remove()
-    return found
+    return found, changes
 
 
 @contextmanager

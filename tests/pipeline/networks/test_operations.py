@@ -24,14 +24,17 @@ BOTH = ["attention", "mlp"] * 2
 
 
 class Seen(Operations):
-    """Attention weights by module, and how many additions a forward makes."""
+    """Attention weights by name, as `find` says that they are read."""
 
-    def __init__(self, network):
+    def __init__(self, network, attention):
         super().__init__(network)
+        self.attention = {each.place: each for each in attention}
         self.weights = {}
 
-    def on_attention(self, module, weights):
-        self.weights[module] = weights()
+    def on_product(self, product):
+        each = self.attention.get(product.place)
+        if each is not None:
+            self.weights[each.name] = each.reading.weights(product.operand(each.operand), 2)
 
 
 def images(side=32, count=2):
@@ -71,15 +74,16 @@ def torchvision_vit():
 
 def test_torchvision_attention_is_what_torch_gives():
     network = torchvision_vit()
+    found = found_in(network)
     given = {}
     for name, module in network.named_modules():
         if isinstance(module, nn.MultiheadAttention):
             module.register_forward_pre_hook(lambda _, args, name=name: given.update({name: args[0]}))
     plain = network(images())
-    with torch.no_grad(), Seen(network) as seen:
+    with torch.no_grad(), Seen(network, found.attention) as seen:
         logits = network(images())
     torch.testing.assert_close(logits, plain, rtol=1e-4, atol=1e-5)
-    assert list(seen.weights) == [each.name for each in found_in(network).attention]
+    assert list(seen.weights) == [each.name for each in found.attention]
     for name, weights in seen.weights.items():
         x = given[name]
         _, expected = network.get_submodule(name)(x, x, x, need_weights=True, average_attn_weights=False)
@@ -108,13 +112,15 @@ def test_timm_attention_is_that_of_its_plain_path(name, changes, special):
     assert [each.branch for each in found.skips] == BOTH
     attention = [network.get_submodule(each.name) for each in found.attention]
     assert all(module.fused_attn for module in attention)
-    with torch.no_grad(), Seen(network) as seen:
+    with torch.no_grad(), Seen(network, found.attention) as seen:
         network(images())
     expected = []
     for module in attention:
         module.fused_attn = False
+    found = found_in(network)
+    for module in attention:
         module.attn_drop.register_forward_hook(lambda _, args, output: expected.append(output))
-    with torch.no_grad(), Seen(network) as plain:
+    with torch.no_grad(), Seen(network, found.attention) as plain:
         network(images())
     for each in (seen, plain):
         for weights, own in zip(each.weights.values(), expected, strict=True):
@@ -136,11 +142,11 @@ def test_transformers_attention_is_that_of_its_eager_path(model, special):
     found = found_in(network)
     assert len(found.attention) == 2 and {each.info.special for each in found.attention} == {special}
     assert [each.branch for each in found.skips] == BOTH
-    with torch.no_grad(), Seen(network) as fused:
+    with torch.no_grad(), Seen(network, found.attention) as fused:
         network(images())
     eager = hf(model, attn_implementation="eager")
     eager.load_state_dict(network.state_dict())
-    with torch.no_grad(), Seen(eager) as plain:
+    with torch.no_grad(), Seen(eager, found_in(eager).attention) as plain:
         expected = eager(images(), output_attentions=True).attentions
     for seen in (fused, plain):
         ours = [seen.weights[each.name] for each in found.attention]  # without that of a pooling head
@@ -244,6 +250,6 @@ def test_hooks_are_gone_afterwards():
     network = torchvision_vit()
     found_in(network)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())
-    with pytest.raises(RuntimeError), Seen(network):
+    with pytest.raises(RuntimeError), Seen(network, []):
         network(torch.zeros(1, 4, 32, 32))
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())
