@@ -339,7 +339,7 @@ def truth_categories(dataset: AnyDataset) -> dict[str, list[str]]:
             return {category: list(names) for category, names in CONCEPTS.items()}
         case Segmentation():
             return {
-                category: list(_class_list(maps).concepts().values()) for category, maps in dataset.label_maps.items()
+                category: list(class_list(maps).concepts().values()) for category, maps in dataset.label_maps.items()
             }
         case _:
             return {}
@@ -380,11 +380,12 @@ def read_label_maps(
 @functools.lru_cache(maxsize=64)
 def _lookup(maps: str, mtime_ns: int) -> tuple[ClassList, np.ndarray]:
     """Return class list and look-up table of a category, built once per worker, configuration and time of the list."""
-    classes = _class_list(LabelMaps.model_validate_json(maps))
+    classes = class_list(LabelMaps.model_validate_json(maps))
     return classes, classes.lookup({name: at + 1 for at, name in enumerate(classes.concepts().values())})
 
 
-def _class_list(maps: LabelMaps) -> ClassList:
+def class_list(maps: LabelMaps) -> ClassList:
+    """Return the class list of a category of label maps."""
     from pipeline.data.label_maps import read_class_list
 
     return read_class_list(maps.classes, maps.void)

@@ -88,7 +88,8 @@ def settings_of(dataset: AnyDataset, known: Mapping[str, Any], digests: FileDige
     optional: dict[str, Any] = {}
     if isinstance(dataset, Segmentation) and TRUTH in dataset.concepts:
         optional["classes"] = {
-            name: ClassList(list=digests(maps.classes), void=maps.void) for name, maps in dataset.label_maps.items()
+            name: ClassList(list=kinds.class_list(maps).digest(digests), void=maps.void)
+            for name, maps in dataset.label_maps.items()
         }
     if named := [name for name in dataset.concepts if name in known]:
         optional["segmenters"] = {name: segmenters.settings(known[name], digests) for name in named}
