@@ -19,6 +19,7 @@ from pipeline.config.datasets import (
     AnyDataset,
     Cifar10,
     Csv,
+    Files,
     ImageFolder,
     ImageNet,
     Images,
@@ -34,7 +35,7 @@ from pipeline.errors import MicrotomeError, nearest
 from pipeline.storage.identity import digest
 
 if TYPE_CHECKING:
-    from pipeline.data.decode import Geometry
+    from pipeline.data.decode import Geometry, Reading
     from pipeline.data.label_maps import ClassList
     from pipeline.data.listing import Listing, SplitRule
 
@@ -114,7 +115,9 @@ def _remember(memory: Path, made: Summary, listed: Listing, scratch: Path, began
 
 def settings(dataset: AnyDataset, listed: Listing) -> dict[str, Any]:
     """Return what the data set's id is made of: the snapshot of its listing, and how an image becomes an array."""
-    made_of = {
+    from pipeline.data.decode import AS_STATED
+
+    made_of: dict[str, Any] = {
         "kind": dataset.kind,
         "listing": listed.digest(),
         "images": len(listed.images),
@@ -128,6 +131,8 @@ def settings(dataset: AnyDataset, listed: Listing) -> dict[str, Any]:
         made_of["scenes"] = VERSION
     else:
         made_of |= {"geometry": repr(geometry(dataset)), "max_pixels": dataset.max_pixels}
+    if other := {key: value for key, value in asdict(reading(dataset)).items() if value != asdict(AS_STATED)[key]}:
+        made_of["reading"] = other
     if isinstance(dataset, Npz):
         made_of["array"] = dataset.x
     return made_of
@@ -166,7 +171,12 @@ def _all_images(dataset: AnyDataset, scratch: Path, rescan: bool) -> Listing:
             return _list_scenes(dataset)
         case ImageFolder():
             return files.list_imagefolder(
-                dataset.root, split_rule(dataset.split), _path(dataset.labels), cache=scratch, rescan=rescan
+                dataset.root,
+                split_rule(dataset.split),
+                _path(dataset.labels),
+                cache=scratch,
+                rescan=rescan,
+                order=dataset.class_order or "name",
             )
         case Segmentation():
             return files.list_segmentation(
@@ -179,7 +189,7 @@ def _all_images(dataset: AnyDataset, scratch: Path, rescan: bool) -> Listing:
             )
         case Csv():
             rule = split_rule(dataset.split) if dataset.split is not None else None
-            return files.list_table(dataset.root, dataset.table, rule, scratch, rescan)
+            return files.list_table(dataset.root, dataset.table, rule, scratch, rescan, dataset.class_order or "name")
         case ImageNet():
             return known_datasets.list_imagenet(
                 Path(dataset.root), dataset.splits, dataset.verify, dataset.unpack, scratch, rescan
@@ -245,6 +255,16 @@ def geometry(dataset: Images) -> Geometry:
     return Geometry(resize=resize, crop=dataset.crop)
 
 
+def reading(dataset: AnyDataset) -> Reading:
+    """Return how the files of a data set are read."""
+    from pipeline.data.decode import AS_STATED, Reading
+
+    if not isinstance(dataset, Files):
+        return AS_STATED
+    like = dataset.like is not None
+    return Reading(upright=not like and dataset.exif != "ignore", composited=not like, bits=dataset.bits)
+
+
 def image_size(dataset: AnyDataset, listed: Listing) -> tuple[int, int]:
     """Return (height, width) of every image; without a crop or a squash, that of the first readable image."""
     if isinstance(dataset, Scenes):
@@ -271,7 +291,7 @@ def image_size(dataset: AnyDataset, listed: Listing) -> tuple[int, int]:
     reason = "no images"
     for index in range(len(listed)):
         try:
-            return geometry(dataset).output_size(*size_of(listed.path(index), dataset.max_pixels))
+            return geometry(dataset).output_size(*size_of(listed.path(index), dataset.max_pixels, reading(dataset)))
         except Refused as error:
             reason = error.reason
     raise MicrotomeError(f"{dataset.root}: not one of {len(listed)} images can be read; the last: {reason}")
@@ -296,7 +316,7 @@ def read_image(dataset: AnyDataset, image_id: str, size: tuple[int, int]) -> np.
             pixels = cifar10_image(Path(dataset.root), split, int(index))
             image = transform_array(pixels, geometry(dataset), dataset.max_pixels)
         case _:
-            image = decode(Path(dataset.root) / image_id, geometry(dataset), dataset.max_pixels)
+            image = decode(Path(dataset.root) / image_id, geometry(dataset), dataset.max_pixels, reading(dataset))
     if image.shape[1:] != size:
         raise Refused(
             f"{image.shape[2]}x{image.shape[1]} pixels, expected {size[1]}x{size[0]} as the first image: "
@@ -352,8 +372,8 @@ def read_label_maps(
 
     `paths` are the image's label maps by category, if the data set has such files.
     """
-    from pipeline.data.decode import Refused, size_of
-    from pipeline.data.label_maps import decode_label_map
+    from pipeline.data.decode import Refused, size_and_orientation
+    from pipeline.data.label_maps import check_orientation, decode_label_map
 
     match dataset:
         case Scenes():
@@ -361,14 +381,17 @@ def read_label_maps(
 
             return dict(zip(CATEGORIES, _scene(dataset, image_id, image=False)[0], strict=True))
         case Segmentation():
-            image_size = size_of(Path(dataset.root) / image_id, dataset.max_pixels)
+            most, own = dataset.max_pixels, reading(dataset)
+            image_size, turned = size_and_orientation(Path(dataset.root) / image_id, most, own)
             found = {}
             for category, maps in dataset.label_maps.items():
                 path = paths.get(category)
                 if path is None:
                     raise Refused(f"no label map of category {category!r}")
                 classes, lookup = _lookup(maps.model_dump_json(), Path(maps.classes).stat().st_mtime_ns)
-                label_map = decode_label_map(path, classes, lookup, geometry(dataset), image_size, dataset.max_pixels)
+                if own.upright and dataset.exif is None:
+                    check_orientation(path, image_size, turned, most)
+                label_map = decode_label_map(path, classes, lookup, geometry(dataset), image_size, most, own.upright)
                 if label_map.shape != size:
                     raise Refused(f"label map {path} gives {label_map.shape}, expected {size}")
                 found[category] = label_map

@@ -9,7 +9,15 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.data.decode import Geometry, Refused, opened, transform_label_map, turn_upright
+from pipeline.data.decode import (
+    Geometry,
+    Refused,
+    opened,
+    same_shape,
+    size_and_orientation,
+    transform_label_map,
+    turn_upright,
+)
 from pipeline.errors import MicrotomeError, nearest
 
 LARGEST = 2**16 - 1  # largest index in a 16-bit PNG, and largest concept number
@@ -79,16 +87,18 @@ def decode_label_map(
     geometry: Geometry,
     image_size: tuple[int, int],
     max_pixels: int,
+    upright: bool = True,
 ) -> np.ndarray:
     """Return uint16 (height, width): the concept number at each pixel of the transformed image, 0 for nothing.
 
-    lookup: from `classes.lookup(numbers)`, made once. image_size: (height, width) of the upright image (`size_of`).
+    lookup: from `classes.lookup(numbers)`, made once. image_size: (height, width) of the image (`size_of`). upright:
+    whether both are turned by their EXIF orientation.
 
     Raises `Refused`: as `read_label_map`; an index that is not in the class list; a shape that differs from the
     image's.
     """
     try:
-        indices = read_label_map(path, max_pixels)
+        indices = read_label_map(path, max_pixels, upright)
         numbers = lookup[indices]
         if numbers.min() < 0:
             y, x = np.unravel_index(np.argmin(numbers), numbers.shape)
@@ -99,8 +109,30 @@ def decode_label_map(
         raise Refused(f"label map {Path(path).name}: {error.reason}") from error
 
 
-def read_label_map(path: Path | str, max_pixels: int) -> np.ndarray:
-    """Return uint16 (height, width): the indices stored in a PNG of grey (1 to 16 bits) or palette colours, upright.
+def check_orientation(path: Path | str, image_size: tuple[int, int], orientation: int, max_pixels: int) -> None:
+    """Raise `Refused` if an image with an EXIF orientation has a label map without one that may lie on either form.
+
+    image_size: (height, width) of the upright image. A map that has the shape of the upright image alone lies on it.
+    """
+    if orientation == 1:
+        return
+    (rows, columns), of_map = size_and_orientation(path, max_pixels, formats=("PNG",))
+    if of_map != 1:
+        return
+    height, width = image_size
+    sideways = orientation >= 5
+    if sideways and same_shape(rows, columns, height, width) and not same_shape(rows, columns, width, height):
+        return
+    raise Refused(
+        f"the image has the EXIF orientation {orientation}, its label map {Path(path).name} has none: give the data "
+        "set `exif: turn` if label maps lie on the upright images, `exif: ignore` if they lie on the pixels as stored"
+    )
+
+
+def read_label_map(path: Path | str, max_pixels: int, upright: bool = True) -> np.ndarray:
+    """Return uint16 (height, width): the indices stored in a PNG of grey (1 to 16 bits) or palette colours.
+
+    It is turned by its EXIF orientation if `upright`.
 
     Indices are read as stored: palettes are not looked up, and grey of few bits is not spread over 0 to 255.
 
@@ -109,7 +141,7 @@ def read_label_map(path: Path | str, max_pixels: int) -> np.ndarray:
     with opened(path, ("PNG",), max_pixels) as image:
         mode, raw_mode = image.mode, str(image.tile[0][3])
         image.load()
-        indices = np.asarray(turn_upright(image, image))
+        indices = np.asarray(turn_upright(image, image) if upright else image)
     if mode not in INDEX_MODES:
         raise Refused(f"colours ({mode}); expected one index per pixel, as grey or palette")
     return (indices // GREY_STEPS.get(raw_mode, 1)).astype(np.uint16)

@@ -14,10 +14,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
+from pipeline.config.datasets import ClassOrder
 from pipeline.data.csv_tables import (
     IMAGE_COLUMNS,
     LABEL_COLUMNS,
@@ -51,7 +52,6 @@ MOST_CLASSES = 1_000_000  # a larger index is a mistake, and would allocate its 
 WHOLE = re.compile(r"(-?[0-9]{1,9})(\.0+)?")
 A_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?", re.IGNORECASE)
 LACKING = frozenset(("nan", "na", "n/a", "none", "null", "nil", "?", "-", "inf", "<na>", "missing"))
-ClassOrder = Literal["name", "number"]
 
 STRINGS = np.dtypes.StringDType()
 

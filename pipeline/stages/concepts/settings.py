@@ -20,6 +20,8 @@ class ClassList(Record):
 class Settings(Record):
     """Sources of label maps in order, the labelled split, the size of the maps, class lists and segmenters.
 
+    `exif` is what orientations of images do to label maps, if the configuration says so.
+
     `pipeline.networks.segmenters.settings` describes each segmenter.
     """
 
@@ -28,3 +30,4 @@ class Settings(Record):
     label_map_size: tuple[int, int] | None
     classes: dict[str, ClassList] | None = None
     segmenters: dict[str, dict[str, Any]] | None = None
+    exif: str | None = None
