@@ -239,6 +239,12 @@ class LabelMaps(Strict):
         description="class list: one name per line, `id name` lines, or a CSV with columns id,name"
     )
     void: list[NonNegativeInt] = Field([], description="void values: nothing is known about the pixel")
+    label_suffix: str | None = Field(
+        None, description="end of the names of the label maps, before `.png`, in place of `image_suffix`"
+    )
+
+
+Names = list[Name]  # a name for it, since the next class has a key `list`
 
 
 class Segmentation(Files):
@@ -247,11 +253,27 @@ class Segmentation(Files):
     has_truth: ClassVar[bool] = True
 
     kind: Literal["segmentation"] = Field(description="this kind")
-    concepts: list[Name] = Field([TRUTH], description=CONCEPTS)
+    concepts: Names = Field([TRUTH], description=CONCEPTS)
     root: PathName = Field(description="folder of the images")
     split: Split = Field(Split(all="validation"), description="how each image gets its split")
     label_maps: Annotated[dict[Name, LabelMaps], Field(min_length=1)] = Field(description="by name of category")
     labels: PathName | None = Field(None, description="CSV with columns image,label")
+    list: PathName | Annotated[dict[Name, PathName], Field(min_length=1)] | None = Field(
+        None,
+        description="text file with the images to use, one name per line, with or without extension, as in VOC's "
+        "ImageSets; or one file per split; default: all images",
+    )
+    image_suffix: str | None = Field(
+        None,
+        description="end of the names of the images, before their extension, that their label maps lack, for example "
+        "`_leftImg8bit`; others are ignored",
+    )
+
+    @model_validator(mode="after")
+    def _splits_once(self) -> Segmentation:
+        if isinstance(self.list, dict) and "split" in self.model_fields_set:
+            raise ValueError("`list` with one file per split and `split` both say the splits: give one of them")
+        return self
 
 
 AnyDataset = Annotated[

@@ -5,16 +5,18 @@ Each kind has one branch in each function here, and one section in `pipeline.con
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, assert_never
 
 import numpy as np
 
+from pipeline.config.base import TRUTH
 from pipeline.config.datasets import (
     AnyDataset,
     Cifar10,
@@ -40,17 +42,24 @@ if TYPE_CHECKING:
     from pipeline.data.listing import Listing, SplitRule
 
 
+SHOWN = 3  # classes that the plan names
+LOOKED_AT = 8  # images whose range of grey is looked at
+
+
 @dataclass(frozen=True)
 class Summary:
     """What the plan needs to know about a data set.
 
     `settings` determine its id, `splits` has the images of each split, and `classes` is how many classes the images are
-    labelled with (0: no image has a label).
+    labelled with (0: no image has a label); `names` are those of the first. `notices` are lines on what a user may have
+    meant otherwise.
     """
 
     settings: dict[str, Any]
     splits: dict[str, int]
     classes: int
+    names: list[str] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
 
     def require(self, name: str, split: str) -> None:
         """Raise `MicrotomeError` if the data set of this name has no image of a split."""
@@ -76,7 +85,13 @@ def summary(dataset: AnyDataset, scratch: Path, version: int, rescan: bool = Fal
     began = time.time_ns()
     listed = listing(dataset, scratch, rescan)
     classes = len(listed.classes) if (listed.label >= 0).any() else 0
-    made = Summary(settings(dataset, listed), listed.splits(), classes)
+    made = Summary(
+        settings(dataset, listed),
+        listed.splits(),
+        classes,
+        listed.classes[:SHOWN],
+        [*listed.notices, *_range_of_grey(dataset, listed)],
+    )
     _remember(memory, made, listed, scratch, began)
     return made
 
@@ -111,6 +126,40 @@ def _remember(memory: Path, made: Summary, listed: Listing, scratch: Path, began
         write_atomically(memory, json.dumps({"folders": folders, "files": files, "summary": asdict(made)}))
     except OSError:
         return  # the next start lists again
+
+
+def described(name: str, dataset: AnyDataset, made: Summary) -> Iterator[str]:
+    """Yield lines on what is read from a data set: its first classes, its splits, the first concepts of label maps."""
+    classes = f"{made.classes:,} classes ({_pairs(dict(enumerate(made.names)), made.classes)})"
+    splits = ", ".join(f"{split} {count:,}" for split, count in made.splits.items())
+    yield f"{name}: {classes if made.classes else 'no labels'}; images: {splits}"
+    if isinstance(dataset, Segmentation) and TRUTH in dataset.concepts:
+        for category, maps in dataset.label_maps.items():
+            concepts = class_list(maps).concepts()
+            yield f"{name}, label maps {category}: {len(concepts):,} concepts ({_pairs(concepts, len(concepts))})"
+
+
+def _pairs(names: Mapping[int, str], count: int) -> str:
+    shown = [f"{index} → {name}" for index, name in list(names.items())[:SHOWN]]
+    return ", ".join([*shown, "..."] if count > len(shown) else shown)
+
+
+def _range_of_grey(dataset: AnyDataset, listed: Listing) -> list[str]:
+    """Return a line on the range that is taken for grey of 16 bits, if some of a few images are such."""
+    from pipeline.data.decode import Refused, deepest
+
+    if not isinstance(dataset, Files) or dataset.bits is not None:
+        return []
+    found = []
+    for at in np.unique(np.linspace(0, len(listed) - 1, LOOKED_AT).astype(int)):
+        with contextlib.suppress(Refused):
+            found.append(deepest(listed.path(at), dataset.max_pixels))
+    largest = max((value for value in found if value is not None), default=None)
+    if largest is None:
+        return []
+    bits = max(9, largest.bit_length())
+    hint = f"; if they use {bits} bits, give `bits: {bits}`" if bits < 16 else ""
+    return [f"16-bit grey: 0 to 65,535 becomes 0 to 255; of {len(found)} images the largest value is {largest:,}{hint}"]
 
 
 def settings(dataset: AnyDataset, listed: Listing) -> dict[str, Any]:
@@ -186,6 +235,9 @@ def _all_images(dataset: AnyDataset, scratch: Path, rescan: bool) -> Listing:
                 _path(dataset.labels),
                 cache=scratch,
                 rescan=rescan,
+                lists=_lists(dataset.list),
+                image_suffix=_ending(dataset.image_suffix),
+                label_suffixes={name: _ending(maps.label_suffix) for name, maps in dataset.label_maps.items()},
             )
         case Csv():
             rule = split_rule(dataset.split) if dataset.split is not None else None
@@ -206,6 +258,18 @@ def _all_images(dataset: AnyDataset, scratch: Path, rescan: bool) -> Listing:
             return arrays.list_npz(_npz_files(dataset), dataset.x, dataset.y, dataset.classes)
         case _:
             assert_never(dataset)
+
+
+def _lists(value: str | Mapping[str, str] | None) -> Path | dict[str, Path] | None:
+    return {split: Path(file) for split, file in value.items()} if isinstance(value, Mapping) else _path(value)
+
+
+def _ending(suffix: str | None) -> str:
+    """Return the end of names before their extension, which may be part of what was given."""
+    from pipeline.data.listing import IMAGE_EXTENSIONS
+
+    ending = Path(suffix or "")
+    return (suffix or "").removesuffix(ending.suffix) if ending.suffix.lower() in IMAGE_EXTENSIONS else suffix or ""
 
 
 def _npz_files(dataset: Npz) -> Path | dict[str, Path]:

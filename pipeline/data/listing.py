@@ -334,6 +334,9 @@ def list_segmentation(
     classes: Sequence[str] | None = None,
     cache: Path | None = None,
     rescan: bool = False,
+    lists: Path | Mapping[str, Path] | None = None,
+    image_suffix: str = "",
+    label_suffixes: Mapping[str, str] | None = None,
 ) -> Listing:
     """List images with one PNG label map per category, paired by their paths below the folders without extension.
 
@@ -343,34 +346,61 @@ def list_segmentation(
 
     label_maps: category -> folder.
     labels, classes, cache, rescan: as in `list_imagefolder`; without `labels`, labels are -1.
+    lists: a file with a name per line, or one per split: only these images are listed.
+    image_suffix, label_suffixes: ends of the names of images, and of label maps by category, before their extensions.
+        What is left is paired; names without them are ignored.
 
     Raises `MicrotomeError` as `list_imagefolder`, and for: two images or two label maps with the same stem, a folder in
     which no label map belongs to an image.
     """
-    tables = Tables()
-    listing = _list_images(images, snapshot(images, cache, rescan), split_rule, labels, tables)
+    tables, suffixes = Tables(), label_suffixes or {}
+    files = snapshot(images, cache, rescan)
+    listing = _list_images(images, files, split_rule, labels, tables, lists, image_suffix)
     if labels is not None:
         listing.label, listing.classes = read_labels(Path(labels), listing.image_id.tolist(), classes, tables=tables)
-    stems = _stems(listing.image_id.tolist(), images)
+    stems = _stems(listing.image_id.tolist(), images, image_suffix)
     for category in sorted(label_maps):
         folder = Path(label_maps[category])
-        _pair(listing, stems, category, folder, snapshot(folder, cache, rescan))
+        _pair(listing, stems, category, folder, snapshot(folder, cache, rescan), suffixes.get(category, ""))
         listing.walked += ((folder, None),)
     return _noticed(listing, tables, "name")
 
 
 def _list_images(
-    root: Path | str, files: Files, split_rule: SplitRule, labels: Path | str | None, tables: Tables
+    root: Path | str,
+    files: Files,
+    split_rule: SplitRule,
+    labels: Path | str | None,
+    tables: Tables,
+    lists: Path | Mapping[str, Path] | None = None,
+    suffix: str = "",
 ) -> Listing:
-    """Return the images among `files` with their splits, without labels and label maps."""
+    """Return the images among `files` with their splits, without labels and label maps.
+
+    They are those whose names end in `suffix` and that `lists` name, if there are any.
+    """
     extensions = [extension_of(name) for name in files.names]
     kept = [i for i, extension in enumerate(extensions) if extension in IMAGE_EXTENSIONS]
     if not kept:
         expected = ", ".join(sorted(IMAGE_EXTENSIONS))
         raise MicrotomeError(f"no images in {root}: found {_count(extensions)}; expected files that end in {expected}")
-    image_ids = [files.names[i] for i in kept]
-    check_names(image_ids, root)
+    check_names([files.names[i] for i in kept], root)
     ignored = Counter(extension for extension in extensions if extension not in IMAGE_EXTENSIONS)
+    ended = [i for i in kept if _has_suffix(files.names[i], suffix)]
+    if not ended:
+        raise MicrotomeError(f"no image in {root} ends in {suffix!r}, the first is {files.names[kept[0]]!r}")
+    listed = {} if lists is None else _listed(lists, [files.names[i] for i in ended], suffix)
+    named = ended if lists is None else [i for i in ended if files.names[i] in listed]
+    if len(ended) < len(kept):
+        ignored[f"images that do not end in {suffix!r}"] = len(kept) - len(ended)
+    if len(named) < len(ended):
+        ignored["images that `list` does not name"] = len(ended) - len(named)
+    kept = named
+    image_ids = [files.names[i] for i in kept]
+    if isinstance(lists, Mapping):
+        split = np.array([listed[name] for name in image_ids], STRINGS)
+    else:
+        split = assign_splits(image_ids, split_rule, tables)
     if files.hidden:
         ignored["hidden"] = files.hidden
     return Listing(
@@ -379,27 +409,71 @@ def _list_images(
         size=files.size[kept],
         mtime_ns=files.mtime_ns[kept],
         label=np.full(len(image_ids), -1, np.int64),
-        split=assign_splits(image_ids, split_rule, tables),
+        split=split,
         classes=[],
         ignored=dict(ignored),
         walked=((Path(root), None),),
-        read=tuple(Path(table) for table in (labels, getattr(split_rule, "path", None)) if table is not None),
+        read=tuple(
+            Path(table)
+            for table in (labels, getattr(split_rule, "path", None), *_files_of(lists).values())
+            if table is not None
+        ),
     )
 
 
-def _pair(listing: Listing, stems: list[str], category: str, folder: Path, files: Files) -> None:
+def _files_of(lists: Path | Mapping[str, Path] | None) -> Mapping[str, Path]:
+    return lists if isinstance(lists, Mapping) else {} if lists is None else {"": lists}
+
+
+def _has_suffix(name: str, suffix: str) -> bool:
+    return name[: name.rindex(".")].endswith(suffix)
+
+
+def _listed(lists: Path | Mapping[str, Path], names: Sequence[str], suffix: str) -> dict[str, str]:
+    """Return image -> split ("" with a single list) for the images that lists name, with or without their ends."""
+    known: dict[str, str] = {}
+    for name in names:
+        stem = name[: name.rindex(".")]
+        known |= {composed(form): name for form in (name, stem, stem.removesuffix(suffix))}
+    found: dict[str, str] = {}
+    one_name_a_split(_files_of(lists), "the lists")
+    for split, path in _files_of(lists).items():
+        try:
+            lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise MicrotomeError(f"cannot read the list {path}: {error}") from error
+        for at, line in enumerate(map(str.strip, lines), start=1):
+            if not line:
+                continue
+            image = known.get(composed(line))
+            if image is None:
+                hint = nearest(line, names) if len(names) <= 10_000 else ""
+                raise MicrotomeError(f"line {at} of {path}, {line!r}, names no image; expected one name per line{hint}")
+            if found.setdefault(image, split) != split:
+                raise MicrotomeError(f"line {at} of {path}: {line!r} is in two splits, {found[image]} and {split}")
+    if not found:
+        raise MicrotomeError(f"{lists} names no images")
+    return found
+
+
+def _pair(listing: Listing, stems: list[str], category: str, folder: Path, files: Files, suffix: str) -> None:
     """Add the label maps of one category to a listing."""
     extensions = [extension_of(name) for name in files.names]
-    maps = [i for i, extension in enumerate(extensions) if extension in LABEL_MAP_EXTENSIONS]
+    maps = [
+        i
+        for i, extension in enumerate(extensions)
+        if extension in LABEL_MAP_EXTENSIONS and _has_suffix(files.names[i], suffix)
+    ]
     names = [files.names[i] for i in maps]
     check_names(names, folder)
-    map_of = dict(zip(_stems(names, folder), maps, strict=True))
+    map_of = dict(zip(_stems(names, folder, suffix), maps, strict=True))
     index = np.array([map_of.get(stem, -1) for stem in stems], np.int64)
     paired = index >= 0
     if not paired.any():
         raise MicrotomeError(
             f"no label map of category {category!r} in {folder} belongs to an image in {listing.root}: the image "
-            f"{str(listing.image_id[0])!r} needs {stems[0] + '.png'!r}; found {_count(extensions)}"
+            f"{str(listing.image_id[0])!r} needs {stems[0] + suffix + '.png'!r}; found {_count(extensions)}"
+            + ("" if suffix else "; `image_suffix` and `label_suffix` say how their names end differently")
         )
     listing.label_map_roots[category] = folder
     listing.label_map_path[category] = np.array([files.names[i] if i >= 0 else "" for i in index], STRINGS)
@@ -756,9 +830,9 @@ def _is_utf8(name: str) -> bool:
     return True
 
 
-def _stems(names: Sequence[str], folder: Path | str) -> list[str]:
-    """Return names without their extensions; refuse duplicates, which would make the pairing ambiguous."""
-    stems = [composed(name[: name.rindex(".")]) for name in names]
+def _stems(names: Sequence[str], folder: Path | str, suffix: str = "") -> list[str]:
+    """Return names without extension and the suffix before it; refuse duplicates, which would pair ambiguously."""
+    stems = [composed(name[: name.rindex(".")].removesuffix(suffix)) for name in names]
     first: dict[str, str] = {}
     for stem, name in zip(stems, names, strict=True):
         if first.setdefault(stem, name) != name:

@@ -11,10 +11,11 @@ from pipeline.storage.record import Record
 
 
 class ClassList(Record):
-    """The class list of one category of truth: digest of its file, and its void values."""
+    """The class list of one category of truth: digest of its file, void values, end of the label maps' names."""
 
     list: str
     void: Sequence[NonNegativeInt]
+    suffix: str | None = None
 
 
 class Settings(Record):

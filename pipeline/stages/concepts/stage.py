@@ -88,7 +88,11 @@ def settings_of(dataset: AnyDataset, known: Mapping[str, Any], digests: FileDige
     optional: dict[str, Any] = {}
     if isinstance(dataset, Segmentation) and TRUTH in dataset.concepts:
         optional["classes"] = {
-            name: ClassList(list=kinds.class_list(maps).digest(digests), void=maps.void)
+            name: ClassList(
+                list=kinds.class_list(maps).digest(digests),
+                void=maps.void,
+                **({"suffix": maps.label_suffix} if maps.label_suffix is not None else {}),
+            )
             for name, maps in dataset.label_maps.items()
         }
         if dataset.exif is not None:

@@ -750,6 +750,66 @@ def test_composed_and_decomposed_names_are_one_name(tmp_path):
     assert list_imagefolder(tmp_path / "f", ALL).classes == [decomposed]
 
 
+# The layouts of VOC and Cityscapes
+
+
+@pytest.fixture
+def voc(tmp_path) -> Path:
+    make(tmp_path, *(f"JPEGImages/{name}.jpg" for name in ("1", "2", "3")))
+    make(tmp_path, *(f"SegmentationClass/{name}.png" for name in ("1", "2")))
+    (tmp_path / "train.txt").write_text("1\n")
+    (tmp_path / "val.txt").write_text("2\r\n\n")
+    return tmp_path
+
+
+def listed_voc(root: Path, lists) -> Listing:
+    return list_segmentation(root / "JPEGImages", {"object": root / "SegmentationClass"}, ALL, lists=lists)
+
+
+def test_a_list_names_the_images_to_use(voc):
+    one = listed_voc(voc, voc / "val.txt")
+    assert ids(one) == ["2.jpg"] and one.splits() == {"validation": 1} and not one.refused
+    assert one.ignored["images that `list` does not name"] == 2 and voc / "val.txt" in one.read
+    both = listed_voc(voc, {"train": voc / "train.txt", "validation": voc / "val.txt"})
+    assert dict(zip(ids(both), both.split.tolist(), strict=True)) == {"1.jpg": "train", "2.jpg": "validation"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("2\n2x\n", r"line 2 of .*val.txt, '2x', names no image; expected one name per line"),
+        ("2 -1\n", r"line 1 of .*val.txt, '2 -1', names no image"),
+        ("JPEGImages/2.jpg SegmentationClass/2.png\n", r"line 1 of .* names no image"),
+        ("2\n1\n", r"line 2 of .*val.txt: '1' is in two splits, train and validation"),
+    ],
+)
+def test_lists_that_are_refused(voc, text, message):
+    (voc / "val.txt").write_text(text)
+    with pytest.raises(MicrotomeError, match=message):
+        listed_voc(voc, {"train": voc / "train.txt", "validation": voc / "val.txt"})
+
+
+def test_images_and_label_maps_may_end_differently(tmp_path):
+    make(tmp_path / "leftImg8bit", "val/a/1_leftImg8bit.png", "val/a/2_leftImg8bit.png", "val/a/2_preview.png")
+    ends = ("gtFine_labelIds", "gtFine_color", "gtFine_instanceIds")
+    make(tmp_path / "gtFine", *(f"val/a/{i}_{end}.png" for i in (1, 2) for end in ends))
+    maps = {"object": tmp_path / "gtFine"}
+    listing = list_segmentation(
+        tmp_path / "leftImg8bit",
+        maps,
+        Folders(),
+        image_suffix="_leftImg8bit",
+        label_suffixes={"object": "_gtFine_labelIds"},
+    )
+    assert ids(listing) == ["val/a/1_leftImg8bit.png", "val/a/2_leftImg8bit.png"] and not listing.refused
+    assert listing.label_map_path["object"].tolist() == ["val/a/1_gtFine_labelIds.png", "val/a/2_gtFine_labelIds.png"]
+    assert listing.ignored == {"images that do not end in '_leftImg8bit'": 1}
+    with pytest.raises(MicrotomeError, match="`image_suffix` and `label_suffix` say how their names end"):
+        list_segmentation(tmp_path / "leftImg8bit", maps, Folders())
+    with pytest.raises(MicrotomeError, match=r"no image in .* ends in '_right'"):
+        list_segmentation(tmp_path / "leftImg8bit", maps, Folders(), image_suffix="_right")
+
+
 # The cache
 
 
