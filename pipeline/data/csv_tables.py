@@ -68,7 +68,7 @@ class Table:
     @property
     def unused(self) -> list[str]:
         """Return the names of the columns that were not asked for."""
-        return [name for name in self.columns if name not in self.used]
+        return [name or "(a column without a name)" for name in self.columns if name not in self.used]
 
     def line(self, number: int) -> str:
         return f"line {number} of {self.path}"

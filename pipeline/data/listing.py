@@ -47,7 +47,8 @@ ONE_SPLIT = {"training": "train", "val": "validation", "valid": "validation", "t
 LIKE_A_SPLIT = re.compile(
     r"(train|val|valid|validation|test)(ing)?([ _-]?(set|data|images|split|20\d\d))?", re.IGNORECASE
 )
-NO_CLASSES = frozenset(("images", "imgs", "img", "jpegimages", "annotations", "labels", "masks"))
+SMALL_COPIES = frozenset(("thumbnails", "thumbs", "previews"))
+NO_CLASSES = SMALL_COPIES | {"images", "imgs", "img", "jpegimages", "annotations", "labels", "masks"}
 MOST_CLASSES = 1_000_000  # a larger index is a mistake, and would allocate its names
 WHOLE = re.compile(r"(-?[0-9]{1,9})(\.0+)?")
 A_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?", re.IGNORECASE)
@@ -732,11 +733,20 @@ def _noticed(listing: Listing, tables: Tables, order: ClassOrder) -> Listing:
         listing.notices.append(
             f"the classes are numbered in the order of text: {shown} ...; `class_order: number` changes it"
         )
-    alike = Counter(name.casefold() for name in names)
-    twins = [name for name in names if alike[name.casefold()] > 1 and len(name) > 1]
+    alike = Counter(map(_loosely, names))
+    twins = [name for name in names if alike[_loosely(name)] > 1 and len(_loosely(name)) > 1]
     if twins:
-        listing.notices.append(f"classes that differ in case alone: {', '.join(twins[:6])}")
+        listing.notices.append(f"classes whose names differ in case or spaces alone: {', '.join(twins[:6])}")
+    copies = [name for name in listing.image_id if not SMALL_COPIES.isdisjoint(name.lower().split("/")[:-1])]
+    if copies:
+        listing.notices.append(
+            f"{len(copies):,} images lie in folders like {copies[0]!r}: small copies count as images"
+        )
     return listing
+
+
+def _loosely(name: str) -> str:
+    return re.sub(r"[\s_-]+", "", name.casefold())
 
 
 # Slots and groups

@@ -733,6 +733,24 @@ def test_folders_of_systems_and_editors_are_no_classes(tmp_path):
     assert ids(listing) == ["cat/1.png", "dog/1.png"] and listing.ignored == {"hidden": len(SYSTEM)}
 
 
+@pytest.mark.parametrize("names", [("Cat", "cat"), ("hot dog", "hot_dog"), ("cat", "cat ")])
+def test_class_names_that_are_nearly_one_are_told(tmp_path, names):
+    make(tmp_path, *(f"{name}/1.png" for name in (*names, "A", "a")))
+    (notice,) = list_imagefolder(tmp_path, ALL).notices
+    assert (
+        notice.startswith("classes whose names differ in case or spaces alone: ") and "A" not in notice.split(": ")[1]
+    )
+
+
+def test_small_copies_are_told(tmp_path):
+    make(tmp_path / "d", "cat/1.png", "cat/thumbs/1.png", "dog/Thumbnails/2.png")
+    (notice,) = list_imagefolder(tmp_path / "d", ALL).notices
+    assert notice == "2 images lie in folders like 'cat/thumbs/1.png': small copies count as images"
+    make(tmp_path / "e", "cat/1.png", "dog/1.png", "thumbnails/1.png")
+    with pytest.raises(MicrotomeError, match=r"the folder 'thumbnails' in .* lies beside 2 class folders"):
+        list_imagefolder(tmp_path / "e", ALL)
+
+
 def test_composed_and_decomposed_names_are_one_name(tmp_path):
     """macOS decomposes the names of files; tables and other systems do not."""
     composed, decomposed = "caf\u00e9", "cafe\u0301"
