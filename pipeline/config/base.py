@@ -1,9 +1,10 @@
 """Base of all sections: the strict model, common types, and reserved names."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
 RESERVED = ("networks", "layers", "done", "logs", "report")
 
@@ -21,6 +22,14 @@ PIXELS = "pixels"  # concept source: colour names computed from the pixels
 
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+
+
+def at_home(path: str) -> str:
+    """Return a path with the home folder in place of a leading `~`."""
+    return str(Path.home()) + path[1:] if path == "~" or path.startswith("~/") else path
+
+
+PathName = Annotated[str, AfterValidator(at_home)]
 
 
 Kept = Literal["full", "pooled", "none"]

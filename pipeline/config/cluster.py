@@ -6,15 +6,15 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, StringConstraints, field_validator, model_validator
 
-from pipeline.config.base import Strict
+from pipeline.config.base import PathName, Strict
 
 
 class Tls(Strict):
     """Files that authenticate scheduler, workers and this client. Results hold neither these files nor their paths."""
 
-    ca: str = Field(description="certificate (PEM) of the authority that signed all others")
-    certificate: str = Field(description="this client's certificate")
-    key: str = Field(description="its private key")
+    ca: PathName = Field(description="certificate (PEM) of the authority that signed all others")
+    certificate: PathName = Field(description="this client's certificate")
+    key: PathName = Field(description="its private key")
 
 
 Directive = Annotated[str, StringConstraints(pattern=r"^-[^\s][^\r\n]*$")]

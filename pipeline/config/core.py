@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
-from pipeline.config.base import ENDINGS, PIXELS, RESERVED, TRUTH, UNTRAINED, Name, Strict
+from pipeline.config.base import ENDINGS, PIXELS, RESERVED, TRUTH, UNTRAINED, Name, PathName, Strict
 from pipeline.config.cluster import Cluster
 from pipeline.config.datasets import AnyDataset
 from pipeline.config.networks import Network, Segmenter
@@ -36,7 +36,7 @@ class Core(Strict):
     """The names of folders that no data set, network or experiment may have."""
 
     name: Name = Field(description="name of the experiment; its report is written to report/<name>")
-    results: str = Field("results", description="folder of all results; several experiments may share it")
+    results: PathName = Field("results", description="folder of all results; several experiments may share it")
     stores: str | None = Field(
         None,
         description="`s3://bucket/prefix`: keep the chunk files of stores there (extra `s3`); default: in `results`",

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-from pipeline.config.base import PIXELS, TRUTH, Name, Share, Strict
+from pipeline.config.base import PIXELS, TRUTH, Name, PathName, Share, Strict
 
 
 class Dissect(Strict):
@@ -104,7 +104,7 @@ class Split(Strict):
     """Exactly one way to assign every image to a split."""
 
     folders: bool = Field(False, description="the first folder names the split: root/<split>/<class>/image")
-    csv: str | None = Field(None, description="CSV with columns image,split")
+    csv: PathName | None = Field(None, description="CSV with columns image,split")
     share: dict[Name, Share] | None = Field(None, description="share of each split, by a hash of the image id")
     all: Name | None = Field(None, description="one split for all images")
 
@@ -134,35 +134,59 @@ class Files(Images):
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = Field(
         0.01, description="the stage stops if a larger share of images is refused"
     )
+    exif: Literal["turn", "ignore"] | None = Field(
+        None,
+        description="what an EXIF orientation does: `turn` the image upright, with label maps that lie on the upright "
+        "image, or `ignore` it, with label maps that lie on the pixels as stored; default: turn, and refuse an image "
+        "whose label map may lie on either",
+    )
+    bits: Annotated[int, Field(ge=9, le=16)] | None = Field(
+        None, description="bits that grey of more than 8 bits uses, for example 12; default: all that the file has, 16"
+    )
+    like: Literal["torchvision"] | None = Field(
+        None, description="read files as torchvision's ImageFolder: EXIF is ignored, and transparency is dropped"
+    )
+
+    @model_validator(mode="after")
+    def _one_reading(self) -> Files:
+        if self.like is not None and self.exif == "turn":
+            raise ValueError("`like: torchvision` ignores EXIF: give it or `exif: turn`")
+        return self
+
+
+ClassOrder = Literal["name", "number"]
+CLASS_ORDER = "order of classes by their names: as text (`name`: 1, 10, 2), or by the `number` in them (1, 2, 10)"
 
 
 class ImageFolder(Files):
     """Images in one folder per class."""
 
     kind: Literal["imagefolder"] = Field(description="this kind")
-    root: str = Field(description="folder of the images")
+    root: PathName = Field(description="folder of the images")
     split: Split = Field(Split(all="validation"), description="how each image gets its split")
-    labels: str | None = Field(None, description="CSV with columns image,label, for folders without classes")
+    labels: PathName | None = Field(None, description="CSV with columns image,label, for folders without classes")
+    class_order: ClassOrder | None = Field(None, description=CLASS_ORDER + "; default: `name`")
 
 
 class Csv(Files):
     """Images listed in a table."""
 
     kind: Literal["csv"] = Field(description="this kind")
-    root: str = Field(description="base folder of the paths")
-    table: str = Field(description="CSV with columns path,label,split; the last two are optional")
+    root: PathName = Field(description="base folder of the paths")
+    table: PathName = Field(description="CSV with columns path,label,split; the last two are optional")
     split: Split | None = Field(
         None,
         description="how each image gets its split; default: the column `split`, or `validation` for all without "
         "that column",
     )
+    class_order: ClassOrder | None = Field(None, description=CLASS_ORDER + "; default: `name`")
 
 
 class ImageNet(Files):
     """ImageNet 2012, in torchvision's layout."""
 
     kind: Literal["imagenet"] = Field(description="this kind")
-    root: str = Field(description="folder with val/, train/ and meta.bin or the devkit's archive")
+    root: PathName = Field(description="folder with val/, train/ and meta.bin or the devkit's archive")
     splits: Annotated[list[Literal["train", "validation"]], Field(min_length=1)] = Field(
         ["validation"], description="splits to use"
     )
@@ -174,7 +198,7 @@ class Places365(Files):
     """Places365, in torchvision's layout."""
 
     kind: Literal["places365"] = Field(description="this kind")
-    root: str = Field(description="folder with the lists and val_256/, data_256_standard/ etc.")
+    root: PathName = Field(description="folder with the lists and val_256/, data_256_standard/ etc.")
     splits: Annotated[list[Literal["train", "train-challenge", "validation", "test"]], Field(min_length=1)] = Field(
         ["validation"], description="splits to use"
     )
@@ -187,7 +211,7 @@ class Cifar10(Images):
     """CIFAR-10, in the batches that torchvision reads."""
 
     kind: Literal["cifar10"] = Field(description="this kind")
-    root: str = Field(description="folder with cifar-10-batches-py/")
+    root: PathName = Field(description="folder with cifar-10-batches-py/")
     splits: Annotated[list[Literal["train", "test"]], Field(min_length=1)] = Field(
         ["train", "test"], description="splits to use"
     )
@@ -199,7 +223,7 @@ class Npz(Images):
     """Images in an array of a numpy file."""
 
     kind: Literal["npz"] = Field(description="this kind")
-    file: str | Annotated[dict[Name, str], Field(min_length=1)] = Field(
+    file: PathName | Annotated[dict[Name, PathName], Field(min_length=1)] = Field(
         description="an npz, with splits in its optional array `split`; or one npz per split"
     )
     x: str = Field("x", description="array of the images, uint8; `{split}` in it stands for the name of the split")
@@ -210,9 +234,17 @@ class Npz(Images):
 class LabelMaps(Strict):
     """The index maps of one category."""
 
-    folder: str = Field(description="folder of the label maps, with the layout of the images' folder")
-    classes: str = Field(description="class list: one name per line, `id name` lines, or a CSV with columns id,name")
+    folder: PathName = Field(description="folder of the label maps, with the layout of the images' folder")
+    classes: PathName = Field(
+        description="class list: one name per line, `id name` lines, or a CSV with columns id,name"
+    )
     void: list[NonNegativeInt] = Field([], description="void values: nothing is known about the pixel")
+    label_suffix: str | None = Field(
+        None, description="end of the names of the label maps, before `.png`, in place of `image_suffix`"
+    )
+
+
+Names = list[Name]  # a name for it, since the next class has a key `list`
 
 
 class Segmentation(Files):
@@ -221,11 +253,27 @@ class Segmentation(Files):
     has_truth: ClassVar[bool] = True
 
     kind: Literal["segmentation"] = Field(description="this kind")
-    concepts: list[Name] = Field([TRUTH], description=CONCEPTS)
-    root: str = Field(description="folder of the images")
+    concepts: Names = Field([TRUTH], description=CONCEPTS)
+    root: PathName = Field(description="folder of the images")
     split: Split = Field(Split(all="validation"), description="how each image gets its split")
     label_maps: Annotated[dict[Name, LabelMaps], Field(min_length=1)] = Field(description="by name of category")
-    labels: str | None = Field(None, description="CSV with columns image,label")
+    labels: PathName | None = Field(None, description="CSV with columns image,label")
+    list: PathName | Annotated[dict[Name, PathName], Field(min_length=1)] | None = Field(
+        None,
+        description="text file with the images to use, one name per line, with or without extension, as in VOC's "
+        "ImageSets; or one file per split; default: all images",
+    )
+    image_suffix: str | None = Field(
+        None,
+        description="end of the names of the images, before their extension, that their label maps lack, for example "
+        "`_leftImg8bit`; others are ignored",
+    )
+
+    @model_validator(mode="after")
+    def _splits_once(self) -> Segmentation:
+        if isinstance(self.list, dict) and "split" in self.model_fields_set:
+            raise ValueError("`list` with one file per split and `split` both say the splits: give one of them")
+        return self
 
 
 AnyDataset = Annotated[

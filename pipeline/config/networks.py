@@ -17,7 +17,7 @@ from pydantic import (
     model_validator,
 )
 
-from pipeline.config.base import Kept, Name, Positive, Share, Strict
+from pipeline.config.base import Kept, Name, PathName, Positive, Share, Strict
 from pipeline.config.patterns import fits
 from pipeline.config.recipe import Recipe
 
@@ -62,15 +62,17 @@ class NetworkSpec(BaseModel):
 
     torchvision: str | None = Field(None, description="a name that `torchvision.models.get_model` knows")
     timm: str | None = Field(None, description="a name that `timm.create_model` knows (extra `timm`)")
-    transformers: str | None = Field(
+    transformers: PathName | None = Field(
         None, description="a folder with a config.json, or a name on the hub (extra `transformers`)"
     )
-    module: str | None = Field(None, description="`path.py:function`; the function returns the network")
+    module: PathName | None = Field(None, description="`path.py:function`; the function returns the network")
     arguments: dict[str, Any] = Field(
         default_factory=dict, description="keyword arguments of the builder; for transformers, entries of its config"
     )
-    weights: str = Field(RANDOM, description="a checkpoint, `random` (the untrained control) or `train` (trained here)")
-    local: str | None = Field(
+    weights: PathName = Field(
+        RANDOM, description="a checkpoint, `random` (the untrained control) or `train` (trained here)"
+    )
+    local: PathName | None = Field(
         None, description="the published file itself (transformers: folder), if it is not in the library's cache"
     )
     download: bool = Field(False, description="download published weights that are not on this machine")
@@ -185,6 +187,13 @@ class Preprocessing(Strict):
             raise ValueError(
                 f"mean has length {len(self.mean)} and std {len(self.std)}: give each three numbers, or one for grey"
             )
+        for key, numbers in (("mean", self.mean), ("std", self.std)):
+            if max(numbers) > 1:
+                raise ValueError(
+                    f"{key} has {max(numbers):g}, but pixels lie between 0 and 1 when (x - mean) / std is computed: of "
+                    "numbers between 0 and 255, give number / 255; for a network that takes pixels of 0 to 255 give "
+                    f"std {1 / 255:.6f}, and mean / 255"
+                )
         return self
 
 
@@ -236,7 +245,7 @@ class Ablate(Strict):
 class Network(NetworkSpec):
     """A network: how to build it, its weights, and the layers to examine."""
 
-    weights: str = Field(
+    weights: PathName = Field(
         description="a .pt, .pth or .safetensors file; `train`; `random`; published weights: `pretrained` (timm, "
         "transformers), `DEFAULT` or another name (torchvision); or `randomize:<experiment>/<run>`"
     )
@@ -288,7 +297,7 @@ class Head(Strict):
     channels: tuple[NonNegativeInt, NonNegativeInt] | None = Field(
         None, description="first and last channel of that output, from 0; default: all"
     )
-    classes: str = Field(
+    classes: PathName = Field(
         description="class list: one name per line, `id name` lines, or a CSV with columns id,name and, if it "
         "covers several categories, category; or `model`: the names in the config.json of a "
         "transformers model"
@@ -306,7 +315,7 @@ class Head(Strict):
 class Segmenter(NetworkSpec):
     """A segmentation network as a source of concepts; data sets refer to it in `concepts`."""
 
-    weights: str = Field(
+    weights: PathName = Field(
         description="a .pt, .pth or .safetensors file, or published weights: `pretrained` (transformers), "
         "`DEFAULT` or another name (torchvision)"
     )

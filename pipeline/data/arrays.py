@@ -11,6 +11,7 @@ import math
 import struct
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.data.listing import MOST_CLASSES, SPLIT_NAME, STRINGS, Listing
+from pipeline.data.csv_tables import composed
+from pipeline.data.listing import MOST_CLASSES, SPLIT_NAME, STRINGS, Listing, one_name_a_split
 from pipeline.data.plain_pickle import read_dict
 from pipeline.errors import MicrotomeError, nearest
 
@@ -72,6 +74,7 @@ def list_npz(
     Raises `MicrotomeError`: no npz, no such array, a type or shape other than those of `layout` and labels, damage.
     """
     parts = {"": file} if isinstance(file, Path) else dict(sorted(file.items()))
+    one_name_a_split(parts, "the files")
     ids, label, split, size, time = [], [], [], [], []
     for name, path in parts.items():
         found = member(path, images.replace("{split}", name))
@@ -222,6 +225,7 @@ def _splits(path: Path, count: int) -> list[str]:
     wrong = next((name for name in set(names) if not SPLIT_NAME.fullmatch(name)), None)
     if wrong is not None:
         raise MicrotomeError(f"{path} has the split {wrong!r}; expected letters, digits and . _ -, at most 64")
+    one_name_a_split(names, f"array 'split' of {path}")
     return ["validation" if name == "val" else name for name in names]
 
 
@@ -231,6 +235,9 @@ def _classes(label: np.ndarray, classes: Sequence[str] | None, path: Path) -> li
         return [str(number) for number in range(count)]
     if count > len(classes):
         raise MicrotomeError(f"{path} has the label {count - 1}, but {len(classes)} classes are named")
+    twice = [name for name, of in Counter(map(composed, classes)).items() if of > 1]
+    if twice:
+        raise MicrotomeError(f"two classes of {path} have the name {twice[0]!r}; make them differ")
     return list(classes)
 
 

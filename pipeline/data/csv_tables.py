@@ -1,8 +1,9 @@
 """CSV tables with one row per image, read as columns; every error names its line."""
 
 import csv
-from collections.abc import Sequence
-from dataclasses import dataclass
+import unicodedata
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.errors import MicrotomeError, nearest
@@ -10,15 +11,20 @@ from pipeline.errors import MicrotomeError, nearest
 IMAGE_COLUMNS = ("image_id", "image", "path", "file")
 LABEL_COLUMNS = ("label", "class_index", "class")
 SPLIT_COLUMNS = ("split",)
+SAMPLE = 100  # rows by which one of several columns of images is chosen
 
 
 @dataclass(frozen=True)
 class Table:
-    """A CSV table in UTF-8 with a header. Column names are in lower case; `lines` holds the line of each row."""
+    """A CSV table in UTF-8 with a header. Column names are in lower case; `lines` holds the line of each row.
+
+    `used` collects the names of the columns that were asked for.
+    """
 
     path: Path
     lines: list[int]
     columns: dict[str, list[str]]
+    used: set[str] = field(default_factory=set)
 
     def find(self, names: Sequence[str]) -> str | None:
         """Return the first of these columns that exists, or None."""
@@ -30,11 +36,18 @@ class Table:
         if found is None:
             there = ", ".join(self.columns) or "(none)"
             raise MicrotomeError(f"{self.path} has the columns {there}; expected one of {', '.join(names)}")
+        self.used.add(found)
         return found
 
-    def images(self) -> list[str]:
-        """Return the image of each row, as written; no image may appear twice."""
-        images = self.columns[self.column(IMAGE_COLUMNS)]
+    def images(self, is_image: Callable[[str], bool]) -> list[str]:
+        """Return the image of each row, as written; no image may appear twice.
+
+        Of several columns of images, the one is taken in which most of the first rows satisfy `is_image`.
+        """
+        there = [name for name in IMAGE_COLUMNS if name in self.columns]
+        if len(there) > 1:
+            there.sort(key=lambda name: -sum(map(is_image, self.columns[name][:SAMPLE])))  # stable: else the first
+        images = self.columns[self.column(there or IMAGE_COLUMNS)]
         if len(set(images)) < len(images):
             first: dict[str, int] = {}
             for line, image in zip(self.lines, images, strict=True):
@@ -51,6 +64,11 @@ class Table:
             image = self.columns[self.column(IMAGE_COLUMNS)][at]
             raise MicrotomeError(f"{self.line(self.lines[at])} has an empty {name!r} for {image!r}")
         return values
+
+    @property
+    def unused(self) -> list[str]:
+        """Return the names of the columns that were not asked for."""
+        return [name or "(a column without a name)" for name in self.columns if name not in self.used]
 
     def line(self, number: int) -> str:
         return f"line {number} of {self.path}"
@@ -85,11 +103,38 @@ def read_table(path: Path) -> Table:
     return Table(Path(path), lines, dict(zip(header, columns, strict=True)))
 
 
+class Tables(dict[Path, Table]):
+    """The tables of one data set, each read once; so a column that any of its uses needs counts as used."""
+
+    def __missing__(self, path: Path) -> Table:
+        self[path] = read_table(path)
+        return self[path]
+
+    def notices(self) -> list[str]:
+        """Return a line on the columns of each table that are not used."""
+        return [f"{path.name}: not used: {', '.join(table.unused)}" for path, table in self.items() if table.unused]
+
+
+def composed(name: str) -> str:
+    """Return a name in Unicode's composed form (NFC): macOS decomposes the names of files."""
+    return name if name.isascii() else unicodedata.normalize("NFC", name)
+
+
 def rows_of(table: Table, image_ids: Sequence[str], what: str) -> list[int]:
     """Return the row of each image; every row must name a listed image, and every image must have a row."""
-    images = table.images()
-    row_of = dict(zip(images, range(len(images)), strict=True))
     known = set(image_ids)
+    form = {composed(image): image for image in image_ids}
+
+    def listed(image: str) -> str:
+        return image if image in known else form.get(composed(image), image)
+
+    images = [listed(image) for image in table.images(lambda image: listed(image) in known)]
+    row_of: dict[str, int] = {}
+    for row, image in enumerate(images):
+        if (first := row_of.setdefault(image, row)) != row:
+            raise MicrotomeError(
+                f"{table.line(table.lines[row])} names {image!r} again, first on line {table.lines[first]}"
+            )
     unknown = next((image for image in images if image not in known), None)
     if unknown is not None:
         hint = nearest(unknown, image_ids) if len(known) <= 10_000 else ""  # it compares with every name

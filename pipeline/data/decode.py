@@ -62,6 +62,22 @@ class Refused(MicrotomeError):  # noqa: N818 - an outcome that a stage records
 
 
 @dataclass(frozen=True)
+class Reading:
+    """How a file's pixels are read, before `Geometry`.
+
+    upright: whether the image is turned by its EXIF orientation. composited: whether transparent pixels show white;
+    otherwise, their own colour. bits: of grey with more than 8, if it uses fewer than the file has (12 of 16); or None.
+    """
+
+    upright: bool = True
+    composited: bool = True
+    bits: int | None = None
+
+
+AS_STATED = Reading()
+
+
+@dataclass(frozen=True)
 class Geometry:
     """The resize and crop that turn an upright image into the array a network sees.
 
@@ -108,32 +124,59 @@ class Geometry:
         return self.offsets(*self.resized(height, width))[2:]
 
 
-def decode(path: Path | str, geometry: Geometry, max_pixels: int) -> np.ndarray:
+def decode(path: Path | str, geometry: Geometry, max_pixels: int, reading: Reading = AS_STATED) -> np.ndarray:
     """Return the image in `path` as uint8 (3, height, width), in RGB.
 
-    The image is turned upright (EXIF) before anything else. Grey is repeated, palettes are looked up, CMYK and YCCK are
-    converted by Pillow's formula (colour profiles are not applied), transparency is composited over white, 16-bit grey
-    is divided by 257 and rounded (other depths by their own maximum). Of an animation, the first frame is taken.
+    Unless `reading` says otherwise, the image is turned upright (EXIF) before anything else. Grey is repeated, palettes
+    are looked up, CMYK and YCCK are converted by Pillow's formula (colour profiles are not applied), transparency is
+    composited over white, 16-bit grey is divided by 257 and rounded (other depths by their own maximum). Of an
+    animation, the first frame is taken.
 
     Raises `Refused`: not a regular file, not one of `FORMATS`, more than `max_pixels` before or after the resize,
-    truncated, or pixels whose range is unknown (32-bit and float).
+    truncated, pixels whose range is unknown (32-bit and float), or values of more bits than `reading.bits`.
     """
     with opened(path, FORMATS, max_pixels) as image:
+        deep_colours = ";16" in str(image.tile[0][3]) if image.tile else False
+        if not reading.upright and image.format == "TIFF" and orientation(image) != 1:
+            raise Refused("a TIFF with an orientation, which is always turned upright: save it without one")
         image.load()
-        upright = turn_upright(to_rgb(image), image)
+        if reading.bits is not None and deep_colours and not _is_deep_grey(image):
+            raise Refused(
+                f"colours of 16 bits, whose upper bytes alone can be read; `bits: {reading.bits}` is for grey"
+            )
+        upright = to_rgb(image, reading)
+        if reading.upright:
+            upright = turn_upright(upright, image)
     return transform_image(upright, geometry, max_pixels)
 
 
-def size_of(path: Path | str, max_pixels: int) -> tuple[int, int]:
-    """Return (height, width) of the upright image, from the header.
+def deepest(path: Path | str, max_pixels: int) -> int | None:
+    """Return the largest value of an image of 16-bit grey; None for others. Raises `Refused` as `decode`."""
+    with opened(path, FORMATS, max_pixels) as image:
+        if not _is_deep_grey(image):
+            return None
+        image.load()
+        return int(np.asarray(image).max())
+
+
+def size_of(path: Path | str, max_pixels: int, reading: Reading = AS_STATED) -> tuple[int, int]:
+    """Return (height, width) of the image as `reading` turns it, from the header.
 
     A PNG is read to its end, since its EXIF may be there. Raises `Refused` as `decode`.
     """
-    with opened(path, FORMATS, max_pixels) as image:
+    return size_and_orientation(path, max_pixels, reading)[0]
+
+
+def size_and_orientation(
+    path: Path | str, max_pixels: int, reading: Reading = AS_STATED, formats: tuple[str, ...] = FORMATS
+) -> tuple[tuple[int, int], int]:
+    """Return (height, width) as `size_of`, and the EXIF orientation, 1 to 8."""
+    with opened(path, formats, max_pixels) as image:
         width, height = image.size
+        turned = orientation(image)
         # Pillow has already swapped the sides of a TIFF.
-        sideways = image.format != "TIFF" and orientation(image) >= 5
-        return (width, height) if sideways else (height, width)
+        swap = turned >= 5 and reading.upright and image.format != "TIFF"
+        return ((width, height) if swap else (height, width)), turned
 
 
 def transform_image(image: Image.Image, geometry: Geometry, max_pixels: int) -> np.ndarray:
@@ -171,7 +214,7 @@ def transform_label_map(
     """
     height, width = label_map.shape
     image_height, image_width = image_size or (height, width)
-    if not _same_shape(height, width, image_height, image_width):
+    if not same_shape(height, width, image_height, image_width):
         raise Refused(f"the label map is {width}x{height}, but its image is {image_width}x{image_height}")
     target_height, target_width = geometry.resized(image_height, image_width)
     top, left, rows, columns = geometry.offsets(target_height, target_width)
@@ -185,7 +228,7 @@ def _nearest(source: int, target: int) -> np.ndarray:
     return (2 * np.arange(target, dtype=np.int64) + 1) * source // (2 * target)
 
 
-def _same_shape(height: int, width: int, image_height: int, image_width: int) -> bool:
+def same_shape(height: int, width: int, image_height: int, image_width: int) -> bool:
     """Return whether a label map has the shape of its image, up to less than one pixel of the map."""
     difference = abs(height * image_width - width * image_height)
     return difference < image_width or difference < image_height
@@ -256,29 +299,35 @@ def turn_upright(image: Image.Image, source: Image.Image) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
+def _is_deep_grey(image: Image.Image) -> bool:
+    return image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+
+
+def to_rgb(image: Image.Image, reading: Reading = AS_STATED) -> Image.Image:
     """Return a loaded image of any mode in RGB; `Refused` if the range of its values is unknown."""
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
-        return _deep_grey_to_rgb(image)
+    if _is_deep_grey(image):
+        return _deep_grey_to_rgb(image, reading)
     if image.mode in ("I", "F"):
         kind = "32-bit integer" if image.mode == "I" else "float"
         raise Refused(f"{kind} pixels: their range is not known; save them with 8 or 16 bits")
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+    if reading.composited and (image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info):
         coloured = image.convert("RGBA")
         background = Image.new("RGBA", coloured.size, (*BACKGROUND, 255))
         return Image.alpha_composite(background, coloured).convert("RGB")
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _deep_grey_to_rgb(image: Image.Image) -> Image.Image:
+def _deep_grey_to_rgb(image: Image.Image, reading: Reading) -> Image.Image:
     """Return grey of more than 8 bits in RGB: the largest value becomes 255, rounded (16 bits: value / 257)."""
     values = np.asarray(image).astype(np.int64)
     tags = getattr(image, "tag_v2", {})
-    bits = tags.get(BITS_PER_SAMPLE, (16,))[0]
+    bits = reading.bits or tags.get(BITS_PER_SAMPLE, (16,))[0]
     largest = 2**bits - 1
+    if values.max(initial=0) > largest:
+        raise Refused(f"the value {values.max():,} in an image of `bits: {bits}`, whose largest is {largest:,}")
     grey = (values * 255 + largest // 2) // largest
     if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:  # Pillow keeps 16 bits as stored
         grey = 255 - grey
-    if isinstance(image.info.get("transparency"), int):
+    if reading.composited and isinstance(image.info.get("transparency"), int):
         grey[values == image.info["transparency"]] = BACKGROUND[0]
     return Image.fromarray(np.repeat(grey[..., None].astype(np.uint8), 3, axis=2))

@@ -5,20 +5,23 @@ Each kind has one branch in each function here, and one section in `pipeline.con
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, assert_never
 
 import numpy as np
 
+from pipeline.config.base import TRUTH
 from pipeline.config.datasets import (
     AnyDataset,
     Cifar10,
     Csv,
+    Files,
     ImageFolder,
     ImageNet,
     Images,
@@ -34,9 +37,13 @@ from pipeline.errors import MicrotomeError, nearest
 from pipeline.storage.identity import digest
 
 if TYPE_CHECKING:
-    from pipeline.data.decode import Geometry
+    from pipeline.data.decode import Geometry, Reading
     from pipeline.data.label_maps import ClassList
     from pipeline.data.listing import Listing, SplitRule
+
+
+SHOWN = 3  # classes that the plan names
+LOOKED_AT = 8  # images whose range of grey is looked at
 
 
 @dataclass(frozen=True)
@@ -44,12 +51,15 @@ class Summary:
     """What the plan needs to know about a data set.
 
     `settings` determine its id, `splits` has the images of each split, and `classes` is how many classes the images are
-    labelled with (0: no image has a label).
+    labelled with (0: no image has a label); `names` are those of the first. `notices` are lines on what a user may have
+    meant otherwise.
     """
 
     settings: dict[str, Any]
     splits: dict[str, int]
     classes: int
+    names: list[str] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
 
     def require(self, name: str, split: str) -> None:
         """Raise `MicrotomeError` if the data set of this name has no image of a split."""
@@ -75,7 +85,13 @@ def summary(dataset: AnyDataset, scratch: Path, version: int, rescan: bool = Fal
     began = time.time_ns()
     listed = listing(dataset, scratch, rescan)
     classes = len(listed.classes) if (listed.label >= 0).any() else 0
-    made = Summary(settings(dataset, listed), listed.splits(), classes)
+    made = Summary(
+        settings(dataset, listed),
+        listed.splits(),
+        classes,
+        listed.classes[:SHOWN],
+        [*listed.notices, *_range_of_grey(dataset, listed)],
+    )
     _remember(memory, made, listed, scratch, began)
     return made
 
@@ -112,9 +128,45 @@ def _remember(memory: Path, made: Summary, listed: Listing, scratch: Path, began
         return  # the next start lists again
 
 
+def described(name: str, dataset: AnyDataset, made: Summary) -> Iterator[str]:
+    """Yield lines on what is read from a data set: its first classes, its splits, the first concepts of label maps."""
+    classes = f"{made.classes:,} classes ({_pairs(dict(enumerate(made.names)), made.classes)})"
+    splits = ", ".join(f"{split} {count:,}" for split, count in made.splits.items())
+    yield f"{name}: {classes if made.classes else 'no labels'}; images: {splits}"
+    if isinstance(dataset, Segmentation) and TRUTH in dataset.concepts:
+        for category, maps in dataset.label_maps.items():
+            concepts = class_list(maps).concepts()
+            yield f"{name}, label maps {category}: {len(concepts):,} concepts ({_pairs(concepts, len(concepts))})"
+
+
+def _pairs(names: Mapping[int, str], count: int) -> str:
+    shown = [f"{index} → {name}" for index, name in list(names.items())[:SHOWN]]
+    return ", ".join([*shown, "..."] if count > len(shown) else shown)
+
+
+def _range_of_grey(dataset: AnyDataset, listed: Listing) -> list[str]:
+    """Return a line on the range that is taken for grey of 16 bits, if some of a few images are such."""
+    from pipeline.data.decode import Refused, deepest
+
+    if not isinstance(dataset, Files) or dataset.bits is not None:
+        return []
+    found = []
+    for at in np.unique(np.linspace(0, len(listed) - 1, LOOKED_AT).astype(int)):
+        with contextlib.suppress(Refused):
+            found.append(deepest(listed.path(at), dataset.max_pixels))
+    largest = max((value for value in found if value is not None), default=None)
+    if largest is None:
+        return []
+    bits = max(9, largest.bit_length())
+    hint = f"; if they use {bits} bits, give `bits: {bits}`" if bits < 16 else ""
+    return [f"16-bit grey: 0 to 65,535 becomes 0 to 255; of {len(found)} images the largest value is {largest:,}{hint}"]
+
+
 def settings(dataset: AnyDataset, listed: Listing) -> dict[str, Any]:
     """Return what the data set's id is made of: the snapshot of its listing, and how an image becomes an array."""
-    made_of = {
+    from pipeline.data.decode import AS_STATED
+
+    made_of: dict[str, Any] = {
         "kind": dataset.kind,
         "listing": listed.digest(),
         "images": len(listed.images),
@@ -128,6 +180,8 @@ def settings(dataset: AnyDataset, listed: Listing) -> dict[str, Any]:
         made_of["scenes"] = VERSION
     else:
         made_of |= {"geometry": repr(geometry(dataset)), "max_pixels": dataset.max_pixels}
+    if other := {key: value for key, value in asdict(reading(dataset)).items() if value != asdict(AS_STATED)[key]}:
+        made_of["reading"] = other
     if isinstance(dataset, Npz):
         made_of["array"] = dataset.x
     return made_of
@@ -166,7 +220,12 @@ def _all_images(dataset: AnyDataset, scratch: Path, rescan: bool) -> Listing:
             return _list_scenes(dataset)
         case ImageFolder():
             return files.list_imagefolder(
-                dataset.root, split_rule(dataset.split), _path(dataset.labels), cache=scratch, rescan=rescan
+                dataset.root,
+                split_rule(dataset.split),
+                _path(dataset.labels),
+                cache=scratch,
+                rescan=rescan,
+                order=dataset.class_order or "name",
             )
         case Segmentation():
             return files.list_segmentation(
@@ -176,10 +235,13 @@ def _all_images(dataset: AnyDataset, scratch: Path, rescan: bool) -> Listing:
                 _path(dataset.labels),
                 cache=scratch,
                 rescan=rescan,
+                lists=_lists(dataset.list),
+                image_suffix=_ending(dataset.image_suffix),
+                label_suffixes={name: _ending(maps.label_suffix) for name, maps in dataset.label_maps.items()},
             )
         case Csv():
             rule = split_rule(dataset.split) if dataset.split is not None else None
-            return files.list_table(dataset.root, dataset.table, rule, scratch, rescan)
+            return files.list_table(dataset.root, dataset.table, rule, scratch, rescan, dataset.class_order or "name")
         case ImageNet():
             return known_datasets.list_imagenet(
                 Path(dataset.root), dataset.splits, dataset.verify, dataset.unpack, scratch, rescan
@@ -196,6 +258,18 @@ def _all_images(dataset: AnyDataset, scratch: Path, rescan: bool) -> Listing:
             return arrays.list_npz(_npz_files(dataset), dataset.x, dataset.y, dataset.classes)
         case _:
             assert_never(dataset)
+
+
+def _lists(value: str | Mapping[str, str] | None) -> Path | dict[str, Path] | None:
+    return {split: Path(file) for split, file in value.items()} if isinstance(value, Mapping) else _path(value)
+
+
+def _ending(suffix: str | None) -> str:
+    """Return the end of names before their extension, which may be part of what was given."""
+    from pipeline.data.listing import IMAGE_EXTENSIONS
+
+    ending = Path(suffix or "")
+    return (suffix or "").removesuffix(ending.suffix) if ending.suffix.lower() in IMAGE_EXTENSIONS else suffix or ""
 
 
 def _npz_files(dataset: Npz) -> Path | dict[str, Path]:
@@ -245,6 +319,16 @@ def geometry(dataset: Images) -> Geometry:
     return Geometry(resize=resize, crop=dataset.crop)
 
 
+def reading(dataset: AnyDataset) -> Reading:
+    """Return how the files of a data set are read."""
+    from pipeline.data.decode import AS_STATED, Reading
+
+    if not isinstance(dataset, Files):
+        return AS_STATED
+    like = dataset.like is not None
+    return Reading(upright=not like and dataset.exif != "ignore", composited=not like, bits=dataset.bits)
+
+
 def image_size(dataset: AnyDataset, listed: Listing) -> tuple[int, int]:
     """Return (height, width) of every image; without a crop or a squash, that of the first readable image."""
     if isinstance(dataset, Scenes):
@@ -271,7 +355,7 @@ def image_size(dataset: AnyDataset, listed: Listing) -> tuple[int, int]:
     reason = "no images"
     for index in range(len(listed)):
         try:
-            return geometry(dataset).output_size(*size_of(listed.path(index), dataset.max_pixels))
+            return geometry(dataset).output_size(*size_of(listed.path(index), dataset.max_pixels, reading(dataset)))
         except Refused as error:
             reason = error.reason
     raise MicrotomeError(f"{dataset.root}: not one of {len(listed)} images can be read; the last: {reason}")
@@ -296,7 +380,7 @@ def read_image(dataset: AnyDataset, image_id: str, size: tuple[int, int]) -> np.
             pixels = cifar10_image(Path(dataset.root), split, int(index))
             image = transform_array(pixels, geometry(dataset), dataset.max_pixels)
         case _:
-            image = decode(Path(dataset.root) / image_id, geometry(dataset), dataset.max_pixels)
+            image = decode(Path(dataset.root) / image_id, geometry(dataset), dataset.max_pixels, reading(dataset))
     if image.shape[1:] != size:
         raise Refused(
             f"{image.shape[2]}x{image.shape[1]} pixels, expected {size[1]}x{size[0]} as the first image: "
@@ -339,7 +423,7 @@ def truth_categories(dataset: AnyDataset) -> dict[str, list[str]]:
             return {category: list(names) for category, names in CONCEPTS.items()}
         case Segmentation():
             return {
-                category: list(_class_list(maps).concepts().values()) for category, maps in dataset.label_maps.items()
+                category: list(class_list(maps).concepts().values()) for category, maps in dataset.label_maps.items()
             }
         case _:
             return {}
@@ -352,8 +436,8 @@ def read_label_maps(
 
     `paths` are the image's label maps by category, if the data set has such files.
     """
-    from pipeline.data.decode import Refused, size_of
-    from pipeline.data.label_maps import decode_label_map
+    from pipeline.data.decode import Refused, size_and_orientation
+    from pipeline.data.label_maps import check_orientation, decode_label_map
 
     match dataset:
         case Scenes():
@@ -361,14 +445,17 @@ def read_label_maps(
 
             return dict(zip(CATEGORIES, _scene(dataset, image_id, image=False)[0], strict=True))
         case Segmentation():
-            image_size = size_of(Path(dataset.root) / image_id, dataset.max_pixels)
+            most, own = dataset.max_pixels, reading(dataset)
+            image_size, turned = size_and_orientation(Path(dataset.root) / image_id, most, own)
             found = {}
             for category, maps in dataset.label_maps.items():
                 path = paths.get(category)
                 if path is None:
                     raise Refused(f"no label map of category {category!r}")
                 classes, lookup = _lookup(maps.model_dump_json(), Path(maps.classes).stat().st_mtime_ns)
-                label_map = decode_label_map(path, classes, lookup, geometry(dataset), image_size, dataset.max_pixels)
+                if own.upright and dataset.exif is None:
+                    check_orientation(path, image_size, turned, most)
+                label_map = decode_label_map(path, classes, lookup, geometry(dataset), image_size, most, own.upright)
                 if label_map.shape != size:
                     raise Refused(f"label map {path} gives {label_map.shape}, expected {size}")
                 found[category] = label_map
@@ -380,11 +467,12 @@ def read_label_maps(
 @functools.lru_cache(maxsize=64)
 def _lookup(maps: str, mtime_ns: int) -> tuple[ClassList, np.ndarray]:
     """Return class list and look-up table of a category, built once per worker, configuration and time of the list."""
-    classes = _class_list(LabelMaps.model_validate_json(maps))
+    classes = class_list(LabelMaps.model_validate_json(maps))
     return classes, classes.lookup({name: at + 1 for at, name in enumerate(classes.concepts().values())})
 
 
-def _class_list(maps: LabelMaps) -> ClassList:
+def class_list(maps: LabelMaps) -> ClassList:
+    """Return the class list of a category of label maps."""
     from pipeline.data.label_maps import read_class_list
 
     return read_class_list(maps.classes, maps.void)

@@ -19,7 +19,14 @@ import numpy as np
 from pipeline.errors import MicrotomeError
 
 CACHE_FROM = 20_000  # fewer files are listed again every time: it takes a moment and also sees files changed in place
-CACHE_VERSION = 2
+CACHE_VERSION = 3
+SYSTEM = frozenset(  # folders and files that systems, editors and disk stations put beside images; no user named them
+    (
+        "__MACOSX", "@eaDir", "@Recycle", "@Recently-Snapshot", "@tmp", "#recycle", "#snapshot", "#SynoRecycle",
+        "$RECYCLE.BIN", "RECYCLER", "System Volume Information", "lost+found", "Thumbs.db", "ehthumbs.db",
+        "desktop.ini", "Icon\r", "Network Trash Folder", "Temporary Items", "__pycache__",
+    )
+)  # fmt: skip
 CACHE_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error)
 SETTLED_NS = 2_000_000_000  # a folder changed just before it was listed may change again within one tick of its clock
 ABSENT = (-1, -1)
@@ -31,7 +38,7 @@ class Files:
 
     size, mtime_ns: int64; -1 if a file is a broken link, a pipe, or the like, or is missing.
     folders: relative name ("" for the folder itself) -> (mtime_ns, inode), read before the folder was.
-    hidden: number of skipped names that start with a dot (and `__MACOSX`).
+    hidden: number of skipped names: those that start with a dot, and those of `SYSTEM`.
     """
 
     names: list[str]
@@ -116,7 +123,7 @@ def look_up(root: Path | str, names: Sequence[str]) -> Files:
 
 
 def scan(root: Path | str) -> Files:
-    """Walk `root` and return its files, whatever their type; follow links, skip names with a leading dot.
+    """Walk `root` and return its files, whatever their type; follow links, skip hidden names and those of `SYSTEM`.
 
     Raises `MicrotomeError` if a folder is missing or cannot be read, and if links lead to one folder twice: images
     would be counted twice, or the walk would never end.
@@ -145,7 +152,7 @@ def scan(root: Path | str) -> Files:
         with entries:
             for entry in entries:
                 name = entry.name
-                if name[0] == "." or name == "__MACOSX":
+                if name[0] == "." or name in SYSTEM:
                     hidden += 1
                 elif _is_folder(entry):
                     waiting.append(prefix + name)

@@ -52,7 +52,8 @@ def settings(spec: Segmenter, digests: FileDigests) -> dict[str, Any]:
         "resize": spec.resize,
         "numerics": spec.numerics.model_dump(),
         "categories": {
-            name: head.model_dump() | {"classes": MODEL if head.classes == MODEL else digests(head.classes)}
+            name: head.model_dump()
+            | {"classes": MODEL if head.classes == MODEL else class_list(name, head, spec).digest(digests)}
             for name, head in spec.categories.items()
         },
     }

@@ -37,7 +37,20 @@ def make(config: Core, rescan: bool = False, arguments: Sequence[str] = ()) -> P
             draft.steps[step.manifest] = step
     digests.save()
     splits = {name: summary.splits for name, summary in draft.summaries.items()}
-    return Plan(config, draft.steps, draft.networks, draft.originals, splits, tuple(arguments))
+    described = [
+        line for name, made in draft.summaries.items() for line in kinds.described(name, config.datasets[name], made)
+    ]
+    notices = [f"{name}: {notice}" for name, made in draft.summaries.items() for notice in made.notices]
+    return Plan(
+        config,
+        draft.steps,
+        draft.networks,
+        draft.originals,
+        splits,
+        tuple(arguments),
+        tuple(described),
+        tuple(notices),
+    )
 
 
 def summaries(config: Core, rescan: bool) -> dict[str, Summary]:

@@ -75,6 +75,8 @@ class Run:
         self.lock = RunLock(self.plan.results)
         preflight.check(self.plan, probe=dry)
         costs = forecast.forecast(self.plan)
+        for line in (*(self.plan.described if dry else ()), *self.plan.notices):
+            print(line, file=sys.stderr)
         if dry:
             said = (*preflight.sizes(self.plan), *forecast.lines(self.plan, costs))
             for line in (*said, *settle.settle(self.plan, dry=True)):

@@ -88,8 +88,15 @@ def settings_of(dataset: AnyDataset, known: Mapping[str, Any], digests: FileDige
     optional: dict[str, Any] = {}
     if isinstance(dataset, Segmentation) and TRUTH in dataset.concepts:
         optional["classes"] = {
-            name: ClassList(list=digests(maps.classes), void=maps.void) for name, maps in dataset.label_maps.items()
+            name: ClassList(
+                list=kinds.class_list(maps).digest(digests),
+                void=maps.void,
+                **({"suffix": maps.label_suffix} if maps.label_suffix is not None else {}),
+            )
+            for name, maps in dataset.label_maps.items()
         }
+        if dataset.exif is not None:
+            optional["exif"] = dataset.exif
     if named := [name for name in dataset.concepts if name in known]:
         optional["segmenters"] = {name: segmenters.settings(known[name], digests) for name in named}
     return Settings(
@@ -210,6 +217,7 @@ def parts_of(
             else:
                 classes = (settings.classes or {}).get(name)
                 made_of = [records[shard], classes.written() if classes is not None else None]
+                made_of += [settings.exif] if settings.exif is not None else []
             ids[str(shard)] = digest([VERSION, *made_of, category, own_numbers, settings.label_map_size])
         found[category] = Parts(store, ids, ledger, suffix=f" {category}")
     return found

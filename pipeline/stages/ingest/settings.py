@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pipeline.storage.record import Record
 
 
@@ -12,6 +14,7 @@ class Settings(Record):
     ----------
     listing : digest of the whole listing. images : their number. size : (height, width). source : where they come from.
     scenes : version of the drawn scenes. geometry, max_pixels : how a file is decoded. array : of an npz file.
+    reading : how files are read, where it differs from `pipeline.data.decode.AS_STATED`.
     """
 
     kind: str
@@ -24,3 +27,4 @@ class Settings(Record):
     geometry: str | None = None
     max_pixels: int | None = None
     array: str | None = None
+    reading: dict[str, Any] | None = None

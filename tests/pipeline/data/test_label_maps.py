@@ -207,3 +207,87 @@ def test_camvid_label_maps():
     with Image.open(path) as image:
         stored = np.asarray(image)
     np.testing.assert_array_equal(numbers, np.where(stored == 11, 0, stored + 1))
+
+
+# Class lists in formats that people have
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "# id name\n1 wall\n2 road\n",
+        "1,wall\n2,road\n",
+        "1: wall\n2: road\n",
+        "1. wall\n2. road\n",
+        "wall 1\nroad 2\n",
+        "wall,1\nroad,2\n",
+        "wall: 1.0\nroad: 2.0\n",
+    ],
+)
+def test_separators_comments_and_indices_behind_names_are_read(tmp_path, text):
+    path = tmp_path / "a.txt"
+    path.write_text(text)
+    classes = read_class_list(path)
+    assert classes.concepts() == {1: "wall", 2: "road"}
+    # Earlier versions read such a file otherwise: what they made of it must not be taken for this.
+    assert classes.digest(lambda _: "digest") == "digest by marks"
+
+
+def test_plain_class_lists_keep_their_digest(tmp_path):
+    path = tmp_path / "a.txt"
+    for text in (
+        "1 wall\n2 =road, side\n",
+        "class 0\nclass 1\n",
+        "0 0\n1 1\n",
+        "1 zone 1\n2 zone 2\n",
+        "wall\n3d thing\n",
+    ):
+        path.write_text(text)
+        assert read_class_list(path).digest(lambda _: "digest") == "digest"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("-1 none\n0 wall\n", r"line 1 of .* is '-1' 'none'; expected an index"),
+        ("id name\n1 wall\n", r"line 2 of .* '1 wall', begins with the number 1, in a list of names alone"),
+        ("name\nwall\nroad\n", r"line 1 of .* 'name', is a heading"),
+        ("wall\nlane 2\nroad\n", r"line 2 of .* ends with the number 2, .* it would be index 1"),
+        ("zone 1\nzone 2\n", r"line 1 of .* ends with the number 1"),
+        ("# classes\nwall\nroad\n", r"line 1 of .* begins with a mark"),
+        ("wall,\nroad,\n", r"line 1 of .* ends with a mark"),
+        ("names:\n  0: wall\n", r"line 1 of .* 'names:', ends with a mark"),
+        ("wall.\nroad.\n", r"line 1 of .* ends with a mark"),
+        ("0 0 0 wall\n128 0 0 road\n", r"line 1 of .* holds a colour"),
+        ("wall 0 0 0\nroad 128 0 0\n", r"line 1 of .* holds a colour"),
+        ("1 wall\n2 road (128, 0, 0)\n", r"line 2 of .* holds a colour"),
+        ("1 wall #a0b0c0\n", r"line 1 of .* holds a colour"),
+        ("7 road 0\n8 wall 1\n", r"line 1 of .* and all others have two numbers"),
+        ("road 7 0\nwall 8 1\n", r"line 1 of .* and all others have two numbers"),
+        ("0 7 road\n1 8 wall\n", r"line 1 of .* begins with two numbers"),
+    ],
+)
+def test_class_lists_that_may_mean_two_things_are_refused(tmp_path, text, message):
+    (tmp_path / "a.txt").write_text(text)
+    with pytest.raises(MicrotomeError, match=message):
+        read_class_list(tmp_path / "a.txt")
+
+
+def test_other_numbers_in_a_second_column_are_refused(tmp_path):
+    (tmp_path / "a.csv").write_text("id,index,name\n7,0,road\n")
+    with pytest.raises(MicrotomeError, match=r"line 2 of .* has other numbers in id and index"):
+        read_class_list(tmp_path / "a.csv")
+    (tmp_path / "a.csv").write_text("id,index,name\n7,7,road\n")
+    assert read_class_list(tmp_path / "a.csv").concepts() == {7: "road"}
+
+
+@pytest.mark.parametrize("first", ["wall", "north", "backpack"])
+def test_names_alone_whose_first_is_void_are_refused_unless_it_says_so(tmp_path, first):
+    path = tmp_path / "a.txt"
+    path.write_text(f"{first}\nroad\n")
+    with pytest.raises(MicrotomeError, match=f"is '{first}' void, or index 1\\? Write `0 {first}` or `1 {first}`"):
+        read_class_list(path, void=[0])
+    assert read_class_list(path, void=[255]).concepts() == {0: first, 1: "road"}
+    for nothing in ("void", "_background_", "Unlabelled", "no label", "unlabeled"):
+        path.write_text(f"{nothing}\n{first}\n")
+        assert read_class_list(path, void=[0]).concepts() == {1: first}

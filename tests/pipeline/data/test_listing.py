@@ -562,6 +562,272 @@ def test_segmentations_that_are_refused(scenes):
         list_segmentation(scenes / "images", {"object": scenes / "masks"}, ALL)
 
 
+# What labels, splits and folders may mean
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected", "classes"),
+    [
+        (["0.0", "10.0", "2.0"], [0, 10, 2], [str(i) for i in range(11)]),
+        (["0", "1.00", "-1"], [0, 1, -1], ["0", "1"]),
+        (["-1.0", "-1", "0"], [-1, -1, 0], ["0"]),
+        (["-1", "-1", "-1"], [-1, -1, -1], []),
+        (["cat", "-1", "dog"], [0, -1, 1], ["cat", "dog"]),
+        (["0", "A", "9"], [0, 2, 1], ["0", "9", "A"]),  # names, some of which are digits
+        (["123456789012", "3", "4"], [0, 1, 2], ["123456789012", "3", "4"]),
+    ],
+)
+def test_labels_are_numbers_where_they_are_whole_and_minus_one_is_none(tmp_path, labels, expected, classes):
+    rows = (f"{i},{label}\n" for i, label in zip("abc", labels, strict=True))
+    (tmp_path / "t.csv").write_text("image,label\n" + "".join(rows))
+    label, found = read_labels(tmp_path / "t.csv", ["a", "b", "c"])
+    assert label.tolist() == expected and found == classes
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("image,label\na,0\nb,0.5\n", r"line 3 of .* has the label '0.5' among numbers; expected whole numbers"),
+        ("image,label\na,0\nb,nan\n", r"line 3 of .* has the label 'nan' among numbers"),
+        ("image,label\na,1e0\nb,10\n", r"line 2 of .* has the label '1e0' among numbers"),
+        ("image,label\na,N/A\nb,10\n", r"line 2 of .* has the label 'N/A' among numbers"),
+        ("image,label\na,0\nb,-2\n", r"line 3 of .* has the label -2; expected 0 to 999,999, -1 for none"),
+        ("image,label,name\na,0,cat\nb,3,cat\n", r"gives the name 'cat' to the classes 0 and 3; make them differ"),
+        ("image,label,name\na,0,3\nb,3,\n", r"gives the name '3' to the classes 0 and 3"),
+        ("image,label,name\na,0,e\u0301\nb,1,\u00e9\n", r"gives the name .* to the classes 0 and 1"),
+        ("image,label,class_index\na,dog,0\nb,cat,1\n", r"names in 'label' and other numbers in 'class_index'"),
+    ],
+)
+def test_labels_that_may_mean_two_things_are_refused(tmp_path, text, message):
+    (tmp_path / "t.csv").write_text(text)
+    with pytest.raises(MicrotomeError, match=message):
+        read_labels(tmp_path / "t.csv", ["a", "b"])
+
+
+def test_names_and_their_numbers_may_stand_in_two_columns(tmp_path):
+    (tmp_path / "t.csv").write_text("image,label,class_index\na,dog,1\nb,cat,0\n")
+    assert read_labels(tmp_path / "t.csv", ["a", "b"])[1] == ["cat", "dog"]
+
+
+@pytest.mark.parametrize("names", [("val", "Val"), ("val", "valid"), ("train", "training"), ("Test", "testing")])
+def test_two_names_of_one_split_are_refused_everywhere(tmp_path, names):
+    make(tmp_path / "d", "a", "b")
+    rows = (f"{i},{name}\n" for i, name in zip("ab", names, strict=True))
+    (tmp_path / "t.csv").write_text("path,split\n" + "".join(rows))
+    for ask in (
+        lambda: list_table(tmp_path / "d", tmp_path / "t.csv", None),
+        lambda: assign_splits(["a", "b"], SplitTable(tmp_path / "t.csv")),
+        lambda: Share(dict.fromkeys(names, 0.5)),
+    ):
+        with pytest.raises(MicrotomeError, match="may be one split: give both the same name"):
+            ask()
+
+
+def test_one_name_of_a_split_stays_as_it_is(tmp_path):
+    for name, split in (("valid", "valid"), ("Val", "Val"), ("val", "validation")):
+        (tmp_path / "t.csv").write_text(f"image,split\na,{name}\nb,train\n")
+        assert assign_splits(["a", "b"], SplitTable(tmp_path / "t.csv")).tolist() == [split, "train"]
+    make(tmp_path / "d", "train/x/1.png", "valid/x/1.png")
+    assert list_imagefolder(tmp_path / "d", Folders()).splits() == {"train": 1, "validation": 1}
+
+
+def test_columns_that_are_not_used_are_told(tmp_path):
+    make(tmp_path / "d", "1.png", "2.png")
+    table = tmp_path / "t.csv"
+    table.write_text("path,target,split\n1.png,3,train\n2.png,4,test\n")
+    assert list_table(tmp_path / "d", table, None).notices == [
+        "t.csv: not used: target",
+        "no labels were read; they are in a column label, class_index, class",
+    ]
+    table.write_text("image,label,split,name\n1.png,0,train,cat\n2.png,1,train,dog\n")
+    assert list_imagefolder(tmp_path / "d", SplitTable(table), labels=table).notices == []
+    assert list_imagefolder(tmp_path / "d", ALL, labels=table).notices == ["t.csv: not used: split"]
+
+
+def test_of_two_columns_of_images_the_one_with_files_is_used(tmp_path):
+    make(tmp_path / "d", "1.png", "2.png")
+    table = tmp_path / "t.csv"
+    table.write_text("image_id,path,label\n1,1.png,0\n2,2.png,1\n")
+    listing = list_table(tmp_path / "d", table, None)
+    assert ids(listing) == ["1.png", "2.png"] and listing.notices == ["t.csv: not used: image_id"]
+    assert read_labels(table, ["1.png", "2.png"])[0].tolist() == [0, 1]
+    table.write_text("image_id,path,label\n1.png,/elsewhere/1.png,0\n2.png,/elsewhere/2.png,1\n")
+    assert ids(list_table(tmp_path / "d", table, None)) == ["1.png", "2.png"]
+
+
+@pytest.mark.parametrize(
+    "folders",
+    [
+        ("train", "valid", "test"),
+        ("Train", "Val"),
+        ("train2017", "val2017"),
+        ("training_set", "testing_set"),
+        ("train", "test", "extra"),
+    ],
+)
+def test_folders_of_splits_are_no_classes(tmp_path, folders):
+    make(tmp_path, *(f"{name}/cat/1.png" for name in folders))
+    with pytest.raises(MicrotomeError, match=r"are splits, not classes: .*; take the splits from folders"):
+        list_imagefolder(tmp_path, ALL)
+
+
+def test_a_class_may_be_called_like_a_split(tmp_path):
+    make(tmp_path, "train/1.png", "car/1.png", "valid/1.png".replace("valid", "bus"))
+    assert list_imagefolder(tmp_path, ALL).classes == ["bus", "car", "train"]
+    make(tmp_path / "defects", "valid/1.png", "invalid/1.png")
+    assert list_imagefolder(tmp_path / "defects", ALL).classes == ["invalid", "valid"]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("train/n1/images/1.png", "train/n2/images/1.png", "val/images/1.png", "test/images/2.png"),  # Tiny ImageNet
+        ("train/n1/1.png", "train/n2/1.png", "val/images/1.png"),
+        ("train/n1/1.png", "train/n2/1.png", "test/unknown/1.png"),
+        ("train/n1/1.png", "val/n1/1.png", "val/n2/1.png", "test/all/1.png"),
+    ],
+)
+def test_a_class_of_one_split_that_lacks_all_others_is_refused(tmp_path, names):
+    make(tmp_path, *names)
+    with pytest.raises(MicrotomeError, match=r"have the one class '\w+', and the other splits lack it"):
+        list_imagefolder(tmp_path, Folders())
+
+
+def test_splits_may_have_classes_of_their_own(tmp_path):
+    make(tmp_path / "few-shot", "train/a/1.png", "train/b/1.png", "val/c/1.png", "val/d/1.png")
+    assert len(list_imagefolder(tmp_path / "few-shot", Folders()).classes) == 4
+    make(tmp_path / "small", "train/a/1.png", "train/b/1.png", "val/b/1.png")
+    assert list_imagefolder(tmp_path / "small", Folders()).label.tolist() == [0, 1, 1]
+
+
+@pytest.mark.parametrize(("name", "rule"), [("images", ALL), ("JPEGImages", ALL), ("train/labels", Folders())])
+def test_folders_of_a_layout_beside_classes_are_refused(tmp_path, name, rule):
+    below = name.rpartition("/")[0]
+    make(tmp_path, *(f"{below}/{each}/1.png".lstrip("/") for each in ("cat", "dog", name.rpartition("/")[2])))
+    with pytest.raises(
+        MicrotomeError, match=f"the folder '{name.rpartition('/')[2]}' in .* lies beside 2 class folders"
+    ):
+        list_imagefolder(tmp_path, rule)
+
+
+@pytest.mark.parametrize("stem", ["", "class ", "c"])
+def test_the_order_of_numbers_in_names_is_told_and_has_a_key(tmp_path, stem):
+    make(tmp_path / "d", *(f"{stem}{i}/1.png" for i in range(12)))
+    listing = list_imagefolder(tmp_path / "d", ALL)
+    assert listing.classes[:3] == [f"{stem}0", f"{stem}1", f"{stem}10"]
+    (notice,) = listing.notices
+    assert f"2 → {stem}10" in notice and "`class_order: number`" in notice
+    ordered = list_imagefolder(tmp_path / "d", ALL, order="number")
+    assert ordered.classes == [f"{stem}{i}" for i in range(12)] and ordered.notices == []
+    make(tmp_path / "few", *(f"{stem}{i}/1.png" for i in range(10)))
+    assert list_imagefolder(tmp_path / "few", ALL).notices == []
+
+
+SYSTEM = ["@eaDir/1.png", "cat/@eaDir/1.jpg", ".thumbnails/1.png", ".ipynb_checkpoints/1.png", "#recycle/1.png",
+          "__MACOSX/cat/._1.png", "cat/Thumbs.db", "$RECYCLE.BIN/1.png", "System Volume Information/1.png"]  # fmt: skip
+
+
+def test_folders_of_systems_and_editors_are_no_classes(tmp_path):
+    make(tmp_path, "cat/1.png", "dog/1.png", *SYSTEM)
+    listing = list_imagefolder(tmp_path, ALL)
+    assert ids(listing) == ["cat/1.png", "dog/1.png"] and listing.ignored == {"hidden": len(SYSTEM)}
+
+
+@pytest.mark.parametrize("names", [("Cat", "cat"), ("hot dog", "hot_dog"), ("cat", "cat ")])
+def test_class_names_that_are_nearly_one_are_told(tmp_path, names):
+    make(tmp_path, *(f"{name}/1.png" for name in (*names, "A", "a")))
+    (notice,) = list_imagefolder(tmp_path, ALL).notices
+    assert (
+        notice.startswith("classes whose names differ in case or spaces alone: ") and "A" not in notice.split(": ")[1]
+    )
+
+
+def test_small_copies_are_told(tmp_path):
+    make(tmp_path / "d", "cat/1.png", "cat/thumbs/1.png", "dog/Thumbnails/2.png")
+    (notice,) = list_imagefolder(tmp_path / "d", ALL).notices
+    assert notice == "2 images lie in folders like 'cat/thumbs/1.png': small copies count as images"
+    make(tmp_path / "e", "cat/1.png", "dog/1.png", "thumbnails/1.png")
+    with pytest.raises(MicrotomeError, match=r"the folder 'thumbnails' in .* lies beside 2 class folders"):
+        list_imagefolder(tmp_path / "e", ALL)
+
+
+def test_composed_and_decomposed_names_are_one_name(tmp_path):
+    """macOS decomposes the names of files; tables and other systems do not."""
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    make(tmp_path / "d", f"train/{composed}/1.png", f"val/{decomposed}/2.png", f"val/{decomposed}/tea.png")
+    assert list_imagefolder(tmp_path / "d", Folders()).classes == [composed]
+    make(tmp_path / "e", f"{decomposed}.png", "tea.png")
+    table = tmp_path / "t.csv"
+    table.write_text(f"image,label\n{composed}.png,{composed}\ntea.png,{decomposed}\n")
+    listing = list_imagefolder(tmp_path / "e", ALL, labels=table)
+    assert listing.classes == [composed] and listing.label.tolist() == [0, 0]
+    assert ids(list_table(tmp_path / "e", table, None)) == [f"{decomposed}.png", "tea.png"]
+    make(tmp_path / "maps", f"{composed}.png", "tea.png")
+    assert not list_segmentation(tmp_path / "e", {"object": tmp_path / "maps"}, ALL).refused
+    make(tmp_path / "f", f"{decomposed}/1.png")  # a name that has one form keeps it, and its id
+    assert list_imagefolder(tmp_path / "f", ALL).classes == [decomposed]
+
+
+# The layouts of VOC and Cityscapes
+
+
+@pytest.fixture
+def voc(tmp_path) -> Path:
+    make(tmp_path, *(f"JPEGImages/{name}.jpg" for name in ("1", "2", "3")))
+    make(tmp_path, *(f"SegmentationClass/{name}.png" for name in ("1", "2")))
+    (tmp_path / "train.txt").write_text("1\n")
+    (tmp_path / "val.txt").write_text("2\r\n\n")
+    return tmp_path
+
+
+def listed_voc(root: Path, lists) -> Listing:
+    return list_segmentation(root / "JPEGImages", {"object": root / "SegmentationClass"}, ALL, lists=lists)
+
+
+def test_a_list_names_the_images_to_use(voc):
+    one = listed_voc(voc, voc / "val.txt")
+    assert ids(one) == ["2.jpg"] and one.splits() == {"validation": 1} and not one.refused
+    assert one.ignored["images that `list` does not name"] == 2 and voc / "val.txt" in one.read
+    both = listed_voc(voc, {"train": voc / "train.txt", "validation": voc / "val.txt"})
+    assert dict(zip(ids(both), both.split.tolist(), strict=True)) == {"1.jpg": "train", "2.jpg": "validation"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("2\n2x\n", r"line 2 of .*val.txt, '2x', names no image; expected one name per line"),
+        ("2 -1\n", r"line 1 of .*val.txt, '2 -1', names no image"),
+        ("JPEGImages/2.jpg SegmentationClass/2.png\n", r"line 1 of .* names no image"),
+        ("2\n1\n", r"line 2 of .*val.txt: '1' is in two splits, train and validation"),
+    ],
+)
+def test_lists_that_are_refused(voc, text, message):
+    (voc / "val.txt").write_text(text)
+    with pytest.raises(MicrotomeError, match=message):
+        listed_voc(voc, {"train": voc / "train.txt", "validation": voc / "val.txt"})
+
+
+def test_images_and_label_maps_may_end_differently(tmp_path):
+    make(tmp_path / "leftImg8bit", "val/a/1_leftImg8bit.png", "val/a/2_leftImg8bit.png", "val/a/2_preview.png")
+    ends = ("gtFine_labelIds", "gtFine_color", "gtFine_instanceIds")
+    make(tmp_path / "gtFine", *(f"val/a/{i}_{end}.png" for i in (1, 2) for end in ends))
+    maps = {"object": tmp_path / "gtFine"}
+    listing = list_segmentation(
+        tmp_path / "leftImg8bit",
+        maps,
+        Folders(),
+        image_suffix="_leftImg8bit",
+        label_suffixes={"object": "_gtFine_labelIds"},
+    )
+    assert ids(listing) == ["val/a/1_leftImg8bit.png", "val/a/2_leftImg8bit.png"] and not listing.refused
+    assert listing.label_map_path["object"].tolist() == ["val/a/1_gtFine_labelIds.png", "val/a/2_gtFine_labelIds.png"]
+    assert listing.ignored == {"images that do not end in '_leftImg8bit'": 1}
+    with pytest.raises(MicrotomeError, match="`image_suffix` and `label_suffix` say how their names end"):
+        list_segmentation(tmp_path / "leftImg8bit", maps, Folders())
+    with pytest.raises(MicrotomeError, match=r"no image in .* ends in '_right'"):
+        list_segmentation(tmp_path / "leftImg8bit", maps, Folders(), image_suffix="_right")
+
+
 # The cache
 
 

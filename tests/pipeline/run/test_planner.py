@@ -32,6 +32,19 @@ def trained(folder):
     return raw
 
 
+def test_a_plan_says_what_is_read_and_what_is_not(tmp_path):
+    labelled_images(tmp_path, ["a", "b"])
+    raw = segmentation(tmp_path)
+    (name,) = raw["datasets"]
+    (tmp_path / "labels.csv").write_text("image,label,notes\na.png,3,\nb.png,0,\n")
+    raw["datasets"][name]["labels"] = str(tmp_path / "labels.csv")
+    plan = made(raw)
+    classes, concepts = plan.described
+    assert classes.startswith(f"{name}: 4 classes (0 → 0, 1 → 1, 2 → 2, ...); images: ")
+    assert "2 concepts (1 → left side, 2 → blob)" in concepts
+    assert plan.notices == (f"{name}: labels.csv: not used: notes",)
+
+
 def ids(raw) -> dict[str, str]:
     return {step.name: step.id for step in made(raw).steps.values()}
 
