@@ -129,6 +129,11 @@ class Job:
         return self._plan.splits[self.dataset]
 
     @property
+    def classes(self) -> int:
+        """How many classes the images of its data set are labelled with; 0: no image has a label."""
+        return self._plan.classes[self.dataset]
+
+    @property
     def is_control(self) -> bool:
         """Whether its network is an untrained control."""
         return (self._step.network or "").endswith(UNTRAINED)

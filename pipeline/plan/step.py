@@ -76,6 +76,7 @@ class Plan:
     networks : every configured network, its untrained control, and the copies that stages ask for.
     originals : the configured network that a control or a copy belongs to.
     splits : images by data set and split.
+    classes : how many the images are labelled with, by data set; 0: no image has a label.
     arguments : snakemake's arguments besides a target: configuration files and overrides. No id contains them.
     """
 
@@ -85,6 +86,7 @@ class Plan:
     originals: Mapping[str, str] = field(default_factory=dict)
     splits: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     arguments: tuple[str, ...] = ()
+    classes: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def results(self) -> Path:

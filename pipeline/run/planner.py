@@ -37,7 +37,8 @@ def make(config: Core, rescan: bool = False, arguments: Sequence[str] = ()) -> P
             draft.steps[step.manifest] = step
     digests.save()
     splits = {name: summary.splits for name, summary in draft.summaries.items()}
-    return Plan(config, draft.steps, draft.networks, draft.originals, splits, tuple(arguments))
+    classes = {name: summary.classes for name, summary in draft.summaries.items()}
+    return Plan(config, draft.steps, draft.networks, draft.originals, splits, tuple(arguments), classes)
 
 
 def summaries(config: Core, rescan: bool) -> dict[str, Summary]:
@@ -92,6 +93,7 @@ def save(plan: Plan) -> Path:
             "originals": dict(plan.originals),
             "splits": {name: dict(counts) for name, counts in plan.splits.items()},
             "arguments": plan.arguments,
+            "classes": dict(plan.classes),
         }
     )
     path = plan.scratch / "plans" / f"{plan.config.name}.{digest(body)}.json"
@@ -112,4 +114,5 @@ def read(path: Path) -> Plan:
         value["originals"],
         value["splits"],
         tuple(value["arguments"]),
+        value["classes"],
     )

@@ -123,6 +123,15 @@ def requests(job: Job) -> dict[str, Any]:
     return {"ablate": {"layers": job.settings.ablate.layers, "classes": job.settings.classes}}
 
 
+def check(job: Job) -> Iterator[str]:
+    """Refuse a network that cannot take one image alone: what a unit changes may be one image."""
+    if why := found(job).alone:
+        yield (
+            f"network {job.network!r} on {job.dataset!r}, ablate: it cannot take one image alone ({why}), and a unit "
+            "may change one image only: look for `squeeze()` without a dimension in its forward"
+        )
+
+
 def sizes(job: Job) -> Iterator[str]:
     """Say what removing each unit of a layer costs, sets of units aside; units that make no difference cost nothing."""
     inspected, removal = found(job), job.settings.ablate
@@ -146,6 +155,7 @@ STAGE = Stage(
     settings=Settings,
     steps=steps,
     requests=requests,
+    check=check,
     sizes=sizes,
     run=run,
     explains="units removed again only on shards of images that changed",
