@@ -54,8 +54,6 @@ class Described(Protocol):
     def seed(self) -> int: ...
     @property
     def prefix(self) -> str | None: ...
-    @property
-    def output(self) -> str | int | None: ...
 
 
 class NetworkSpec(BaseModel):
@@ -126,7 +124,7 @@ class NetworkSpec(BaseModel):
         """Return the part of a larger description, for example a configured network, that builds the network."""
         if type(described) is cls:
             return described
-        return cls(**{name: getattr(described, name) for name in cls.model_fields})
+        return cls(**{name: getattr(described, name) for name in cls.model_fields if hasattr(described, name)})
 
     @property
     def library(self) -> str | None:

@@ -103,7 +103,8 @@ def build(described: Described, device: str = "cpu") -> nn.Module:
             f"{spec.architecture} refuses `eval()`: {type(error).__name__}: {error}: return a network that can leave "
             f"training mode, not an exported graph"
         ) from error
-    if training := next((name for name, module in network.named_modules() if module.training), None):
+    training = next((name for name, module in network.named_modules() if module.training), None)
+    if training is not None:
         raise MicrotomeError(
             f"{spec.architecture} stays in training mode after `eval()`: module {training or '(the whole)'!r}: have "
             f"its `train` set `self.training`"

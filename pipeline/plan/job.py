@@ -267,9 +267,10 @@ class Job:
 
     def told(self, error: NonFiniteError, image_id: Sequence[str] | np.ndarray) -> MicrotomeError:
         """Return the error as a readable message; `image_id` holds the id of every slot."""
-        layer, index = error.args
+        layer, index, *unit = error.args
+        whose = f"unit {unit[0]}: its" if unit else "the"
         return MicrotomeError(
-            f"network {self.network!r}, layer {layer!r}: the output for image {image_id[index]!r} of data set "
+            f"network {self.network!r}, layer {layer!r}: {whose} output for image {image_id[index]!r} of data set "
             f"{self.dataset!r} is not finite (NaN or infinity)"
         )
 

@@ -25,7 +25,15 @@ from pipeline.plan.job import Job
 from pipeline.plan.stage import Draft, PageModule, Stage, Wanted
 from pipeline.plan.step import Key
 from pipeline.stages.ablate.layer import ablate_layer
-from pipeline.stages.ablate.results import Ablated, layer_files, unit_labels, write_layer, write_tables
+from pipeline.stages.ablate.results import (
+    Ablated,
+    group_of,
+    layer_files,
+    open_groups,
+    unit_labels,
+    write_layer,
+    write_tables,
+)
 from pipeline.stages.ablate.settings import Removal, Settings
 from pipeline.stages.ablate.work import Work
 from pipeline.storage.identity import digest
@@ -98,9 +106,13 @@ def run(job: Job) -> None:
     with job.workers() as workers:
         for target, shards in (work := Work.of(job, workers)).layers():
             one, predictions = ablate_layer(work, target, shards)
-            files |= predictions | write_layer(store / one.layer, classes, one, f"{store.name}/{one.layer}")
+            group = group_of(one.layer)
+            files |= open_groups(store, [one.layer]) | predictions
+            files |= write_layer(store / group, classes, one, f"{store.name}/{group}")
             counted.append(one)
-    create(store, {}, {"layers": [one.layer for one in counted]})
+    names = [one.layer for one in counted]
+    renamed = {name: group_of(name) for name in names if group_of(name) != name}
+    create(store, {}, {"layers": names} | ({"groups": renamed} if renamed else {}))
     files |= layer_files(store)
     for name, data in write_tables(counted, labels, classes).items():
         files |= write_file(folder, name, data)

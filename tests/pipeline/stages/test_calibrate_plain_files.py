@@ -129,7 +129,9 @@ def test_what_spreadsheets_and_other_programs_write_is_read(tmp_path):
     np.savez(tmp_path / "plain.npz", logits=logits.astype(np.float16), labels=labels.astype(">i2"))
     (tmp_path / "PLAIN.NPZ").write_bytes((tmp_path / "plain.npz").read_bytes())
     expected = read(tmp_path / "plain.npz")
-    assert expected.labels.dtype == np.int64 and (read(tmp_path / "PLAIN.NPZ").said.logits == expected.said.logits).all()
+    assert (
+        expected.labels.dtype == np.int64 and (read(tmp_path / "PLAIN.NPZ").said.logits == expected.said.logits).all()
+    )
     numbers = expected.said.logits.astype(float)
     text = write_csv(tmp_path / "plain.csv", numbers, labels).read_text()
     text = text.replace("label,class 0,class 1", '"Label","=cmd()|1, ""a""","-b"').replace("\n", "\r\n")
@@ -234,7 +236,8 @@ def table_of(path, header, *columns):
 
 
 @pytest.mark.parametrize(
-    "name", ["index", "Image_ID", "image", "pred", "conf", "score", "y_true", "Unnamed: 0", "predicted class", "file-name"]
+    "name",
+    ["index", "Image_ID", "image", "pred", "conf", "score", "y_true", "Unnamed: 0", "predicted class", "file-name"],
 )
 def test_a_column_that_is_no_class_is_refused_by_its_name(tmp_path, name):
     logits, labels = made(images=6)
@@ -280,7 +283,12 @@ def test_numbers_of_columns_that_could_mean_two_classes_are_refused(tmp_path):
     ):
         with pytest.raises(MicrotomeError, match=said):
             read(table_of(tmp_path / "f.csv", ["label", *header], of, *logits.T))
-    for header in (["1", "2", "3"], ["background", "1", "2"], ["class 1", "class 2", "class 3"], ["cat", "dog", "fox2"]):
+    for header in (
+        ["1", "2", "3"],
+        ["background", "1", "2"],
+        ["class 1", "class 2", "class 3"],
+        ["cat", "dog", "fox2"],
+    ):
         scored = read(table_of(tmp_path / "f.csv", ["label", *header], labels, *logits.T))
         assert (scored.said.logits == logits).all() and (scored.labels == labels).all()
 
@@ -300,7 +308,9 @@ def test_one_column_is_a_problem_of_two_classes(tmp_path):
     for name, file in files.items():
         scored = read(file)
         np.testing.assert_allclose(scored.said.probabilities[:, 1], chance, atol=1e-12)
-        assert "one column" in scored.remarks[0] and (scored.said.given is None) == (name in ("logit.csv", "column.npz"))
+        assert "one column" in scored.remarks[0] and (scored.said.given is None) == (
+            name in ("logit.csv", "column.npz")
+        )
     with pytest.raises(MicrotomeError, match="column 'conf' holds no scores"):
         read(table_of(tmp_path / "f.csv", ["label", "conf"], labels, chance))
     np.savez(tmp_path / "three.npz", probabilities=chance, labels=labels + 1)
