@@ -59,7 +59,7 @@ def check_returned(shapes: Shapes, classes: int | None, name: str) -> None:
     wide = [key for key in vectors if classes is None or shapes[key] == (classes,)]
     first = next(iter(shapes))
     if first in vectors:
-        clear = len(vectors) == 1 or wide == [first] and classes is not None
+        clear = len(vectors) == 1 or (wide == [first] and classes is not None)
     else:
         clear = classes is None or not wide  # a network without a head, which returns its features
     if not clear:

@@ -7,22 +7,21 @@ from collections.abc import Mapping
 
 import numpy as np
 
-NO_CLASSES = frozenset(
-    (
-        "index idx level_0 unnamed:_0 id ids row row_id row_number number nr no. # rank "
-        "image image_id image_index img img_id imageid path image_path file file_name filename filepath name "
-        "sample sample_id instance instance_id example example_id uid uuid key "
-        "pred preds predicted prediction predictions predicted_class predicted_label pred_class pred_label "
-        "class_pred label_pred y_pred yhat y_hat argmax top1 top_1 "
-        "conf confidence confidences certainty uncertainty entropy margin max max_prob max_probability max_logit "
-        "score scores prob probs probability probabilities logit logits msp "
-        "target targets truth ground_truth groundtruth gt y_true y_test true_class true_label true_labels label_true "
-        "class class_id class_index class_name classes labels label_id label_index label_name "
-        "correct is_correct hit accuracy loss nll split fold subset epoch seed timestamp"
-    ).split()
-)
+NO_CLASSES = frozenset({
+    "index", "idx", "level_0", "unnamed:_0", "id", "ids", "row", "row_id", "row_number", "number", "nr", "no.", "#",
+    "rank", "image", "image_id", "image_index", "img", "img_id", "imageid", "path", "image_path", "file",
+    "file_name", "filename", "filepath", "name", "sample", "sample_id", "instance", "instance_id", "example",
+    "example_id", "uid", "uuid", "key", "pred", "preds", "predicted", "prediction", "predictions", "predicted_class",
+    "predicted_label", "pred_class", "pred_label", "class_pred", "label_pred", "y_pred", "yhat", "y_hat", "argmax",
+    "top1", "top_1", "conf", "confidence", "confidences", "certainty", "uncertainty", "entropy", "margin", "max",
+    "max_prob", "max_probability", "max_logit", "score", "scores", "prob", "probs", "probability", "probabilities",
+    "logit", "logits", "msp", "target", "targets", "truth", "ground_truth", "groundtruth", "gt", "y_true", "y_test",
+    "true_class", "true_label", "true_labels", "label_true", "class", "class_id", "class_index", "class_name",
+    "classes", "labels", "label_id", "label_index", "label_name", "correct", "is_correct", "hit", "accuracy", "loss",
+    "nll", "split", "fold", "subset", "epoch", "seed", "timestamp",
+})  # fmt: skip
 """Names of columns, in lower case and with `_` for spaces, that hold something else than the scores of a class."""
-SCORES_OF_ONE = frozenset("score scores prob probs probability probabilities logit logits".split())
+SCORES_OF_ONE = frozenset(["score", "scores", "prob", "probs", "probability", "probabilities", "logit", "logits"])
 """Those that may name the one column of a problem of two classes."""
 ROWS = 10
 """With fewer rows, numbers may look like something else by chance."""

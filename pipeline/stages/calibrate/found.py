@@ -58,10 +58,13 @@ class Calibration:
         return all(np.isnan(row["converged"]) or row["converged"] == 1 for row in self.rows.values())
 
     @property
-    def outside(self) -> list[str]:
-        """Why an ECE is not within its interval, for each reason."""
+    def notes(self) -> list[str]:
+        """How the scores were read, if they are no plain logits, and why an ECE is not within its interval."""
         shown = {"as it is": self.whole} | {f"{name}, mean": row for name, row in self.rows.items()}
-        return outside_of([(name, row["ece"], row["ece_low"], row["ece_high"]) for name, row in shown.items()])
+        return [
+            *self.facts.remarks,
+            *outside_of([(name, row["ece"], row["ece_low"], row["ece_high"]) for name, row in shown.items()]),
+        ]
 
     def point(self) -> Point:
         after = self.rows.get("temperature", self.rows["uncalibrated"])

@@ -65,7 +65,7 @@ class Calibrated(Record):
     test: int
     all: dict[str, float]
     network: NetworkFacts
-    remarks: list[str] = []
+    remarks: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, manifest: Manifest) -> Calibrated:

@@ -201,7 +201,7 @@ def run(job: Job) -> None:
         test=len(work.rows) - work.fit,
         all=whole.measures,
         network=network_facts(job.parent_job("network").folder, job.parent("network")),
-        **({"remarks": remarks} if remarks else {}),
+        **({"remarks": tuple(remarks)} if remarks else {}),
     )
     for remark in remarks:
         print(f"{job.name}: {remark}", file=sys.stderr)

@@ -94,7 +94,8 @@ def fitted_on(share: float, images: int) -> int:
 def memory_need(images: int, classes: int, methods: Sequence[str]) -> int:
     """Return the bytes of a task.
 
-    They are the logits and a copy of both parts (of probabilities the same beside their logarithms), maps of BBQ, what chance does, and the search of a matrix.
+    They are the logits and a copy of both parts (of probabilities the same beside their logarithms), maps of BBQ, what
+    chance does, and the search of a matrix.
     """
     matrix = any(name.startswith("matrix") for name in methods)
     search = 2 * 20 + 10  # vectors that L-BFGS keeps
@@ -210,9 +211,9 @@ def evaluate(
     penalty: float | None,
     seed: int,
 ) -> dict[str, np.ndarray]:
-    """Fit every method on what a network says of some images, and judge it on others; `seed` is that of what chance does.
+    """Fit every method on what a network says of some images, and judge it on others.
 
-    Returns `score` (method, measure), and `count`, `correct` and `confidence` (method, bin).
+    `seed` is that of what chance does. Returns `score` (method, measure), and `count`, `correct` and `confidence` (method, bin).
     """
     found: dict[str, list] = {"score": [], "count": [], "correct": [], "confidence": []}
     for name in methods:

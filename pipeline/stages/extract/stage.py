@@ -390,8 +390,8 @@ def check(job: Job) -> Iterator[str]:
     who = f"network {job.network!r} on {job.dataset!r}"
     if found.alone and network.numerics.micro_batch == 1:
         yield (
-            f"{who}, numerics.micro_batch: it cannot take one image alone ({found.alone}); look for `squeeze()` without "
-            "a dimension in its forward, or give a larger `micro_batch`"
+            f"{who}, numerics.micro_batch: it cannot take one image alone ({found.alone}); look for `squeeze()` "
+            "without a dimension in its forward, or give a larger `micro_batch`"
         )
     entries = {} if isinstance(network.store, str) else network.store
     for entry in entries:

@@ -1,4 +1,4 @@
-"""What a network returns: which tensor is its logits, and what is said of a batch of one and of other kinds of networks."""
+"""What a network returns: which tensor is its logits; and kinds of networks that cannot be read."""
 
 import pytest
 import torch
@@ -206,5 +206,5 @@ def test_an_eval_that_returns_nothing_is_enough(spec):
 def test_training_on_probabilities_is_refused(spec):
     images = torch.randn(2, *SIZE)
     assert count_classes(build(spec()), images) == 4
-    with pytest.raises(MicrotomeError, match="gives probabilities .* leave out its last softmax"):
+    with pytest.raises(MicrotomeError, match=r"gives probabilities .* leave out its last softmax"):
         count_classes(build(spec(form="softmax")), images)

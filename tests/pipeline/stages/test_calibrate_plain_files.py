@@ -143,7 +143,7 @@ def test_what_spreadsheets_and_other_programs_write_is_read(tmp_path):
     main([str(tmp_path / "certain.npz"), "--splits", "1"])
 
 
-# What a file may mean --------------------------------------------------------------------------------------------------
+# What a file may mean ------------------------------------------------------------------------------------------------
 
 
 def votes(voters=10, images=200, classes=4, seed=0):
@@ -166,7 +166,7 @@ def test_confidences_on_edges_are_in_the_bin_below(tmp_path, voters, kind):
     if kind == "text":
         write_csv(tmp_path / "f.csv", given.astype(str).astype(float), labels)
     scored = read(tmp_path / ("f.csv" if kind == "text" else "f.npz"))
-    whole, found, methods = calibrate(scored, Calibrate(splits=1, bins=voters, methods=["histogram_top"]))
+    whole, found, _ = calibrate(scored, Calibrate(splits=1, bins=voters, methods=["histogram_top"]))
     assert whole.measures["ece"] == pytest.approx(ece, abs=1e-6)
     assert whole.measures["ece_low"] <= ece <= whole.measures["ece_high"]
     # Histogram binning puts each share of votes into a bin of its own, too.
