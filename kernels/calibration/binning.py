@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from kernels.calibration.reliability import Floats, Ints, equal_width, mass_edges
+from kernels.calibration.reliability import Floats, Ints, equal_width, mass_edges, width_edges
 
 Outcomes = NDArray[np.bool_]
 
@@ -42,30 +42,33 @@ class Steps:
     values: Floats
     side: str = "left"
 
-    def __call__(self, scores: Floats) -> Floats:
+    def __call__(self, scores: NDArray) -> Floats:
         return self.values[np.searchsorted(self.edges, scores, self.side)]  # type: ignore[call-overload]
 
 
-def histogram_equal_width(scores: Floats, outcomes: Outcomes, bins: int) -> Steps:
-    """Fit the share of outcomes in the bins (m / M, (m + 1) / M]; an empty bin takes its middle."""
+def histogram_equal_width(scores: NDArray, outcomes: Outcomes, bins: int) -> Steps:
+    """Fit the share of outcomes in the bins (m / M, (m + 1) / M]; an empty bin takes its middle.
+
+    The edges are those of the scores' precision.
+    """
     at = equal_width(scores, bins)
     count = np.bincount(at, minlength=bins)
     middle = (np.arange(bins) + 0.5) / bins
     values = np.where(count, np.bincount(at, outcomes, minlength=bins) / np.maximum(count, 1), middle)
-    return Steps(np.arange(1, bins) / bins, values)
+    return Steps(width_edges(bins, scores.dtype)[1:-1].astype(np.float64), values)
 
 
-def histogram_equal_mass(scores: Floats, outcomes: Outcomes, bins: int) -> Steps:
+def histogram_equal_mass(scores: NDArray, outcomes: Outcomes, bins: int) -> Steps:
     """Fit the share of outcomes in bins that hold equally many scores.
 
     Equal scores share a bin, so no bin is empty.
     """
-    edges = mass_edges(scores, min(bins, len(scores)))
+    edges = mass_edges(scores, min(bins, len(scores))).astype(np.float64)
     at = np.searchsorted(edges, scores, side="left")
     return Steps(edges, np.bincount(at, outcomes) / np.bincount(at))
 
 
-def isotonic(scores: Floats, outcomes: Outcomes) -> Line:
+def isotonic(scores: NDArray, outcomes: Outcomes) -> Line:
     """Fit the increasing function with the least squared error, linear between the scores.
 
     scikit-learn calls the same function of scipy, so the fit is the same, but importing scikit-learn takes two seconds
@@ -73,7 +76,7 @@ def isotonic(scores: Floats, outcomes: Outcomes) -> Line:
     """
     from scipy.optimize import isotonic_regression
 
-    x, at, count = np.unique(scores, return_inverse=True, return_counts=True)
+    x, at, count = np.unique(scores.astype(np.float64), return_inverse=True, return_counts=True)
     if (np.diff(x) < ALIKE).any():
         kept = [0]
         for i in range(1, len(x)):
@@ -95,7 +98,7 @@ class Line:
     x: Floats
     y: Floats
 
-    def __call__(self, scores: Floats) -> Floats:
+    def __call__(self, scores: NDArray) -> Floats:
         return np.interp(scores, self.x, self.y)
 
 
@@ -109,7 +112,7 @@ class Average:
     parts: tuple[Steps, ...]
     weights: Floats
 
-    def __call__(self, scores: Floats) -> Floats:
+    def __call__(self, scores: NDArray) -> Floats:
         found = np.zeros(len(scores))
         for part, weight in zip(self.parts, self.weights, strict=True):
             found += weight * part(scores)
@@ -124,14 +127,14 @@ class Binning:
     score: float
 
 
-def bbq(scores: Floats, outcomes: Outcomes) -> Average:
+def bbq(scores: NDArray, outcomes: Outcomes) -> Average:
     """Fit the mean of equal-frequency binnings, weighted by their BDeu score.
 
     The binnings have from max(1, n^(1/3) / 10) to min(n / 5, 10 n^(1/3)) bins. Each bin has two pseudo-counts, divided
     according to the middle of its scores. The elbow rule prunes the binnings.
     """
     order = np.argsort(scores, kind="stable")
-    ordered, positive = scores[order], np.concatenate([[0], np.cumsum(outcomes[order])])
+    ordered, positive = scores[order].astype(np.float64), np.concatenate([[0], np.cumsum(outcomes[order])])
     weighted = np.concatenate([[0.0], np.cumsum(np.where(outcomes[order], ordered, 0.0))])
     images = len(ordered)
     root = images ** (1 / 3)

@@ -1,4 +1,6 @@
-"""Fit calibration methods by name on some images; they then turn the logits of other images into probabilities.
+"""Fit calibration methods by name on some images; they then turn the scores of other images into probabilities.
+
+Scores are logits, or `Predictions` of a network that gave probabilities, which keep their own precision.
 
 A map of one probability (`kernels.calibration.binning`) becomes a method for many classes in two ways. One-vs-rest fits
 one map per class and divides each row by its sum; predictions may change. Top-label fits one map of the predicted
@@ -16,14 +18,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kernels.calibration.binning import Outcomes, bbq, histogram_equal_mass, histogram_equal_width, isotonic
-from kernels.calibration.reliability import BINS, Floats, Ints, Reliability, blocks, softmax
+from kernels.calibration.reliability import BINS, Floats, Ints, Predictions, Reliability, blocks, softmax
 from kernels.calibration.scaling import Scaling, fit_matrix, fit_regularised_matrix, fit_temperature, fit_vector
 from kernels.calibration.uncertainty import ClasswiseNoise
 
 UNCALIBRATED = "uncalibrated"
 
-Map = Callable[[Floats], Floats]
-Calibrated = tuple[Floats, Ints]
+Scores = NDArray | Predictions
+Map = Callable[[NDArray], Floats]
+Calibrated = tuple[NDArray, Ints]
 """Probabilities (image, class) and predicted classes (image)."""
 
 
@@ -33,8 +36,8 @@ class OneVersusRest:
 
     maps: tuple[Map, ...]
 
-    def __call__(self, logits: NDArray) -> Calibrated:
-        before = softmax(logits)
+    def __call__(self, scores: Scores) -> Calibrated:
+        before = Predictions.of(scores).probabilities
         after = np.stack([each(before[:, c]) for c, each in enumerate(self.maps)], axis=1)
         total = after.sum(1, keepdims=True)
         # A row that gives no class any probability keeps the network's own probabilities.
@@ -48,10 +51,11 @@ class TopLabel:
 
     map: Map
 
-    def __call__(self, logits: NDArray) -> Calibrated:
-        before = softmax(logits)
-        row, predicted = np.arange(len(before)), before.argmax(1)
-        confidence = self.map(before[row, predicted])
+    def __call__(self, scores: Scores) -> Calibrated:
+        given = Predictions.of(scores).probabilities
+        row, predicted = np.arange(len(given)), given.argmax(1)
+        confidence = self.map(given[row, predicted])
+        before = given.astype(np.float64)
         before[row, predicted] = 0
         rest = before.sum(1)
         none = rest <= 0
@@ -72,20 +76,25 @@ class Softmax:
 
     scaling: Scaling
 
-    def __call__(self, logits: NDArray) -> Calibrated:
-        scaled = self.scaling.scaled(logits)
-        return softmax(scaled), (logits if self.scaling.bias is None else scaled).argmax(1)
+    def __call__(self, scores: Scores) -> Calibrated:
+        said = Predictions.of(scores)
+        scaled = self.scaling.scaled(said.logits)
+        return softmax(scaled), said.predicted if self.scaling.bias is None else scaled.argmax(1)
 
 
-Method = Callable[[NDArray], Calibrated]
-FitMap = Callable[[Floats, Outcomes], Map]
+Method = Callable[[Scores], Calibrated]
+FitMap = Callable[[NDArray, Outcomes], Map]
 
 
-def uncalibrated(logits: NDArray) -> Calibrated:
-    return softmax(logits), logits.argmax(1)
+def uncalibrated(scores: Scores) -> Calibrated:
+    said = Predictions.of(scores)
+    return said.probabilities, said.predicted
 
 
-def _one_versus_rest(fit: FitMap, logits: NDArray, labels: Ints) -> OneVersusRest:
+def _one_versus_rest(fit: FitMap, said: Predictions, labels: Ints) -> OneVersusRest:
+    logits, given = said.logits, said.given
+    if given is not None:
+        return OneVersusRest(tuple(fit(given[:, c], labels == c) for c in range(given.shape[1])))
     largest = logits.max(1).astype(np.float64)
     total = np.empty(len(logits))
     for rows in blocks(*logits.shape):
@@ -95,17 +104,17 @@ def _one_versus_rest(fit: FitMap, logits: NDArray, labels: Ints) -> OneVersusRes
     )
 
 
-def _top_label(fit: FitMap, logits: NDArray, labels: Ints) -> TopLabel:
-    confidence = np.concatenate([softmax(logits[rows]).max(1) for rows in blocks(*logits.shape)])
-    return TopLabel(fit(confidence, logits.argmax(1) == labels))
+def _top_label(fit: FitMap, said: Predictions, labels: Ints) -> TopLabel:
+    confidence = np.concatenate([said[rows].probabilities.max(1) for rows in blocks(said.shape[0], said.shape[1])])
+    return TopLabel(fit(confidence, said.predicted == labels))
 
 
-def _scaling(fit: Callable[[NDArray, Ints], Scaling], logits: NDArray, labels: Ints) -> Softmax:
-    return Softmax(fit(logits, labels))
+def _scaling(fit: Callable[[NDArray, Ints], Scaling], said: Predictions, labels: Ints) -> Softmax:
+    return Softmax(fit(said.logits, labels))
 
 
-def methods(bins: int = BINS, penalty: float | None = None) -> Mapping[str, Callable[[NDArray, Ints], Method]]:
-    """Return each method's fit function by name; it takes logits (image, class) and labels (image).
+def methods(bins: int = BINS, penalty: float | None = None) -> Mapping[str, Callable[[Predictions, Ints], Method]]:
+    """Return each method's fit function by name; it takes predictions (image, class) and labels (image).
 
     Parameters
     ----------
@@ -114,7 +123,7 @@ def methods(bins: int = BINS, penalty: float | None = None) -> Mapping[str, Call
     """
     width, mass = partial(histogram_equal_width, bins=bins), partial(histogram_equal_mass, bins=bins)
     return {
-        UNCALIBRATED: lambda logits, labels: uncalibrated,
+        UNCALIBRATED: lambda said, labels: uncalibrated,
         "histogram": partial(_one_versus_rest, width),
         "histogram_mass": partial(_one_versus_rest, mass),
         "histogram_top": partial(_top_label, width),
@@ -133,40 +142,43 @@ def methods(bins: int = BINS, penalty: float | None = None) -> Mapping[str, Call
 NAMES = tuple(methods())
 
 
-def fit(name: str, logits: NDArray, labels: Ints, bins: int = BINS, penalty: float | None = None) -> Method:
-    """Fit a method on images with finite logits (image, class) and labels (image).
+def fit(name: str, scores: Scores, labels: Ints, bins: int = BINS, penalty: float | None = None) -> Method:
+    """Fit a method on images with finite scores (image, class) and labels (image).
 
     Raises
     ------
     ValueError
         If there are fewer images than classes.
     """
-    images, classes = logits.shape
+    images, classes = scores.shape
     if images < classes:
         raise ValueError(
             f"{images} images to calibrate on, and {classes} classes: there must be at least as many images"
         )
-    return methods(bins, penalty)[name](logits, labels)
+    return methods(bins, penalty)[name](Predictions.of(scores), labels)
 
 
 def judge(
-    method: Method, logits: NDArray, labels: Ints, bins: int = BINS, chance: tuple[ClasswiseNoise, int] | None = None
-) -> tuple[Reliability, Floats, Outcomes]:
+    method: Method, scores: Scores, labels: Ints, bins: int = BINS, chance: tuple[ClasswiseNoise, int] | None = None
+) -> tuple[Reliability, NDArray, Outcomes]:
     """Measure a method on other images: sums, and (image) the confidence and whether the prediction is right.
+
+    The confidence has the precision of the method's probabilities.
 
     `chance` is a counter that sees the same images, together with the seed of its random numbers.
     """
     generator = np.random.default_rng(chance[1]) if chance else None
-    found = Reliability.zeros(logits.shape[1], bins)
-    confidence, right = np.empty(len(logits)), np.empty(len(logits), bool)
-    for rows in blocks(*logits.shape):
-        probabilities, predicted = method(logits[rows])
+    said = Predictions.of(scores)
+    found = Reliability.zeros(said.shape[1], bins)
+    confidence, right = [], np.empty(len(said), bool)
+    for rows in blocks(said.shape[0], said.shape[1]):
+        probabilities, predicted = method(said[rows])
         found.update(probabilities, labels[rows], predicted)
         if chance and generator:
             chance[0].update(probabilities, labels[rows], generator)
-        confidence[rows] = probabilities[np.arange(len(predicted)), predicted]
+        confidence.append(probabilities[np.arange(len(predicted)), predicted])
         right[rows] = predicted == labels[rows]
-    return found, confidence, right
+    return found, np.concatenate(confidence), right
 
 
 def facts(method: Method) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -20,6 +20,9 @@ Ints = NDArray[np.int64]
 BINS = 15
 FLOOR = 1e-12
 """The NLL counts lower probabilities as this one; it would be infinite if a method gave the label none at all."""
+SUM_OFF = 1e-4
+"""Probabilities of an image sum to 1 within this; those of float16 and bfloat16 within `SUM_OFF_HALF`."""
+SUM_OFF_HALF = 5e-3
 BLOCK = 1 << 17
 """Values in one block of rows: 1 MB in float64, so that a pass over many images does not need memory of their size."""
 
@@ -77,8 +80,89 @@ def check_logits(logits: NDArray) -> None:
             raise ValueError(f"row {row}: a logit is not finite (NaN, infinity, or beyond float32)")
 
 
+@dataclass(frozen=True)
+class Predictions:
+    """What a network says of images: logits, or probabilities with their logarithms.
+
+    A bin is found from the probabilities as they were given: exp(log p) misses p, and with it the edge of a bin.
+
+    Attributes
+    ----------
+    logits : (image, class).
+    given : (image, class), the probabilities in their own precision; None: the network gave logits.
+    """
+
+    logits: NDArray
+    given: NDArray | None = None
+
+    @classmethod
+    def of(cls, scores: NDArray | Predictions) -> Predictions:
+        """Return predictions; an array holds logits."""
+        return scores if isinstance(scores, cls) else cls(scores)  # type: ignore[arg-type]
+
+    def __len__(self) -> int:
+        return len(self.logits)
+
+    def __getitem__(self, rows: slice | NDArray) -> Predictions:
+        return Predictions(self.logits[rows], None if self.given is None else self.given[rows])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.logits.shape
+
+    @property
+    def probabilities(self) -> NDArray:
+        """(image, class), in the precision in which they were given, else float64."""
+        return softmax(self.logits) if self.given is None else self.given
+
+    @property
+    def predicted(self) -> Ints:
+        """(image), the class with the largest score."""
+        return (self.logits if self.given is None else self.given).argmax(1)
+
+
+def sum_off(values: NDArray) -> float:
+    """Return how far a row of probabilities of these values' precision may sum from 1.
+
+    Values that float16 or bfloat16 hold exactly come from these, whatever type holds them now.
+    """
+    single = values.astype(np.float32)
+    half = single.astype(np.float16) == values
+    brain = ((single.view(np.uint32) & np.uint32(0xFFFF)) == 0) & (single == values)
+    return SUM_OFF_HALF if half.all() or brain.all() else SUM_OFF
+
+
+def sum_to(values: NDArray, total: float = 1.0) -> bool:
+    """Return whether all rows (image, class) are at least 0 and sum to a total, as those of probabilities to 1."""
+    if values.ndim != 2 or min(values.shape) == 0 or values.dtype.kind not in "biuf":
+        return False
+    off = 0.0
+    for rows in blocks(*values.shape):
+        part = values[rows].astype(np.float64)
+        if not (part >= 0).all():  # a NaN is not
+            return False
+        off = max(off, float(np.abs(part.sum(1) / total - 1).max()))
+        if off > SUM_OFF_HALF:
+            return False
+    return off <= SUM_OFF or off <= min(sum_off(values[rows]) for rows in blocks(*values.shape))
+
+
+def own_precision(probabilities: NDArray) -> NDArray:
+    """Return float64 probabilities in float32 if each is a float32 that was widened, or written out and read again."""
+    if probabilities.dtype != np.float64:
+        return probabilities
+    single = probabilities.astype(np.float32)
+    for rows in blocks(*probabilities.shape):
+        part = probabilities[rows]
+        if not (single[rows] == part).all() and not (single[rows].astype(str).astype(np.float64) == part).all():
+            return probabilities
+    return single
+
+
 def logits_of(probabilities: NDArray) -> Floats:
-    """Compute logits (image, class) from probabilities: the logarithms of rows rescaled to sum to 1, in float64.
+    """Compute logits (image, class) from probabilities: their logarithms, in float64.
+
+    A zero counts as the smallest probability above it; where all of those are 1, as `FLOOR`.
 
     Raises
     ------
@@ -94,13 +178,32 @@ def logits_of(probabilities: NDArray) -> Floats:
     given = probabilities.astype(np.float64)
     outside = ~((given >= 0) & (given <= 1)).all(1)
     if outside.any():
-        raise ValueError(f"row {int(outside.argmax())}: a probability is not between 0 and 1")
+        row = int(outside.argmax())
+        raise ValueError(f"row {row}: a probability is not between 0 and 1{_percent(given)}")
     total = given.sum(1)
-    off = np.abs(total - 1) > (5e-3 if probabilities.dtype == np.float16 else 1e-4)
+    off = np.abs(total - 1) > sum_off(probabilities)
     if off.any():
         row = int(off.argmax())
         raise ValueError(f"row {row}: the probabilities sum to {total[row]:.6g}, not 1; give logits as `logits`")
-    return np.log(np.maximum(given / total[:, None], FLOOR))
+    zeros = given == 0
+    given[zeros] = floor_of(given)
+    return np.log(given)
+
+
+def floor_of(probabilities: NDArray) -> float:
+    """Return what a probability of zero counts as in a logarithm: the smallest one above zero."""
+    least = float(probabilities.min(where=probabilities > 0, initial=1.0))
+    return least if least < 1 else FLOOR
+
+
+def check_no_percentages(values: NDArray) -> None:
+    """Refuse rows that are at least 0 and sum to 100, with a `ValueError`."""
+    if said := _percent(values):
+        raise ValueError(f"row 0{said}")
+
+
+def _percent(values: NDArray) -> str:
+    return ": the rows sum to 100, as percentages do: divide them by 100" if sum_to(values, 100.0) else ""
 
 
 def log_softmax(logits: NDArray) -> Floats:
@@ -123,18 +226,23 @@ def softmax(logits: NDArray) -> Floats:
 # Bins -----------------------------------------------------------------------------------------------------------------
 
 
-def equal_width(confidence: Floats, bins: int = BINS) -> Ints:
+def width_edges(bins: int, dtype: DTypeLike) -> NDArray:
+    """Return the M + 1 edges m / M in the precision of the confidences: in float32, 0.6 is not above 6 / 10."""
+    return (np.arange(bins + 1) / bins).astype(dtype)
+
+
+def equal_width(confidence: NDArray, bins: int = BINS) -> Ints:
     """Return each confidence's bin m, with m / M < confidence <= (m + 1) / M; 0 is in the first bin."""
-    edges = np.arange(bins + 1) / bins
+    edges = width_edges(bins, confidence.dtype)
     return np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, bins - 1)
 
 
-def equal_mass(confidence: Floats, bins: int = BINS) -> Ints:
+def equal_mass(confidence: NDArray, bins: int = BINS) -> Ints:
     """Return the bin of each confidence, in bins that hold equally many images; equal confidences share a bin."""
     return np.searchsorted(mass_edges(confidence, bins), confidence, side="left")
 
 
-def mass_edges(values: Floats, bins: int) -> Floats:
+def mass_edges(values: NDArray, bins: int) -> NDArray:
     """Return the inclusive upper edges of all but the last of `bins` equal-mass bins; fewer where values are equal."""
     size, larger = divmod(len(values), bins)
     last = np.cumsum(np.full(bins, size) + (np.arange(bins) < larger))[:-1] - 1
@@ -174,19 +282,23 @@ class Reliability:
             np.zeros(bins, np.int64), np.zeros(bins, np.int64), np.zeros(bins), np.zeros((classes, bins))
         )
 
-    def update(self, probabilities: Floats, labels: Ints, predicted: Ints) -> None:
-        """Add images: probabilities (image, class), labels and predicted classes (image)."""
+    def update(self, probabilities: NDArray, labels: Ints, predicted: Ints) -> None:
+        """Add images: probabilities (image, class), labels and predicted classes (image).
+
+        Bins are found in the precision of the probabilities; sums are float64.
+        """
         images, classes = probabilities.shape
         bins = len(self.count)
         row = np.arange(images)
+        at = equal_width(probabilities[row, predicted], bins)
+        cells = equal_width(probabilities.ravel(), bins).reshape(images, classes) + bins * np.arange(classes)
+        probabilities = probabilities.astype(np.float64, copy=False)
         confidence, right = probabilities[row, predicted], predicted == labels
-        at = equal_width(confidence, bins)
         self.count += np.bincount(at, minlength=bins)
         self.correct += np.bincount(at[right], minlength=bins)
         self.confidence += np.bincount(at, confidence, minlength=bins)
         gap = -probabilities
         gap[row, labels] += 1
-        cells = equal_width(probabilities.ravel(), bins).reshape(images, classes) + bins * np.arange(classes)
         self.class_gap += np.bincount(cells.ravel(), gap.ravel(), minlength=bins * classes).reshape(classes, bins)
         true = probabilities[row, labels]
         self.nll -= float(np.log(np.maximum(true, FLOOR)).sum())
@@ -253,7 +365,7 @@ def debiased_square(count: NDArray, correct: NDArray, confidence: Floats) -> Flo
     return np.where(count > 1, count * squared, 0.0).sum(-1) / count.sum(-1)
 
 
-def ece_equal_mass(confidence: Floats, right: NDArray[np.bool_], bins: int = BINS) -> float:
+def ece_equal_mass(confidence: NDArray, right: NDArray[np.bool_], bins: int = BINS) -> float:
     """Compute the ECE in bins that hold equally many images."""
-    gap = np.bincount(equal_mass(confidence, bins), right - confidence)
+    gap = np.bincount(equal_mass(confidence, bins), right - confidence.astype(np.float64))
     return float(np.abs(gap).sum()) / len(confidence)

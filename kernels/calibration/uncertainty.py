@@ -30,7 +30,7 @@ class Noise:
     null_high: float
 
 
-def noise(confidence: Floats, right: NDArray[np.bool_], draws: int, seed: int, bins: int = BINS) -> dict[str, Noise]:
+def noise(confidence: NDArray, right: NDArray[np.bool_], draws: int, seed: int, bins: int = BINS) -> dict[str, Noise]:
     """Estimate the noise of the errors by bins of the confidence: `ece`, `ece_equal_mass` and `ece_debiased`.
 
     The function draws images with replacement, and labels from the confidences, `draws` times each.
@@ -45,6 +45,7 @@ def noise(confidence: Floats, right: NDArray[np.bool_], draws: int, seed: int, b
     """
     images = len(confidence)
     held = np.concatenate([np.eye(bins)[of(confidence, bins)] for of in (equal_width, equal_mass)], axis=1)
+    confidence = confidence.astype(np.float64)
     sums = np.concatenate([held, held * right[:, None], held * confidence[:, None]], axis=1)
     count, correct, stated = _in_three(sums.sum(0))
     generator = np.random.default_rng(seed)
@@ -116,7 +117,7 @@ class ClasswiseNoise:
         several = cells, draws
         return ClasswiseNoise(np.zeros(cells), np.zeros(several), np.zeros(cells), np.zeros(several), np.zeros(draws))
 
-    def update(self, probabilities: Floats, labels: Ints, generator: np.random.Generator) -> None:
+    def update(self, probabilities: NDArray, labels: Ints, generator: np.random.Generator) -> None:
         """Add images: probabilities (image, class) and labels (image)."""
         from scipy.sparse import csr_array
 
@@ -124,6 +125,7 @@ class ClasswiseNoise:
         bins = cells // classes
         row = np.arange(images)[:, None]
         cell = equal_width(probabilities.ravel(), bins).reshape(images, classes) + bins * np.arange(classes)
+        probabilities = probabilities.astype(np.float64, copy=False)
         gap = -probabilities
         gap[row[:, 0], labels] += 1
         weight = generator.poisson(1.0, (images, draws)).astype(np.float64)
@@ -131,7 +133,7 @@ class ClasswiseNoise:
         self.resampled += csr_array((gap.ravel(), cell.ravel(), start), shape=(images, cells)).T @ weight
         self.weight += weight.sum(0)
         # Each row's cumulative probabilities end where the next row's begin, so one search serves all rows.
-        ends = (probabilities.cumsum(1) + row).ravel()
+        ends = (np.minimum(probabilities.cumsum(1), 1) + row).ravel()
         found = np.searchsorted(ends, generator.random((images, draws)) + row, side="right") - classes * row
         label = np.clip(found, 0, classes - 1)
         np.add.at(self.drawn, (cell[row, label], np.arange(draws)), 1)

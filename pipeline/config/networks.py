@@ -12,6 +12,7 @@ from pydantic import (
     Field,
     NonNegativeInt,
     PositiveInt,
+    StrictInt,
     field_validator,
     model_serializer,
     model_validator,
@@ -80,6 +81,19 @@ class NetworkSpec(BaseModel):
     prefix: str | None = Field(
         None, description="prefix of every key of the checkpoint that the network's keys lack, for example `module.`"
     )
+    output: StrictInt | str | None = Field(
+        None,
+        description="which of several tensors that the network returns are its logits: a name, or a place from 0; "
+        "default: the one called `logits`, or the only one of shape (image, class) if it is the first",
+    )
+
+    @model_serializer(mode="wrap")
+    def _without_an_unset_output(self, handler: Any) -> dict[str, Any]:
+        """Omit `output` unless it is set, so that networks made before it existed keep their ids."""
+        found = handler(self)
+        if self.output is None:
+            found.pop("output", None)
+        return found
 
     @model_validator(mode="after")
     def _one_source(self) -> NetworkSpec:
@@ -112,7 +126,7 @@ class NetworkSpec(BaseModel):
         """Return the part of a larger description, for example a configured network, that builds the network."""
         if type(described) is cls:
             return described
-        return cls(**{name: getattr(described, name) for name in cls.model_fields})
+        return cls(**{name: getattr(described, name) for name in cls.model_fields if hasattr(described, name)})
 
     @property
     def library(self) -> str | None:
@@ -332,4 +346,6 @@ class Segmenter(NetworkSpec):
     def _trained(self) -> Segmenter:
         if self.weights_file is None and not self.published:
             raise ValueError(f"weights: {self.weights!r}: a segmenter needs trained weights, for example a file")
+        if self.output is not None:
+            raise ValueError("output: name the outputs of a segmenter under `categories`, as `output` of each")
         return self

@@ -86,6 +86,8 @@ def build(described: Described, device: str = "cpu") -> nn.Module:
     """
     from torch import nn
 
+    from pipeline.networks.returned import returning
+
     spec = NetworkSpec.of(described)
     network = _on(spec, device, _file_builder(spec) if spec.library is None else library(spec).builder(spec))
     if not isinstance(network, nn.Module):
@@ -93,7 +95,44 @@ def build(described: Described, device: str = "cpu") -> nn.Module:
             f"{spec.architecture} returned {type(network).__name__}, expected a torch.nn.Module: "
             f"return the network itself"
         )
-    return network.eval()
+    _check_kind(network, spec.architecture)
+    try:
+        network.eval()
+    except Exception as error:
+        raise MicrotomeError(
+            f"{spec.architecture} refuses `eval()`: {type(error).__name__}: {error}: return a network that can leave "
+            f"training mode, not an exported graph"
+        ) from error
+    training = next((name for name, module in network.named_modules() if module.training), None)
+    if training is not None:
+        raise MicrotomeError(
+            f"{spec.architecture} stays in training mode after `eval()`: module {training or '(the whole)'!r}: have "
+            f"its `train` set `self.training`"
+        )
+    return returning(network, spec.output, spec.architecture)
+
+
+def _check_kind(network: nn.Module, name: str) -> None:
+    """Refuse a network whose layers or weights cannot be read, with what to return instead."""
+    import torch
+    from torch.nn.parameter import is_lazy
+
+    if isinstance(network, torch.jit.ScriptModule):
+        raise MicrotomeError(
+            f"{name} is scripted (TorchScript), so its layers cannot be read: return the module that was scripted"
+        )
+    tensors = (*network.named_parameters(), *network.named_buffers())
+    if lazy := next((key for key, tensor in tensors if is_lazy(tensor)), None):
+        raise MicrotomeError(
+            f"{name} has lazy modules: {lazy!r} has no shape before the first forward: give its module the number of "
+            f"inputs, or run the network on an image in its builder"
+        )
+    quantised = (key for key, each in network.named_modules() if ".quantized" in type(each).__module__)
+    if (found := next(quantised, None)) is not None:
+        raise MicrotomeError(
+            f"{name} is quantised: {found!r} holds integers, expected floating-point weights: return the network as it "
+            f"was before"
+        )
 
 
 def library(spec: NetworkSpec) -> types.ModuleType:

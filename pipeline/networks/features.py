@@ -53,8 +53,8 @@ def naming_slots(batch: Minibatch) -> Iterator[None]:
     try:
         yield
     except NonFiniteError as error:
-        layer, place = error.args
-        raise NonFiniteError(layer, batch.images[place]) from None
+        layer, place, *unit = error.args
+        raise NonFiniteError(layer, batch.images[place], *unit) from None
 
 
 def grams_of(network: torch.nn.Module, images: torch.Tensor, entries: Sequence[Entry]) -> np.ndarray:

@@ -41,7 +41,7 @@ class Model:
 
 
 class NonFiniteError(Exception):
-    """A layer's output holds a NaN or an infinity; args: layer, image index."""
+    """A layer's output holds a NaN or an infinity; args: layer, image index, and the unit if it is known."""
 
 
 def loaded(model: Model) -> torch.nn.Module:
@@ -186,11 +186,16 @@ def half(values: torch.Tensor, scale: float) -> torch.Tensor:
     return (values if scale == 1 else values / scale).half()
 
 
-def refuse_non_finite(output: torch.Tensor, layer: str, start: int) -> None:
-    """Raise for the first image of `output` (image, ...) that is not finite; the shard begins with image `start`."""
+def refuse_non_finite(output: torch.Tensor, layer: str, start: int, units: torch.Tensor | None = None) -> None:
+    """Raise for the first image of `output` (image, ...) that is not finite; the shard begins with image `start`.
+
+    `units` (image, unit), if given, is not finite where a unit's values are not.
+    """
     good = output.isfinite().reshape(len(output), -1).all(1)
     if not bool(good.all()):
-        raise NonFiniteError(layer, start + int((~good).nonzero()[0]))
+        image = int((~good).nonzero()[0])
+        bad = [] if units is None else (~units[image].isfinite()).nonzero().reshape(-1).tolist()
+        raise NonFiniteError(layer, start + image, *bad[:1])
 
 
 def scale_for(largest: float, headroom: bool = False) -> float:

@@ -13,7 +13,15 @@ from pipeline.storage.identity import FileDigests
 
 
 def architecture(spec: NetworkSpec, digests: FileDigests) -> dict[str, Any]:
-    """Return the builder and its arguments; for a module or a transformers model, the digest of its defining file."""
+    """Return the builder, its arguments and, if it is set, which output counts.
+
+    For a module or a transformers model, the builder is the digest of its defining file.
+    """
+    chosen = {} if spec.output is None else {"output": spec.output}
+    return _builder(spec, digests) | chosen
+
+
+def _builder(spec: NetworkSpec, digests: FileDigests) -> dict[str, Any]:
     if spec.torchvision is not None:
         return {"torchvision": spec.torchvision, "arguments": spec.arguments}
     if spec.timm is not None:

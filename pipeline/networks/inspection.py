@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ from pipeline.networks.build import build, load_weights
 from pipeline.networks.graph.tail import Tail
 from pipeline.networks.graph.trace import UntraceableError, trace
 from pipeline.networks.layer import Inspection, LayerInfo
-from pipeline.networks.layers import Survey, choose, in_proportion, survey
+from pipeline.networks.layers import Survey, choose, head_of, in_proportion, survey
+from pipeline.networks.returned import check_returned
 from pipeline.networks.speed import Probe, measure
 from pipeline.networks.token_order import check_places
 
@@ -56,6 +57,7 @@ class Request(BaseModel):
     ablate: Ablation | None = None
     compare: str | list[str] | None = None
     look: str | list[str] | None = None
+    classes: int | None = None
 
 
 class ClassifierRequest(BaseModel):
@@ -86,6 +88,7 @@ def inspect(
     ablate: Ablation | None = None,
     compare: str | Sequence[str] | None = None,
     look: str | Sequence[str] | None = None,
+    classes: int | None = None,
 ) -> Inspection:
     """Build the network on the meta device, check its checkpoint's names and shapes, and find the wanted layers.
 
@@ -100,6 +103,7 @@ def inspect(
     ablate : what is to be removed.
     compare : layers that are compared with those of other networks, as in `layers.choose`; None: `layers`.
     look : layers to examine, given in the same way; only unknown ones are refused.
+    classes : that the images are labelled with, if they are.
 
     Raises
     ------
@@ -109,6 +113,7 @@ def inspect(
     spec = NetworkSpec.of(network)
     built, surveyed = _surveyed(spec, input_shape, special_tokens)
     load_weights(built, spec, weights_path, shapes_only=True)
+    check_returned(surveyed.returned, classes, spec.architecture)
     chosen = choose(built, surveyed, layers, spec.architecture)
     if look is not None:
         choose(built, surveyed, look, spec.architecture)
@@ -126,7 +131,44 @@ def inspect(
         classes=surveyed.classes,
         ablation=_ablation(built, chosen, surveyed.output, input_shape, ablate) if ablate else {},
         compared=[] if compare is None else [each.name for each in choose(built, surveyed, compare, spec.architecture)],
+        notices=list(_notices(spec, surveyed, classes)),
+        alone=surveyed.alone,
     )
+
+
+def _notices(spec: NetworkSpec, surveyed: Survey, classes: int | None) -> Iterator[str]:
+    """Yield what is not wrong, but may not be meant."""
+    if classes and surveyed.classes and classes != surveyed.classes:
+        yield (
+            f"it gives {surveyed.classes} logits, and the images have {classes} classes: its predictions are not "
+            f"those classes"
+        )
+    if surveyed.alone:
+        yield (
+            f"it cannot take one image alone ({surveyed.alone}), so a last minibatch of one image fails: look for "
+            f"`squeeze()` without a dimension in its forward"
+        )
+    if (
+        spec.torchvision in ("googlenet", "inception_v3")
+        and spec.weights_file is not None
+        and "transform_input" not in spec.arguments
+    ):
+        yield (
+            "torchvision's published weights go with `arguments: {transform_input: true}`, which changes how the "
+            "input is normalised; with a file as weights it is off unless you say so"
+        )
+
+
+def _alone(network: nn.Module, output: tuple[int, ...], input_shape: tuple[int, int, int]) -> str:
+    """Return what goes wrong with a batch of one image: `squeeze()` without a dimension drops the batch, too."""
+    device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
+    try:
+        with torch.no_grad():
+            logits = head_of(network(torch.zeros((1, *input_shape), device=device)))
+    except Exception as error:  # shapes that do not fit fail in many ways
+        return f"it fails: {type(error).__name__}: {error}"
+    found = None if logits is None else tuple(logits.shape)
+    return "" if found in (None, (1, *output)) else f"it returns {found}, expected {(1, *output)}"
 
 
 def _ablation(
@@ -197,20 +239,37 @@ def _surveyed(spec: NetworkSpec, input_shape: tuple[int, int, int], special: int
     """Return the network on the meta device and the survey of its forward pass, run on the CPU if it needs values."""
     try:
         network = build(spec, device="meta")
-        if not all(tensor.is_meta for tensor in (*network.parameters(), *network.buffers())):
+        tensors = (*network.parameters(), *network.buffers())
+        if not all(tensor.is_meta for tensor in tensors):
             raise NotImplementedError("the builder places tensors itself")
-        return network, survey(network, input_shape, special)
+        if _other_precision(network):
+            raise NotImplementedError("on the meta device, some operations take what they refuse elsewhere")
+        surveyed = survey(network, input_shape, special)
+        surveyed.alone = _alone(network, surveyed.output, input_shape)
+        return network, surveyed
     # Reading a value (`.item()`), a device named in a forward, numpy: each fails on the meta device in its own way.
     except Exception:
         network = build(spec)
     try:
         surveyed = survey(network, input_shape, special)
+    except MicrotomeError:
+        raise
     except Exception as error:
+        other = _other_precision(network)
+        advice = f"; its weights are {other}, and images are float32: call `.float()` in its builder" if other else ""
         raise MicrotomeError(
             f"{spec.architecture} cannot take images of shape {tuple(input_shape)}: {type(error).__name__}: {error}"
+            f"{advice}"
         ) from error
+    surveyed.alone = _alone(network, surveyed.output, input_shape)
     # Loading shapes into a meta network checks names and shapes and copies nothing.
     return network.to("meta"), surveyed
+
+
+def _other_precision(network: nn.Module) -> str:
+    """Return the type of the first floating-point weight that is not float32; empty if all are."""
+    others = (each.dtype for each in network.parameters() if each.is_floating_point() and each.dtype != torch.float32)
+    return str(next(others, "")).removeprefix("torch.")
 
 
 def _certain(layer: LayerInfo, input_shape: tuple[int, int, int]) -> bool:

@@ -51,6 +51,8 @@ class Inspection:
     output : shape of the network's output for one image; (classes,) for a classifier.
     classes : number of logits, or None if the network has no head.
     compared : names of the layers that are compared, if these are others.
+    notices : what a person should know before the run, a sentence each.
+    alone : what goes wrong with a batch of one image; empty if nothing does.
     """
 
     architecture: str
@@ -62,6 +64,8 @@ class Inspection:
     classes: int | None
     ablation: dict[str, float | None] = field(default_factory=dict)
     compared: list[str] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+    alone: str = ""
 
     def json(self) -> dict[str, Any]:
         return asdict(self)

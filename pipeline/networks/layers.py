@@ -35,7 +35,8 @@ class Survey:
 
     `image` is the (height, width) that it ran on, `output` the shape of the network's own output without the batch, and
     `classes` as in `classes_of`. `largest` is how many values the largest output of any module has for one image, which
-    determines the memory of a forward pass.
+    determines the memory of a forward pass. `returned` are the shapes of the tensors that the network returns, where it
+    does not return one alone. `alone` is what goes wrong with a batch of one image.
     """
 
     layers: list[LayerInfo] = field(default_factory=list)
@@ -44,6 +45,8 @@ class Survey:
     output: tuple[int, ...] = ()
     classes: int | None = None
     largest: int = 0
+    returned: dict[str | int, tuple[int, ...]] = field(default_factory=dict)
+    alone: str = ""
 
 
 def resolve(
@@ -106,7 +109,8 @@ def survey(network: nn.Module, input_shape: tuple[int, int, int], special: int |
     hooks = [module.register_forward_hook(note(name)) for name, module in modules]
     try:
         with torch.no_grad(), one_attention_path():
-            logits = first_tensor(network(images))
+            returned = network(images)
+            logits = head_of(returned)
     finally:
         for hook in hooks:
             hook.remove()
@@ -114,6 +118,8 @@ def survey(network: nn.Module, input_shape: tuple[int, int, int], special: int |
     shape = tuple(logits.shape[1:]) if logits is not None else ()
     found = Survey(image=(input_shape[1], input_shape[2]), output=shape, classes=classes_of(network, logits))
     found.largest = max(largest, math.prod(shape))
+    tensors = ((key, each) for key, each in entries_of(returned).items() if isinstance(each, torch.Tensor))
+    found.returned = {key: tuple(each.shape[1:]) for key, each in tensors}
     reader = _Reader(found.image, special)
     for name, module, output in outputs:
         read = reader.read(name, module, output)
@@ -177,7 +183,7 @@ class Recorder:
         self.outputs = {}
         logits = None
         with torch.no_grad(), contextlib.suppress(_Done):
-            logits = first_tensor(self.network(images))
+            logits = head_of(self.network(images))
         missing = [name for name in self.names if name not in self.outputs]
         if missing:
             raise MicrotomeError(f"layer {missing[0]!r} was not called in this forward, expected one call")
@@ -251,6 +257,21 @@ def first_tensor(output: object) -> torch.Tensor | None:
         return output
     values = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()
     return next((value for value in values if isinstance(value, torch.Tensor)), None)
+
+
+def entries_of(output: object) -> dict[str | int, Any]:
+    """Return what a network returned by name, or by place where it has no names; one tensor alone has none."""
+    if isinstance(output, Mapping):
+        return dict(output)
+    if isinstance(output, tuple) and hasattr(output, "_fields"):
+        return dict(zip(output._fields, output, strict=True))
+    return dict(enumerate(output)) if isinstance(output, (tuple, list)) else {}
+
+
+def head_of(output: object) -> torch.Tensor | None:
+    """Return the tensor that stands for the logits of what a network returned: `logits` by name, else the first."""
+    named = entries_of(output).get("logits")
+    return named if isinstance(named, torch.Tensor) else first_tensor(output)
 
 
 def classes_of(network: nn.Module, output: torch.Tensor | None) -> int | None:

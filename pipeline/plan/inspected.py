@@ -26,7 +26,7 @@ from pipeline.storage.atomic import write_atomically
 from pipeline.storage.identity import digest
 from pipeline.workers.processes import in_own_process
 
-VERSION = 4
+VERSION = 5
 LIBRARIES = ("torch", "torchvision", "timm", "transformers")  # other versions may build other networks
 PAIRS = "extract"  # the stage with one job per network and data set
 
@@ -120,6 +120,7 @@ def _request(job: Job) -> dict[str, Any]:
         "layers": network.layers,
         "special_tokens": network.special_tokens,
         "images": ingested.images,
+        "classes": job.classes or None,
     }
     for stage in job.stages.values():
         if stage.requests is not None and (other := job.beside(stage.name)) is not None:

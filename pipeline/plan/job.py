@@ -137,6 +137,11 @@ class Job(Generic[S]):
         return self._plan.splits[self.dataset]
 
     @property
+    def classes(self) -> int:
+        """How many classes the images of its data set are labelled with; 0: no image has a label."""
+        return self._plan.classes[self.dataset]
+
+    @property
     def is_control(self) -> bool:
         """Whether its network is an untrained control."""
         return (self._step.network or "").endswith(UNTRAINED)
@@ -272,9 +277,10 @@ class Job(Generic[S]):
 
     def told(self, error: NonFiniteError, image_id: Sequence[str] | np.ndarray) -> MicrotomeError:
         """Return the error as a readable message; `image_id` holds the id of every slot."""
-        layer, index = error.args
+        layer, index, *unit = error.args
+        whose = f"unit {unit[0]}: its" if unit else "the"
         return MicrotomeError(
-            f"network {self.network!r}, layer {layer!r}: the output for image {image_id[index]!r} of data set "
+            f"network {self.network!r}, layer {layer!r}: {whose} output for image {image_id[index]!r} of data set "
             f"{self.dataset!r} is not finite (NaN or infinity)"
         )
 

@@ -77,6 +77,7 @@ class Plan:
     networks : every configured network, its untrained control, and the copies that stages ask for.
     originals : the configured network that a control or a copy belongs to.
     splits : images by data set and split.
+    classes : how many the images are labelled with, by data set; 0: no image has a label.
     described : lines on what is read from the data sets. notices : lines on what a user may have meant otherwise.
     arguments : snakemake's arguments besides a target: configuration files and overrides. No id contains them.
     """
@@ -87,6 +88,7 @@ class Plan:
     originals: Mapping[str, str] = field(default_factory=dict)
     splits: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     arguments: tuple[str, ...] = ()
+    classes: Mapping[str, int] = field(default_factory=dict)
     described: tuple[str, ...] = field(default=(), compare=False)  # the jobs of a run need neither
     notices: tuple[str, ...] = field(default=(), compare=False)
 

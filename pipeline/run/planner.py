@@ -41,6 +41,7 @@ def make(config: Core, rescan: bool = False, arguments: Sequence[str] = ()) -> P
         line for name, made in draft.summaries.items() for line in kinds.described(name, config.datasets[name], made)
     ]
     notices = [f"{name}: {notice}" for name, made in draft.summaries.items() for notice in made.notices]
+    classes = {name: summary.classes for name, summary in draft.summaries.items()}
     return Plan(
         config,
         draft.steps,
@@ -48,6 +49,7 @@ def make(config: Core, rescan: bool = False, arguments: Sequence[str] = ()) -> P
         draft.originals,
         splits,
         tuple(arguments),
+        classes,
         tuple(described),
         tuple(notices),
     )
@@ -105,6 +107,7 @@ def save(plan: Plan) -> Path:
             "originals": dict(plan.originals),
             "splits": {name: dict(counts) for name, counts in plan.splits.items()},
             "arguments": plan.arguments,
+            "classes": dict(plan.classes),
         }
     )
     path = plan.scratch / "plans" / f"{plan.config.name}.{digest(body)}.json"
@@ -125,4 +128,5 @@ def read(path: Path) -> Plan:
         value["originals"],
         value["splits"],
         tuple(value["arguments"]),
+        value["classes"],
     )

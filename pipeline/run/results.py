@@ -175,7 +175,10 @@ class Network(_Folder["Layer"]):
     def ablation(self) -> dict[str, xr.Dataset]:
         """By layer: what each class loses without each unit, and without sets of units; empty without ablation."""
         store = self.path / "ablation.zarr"
-        return {name: _open(store / name) for name in _open(store).attrs["layers"]} if store.is_dir() else {}
+        if not store.is_dir():
+            return {}
+        attrs = _open(store).attrs
+        return {name: _open(store / attrs.get("groups", {}).get(name, name)) for name in attrs["layers"]}
 
     @cached_property
     def calibration(self) -> xr.Dataset:

@@ -19,7 +19,7 @@ from torch.fx.node import map_arg
 
 from pipeline.errors import MicrotomeError
 from pipeline.networks.graph.channels import is_binary, is_elementwise
-from pipeline.networks.layers import first_tensor, one_attention_path
+from pipeline.networks.layers import entries_of, first_tensor, head_of, one_attention_path
 
 
 class UntraceableError(Exception):
@@ -153,7 +153,7 @@ def forward_with(
     handle = network.get_submodule(layer).register_forward_hook(hook)
     try:
         with one_attention_path():
-            logits = first_tensor(network(images))
+            logits = head_of(network(images))
     finally:
         handle.remove()
     if logits is None:
@@ -351,6 +351,9 @@ def _descendants(graph: fx.Graph, start: fx.Node) -> list[fx.Node]:
 
 def _logits_node(graph: fx.Graph, values: Mapping[fx.Node, Any]) -> fx.Node:
     (returned,) = (node for node in graph.nodes if node.op == "output")
+    named = entries_of(returned.args[0]).get("logits")
+    if isinstance(named, fx.Node):
+        return named
     tensors = [each for each in returned.all_input_nodes if isinstance(values[each], torch.Tensor)]
     if not tensors:
         raise UntraceableError("the forward does not return logits")

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from kernels.calibration.reliability import sum_to
 from pipeline.errors import MicrotomeError
 from pipeline.storage.atomic import write_atomically
 
@@ -101,6 +102,11 @@ def count_classes(network: nn.Module, images: Tensor) -> int:
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise MicrotomeError(f"the network must give logits of shape (batch, class), found {found}")
+    if logits.shape[1] > 1 and sum_to(logits.double().cpu().numpy()):
+        raise MicrotomeError(
+            "the network gives probabilities (rows are at least 0 and sum to 1), and its loss takes logits: leave out "
+            "its last softmax"
+        )
     return logits.shape[1]
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kernels.ablation import SERVED
-from pipeline.stages.ablate.results import AblatedLayer
+from pipeline.stages.ablate.results import AblatedLayer, group_of
 from pipeline.stages.ablate.settings import Measure
 from pipeline.stages.dissect.found import Unit
 from pipeline.storage.read_back import open_store
@@ -84,7 +84,7 @@ class Ablation:
 
 def read_ablation(results: Path, dataset: str, network: str, layer: str, units: list[Unit]) -> Ablation:
     """Read the group of a layer, verified; `units` are those of all layers."""
-    group = open_store(results / dataset / network / "ablation.zarr" / layer)
+    group = open_store(results / dataset / network / "ablation.zarr" / group_of(layer))
 
     def array(name: str) -> Any:
         return np.asarray(group[name][:])

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 
 from kernels.ablation import KINDS, RANDOM_KINDS, Predictions, balanced_accuracy, classes_served
 from pipeline.stages.ablate.settings import Measure
+from pipeline.storage.identity import digest
 from pipeline.storage.manifest import Files, Manifest, within
 from pipeline.storage.record import Record
-from pipeline.storage.store import metadata_files, verified_bytes, write_whole
+from pipeline.storage.store import create, metadata_files, verified_bytes, write_whole
 from pipeline.storage.tables import csv_bytes, number
 
 TOP_UNITS = 20  # of each class, in ablation.csv
@@ -57,6 +59,8 @@ CONTROL = {"remove_most": "remove", "remove_least": "remove", "keep_most": "keep
 
 CLASS_SCORES = ("balanced_accuracy", "recall", "precision")
 SCORES = ("accuracy", "top5_accuracy")
+
+LONGEST = 200  # bytes of a folder's name; file systems take 255
 
 Labels = Mapping[tuple[str, int], Mapping[str, str]]  # a row of units.csv by layer and unit
 
@@ -183,6 +187,30 @@ def write_layer(path: Path, classes: list[str], found: AblationCounts, name: str
                 "random_predicted": (of_draw, found.random.predicted.reshape(shape)),
             }
     return within(name, write_whole(path, arrays, found.measure.written() | found.facts.written()))
+
+
+def group_of(layer: str) -> str:
+    """Return the group of a layer in ablation.zarr: its name, or a quoted and shortened one where no folder has it."""
+    parts = layer.split("/")
+    if all(
+        part not in ("", ".", "..") and not part.startswith("__") and len(part.encode()) <= LONGEST for part in parts
+    ):
+        return layer
+    quoted = quote(layer, safe=" ")
+    quoted = quoted if not quoted.startswith("__") else f"%5F{quoted[1:]}"
+    return quoted if len(quoted) <= LONGEST else f"{quoted[: LONGEST - 17]}-{digest(layer)[:16]}"
+
+
+def open_groups(store: Path, layers: Sequence[str]) -> Files:
+    """Create the groups around those of layers with a `/` in their name; return their files."""
+    files: Files = {}
+    for layer in layers:
+        parts = group_of(layer).split("/")
+        for count in range(1, len(parts)):
+            path = "/".join(parts[:count])
+            create(store / path, {}, {})
+            files |= within(f"{store.name}/{path}", {"zarr.json": metadata_files(store / path)["zarr.json"]})
+    return files
 
 
 def layer_files(store: Path) -> Files:

@@ -25,7 +25,15 @@ from pipeline.plan.job import Job
 from pipeline.plan.stage import Draft, PageModule, Stage, Wanted
 from pipeline.plan.step import Key
 from pipeline.stages.ablate.layer import ablate_layer
-from pipeline.stages.ablate.results import Ablated, layer_files, unit_labels, write_layer, write_tables
+from pipeline.stages.ablate.results import (
+    Ablated,
+    group_of,
+    layer_files,
+    open_groups,
+    unit_labels,
+    write_layer,
+    write_tables,
+)
 from pipeline.stages.ablate.settings import Removal, Settings
 from pipeline.stages.ablate.work import Work
 from pipeline.storage.identity import digest
@@ -98,9 +106,13 @@ def run(job: Job[Settings]) -> None:
     with job.workers() as workers:
         for target, shards in (work := Work.of(job, workers)).layers():
             one, predictions = ablate_layer(work, target, shards)
-            files |= predictions | write_layer(store / one.layer, classes, one, f"{store.name}/{one.layer}")
+            group = group_of(one.layer)
+            files |= open_groups(store, [one.layer]) | predictions
+            files |= write_layer(store / group, classes, one, f"{store.name}/{group}")
             counted.append(one)
-    create(store, {}, {"layers": [one.layer for one in counted]})
+    names = [one.layer for one in counted]
+    renamed = {name: group_of(name) for name in names if group_of(name) != name}
+    create(store, {}, {"layers": names} | ({"groups": renamed} if renamed else {}))
     files |= layer_files(store)
     for name, data in write_tables(counted, labels, classes).items():
         files |= write_file(folder, name, data)
@@ -121,6 +133,15 @@ def unreferenced(results: Path, used: set[Path]) -> Iterator[Path]:
 def requests(job: Job[Settings]) -> dict[str, Any]:
     """Have the inspection find what a pair of a unit and an image costs, and refuse layers that are not there."""
     return {"ablate": {"layers": job.settings.ablate.layers, "classes": job.settings.classes}}
+
+
+def check(job: Job[Settings]) -> Iterator[str]:
+    """Refuse a network that cannot take one image alone: what a unit changes may be one image."""
+    if why := found(job).alone:
+        yield (
+            f"network {job.network!r} on {job.dataset!r}, ablate: it cannot take one image alone ({why}), and a unit "
+            "may change one image only: look for `squeeze()` without a dimension in its forward"
+        )
 
 
 def sizes(job: Job[Settings]) -> Iterator[str]:
@@ -146,6 +167,7 @@ STAGE = Stage(
     settings=Settings,
     steps=steps,
     requests=requests,
+    check=check,
     sizes=sizes,
     run=run,
     explains="units removed again only on shards of images that changed",

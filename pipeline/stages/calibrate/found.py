@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.stages.calibrate.results import OF_BINS, Calibrated, NetworkFacts
+from pipeline.stages.calibrate.scores import outside_of
 from pipeline.stages.calibrate.settings import Fitting
 from pipeline.storage.read_back import open_store, read_text
 
@@ -55,6 +56,15 @@ class Calibration:
     def converged(self) -> bool:
         """Whether every search of a scaling found its minimum, on all splits."""
         return all(np.isnan(row["converged"]) or row["converged"] == 1 for row in self.rows.values())
+
+    @property
+    def notes(self) -> list[str]:
+        """How the scores were read, if they are no plain logits, and why an ECE is not within its interval."""
+        shown = {"as it is": self.whole} | {f"{name}, mean": row for name, row in self.rows.items()}
+        return [
+            *self.facts.remarks,
+            *outside_of([(name, row["ece"], row["ece_low"], row["ece_high"]) for name, row in shown.items()]),
+        ]
 
     def point(self) -> Point:
         after = self.rows.get("temperature", self.rows["uncalibrated"])

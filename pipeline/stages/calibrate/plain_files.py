@@ -3,7 +3,8 @@
     python -m pipeline.calibrate one.npz other.csv --splits 100 --out calibrated
 
 An npz holds `logits` or `probabilities` (image, class) and `labels` (image). A CSV has a header, a column `label`, and
-one of numbers for each class, in their order; where all of them are within [0, 1] they are probabilities.
+one of numbers for each class: columns that are numbered go by their numbers, others by their order. Where all numbers
+are within [0, 1] they are probabilities. One column, or an array (image), holds scores of class 1 of two.
 Nothing in a file is executed. Prints for each file the errors as it is, and a table of the methods; with `--out` writes
 <name>/calibration.csv and <name>/calibration-bins.csv, as the stage does.
 """
@@ -23,11 +24,13 @@ import numpy as np
 from pydantic import ValidationError
 
 from kernels.calibration.methods import uncalibrated
-from kernels.calibration.reliability import check_labels, check_logits, logits_of
+from kernels.calibration.reliability import FLOOR, Predictions, check_labels
 from pipeline.config.messages import explain
 from pipeline.data.csv_tables import Table, read_table
 from pipeline.errors import MicrotomeError, nearest
+from pipeline.stages.calibrate.columns import classes_of
 from pipeline.stages.calibrate.results import Whole, summary, tables
+from pipeline.stages.calibrate.scores import outside_of, read_scores
 from pipeline.stages.calibrate.settings import Calibrate, Calibration
 from pipeline.stages.calibrate.tasks import DRAWS_OF_CLASSES, Judged, chosen, evaluate, fitted_on, in_two, keys
 from pipeline.storage.atomic import write_atomically
@@ -38,11 +41,12 @@ SHOWN = ("accuracy", "ece", "ece_2.5", "ece_97.5", "ece_low", "ece_high", "ece_n
 
 @dataclass(frozen=True)
 class Scored:
-    """Logits (image, class) and labels (image) of a file, checked."""
+    """What a file says of (image, class), and labels (image), checked; `remarks` on how it was read."""
 
     name: str
-    logits: np.ndarray
+    said: Predictions
     labels: np.ndarray
+    remarks: list[str]
 
 
 def read(path: Path) -> Scored:
@@ -59,9 +63,8 @@ def read(path: Path) -> Scored:
         raise MicrotomeError(f"{path} is neither .npz nor .csv")
     try:
         values, labels, probable = kind(path)
-        logits = logits_of(values) if probable else values
-        check_logits(logits)
-        return Scored(path.stem, logits, check_labels(labels, logits.shape[1], len(logits)))
+        said, remarks = read_scores(values, probable)
+        return Scored(path.stem, said, check_labels(labels, said.shape[1], len(said)), remarks)
     except ValueError as error:
         raise MicrotomeError(f"{path}: {error}") from None
 
@@ -92,12 +95,15 @@ def _csv(path: Path) -> tuple[np.ndarray, np.ndarray, bool]:
     label = table.column(("label",))
     if "" in table.columns:
         raise MicrotomeError(f"{path} has a column without a name: name it, or leave it out if it numbers the rows")
-    scores = [name for name in table.columns if name != label]
-    numbers = np.empty((len(table.lines), len(scores)))
-    for at, name in enumerate(scores):
-        numbers[:, at] = _numbers(table, name)
-    probable = bool(scores) and bool(((numbers >= 0) & (numbers <= 1)).all())
-    return numbers, _numbers(table, label), probable
+    names = [name for name in table.columns if name != label]
+    columns, labels = {name: _numbers(table, name) for name in names}, _numbers(table, label)
+    try:
+        order, first = classes_of(columns, labels)
+    except ValueError as error:
+        raise MicrotomeError(f"{path}: {error}") from None
+    numbers = np.stack([columns[name] for name in order], axis=1) if order else np.empty((len(labels), 0))
+    probable = bool(order) and bool(((numbers >= 0) & (numbers <= 1)).all())
+    return numbers, labels - first, probable
 
 
 def _numbers(table: Table, column: str) -> np.ndarray:
@@ -116,18 +122,18 @@ def _numbers(table: Table, column: str) -> np.ndarray:
 
 def calibrate(scored: Scored, section: Calibrate) -> tuple[Whole, dict[str, np.ndarray], list[str]]:
     """Judge a file as it is, and fit the methods; return what came out by split, and the methods."""
-    methods = ["uncalibrated", *chosen(section.methods, scored.logits.shape[1])]
+    methods = ["uncalibrated", *chosen(section.methods, scored.said.shape[1])]
     images = fitted_on(section.share, len(scored.labels))
     key = keys([str(row) for row in range(len(scored.labels))])
     found = []
     for split in range(section.splits):
         to_fit, to_judge = in_two(key, images, split)
-        fitted, judged = ((scored.logits[rows], scored.labels[rows]) for rows in (to_fit, to_judge))
+        fitted, judged = ((scored.said[rows], scored.labels[rows]) for rows in (to_fit, to_judge))
         try:
             found.append(evaluate(*fitted, *judged, methods, section.bins, section.penalty, seed=split))
         except ValueError as error:
             raise MicrotomeError(f"{scored.name}: {error}") from None
-    as_it_is = Judged.of(uncalibrated, scored.logits, scored.labels, section.bins, DRAWS_OF_CLASSES, seed=0)
+    as_it_is = Judged.of(uncalibrated, scored.said, scored.labels, section.bins, DRAWS_OF_CLASSES, seed=0)
     whole = Whole.of([as_it_is])
     return whole, {name: np.stack([one[name] for one in found]) for name in found[0]}, methods
 
@@ -136,12 +142,13 @@ def lines(scored: Scored, whole: Whole, found: dict[str, np.ndarray], methods: S
     """Return what is printed of a file."""
     of, splits = whole.measures, len(found["score"])
     head = (
-        f"{scored.name}: {len(scored.labels):,} images, {scored.logits.shape[1]:,} classes; accuracy "
+        f"{scored.name}: {len(scored.labels):,} images, {scored.said.shape[1]:,} classes; accuracy "
         f"{of['accuracy']:.2%}, mean confidence {of['mean_confidence']:.2%}, NLL {of['nll']:.4f}, ECE {of['ece']:.2%} "
         f"[{of['ece_low']:.2%}, {of['ece_high']:.2%}]; a calibrated model would show up to {of['ece_null_high']:.2%}"
     )
+    means = summary(found["score"], methods)
     rows = [["", *SHOWN]]
-    for row in summary(found["score"], methods):
+    for row in means:
         rows.append([str(row["method"]), *("" if np.isnan(row[name]) else f"{row[name]:.4f}" for name in SHOWN)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     aligned = [
@@ -149,7 +156,15 @@ def lines(scored: Scored, whole: Whole, found: dict[str, np.ndarray], methods: S
         + "".join(f"  {cell.rjust(width)}" for cell, width in zip(row[1:], widths[1:], strict=True))
         for row in rows
     ]
-    return [head, f"means over {splits} random splits:", *aligned]
+    shown = [("as it is", of["ece"], of["ece_low"], of["ece_high"])]
+    shown += [(f"{row['method']}, mean", row["ece"], row["ece_low"], row["ece_high"]) for row in means]
+    remarks = [f"{scored.name}: {remark}" for remark in scored.remarks]
+    if of["floored"]:
+        remarks.append(
+            f"{scored.name}: the label of {of['floored']:.2%} of the images has a probability below {FLOOR:g}, which "
+            f"counts as {FLOOR:g} in the NLL"
+        )
+    return [*remarks, head, f"means over {splits} random splits:", *aligned, *outside_of(shown)]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

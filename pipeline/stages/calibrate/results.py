@@ -57,6 +57,7 @@ class Calibrated(Record):
     ----------
     images : that count, of which methods are fitted on `fit` and judged on `test`.
     all : measures of the network as it is, over all images.
+    remarks : on how its scores were read, where they are no plain logits.
     """
 
     images: int
@@ -64,6 +65,7 @@ class Calibrated(Record):
     test: int
     all: dict[str, float]
     network: NetworkFacts
+    remarks: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, manifest: Manifest) -> Calibrated:

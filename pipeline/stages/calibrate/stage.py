@@ -13,6 +13,7 @@ Definitions: Guo et al., "On Calibration of Modern Neural Networks" (ICML 2017).
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -53,7 +54,7 @@ from pipeline.storage.store import StoreRef, metadata_files, remove_partials
 from pipeline.workers.resumable import Parts
 from pipeline.workers.tasks import run_tasks
 
-VERSION = 2
+VERSION = 3
 CODE = (
     "kernels/calibration/reliability.py",
     "kernels/calibration/binning.py",
@@ -61,6 +62,7 @@ CODE = (
     "kernels/calibration/uncertainty.py",
     "kernels/calibration/scaling.py",
     "pipeline/stages/calibrate/results.py",
+    "pipeline/stages/calibrate/scores.py",
     "pipeline/stages/calibrate/settings.py",
     "pipeline/stages/calibrate/stage.py",
     "pipeline/stages/calibrate/tasks.py",
@@ -98,7 +100,7 @@ def settings_of(draft: Draft, section: Calibrate, dataset: str) -> Settings:
 def check(job: Job[Settings]) -> Iterator[str]:
     """Say what is wrong with the logits of a network that is to be calibrated."""
     given, classes = found(job).classes, job.settings.classes
-    if given != classes:
+    if given != classes and (given, classes) != (1, 2):
         yield (
             f"network {job.network!r} on {job.dataset!r} cannot be calibrated: "
             + (f"it gives {given} logits" if given else "it has no head")
@@ -187,7 +189,7 @@ def run(job: Job[Settings]) -> None:
         return scores, int(part), work.fit, methods, settings, store
 
     with job.workers() as workers:
-        whole = as_it_is(job, workers, scores, settings.bins)
+        whole, remarks = as_it_is(job, workers, scores, settings.bins)
         fitted = job.resumed(workers, one_split, {STORE: parts}, arguments, REMEDY)
     facts = Calibrated(
         images=len(work.rows),
@@ -195,7 +197,10 @@ def run(job: Job[Settings]) -> None:
         test=len(work.rows) - work.fit,
         all=whole.measures,
         network=network_facts(job.parent_job("network").folder, job.parent("network")),
+        **({"remarks": tuple(remarks)} if remarks else {}),
     )
+    for remark in remarks:
+        print(f"{job.name}: {remark}", file=sys.stderr)
     files = parts.files() | write_whole_network(store, methods, whole, settings, facts)
     tables = write_tables(store, files | metadata_files(store), methods, whole)
     output = digest([files, {name: table.decode() for name, table in tables.items()}])
@@ -205,12 +210,14 @@ def run(job: Job[Settings]) -> None:
     job.finish(output, files, facts, made=(len(fitted), settings.splits))
 
 
-def as_it_is(job: Job, workers: Any, scores: Scores, bins: int) -> Whole:
-    """Measure the network as it is, over all images; parts are merged in their order."""
+def as_it_is(job: Job, workers: Any, scores: Scores, bins: int) -> tuple[Whole, list[str]]:
+    """Measure the network as it is, over all images, in parts merged in their order; return the remarks, too."""
     parts = [slice(at, at + IMAGES_AT_ONCE) for at in range(0, len(scores.rows), IMAGES_AT_ONCE)]
     tasks = [(scores, at, part, bins) for at, part in enumerate(parts)]
-    judged: dict[int, Judged] = dict(run_tasks(workers, measure, tasks, len(tasks), f"{job.name}: as it is", REMEDY))
-    return Whole.of([judged[at] for at in range(len(parts))])
+    judged: dict[int, tuple[Judged, list[str]]] = dict(
+        run_tasks(workers, measure, tasks, len(tasks), f"{job.name}: as it is", REMEDY)
+    )
+    return Whole.of([judged[at][0] for at in range(len(parts))]), judged[0][1]
 
 
 def made(job: Job) -> list[Path]:

@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from kernels.calibration.methods import NAMES, Method, facts, fit, judge, uncalibrated
-from kernels.calibration.reliability import BINS, BLOCK, Reliability, check_logits, ece_equal_mass
+from kernels.calibration.reliability import BINS, BLOCK, Predictions, Reliability, ece_equal_mass
 from kernels.calibration.uncertainty import AT_ONCE, ClasswiseNoise, noise
 from pipeline.errors import MicrotomeError
+from pipeline.stages.calibrate.scores import read_scores
 from pipeline.stages.calibrate.settings import Fitting
 from pipeline.storage.store import StoreRef, write
 from pipeline.workers.resumable import Done
@@ -93,13 +94,14 @@ def fitted_on(share: float, images: int) -> int:
 def memory_need(images: int, classes: int, methods: Sequence[str]) -> int:
     """Return the bytes of a task.
 
-    They are the logits and a copy of both parts, maps of BBQ, what chance does, and the search of a matrix.
+    They are the logits and a copy of both parts (of probabilities the same beside their logarithms), maps of BBQ, what
+    chance does, and the search of a matrix.
     """
     matrix = any(name.startswith("matrix") for name in methods)
     search = 2 * 20 + 10  # vectors that L-BFGS keeps
     of_noise = 8 * (4 * AT_ONCE + 6 * BINS * images + 6 * DRAWS_OF_CLASSES * BINS * classes)
     return (
-        8 * images * classes
+        16 * images * classes
         + 64 * BLOCK
         + 8 * 40 * images
         + of_noise
@@ -108,18 +110,18 @@ def memory_need(images: int, classes: int, methods: Sequence[str]) -> int:
 
 
 @functools.lru_cache(maxsize=1)
-def logits_of(scores: Scores) -> np.ndarray:
-    """Return (image, class) float32, verified; a worker reads them once."""
+def predictions_of(scores: Scores) -> tuple[Predictions, list[str]]:
+    """Return what the network says of (image, class), verified, and remarks on it; a worker reads it once."""
     reader = scores.logits.open()["logits"]
-    found = np.empty((len(scores.rows), scores.classes), np.float32)
+    found = np.empty((len(scores.rows), reader.shape[1]), np.float32)
     for start, stop in scores.shards.items():
         at = slice(*np.searchsorted(scores.rows, [start, stop]))
         found[at] = reader[start:stop][scores.rows[at] - start]
     try:
-        check_logits(found)
+        said, remarks = read_scores(found)
     except ValueError as error:
         raise MicrotomeError(f"{scores.logits.path}: {error}") from None
-    return found
+    return Predictions(said.logits.astype(np.float32, copy=False), said.given), remarks
 
 
 @dataclass
@@ -133,9 +135,11 @@ class Judged:
     classwise: ClasswiseNoise
 
     @staticmethod
-    def of(method: Method, logits: np.ndarray, label: np.ndarray, bins: int, draws: int, seed: int) -> Judged:
-        classwise = ClasswiseNoise.zeros(logits.shape[1], draws, bins)
-        return Judged(*judge(method, logits, label, bins, (classwise, seed)), classwise)
+    def of(
+        method: Method, said: np.ndarray | Predictions, label: np.ndarray, bins: int, draws: int, seed: int
+    ) -> Judged:
+        classwise = ClasswiseNoise.zeros(said.shape[1], draws, bins)
+        return Judged(*judge(method, said, label, bins, (classwise, seed)), classwise)
 
     @staticmethod
     def merged(parts: Sequence[Judged]) -> Judged:
@@ -172,19 +176,21 @@ class Judged:
         return found
 
 
-def measure(scores: Scores, at: int, part: slice, bins: int) -> tuple[int, Judged]:
-    """Judge the network as it is, on some of the images."""
-    return at, Judged.of(uncalibrated, logits_of(scores)[part], scores.label[part], bins, DRAWS_OF_CLASSES, seed=at)
+def measure(scores: Scores, at: int, part: slice, bins: int) -> tuple[int, tuple[Judged, list[str]]]:
+    """Judge the network as it is, on some of the images; also return the remarks on its scores."""
+    said, remarks = predictions_of(scores)
+    judged = Judged.of(uncalibrated, said[part], scores.label[part], bins, DRAWS_OF_CLASSES, seed=at)
+    return at, (judged, remarks)
 
 
 def one_split(scores: Scores, split: int, images: int, methods: Sequence[str], settings: Fitting, store: Path) -> Done:
     """Fit and judge every method on a split, and write what came out."""
-    logits = logits_of(scores)
+    said, _ = predictions_of(scores)
     to_fit, to_judge = in_two(scores.key, images, split)
     found = evaluate(
-        logits[to_fit],
+        said[to_fit],
         scores.label[to_fit],
-        logits[to_judge],
+        said[to_judge],
         scores.label[to_judge],
         methods,
         settings.bins,
@@ -196,23 +202,23 @@ def one_split(scores: Scores, split: int, images: int, methods: Sequence[str], s
 
 
 def evaluate(
-    fit_logits: np.ndarray,
+    fit_said: np.ndarray | Predictions,
     fit_label: np.ndarray,
-    logits: np.ndarray,
+    said: np.ndarray | Predictions,
     label: np.ndarray,
     methods: Sequence[str],
     bins: int,
     penalty: float | None,
     seed: int,
 ) -> dict[str, np.ndarray]:
-    """Fit every method on some images, and judge it on others; `seed` is that of what chance does.
+    """Fit every method on what a network says of some images, and judge it on others.
 
-    Returns `score` (method, measure), and `count`, `correct` and `confidence` (method, bin).
+    `seed` is that of what chance does. Returns `score` (method, measure), and `count`, `correct` and `confidence` (method, bin).
     """
     found: dict[str, list] = {"score": [], "count": [], "correct": [], "confidence": []}
     for name in methods:
-        method = fit(name, fit_logits, fit_label, bins, penalty)
-        judged = Judged.of(method, logits, label, bins, DRAWS_OF_SPLIT, seed)
+        method = fit(name, fit_said, fit_label, bins, penalty)
+        judged = Judged.of(method, said, label, bins, DRAWS_OF_SPLIT, seed)
         known = judged.measures(DRAWS_OF_SPLIT, seed) | facts(method)
         found["score"].append([float(known.get(measure, np.nan)) for measure in MEASURES])
         for of_bins in ("count", "correct", "confidence"):

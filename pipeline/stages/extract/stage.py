@@ -385,9 +385,14 @@ def check(job: Job) -> Iterator[str]:
     """Yield problems with a network's key `store`, now that its layers are known."""
     if job.is_control:
         return
-    network = job.network_spec
-    names = [layer.name for layer in inspected.found(job).layers]
+    network, found = job.network_spec, inspected.found(job)
+    names = [layer.name for layer in found.layers]
     who = f"network {job.network!r} on {job.dataset!r}"
+    if found.alone and network.numerics.micro_batch == 1:
+        yield (
+            f"{who}, numerics.micro_batch: it cannot take one image alone ({found.alone}); look for `squeeze()` "
+            "without a dimension in its forward, or give a larger `micro_batch`"
+        )
     entries = {} if isinstance(network.store, str) else network.store
     for entry in entries:
         if not any(fits(name, entry) for name in names):

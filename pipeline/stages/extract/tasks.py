@@ -166,7 +166,7 @@ def extract_shard(
     for name in list(kept):
         one = kept.pop(name)
         layer = one.layer
-        refuse_non_finite(one.largest, layer.name, start)
+        refuse_non_finite(one.largest, layer.name, start, one.maximum + one.mean)
         largest = float(one.largest.amax())
         if largest > HALF_MAX * layer.scale:
             done.overflow[layer.id] = largest

@@ -22,8 +22,11 @@ from pipeline.networks.graph.tail import unit_dim
 from pipeline.networks.graph.trace import forward_with
 from pipeline.networks.layers import resolve, to_maps
 from pipeline.run import experiment as run_experiment
-from pipeline.run import planner, preflight
+from pipeline.run import planner, preflight, results
+from pipeline.stages.ablate.results import group_of, open_groups
 from pipeline.storage.identity import digest
+from pipeline.storage.manifest import within
+from pipeline.storage.store import create, write_whole
 from pipeline.workers import client
 
 pytestmark = pytest.mark.usefixtures("workers")
@@ -206,6 +209,36 @@ def check_tables(found, folder, layer):
     np.testing.assert_allclose(got, [random.mean(), random.min(), random.max()], rtol=1e-6, atol=1e-9)
     units = table(folder / "ablation-units.csv")
     assert [int(row["classes_served"]) for row in units] == found.classes_served.values.tolist()
+
+
+def test_every_name_of_a_layer_has_a_group_that_opens(tmp_path):
+    names = [
+        "conv1",
+        "branch/3x3 reduce",
+        "branch/1x1",
+        "a b",
+        "é" * 40,
+        "x" * 280,
+        "y/" * 150,
+        "a//b",
+        "__init",
+        "%2F/",
+    ]
+    store, files = tmp_path / "ablation.zarr", {}
+    create(store, {}, {})
+    for at, name in enumerate(names):
+        group = group_of(name)
+        files |= open_groups(store, [name])
+        files |= within(f"{store.name}/{group}", write_whole(store / group, {"x": (("unit",), np.array([at]))}, {}))
+    groups = [group_of(name) for name in names]
+    create(store, {}, {"layers": names, "groups": dict(zip(names, groups, strict=True))})
+    assert len(set(groups)) == len(names) and groups[:5] == names[:5]
+    for at, group in enumerate(groups):
+        assert int(xr.open_zarr(store, group=group).x[0]) == at
+    written = {path.relative_to(tmp_path).as_posix() for path in store.rglob("*") if path.is_file()}
+    assert set(files) | {"ablation.zarr/zarr.json"} == written
+    opened = results.Network(tmp_path).ablation
+    assert [int(opened[name].x[0]) for name in names] == list(range(len(names)))
 
 
 def test_the_same_bits_for_any_workers_and_after_a_cut(tmp_path, monkeypatch, two_workers):

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 from kernels.calibration.methods import NAMES, fit, judge
 from kernels.calibration.reliability import softmax
 from pipeline.errors import MicrotomeError
+from pipeline.networks.layer import Inspection
 from pipeline.plan import inspected as preflight
 from pipeline.run import experiment as run_experiment
 from pipeline.run import planner
@@ -182,13 +183,55 @@ def test_a_damaged_chunk_of_logits_is_refused_by_name(tmp_path):
         run(raw, "calibrate")
 
 
+class Stored:
+    """Logits as tasks name them, of these values."""
+
+    path = "logits.zarr"
+
+    def __init__(self, values):
+        self.values = values
+
+    def open(self):
+        return {"logits": self.values}
+
+
+def scores_of(values, label):
+    rows = np.arange(len(label))
+    key = keys(rows.astype(str).tolist())
+    return tasks.Scores(str(id(values)), Stored(values), {0: len(label)}, int(label.max()) + 1, rows, label, key)
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+def test_probabilities_of_a_network_are_not_put_through_a_softmax(classes):
+    generator = np.random.default_rng(classes)
+    label = np.arange(120) % classes
+    logits = generator.normal(size=(120, classes)) + 3 * (label[:, None] == np.arange(classes))
+    given = softmax(logits).astype(np.float32)
+    said, remarks = tasks.predictions_of(scores_of(given, label))
+    assert (said.given == given).all() and "their logarithms are taken as logits" in remarks[0]
+    whole = tasks.measure(scores_of(given, label), 0, slice(0, 120), 15)[1][0].measures(10, 0)
+    plain = tasks.measure(scores_of(logits.astype(np.float32), label), 0, slice(0, 120), 15)[1][0].measures(10, 0)
+    for name in ("ece", "nll", "brier", "accuracy", "classwise_ece"):
+        assert whole[name] == pytest.approx(plain[name], abs=1e-5)
+    if classes == 2:  # a network with one output
+        for one, remark in (
+            (given[:, 1:], "probabilities of class 1"),
+            (logits[:, 1:] - logits[:, :1], "logits of class 1"),
+        ):
+            said, remarks = tasks.predictions_of(scores_of(one.astype(np.float32), label))
+            assert remark in remarks[0]
+            np.testing.assert_allclose(said.probabilities, given, atol=1e-6)
+    with pytest.raises(MicrotomeError, match=r"logits\.zarr: row 0: the rows sum to 100"):
+        tasks.predictions_of(scores_of(100 * given, label))
+
+
 def test_what_is_refused(tmp_path, monkeypatch):
     with pytest.raises(MicrotomeError, match=r"calibrate: no network 'tine'; nearest: tiny"):
         run_experiment.parse(experiment(tmp_path, networks=["tine"]))
     with pytest.raises(MicrotomeError, match="unknown key"):
         run_experiment.parse(experiment(tmp_path, method=["vector"]))
     for classes, said in ((5, "it gives 5 logits"), (None, "it has no head")):
-        answer = {"result": {"layers": [], "classes": classes}}
+        answer = {"result": Inspection("tiny", [], {}, 0, 0, (), classes).json()}
         monkeypatch.setattr(preflight, "in_own_process", lambda *_, answer=answer: [answer])
         made = planner.make(run_experiment.parse(experiment(tmp_path) | {"results": str(tmp_path / str(classes))}))
         with pytest.raises(MicrotomeError, match=f"{said}, and the images have 12 classes"):

@@ -13,7 +13,7 @@ from pipeline.stages.calibrate import page as page_of
 from pipeline.stages.calibrate.plain_files import calibrate, main, read
 from pipeline.stages.calibrate.results import Calibrated, NetworkFacts, Whole, tables, write_whole_network
 from pipeline.stages.calibrate.settings import Calibrate, Fitting
-from pipeline.stages.calibrate.tasks import Judged
+from pipeline.stages.calibrate.tasks import MEASURES, Judged, in_two, keys
 from pipeline.stages.report import site
 from pipeline.storage.store import write
 
@@ -63,7 +63,8 @@ def test_logits_and_probabilities_of_both_kinds_of_file_are_one(tmp_path, capsys
         ("label,a,b\n0,0.5,0.4\n1,0.5,0.5\n", r"row 0: the probabilities sum to 0\.9"),
         ("label,a,b\n0,1,2\n2,2,1\n", "row 1: label 2"),
         ("label,a,b\n0,nan,2\n", "row 0: a logit is not finite"),
-        ("label,a\n0,1\n", "at least two"),
+        ("label,a\n0,1\n0,0\n", "rows 0 to 1 all have the label 0"),
+        ("label,a,b\n0,60,40\n1,10,90\n", "row 0: the rows sum to 100, as percentages do"),
         ("label,a,b\n", "no images"),
         ("label,a,b\n0,x,2\n", "line 2 of .*: 'x' in column 'a' is not a number"),
         ("name,a,b\n0,1,2\n", "expected one of label"),
@@ -128,16 +129,208 @@ def test_what_spreadsheets_and_other_programs_write_is_read(tmp_path):
     np.savez(tmp_path / "plain.npz", logits=logits.astype(np.float16), labels=labels.astype(">i2"))
     (tmp_path / "PLAIN.NPZ").write_bytes((tmp_path / "plain.npz").read_bytes())
     expected = read(tmp_path / "plain.npz")
-    assert expected.labels.dtype == np.int64 and (read(tmp_path / "PLAIN.NPZ").logits == expected.logits).all()
-    numbers = expected.logits.astype(float)
+    assert (
+        expected.labels.dtype == np.int64 and (read(tmp_path / "PLAIN.NPZ").said.logits == expected.said.logits).all()
+    )
+    numbers = expected.said.logits.astype(float)
     text = write_csv(tmp_path / "plain.csv", numbers, labels).read_text()
     text = text.replace("label,class 0,class 1", '"Label","=cmd()|1, ""a""","-b"').replace("\n", "\r\n")
     (tmp_path / "odd.csv").write_bytes(b"\xef\xbb\xbf" + text.encode())
     for name in ("plain.csv", "odd.csv"):
         found = read(tmp_path / name)
-        assert (found.logits == numbers).all() and (found.labels == labels).all()
+        assert (found.said.logits == numbers).all() and (found.labels == labels).all()
     np.savez(tmp_path / "certain.npz", probabilities=np.eye(4, dtype=bool)[labels], labels=labels)
     main([str(tmp_path / "certain.npz"), "--splits", "1"])
+
+
+# What a file may mean ------------------------------------------------------------------------------------------------
+
+
+def votes(voters=10, images=200, classes=4, seed=0):
+    """Shares of votes, and labels: confidences lie on edges of bins. With the ECE in `voters` bins, from integers."""
+    generator = np.random.default_rng(seed)
+    count = generator.multinomial(voters, [0.7, 0.1, 0.1, 0.1][:classes], images)
+    labels = generator.integers(0, classes, images)
+    top, right = count.max(1), count.argmax(1) == labels
+    gaps = [abs(voters * int(right[top == k].sum()) - k * int((top == k).sum())) for k in range(voters + 1)]
+    return count / voters, labels, sum(gaps) / voters / images
+
+
+@pytest.mark.parametrize("voters", [3, 7, 10])
+@pytest.mark.parametrize("kind", ["float64", "float32", "widened", "text", "logits"])
+def test_confidences_on_edges_are_in_the_bin_below(tmp_path, voters, kind):
+    shares, labels, ece = votes(voters)
+    given = shares if kind in ("float64", "logits") else shares.astype(np.float32)
+    name = "logits" if kind == "logits" else "probabilities"
+    np.savez(tmp_path / "f.npz", **{name: given.astype(float) if kind == "widened" else given}, labels=labels)
+    if kind == "text":
+        write_csv(tmp_path / "f.csv", given.astype(str).astype(float), labels)
+    scored = read(tmp_path / ("f.csv" if kind == "text" else "f.npz"))
+    whole, found, _ = calibrate(scored, Calibrate(splits=1, bins=voters, methods=["histogram_top"]))
+    assert whole.measures["ece"] == pytest.approx(ece, abs=1e-6)
+    assert whole.measures["ece_low"] <= ece <= whole.measures["ece_high"]
+    # Histogram binning puts each share of votes into a bin of its own, too.
+    after = found["score"][0, 1, MEASURES.index("mean_confidence")]
+    assert after == pytest.approx(histogram_by_hand(scored, shares, labels, voters), abs=1e-6)
+
+
+def histogram_by_hand(scored, shares, labels, voters):
+    fitted, judged = in_two(keys([str(row) for row in range(len(labels))]), 100, 0)
+    top, right = np.rint(shares.max(1) * voters).astype(int), shares.argmax(1) == labels
+    of = {k: right[fitted][top[fitted] == k] for k in range(1, voters + 1)}
+    values = {k: own.mean() if len(own) else (k - 0.5) / voters for k, own in of.items()}
+    return np.mean([values[k] for k in top[judged]])
+
+
+def test_zeros_alone_are_floored_at_the_smallest_probability_and_said(tmp_path, capsys):
+    logits, labels = made()
+    given = softmax(12 * logits.astype(np.float64))
+    assert (given < 1e-12).mean() > 0.3 and given.min() > 0
+    np.savez(tmp_path / "whole.npz", probabilities=given, labels=labels)
+    np.testing.assert_allclose(read(tmp_path / "whole.npz").said.logits, np.log(given))
+    given[given < 1e-30] = 0
+    least = given[given > 0].min()
+    np.savez(tmp_path / "zeros.npz", probabilities=given, labels=labels)
+    scored = read(tmp_path / "zeros.npz")
+    assert scored.said.logits.min() == np.log(least)
+    main([str(tmp_path / "zeros.npz"), "--splits", "1", "--methods", "temperature"])
+    printed = capsys.readouterr().out
+    assert f"{(given == 0).sum()} probabilities are 0: each counts as {least:.3g} in a logarithm" in printed
+    assert "has a probability below 1e-12, which counts as 1e-12 in the NLL" in printed
+    np.savez(tmp_path / "certain.npz", probabilities=np.eye(4)[labels], labels=labels)
+    assert read(tmp_path / "certain.npz").said.logits.min() == np.log(1e-12)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16])
+def test_logits_that_are_probabilities_in_every_row_are_read_as_such(tmp_path, dtype):
+    logits, labels = made()
+    given = softmax(logits).astype(dtype)
+    np.savez(tmp_path / "f.npz", logits=given, labels=labels)
+    scored = read(tmp_path / "f.npz")
+    assert scored.said.given is not None and "rows are probabilities" in scored.remarks[0]
+    given[7] *= dtype(1.25)  # in all rows but one
+    np.savez(tmp_path / "f.npz", logits=given, labels=labels)
+    assert read(tmp_path / "f.npz").said.given is None
+
+
+def test_probabilities_that_were_bfloat16_are_read_as_such(tmp_path):
+    logits, labels = made()
+    given = softmax(logits).astype(np.float32)
+    given = ((given.view(np.uint32) + np.uint32(0x8000)) & np.uint32(0xFFFF0000)).view(np.float32)
+    assert np.abs(given.sum(1) - 1).max() > 1e-4
+    np.savez(tmp_path / "f.npz", logits=given, labels=labels)
+    assert read(tmp_path / "f.npz").said.given is not None
+
+
+def test_sigmoids_are_taken_as_logits_and_said(tmp_path):
+    logits, labels = made()
+    np.savez(tmp_path / "f.npz", logits=1 / (1 + np.exp(-logits)), labels=labels)
+    scored = read(tmp_path / "f.npz")
+    assert scored.said.given is None and "as those of sigmoids" in scored.remarks[0]
+
+
+def table_of(path, header, *columns):
+    lines = [",".join(header), *(",".join(map(repr, map(float, row))) for row in zip(*columns, strict=True))]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["index", "Image_ID", "image", "pred", "conf", "score", "y_true", "Unnamed: 0", "predicted class", "file-name"],
+)
+def test_a_column_that_is_no_class_is_refused_by_its_name(tmp_path, name):
+    logits, labels = made(images=6)
+    path = table_of(tmp_path / "f.csv", ["label", name, "a", "b", "c", "d"], labels, np.full(6, 0.5), *logits.T)
+    with pytest.raises(MicrotomeError, match=r"f\.csv: column .* holds no scores of a class: leave it out"):
+        read(path)
+
+
+def test_a_column_that_is_no_class_is_refused_by_its_values(tmp_path):
+    logits, labels = made()
+    cases = {
+        "counts the rows": np.arange(240) + 1,
+        "repeats the labels": labels,
+        "number of the largest": logits.argmax(1),
+        "is the largest": logits.max(1),
+    }
+    for said, column in cases.items():
+        for at in (1, 5):
+            header, columns = ["label", "a", "b", "c", "d"], [labels, *logits.T]
+            header.insert(at, "e"), columns.insert(at, column)
+            with pytest.raises(MicrotomeError, match=f"column 'e' .*{said}.*leave it out"):
+                read(table_of(tmp_path / "f.csv", header, *columns))
+    np.savez(tmp_path / "two.npz", logits=np.stack([np.zeros(240), logits[:, 0]], 1), labels=labels % 2)
+    read(tmp_path / "two.npz")  # a class without any score but 0 is one
+
+
+@pytest.mark.parametrize("form", ["{}", "class {}", "logit_{}", "p{}", "{}.0"])
+@pytest.mark.parametrize("first", [0, 1])
+def test_numbered_columns_go_by_their_number(tmp_path, form, first):
+    logits, labels = made(classes=12)
+    order = np.random.default_rng(3).permutation(12)
+    header = ["label", *(form.format(c + first) for c in order)]
+    scored = read(table_of(tmp_path / "f.csv", header, labels + first, *logits.T[order]))
+    assert (scored.said.logits == logits).all() and (scored.labels == labels).all()
+
+
+def test_numbers_of_columns_that_could_mean_two_classes_are_refused(tmp_path):
+    logits, labels = made(classes=3)
+    for header, of, said in (
+        (["1", "2", "3"], np.clip(labels, 1, 2), "may be column '1' or, if classes count from 0, column '2'"),
+        (["0", "2", "5"], labels, "numbered 0, 2, 5; expected every number from 0 to 2"),
+        (["0", "1", "other"], labels, "'other' is none: leave it out"),
+    ):
+        with pytest.raises(MicrotomeError, match=said):
+            read(table_of(tmp_path / "f.csv", ["label", *header], of, *logits.T))
+    for header in (
+        ["1", "2", "3"],
+        ["background", "1", "2"],
+        ["class 1", "class 2", "class 3"],
+        ["cat", "dog", "fox2"],
+    ):
+        scored = read(table_of(tmp_path / "f.csv", ["label", *header], labels, *logits.T))
+        assert (scored.said.logits == logits).all() and (scored.labels == labels).all()
+
+
+def test_one_column_is_a_problem_of_two_classes(tmp_path):
+    logits, labels = made(classes=2)
+    score = (logits[:, 1] - logits[:, 0]).astype(np.float64)
+    chance = 1 / (1 + np.exp(-score))
+    files = {
+        "logit.csv": table_of(tmp_path / "logit.csv", ["label", "score"], labels, score),
+        "chance.csv": table_of(tmp_path / "chance.csv", ["score", "label"], chance, labels),
+        "row.npz": tmp_path / "row.npz",
+        "column.npz": tmp_path / "column.npz",
+    }
+    np.savez(files["row.npz"], probabilities=chance, labels=labels)
+    np.savez(files["column.npz"], logits=score[:, None], labels=labels)
+    for name, file in files.items():
+        scored = read(file)
+        np.testing.assert_allclose(scored.said.probabilities[:, 1], chance, atol=1e-12)
+        assert "one column" in scored.remarks[0] and (scored.said.given is None) == (
+            name in ("logit.csv", "column.npz")
+        )
+    with pytest.raises(MicrotomeError, match="column 'conf' holds no scores"):
+        read(table_of(tmp_path / "f.csv", ["label", "conf"], labels, chance))
+    np.savez(tmp_path / "three.npz", probabilities=chance, labels=labels + 1)
+    with pytest.raises(MicrotomeError, match="label 2 is not one of the classes 0 to 1"):
+        read(tmp_path / "three.npz")
+
+
+def test_an_ece_outside_its_interval_is_explained(tmp_path, capsys):
+    generator = np.random.default_rng(0)
+    confidence = generator.uniform(0.5, 1, 400)
+    right = generator.random(400) < confidence
+    labels = generator.integers(0, 2, 400)
+    chance = np.where(right == (labels == 1), confidence, 1 - confidence)
+    np.savez(tmp_path / "f.npz", probabilities=chance, labels=labels)
+    scored = read(tmp_path / "f.npz")
+    whole, _, _ = calibrate(scored, Calibrate(splits=1, methods=["temperature"]))
+    assert whole.measures["ece"] > whole.measures["ece_high"]  # else this shows nothing
+    main([str(tmp_path / "f.npz"), "--splits", "1", "--methods", "temperature"])
+    said = [line for line in capsys.readouterr().out.splitlines() if "the ECE lies above its interval" in line]
+    assert len(said) == 1 and said[0].startswith("as it is")
 
 
 @pytest.fixture

@@ -2,7 +2,9 @@
 
 import itertools
 import json
+import math
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from pipeline.data.images import Images
 from pipeline.errors import MicrotomeError
 from pipeline.networks import forward
 from pipeline.networks.build import load
+from pipeline.networks.layer import LayerInfo
 from pipeline.networks.layers import Recorder
 from pipeline.run import experiment
 from pipeline.run.planner import make
@@ -494,3 +497,17 @@ def test_an_edited_module_with_the_same_weights_gives_its_own_logits(tmp_path):
 
 def weights_of(made) -> str:
     return made.manifest(made.step("network", network="tiny")).result["weights_sha256"]
+
+
+def test_the_first_unit_that_is_not_finite_is_named():
+    for value in (math.nan, math.inf, -math.inf):
+        maps = torch.ones(3, 5, 2, 2)
+        maps[1, 4, 0, 1] = maps[1, 3, 1, 1] = maps[2, 0, 0, 0] = value
+        layer = extract_layers.LayerStore(
+            "id", Path(), LayerInfo("conv", (5, 2, 2), "map", 0, "float32", "Conv2d"), 1.0
+        )
+        kept = extract_tasks.Kept.empty(layer, 3)
+        kept.take(0, maps)
+        with pytest.raises(forward.NonFiniteError) as error:
+            forward.refuse_non_finite(kept.largest, "conv", 64, kept.maximum + kept.mean)
+        assert error.value.args == ("conv", 65, 3)
