@@ -25,8 +25,8 @@ from pipeline.stages.extract import streaming as stream
 from pipeline.stages.extract.results import Extracted
 from pipeline.stages.extract.streaming import Finished, Part, Streamed
 from pipeline.storage.identity import digest
-from pipeline.storage.manifest import Files
 from pipeline.workers.devices import device
+from pipeline.workers.resumable import Done
 from pipeline.workers.tasks import overlapping, run_tasks
 
 if TYPE_CHECKING:
@@ -162,11 +162,11 @@ class Passes:
             for id, layer in layers.items():
                 assert layer.streamed is not None
                 one = replace(layer.streamed, bracket=tails[id].bracket)
-                wanted.append((one, np.arange(layer.shape[0]), None))
-            self.check([one for one, _, _ in wanted], 0)
-            tasks = [(self.model, self.images.store, part.shard, [part], wanted) for part in refused]
+                wanted.append((one, np.arange(layer.shape[0])))
+            self.check([one for one, _ in wanted], 0)
+            tasks = [(self.model, self.images.store, [part], wanted) for part in refused]
             label = f"{self.job.name}: images without label maps"
-            for _, less in run_tasks(self.workers, stream.tail_block, tasks, len(tasks), label, REMEDY):
+            for less in run_tasks(self.workers, stream.tail_block, tasks, len(tasks), label, REMEDY):
                 tails = {id: tail.without(less[id]) for id, tail in tails.items()}
         return tails
 
@@ -179,21 +179,19 @@ class Passes:
         if not pending:
             return {}
         done = {}
+        blocks = [block for block in self.blocks if self.parts(block)]
         for id, (layer, units) in pending.items():
             bracket = layer.counters
             made_of = [digests[id], units.tolist(), bracket.floor.tolist(), bracket.ceiling.tolist()]
-            done[id] = Finished(self.job.scratch, digest([*made_of, [part.tolist() for part in self._rows()]]))
+            done[id] = Finished(self.job.scratch, digest([*made_of, [part.tolist() for part in self._rows()]]), blocks)
         self.check([layer for layer, _ in pending.values()], 0)
-        tasks = []
-        blocks = [block for block in self.blocks if self.parts(block)]
-        for block in blocks:
-            wanted = [(*pending[id], one.folder) for id, one in done.items() if not one.has(block, "")]
-            if wanted:
-                tasks.append((self.model, self.images.store, block, self.parts(block), wanted))
-        label = f"{self.job.name}: thresholds, pass {number + 1}"
-        for block, files in run_tasks(self.workers, stream.tail_block, tasks, len(tasks), label, REMEDY):
-            for id, written in files.items():
-                done[id].record(block, "", written)
+
+        def arguments(block: str, missing: list[str]) -> tuple:
+            folders = {id: done[id].store for id in missing}
+            wanted = [pending[id] for id in missing]
+            return self.model, self.images.store, int(block), self.parts(int(block)), wanted, folders
+
+        self.job.resumed(self.workers, stream.save_tails, done, arguments, REMEDY, f"thresholds, pass {number + 1}")
         found: dict[str, Tail] = {}
         self.finished += done.values()
         for id, (layer, _) in pending.items():
@@ -231,34 +229,29 @@ class Passes:
         from kernels.dissection.counts import GROUPS, Counts, ShardCounts
 
         shown = {w.layer.id: self._shown(w.layer) for w in batch if not w.permuted}
-        done = {w.id: Finished(self.job.scratch, digest([w.id, chosen.categories])) for w in batch}
+        done = {w.id: Finished(self.job.scratch, digest([w.id, chosen.categories]), self.blocks) for w in batch}
         layers = {w.layer.id: w.layer.streamed for w in batch if w.layer.streamed is not None}
         units = sum(w.layer.shape[0] for w in batch)
         self.check(list(layers.values()), counting_need(units, chosen, self.images.shard_images, self.size))
-        tasks = []
-        for block in self.blocks:
+
+        def arguments(block: str, missing: list[str]) -> tuple:
+            shards = self.blocks[int(block)]
             of_layers = []
             for id, layer in layers.items():
-                own = [w for w in batch if w.layer.id == id and not done[w.id].has(block, "")]
+                own = [w for w in batch if w.layer.id == id and w.id in missing]
                 results = tuple(
-                    (w.id, w.permuted, frozenset(one.shard for one in w.counted), done[w.id].folder) for w in own
+                    (w.id, w.permuted, frozenset(one.shard for one in w.counted), done[w.id].store) for w in own
                 )
                 keep = {}
                 if any(not w.permuted for w in own):
-                    keep = {shard: shown[id].at(*self.images.range(shard)) for shard in self.blocks[block]}
+                    keep = {shard: shown[id].at(*self.images.range(shard)) for shard in shards}
                 if results:
                     of_layers.append(OfLayer(layer, thresholds[id].threshold, results, keep))
-            if of_layers:
-                members = [
-                    (self.part(shard, np.empty(0, np.int64)), self.counted.get(shard)) for shard in self.blocks[block]
-                ]
-                at = chosen.at(one for _, one in members if one is not None)
-                tasks.append((self.model, self.images.store, block, members, of_layers, at, self.method.border))
-        for block, files in run_tasks(
-            self.workers, count_block, tasks, len(tasks), f"{self.job.name}: IoU, not stored", REMEDY
-        ):
-            for id, written in files.items():
-                done[id].record(block, "", written)
+            members = [(self.part(shard, np.empty(0, np.int64)), self.counted.get(shard)) for shard in shards]
+            at = chosen.at(one for _, one in members if one is not None)
+            return self.model, self.images.store, int(block), members, of_layers, at, self.method.border
+
+        self.job.resumed(self.workers, count_block, done, arguments, REMEDY, "IoU, not stored")
         totals: dict[tuple[str, bool], Counts] = {}
         pictures_of: dict[str, Arrays] = {}
         for w in batch:
@@ -328,11 +321,8 @@ def count_block(
     wanted: list[OfLayer],
     concepts: Concepts,
     border: Any,
-) -> tuple[int, dict[str, Files]]:
-    """Run a block of shards through the network, and count and write every wanted result, on a worker.
-
-    Returns the files by id.
-    """
+) -> Done:
+    """Run a block of shards through the network, and count and write every wanted result, on a worker."""
     from kernels.dissection.counts import GROUPS, Counts
     from kernels.dissection.iou import count_shard
 
@@ -376,7 +366,7 @@ def count_block(
             if not permuted:
                 arrays |= kept[one.layer.id].arrays()
             files[id] = stream.save(folder, block, arrays)
-    return block, files
+    return Done(str(block), files)
 
 
 def sparse(counts: Counts) -> dict[str, np.ndarray]:

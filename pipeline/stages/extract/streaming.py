@@ -29,6 +29,7 @@ from pipeline.storage.atomic import write_atomically
 from pipeline.storage.identity import crc32c, digest
 from pipeline.storage.manifest import Files
 from pipeline.workers.devices import device
+from pipeline.workers.resumable import Done, Parts
 from pipeline.workers.tasks import overlapping
 
 if TYPE_CHECKING:
@@ -331,34 +332,28 @@ def forward(
 # Finished blocks of a pass --------------------------------------------------------------------------------------------
 
 
-class Finished:
-    """The finished blocks of a pass, one file each in the scratch folder: an interrupted run resumes after them."""
+class Finished(Parts):
+    """The finished blocks of a pass, one file each in the scratch folder: an interrupted run resumes after them.
 
-    def __init__(self, scratch: Path, id: str) -> None:
-        from pipeline.storage.store import Ledger
+    The folder is named after all that a block is made from, so that blocks need no id.
+    """
 
-        self.folder = blocks_folder(scratch) / id
-        self.ledger = Ledger(self.folder.with_suffix(".ledger"))
-
-    def has(self, block: int, made_from: str) -> bool:
-        return self.ledger.get(str(block), made_from, self.folder) is not None
-
-    def record(self, block: int, made_from: str, files: Files) -> None:
-        self.ledger.record(str(block), made_from, files)
+    def __init__(self, scratch: Path, id: str, blocks: Iterable[int]) -> None:
+        super().__init__(blocks_folder(scratch) / id, dict.fromkeys(map(str, blocks), ""))
 
     def read(self, block: int) -> Mapping[str, np.ndarray]:
         """Read the arrays of a block, if the file is intact."""
         from pipeline.storage.store import verified_bytes
 
         files = self.ledger.files([str(block)])
-        data = verified_bytes(self.folder, name_of(block), files)
+        data = verified_bytes(self.store, name_of(block), files)
         with np.load(io.BytesIO(data), allow_pickle=False) as stored:
             return dict(stored)
 
     def remove(self) -> None:
         import shutil
 
-        shutil.rmtree(self.folder, ignore_errors=True)
+        shutil.rmtree(self.store, ignore_errors=True)
         self.ledger.clear()
 
 
@@ -383,17 +378,13 @@ def save(folder: Path, block: int, arrays: Mapping[str, np.ndarray]) -> Files:
 def tail_block(
     model: Model,
     images: Path,
-    block: int,
     shards: Sequence[Part],
-    layers: Sequence[tuple[Streamed, np.ndarray, Path | None]],
-) -> tuple[int, dict[str, Any]]:
-    """Count tails of some units of layers over a block, by layer id, each in its layer's bracket, on a worker.
-
-    With a folder, write them there and return the files; otherwise return the tails.
-    """
+    layers: Sequence[tuple[Streamed, np.ndarray]],
+) -> dict[str, Tail]:
+    """Count tails of some units of layers over some shards, by layer id, in the layers' brackets, on a worker."""
     from kernels.dissection.threshold import count_tail
 
-    units = {layer.id: chosen for layer, chosen, _ in layers}
+    units = {layer.id: chosen for layer, chosen in layers}
     tails: dict[str, Tail] = {}
     rows = np.empty(0, np.int64)
 
@@ -409,13 +400,25 @@ def tail_block(
 
     for part in shards:
         rows = part.rows
-        forward(model, images, part, [layer for layer, _, _ in layers], take)
-    found: dict[str, Any] = {}
-    for layer, _, folder in layers:
-        tail = tails[layer.id]
-        values = {"count": np.asarray(tail.count, np.int64), "positions": np.int64(tail.positions)}
-        found[layer.id] = tail if folder is None else save(folder, block, values)  # type: ignore[arg-type]
-    return block, found
+        forward(model, images, part, [layer for layer, _ in layers], take)
+    return tails
+
+
+@overlapping
+def save_tails(
+    model: Model,
+    images: Path,
+    block: int,
+    shards: Sequence[Part],
+    layers: Sequence[tuple[Streamed, np.ndarray]],
+    folders: Mapping[str, Path],
+) -> Done:
+    """Count tails as `tail_block` does over a block, and write each to the folder of its layer id, on a worker."""
+    files = {}
+    for id, tail in tail_block(model, images, shards, layers).items():
+        values = {"count": np.asarray(tail.count, np.int64), "positions": np.array(tail.positions, np.int64)}
+        files[id] = save(folders[id], block, values)
+    return Done(str(block), files)
 
 
 def memory_need(layers: Iterable[Streamed], micro_batch: int) -> int:
