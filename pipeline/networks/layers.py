@@ -27,6 +27,10 @@ _MOST_SPECIAL = 16
 # Convolutions round and cut borders: a map may differ from the image's proportions by this many positions.
 _ROUNDING = 2
 _SHOWN = 8
+PART_OF_THE_BATCH = (
+    "a layer that only some images reach, such as an expert, cannot be recorded: take the module around it, which all "
+    "images pass"
+)
 
 
 @dataclass
@@ -167,6 +171,7 @@ class Recorder:
         self.stop_early = stop_early
         self.take = take or (lambda _, output: output.to(torch.float32, copy=True))
         self.outputs: dict[str, Any] = {}
+        self._images = 0
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._paths = contextlib.ExitStack()
 
@@ -174,13 +179,15 @@ class Recorder:
         """Return the network's output (None after an early stop) and the layers' outputs as they are, for `to_maps`."""
         if not self._hooks and self.names:
             raise RuntimeError("a Recorder records inside its `with` block only")
-        self.outputs = {}
+        self.outputs, self._images = {}, len(images)
         logits = None
         with torch.no_grad(), contextlib.suppress(_Done):
             logits = first_tensor(self.network(images))
         missing = [name for name in self.names if name not in self.outputs]
         if missing:
-            raise MicrotomeError(f"layer {missing[0]!r} was not called in this forward, expected one call")
+            raise MicrotomeError(
+                f"layer {missing[0]!r} was not called in this forward, expected one call: {PART_OF_THE_BATCH}"
+            )
         outputs, self.outputs = self.outputs, {}
         return logits, {name: outputs[name] for name in self.names}
 
@@ -205,6 +212,12 @@ class Recorder:
                 raise MicrotomeError(f"layer {name!r} gives {type(output).__name__}, expected a tensor")
             if name in self.outputs:
                 raise MicrotomeError(f"layer {name!r} is called more than once in one forward, expected one call")
+            if tensor.ndim == 0 or len(tensor) != self._images:
+                found = len(tensor) if tensor.ndim else "no"
+                raise MicrotomeError(
+                    f"layer {name!r} gives {found} rows for {self._images} images, expected one row an image: "
+                    f"{PART_OF_THE_BATCH}"
+                )
             self.outputs[name] = self.take(name, tensor.detach())
             if self.stop_early and len(self.outputs) == len(self.names):
                 raise _Done

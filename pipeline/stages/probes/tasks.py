@@ -211,7 +211,9 @@ def computed(
     start, stop = bounds
     pixels = torch.from_numpy(images.open()["image"][start:stop])
     by_name = {layer.name: layer for layer in layers}
-    found = {layer.name: torch.empty((stop - start, len(layer.vectors), layer.info.shape[0])) for layer in layers}
+    found = {
+        layer.name: torch.full((stop - start, len(layer.vectors), layer.info.shape[0]), math.nan) for layer in layers
+    }
 
     def take(name: str, at: int, output: torch.Tensor) -> None:
         layer = by_name[name]
