@@ -44,6 +44,8 @@ class Described(Protocol):
     @property
     def arguments(self) -> dict[str, Any]: ...
     @property
+    def files(self) -> list[str] | None: ...
+    @property
     def weights(self) -> str: ...
     @property
     def local(self) -> str | None: ...
@@ -69,6 +71,9 @@ class NetworkSpec(BaseModel):
     arguments: dict[str, Any] = Field(
         default_factory=dict, description="keyword arguments of the builder; for transformers, entries of its config"
     )
+    files: Annotated[list[str], Field(min_length=1)] | None = Field(
+        None, description="with `module`: the files that its code opens or imports; ids hold their digests"
+    )
     weights: str = Field(RANDOM, description="a checkpoint, `random` (the untrained control) or `train` (trained here)")
     local: str | None = Field(
         None, description="the published file itself (transformers: folder), if it is not in the library's cache"
@@ -87,6 +92,8 @@ class NetworkSpec(BaseModel):
             file, colon, function = self.module.rpartition(":")
             if not (colon and file and function.isidentifier()):
                 raise ValueError(f"module {self.module!r} is not of the form path.py:function")
+        if self.files is not None and self.module is None:
+            raise ValueError("`files` goes with `module`: libraries open files of their own")
         return self
 
     @model_validator(mode="after")

@@ -82,12 +82,16 @@ def build(described: Described, device: str = "cpu") -> nn.Module:
     Raises
     ------
     MicrotomeError
-        Unknown architecture, missing library, file or function, a builder that fails or returns something else.
+        Unknown architecture, missing library, file or function, a builder that fails, returns something else, or opens
+        a file that `files` does not name.
     """
     from torch import nn
 
+    from pipeline.networks.opened import only_named_files
+
     spec = NetworkSpec.of(described)
-    network = _on(spec, device, _file_builder(spec) if spec.library is None else library(spec).builder(spec))
+    with only_named_files(spec):
+        network = _on(spec, device, _file_builder(spec) if spec.library is None else library(spec).builder(spec))
     if not isinstance(network, nn.Module):
         raise MicrotomeError(
             f"{spec.architecture} returned {type(network).__name__}, expected a torch.nn.Module: "

@@ -13,7 +13,7 @@ from pipeline.storage.identity import FileDigests
 
 
 def architecture(spec: NetworkSpec, digests: FileDigests) -> dict[str, Any]:
-    """Return the builder and its arguments; for a module or a transformers model, the digest of its defining file."""
+    """Return the builder and its arguments; for a module or a transformers model, the digests of its files."""
     if spec.torchvision is not None:
         return {"torchvision": spec.torchvision, "arguments": spec.arguments}
     if spec.timm is not None:
@@ -22,7 +22,8 @@ def architecture(spec: NetworkSpec, digests: FileDigests) -> dict[str, Any]:
         return {"transformers": digests(published_file(spec) / "config.json"), "arguments": spec.arguments}
     assert spec.module is not None
     path, _, function = spec.module.rpartition(":")
-    return {"module": digests(path), "function": function, "arguments": spec.arguments}
+    files = {} if spec.files is None else {"files": [digests(file) for file in spec.files]}
+    return {"module": digests(path), "function": function, "arguments": spec.arguments} | files
 
 
 def weights_digest(spec: NetworkSpec, digests: Callable[[Path], str]) -> str | dict[str, str]:
