@@ -26,7 +26,7 @@ from pipeline.storage.atomic import write_atomically
 from pipeline.storage.identity import digest
 from pipeline.workers.processes import in_own_process
 
-VERSION = 4
+VERSION = 5
 LIBRARIES = ("torch", "torchvision", "timm", "transformers")  # other versions may build other networks
 PAIRS = "extract"  # the stage with one job per network and data set
 
@@ -118,7 +118,7 @@ def _request(job: Job) -> dict[str, Any]:
         "network": NetworkSpec.of(network).model_dump(),
         "input_shape": [network.preprocessing.channels, *ingested["size"]],
         "layers": network.layers,
-        "special_tokens": network.special_tokens,
+        "reading": network.reading.model_dump(mode="json"),
         "images": ingested["images"],
     }
     for stage in job.stages.values():

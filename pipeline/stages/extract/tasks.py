@@ -74,9 +74,7 @@ class Extraction(Prepared):
     numerics: dict[str, Any]
 
 
-def prepare_extraction(
-    model: Model, size: tuple[int, int], layers: str | Sequence[str], special_tokens: int | None, version: int
-) -> Extraction:
+def prepare_extraction(model: Model, size: tuple[int, int], layers: str | Sequence[str], version: int) -> Extraction:
     """Load the network, resolve its layers, compute their ids, and find each layer's scale, on a worker.
 
     The scale comes from a forward pass over fixed noise, so it depends on the layer alone and not on the images.
@@ -86,7 +84,7 @@ def prepare_extraction(
     from pipeline.networks.layers import Recorder, classes_of
 
     network = loaded(model)
-    prepared = prepare(network, model, survey_of(network, model, size, special_tokens), layers)
+    prepared = prepare(network, model, survey_of(network, model, size), layers)
     numerics = model.spec.numerics.model_dump() | platform_numerics(version)
     ids = ids_of(network, model, size, prepared.layers, numerics)
     noise = torch.randint(0, 256, (4, 3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

@@ -146,7 +146,7 @@ def spread(length: int, count: int) -> list[int]:
 def prepare_layers(model: Model, size: tuple[int, int], names: Sequence[str]) -> Prepared:
     """Resolve the layers of a network."""
     network = loaded(model)
-    return prepare(network, model, survey_of(network, model, size, model.spec.special_tokens), list(names))
+    return prepare(network, model, survey_of(network, model, size), list(names))
 
 
 def forward_need(prepared: Prepared, spec: Network, images: int, size: tuple[int, int]) -> int:

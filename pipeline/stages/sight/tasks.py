@@ -76,11 +76,11 @@ class Work:
         return measure in self.measures and measure not in self.prepared.absent
 
 
-def prepare_seen(model: Model, size: tuple[int, int], layers: str | Sequence[str], special_tokens: int | None) -> Seen:
+def prepare_seen(model: Model, size: tuple[int, int], layers: str | Sequence[str]) -> Seen:
     """Look at a network, its layers and what it does between them, on a worker."""
     network = network_of(model)
-    every = survey_of(network, model, size, special_tokens)
-    prepared = prepare(network, model, every, layers)
+    every = survey_of(network, model, size)
+    prepared = prepare(network, model, every, layers, strict=False)
     blank = normalise(torch.zeros((2, 3, *size), dtype=torch.uint8), model.spec)
     found = operations.find(network, blank, {layer.name: layer for layer in every.layers})
     absent = {}

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from pipeline.networks.token_order import check_places
 from torch import nn
 
 from pipeline.errors import MicrotomeError
 from pipeline.networks.layers import resolve
-from pipeline.networks.token_order import check_places
 
 SHAPE = (3, 32, 32)
 
