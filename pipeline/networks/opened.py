@@ -100,10 +100,9 @@ def _installed_or_system(path: Path, module_file: Path) -> bool:
     if any(path.is_relative_to(each) for each in own):
         return False
     # A package may be installed from a folder of its own, where its code and data then are.
-    packages: Iterator[str | None] = (
-        getattr(module, "__file__", None) for module in list(sys.modules.values()) if hasattr(module, "__path__")
-    )
-    return path.suffix in _CODE or any(path.is_relative_to(_real(file).parent) for file in packages if file)
+    files = [getattr(module, "__file__", None) for module in list(sys.modules.values()) if hasattr(module, "__path__")]
+    packages = [_real(file).parent for file in files if isinstance(file, str)]
+    return path.suffix in _CODE or any(path.is_relative_to(each) for each in packages)
 
 
 def _libraries() -> set[Path]:

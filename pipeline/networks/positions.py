@@ -27,7 +27,7 @@ _THERE = (
     0.5  # of the largest change, above the median: narrow layers may change most at the rim of what a square reaches
 )
 _CELLS = 8  # changed patches of a grid of tokens
-_NEAR = 0.6  # of them have to show where they are: by chance, one in eight or fewer do
+_ENOUGH = 0.6  # of them have to show where they are: by chance, one in eight or fewer do
 _SUM = 1e-3  # rows of attention sum to 1 within this
 
 _Box = tuple[slice, slice]
@@ -203,36 +203,32 @@ def _of_tokens(
     What counts is a token's change above its mean over all changed patches: queries answer to all of them alike.
     """
     _, height, width = readings[0].shape
-    places = [y * width + x for y, x in cells]
+    places = torch.tensor([y * width + x for y, x in cells])
     above = change - change.mean(0)
-    largest = above.amax(1)
-    at = above.argmax(1).tolist()
+    largest, at = above.max(1)
 
-    def near(first: int) -> int:
-        off = ((divmod(token - first, width), cell) for token, cell in zip(at, cells, strict=True))
-        return sum(max(abs(y - cell[0]), abs(x - cell[1])) <= 1 for (y, x), cell in off)
+    def shown(first: int) -> int:
+        own = above[torch.arange(len(cells)), places + first]
+        return int((own > (_THERE * largest).clamp_min(0)).sum())
 
-    def shown(layer: LayerInfo) -> float:
-        own = above[torch.arange(len(cells)), torch.tensor(places) + layer.first]
-        return float((own / largest.clamp_min(torch.finfo(own.dtype).tiny)).mean())
-
-    best = max(readings, key=shown)
-    if best.special:
-        offsets = [token - place for place, token in sorted(zip(places, at, strict=True))]
-        inside = offsets == sorted(offsets) and 0 <= offsets[0] < offsets[-1] <= best.special
-        if inside and len(set(offsets)) == 2:
+    best = max(readings, key=lambda layer: shown(layer.first))
+    there = shown(best.first)
+    offsets = (at - places)[places.argsort()]
+    if there < len(cells) and bool((offsets.diff() >= 0).all()) and 0 <= offsets[0] <= offsets[-1] <= best.special:
+        between = bool(offsets[0] != offsets[-1])
+        if between or offsets[0] != best.first:
+            found = f"before and after the patches: {offsets[0]} and {best.special - offsets[0]}"
             return _Misplaced(
-                f"has {best.special} special tokens of which some stand between its patches, expected them before or "
-                f"after: put them first in the network, or take another layer",
+                f"is read with {best.first} special tokens before its patches, but its {best.special} special tokens "
+                f"stand {'between the patches' if between else found}. Correct `special_tokens: {{first: ..., last: "
+                f"...}}`, or take another layer",
                 out_of_order=True,
             )
-    if near(best.first) >= _NEAR * len(cells):
+    if there >= _ENOUGH * len(cells):
         return best
-    concentrated = sum(
-        float(each.amax()) > _CONCENTRATED * float(each.median()) and float(each.amax()) > 0 for each in change
-    )
+    concentrated = (change.amax(1) > _CONCENTRATED * change.median(1).values).sum()
     # Tokens that answer to one patch each, but to another one than the reading says.
-    if concentrated >= _NEAR * len(cells) and len(set(at)) >= _NEAR * len(cells):
+    if concentrated >= _ENOUGH * len(cells) and len(set(at.tolist())) >= _ENOUGH * len(cells):
         return _order(best)
     if told:
         return best
@@ -254,15 +250,14 @@ def _order(layer: LayerInfo) -> _Misplaced:
 
 
 def _cells(grid: tuple[int, int]) -> list[tuple[int, int]]:
-    """Return cells of a grid in mixed order: no two in one row or column where the grid is large enough."""
+    """Return cells of a grid, its first and last among them: no two in one row or column where it is large enough."""
     height, width = grid
     count = min(_CELLS, height * width)
-    steps = [next(k for k in range(max(1, round(side * 0.382)), side + 1) if math.gcd(k, side) == 1) for side in grid]
-    if min(grid) < count:
-        flat = [round((i + 0.5) * height * width / count - 0.5) for i in range(count)]
-        return [divmod(cell, width) for cell in flat]
-    rows = [round((i + 0.5) * height / count - 0.5) for i in range(count)]
-    return [(row, rows_x * steps[1] % width) for row, rows_x in zip(rows, range(1, count + 1), strict=True)]
+    if min(grid) < _CELLS:
+        return [divmod(round(i * (height * width - 1) / max(1, count - 1)), width) for i in range(count)]
+    rows = [round(i * (height - 1) / (count - 1)) for i in range(count)]
+    step = next(k for k in range(round(width * 0.382), width) if math.gcd(k, width - 1) == 1)
+    return [(y, i * step % (width - 1)) for i, y in enumerate(rows[:-1])] + [(height - 1, width - 1)]
 
 
 def _cell(cell: tuple[int, int], grid: tuple[int, int], image: tuple[int, int]) -> _Box:
