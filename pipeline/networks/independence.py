@@ -121,7 +121,7 @@ def _run(network: nn.Module, layers: Sequence[str], images: torch.Tensor, name: 
     drawn = [generator for generator, state in _random_states().items() if state != before[generator]]
     if drawn:
         raise MicrotomeError(
-            f"the forward of {name} draws random numbers (from {drawn[0]}) in eval mode; {_ALONE}: apply dropout or "
+            f"{name}: the forward draws random numbers (from {drawn[0]}) in eval mode; {_ALONE}: apply dropout or "
             f"noise only `if self.training`"
         )
     if logits is not None and logits.ndim and len(logits) == len(images):

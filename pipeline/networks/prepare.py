@@ -40,20 +40,34 @@ def survey_of(network: nn.Module, model: Model, size: tuple[int, int]) -> Survey
 
 
 def prepare(
-    network: nn.Module, model: Model, survey: Survey, layers: str | Sequence[str], strict: bool = True
+    network: nn.Module,
+    model: Model,
+    survey: Survey,
+    layers: str | Sequence[str],
+    strict: bool = True,
+    others: Sequence[str] = (),
 ) -> Prepared:
     """Choose the layers of a network that was surveyed, decide how they are read, and measure it. Runs on a worker.
 
     Parameters
     ----------
     strict : refuse layers whose positions are not where they seem, which whole outputs may have.
+    others : names of further layers of the survey whose reading matters.
     """
     from pipeline.networks.build import build
     from pipeline.networks.layers import choose
     from pipeline.networks.positions import place
 
     shape = model.spec.preprocessing.channels, *survey.image
-    place(network, survey, [layers], shape, model.name, lambda: build(model.spec), strict=strict)
+    place(
+        network,
+        survey,
+        [layers, *([others] if others else [])],
+        shape,
+        model.name,
+        lambda: build(model.spec),
+        strict=strict,
+    )
     infos = choose(network, survey, layers, model.name)
     return Prepared(infos, sum(each.numel() for each in network.parameters()), survey.largest)
 

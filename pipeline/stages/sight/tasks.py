@@ -80,7 +80,8 @@ def prepare_seen(model: Model, size: tuple[int, int], layers: str | Sequence[str
     """Look at a network, its layers and what it does between them, on a worker."""
     network = network_of(model)
     every = survey_of(network, model, size)
-    prepared = prepare(network, model, every, layers, strict=False)
+    tokens = [layer.name for layer in every.layers if layer.layout == "tokens" and layer.special]
+    prepared = prepare(network, model, every, layers, strict=False, others=tokens)
     blank = normalise(torch.zeros((2, 3, *size), dtype=torch.uint8), model.spec)
     found = operations.find(network, blank, {layer.name: layer for layer in every.layers})
     absent = {}
@@ -253,7 +254,8 @@ class _Look(Operations):
         if each is not None and self.without is None:
             grid = each.info.shape[1], each.info.shape[2]
             patch = self.work.image[0] / grid[0], self.work.image[1] / grid[1]
-            self.distance[module] = mean_distance(weights(), distances(grid, patch), each.info.special).cpu()
+            found = weights().roll((each.info.last, each.info.last), (-2, -1))  # special tokens first
+            self.distance[module] = mean_distance(found, distances(grid, patch), each.info.special).cpu()
 
     def predicted(self) -> np.ndarray | None:
         """The class of the highest logit of every image."""
@@ -282,7 +284,7 @@ class _Look(Operations):
             found["ratio_sum"] = np.full((len(self.skips), positions), np.nan)
             found["ratio_count"] = np.zeros((len(self.skips), positions), np.int64)
             for at, skip in enumerate(self.skips.values()):
-                ratio = self.ratios[skip.name]
+                ratio = self.ratios[skip.name].roll(skip.info.last, 1)  # special tokens first
                 own = slice(ratio.shape[1])
                 found["ratio_sum"][at, own] = ratio.nansum(0).numpy()
                 found["ratio_count"][at, own] = (~ratio.isnan()).sum(0).numpy()

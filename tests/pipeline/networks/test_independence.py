@@ -109,9 +109,7 @@ def test_a_state_that_the_first_batch_sets(file):
 @pytest.mark.parametrize("kind", ["dropout", "rare", "noise", "pythons"])
 def test_random_numbers_behind_the_last_layer(file, kind):
     source = {"dropout": "torch", "rare": "torch", "noise": "numpy", "pythons": "random"}[kind]
-    with pytest.raises(
-        MicrotomeError, match=rf"the forward of net draws random numbers \(from {source}\) in eval mode"
-    ):
+    with pytest.raises(MicrotomeError, match=rf"net: the forward draws random numbers \(from {source}\) in eval mode"):
         check(file, kind)
 
 
