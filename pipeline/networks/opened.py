@@ -106,10 +106,10 @@ def _installed_or_system(path: Path, module_file: Path) -> bool:
 
 
 def _libraries() -> set[Path]:
-    paths = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+    paths: list[str | Path] = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
     paths += [*site.getsitepackages(), site.getusersitepackages(), *_SYSTEM]
     root = Path(pipeline.__file__).parents[1]
-    return {_real(path) for path in (*paths, root / "pipeline", root / "kernels")}
+    return {_real(path) for path in [*paths, root / "pipeline", root / "kernels"]}
 
 
 def _real(path: str | Path) -> Path:
