@@ -45,6 +45,8 @@ class Described(Protocol):
     @property
     def arguments(self) -> dict[str, Any]: ...
     @property
+    def files(self) -> list[str] | None: ...
+    @property
     def weights(self) -> str: ...
     @property
     def local(self) -> str | None: ...
@@ -69,6 +71,9 @@ class NetworkSpec(BaseModel):
     module: PathName | None = Field(None, description="`path.py:function`; the function returns the network")
     arguments: dict[str, Any] = Field(
         default_factory=dict, description="keyword arguments of the builder; for transformers, entries of its config"
+    )
+    files: Annotated[list[PathName], Field(min_length=1)] | None = Field(
+        None, description="with `module`: the files that its code opens or imports; ids hold their digests"
     )
     weights: PathName = Field(
         RANDOM, description="a checkpoint, `random` (the untrained control) or `train` (trained here)"
@@ -103,6 +108,8 @@ class NetworkSpec(BaseModel):
             file, colon, function = self.module.rpartition(":")
             if not (colon and file and function.isidentifier()):
                 raise ValueError(f"module {self.module!r} is not of the form path.py:function")
+        if self.files is not None and self.module is None:
+            raise ValueError("`files` goes with `module`: libraries open files of their own")
         return self
 
     @model_validator(mode="after")
@@ -229,6 +236,46 @@ class Train(Strict):
     recipe: Recipe = Field(Recipe(), description="training settings")
 
 
+class SpecialTokens(Strict):
+    """Where the class and register tokens stand: before and after the tokens of the patches."""
+
+    first: NonNegativeInt = Field(0, description="how many come before the patches")
+    last: NonNegativeInt = Field(0, description="how many come after the patches")
+
+
+class Reading(Strict):
+    """What the configuration says of how outputs are read as units at positions; the rest is found."""
+
+    special_tokens: NonNegativeInt | SpecialTokens | None = Field(
+        None,
+        description="class and register tokens, if detection fails: their number, or `{first: 1, last: 4}`, how many "
+        "stand before and after the patches",
+    )
+    grid: tuple[PositiveInt, PositiveInt] | None = Field(
+        None, description="[y, x]: patches along each side of the image, where tokens alone do not tell"
+    )
+    layout: Annotated[dict[str, Literal["map", "channels_last", "tokens"]], Field(min_length=1)] | None = Field(
+        None,
+        description="by name or pattern of layers, where it cannot be found: `map` (unit, y, x), `channels_last` "
+        "(y, x, unit) or `tokens` (token, unit)",
+    )
+
+    @property
+    def special(self) -> int | None:
+        """Return the number of special tokens, if it is told."""
+        told = self.special_tokens
+        return told.first + told.last if isinstance(told, SpecialTokens) else told
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Return the part of a stage's settings that it is: keys that came later only where they are set."""
+        later = {name: getattr(self, name) for name in ("grid", "layout") if getattr(self, name) is not None}
+        return {"special_tokens": self.special_tokens, **later}
+
+    def layout_of(self, layer: str) -> Literal["map", "channels_last", "tokens"] | None:
+        return next((layout for entry, layout in (self.layout or {}).items() if fits(layer, entry)), None)
+
+
 class Ablate(Strict):
     """Which units each class depends on: units of these layers are removed, one at a time and in sets."""
 
@@ -256,7 +303,7 @@ class Ablate(Strict):
         return layers
 
 
-class Network(NetworkSpec):
+class Network(Reading, NetworkSpec):
     """A network: how to build it, its weights, and the layers to examine."""
 
     weights: PathName = Field(
@@ -265,9 +312,6 @@ class Network(NetworkSpec):
     )
     layers: Literal["auto"] | Annotated[list[str], Field(min_length=1)] = Field(
         "auto", description="names of modules, or patterns such as `layer*`; `auto`: the blocks"
-    )
-    special_tokens: NonNegativeInt | None = Field(
-        None, description="number of class and register tokens, if detection fails"
     )
     preprocessing: Preprocessing = Field(Preprocessing(), description="normalisation that the network expects")
     numerics: Numerics = Field(Numerics(), description="batch size and memory format of its forward passes")
@@ -289,6 +333,10 @@ class Network(NetworkSpec):
         if (self.weights == "train") != (self.train is not None):
             raise ValueError("`weights: train` and a section `train:` go together")
         return self
+
+    @property
+    def reading(self) -> Reading:
+        return Reading(**{name: getattr(self, name) for name in Reading.model_fields})
 
     def kept(self, layer: str) -> Kept:
         """Return what is stored of a layer: `full`, its maps; else the maximum and mean of each, and special tokens."""

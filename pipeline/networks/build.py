@@ -73,23 +73,26 @@ def published_file(spec: NetworkSpec) -> Path:
     return Path(spec.local)
 
 
-def build(described: Described, device: str = "cpu") -> nn.Module:
+def build(described: Described, device: str = "cpu", fresh: bool = False) -> nn.Module:
     """Return the network as its builder makes it, initialised from its seed, in eval mode.
 
-    `device="meta"` gives shapes without memory or weights. The global random state is restored. Builders are expected
-    to draw initial weights from torch's generator, as `torch.nn.init` does.
+    `device="meta"` gives shapes without memory or weights; `fresh` runs a module's file again. The global random state
+    is restored. Builders are expected to draw initial weights from torch's generator, as `torch.nn.init` does.
 
     Raises
     ------
     MicrotomeError
-        Unknown architecture, missing library, file or function, a builder that fails or returns something else.
+        Unknown architecture, missing library, file or function, a builder that fails, returns something else, or opens
+        a file that `files` does not name.
     """
     from torch import nn
 
+    from pipeline.networks.opened import only_named_files
     from pipeline.networks.returned import returning
 
     spec = NetworkSpec.of(described)
-    network = _on(spec, device, _file_builder(spec) if spec.library is None else library(spec).builder(spec))
+    with only_named_files(spec):
+        network = _on(spec, device, _file_builder(spec, fresh) if spec.library is None else library(spec).builder(spec))
     if not isinstance(network, nn.Module):
         raise MicrotomeError(
             f"{spec.architecture} returned {type(network).__name__}, expected a torch.nn.Module: "
@@ -181,10 +184,10 @@ def _on(spec: NetworkSpec, device: str, make: Callable[..., Any]) -> Any:
             ) from error
 
 
-def _file_builder(spec: NetworkSpec) -> Callable[..., Any]:
+def _file_builder(spec: NetworkSpec, fresh: bool) -> Callable[..., Any]:
     path = spec.module_file
     assert path is not None
-    module = _import_file(path)
+    module = _import_file(path, fresh)
     function = getattr(module, spec.module_function, None)
     if not callable(function):
         known = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
@@ -194,7 +197,7 @@ def _file_builder(spec: NetworkSpec) -> Callable[..., Any]:
     return function
 
 
-def _import_file(path: Path) -> types.ModuleType:
+def _import_file(path: Path, fresh: bool) -> types.ModuleType:
     """Return the Python file as a module with a unique name, never found by `import` and never on `sys.path`.
 
     The source is compiled from the bytes read here: the import system's bytecode cache goes by time and size, and would
@@ -208,7 +211,7 @@ def _import_file(path: Path) -> types.ModuleType:
             f"network file {path} cannot be read ({error.strerror}){nearest(path.name, beside)}"
         ) from error
     name = f"microtome_network_{hashlib.sha256(str(path.resolve()).encode() + source).hexdigest()[:24]}"
-    if name in sys.modules:
+    if name in sys.modules and not fresh:
         return sys.modules[name]
     module = types.ModuleType(name)
     module.__file__ = str(path)

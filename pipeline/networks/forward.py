@@ -151,6 +151,10 @@ def forward_in_batches(
             with Recorder(network, names, stop_early, take=taken) as record:
                 head, _ = record(normalise(batch, model.spec))
             if head is not None and head.ndim == 2:
+                if len(head) != size:
+                    raise MicrotomeError(
+                        f"network {model.name!r} returns {len(head)} rows for {size} images, expected one row an image"
+                    )
                 heads.append(head[:count].float())
         logits = to_host(torch.cat(heads)) if heads else None
         done = torch.cuda.Event() if on_gpu else None
@@ -163,10 +167,10 @@ def forward_in_batches(
 
 
 def host_buffer(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """Return host memory for a network's outputs: pinned if they come from a GPU, which then need not wait."""
+    """Return host memory for a network's outputs, all NaN: pinned if they come from a GPU, which then need not wait."""
     import torch
 
-    return torch.empty(tuple(shape), dtype=dtype, pin_memory=device() == "cuda")
+    return torch.full(tuple(shape), math.nan, dtype=dtype, pin_memory=device() == "cuda")
 
 
 def to_host(values: torch.Tensor, target: torch.Tensor | None = None) -> torch.Tensor:

@@ -15,7 +15,7 @@ from pipeline.storage.identity import FileDigests
 def architecture(spec: NetworkSpec, digests: FileDigests) -> dict[str, Any]:
     """Return the builder, its arguments and, if it is set, which output counts.
 
-    For a module or a transformers model, the builder is the digest of its defining file.
+    For a module or a transformers model, the builder is the digests of its files.
     """
     chosen = {} if spec.output is None else {"output": spec.output}
     return _builder(spec, digests) | chosen
@@ -30,7 +30,8 @@ def _builder(spec: NetworkSpec, digests: FileDigests) -> dict[str, Any]:
         return {"transformers": digests(published_file(spec) / "config.json"), "arguments": spec.arguments}
     assert spec.module is not None
     path, _, function = spec.module.rpartition(":")
-    return {"module": digests(path), "function": function, "arguments": spec.arguments}
+    files = {} if spec.files is None else {"files": [digests(file) for file in spec.files]}
+    return {"module": digests(path), "function": function, "arguments": spec.arguments} | files
 
 
 def weights_digest(spec: NetworkSpec, digests: Callable[[Path], str]) -> str | dict[str, str]:

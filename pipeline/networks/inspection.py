@@ -15,21 +15,23 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
-from pipeline.config.networks import Described, NetworkSpec, Segmenter
+from pipeline.config.networks import Described, NetworkSpec, Reading, Segmenter
 from pipeline.errors import MicrotomeError, nearest
 from pipeline.networks import segmenters
 from pipeline.networks.build import build, load_weights
 from pipeline.networks.graph.tail import Tail
 from pipeline.networks.graph.trace import UntraceableError, trace
+from pipeline.networks.independence import check_independence
 from pipeline.networks.layer import Inspection, LayerInfo
-from pipeline.networks.layers import Survey, choose, head_of, in_proportion, survey
+from pipeline.networks.layers import Survey, choose, head_of, survey
+from pipeline.networks.positions import place
 from pipeline.networks.returned import check_returned
 from pipeline.networks.speed import Probe, measure
-from pipeline.networks.token_order import check_places
 
 _HALF_BYTES = 2
 
@@ -52,7 +54,7 @@ class Request(BaseModel):
     input_shape: tuple[int, int, int]
     layers: str | list[str] = "auto"
     images: int = 0
-    special_tokens: int | None = None
+    reading: Reading = Reading()
     weights_path: str | None = None
     ablate: Ablation | None = None
     compare: str | list[str] | None = None
@@ -83,7 +85,7 @@ def inspect(
     input_shape: tuple[int, int, int],
     layers: str | Sequence[str] = "auto",
     images: int = 0,
-    special_tokens: int | None = None,
+    reading: Reading | None = None,
     weights_path: str | Path | None = None,
     ablate: Ablation | None = None,
     compare: str | Sequence[str] | None = None,
@@ -97,7 +99,7 @@ def inspect(
     Parameters
     ----------
     input_shape : (channels, height, width) of the images.
-    layers, special_tokens : as in `layers.resolve`.
+    layers, reading : as in `layers.resolve`.
     images : number of images to compute activations for.
     weights_path : checkpoint made by the workflow, which replaces the network's own.
     ablate : what is to be removed.
@@ -111,16 +113,23 @@ def inspect(
         For everything that a stage would refuse later: architecture, checkpoint, image size, layers.
     """
     spec = NetworkSpec.of(network)
-    built, surveyed = _surveyed(spec, input_shape, special_tokens)
+    built, surveyed = _surveyed(spec, input_shape, reading)
     load_weights(built, spec, weights_path, shapes_only=True)
     check_returned(surveyed.returned, classes, spec.architecture)
-    chosen = choose(built, surveyed, layers, spec.architecture)
-    if look is not None:
-        choose(built, surveyed, look, spec.architecture)
-    # Maps with the image's proportions come from convolutions, and their positions are in order.
-    doubtful = [layer for layer in chosen if layer.spatial and not _certain(layer, input_shape)]
-    if doubtful:
-        check_places(build(spec), doubtful, input_shape, spec.architecture)
+    name = spec.architecture
+    choices = [layers, *(each for each in (compare, look) if each is not None)]
+    if _fits_memory(built):
+        recorded = {layer.name for choice in choices for layer in choose(built, surveyed, choice, name)}
+        check_independence(spec, sorted(recorded), input_shape, weights_path)
+        place(built, surveyed, [layers], input_shape, name, lambda: build(spec), every=True)
+        place(built, surveyed, choices[1:], input_shape, name, lambda: build(spec), strict=False)
+    else:
+        print(
+            f"{name} is too large for this machine: that its outputs depend on the image alone, and where they lie, is "
+            f"not checked",
+            file=sys.stderr,
+        )
+    chosen = choose(built, surveyed, layers, name)
     return Inspection(
         architecture=spec.architecture,
         layers=chosen,
@@ -235,7 +244,9 @@ def main(request_path: str, response_path: str) -> None:
     Path(response_path).write_text(json.dumps(answer(requests), indent=1))
 
 
-def _surveyed(spec: NetworkSpec, input_shape: tuple[int, int, int], special: int | None) -> tuple[nn.Module, Survey]:
+def _surveyed(
+    spec: NetworkSpec, input_shape: tuple[int, int, int], reading: Reading | None
+) -> tuple[nn.Module, Survey]:
     """Return the network on the meta device and the survey of its forward pass, run on the CPU if it needs values."""
     try:
         network = build(spec, device="meta")
@@ -244,14 +255,14 @@ def _surveyed(spec: NetworkSpec, input_shape: tuple[int, int, int], special: int
             raise NotImplementedError("the builder places tensors itself")
         if _other_precision(network):
             raise NotImplementedError("on the meta device, some operations take what they refuse elsewhere")
-        surveyed = survey(network, input_shape, special)
+        surveyed = survey(network, input_shape, reading)
         surveyed.alone = _alone(network, surveyed.output, input_shape)
         return network, surveyed
     # Reading a value (`.item()`), a device named in a forward, numpy: each fails on the meta device in its own way.
     except Exception:
         network = build(spec)
     try:
-        surveyed = survey(network, input_shape, special)
+        surveyed = survey(network, input_shape, reading)
     except MicrotomeError:
         raise
     except Exception as error:
@@ -272,8 +283,10 @@ def _other_precision(network: nn.Module) -> str:
     return str(next(others, "")).removeprefix("torch.")
 
 
-def _certain(layer: LayerInfo, input_shape: tuple[int, int, int]) -> bool:
-    return layer.layout == "map" and in_proportion(layer.shape[1:], input_shape[1:])
+def _fits_memory(network: nn.Module) -> bool:
+    """Return whether the network can be built here, twice at a time."""
+    held = sum(value.numel() * value.element_size() for value in (*network.parameters(), *network.buffers()))
+    return 2 * held < psutil.virtual_memory().available
 
 
 def _bytes(layer: LayerInfo, images: int) -> int:

@@ -19,9 +19,10 @@ class LayerInfo:
     shape : (units, y, x); a vector has one position.
     layout : how the output is laid out: `map` (unit, y, x), `channels_last` (y, x, unit), `tokens` (token, unit),
         `vector` (unit).
-    special : number of class and register tokens, which come before the tokens of the grid.
+    special : number of class and register tokens beside the tokens of the grid.
     dtype : of the output, as torch names it without `torch.`.
     kind : the module's class.
+    last : how many of the special tokens come after the tokens of the grid; the others come before.
     """
 
     name: str
@@ -30,6 +31,12 @@ class LayerInfo:
     special: int
     dtype: str
     kind: str
+    last: int = 0
+
+    @property
+    def first(self) -> int:
+        """The number of special tokens before those of the grid."""
+        return self.special - self.last
 
     @property
     def spatial(self) -> bool:

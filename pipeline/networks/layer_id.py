@@ -77,7 +77,7 @@ def layer_ids(
         entered = trace.entered[: reached.entered]
         parts = [
             common,
-            [list(layer.shape), layer.layout, layer.special],
+            [list(layer.shape), layer.layout, layer.special, *([layer.last] if layer.last else [])],
             [digest for module in entered for digest in _state(module, trace.silent, digests)],
             reached.operations,
         ]

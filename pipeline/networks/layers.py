@@ -10,13 +10,14 @@ import contextlib
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, Self
 
 import torch
 from torch import nn
 
+from pipeline.config.networks import Reading, SpecialTokens
 from pipeline.config.patterns import fits
 from pipeline.errors import MicrotomeError, nearest
 from pipeline.networks.layer import LayerInfo, Layout
@@ -27,12 +28,18 @@ _MOST_SPECIAL = 16
 # Convolutions round and cut borders: a map may differ from the image's proportions by this many positions.
 _ROUNDING = 2
 _SHOWN = 8
+PART_OF_THE_BATCH = (
+    "a layer that only some images reach, such as an expert, cannot be recorded: take the module around it, which all "
+    "images pass"
+)
 
 
 @dataclass
 class Survey:
     """The results of one forward pass: layers in execution order, why other modules are none, and the network's output.
 
+    `readings` holds all ways to read a layer whose shape leaves several, the likeliest first, `unplaced` the refused
+    layers whose tokens are no positions (`pipeline.networks.positions` decides both), and `reading` what was told.
     `image` is the (height, width) that it ran on, `output` the shape of the network's own output without the batch, and
     `classes` as in `classes_of`. `largest` is how many values the largest output of any module has for one image, which
     determines the memory of a forward pass. `returned` are the shapes of the tensors that the network returns, where it
@@ -41,6 +48,9 @@ class Survey:
 
     layers: list[LayerInfo] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)
+    readings: dict[str, list[LayerInfo]] = field(default_factory=dict)
+    unplaced: set[str] = field(default_factory=set)
+    reading: Reading = field(default_factory=Reading)
     image: tuple[int, int] = (0, 0)
     output: tuple[int, ...] = ()
     classes: int | None = None
@@ -48,12 +58,18 @@ class Survey:
     returned: dict[str | int, tuple[int, ...]] = field(default_factory=dict)
     alone: str = ""
 
+    def unplace(self, name: str, reason: str) -> None:
+        """Refuse a layer whose tokens are no positions."""
+        self.layers = [layer for layer in self.layers if layer.name != name]
+        self.refused[name] = reason
+        self.unplaced.add(name)
+
 
 def resolve(
     network: nn.Module,
     wanted: str | Sequence[str],
     input_shape: tuple[int, int, int],
-    special: int | None = None,
+    reading: Reading | None = None,
     name: str = "",
 ) -> list[LayerInfo]:
     """Return the wanted layers, in execution order.
@@ -64,7 +80,7 @@ def resolve(
         one part of a name: `layer*` is layer1 to layer4, `layer*.*` their blocks. A pattern takes the layers with more
         than one position.
     input_shape : (channels, height, width) of the images.
-    special : number of class and register tokens, if it cannot be found.
+    reading : what is told of how outputs are read.
     name : what messages call the network.
 
     Raises
@@ -72,15 +88,15 @@ def resolve(
     MicrotomeError
         A name that is not a layer (with the reason or the nearest names), a pattern that matches none, no blocks.
     """
-    return choose(network, survey(network, input_shape, special), wanted, name or type(network).__name__)
+    return choose(network, survey(network, input_shape, reading), wanted, name or type(network).__name__)
 
 
-def candidates(network: nn.Module, input_shape: tuple[int, int, int], special: int | None = None) -> list[LayerInfo]:
+def candidates(network: nn.Module, input_shape: tuple[int, int, int]) -> list[LayerInfo]:
     """Return every possible layer, ordered by the first completion of its output."""
-    return survey(network, input_shape, special).layers
+    return survey(network, input_shape).layers
 
 
-def survey(network: nn.Module, input_shape: tuple[int, int, int], special: int | None = None) -> Survey:
+def survey(network: nn.Module, input_shape: tuple[int, int, int], reading: Reading | None = None) -> Survey:
     """Run the network once on two blank images, on the device of its parameters; the meta device costs no memory.
 
     With two images, an output that does not begin with a 2 does not have the batch first.
@@ -120,7 +136,8 @@ def survey(network: nn.Module, input_shape: tuple[int, int, int], special: int |
     found.largest = max(largest, math.prod(shape))
     tensors = ((key, each) for key, each in entries_of(returned).items() if isinstance(each, torch.Tensor))
     found.returned = {key: tuple(each.shape[1:]) for key, each in tensors}
-    reader = _Reader(found.image, special)
+    found.reading = reading or Reading()
+    reader = _Reader(found.image, found.reading)
     for name, module, output in outputs:
         read = reader.read(name, module, output)
         if calls[name] > 1:
@@ -128,7 +145,9 @@ def survey(network: nn.Module, input_shape: tuple[int, int, int], special: int |
         elif isinstance(read, str):
             found.refused[name] = read
         else:
-            found.layers.append(read)
+            found.layers.append(read[0])
+            if len(read) > 1:
+                found.readings[name] = read
     for name, _ in modules:
         if name not in calls:
             found.refused[name] = "is never called in the forward, so its output cannot be read"
@@ -145,7 +164,7 @@ def choose(network: nn.Module, surveyed: Survey, wanted: str | Sequence[str], na
     else:
         chosen = set()
         for entry in [wanted] if isinstance(wanted, str) else wanted:
-            chosen.update(_matches(entry, known, surveyed.refused, name))
+            chosen.update(_matches(entry, known, surveyed.refused, sorted(surveyed.unplaced), name))
     return [layer for layer in surveyed.layers if layer.name in chosen]
 
 
@@ -173,6 +192,7 @@ class Recorder:
         self.stop_early = stop_early
         self.take = take or (lambda _, output: output.to(torch.float32, copy=True))
         self.outputs: dict[str, Any] = {}
+        self._images = 0
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._paths = contextlib.ExitStack()
 
@@ -180,13 +200,15 @@ class Recorder:
         """Return the network's output (None after an early stop) and the layers' outputs as they are, for `to_maps`."""
         if not self._hooks and self.names:
             raise RuntimeError("a Recorder records inside its `with` block only")
-        self.outputs = {}
+        self.outputs, self._images = {}, len(images)
         logits = None
         with torch.no_grad(), contextlib.suppress(_Done):
             logits = head_of(self.network(images))
         missing = [name for name in self.names if name not in self.outputs]
         if missing:
-            raise MicrotomeError(f"layer {missing[0]!r} was not called in this forward, expected one call")
+            raise MicrotomeError(
+                f"layer {missing[0]!r} was not called in this forward, expected one call: {PART_OF_THE_BATCH}"
+            )
         outputs, self.outputs = self.outputs, {}
         return logits, {name: outputs[name] for name in self.names}
 
@@ -211,6 +233,12 @@ class Recorder:
                 raise MicrotomeError(f"layer {name!r} gives {type(output).__name__}, expected a tensor")
             if name in self.outputs:
                 raise MicrotomeError(f"layer {name!r} is called more than once in one forward, expected one call")
+            if tensor.ndim == 0 or len(tensor) != self._images:
+                found = len(tensor) if tensor.ndim else "no"
+                raise MicrotomeError(
+                    f"layer {name!r} gives {found} rows for {self._images} images, expected one row an image: "
+                    f"{PART_OF_THE_BATCH}"
+                )
             self.outputs[name] = self.take(name, tensor.detach())
             if self.stop_early and len(self.outputs) == len(self.names):
                 raise _Done
@@ -223,7 +251,7 @@ class _Done(BaseException):
 
 
 def to_maps(output: torch.Tensor, layer: LayerInfo) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return views of an output: its maps (batch, unit, y, x), and special tokens (batch, token, unit) or None.
+    """Return an output's maps (batch, unit, y, x), a view, and special tokens (batch, token, unit) or None.
 
     Raises
     ------
@@ -246,8 +274,11 @@ def to_maps(output: torch.Tensor, layer: LayerInfo) -> tuple[torch.Tensor, torch
     if layer.layout == "channels_last":
         return output.permute(0, 3, 1, 2), None
     if layer.layout == "tokens":
-        maps = output[:, layer.special :].transpose(1, 2).unflatten(2, (height, width))
-        return maps, output[:, : layer.special] if layer.special else None
+        patches = slice(layer.first, layer.first + height * width)
+        maps = output[:, patches].transpose(1, 2).unflatten(2, (height, width))
+        if not layer.last:
+            return maps, output[:, : layer.special] if layer.special else None
+        return maps, torch.cat([output[:, : patches.start], output[:, patches.stop :]], 1)
     return output.reshape(output.shape[0], units, height, width), None
 
 
@@ -299,7 +330,9 @@ def one_attention_path() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
-def _matches(entry: str, known: Mapping[str, LayerInfo], refused: Mapping[str, str], network: str) -> list[str]:
+def _matches(
+    entry: str, known: Mapping[str, LayerInfo], refused: Mapping[str, str], unplaced: Iterable[str], network: str
+) -> list[str]:
     if entry in known:
         return [entry]
     if entry in refused:
@@ -307,6 +340,9 @@ def _matches(entry: str, known: Mapping[str, LayerInfo], refused: Mapping[str, s
     if not any(sign in entry for sign in "*?["):
         known_ones = nearest(entry, known) or f"; it has {_some(known)}"
         raise MicrotomeError(f"layer {entry!r} is not in {network}{known_ones}")
+    for name in unplaced:
+        if fits(name, entry):
+            raise MicrotomeError(f"layer {name!r} of {network} {refused[name]}")
     found = [name for name, layer in known.items() if layer.spatial and fits(name, entry)]
     if not found:
         raise MicrotomeError(
@@ -401,56 +437,75 @@ def _is_chain(module: nn.Module) -> bool:
 class _Reader:
     """Reads outputs as layers in execution order, and remembers earlier maps, which resolve ambiguous shapes."""
 
-    def __init__(self, image: tuple[int, int], special: int | None) -> None:
+    def __init__(self, image: tuple[int, int], reading: Reading) -> None:
         self.image = image
-        self.special = special
+        self.reading = reading
+        self.special = reading.special
         self.layouts: dict[tuple[int, ...], Layout] = {}
         self.grids: dict[int, list[tuple[int, int]]] = {}
 
-    def read(self, name: str, module: nn.Module, output: object) -> LayerInfo | str:
-        """Return the layer, or why the output cannot be one."""
+    def read(self, name: str, module: nn.Module, output: object) -> list[LayerInfo] | str:
+        """Return the ways to read the layer, the likeliest first, or why the output cannot be one."""
         if not isinstance(output, torch.Tensor):
             return "does not give a tensor"
         shape = tuple(output.shape[1:])
         if output.ndim == 0 or output.shape[0] != 2:
             return f"gives {tuple(output.shape)} for 2 images: expected the batch in the first dimension"
+        told = self.reading.layout_of(name)
+        if told is not None and len(shape) > 1 and (told == "tokens") != (len(shape) == 2):
+            return f"gives {shape} for an image, which is not laid out as {told}: correct `layout`"
         special = 0
+        layouts: list[Layout] = []
         if len(shape) == 1:
-            layout: Layout = "vector"
+            layouts = ["vector"]
             units, height, width = shape[0], 1, 1
         elif len(shape) == 2:
-            layout = "tokens"
+            layouts = ["tokens"]
             tokens, units = shape
             grid = self._grid(tokens, units)
             if grid is None:
                 return (
                     f"gives {tokens} tokens, which do not cover an image of {self.image[0]}x{self.image[1]} as a grid"
                     + ("" if self.special is None else f" beside {self.special} special tokens")
-                    + ": set `special_tokens` to the number of class and register tokens"
+                    + ": set `special_tokens` to the number of class and register tokens, or `grid: [y, x]` to that of "
+                    "patches along each side"
                 )
             height, width = grid
             special = tokens - height * width
         elif len(shape) == 3:
-            layout = self._map_layout(module, shape)
-            units, height, width = shape if layout == "map" else (shape[2], shape[0], shape[1])
-            self.layouts[shape] = layout
+            layouts = [told] if told is not None else self._map_layouts(module, shape)
+            units, height, width = _at_end(shape, layouts[0])
+            self.layouts[shape] = layouts[0]
             self.grids.setdefault(units, []).insert(0, (height, width))
         else:
             return f"gives {shape} for an image: expected maps, tokens or a vector"
         dtype = str(output.dtype).removeprefix("torch.")
-        return LayerInfo(name, (units, height, width), layout, special, dtype, type(module).__name__)
+        kind = type(module).__name__
+        if len(shape) == 3:
+            return [LayerInfo(name, _at_end(shape, layout), layout, 0, dtype, kind) for layout in layouts]
+        info = LayerInfo(name, (units, height, width), layouts[0], special, dtype, kind)
+        return [replace(info, last=last) for last in self._last(special)]
 
-    def _map_layout(self, module: nn.Module, shape: tuple[int, int, int]) -> Layout:
-        """Return which end holds the units, from the module's class, the image's proportions or the previous module."""
+    def _last(self, special: int) -> list[int]:
+        """Return how many of the special tokens may come after the patches, the likeliest number first."""
+        told = self.reading.special_tokens
+        return [told.last] if isinstance(told, SpecialTokens) else list(range(special + 1))
+
+    def _map_layouts(self, module: nn.Module, shape: tuple[int, int, int]) -> list[Layout]:
+        """Return which ends may hold the units, from the module's class and the image's proportions.
+
+        The likelier one comes first: that of the last output of this shape.
+        """
         if isinstance(module, (nn.Conv2d, nn.BatchNorm2d, nn.GroupNorm)):
-            return "map"
+            return ["map"]
         # Exactly LayerNorm: torchvision's LayerNorm2d inherits from it, and normalises maps.
         if type(module) in (nn.Linear, nn.LayerNorm):
-            return "channels_last"
+            return ["channels_last"]
         first, last = in_proportion(shape[1:], self.image), in_proportion(shape[:2], self.image)
         if first == last:
-            return self.layouts.get(shape, "map")
-        return "map" if first else "channels_last"
+            both: list[Layout] = ["map", "channels_last"]
+            return both if self.layouts.get(shape, "map") == "map" else both[::-1]
+        return ["map"] if first else ["channels_last"]
 
     def _grid(self, tokens: int, units: int) -> tuple[int, int] | None:
         """Return (y, x) of the tokens, from an earlier map with as many units (the patches), or from the image."""
@@ -459,6 +514,8 @@ class _Reader:
             rest = tokens - grid[0] * grid[1]
             return 0 <= rest <= _MOST_SPECIAL if self.special is None else rest == self.special
 
+        if self.reading.grid is not None and rest_fits(self.reading.grid):
+            return self.reading.grid
         seen = next(filter(rest_fits, self.grids.get(units, [])), None)
         if seen is not None:
             return seen
@@ -468,6 +525,11 @@ class _Reader:
         # Prefer whole patches: 36 pixels are rather 9 patches of 4 than 10 of 3.6.
         grids.sort(key=lambda grid: height % grid[0] != 0)
         return next(filter(rest_fits, grids), None)
+
+
+def _at_end(shape: tuple[int, int, int], layout: Layout) -> tuple[int, int, int]:
+    """Return (units, y, x) of an output without the batch."""
+    return shape if layout == "map" else (shape[2], shape[0], shape[1])
 
 
 def in_proportion(grid: tuple[int, int], image: tuple[int, int]) -> bool:

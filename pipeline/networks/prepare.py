@@ -32,17 +32,42 @@ class Prepared:
     largest: int
 
 
-def survey_of(network: nn.Module, model: Model, size: tuple[int, int], special_tokens: int | None) -> Survey:
+def survey_of(network: nn.Module, model: Model, size: tuple[int, int]) -> Survey:
     """Return what one forward pass of an image of this size shows."""
     from pipeline.networks.layers import survey
 
-    return survey(network, (model.spec.preprocessing.channels, *size), special_tokens)
+    return survey(network, (model.spec.preprocessing.channels, *size), model.spec.reading)
 
 
-def prepare(network: nn.Module, model: Model, survey: Survey, layers: str | Sequence[str]) -> Prepared:
-    """Choose the layers of a network that was surveyed, and measure it. Runs on a worker."""
+def prepare(
+    network: nn.Module,
+    model: Model,
+    survey: Survey,
+    layers: str | Sequence[str],
+    strict: bool = True,
+    others: Sequence[str] = (),
+) -> Prepared:
+    """Choose the layers of a network that was surveyed, decide how they are read, and measure it. Runs on a worker.
+
+    Parameters
+    ----------
+    strict : refuse layers whose positions are not where they seem, which whole outputs may have.
+    others : names of further layers of the survey whose reading matters.
+    """
+    from pipeline.networks.build import build
     from pipeline.networks.layers import choose
+    from pipeline.networks.positions import place
 
+    shape = model.spec.preprocessing.channels, *survey.image
+    place(
+        network,
+        survey,
+        [layers, *([others] if others else [])],
+        shape,
+        model.name,
+        lambda: build(model.spec),
+        strict=strict,
+    )
     infos = choose(network, survey, layers, model.name)
     return Prepared(infos, sum(each.numel() for each in network.parameters()), survey.largest)
 

@@ -118,7 +118,7 @@ def _request(job: Job) -> dict[str, Any]:
         "network": NetworkSpec.of(network).model_dump(),
         "input_shape": [network.preprocessing.channels, *ingested.size],
         "layers": network.layers,
-        "special_tokens": network.special_tokens,
+        "reading": network.reading.model_dump(mode="json"),
         "images": ingested.images,
         "classes": job.classes or None,
     }

@@ -169,7 +169,7 @@ def tasks(
     folder: Path, model: forward.Model, images: Images, pooled: bool = False
 ) -> tuple[extract_tasks.Extraction, list[extract_layers.Layer]]:
     spec = model.spec
-    prepared = extract_tasks.prepare_extraction(model, images.size, spec.layers, spec.special_tokens, extract.VERSION)
+    prepared = extract_tasks.prepare_extraction(model, images.size, spec.layers, extract.VERSION)
     layers = []
     for info in prepared.layers:
         home = folder / prepared.ids[info.name] / "activations.zarr"

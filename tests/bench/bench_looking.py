@@ -70,7 +70,7 @@ def bare(model: forward.Model, images: Images) -> float:
 
 
 def looked(title: str, model: forward.Model, images: Images, folder: Path) -> None:
-    prepared = sight_tasks.prepare_seen(model, images.size, model.spec.layers, model.spec.special_tokens)
+    prepared = sight_tasks.prepare_seen(model, images.size, model.spec.layers)
     batches = [Minibatch(0, tuple(range(at, at + MINIBATCH))) for at in range(0, images.count, MINIBATCH)]
     layers, skips = len(prepared.layers), len(prepared.skips)
     floors = {
@@ -94,7 +94,7 @@ def looked(title: str, model: forward.Model, images: Images, folder: Path) -> No
 
 
 def probed(title: str, model: forward.Model, images: Images, folder: Path) -> None:
-    surveyed = survey(forward.network_of(model), (3, *images.size), None)
+    surveyed = survey(forward.network_of(model), (3, *images.size))
     layers = []
     for info in choose(forward.network_of(model), surveyed, model.spec.layers, title):
         vectors = tasks.vectors_of(info, ("pooled", "class_token", "spatial"), 3)

@@ -27,6 +27,7 @@ from pipeline.networks.forward import (
     scale_for,
 )
 from pipeline.networks.layer import LayerInfo
+from pipeline.networks.prepare import prepare, survey_of
 from pipeline.storage.store import StoreRef, write
 from pipeline.workers.devices import device
 from pipeline.workers.resumable import Done
@@ -127,12 +128,9 @@ class Target(Cut):
 
 def prepare_cuts(model: Model, size: tuple[int, int], names: list[str], shard_images: int) -> list[Cut]:
     """Cut the network after each layer, and divide its work: by its cost alone, so always alike."""
-    from pipeline.networks.layers import resolve
-
     network = network_of(model)
-    _, channels, height, width = noise(model, size).shape
     found = []
-    for info in resolve(network, names, (channels, height, width), model.spec.special_tokens, model.name):
+    for info in prepare(network, model, survey_of(network, model, size), names).layers:
         tail = tail_of(model, info, size)
         cost = tail.cost()
         flops = max(1.0, cost.pair_flops)

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pipeline.config.base import Kept
 from pipeline.config.datasets import Dissect
-from pipeline.config.networks import Numerics, Preprocessing
+from pipeline.config.networks import Numerics, Preprocessing, SpecialTokens
 from pipeline.storage.record import Record
 
 THRESHOLDS = 2
@@ -53,10 +53,12 @@ class Settings(Record):
     """
 
     layers: str | list[str]
-    special_tokens: int | None
+    special_tokens: int | SpecialTokens | None
     preprocessing: Preprocessing
     numerics: Numerics
     split: str
     images: int | None
     store: Kept | dict[str, Kept] | None = None
     tails: Tails | None = None
+    grid: tuple[int, int] | None = None
+    layout: dict[str, str] | None = None

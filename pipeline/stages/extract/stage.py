@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config.base import UNTRAINED
 from pipeline.config.datasets import AnyDataset
-from pipeline.config.networks import Network
+from pipeline.config.networks import Network, Reading
 from pipeline.config.patterns import fits
 from pipeline.errors import nearest
 from pipeline.networks.forward import scale_for
@@ -95,7 +95,7 @@ def settings_of(spec: Network, dataset: AnyDataset, limit: int | None) -> Settin
         optional["tails"] = Tails.of(dataset.dissect.resolved(), dataset.label_map_size)
     return Settings(
         layers=spec.layers,
-        special_tokens=spec.special_tokens,
+        **spec.reading.settings,
         preprocessing=spec.preprocessing,
         numerics=spec.numerics,
         split=dataset.examined_split,
@@ -113,7 +113,7 @@ def run(job: Job[Settings]) -> None:
     shards = images.shards(settings.split, settings.images)
     logits = job.folder / "logits.zarr"
     with one_at_a_time(job.scratch / f"{job.dataset}.extract.lock"), job.workers() as workers:
-        task = model, images.size, settings.layers, settings.special_tokens, VERSION
+        task = model, images.size, settings.layers, VERSION
         (prepared,) = run_tasks(workers, prepare_extraction, [task], 1, f"{job.name}: layers")
         layers = [
             layer_of(job.dataset_folder, model.spec, prepared.ids[info.name], info, prepared.scales[info.name])
@@ -243,13 +243,13 @@ def pending(job: Job[Settings]) -> tuple[int, int]:
 
 def _same_layers(job: Job, before: Manifest) -> bool:
     """Return whether an earlier extraction had this one's layers; the network may not exist yet."""
-    decisive = ("version", "layers", "special_tokens", "preprocessing", "numerics")
+    decisive = ("version", "layers", *Reading.model_fields, "preprocessing", "numerics")
     try:
         model = job.model
     except FileNotFoundError:
         return False
     return model.sha256 in before.parents.values() and all(
-        before.settings.get(key) == job.identity[key] for key in decisive
+        before.settings.get(key) == job.identity.get(key) for key in decisive
     )
 
 

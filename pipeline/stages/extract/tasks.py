@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.config.networks import Network
+from pipeline.errors import MicrotomeError
 from pipeline.networks.forward import (
     HALF_MAX,
     Model,
@@ -73,9 +74,7 @@ class Extraction(Prepared):
     numerics: dict[str, Any]
 
 
-def prepare_extraction(
-    model: Model, size: tuple[int, int], layers: str | Sequence[str], special_tokens: int | None, version: int
-) -> Extraction:
+def prepare_extraction(model: Model, size: tuple[int, int], layers: str | Sequence[str], version: int) -> Extraction:
     """Load the network, resolve its layers, compute their ids, and find each layer's scale, on a worker.
 
     The scale comes from a forward pass over fixed noise, so it depends on the layer alone and not on the images.
@@ -85,7 +84,7 @@ def prepare_extraction(
     from pipeline.networks.layers import Recorder, classes_of
 
     network = loaded(model)
-    prepared = prepare(network, model, survey_of(network, model, size, special_tokens), layers)
+    prepared = prepare(network, model, survey_of(network, model, size), layers)
     numerics = model.spec.numerics.model_dump() | platform_numerics(version)
     ids = ids_of(network, model, size, prepared.layers, numerics)
     noise = torch.randint(0, 256, (4, 3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -166,6 +165,7 @@ def extract_shard(
     for name in list(kept):
         one = kept.pop(name)
         layer = one.layer
+        one.require_all(start)
         refuse_non_finite(one.largest, layer.name, start, one.maximum + one.mean)
         largest = float(one.largest.amax())
         if largest > HALF_MAX * layer.scale:
@@ -190,7 +190,8 @@ class Kept:
 
     `maps` (image, unit, y, x) and `special` (image, token, unit) are float16, divided by the layer's scale; None if
     there are none to keep. `maximum`, `mean` (image, unit) and `largest` (image), the largest absolute value, are
-    float32 and not divided. `counter` counts the maps of a streamed layer.
+    float32 and not divided. `written` (image) bool says which rows an output has filled. `counter` counts the maps of a
+    streamed layer.
     """
 
     layer: LayerStore
@@ -199,6 +200,7 @@ class Kept:
     maximum: torch.Tensor
     mean: torch.Tensor
     largest: torch.Tensor
+    written: np.ndarray
     counter: Counter | None = None
 
     @classmethod
@@ -214,6 +216,7 @@ class Kept:
             host_buffer((count, units), torch.float32),
             host_buffer((count, units), torch.float32),
             host_buffer((count,), torch.float32),
+            np.zeros(count, bool),
             counter,
         )
 
@@ -225,6 +228,7 @@ class Kept:
 
         maps, special = to_maps(output.float(), self.layer.info)
         part = slice(at, at + len(output))
+        self.written[part] = True
         maximum = maps.amax((2, 3))
         to_host(maximum, self.maximum[part])
         to_host(maps.mean((2, 3)), self.mean[part])
@@ -240,6 +244,14 @@ class Kept:
         # recounted.
         if self.counter is not None and bool((largest <= HALF_MAX * self.layer.scale).all()):
             self.counter.take(at, maps)
+
+    def require_all(self, start: int) -> None:
+        """Refuse a row that no output has filled; the shard begins with image `start`."""
+        if not self.written.all():
+            raise MicrotomeError(
+                f"layer {self.layer.name!r} gave no output for image {start + int(self.written.argmin())}: nothing is "
+                f"stored"
+            )
 
     def values(self, start: int) -> dict[str, tuple[tuple[int, ...], np.ndarray]]:
         """Return the blocks to write, for a shard that begins with image `start`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pipeline.config.networks import Preprocessing
+from pipeline.config.networks import Preprocessing, SpecialTokens
 from pipeline.data.minibatches import Batching
 from pipeline.networks.features import Arithmetic
 from pipeline.stages.similarity.settings import Features
@@ -15,10 +15,12 @@ class Settings(Batching):
 
     layers: Literal["all", "auto"] | list[str]
     features: list[Features]
-    special_tokens: int | None
+    special_tokens: int | SpecialTokens | None
     preprocessing: Preprocessing
     numerics: Arithmetic
     split: str
+    grid: tuple[int, int] | None = None
+    layout: dict[str, str] | None = None
 
     @property
     def batching(self) -> dict[str, Any]:

@@ -83,7 +83,7 @@ def settings_of(draft: Draft, network: str, dataset: str, asked: Similarity) -> 
     return Settings(
         layers=asked.layers.get(network) or asked.layers.get(asked.original(network)) or spec.layers,
         features=asked.features,
-        special_tokens=spec.special_tokens,
+        **spec.reading.settings,
         preprocessing=spec.preprocessing,
         numerics=Arithmetic.of(spec),
         split=asked.split or draft.config.datasets[dataset].examined_split,
@@ -99,7 +99,7 @@ def run(job: Job[Settings]) -> None:
     batches = minibatches.of_split(images, how.split, how, job.name)
     store = job.folder / "grams.zarr"
     with job.workers() as workers:
-        asked = (model, images.size, how.layers, how.special_tokens, VERSION)
+        asked = (model, images.size, how.layers, VERSION)
         (prepared,) = run_tasks(workers, prepare_layers, [asked], 1, f"{job.name}: layers")
         size = max(len(batch.images) for batch in batches)
         entries = entries_of(prepared.layers, how.features)

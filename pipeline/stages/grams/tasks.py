@@ -27,12 +27,10 @@ class Identified(Prepared):
     ids: dict[str, str]
 
 
-def prepare_layers(
-    model: Model, size: tuple[int, int], layers: str | Sequence[str], special_tokens: int | None, version: int
-) -> Identified:
+def prepare_layers(model: Model, size: tuple[int, int], layers: str | Sequence[str], version: int) -> Identified:
     """Resolve a network's layers and compute their ids, on a worker. Minibatches are no part of the numerics."""
     network = loaded(model)
-    prepared = prepare(network, model, survey_of(network, model, size, special_tokens), layers)
+    prepared = prepare(network, model, survey_of(network, model, size), layers, strict=False)
     numerics = model.spec.numerics.model_dump(exclude={"micro_batch"}) | platform_numerics(version)
     return Identified(**vars(prepared), ids=ids_of(network, model, size, prepared.layers, numerics))
 

@@ -146,7 +146,7 @@ def spread(length: int, count: int) -> list[int]:
 def prepare_layers(model: Model, size: tuple[int, int], names: Sequence[str]) -> Prepared:
     """Resolve the layers of a network."""
     network = loaded(model)
-    return prepare(network, model, survey_of(network, model, size, model.spec.special_tokens), list(names))
+    return prepare(network, model, survey_of(network, model, size), list(names))
 
 
 def forward_need(prepared: Prepared, spec: Network, images: int, size: tuple[int, int]) -> int:
@@ -211,7 +211,9 @@ def computed(
     start, stop = bounds
     pixels = torch.from_numpy(images.open()["image"][start:stop])
     by_name = {layer.name: layer for layer in layers}
-    found = {layer.name: torch.empty((stop - start, len(layer.vectors), layer.info.shape[0])) for layer in layers}
+    found = {
+        layer.name: torch.full((stop - start, len(layer.vectors), layer.info.shape[0]), math.nan) for layer in layers
+    }
 
     def take(name: str, at: int, output: torch.Tensor) -> None:
         layer = by_name[name]

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from pipeline.config.base import Name, _named_once
-from pipeline.config.networks import Preprocessing
+from pipeline.config.networks import Preprocessing, SpecialTokens
 from pipeline.config.section import Chosen, Selection
 from pipeline.data.minibatches import Batching
 from pipeline.networks.features import Arithmetic
@@ -63,9 +63,11 @@ class Settings(Record):
     gradients: int
     seed: int
     split: str
-    special_tokens: int | None
+    special_tokens: int | SpecialTokens | None
     preprocessing: Preprocessing
     numerics: Arithmetic
+    grid: tuple[int, int] | None = None
+    layout: dict[str, str] | None = None
 
     @property
     def batching(self) -> Batching:

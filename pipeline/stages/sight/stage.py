@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pipeline.config.networks import Reading
 from pipeline.data import minibatches
 from pipeline.networks.features import Arithmetic
 from pipeline.networks.forward import platform_numerics
@@ -85,7 +86,7 @@ def settings_of(draft: Draft, network: str, dataset: str, asked: Sight) -> Setti
         gradients=asked.gradients,
         seed=asked.seed,
         split=asked.split or draft.config.datasets[dataset].examined_split,
-        special_tokens=spec.special_tokens,
+        **spec.reading.settings,
         preprocessing=spec.preprocessing,
         numerics=Arithmetic.of(spec),
     )
@@ -101,7 +102,7 @@ def run(job: Job[Settings]) -> None:
     folder = job.folder
     store = folder / "sight-minibatches.zarr"
     with job.workers() as workers:
-        asked = (model, images.size, how.layers, how.special_tokens)
+        asked = (model, images.size, how.layers)
         (prepared,) = run_tasks(workers, tasks.prepare_seen, [asked], 1, f"{job.name}: layers")
         places = max(len(batch.images) for batch in batches)
         job.check_memory(tasks.memory_need(prepared, places, how.gradients, images.size), REMEDY)
@@ -112,7 +113,8 @@ def run(job: Job[Settings]) -> None:
         numerics = how.numerics.written() | platform_numerics(VERSION)
         names = [layer.name for layer in prepared.layers]
         network = [model.sha256, model.architecture, job.identity["preprocessing"], numerics, list(images.size)]
-        kept = [how.measures, how.gradients, how.special_tokens, names, places]
+        read = {key: job.identity[key] for key in Reading.model_fields if key in job.identity}
+        kept = [how.measures, how.gradients, read.pop("special_tokens"), names, places, *([read] if read else [])]
         parts = Parts(store, minibatches.ids_of([network, kept], batches, pixels))
 
         def arguments(part: str, stores: list[str]) -> tuple[Any, ...]:

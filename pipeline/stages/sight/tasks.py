@@ -83,11 +83,12 @@ class Work:
         return measure in self.measures and measure not in self.prepared.absent
 
 
-def prepare_seen(model: Model, size: tuple[int, int], layers: str | Sequence[str], special_tokens: int | None) -> Seen:
+def prepare_seen(model: Model, size: tuple[int, int], layers: str | Sequence[str]) -> Seen:
     """Look at a network, its layers and what it does between them, on a worker."""
     network = network_of(model)
-    every = survey_of(network, model, size, special_tokens)
-    prepared = prepare(network, model, every, layers)
+    every = survey_of(network, model, size)
+    tokens = [layer.name for layer in every.layers if layer.layout == "tokens" and layer.special]
+    prepared = prepare(network, model, every, layers, strict=False, others=tokens)
     noise = torch.randint(256, (2, 3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     unlike = normalise(noise, model.spec)
     found = operations.find(network, unlike, {layer.name: layer for layer in every.layers})
@@ -287,6 +288,7 @@ class _Look(Operations):
             weights = each.reading.weights(weights, self.images)
             grid = each.info.shape[1], each.info.shape[2]
             patch = self.work.image[0] / grid[0], self.work.image[1] / grid[1]
+            weights = weights.roll((each.info.last, each.info.last), (-2, -1))  # special tokens first
             self.distance[each.name] = mean_distance(weights, distances(grid, patch), each.info.special).cpu()
 
     def predicted(self) -> np.ndarray | None:
@@ -316,7 +318,7 @@ class _Look(Operations):
             found["ratio_sum"] = np.full((len(self.skips), positions), np.nan)
             found["ratio_count"] = np.zeros((len(self.skips), positions), np.int64)
             for at, skip in enumerate(self.skips.values()):
-                ratio = self.ratios[skip.name]
+                ratio = self.ratios[skip.name].roll(skip.info.last, 1)  # special tokens first
                 own = slice(ratio.shape[1])
                 found["ratio_sum"][at, own] = ratio.nansum(0).numpy()
                 found["ratio_count"][at, own] = (~ratio.isnan()).sum(0).numpy()

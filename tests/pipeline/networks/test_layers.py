@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from pipeline.config.networks import Reading
 from pipeline.errors import MicrotomeError
 from pipeline.networks.layer import LayerInfo
 from pipeline.networks.layers import Recorder, candidates, resolve, survey, to_maps
@@ -202,7 +203,9 @@ def test_tokens_become_maps(y, x, patch, special, conv, told):
             if 0 <= tokens - h * w <= 16
         )
         y, x, special = *largest, tokens - largest[0] * largest[1]
-    layers = resolve(net, ["blocks.*" if y * x > 1 else "blocks.0"], shape, special if told else None)
+    layers = resolve(
+        net, ["blocks.*" if y * x > 1 else "blocks.0"], shape, Reading(special_tokens=special if told else None)
+    )
     assert layers[0].shape == (8, y, x)
     assert (layers[0].layout, layers[0].special) == ("tokens", special)
     with Recorder(net, names(layers)) as record:
@@ -247,9 +250,9 @@ def test_the_grid_is_found_from_the_image(image, tokens, special, grid):
 
     if grid is None:
         with pytest.raises(MicrotomeError, match=rf"gives {tokens} tokens, which do not cover .* set `special_tokens`"):
-            resolve(Given(), ["norm"], (3, *image), special)
+            resolve(Given(), ["norm"], (3, *image), Reading(special_tokens=special))
     else:
-        (layer,) = resolve(Given(), ["norm"], (3, *image), special)
+        (layer,) = resolve(Given(), ["norm"], (3, *image), Reading(special_tokens=special))
         assert layer.shape == (8, *grid)
         assert layer.special == tokens - grid[0] * grid[1]
 

@@ -165,7 +165,7 @@ def test_load_takes_the_checkpoint_that_is_meant(file, tmp_path):
 
 def test_anything_with_the_fields_builds(file):
     class Configured:
-        torchvision = timm = transformers = local = None
+        torchvision = timm = transformers = local = files = None
         download = False
         module = f"{file}:small"
         arguments = {"units": 2}  # noqa: RUF012

@@ -85,9 +85,7 @@ def tasks_of(plan):
     """The tasks of an extraction, as `run` makes them, into stores of their own."""
     wanted = job(plan, "extract", "photos", "tiny")
     images, model, settings = wanted.images, wanted.model, wanted.settings
-    prepared = extract_tasks.prepare_extraction(
-        model, images.size, settings.layers, settings.special_tokens, extract.VERSION
-    )
+    prepared = extract_tasks.prepare_extraction(model, images.size, settings.layers, extract.VERSION)
 
     def into(folder):
         layers = []

@@ -1,0 +1,145 @@
+"""A check that a network's outputs depend on the image and the weights alone.
+
+An image is run beside other images, at another place of the batch, after other images, and through a second build of
+the network. All batches have one size: another one is other arithmetic. The images are unlike in brightness and
+contrast, so that a network that treats images differently shows it.
+"""
+
+from __future__ import annotations
+
+import pickle
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from pipeline.config.networks import RANDOM, TRAINED_HERE, NetworkSpec
+from pipeline.errors import MicrotomeError
+from pipeline.networks.build import build, load_weights
+from pipeline.networks.layers import Recorder
+from pipeline.networks.opened import only_named_files
+
+_ELSEWHERE = 1e-6  # of a layer's largest value: the last bits may depend on the place in the batch
+_LEVELS = ((-1.5, 0.5), (1.5, 0.5), (0.0, 1.0), (-0.5, 1.5))  # (mean, standard deviation) of the images
+# Images of the batches: the first image with a neighbour, with another one, and at another place.
+_FIRST, _NEIGHBOUR, _PLACE = (0, 1), (0, 2), (3, 0)
+_LOGITS = "logits"
+_ALONE = "activations must depend on the image and the weights alone"
+
+
+def check_independence(
+    spec: NetworkSpec,
+    layers: Sequence[str],
+    input_shape: tuple[int, int, int],
+    weights_path: str | Path | None = None,
+) -> None:
+    """Refuse a network whose layers or logits depend on more than the image and the weights.
+
+    Parameters
+    ----------
+    layers : names of those to be recorded.
+    input_shape : (channels, height, width).
+    weights_path : as in `build.load_weights`.
+
+    Raises
+    ------
+    MicrotomeError
+        Random numbers, batch statistics, a state that earlier images set, two builds that differ, a layer that does not
+        give one row an image. With the layer, or `logits`.
+    """
+    noise = torch.randn((len(_LEVELS), *input_shape), generator=torch.Generator().manual_seed(0))
+    level, contrast = torch.tensor(_LEVELS).view(len(_LEVELS), 2, 1, 1, 1).unbind(1)
+    images = level + contrast * noise
+    name = spec.architecture
+
+    def run(network: nn.Module, batch: tuple[int, int]) -> dict[str, torch.Tensor]:
+        with only_named_files(spec):
+            return _run(network, layers, images[list(batch)], name)
+
+    network = _built(spec, weights_path)
+    first = run(network, _FIRST)
+    other = run(network, _NEIGHBOUR)
+    for layer, output in first.items():
+        if not _equal(output[0], other[layer][0]):
+            raise MicrotomeError(
+                f"{_said(layer, name)} gives an image other values beside other images: it depends on the whole batch, "
+                f"as with batch statistics (`track_running_stats=False`), or on images that ran before; {_ALONE}"
+            )
+    del network
+    again = _built(spec, weights_path)
+    other = run(again, _PLACE)
+    _compare_builds(first, run(again, _FIRST), lambda: run(_built(spec, weights_path), _FIRST), spec)
+    for layer, output in first.items():
+        apart = (output[0] - other[layer][1]).abs().nan_to_num().amax()
+        if apart > _ELSEWHERE * output.abs().nan_to_num().amax():
+            raise MicrotomeError(
+                f"{_said(layer, name)} gives an image other values at another place of the batch, by "
+                f"{float(apart):.3g} of {float(output.abs().amax()):.3g}; {_ALONE}"
+            )
+
+
+def _compare_builds(
+    first: dict[str, torch.Tensor], again: dict[str, torch.Tensor], third: Any, spec: NetworkSpec
+) -> None:
+    """Refuse what a second build, through which another batch went first, gives otherwise."""
+    differing = [layer for layer, output in first.items() if not _equal(output, again[layer])]
+    if not differing:
+        return
+    said = _said(differing[0], spec.architecture)
+    if _equal(first[differing[0]], third()[differing[0]]):
+        raise MicrotomeError(
+            f"{said} gives other values after other images: its forward keeps a state, for example one that the first "
+            f"batch sets; {_ALONE}"
+        )
+    raise MicrotomeError(
+        f"{said} differs between two builds with seed {spec.seed}"
+        + ("" if _drawn(spec) else " and the same weights")
+        + ": the builder draws values that no id and no checkpoint holds, for example from numpy or `random`: draw "
+        "them from torch's generator, which has the seed, or register them as buffers of a checkpoint"
+    )
+
+
+def _built(spec: NetworkSpec, weights_path: str | Path | None) -> nn.Module:
+    network = build(spec, fresh=True)
+    load_weights(network, spec, weights_path)
+    return network
+
+
+def _drawn(spec: NetworkSpec) -> bool:
+    return spec.weights in (RANDOM, TRAINED_HERE)
+
+
+def _run(network: nn.Module, layers: Sequence[str], images: torch.Tensor, name: str) -> dict[str, torch.Tensor]:
+    """Return the outputs of the layers and `logits` for a batch; refuse a forward that draws random numbers."""
+    before = _random_states()
+    with Recorder(network, layers) as record:
+        logits, outputs = record(images)
+    drawn = [generator for generator, state in _random_states().items() if state != before[generator]]
+    if drawn:
+        raise MicrotomeError(
+            f"{name}: the forward draws random numbers (from {drawn[0]}) in eval mode; {_ALONE}: apply dropout or "
+            f"noise only `if self.training`"
+        )
+    if logits is not None and logits.ndim and len(logits) == len(images):
+        outputs[_LOGITS] = logits.float()
+    return outputs
+
+
+def _random_states() -> dict[str, Any]:
+    return {
+        "torch": torch.get_rng_state().numpy().tobytes(),
+        "numpy": pickle.dumps(np.random.get_state()),
+        "random": random.getstate(),
+    }
+
+
+def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.shape == other.shape and bool(((one == other) | (one.isnan() & other.isnan())).all())
+
+
+def _said(layer: str, name: str) -> str:
+    return f"{name}'s output" if layer == _LOGITS else f"layer {layer!r} of {name}"
