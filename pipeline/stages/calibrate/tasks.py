@@ -213,7 +213,8 @@ def evaluate(
 ) -> dict[str, np.ndarray]:
     """Fit every method on what a network says of some images, and judge it on others.
 
-    `seed` is that of what chance does. Returns `score` (method, measure), and `count`, `correct` and `confidence` (method, bin).
+    `seed` is that of what chance does. Returns `score` (method, measure), and `count`, `correct` and `confidence`
+    (method, bin).
     """
     found: dict[str, list] = {"score": [], "count": [], "correct": [], "confidence": []}
     for name in methods:
