@@ -23,6 +23,7 @@ class StoredLayer(Record):
     store : `pooled`: without maps; `none`: streamed, counted in two forward passes; None: stored whole.
     tails, counted, info : for a streamed layer: the name of the store of its tails, the settings under which they were
         counted, and the layer's properties.
+    coarse : units of which fewer than 8 bits are stored, if there are any.
     """
 
     name: str
@@ -35,6 +36,7 @@ class StoredLayer(Record):
     tails: str | None = None
     counted: Tails | None = None
     info: dict[str, Any] | None = None
+    coarse: list[int] | None = None
 
     @property
     def streamed(self) -> bool:

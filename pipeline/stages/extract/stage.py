@@ -77,6 +77,7 @@ CODE = (
     "pipeline/stages/extract/streaming.py",
     "pipeline/stages/extract/tasks.py",
 )
+COARSE = 2.0**-16  # float16 has steps of 2^-24 there
 STORED = 19e-9  # CPU seconds to keep, compress and write one value of a layer
 
 
@@ -322,6 +323,8 @@ def finish_layer(
     ).write(path)
     if layer.pooled:
         extra["store"] = kept
+    elif coarse := coarse_units(job, layer, files, shards):
+        extra["coarse"] = coarse
     return StoredLayer(
         name=layer.name,
         id=layer.id,
@@ -331,6 +334,28 @@ def finish_layer(
         digest=output,
         **extra,
     )
+
+
+def coarse_units(job: Job, layer: LayerStore, files: Files, shards: Sequence[int]) -> list[int]:
+    """Return the units of a stored layer of which float16 holds fewer than 8 bits at the layer's scale; say so.
+
+    Units whose largest value of every image is 0 are left out.
+    """
+    import numpy as np
+
+    from pipeline.storage.store import Reader
+
+    stored, largest = Reader(layer.store, files)["maximum"], np.zeros(layer.info.shape[0])
+    for shard in shards:
+        largest = np.maximum(largest, np.abs(stored[slice(*job.images.range(shard))]).max(0))
+    found = np.flatnonzero((largest > 0) & (largest < layer.scale * COARSE)).tolist()
+    if found:
+        named = ", ".join(map(str, found[:8])) + (", ..." if len(found) > 8 else "")
+        inspected.report(
+            f"{job.name}: layer {layer.name!r} has one scale, {layer.scale:g}, and fewer than 8 bits of unit {named} "
+            f"are stored ({len(found)} of {len(largest)} units): their values and thresholds are coarse"
+        )
+    return found
 
 
 def cost(job: Job, done: bool) -> Cost:

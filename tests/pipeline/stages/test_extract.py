@@ -5,6 +5,7 @@ import json
 import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from pipeline.run.planner import make
 from pipeline.stages.extract import layers as extract_layers
 from pipeline.stages.extract import stage as extract
 from pipeline.stages.extract import tasks as extract_tasks
+from pipeline.storage.store import write_whole
 from pipeline.upkeep import damage
 
 pytestmark = pytest.mark.usefixtures("workers")
@@ -509,3 +511,18 @@ def test_the_first_unit_that_is_not_finite_is_named():
         with pytest.raises(forward.NonFiniteError) as error:
             forward.refuse_non_finite(kept.largest, "conv", 64, kept.maximum + kept.mean)
         assert error.value.args == ("conv", 65, 3)
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**-10, 2.0**20])
+def test_units_of_which_few_bits_are_stored_are_told(tmp_path, capsys, scale):
+    largest = scale * np.array([[1.0, 2.0**-17, 2.0**-15, 0.0], [3.0, -(2.0**-18), 0.0, 0.0]], np.float32)
+    files = write_whole(tmp_path / "activations.zarr", {"maximum": (("image", "unit"), largest)}, {})
+    layer = extract_layers.LayerStore(
+        "id", tmp_path / "activations.zarr", LayerInfo("conv", (4, 2, 2), "map", 0, "float32", "Conv2d"), scale
+    )
+    step = SimpleNamespace(name="extract d n", images=SimpleNamespace(range=lambda _: (0, 2)))
+    assert extract.coarse_units(step, layer, files, [0]) == [1]
+    assert "fewer than 8 bits of unit 1 are stored (1 of 4 units)" in capsys.readouterr().err
+    stored = np.float32(np.float16(largest / scale)) * scale
+    error = np.abs(stored - largest).max(0) / np.maximum(np.abs(largest).max(0), 1e-30)
+    assert error[[0, 2]].max() <= 2.0**-9
