@@ -351,7 +351,7 @@ def coarse_units(job: Job, layer: LayerStore, files: Files, shards: Sequence[int
     found = np.flatnonzero((largest > 0) & (largest < layer.scale * COARSE)).tolist()
     if found:
         named = ", ".join(map(str, found[:8])) + (", ..." if len(found) > 8 else "")
-        inspected.report(
+        inspected.say(
             f"{job.name}: layer {layer.name!r} has one scale, {layer.scale:g}, and fewer than 8 bits of unit {named} "
             f"are stored ({len(found)} of {len(largest)} units): their values and thresholds are coarse"
         )
