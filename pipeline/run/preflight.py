@@ -66,8 +66,8 @@ def _advise(every: Iterable[Job], new: set) -> None:
     """Print notices and the libraries' advice on image sizes, for networks that were just inspected."""
     for job in inspected.pairs(every):
         if inspected.question(job).kept in new:
-            for said in inspected.found(job).notices:
-                report(f"{job.network} on {job.dataset}: {said}")
+            for notice in inspected.found(job).notices:
+                report(f"{job.network} on {job.dataset}: {notice}")
             size = job.parent_job("ingest").settings.size
             if said := published.advice(job.network_spec, size, job.scratch):
                 report(f"{job.network} on {job.dataset}: {said}")
