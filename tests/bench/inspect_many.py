@@ -69,7 +69,9 @@ def elsewhere(spec: NetworkSpec, layers: list[LayerInfo], shape: tuple[int, int,
         y, x = layer.shape[1] // 2, layer.shape[2] // 2
         if min(y, x) < 1:
             continue
-        quarters = torch.stack([change[:, :y, :x].mean((1, 2)), change[:, -y:, :x].mean((1, 2)), change[:, :y, -x:].mean((1, 2)), change[:, -y:, -x:].mean((1, 2))])  # fmt: skip
+        parts = ((slice(y), slice(x)), (slice(-y, None), slice(x)), (slice(y), slice(-x, None)))
+        parts += ((slice(-y, None), slice(-x, None)),)
+        quarters = torch.stack([change[(slice(None), *part)].mean((1, 2)) for part in parts])
         if int(quarters[:, 0].argmax()) != 0 or int(quarters[:, 1].argmax()) != 1:
             wrong.append(layer.name)
     return wrong
