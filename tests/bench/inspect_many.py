@@ -69,10 +69,9 @@ def elsewhere(spec: NetworkSpec, layers: list[LayerInfo], shape: tuple[int, int,
         y, x = layer.shape[1] // 2, layer.shape[2] // 2
         if min(y, x) < 1:
             continue
-        corners = [
-            change[:, down, across] for across in (slice(x), slice(-x, None)) for down in (slice(y), slice(-y, None))
-        ]
-        quarters = torch.stack([each.mean((1, 2)) for each in corners])
+        parts = ((slice(y), slice(x)), (slice(-y, None), slice(x)), (slice(y), slice(-x, None)))
+        parts += ((slice(-y, None), slice(-x, None)),)
+        quarters = torch.stack([change[(slice(None), *part)].mean((1, 2)) for part in parts])
         if int(quarters[:, 0].argmax()) != 0 or int(quarters[:, 1].argmax()) != 1:
             wrong.append(layer.name)
     return wrong
