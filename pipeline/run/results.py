@@ -193,7 +193,8 @@ class Network(_Folder["Layer"]):
         """How the network sees images, as far as it was measured and the network has it.
 
         Receptive fields (layer, y, x), attention_distance (attention, head), skip_ratio and accuracy_loss (skip),
-        localisation (output, input).
+        localisation (output, input). `attrs["absent"]` says why a measure is missing; `receptive_note`,
+        `attrs["skips_not_read"]` and `attrs["attention_not_read"]` say what the others leave out.
         """
         return _open(self.path / "sight.zarr")
 

@@ -8,6 +8,7 @@ needed, and attention includes everything that a library does to queries and key
 from __future__ import annotations
 
 import contextlib
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -64,6 +65,11 @@ NEITHER = frozenset(
 )
 KNOWN = WEIGHTED | SUMMED | SOFTMAX | JOINS | SUMS | MULTIPLICATIONS | DIVISIONS | SHAPES | NEITHER
 IN_PLACE = frozenset({"__iadd__", "__isub__", "__imul__", "__itruediv__"})
+# Takes the shape of a tensor, and nothing of its values.
+SHAPED = frozenset(
+    {f"{kind}_like" for kind in ("zeros", "ones", "full", "empty")}
+    | {f"new_{kind}" for kind in ("zeros", "ones", "full", "empty", "tensor")}
+)
 FROM_OUTSIDE = frozenset({"from_numpy", "as_tensor", "tensor", "asarray", "frombuffer", "from_dlpack"})
 
 
@@ -342,7 +348,7 @@ class Tape(Operations):
         return len(self.made_of) - 1
 
     def after(self, name: str, inputs: Any, output: Any) -> None:
-        given = list(tensors_in(inputs))
+        given = list(tensors_in(inputs)) if name not in SHAPED else []
         if any(map(self.unknown, given)):
             self.gaps.append(self._module)
         sources = frozenset(self.number[each] for each in given if each in self.number)
@@ -459,7 +465,9 @@ class _Found(Tape):
                 continue
             else:
                 continue
-            self.attention.add(number)
+            lengths = [math.prod(weights.shape[axis] for axis in axes) for axes in (read.queries, read.keys)]
+            if lengths[0] == lengths[1]:
+                self.attention.add(number)
             made_of = self.before(self.number[weights])
             for each in [
                 each for each in made_of & set(self.multiplied) if self.multiplied[each][2] == weights.numel()

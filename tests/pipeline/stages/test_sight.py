@@ -419,6 +419,45 @@ def test_a_dead_layer_and_a_constant_patch_are_undefined(tmp_path):
     assert table(made, "dead", "sight-localisation.csv")[0]["note"] == "the same for all images of a minibatch"
 
 
+FROZEN = """
+import torch
+from torch import nn
+
+
+class Frozen(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2, self.fc = nn.Conv2d(3, 4, 3, 2), nn.Conv2d(4, 4, 3, 2), nn.Linear(4, 12)
+
+    def forward(self, x):
+        x = self.conv1(x)
+        with torch.CUT():
+            x = self.conv2(x)
+        return self.fc(x.mean((2, 3)))
+"""
+
+
+@pytest.mark.parametrize(("cut", "layers"), [("no_grad", ["conv1", "conv2"]), ("inference_mode", ["conv2"])])
+def test_a_gradient_that_ends_is_named_with_its_module(tmp_path, cut, layers):
+    from pipeline.stages.sight import page
+
+    (tmp_path / "frozen.py").write_text(FROZEN.replace("CUT", cut))
+    raw = experiment(tmp_path, measures=["receptive_field"])
+    raw["networks"] = {"frozen": {"module": f"{tmp_path / 'frozen.py'}:Frozen", "weights": "random", "layers": layers}}
+    made = run(raw, *STAGES)
+    rows = {row["layer"]: row for row in table(made, "frozen", "sight-receptive-fields.csv")}
+    why = f"no gradient reaches the input: it ends at `torch.{cut}` in the network's own forward"
+    assert rows["conv2"]["note"] == why and rows["conv2"]["radius"] == ""
+    absent = opened(made, "frozen").attrs["absent"]
+    (found,) = page.pages(shown(made, "sight", tmp_path))
+    if layers == ["conv2"]:
+        assert absent == {"receptive_field": f"conv2: {why}"}
+        assert found.values["sections"][0].absent == [f"No receptive fields: conv2: {why}."]
+    else:
+        assert rows["conv1"]["note"] == "" and float(rows["conv1"]["radius"]) > 0 and absent == {}
+        assert f"frozen: conv2: {why}." in found.findings
+
+
 def test_values_that_are_not_finite_are_refused(tmp_path):
     raw = experiment(tmp_path, measures=["localisation"])
     file = tmp_path / "huge.py"
