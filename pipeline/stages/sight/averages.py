@@ -15,7 +15,7 @@ from kernels.locality.receptive_field import extent
 from kernels.similarity.cka import jackknife, ratio
 from pipeline.data.images import Images
 from pipeline.data.minibatches import Minibatch
-from pipeline.stages.sight.results import TABLES, Attributes
+from pipeline.stages.sight.results import NO_POSITIONS, TABLES, Attributes
 from pipeline.stages.sight.tasks import Work
 from pipeline.storage.store import StoreRef
 from pipeline.storage.tables import csv_bytes, number
@@ -24,7 +24,6 @@ Arrays = dict[str, tuple[tuple[str, ...], np.ndarray]]
 
 NO_GRADIENT = "no pixel changes what its centre position gives"
 ZERO_GRADIENT = "its gradient is zero at every pixel, though its values change with the image"
-NO_POSITIONS = "it has one position only: every pixel is in its field"
 
 
 @dataclass
@@ -80,7 +79,11 @@ def _receptive_fields(found: Averages, work: Work, fields: np.ndarray, count: np
     total = fields.sum(0) / count.sum()
     reach = [extent(field) for field in total]
     notes = []
+<<<<<<< HEAD
     for layer, one, changed in zip(layers, reach, np.any(changes, axis=0).reshape(-1), strict=True):
+=======
+    for layer, one, changed in zip(layers, reach, changes.max(0).tolist(), strict=True):
+>>>>>>> i17-sight
         none = "" if not math.isnan(one.area) else ZERO_GRADIENT if changed else NO_GRADIENT
         notes.append(work.prepared.gradient_notes.get(layer.name, none) if layer.spatial else NO_POSITIONS)
     if all(math.isnan(one.area) for one in reach):

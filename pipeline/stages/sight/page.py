@@ -14,7 +14,6 @@ from pipeline.report.page import Figure, Page
 from pipeline.report.style import draw
 from pipeline.report.words import SURE, with_error
 from pipeline.stages.sight import figures
-from pipeline.stages.sight.averages import NO_POSITIONS
 from pipeline.stages.sight.found import (  # fmt: skip
     ATTENTION_COLUMNS,
     PLACE_COLUMNS,
@@ -29,6 +28,7 @@ from pipeline.stages.sight.found import (  # fmt: skip
     read_sight,
     removed_rows,
 )
+from pipeline.stages.sight.results import NO_POSITIONS
 
 ABSENT = {
     "receptive_field": "No receptive fields",

@@ -23,6 +23,8 @@ TABLES = {
     ),
 }  # fmt: skip
 
+NO_POSITIONS = "it has one position only: every pixel is in its field"  # a note that nothing was lost by
+
 Estimate = tuple[float | None, float | None]
 """A number and its standard error; None: not defined."""
 
