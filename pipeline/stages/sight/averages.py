@@ -79,11 +79,7 @@ def _receptive_fields(found: Averages, work: Work, fields: np.ndarray, count: np
     total = fields.sum(0) / count.sum()
     reach = [extent(field) for field in total]
     notes = []
-<<<<<<< HEAD
-    for layer, one, changed in zip(layers, reach, np.any(changes, axis=0).reshape(-1), strict=True):
-=======
     for layer, one, changed in zip(layers, reach, changes.max(0).tolist(), strict=True):
->>>>>>> i17-sight
         none = "" if not math.isnan(one.area) else ZERO_GRADIENT if changed else NO_GRADIENT
         notes.append(work.prepared.gradient_notes.get(layer.name, none) if layer.spatial else NO_POSITIONS)
     if all(math.isnan(one.area) for one in reach):
