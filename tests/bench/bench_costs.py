@@ -167,20 +167,20 @@ def network(folder: Path, name: str, layers: list[str], micro_batch: int) -> for
 
 def tasks(
     folder: Path, model: forward.Model, images: Images, pooled: bool = False
-) -> tuple[extract_tasks.Extraction, list[extract_layers.Layer]]:
+) -> tuple[extract_tasks.Extraction, list[extract_layers.LayerStore]]:
     spec = model.spec
     prepared = extract_tasks.prepare_extraction(model, images.size, spec.layers, extract.VERSION)
     layers = []
     for info in prepared.layers:
         home = folder / prepared.ids[info.name] / "activations.zarr"
         scale = prepared.scales[info.name]
-        layers.append(extract_layers.Layer(prepared.ids[info.name], home, info, scale, pooled))
+        layers.append(extract_layers.LayerStore(prepared.ids[info.name], home, info, scale, pooled))
     assert prepared.classes is not None
     extract_layers.open_logits(folder / "logits.zarr", images, prepared.classes)
     return prepared, [extract_layers.open_layer(layer, images) for layer in layers]
 
 
-def shards(model: forward.Model, images: Images, layers: list[extract_layers.Layer], logits: Path) -> None:
+def shards(model: forward.Model, images: Images, layers: list[extract_layers.LayerStore], logits: Path) -> None:
     for k in range(len(images.contents)):
         extract_tasks.extract_shard(model, images.store, images.files_of(k), k, images.range(k), layers, logits)
 

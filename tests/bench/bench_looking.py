@@ -98,7 +98,7 @@ def probed(title: str, model: forward.Model, images: Images, folder: Path) -> No
     layers = []
     for info in choose(forward.network_of(model), surveyed, model.spec.layers, title):
         vectors = tasks.vectors_of(info, ("pooled", "class_token", "spatial"), 3)
-        layers.append(tasks.Layer(info, info.name, 1.0, folder / "features", vectors))
+        layers.append(tasks.ProbedLayer(info, info.name, 1.0, folder / "features", vectors))
     shards = [images.range(at) for at in range(len(images.contents))]
 
     def run() -> None:

@@ -129,7 +129,7 @@ def need(one: Sketch, images: int) -> Need:
 def worker_bytes(one: Sketch) -> int:
     """What a task of `extract` needs of a worker."""
     spec = Network.model_validate({"torchvision": one.name, "weights": "random"})
-    layers = [extract_layers.Layer("", Path(), layer, 1.0) for layer in one.layers]
+    layers = [extract_layers.LayerStore("", Path(), layer, 1.0) for layer in one.layers]
     prepared = prepare.Prepared([], one.parameters, one.largest)
     return extract_tasks.memory_need(layers, prepared, spec, SHARD, SIZE)
 

@@ -69,8 +69,8 @@ def test_two_data_sets_and_networks_that_share_a_backbone(tmp_path, experiment):
     said = snakemake(tmp_path, experiment, "dissect", "-j", "2", "--keep-going", code=1)
     black = f"plain/{BLACK}"
     assert (
-        f"error: extract photos failing: network 'failing', layer '0': the output for image {black!r} of data set "
-        "'photos' is not finite"
+        f"error: extract photos failing: network 'failing', layer '0': unit 0: its output for image {black!r} of "
+        "data set 'photos' is not finite"
     ) in said
     assert jobs_run(said) == {
         "make_ingest": 2,

@@ -36,10 +36,10 @@ from pipeline.workers.tasks import run_tasks
 
 VERSION = 2
 CODE = (
-    "kernels/similarity/cka.py",
-    "kernels/similarity/gram.py",
     "kernels/images/grey.py",
     "kernels/images/whiten.py",
+    "kernels/similarity/cka.py",
+    "kernels/similarity/gram.py",
     "pipeline/data/minibatches.py",
     "pipeline/networks/build.py",
     "pipeline/networks/checkpoint.py",
@@ -48,7 +48,9 @@ CODE = (
     "pipeline/networks/layer_id.py",
     "pipeline/networks/layers.py",
     "pipeline/networks/libraries",
+    "pipeline/networks/positions.py",
     "pipeline/networks/prepare.py",
+    "pipeline/networks/returned.py",
     "pipeline/stages/grams/results.py",
     "pipeline/stages/grams/settings.py",
     "pipeline/stages/grams/stage.py",

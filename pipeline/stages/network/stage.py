@@ -32,17 +32,19 @@ from pipeline.workers.tasks import run_tasks
 VERSION = 1
 REMEDY = "lower `batch_size` of the recipe, or the number of images"
 CODE = (
+    "kernels/calibration/reliability.py",
     "kernels/images/grey.py",
     "kernels/images/whiten.py",
+    "pipeline/networks/build.py",
     "pipeline/networks/checkpoint.py",
     "pipeline/networks/libraries",
+    "pipeline/networks/returned.py",
+    "pipeline/networks/training/loop.py",
+    "pipeline/networks/training/repeatable.py",
     "pipeline/stages/network/results.py",
     "pipeline/stages/network/settings.py",
     "pipeline/stages/network/stage.py",
     "pipeline/stages/network/tasks.py",
-    "pipeline/networks/build.py",
-    "pipeline/networks/training/repeatable.py",
-    "pipeline/networks/training/loop.py",
 )
 
 

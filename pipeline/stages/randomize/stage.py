@@ -44,6 +44,7 @@ CODE = (
     "pipeline/networks/build.py",
     "pipeline/networks/checkpoint.py",
     "pipeline/networks/libraries",
+    "pipeline/networks/returned.py",
     "pipeline/networks/training/repeatable.py",
     "pipeline/stages/randomize/expressivity.py",
     "pipeline/stages/randomize/outcomes.py",

@@ -74,7 +74,7 @@ def test_grey_images_of_one_mean():
 def test_what_is_kept_of_a_layer_comes_to_the_cpu(special):
     info = LayerInfo("layer", (5, 2, 3), "tokens" if special else "map", special, "float32", "Block")
     with a_gpu():
-        layer = layers.Layer("id", None, info, 2.0)
+        layer = layers.LayerStore("id", None, info, 2.0)
         kept = extract_tasks.Kept.empty(layer, 4)
         shape = (2, special + 6, 5) if special else (2, 5, 2, 3)
         kept.take(2, torch.zeros(shape, device="cuda"))

@@ -93,7 +93,9 @@ def tasks_of(plan):
         layers = []
         for info in prepared.layers:
             id = prepared.ids[info.name]
-            layers.append(extract_layers.Layer(id, folder / id / "activations.zarr", info, prepared.scales[info.name]))
+            layers.append(
+                extract_layers.LayerStore(id, folder / id / "activations.zarr", info, prepared.scales[info.name])
+            )
         layers = [extract_layers.open_layer(layer, images) for layer in layers]
         extract_layers.open_logits(folder / "logits.zarr", images, prepared.classes)
         return [
@@ -362,7 +364,7 @@ def test_a_value_that_is_not_finite_is_named(tmp_path, value):
     labelled_images(tmp_path, NAMES)
     write_image(tmp_path, "street/07", np.full((SIZE, SIZE, 3), 255, np.uint8))
     with pytest.raises(
-        MicrotomeError, match=r"network 'tiny', layer 'bright': the output for image 'street/07\.png' of"
+        MicrotomeError, match=r"network 'tiny', layer 'bright': unit 0: its output for image 'street/07\.png' of"
     ):
         run(wide(tmp_path, "bright", value=value), *STAGES)
     assert not list((tmp_path / "results").glob("photos/tiny/done/extract.*"))

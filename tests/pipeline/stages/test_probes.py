@@ -367,7 +367,9 @@ def test_values_that_are_not_finite_are_refused(tmp_path):
     assert np.isfinite(filled).all(), "beyond float16, with a scale"
     bad = experiment(tmp_path, networks=["cnn"])
     bad["results"] = str(tmp_path / "bad")
-    with pytest.raises(MicrotomeError, match=r"network 'cnn', layer 'huge': the output for image .* is not finite"):
+    with pytest.raises(
+        MicrotomeError, match=r"network 'cnn', layer 'huge': unit 0: its output for image .* is not finite"
+    ):
         bad["networks"]["cnn"] |= {
             "module": f"{tmp_path / 'network.py'}:wide", "arguments": {"huge": 3e38, "minute": 1.0},
             "layers": ["huge"],

@@ -388,7 +388,7 @@ def test_missing_and_mixed_up_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(MicrotomeError, match=r"units\.csv"):
         report(results, "cnn")
     shutil.rmtree(results / "scenes" / "layers" / "cnn00" / "dissect-d1" / "iou.zarr")
-    with pytest.raises(MicrotomeError, match=r"needs the store .*iou\.zarr"):
+    with pytest.raises(MicrotomeError, match=r"there is no store .*iou\.zarr"):
         report(results, "cnn")
     assert not (results / "report" / "test" / "index.html").exists()
 

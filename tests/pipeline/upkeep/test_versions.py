@@ -41,7 +41,7 @@ FINDS = {
     for package in ("storage", "config", "workers", "data", "plan")
     for path in (ROOT / "pipeline" / package).rglob("*.py")
 }
-DESCRIBES = {f"pipeline/networks/{name}.py" for name in ("identity", "layer", "published")}
+DESCRIBES = {f"pipeline/networks/{name}.py" for name in ("identity", "layer", "opened", "published")}
 PLUMBING = (FINDS - NAMED) | DESCRIBES | {"pipeline/errors.py"}
 # What lists a data set: each id holds the digest of the listing, or of the pixels.
 LISTS = {
@@ -51,12 +51,12 @@ LISTS = {
 ALONE = {
     "ingest": {"kernels/images/colour_names.py", "pipeline/data/label_maps.py"},  # by the scenes, and by `concepts`
     "concepts": LISTS,
-    "randomize": LISTS,
-    "network": LISTS,
+    "randomize": LISTS | {"pipeline/networks/layers.py"},  # of it, which output counts: `returned` is named
+    "network": LISTS | {"pipeline/networks/layers.py"},
     "dissect": LISTS
     # Those layers go by the version of `extract`; a forecast tells the memory of a forward pass.
     | {f"pipeline/networks/{name}.py" for name in ("forward", "layers", "prepare")},
-    "ablate": LISTS,
+    "ablate": LISTS | {"pipeline/networks/layer_id.py"},  # the manifest of the extraction has the ids
     "extract": {
         "pipeline/stages/extract/replaced.py",  # what was there before is kept
         # Counts of layers that are not stored go by the version of `dissect`.
