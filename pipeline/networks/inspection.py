@@ -24,6 +24,7 @@ from pipeline.config.networks import Described, NetworkSpec, Reading, Segmenter
 from pipeline.errors import MicrotomeError, nearest
 from pipeline.networks import segmenters
 from pipeline.networks.build import build, load_weights
+from pipeline.networks.explainable import Explainable, examine
 from pipeline.networks.graph.tail import Tail
 from pipeline.networks.graph.trace import UntraceableError, trace
 from pipeline.networks.independence import check_independence
@@ -45,6 +46,14 @@ class Ablation(BaseModel):
     classes: int
 
 
+class Explanation(BaseModel):
+    """The layers whose positions explanations name, "" for the default."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    layers: list[str]
+
+
 class Request(BaseModel):
     """One network to inspect; the fields are the arguments of `inspect`."""
 
@@ -60,6 +69,7 @@ class Request(BaseModel):
     compare: str | list[str] | None = None
     look: str | list[str] | None = None
     classes: int | None = None
+    explain: Explanation | None = None
 
 
 class ClassifierRequest(BaseModel):
@@ -91,6 +101,7 @@ def inspect(
     compare: str | Sequence[str] | None = None,
     look: str | Sequence[str] | None = None,
     classes: int | None = None,
+    explain: Explanation | None = None,
 ) -> Inspection:
     """Build the network on the meta device, check its checkpoint's names and shapes, and find the wanted layers.
 
@@ -106,6 +117,7 @@ def inspect(
     compare : layers that are compared with those of other networks, as in `layers.choose`; None: `layers`.
     look : layers to examine, given in the same way; only unknown ones are refused.
     classes : that the images are labelled with, if they are.
+    explain : what explanations name.
 
     Raises
     ------
@@ -142,7 +154,20 @@ def inspect(
         compared=[] if compare is None else [each.name for each in choose(built, surveyed, compare, spec.architecture)],
         notices=list(_notices(spec, surveyed, classes)),
         alone=surveyed.alone,
+        explainable=_explainable(spec, surveyed, input_shape, explain).json() if explain else {},
     )
+
+
+def _explainable(
+    spec: NetworkSpec, surveyed: Survey, input_shape: tuple[int, int, int], wanted: Explanation
+) -> Explainable:
+    """Return what a network has of what explanations need, with random weights."""
+    network = build(spec).eval()
+    for value in network.parameters():
+        if value.is_floating_point() and not bool(value.any()):  # a head that begins as zeros hides all before it
+            torch.nn.init.normal_(value, std=0.02, generator=torch.Generator().manual_seed(0))
+    images = torch.randn((2, *input_shape), generator=torch.Generator().manual_seed(0))
+    return examine(network, surveyed, images, wanted.layers)
 
 
 def _notices(spec: NetworkSpec, surveyed: Survey, classes: int | None) -> Iterator[str]:

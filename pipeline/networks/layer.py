@@ -60,6 +60,7 @@ class Inspection:
     compared : names of the layers that are compared, if these are others.
     notices : what a person should know before the run, a sentence each.
     alone : what goes wrong with a batch of one image; empty if nothing does.
+    explainable : what `pipeline.networks.explainable` found, if it was asked.
     """
 
     architecture: str
@@ -73,6 +74,7 @@ class Inspection:
     compared: list[str] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
     alone: str = ""
+    explainable: dict[str, Any] = field(default_factory=dict)
 
     def json(self) -> dict[str, Any]:
         return asdict(self)

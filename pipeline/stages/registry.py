@@ -9,6 +9,7 @@ from pipeline.plan.job import Job
 from pipeline.plan.stage import Stage
 from pipeline.plan.step import Plan
 from pipeline.stages.ablate.stage import STAGE as ABLATE
+from pipeline.stages.attribute.stage import STAGE as ATTRIBUTE
 from pipeline.stages.calibrate.stage import STAGE as CALIBRATE
 from pipeline.stages.concepts.stage import STAGE as CONCEPTS
 from pipeline.stages.dissect.stage import STAGE as DISSECT
@@ -47,6 +48,7 @@ STAGES: dict[str, Stage] = {
         PROBES,
         GRAMS,
         SIMILARITY,
+        ATTRIBUTE,
         *_added(),
         REPORT,
     )

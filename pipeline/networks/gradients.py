@@ -1,0 +1,321 @@
+"""Gradients of a scalar of a network's forward pass: of a logit, of a unit, or of anything computed from its output.
+
+Weights get no gradient, and neither modes nor hooks stay on the network, whether a call ends well or not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import nn
+
+from pipeline.errors import MicrotomeError
+from pipeline.networks.graph.call_sites import CallSites, frozen
+from pipeline.networks.layers import first_tensor, head_of, one_attention_path
+
+Link = Literal["logit", "probability", "log_probability"]
+
+
+class Target(Protocol):
+    """The scalar of each image that is explained: a function of the network's output, or of a layer's."""
+
+    @property
+    def layer(self) -> str | None:
+        """The layer whose output it is computed from; None: the network's."""
+
+    def __call__(self, output: torch.Tensor) -> torch.Tensor:
+        """Return the scalar of each image, (image,)."""
+
+    def at(self, rows: torch.Tensor) -> Target:
+        """Return the same for some of the images, which may repeat."""
+
+
+@dataclass(frozen=True)
+class Logit:
+    """A class of each image: its logit, probability or log-probability, less that of `against` if given.
+
+    `classes` and `against` are int64 (image,). With `probabilities`, the network's output is one, and its logarithm
+    stands for the logits.
+    """
+
+    classes: torch.Tensor
+    against: torch.Tensor | None = None
+    link: Link = "logit"
+    probabilities: bool = False
+    layer: str | None = None
+
+    def __call__(self, output: torch.Tensor) -> torch.Tensor:
+        if output.ndim != 2:
+            raise MicrotomeError(f"the network gives {tuple(output.shape)}, expected logits (image, class)")
+        if self.probabilities:
+            output = output.log()
+        if self.link == "probability":
+            output = output.softmax(1)
+        elif self.link == "log_probability":
+            output = output.log_softmax(1)
+        value = _picked(output, self.classes)
+        return value if self.against is None else value - _picked(output, self.against)
+
+    def at(self, rows: torch.Tensor) -> Logit:
+        against = None if self.against is None else self.against[rows]
+        return replace(self, classes=self.classes[rows], against=against)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A unit of a layer at a position, or its maximum over all positions.
+
+    `index` is that of the layer's output without the batch: `(unit, y, x)` of maps, `(token, unit)` of tokens. What it
+    leaves open is reduced to the maximum.
+    """
+
+    layer: str | None
+    index: tuple[int | slice, ...]
+
+    def __call__(self, output: torch.Tensor) -> torch.Tensor:
+        return output[(slice(None), *self.index)].flatten(1).amax(1)
+
+    def at(self, rows: torch.Tensor) -> Unit:
+        return self
+
+
+@dataclass(frozen=True)
+class Scalar:
+    """Any function of the network's output, (image, ...) to (image,), that treats images alike and apart.
+
+    For example the log-probability of a word, or the distance of an embedding to a given one.
+    """
+
+    function: Callable[[torch.Tensor], torch.Tensor]
+    layer: str | None = None
+
+    def __call__(self, output: torch.Tensor) -> torch.Tensor:
+        return self.function(output)
+
+    def at(self, rows: torch.Tensor) -> Scalar:
+        return self
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """What one forward and one backward give.
+
+    Attributes
+    ----------
+    output : of the network, detached; None where the target is of a layer and the forward ended there.
+    score : of each image, (image,).
+    inputs : the gradient of the score with respect to the input, like the input; None where not wanted.
+    layers : by name, a layer's output and the gradient of the score with respect to it.
+    target : the target, where it was chosen from the output.
+    """
+
+    output: torch.Tensor | None
+    score: torch.Tensor
+    inputs: torch.Tensor | None
+    layers: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    target: Target
+
+
+def gradients(
+    network: nn.Module,
+    inputs: torch.Tensor,
+    target: Target | Callable[[torch.Tensor], Target],
+    layers: Sequence[str] = (),
+    of_inputs: bool = True,
+    sites: CallSites | None = None,
+) -> Gradients:
+    """Compute the score of each image and its gradients, with respect to the input and to layers' outputs.
+
+    Without `of_inputs`, the backward ends at the layers, and what lies before them costs a forward alone.
+
+    Parameters
+    ----------
+    inputs : (image, ...), as the network takes them.
+    target : what is explained, or a function that chooses it from the network's output.
+    layers : names of modules. sites : backward rules in place of torch's own.
+
+    Raises
+    ------
+    MicrotomeError
+        The score does not depend on the input or on a layer, or a layer is called more or less often than once.
+    """
+    _in_eval(network)
+    kept: dict[str, torch.Tensor] = {}
+    given = inputs.detach().requires_grad_(of_inputs)
+    with frozen(network), torch.enable_grad(), one_attention_path(), _kept(network, layers, kept, not of_inputs):
+        with sites if sites is not None else contextlib.nullcontext():
+            # What follows may write into the input, which must stay a leaf.
+            output = _output(network, given.clone() if of_inputs else given, getattr(target, "layer", None))
+        chosen: Any = target if hasattr(target, "layer") else target(output.detach())
+        score = chosen(output)
+        if score.shape != (len(inputs),):
+            raise MicrotomeError(f"the target gives {tuple(score.shape)} for {len(inputs)} images, expected one each")
+        if sites is not None:
+            sites.audit(score)
+        wanted = [*([given] if of_inputs else []), *(kept[name] for name in layers)]
+        found: Sequence[torch.Tensor | None] = [None] * len(wanted)
+        if score.requires_grad and wanted:
+            found = torch.autograd.grad(score.sum(), wanted, allow_unused=True)
+    names = [*(["input"] if of_inputs else []), *(f"layer {name!r}" for name in layers)]
+    for name, gradient in zip(names, found, strict=True):
+        if gradient is None:
+            raise MicrotomeError(
+                f"what is explained does not depend on the {name} in a way that has a gradient"
+                if name == "input"
+                else f"{name}: what is explained does not depend on it"
+            )
+    of_layers = {
+        name: (kept[name].detach(), gradient)
+        for name, gradient in zip(layers, found[len(found) - len(layers) :], strict=True)
+        if gradient is not None
+    }
+    return Gradients(
+        output.detach() if chosen.layer is None else None,
+        score.detach(),
+        found[0] if of_inputs else None,
+        of_layers,
+        chosen,
+    )
+
+
+def scores(network: nn.Module, inputs: torch.Tensor, target: Target) -> torch.Tensor:
+    """Compute the score of each image, (image,), without gradients."""
+    with torch.no_grad(), one_attention_path():
+        return target(_output(network, inputs, target.layer))
+
+
+class _Reached(BaseException):
+    """Ends a forward at the layer that a target is of; no `except Exception` of a network may catch it."""
+
+
+def _output(network: nn.Module, inputs: torch.Tensor, layer: str | None) -> torch.Tensor:
+    """Return the output that a target is computed from: a layer's, or the network's logits."""
+    if layer is None:
+        output = head_of(network(inputs))
+        if output is None:
+            raise MicrotomeError(f"{type(network).__name__} does not return a tensor")
+        return output
+    found: list[torch.Tensor] = []
+
+    def reached(module: nn.Module, _: object, output: object) -> None:
+        tensor = first_tensor(output)
+        if tensor is None:
+            raise MicrotomeError(f"layer {layer!r} gives {type(output).__name__}, expected a tensor")
+        found.append(tensor)
+        raise _Reached
+
+    handle = _module(network, layer).register_forward_hook(reached)
+    try:
+        with contextlib.suppress(_Reached):
+            network(inputs)
+    finally:
+        handle.remove()
+    if not found:
+        raise MicrotomeError(f"layer {layer!r} is not called in this forward")
+    return found[0]
+
+
+@contextlib.contextmanager
+def _kept(network: nn.Module, layers: Sequence[str], kept: dict[str, torch.Tensor], leaves: bool) -> Iterator[None]:
+    """Keep the outputs of layers; with `leaves`, the gradient's way begins there.
+
+    What follows gets a copy, since it may write into the output.
+    """
+
+    def keep(name: str) -> Any:
+        def hook(module: nn.Module, _: object, output: Any) -> Any:
+            tensor = first_tensor(output)
+            if tensor is None:
+                raise MicrotomeError(f"layer {name!r} gives {type(output).__name__}, expected a tensor")
+            if name in kept:
+                raise MicrotomeError(f"layer {name!r} is called more than once in one forward, expected one call")
+            kept[name] = tensor.detach().requires_grad_() if leaves and not tensor.requires_grad else tensor
+            changed = kept[name].clone()
+            if output is tensor:
+                return changed
+            if isinstance(output, dict):
+                return type(output)({key: changed if value is tensor else value for key, value in output.items()})
+            return type(output)(changed if value is tensor else value for value in output)
+
+        return hook
+
+    hooks = [_module(network, name).register_forward_hook(keep(name)) for name in layers]
+    try:
+        yield
+        if missing := [name for name in layers if name not in kept]:
+            raise MicrotomeError(f"layer {missing[0]!r} is not called in this forward")
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _module(network: nn.Module, name: str) -> nn.Module:
+    from pipeline.errors import nearest
+
+    try:
+        return network.get_submodule(name)
+    except AttributeError:
+        known = [each for each, _ in network.named_modules() if each]
+        raise MicrotomeError(f"no layer {name!r}{nearest(name, known)}") from None
+
+
+def _in_eval(network: nn.Module) -> None:
+    """Refuse a network that draws random numbers, or lets images of a batch depend on each other."""
+    for name, module in network.named_modules():
+        if module.training and isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)):
+            raise MicrotomeError(f"module {name!r} is in training mode: call `eval()` first")
+
+
+def _picked(output: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+    classes = classes.to(output.device)
+    if len(classes) != len(output):
+        raise MicrotomeError(f"{len(classes)} classes for {len(output)} images, expected one each")
+    return output.gather(1, classes[:, None])[:, 0]
+
+
+def in_chunks(rows: int, batch: int) -> Iterator[tuple[int, int]]:
+    """Yield (start, stop) of chunks of at most `batch` rows."""
+    for at in range(0, rows, batch):
+        yield at, min(at + batch, rows)
+
+
+def padded(values: torch.Tensor, batch: int) -> torch.Tensor:
+    """Repeat the last row until there are `batch` rows: other batch sizes round otherwise."""
+    lacking = batch - len(values)
+    return values if lacking <= 0 else torch.cat([values, values[-1:].expand(lacking, *values.shape[1:])])
+
+
+def relative(difference: torch.Tensor, *scales: torch.Tensor) -> torch.Tensor:
+    """Return |difference| over the largest |scale| of each image, float64 (image,); NaN where all scales are 0."""
+    largest = torch.stack([each.double().abs() for each in scales]).amax(0)
+    return torch.where(largest > 0, difference.double().abs() / largest, math.nan)
+
+
+def of_tensors(
+    network: nn.Module,
+    inputs: torch.Tensor,
+    target: Target,
+    sites: CallSites,
+    kept: Callable[[], Sequence[torch.Tensor]],
+    wanted: bool = True,
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Return tensors that call sites kept in a forward, and the gradient of the score with respect to each if `wanted`.
+
+    A tensor on which the score does not depend has the gradient 0.
+    """
+    _in_eval(network)
+    with frozen(network), torch.enable_grad():
+        with sites:
+            output = _output(network, inputs.detach().requires_grad_().clone(), target.layer)
+        found = list(kept())
+        if not wanted:
+            return [each.detach() for each in found], []
+        score = target(output)
+        made = torch.autograd.grad(score.sum(), found, allow_unused=True)
+    given = [torch.zeros_like(a) if g is None else g for a, g in zip(found, made, strict=True)]
+    return [each.detach() for each in found], given

@@ -1,0 +1,1 @@
+"""The stage `attribute`: which pixels made the network say so."""

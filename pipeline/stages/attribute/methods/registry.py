@@ -1,0 +1,42 @@
+"""The function of each method. A new method is a file beside this one, a line here, and its options."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from pipeline.stages.attribute.methods.attention import attention_relevance, rollout
+from pipeline.stages.attribute.methods.class_maps import cam, grad_cam, grad_cam_pp, hires_cam, layer_cam
+from pipeline.stages.attribute.methods.integrated import integrated_gradients
+from pipeline.stages.attribute.methods.occlusion import occlusion
+from pipeline.stages.attribute.methods.plain import gradient_x_input, saliency, smooth_grad, var_grad
+from pipeline.stages.attribute.methods.rectified import deconvnet, guided_backprop, guided_grad_cam
+from pipeline.stages.attribute.subject import Attribution
+
+FUNCTIONS: Mapping[str, Callable[..., Attribution]] = {
+    "saliency": saliency,
+    "gradient_x_input": gradient_x_input,
+    "integrated_gradients": integrated_gradients,
+    "smooth_grad": smooth_grad,
+    "var_grad": var_grad,
+    "deconvnet": deconvnet,
+    "guided_backprop": guided_backprop,
+    "cam": cam,
+    "grad_cam": grad_cam,
+    "hires_cam": hires_cam,
+    "grad_cam_pp": grad_cam_pp,
+    "layer_cam": layer_cam,
+    "guided_grad_cam": guided_grad_cam,
+    "rollout": rollout,
+    "attention_relevance": attention_relevance,
+    "occlusion": occlusion,
+}
+"""By name; besides (subject, options) they take what they have parameters for: a `layer`, its `head`, ..."""
+
+
+def arguments(name: str, known: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a method's function takes besides subject and options, among what is known."""
+    import inspect
+
+    wanted = inspect.signature(FUNCTIONS[name]).parameters
+    return {key: value for key, value in known.items() if key in wanted}

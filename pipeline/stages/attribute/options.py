@@ -1,0 +1,300 @@
+"""The methods that the configuration may name: their options, laws and costs, without torch.
+
+`methods/registry.py` has the function of each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PositiveInt, model_validator
+
+from pipeline.config.base import Positive, Strict
+
+BACKWARD = 3.0  # forwards that one forward with its backward takes
+
+Baselined = Literal["black", "white", "mean", "blur", "uniform"]
+
+
+class Options(Strict):
+    """The options of a method."""
+
+    networks: list[str] | None = Field(None, description="only for these networks; default: those of the experiment")
+
+    @property
+    def kind(self) -> str:
+        """The name of the method."""
+        return self.method  # type: ignore[attr-defined]
+
+    def request(self, network: str, original: str) -> str | None:
+        """Return the layer that is asked for of a network, "" for the default; None for a method without a layer."""
+        return None
+
+
+class Saliency(Options):
+    """Magnitude of the gradient (Simonyan et al. 2014)."""
+
+    method: Literal["saliency"] = Field("saliency", description="this method")
+
+
+class GradientXInput(Options):
+    """Gradient times input (Shrikumar et al. 2016)."""
+
+    method: Literal["gradient_x_input"] = Field("gradient_x_input", description="this method")
+
+
+class IntegratedGradients(Options):
+    """Integrated gradients (Sundararajan et al. 2017)."""
+
+    method: Literal["integrated_gradients"] = Field("integrated_gradients", description="this method")
+    steps: PositiveInt = Field(32, description="gradients on the line from the baseline to the image, at first")
+    rule: Literal["gauss_legendre", "right"] = Field(
+        "gauss_legendre", description="quadrature; `right` is the Riemann sum of the paper"
+    )
+    tolerance: Positive = Field(
+        0.01, description="relative error of completeness beyond which the steps of an image are doubled"
+    )
+    max_steps: PositiveInt = Field(256, description="never more steps: an image that still misses is marked")
+
+    @model_validator(mode="after")
+    def _most(self) -> IntegratedGradients:
+        if self.max_steps < self.steps:
+            raise ValueError(f"max_steps: {self.max_steps} is below `steps`, {self.steps}")
+        return self
+
+
+class Noisy(Options):
+    noise: Annotated[float, Field(gt=0, le=10)] = Field(
+        0.15, description="standard deviation of the noise, as a share of the image's range"
+    )
+    draws: Annotated[int, Field(ge=2, le=10_000)] = Field(25, description="noisy copies of an image")
+
+
+class SmoothGrad(Noisy):
+    """Mean gradient of noisy copies (Smilkov et al. 2017)."""
+
+    method: Literal["smooth_grad"] = Field("smooth_grad", description="this method")
+
+
+class VarGrad(Noisy):
+    """Variance of the gradients of noisy copies (Adebayo et al. 2018)."""
+
+    method: Literal["var_grad"] = Field("var_grad", description="this method")
+
+
+class Deconvnet(Options):
+    """Deconvolutional network (Zeiler and Fergus 2014)."""
+
+    method: Literal["deconvnet"] = Field("deconvnet", description="this method")
+
+
+class GuidedBackprop(Options):
+    """Guided backpropagation (Springenberg et al. 2015)."""
+
+    method: Literal["guided_backprop"] = Field("guided_backprop", description="this method")
+
+
+class OfLayer(Options):
+    layer: str | dict[str, str] | None = Field(
+        None,
+        description="the layer, or one by network; default: the last whose positions the scores depend on",
+    )
+
+    def request(self, network: str, original: str) -> str:
+        """Return the layer that is asked for of a network, "" for the default; a control has that of its network."""
+        if isinstance(self.layer, dict):
+            return self.layer.get(network, self.layer.get(original, ""))
+        return self.layer or ""
+
+
+class Cam(OfLayer):
+    """Class activation map (Zhou et al. 2016)."""
+
+    method: Literal["cam"] = Field("cam", description="this method")
+
+
+class Rectifiable(OfLayer):
+    relu: bool = Field(False, description="store the positive part alone")
+
+
+class GradCam(Rectifiable):
+    """Grad-CAM (Selvaraju et al. 2017)."""
+
+    method: Literal["grad_cam"] = Field("grad_cam", description="this method")
+
+
+class HiResCam(Rectifiable):
+    """HiResCAM (Draelos and Carin 2020)."""
+
+    method: Literal["hires_cam"] = Field("hires_cam", description="this method")
+
+
+class GradCamPlusPlus(Rectifiable):
+    """Grad-CAM++ (Chattopadhay et al. 2018)."""
+
+    method: Literal["grad_cam_pp"] = Field("grad_cam_pp", description="this method")
+
+
+class LayerCam(Rectifiable):
+    """LayerCAM (Jiang et al. 2021)."""
+
+    method: Literal["layer_cam"] = Field("layer_cam", description="this method")
+
+
+class GuidedGradCam(OfLayer):
+    """Guided backpropagation times Grad-CAM (Selvaraju et al. 2017)."""
+
+    method: Literal["guided_grad_cam"] = Field("guided_grad_cam", description="this method")
+
+
+class Rollout(Options):
+    """Attention rollout, which is of no class (Abnar and Zuidema 2020)."""
+
+    method: Literal["rollout"] = Field("rollout", description="this method")
+
+
+class AttentionRelevance(Options):
+    """Attention weighed by its gradient (Chefer et al. 2021)."""
+
+    method: Literal["attention_relevance"] = Field("attention_relevance", description="this method")
+
+
+class Occlusion(Options):
+    """Drop of the score when a window is covered (Zeiler and Fergus 2014)."""
+
+    method: Literal["occlusion"] = Field("occlusion", description="this method")
+    window: PositiveInt = Field(8, description="height and width in pixels of what the baseline covers")
+    stride: PositiveInt = Field(4, description="pixels from one window to the next")
+
+    @model_validator(mode="after")
+    def _no_gaps(self) -> Occlusion:
+        if self.stride > self.window:
+            raise ValueError(f"stride: {self.stride} is above the window of {self.window}: pixels would be left out")
+        return self
+
+
+AnyMethod = Annotated[
+    Saliency
+    | GradientXInput
+    | IntegratedGradients
+    | SmoothGrad
+    | VarGrad
+    | Deconvnet
+    | GuidedBackprop
+    | Cam
+    | GradCam
+    | HiResCam
+    | GradCamPlusPlus
+    | LayerCam
+    | GuidedGradCam
+    | Rollout
+    | AttentionRelevance
+    | Occlusion,
+    Field(discriminator="method"),
+]
+
+
+@dataclass(frozen=True)
+class Method:
+    """What is known of a method besides its function.
+
+    Attributes
+    ----------
+    title : its name for readers. law : what its numbers promise, as the residual measures it; empty: nothing.
+    maps : what its map lies on: the image's pixels, a layer's positions, or the patches of attention.
+    needs : what a network must have; `pipeline.networks.explainable` says of each why it is missing.
+    forwards : passes of an image, in forwards, given (options, (height, width)); those of the shared pass are not among
+        them.
+    shares : whether it uses the pass that all methods share. baseline : whether it compares with the baseline.
+    by_class : whether its map depends on the target. signed : whether its values have signs.
+    channels : whether it has a map of each channel. facts : names of further numbers of each image.
+    """
+
+    title: str
+    law: str = ""
+    maps: Literal["image", "layer", "attention"] = "image"
+    needs: tuple[str, ...] = ("gradient",)
+    forwards: Callable[[Any, tuple[int, int]], float] = lambda options, size: 0.0
+    shares: bool = True
+    baseline: bool = False
+    by_class: bool = True
+    signed: bool = True
+    channels: bool = True
+    facts: tuple[str, ...] = ()
+
+
+def _windows(options: Occlusion, size: tuple[int, int]) -> float:
+    along = [len(starts(side, options.window, options.stride)) for side in size]
+    return float(along[0] * along[1])
+
+
+def starts(side: int, window: int, stride: int) -> list[int]:
+    """Return where windows start along a side; the last one ends with the image."""
+    last = max(side - window, 0)
+    return sorted({*range(0, last + 1, stride), last})
+
+
+COMPLETENESS = "the map adds up to the score less the baseline's"
+METHODS: dict[str, Method] = {
+    "saliency": Method("Saliency", signed=False, facts=("intercept",)),
+    "gradient_x_input": Method(
+        "Gradient × input", law="the map adds up to the score, of piecewise linear networks without biases"
+    ),
+    "integrated_gradients": Method(
+        "Integrated gradients",
+        law=COMPLETENESS,
+        forwards=lambda options, size: BACKWARD * options.steps,
+        shares=False,
+        baseline=True,
+        facts=("steps",),
+    ),
+    "smooth_grad": Method(
+        "SmoothGrad", forwards=lambda options, size: BACKWARD * options.draws, shares=False, signed=False
+    ),
+    "var_grad": Method("VarGrad", forwards=lambda options, size: BACKWARD * options.draws, shares=False, signed=False),
+    "deconvnet": Method("Deconvnet", needs=("deconvnet",), forwards=lambda options, size: BACKWARD, shares=False),
+    "guided_backprop": Method(
+        "Guided backpropagation", needs=("guided_backprop",), forwards=lambda options, size: BACKWARD, shares=False
+    ),
+    "cam": Method(
+        "CAM",
+        law="the map adds up to the score less the bias (its mean, under mean pooling)",
+        maps="layer",
+        needs=("gradient", "layer", "cam"),
+    ),
+    "grad_cam": Method("Grad-CAM", maps="layer", needs=("gradient", "layer")),
+    "hires_cam": Method(
+        "HiResCAM",
+        law="the map adds up to the score less the bias, of networks that end linearly after the layer",
+        maps="layer",
+        needs=("gradient", "layer"),
+    ),
+    "grad_cam_pp": Method("Grad-CAM++", maps="layer", needs=("gradient", "layer")),
+    "layer_cam": Method("LayerCAM", maps="layer", needs=("gradient", "layer")),
+    "guided_grad_cam": Method(
+        "Guided Grad-CAM",
+        needs=("gradient", "layer", "guided_backprop"),
+        forwards=lambda options, size: BACKWARD,
+    ),
+    "rollout": Method(
+        "Attention rollout",
+        law="the attention of every token adds up to 1",
+        maps="attention",
+        needs=("attention",),
+        forwards=lambda options, size: 1.0,
+        shares=False,
+        by_class=False,
+        signed=False,
+    ),
+    "attention_relevance": Method(
+        "Attention relevance",
+        maps="attention",
+        needs=("gradient", "attention"),
+        forwards=lambda options, size: BACKWARD,
+        shares=False,
+        signed=False,
+    ),
+    "occlusion": Method("Occlusion", needs=(), forwards=_windows, shares=False, baseline=True, channels=False),
+}

@@ -1,0 +1,130 @@
+"""What the stage `attribute` writes: a store per method, and a table of how well methods keep their laws."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.storage.record import Record
+from pipeline.storage.store import Array
+from pipeline.storage.tables import csv_bytes, number
+
+ROUNDING = 1e-3
+"""Tolerance of laws that hold but for the rounding of float32."""
+COLUMNS = (
+    "name",
+    "method",
+    "law",
+    "images",
+    "residual_median",
+    "residual_95",
+    "residual_worst",
+    "tolerance",
+    "beyond_tolerance",
+    "intercept_median",
+    "steps_mean",
+    "forwards",
+)
+
+
+class Explained(Record):
+    """One method in a manifest.
+
+    Attributes
+    ----------
+    name : of its store, without `.zarr`. method : which method it is.
+    law : what its numbers promise; empty: nothing.
+    images : explained. beyond : of these, beyond the tolerance.
+    layer : whose positions the map lies on. note : what a reader has to know of it.
+    size : (y, x) of the map.
+    """
+
+    name: str
+    method: str
+    law: str
+    images: int
+    beyond: int
+    size: tuple[int, int]
+    layer: str | None = None
+    note: str = ""
+
+
+class Attributed(Record):
+    """The result in the manifest of `attribute`.
+
+    Attributes
+    ----------
+    methods : in the order of the configuration.
+    images : explained. ranks : classes explained of each image.
+    """
+
+    methods: list[Explained]
+    images: int
+    ranks: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The shape of a method's store.
+
+    Attributes
+    ----------
+    images : slots. shard : images of a shard. ranks : classes of an image; None: there is no such dimension.
+    size : (y, x) of the map. channels : (channel, y, x) of channel maps; None: not kept.
+    facts : names of further numbers of each image.
+    """
+
+    images: int
+    shard: int
+    ranks: int | None
+    size: tuple[int, int]
+    channels: tuple[int, int, int] | None
+    facts: Sequence[str]
+
+    def arrays(self) -> dict[str, Array]:
+        """Return the arrays of the store; an image that is not explained has NaN, and the target -1."""
+        ranks, dims = ((), ()) if self.ranks is None else ((self.ranks,), ("rank",))
+
+        def array(dtype: Any, fill: Any, names: tuple[str, ...] = (), shape: tuple[int, ...] = ()) -> Array:
+            own = (*ranks, *shape)
+            return Array(("image", *dims, *names), (self.images, *own), dtype, (self.shard, *own), fill=fill)
+
+        found = {
+            "attribution": array(np.float32, np.nan, ("y", "x"), self.size),
+            "target": array(np.int64, -1),
+        }
+        if self.channels is not None:
+            found["channel_attribution"] = array(np.float32, np.nan, ("channel", "y", "x"), self.channels)
+        for name in ("score", "baseline_score", "residual", *self.facts):
+            found[name] = array(np.float32, np.nan)
+        found["image_id"] = Array(("image",), (self.images,), str, (self.images,), fill=None)
+        return found
+
+
+def row(name: str, method: str, law: str, tolerance: float, forwards: float, found: Mapping[str, np.ndarray]) -> list:
+    """Return a method's row of the table, from the arrays of its store."""
+    explained = found["target"] >= 0
+    residual = found["residual"][explained]
+    known = residual[~np.isnan(residual)]
+    numbers = [np.nan] * 3 if not known.size else [np.median(known), np.quantile(known, 0.95), known.max()]
+    beyond = np.mean(known > tolerance) if known.size else np.nan
+    facts = [
+        reduce(found[fact][explained]) if fact in found and explained.any() else np.nan
+        for fact, reduce in (("intercept", np.median), ("steps", np.mean))
+    ]
+    cells = [number(float(each)) for each in (*numbers, tolerance if law else np.nan, beyond, *facts, forwards)]
+    images = int(explained.reshape(len(explained), -1).any(1).sum())
+    return [name, method, law, images, *cells]
+
+
+def table(rows: Sequence[Sequence[Any]]) -> bytes:
+    return csv_bytes(COLUMNS, rows)
+
+
+def store_of(folder: Path, name: str) -> Path:
+    """Return the store of a method, by its name in the configuration."""
+    return folder / f"{name}.zarr"

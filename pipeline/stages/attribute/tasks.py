@@ -1,0 +1,230 @@
+"""What workers do for the stage `attribute`: explain the images of one shard by every method that lacks them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from kernels.attribution import baselines
+from pipeline.errors import MicrotomeError
+from pipeline.networks.explainable import Explainable, examine
+from pipeline.networks.forward import Model, network_of, normalise
+from pipeline.networks.gradients import Link, Logit, gradients, padded
+from pipeline.networks.layer import LayerInfo
+from pipeline.networks.layers import one_attention_path
+from pipeline.networks.prepare import Prepared, prepare, survey_of
+from pipeline.stages.attribute.methods.registry import FUNCTIONS, arguments
+from pipeline.stages.attribute.options import METHODS, Options
+from pipeline.stages.attribute.results import Layout
+from pipeline.stages.attribute.subject import Subject
+from pipeline.storage.store import StoreRef, write
+from pipeline.workers.resumable import Done
+from pipeline.workers.tasks import computing
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is explained of each image.
+
+    Attributes
+    ----------
+    kind : `predicted`, `label`, `class`, `top` or `contrast`. classes : of `class` and `contrast`, by logit.
+    ranks : classes of each image. score : what of a class is explained.
+    """
+
+    kind: str
+    classes: tuple[int, ...]
+    ranks: int
+    score: Link
+
+    def of(self, logits: torch.Tensor, labels: torch.Tensor, rank: int, probabilities: bool) -> Logit:
+        """Return the target of each image, from its logits where they decide."""
+        if self.kind == "label":
+            picked = [labels.to(logits.device)]
+        elif self.kind in ("predicted", "top"):
+            picked = [logits.sort(stable=True, dim=1, descending=True).indices[:, rank]]
+        else:
+            picked = [torch.full((len(logits),), each, device=logits.device) for each in self.classes]
+        return Logit(picked[0], picked[1] if len(picked) > 1 else None, self.score, probabilities)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What all shards of a step have in common.
+
+    Attributes
+    ----------
+    baseline : its kind, or the image itself as pixels.
+    methods, requests, stores, layouts : by name, a method's options, the layer that it asks for, its store.
+    """
+
+    model: Model
+    explainable: Explainable
+    wanted: Wanted
+    baseline: str | np.ndarray
+    methods: Mapping[str, Options]
+    requests: Mapping[str, str]
+    stores: Mapping[str, Path]
+    layouts: Mapping[str, Layout]
+
+    def layer_of(self, name: str) -> LayerInfo | None:
+        """Return the layer of a method that has one."""
+        return self.explainable.layers[self.requests[name]] if name in self.requests else None
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The images of a shard that are explained: places in it, labels and ids, and the shard's slots."""
+
+    part: str
+    bounds: tuple[int, int]
+    places: tuple[int, ...]
+    labels: tuple[int, ...]
+    image_ids: tuple[str, ...]
+
+
+def examine_network(model: Model, size: tuple[int, int], layers: Sequence[str]) -> tuple[Prepared, Explainable]:
+    """Look at a network with its own weights, on a worker."""
+    with computing:
+        network = network_of(model)
+        survey = survey_of(network, model, size)
+        prepared = prepare(network, model, survey, "all", strict=False)
+        noise = torch.randint(256, (2, 3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        return prepared, examine(network, survey, normalise(noise, model.spec), layers)
+
+
+def sum_pixels(images: StoreRef, bounds: tuple[int, int], places: Sequence[int]) -> np.ndarray:
+    """Add up images of one shard, int64 (channel, y, x). Runs on a worker."""
+    start, stop = bounds
+    return images.open()["image"][start:stop][list(places)].sum(0, dtype=np.int64)
+
+
+def explain(work: Work, images: StoreRef, shard: Shard, names: Sequence[str]) -> Done:
+    """Explain the images of one shard, and write the shard of each of these methods. Runs on a worker."""
+    start, stop = shard.bounds
+    pixels = torch.from_numpy(images.open()["image"][start:stop][list(shard.places)])
+    found = {name: _blank(work.layouts[name], stop - start) for name in names}
+    size = work.model.spec.numerics.micro_batch
+    for at in range(0, len(pixels), size):
+        some = slice(at, at + size)
+        _explain_batch(work, pixels[some], shard, some, found)
+    files = {}
+    for name in names:
+        # An image that is not explained has nothing to store, and the last shard may be shorter than a chunk.
+        files[name] = write(
+            work.stores[name],
+            {array: ((start, *[0] * (values.ndim - 1)), values) for array, values in found[name].items()},
+        )
+    return Done(shard.part, files)
+
+
+def _blank(layout: Layout, images: int) -> dict[str, np.ndarray]:
+    return {
+        name: np.full((images, *array.shape[1:]), array.fill, array.dtype)
+        for name, array in layout.arrays().items()
+        if name != "image_id"
+    }
+
+
+def _explain_batch(
+    work: Work,
+    pixels: torch.Tensor,
+    shard: Shard,
+    some: slice,
+    found: Mapping[str, dict[str, np.ndarray]],
+) -> None:
+    """Explain a micro-batch by every method, each class of an image after the other."""
+    spec, count = work.model.spec, len(pixels)
+    size = spec.numerics.micro_batch
+    ids, places = shard.image_ids[some], list(shard.places[some])
+    labels = padded(torch.tensor(shard.labels[some]), size)
+    with computing:
+        network = network_of(work.model)
+        inputs = normalise(padded(pixels, size), spec)
+        wants_baseline = any(METHODS[work.methods[name].kind].baseline for name in found)
+        baseline = normalise(padded(_baseline(work.baseline, pixels, ids), size), spec) if wants_baseline else None
+        kinds = [METHODS[work.methods[name].kind] for name in found]
+        layers = sorted({info.name for name in found if (info := work.layer_of(name)) is not None})
+        of_inputs = any(kind.shares and kind.maps == "image" and "gradient" in kind.needs for kind in kinds)
+        for rank in range(work.wanted.ranks):
+            choose = partial(work.wanted.of, labels=labels, rank=rank, probabilities=work.explainable.probabilities)
+            first = gradients(network, inputs, choose, layers, of_inputs)
+            assert isinstance(first.target, Logit)
+            seeds = [seed_of(each) for each in padded_ids(ids, size)]
+            subject = Subject(
+                network, inputs, first.target, baseline, size, layers, of_inputs, seeds=seeds, first=first
+            )
+            for name, arrays in found.items():
+                options = work.methods[name]
+                method = options.kind
+                layer = work.layer_of(name)
+                known = {
+                    "layer": layer,
+                    "head": work.explainable.heads.get(layer.name) if layer is not None else None,
+                    "linear": layer is not None and layer.name in work.explainable.linear,
+                    "homogeneous": work.explainable.homogeneous,
+                    "tokens": work.explainable.attention,
+                }
+                with one_attention_path():
+                    made = FUNCTIONS[method](subject, options, **arguments(method, known))
+                values = {"attribution": made.map, "score": first.score, "residual": made.residual, **made.facts}
+                values["target"] = first.target.classes
+                if METHODS[method].baseline:
+                    values["baseline_score"] = subject.baseline_score
+                if "channel_attribution" in arrays:
+                    values["channel_attribution"] = made.values
+                _refuse_non_finite(work, name, made.map, ids)
+                for array, tensor in values.items():
+                    if array not in arrays or tensor is None:
+                        continue
+                    own = tensor[:count].detach().cpu().numpy()
+                    place: Any = places if work.layouts[name].ranks is None else (places, rank)
+                    arrays[array][place] = own
+
+
+def padded_ids(ids: Sequence[str], size: int) -> list[str]:
+    return [*ids, *[ids[-1]] * (size - len(ids))]
+
+
+def _refuse_non_finite(work: Work, name: str, values: torch.Tensor | None, ids: Sequence[str]) -> None:
+    if values is None:
+        return
+    good = values[: len(ids)].isfinite().flatten(1).all(1)
+    if not bool(good.all()):
+        image = ids[int((~good).nonzero()[0])]
+        raise MicrotomeError(
+            f"network {work.model.name!r}, method {name!r}: the map of image {image!r} is not finite (NaN or infinity)"
+        )
+
+
+def _baseline(kind: str | np.ndarray, pixels: torch.Tensor, ids: Sequence[str]) -> torch.Tensor:
+    """Return the baseline of each image, uint8 like `pixels`."""
+    if isinstance(kind, np.ndarray):
+        return torch.from_numpy(kind).expand_as(pixels)
+    if kind == "blur":
+        return baselines.blurred(pixels)
+    if kind == "uniform":
+        return torch.stack([baselines.uniform(tuple(pixels.shape[1:]), seed_of(each)) for each in ids])
+    return torch.full_like(pixels, {"black": 0, "white": 255}[kind])
+
+
+def seed_of(image_id: str) -> int:
+    """Return the seed of what is drawn for an image, from its id."""
+    return int.from_bytes(hashlib.sha256(image_id.encode("utf-8", "surrogateescape")).digest()[:6])
+
+
+def memory_need(
+    prepared: Prepared, values: int, model: Model, images: int, size: tuple[int, int], maps: float
+) -> float:
+    """Estimate the bytes of a task: weights, a forward with all it keeps for its backward, and the maps of a shard."""
+    spec = model.spec
+    pixels = 3 * size[0] * size[1]
+    graph = 4 * spec.numerics.micro_batch * (8 * pixels + 3 * values)
+    return 3 * 4 * prepared.parameters + graph + images * (pixels + maps)
