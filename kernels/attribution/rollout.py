@@ -31,8 +31,14 @@ def _identity(attention: torch.Tensor) -> torch.Tensor:
 
 
 def _product(steps: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return the product, the last block leftmost."""
-    found = steps[0]
-    for each in steps[1:]:
-        found = each @ found
-    return found
+    """Return the product of each image, the last block leftmost.
+
+    Images one by one: a product of batches rounds differently at different places.
+    """
+    images = []
+    for blocks in zip(*steps, strict=True):
+        found = blocks[0]
+        for each in blocks[1:]:
+            found = each @ found
+        images.append(found)
+    return torch.stack(images)

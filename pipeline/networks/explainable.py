@@ -169,8 +169,11 @@ def _named(survey: Survey, wanted: str) -> LayerInfo:
 
 
 def _last(network: nn.Module, survey: Survey, images: torch.Tensor, target: Logit) -> LayerInfo:
-    """Return the last layer whose positions the logits depend on: after it, a class token may be all that is read."""
-    for info in reversed([layer for layer in survey.layers if layer.spatial]):
+    """Return the last layer whose positions the logits depend on: after it, a class token may be all that is read.
+
+    Linear maps within a block, such as queries and keys, stand for no layer of their own.
+    """
+    for info in reversed([layer for layer in survey.layers if layer.spatial and layer.kind != "Linear"]):
         if _depends(network, info, images, target):
             return info
     raise MicrotomeError("none of its layers has more than one position that the logits depend on")

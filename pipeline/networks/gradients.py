@@ -78,7 +78,7 @@ class Unit:
     index: tuple[int | slice, ...]
 
     def __call__(self, output: torch.Tensor) -> torch.Tensor:
-        return output[(slice(None), *self.index)].flatten(1).amax(1)
+        return output[(slice(None), *self.index)].reshape(len(output), -1).amax(1)
 
     def at(self, rows: torch.Tensor) -> Unit:
         return self
@@ -157,6 +157,8 @@ def gradients(
             raise MicrotomeError(f"the target gives {tuple(score.shape)} for {len(inputs)} images, expected one each")
         if sites is not None:
             sites.audit(score)
+        if missing := [name for name in layers if name not in kept]:
+            raise MicrotomeError(f"layer {missing[0]!r} is not called in this forward")
         wanted = [*([given] if of_inputs else []), *(kept[name] for name in layers)]
         found: Sequence[torch.Tensor | None] = [None] * len(wanted)
         if score.requires_grad and wanted:
@@ -247,8 +249,6 @@ def _kept(network: nn.Module, layers: Sequence[str], kept: dict[str, torch.Tenso
     hooks = [_module(network, name).register_forward_hook(keep(name)) for name in layers]
     try:
         yield
-        if missing := [name for name in layers if name not in kept]:
-            raise MicrotomeError(f"layer {missing[0]!r} is not called in this forward")
     finally:
         for hook in hooks:
             hook.remove()

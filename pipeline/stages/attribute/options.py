@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, PositiveInt, model_validator
 
@@ -194,6 +194,12 @@ AnyMethod = Annotated[
     | Occlusion,
     Field(discriminator="method"),
 ]
+
+
+OPTIONS: dict[str, type[Options]] = {
+    each.model_fields["method"].default: each for each in get_args(get_args(AnyMethod)[0])
+}
+"""The options of each method."""
 
 
 @dataclass(frozen=True)
