@@ -104,9 +104,9 @@ def _known(network: nn.Module, inputs: torch.Tensor, request: str | None, needs:
         return {}
     plain = copy.deepcopy(network).float()
     found: Explainable = examine(network, survey(plain, tuple(inputs.shape[1:])), _two(inputs), [request or ""])  # type: ignore[arg-type]
-    for need in needs:
-        if need in found.refused and need not in ("gradient", "deconvnet", "guided_backprop"):
-            raise MicrotomeError(found.refused[need])
+    asked = [need for need in needs if need not in ("gradient", "deconvnet", "guided_backprop")]  # the pass itself says
+    if why := found.why_not(asked, request):
+        raise MicrotomeError(why)
     layer = found.layers.get(request or "")
     return {
         "layer": layer if request is not None else None,

@@ -41,8 +41,9 @@ class Explainable:
 
     Attributes
     ----------
-    refused : of a need that the network does not meet, why: a sentence.
-    layers : the layer of each request, by the request ("": the default).
+    refused : of a need that the network does not meet, why: a sentence. That of a layer is by request, as `layer:NAME`
+        ("": the default), that of a CAM's head likewise, as `cam:NAME`; `""` is what refuses all.
+    layers : the layer of each request, by the request.
     heads : of a layer after which pooling and one linear map end the network. linear : the layers after which the
         logits are linear in its output.
     homogeneous : whether a doubled input doubles the logits: piecewise linear, without biases.
@@ -60,6 +61,11 @@ class Explainable:
     attention: LayerInfo | None = None
     classes: int = 0
     values: int = 0
+
+    def why_not(self, needs: Sequence[str], request: str | None) -> str:
+        """Return why a method with these needs, and a layer of this request, does not apply; empty if it does."""
+        keys = ["", *needs, *(f"{need}:{request or ''}" for need in needs)]
+        return next((self.refused[key] for key in keys if key in self.refused), "")
 
     def json(self) -> dict[str, Any]:
         return asdict(self)
@@ -103,16 +109,16 @@ def examine(network: nn.Module, survey: Survey, images: torch.Tensor, layers: Se
     found: dict[str, LayerInfo] = {}
     if "layer" not in refused:
         for wanted in layers:
-            with _Refusals(refused, "layer"):
+            with _Refusals(refused, f"layer:{wanted}"):
                 found[wanted] = _named(survey, wanted) if wanted else _last(network, survey, images, target)
     heads, linear = {}, []
-    for info in found.values():
+    for wanted, info in found.items():
         affine, head = _head(network, info, images)
         linear += [info.name] if affine else []
         if isinstance(head, Head):
             heads[info.name] = head
         else:
-            refused.setdefault("cam", f"layer {info.name!r}: {head}")
+            refused[f"cam:{wanted}"] = f"layer {info.name!r}: {head}"
     attention = None
     if "attention" not in refused:
         with _Refusals(refused, "attention"):

@@ -156,7 +156,7 @@ def gradients(
         if score.shape != (len(inputs),):
             raise MicrotomeError(f"the target gives {tuple(score.shape)} for {len(inputs)} images, expected one each")
         if sites is not None:
-            sites.audit(score)
+            sites.audit(output)
         if missing := [name for name in layers if name not in kept]:
             raise MicrotomeError(f"layer {missing[0]!r} is not called in this forward")
         wanted = [*([given] if of_inputs else []), *(kept[name] for name in layers)]

@@ -116,13 +116,14 @@ class Results(_Folder["Dataset"]):
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Dataset(_Folder["Network"]):
-    """One data set: its images and label maps, and, by name, the networks that were dissected on it."""
+    """One data set: its images and label maps, and, by name, the networks that were dissected or explained on it."""
 
     path: Path
     kind = "dissected network"
 
     def names(self) -> list[str]:
-        return sorted(found.parent.name for found in self.path.glob("*/layers.json"))
+        found = [*self.path.glob("*/layers.json"), *self.path.glob("*/attributions")]
+        return sorted({each.parent.name for each in found})
 
     def open(self, name: str) -> Network:
         return Network(self.path / name)
@@ -202,6 +203,14 @@ class Network(_Folder["Layer"]):
     def probes(self) -> xr.Dataset:
         """accuracy, low, high (layer, features, shots) of linear probes; probe_accuracy, penalty of single probes."""
         return _open(self.path / "probes.zarr")
+
+    @cached_property
+    def attributions(self) -> dict[str, dict[str, xr.Dataset]]:
+        """By experiment and method: attribution (image, y, x), target, score and residual (image)."""
+        found: dict[str, dict[str, xr.Dataset]] = {}
+        for store in sorted(self.path.glob("attributions/*/*.zarr")):
+            found.setdefault(store.parent.name, {})[store.stem] = _open(store)
+        return found
 
     @property
     def units(self) -> list[dict[str, Any]]:

@@ -17,7 +17,8 @@ OURS = re.compile(r"(?:^|-)[0-9a-f]{20}(?:\.zarr)?$")
 def folders(results: Path) -> list[Path]:
     """Return our folders that nothing refers to: no manifest, and no interrupted step that will resume.
 
-    A folder is ours if its name has an id and no link leads to it: a person may keep folders of his own beside them.
+    A folder is ours if its name has an id or a ledger stands beside it, and no link leads to it: a person may keep
+    folders of his own beside them.
     A damaged manifest or note raises `MicrotomeError`, since its references are unknown.
     """
     used = _begun(results)
@@ -27,9 +28,13 @@ def folders(results: Path) -> list[Path]:
         if stage is not None and stage.owned is not None:
             used |= stage.owned(manifest, path)
     found = [folder for stage in STAGES.values() for folder in stage.unreferenced(results, used)]
-    found = [folder for folder in found if OURS.search(folder.name) and not _linked(folder, results)]
+    found = [folder for folder in found if _ours(folder) and not _linked(folder, results)]
     lost = ["aside"] if list((results / SCRATCH / UNFINISHED).glob("*.json")) else ["aside", "blocks"]
     return found + [folder for name in lost if (folder := results / SCRATCH / name).is_dir()]
+
+
+def _ours(folder: Path) -> bool:
+    return OURS.search(folder.name) is not None or folder.with_suffix(".ledger").is_file()
 
 
 def _linked(folder: Path, results: Path) -> bool:

@@ -227,9 +227,9 @@ class CallSites(TorchFunctionMode):
 
     # What did not pass here -------------------------------------------------------------------------------------------
 
-    def audit(self, score: torch.Tensor) -> None:
-        """Refuse an autograd graph with a node that no rule vouches for."""
-        seen, waiting = set(), [score.grad_fn]
+    def audit(self, output: torch.Tensor) -> None:
+        """Refuse the autograd graph of a network's output if no rule vouches for one of its nodes."""
+        seen, waiting = set(), [output.grad_fn]
         while waiting:
             node = waiting.pop()
             if node is None or node in seen:

@@ -80,9 +80,9 @@ class Rectified(CallSites):
                 return math.inf if top is None else float(top)
         return None
 
-    def audit(self, score: torch.Tensor) -> None:
+    def audit(self, output: torch.Tensor) -> None:
         if not self.rectifiers:
             raise UnsupportedError(
                 f"{self.method}: the network calls no ReLU, whose backward the method is about, so it is not defined"
             )
-        super().audit(score)
+        super().audit(output)

@@ -265,11 +265,11 @@ def refusals(job: Job[Settings], methods: Mapping[str, Options], found: Explaina
     """Yield a sentence for each method that the network refuses, with those that apply."""
     key = f"attribute.{job.experiment}.methods"
     for name, options in methods.items():
-        reasons = [found.refused[need] for need in (*METHODS[options.kind].needs, "") if need in found.refused]
-        if reasons:
-            good = [each for each, method in METHODS.items() if not set(method.needs) & set(found.refused)]
-            others = f"; these apply: {', '.join(good)}" if good and "" not in found.refused else ""
-            yield f"{key}.{name}: network {job.network!r}: {reasons[0]}{others}"
+        request = options.request("", "")
+        if why := found.why_not(METHODS[options.kind].needs, request):
+            good = [each for each, method in METHODS.items() if not found.why_not(method.needs, request)]
+            others = f"; these apply: {', '.join(good)}" if good else ""
+            yield f"{key}.{name}: network {job.network!r}: {why}{others}"
 
 
 def _note(options: Options, found: Explainable) -> str:
@@ -467,6 +467,8 @@ def check(job: Job[Settings]) -> Iterator[str]:
         )
     height, width = ingested(job)
     for name, options in methods_of(settings).items():
+        if options.kind == "cam" and settings.score != "logit":
+            yield f"{where}.methods.{name}: CAM explains logits, and `score` is {settings.score!r}"
         window = getattr(options, "window", 0)
         if window > min(height, width):
             yield f"{where}.methods.{name}.window: {window} pixels, and images have {height} x {width}"
