@@ -33,7 +33,7 @@ from pipeline.plan.step import Key, scratch_of
 from pipeline.stages.attribute.options import BACKWARD, METHODS, AnyMethod, Options
 from pipeline.stages.attribute.settings import SECTION, Explanations, Settings
 from pipeline.storage.identity import digest
-from pipeline.storage.manifest import Files, unnamed_stores, within, write_file
+from pipeline.storage.manifest import Files, Manifest, within, write_file
 from pipeline.storage.object_storage import size_of
 from pipeline.workers.resumable import Parts
 from pipeline.workers.tasks import run_tasks
@@ -524,8 +524,9 @@ def made(job: Job) -> list[Path]:
 def unreferenced(results: Path, used: set[Path]) -> Iterator[Path]:
     """Find the stores of methods that no finished experiment has any more."""
     for folder in sorted(results.glob(f"*/*/{FOLDER}/*/")):
-        finished = list((folder / "done").glob("attribute.*.json"))
-        yield from unnamed_stores(folder, "attribute") if finished else ()
+        finished = [Manifest.read(path) for path in (folder / "done").glob("attribute.*.json")]
+        named = {name.partition("/")[0] for manifest in finished for name in manifest.files}
+        yield from (store for store in sorted(folder.glob("*.zarr")) if finished and store.name not in named)
 
 
 STAGE = Stage(
