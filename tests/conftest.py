@@ -44,6 +44,7 @@ SLOW = (
     "tests/pipeline/workers/test_processes.py",
     "tests/pipeline/workers/test_threads.py",
     # Oracles of other libraries, which take seconds to import.
+    "tests/pipeline/networks/test_attribution_oracles.py",
     "tests/pipeline/networks/test_library_networks.py",
     "tests/pipeline/networks/test_published.py",
     "tests/pipeline/networks/test_zhang2017.py",
@@ -64,6 +65,10 @@ SLOW = (
     "tests/pipeline/stages/test_ablate.py::test_stored_shards_and_computed_ones_give_the_same",
     "tests/pipeline/stages/test_ablate.py::test_the_same_bits_for_any_workers_and_after_a_cut",
     "tests/pipeline/stages/test_ablate.py::test_what_is_seen_before_any_work",
+    "tests/pipeline/stages/test_attribute.py::test_an_image_explained_alone_has_the_bits_that_it_has_among_others",
+    "tests/pipeline/stages/test_attribute.py::test_baselines_are_images",
+    "tests/pipeline/stages/test_attribute.py::test_what_a_change_computes_again",
+    "tests/pipeline/stages/test_attribute.py::test_targets",
     "tests/pipeline/stages/test_calibrate.py::test_any_number_of_workers_gives_the_same_bytes",
     "tests/pipeline/stages/test_calibrate_plain_files.py::test_the_page_shows_the_numbers",
     "tests/pipeline/stages/test_dissect.py::test_after_a_change_the_numbers_are_those_of_a_fresh_run[append]",
