@@ -72,7 +72,9 @@ class Explainable:
 
     @staticmethod
     def read(answer: Mapping[str, Any]) -> Explainable:
-        """Return what `json` gave."""
+        """Return what `json` gave; nothing was asked, or could be, where the answer is empty."""
+        if not answer:
+            return Explainable()
         layers = {name: _layer(each) for name, each in answer["layers"].items()}
         heads = {name: Head(**each) for name, each in answer["heads"].items()}
         attention = None if answer["attention"] is None else _layer(answer["attention"])

@@ -154,7 +154,9 @@ def inspect(
         compared=[] if compare is None else [each.name for each in choose(built, surveyed, compare, spec.architecture)],
         notices=list(_notices(spec, surveyed, classes)),
         alone=surveyed.alone,
-        explainable=_explainable(spec, surveyed, input_shape, explain).json() if explain else {},
+        explainable=_explainable(spec, surveyed, input_shape, explain).json()
+        if explain and _fits_memory(built)
+        else {},
     )
 
 

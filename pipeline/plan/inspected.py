@@ -17,6 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from pipeline.config.base import UNTRAINED
 from pipeline.config.networks import Network, NetworkSpec, Segmenter
 from pipeline.errors import MicrotomeError
 from pipeline.networks.layer import Inspection
@@ -123,7 +124,10 @@ def _request(job: Job) -> dict[str, Any]:
         "classes": job.classes or None,
     }
     for stage in job.stages.values():
-        if stage.requests is not None and (other := job.beside(stage.name)) is not None:
+        if stage.requests is None:
+            continue
+        other = job.beside(stage.name) or job.beside(stage.name, job.network + UNTRAINED)
+        if other is not None:
             request |= stage.requests(other)
     return request
 

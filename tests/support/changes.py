@@ -42,7 +42,7 @@ SHARDS = 3  # of 16 images each, that hold the validation images
 class Work:
     """What a run did. By network: shards put through it (`forwards`), layers written and layers counted, by name, and
     minibatches put through it, for the similarity of layers or for sight. Shards are `ablated` without units and
-    without sets; runs on corrupted data are `trained`."""
+    without sets; runs on corrupted data are `trained`; shards are `explained` by one method of attribution each."""
 
     steps: list[str] = field(default_factory=list)
     decoded: int = 0
@@ -54,6 +54,7 @@ class Work:
     minibatches: dict[str, int] = field(default_factory=dict)
     ablated: int = 0
     trained: int = 0
+    explained: dict[str, int] = field(default_factory=dict)
     shard_writes: int = 0
 
     def stages(self, network: str | None = None) -> list[str]:
@@ -173,6 +174,10 @@ def run(raw: dict[str, Any]) -> Work:
         if path.name == "runs.ledger":
             work.trained += len(new)
             continue
+        if path.parent.parent.name == "attributions":
+            name = f"{path.parents[2].name} {path.stem}"
+            work.explained |= {name: len(new)} if new else {}
+            continue
         work.shard_writes += len(new)
         if path.name == "images.ledger":
             work.decoded += len(new)
@@ -261,6 +266,21 @@ def compared(raw: dict[str, Any]) -> dict[str, Any]:
     return changed(raw, "similarity", to=both)
 
 
+def explained(raw: dict[str, Any], *more: str) -> dict[str, Any]:
+    """Which pixels made the two networks say so."""
+    return changed(raw, "attribute", to={"mine": {"methods": dict.fromkeys(("saliency", "gradient_x_input", *more))}})
+
+
+def _explained_before(folder: Path, raw: dict[str, Any], after: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    run(explained(raw))
+    return after()
+
+
+def _other_head(folder: Path, raw: dict[str, Any]) -> dict[str, Any]:
+    other_weights(folder / "cnn.pt", ("head", "classifier", "fc"))
+    return raw
+
+
 def randomized(raw: dict[str, Any], share: float = 0.5) -> dict[str, Any]:
     """A small network trained on true and on corrupted labels."""
     asked = {
@@ -345,6 +365,18 @@ CHANGES = [
         "sight of the two switched on", "their minibatches",
         lambda folder, raw: changed(raw, "sight", to={"images": 32, "minibatch": 16, "gradients": 2}),
     ),
+    Change(
+        "attribution of the two switched on, by two methods", "their shards, by each method",
+        lambda folder, raw: explained(raw),
+    ),
+    Change(
+        "one more method of attribution", "their shards, by that method",
+        lambda folder, raw: _explained_before(folder, raw, lambda: explained(raw, "grad_cam")),
+    ),
+    Change(
+        "head of the CNN trained again, where its images are explained", "its logits and explanations",
+        lambda folder, raw: _explained_before(folder, raw, lambda: _other_head(folder, explained(raw))),
+    ),
     Change("text or code of the report", "the report", lambda folder, raw: raw, report_changed),
 ]  # fmt: skip
 
@@ -372,9 +404,9 @@ def table(folder: Path) -> Iterator[str]:
     """The rows of the table in the docs."""
     yield (
         "| change | allowed | images decoded | label maps | forwards | layers written | layers counted | ablated | "
-        "minibatches | runs trained | steps |"
+        "minibatches | runs trained | explained | steps |"
     )
-    yield "|---|---|---|---|---|---|---|---|---|---|---|"
+    yield "|---|---|---|---|---|---|---|---|---|---|---|---|"
     base = folder / "base"
     base.mkdir()
     yield _row("(the first run)", "everything", run(experiment(base)))
@@ -407,7 +439,7 @@ def _row(name: str, allowed: str, work: Work) -> str:
     written, counted = (sum(map(len, each.values())) for each in (work.written, work.counted))
     minibatches = sum(work.minibatches.values())
     shards = (work.decoded, work.labelled, forwards, written, counted, work.ablated, minibatches)
-    made = (*shards, work.trained, len(work.steps))
+    made = (*shards, work.trained, sum(work.explained.values()), len(work.steps))
     return "| " + " | ".join((name, allowed, *(str(count or "–") for count in made))) + " |"
 
 

@@ -81,6 +81,9 @@ def expected(name: str, work: Work) -> dict:
             "forwards": {"cnn": SHARDS}, "written": {"cnn": CNN_LAYERS}, "counted": {"cnn": CNN_LAYERS},
             "minibatches": {"cnn": 2},
         },
+        "attribution of the two switched on, by two methods": {},
+        "one more method of attribution": {},
+        "head of the CNN trained again, where its images are explained": {"forwards": {"cnn": SHARDS}},
         "text or code of the report": {},
     }[name]  # fmt: skip
 
@@ -113,6 +116,13 @@ def test_what_a_change_costs(tmp_path, base, change: Change):
             assert work.steps == ["grams scenes cnn", "grams scenes vit", "similarity scenes both", "report"]
         case "sight of the two switched on":
             assert work.steps == ["sight scenes cnn", "sight scenes vit", "report"]
+        case "attribution of the two switched on, by two methods":
+            both = [f"{network} {method}" for network in ("cnn", "vit") for method in ("gradient_x_input", "saliency")]
+            assert dict(sorted(work.explained.items())) == dict.fromkeys(both, SHARDS)
+        case "one more method of attribution":
+            assert work.explained == {"cnn grad_cam": SHARDS, "vit grad_cam": SHARDS}
+        case "head of the CNN trained again, where its images are explained":
+            assert work.explained == {"cnn gradient_x_input": SHARDS, "cnn saliency": SHARDS}
         case "text or code of the report":
             assert work.steps == ["report"]
         case "one more source of concepts (colours of the pixels)":
