@@ -14,6 +14,7 @@ sys.path.insert(0, str(ROOT))
 
 import kernels  # noqa: E402
 import pipeline  # noqa: E402
+from pipeline import attribute  # noqa: E402
 
 HEAD = """# Public functions
 
@@ -26,6 +27,8 @@ def page() -> str:
     """Return the page as Markdown: what a program reads results with, then the kernels, a section a module."""
     parts = [HEAD, "## Results\n", _entry("pipeline", pipeline.open_results)]
     parts.append("[What an experiment's results hold](results.md), array by array.\n")
+    methods = [_entry(attribute.__name__, getattr(attribute, name)) for name in ("explain", *attribute.FUNCTIONS)]
+    parts += ["## pipeline.attribute\n", "[Which pixels made a network say so](attribution.md).\n", "".join(methods)]
     for module in _modules(kernels):
         entries = [_entry(module.__name__, one) for one in _public(module)]
         if entries:

@@ -149,8 +149,7 @@ def gradients(
     given = inputs.detach().requires_grad_(of_inputs)
     with frozen(network), torch.enable_grad(), one_attention_path(), _kept(network, layers, kept, not of_inputs):
         with sites if sites is not None else contextlib.nullcontext():
-            # What follows may write into the input, which must stay a leaf.
-            output = _output(network, given.clone() if of_inputs else given, getattr(target, "layer", None))
+            output = _output(network, given.clone(), getattr(target, "layer", None))  # which may write into its input
         chosen: Any = target if hasattr(target, "layer") else target(output.detach())
         score = chosen(output)
         if score.shape != (len(inputs),):
@@ -188,7 +187,7 @@ def gradients(
 def scores(network: nn.Module, inputs: torch.Tensor, target: Target) -> torch.Tensor:
     """Compute the score of each image, (image,), without gradients."""
     with torch.no_grad(), one_attention_path():
-        return target(_output(network, inputs, target.layer))
+        return target(_output(network, inputs.clone(), target.layer))
 
 
 class _Reached(BaseException):

@@ -121,3 +121,20 @@ def test_rows_are_padded_with_the_last():
 def test_a_relative_error_without_a_scale_is_nan():
     found = relative(torch.tensor([1.0, 0, 0]), torch.tensor([2.0, 0, 1]), torch.tensor([4.0, 0, 0]))
     assert found[:1].tolist() == [0.25] and found[1].isnan() and found[2] == 0
+
+
+def test_a_network_that_writes_into_its_input_gets_a_copy():
+    class Shifts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = network()
+
+        def forward(self, x):
+            return self.net(x.sub_(1.0))
+
+    net, x = Shifts().eval(), images()
+    before = x.clone()
+    for of_inputs in (True, False):
+        found = gradients(net, x, Logit(torch.zeros(3, dtype=torch.int64)), ["net.2"], of_inputs)
+        assert torch.equal(x, before)
+    assert torch.equal(scores(net, x, found.target), found.score) and torch.equal(x, before)
