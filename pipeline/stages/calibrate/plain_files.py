@@ -34,8 +34,10 @@ from pipeline.stages.calibrate.scores import outside_of, read_scores
 from pipeline.stages.calibrate.settings import Calibrate, Calibration
 from pipeline.stages.calibrate.tasks import DRAWS_OF_CLASSES, Judged, chosen, evaluate, fitted_on, in_two, keys
 from pipeline.storage.atomic import write_atomically
+from pipeline.workers import devices
 
 NAMES = ("logits", "probabilities")
+COPIES = 4  # of what was read, in the precision that is computed in: float32 becomes float64, and its logarithm
 SHOWN = ("accuracy", "ece", "ece_2.5", "ece_97.5", "ece_low", "ece_high", "ece_null_high", "nll", "brier")
 
 
@@ -77,6 +79,9 @@ def _npz(path: Path) -> tuple[np.ndarray, np.ndarray, bool]:
             found = dict.fromkeys(names)
             scores = [name for name in NAMES if name in found]
             if len(scores) == 1 and "labels" in found:
+                read = (*scores, "labels")
+                sizes = (each.file_size for each in archive.infolist() if each.filename.removesuffix(".npy") in read)
+                _check_unpacked(path, sum(sizes))
                 opened.seek(0)
                 with np.load(opened, allow_pickle=False) as file:
                     return file[scores[0]], file["labels"], scores[0] == "probabilities"
@@ -88,6 +93,15 @@ def _npz(path: Path) -> tuple[np.ndarray, np.ndarray, bool]:
     raise MicrotomeError(
         f"{path} has the arrays {', '.join(found) or '(none)'}; expected `labels` and one of {', '.join(NAMES)}{hint}"
     )
+
+
+def _check_unpacked(path: Path, size: int) -> None:
+    """Refuse arrays that this machine cannot hold, by what the file says of their bytes, before one is unpacked."""
+    if COPIES * size > (there := devices.memory()):
+        raise MicrotomeError(
+            f"{path} unpacks to {size / 1e9:.3g} GB, which takes {COPIES} times that in memory, and this machine has "
+            f"{there / 1e9:.3g} GB: calibrate fewer images at a time"
+        )
 
 
 def _csv(path: Path) -> tuple[np.ndarray, np.ndarray, bool]:

@@ -16,6 +16,7 @@ from pipeline.stages.calibrate.settings import Calibrate, Fitting
 from pipeline.stages.calibrate.tasks import MEASURES, Judged, in_two, keys
 from pipeline.stages.report import site
 from pipeline.storage.store import write
+from pipeline.workers import devices
 
 
 def made(seed=0, images=240, classes=4):
@@ -84,6 +85,19 @@ def test_bad_files_are_refused_with_their_row(tmp_path, content, said):
     (tmp_path / "bad.csv").write_text(content)
     with pytest.raises(MicrotomeError, match=said):
         read(tmp_path / "bad.csv")
+
+
+def test_arrays_that_do_not_fit_are_refused_before_one_is_unpacked(tmp_path, monkeypatch):
+    logits, labels = made()
+    np.savez_compressed(tmp_path / "bomb.npz", logits=np.zeros((2000, 500)), labels=np.zeros(2000, int))
+    assert (tmp_path / "bomb.npz").stat().st_size < 20_000
+    monkeypatch.setattr(devices, "memory", lambda: 30_000_000)
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "load", None)
+        with pytest.raises(MicrotomeError, match=r"bomb\.npz unpacks to 0\.00802 GB, .* this machine has 0\.03 GB"):
+            read(tmp_path / "bomb.npz")
+    np.savez(tmp_path / "good.npz", logits=logits, labels=labels, other=np.zeros(10_000_000))
+    assert len(read(tmp_path / "good.npz").labels) == len(labels)
 
 
 def test_bad_arrays_are_refused(tmp_path):
