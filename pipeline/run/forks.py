@@ -52,7 +52,7 @@ def start() -> subprocess.Popen | None:
                 [sys.executable, "-m", "pipeline.run.forks", str(listener.fileno())],
                 stdin=subprocess.PIPE,
                 pass_fds=[listener.fileno()],
-                env=os.environ | THREADS,
+                env=os.environ | THREADS | processes.SAFE_PATH,
                 start_new_session=True,  # Ctrl-C in the terminal reaches the clients, which pass it on
             )
     except OSError as error:

@@ -52,9 +52,11 @@ class Run:
         self.pool: subprocess.Popen | None = None
         self.forks: subprocess.Popen | None = None
         self.interrupted = False
-        # Jobs and workers import this same code, from any working directory.
-        own = str(Path(__file__).parents[2])
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [own, os.environ.get("PYTHONPATH")]))
+        # Jobs and workers import this same code from any working folder, and nothing from that folder: an empty entry
+        # stands for it.
+        given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, given)])
+        os.environ |= processes.SAFE_PATH
         if not main and PLAN in os.environ:
             self.plan = planner.read(Path(os.environ[PLAN]))
             return

@@ -21,7 +21,7 @@ from typing import Any
 
 from pipeline.config.cluster import Cluster
 from pipeline.errors import MicrotomeError
-from pipeline.workers import devices, tls
+from pipeline.workers import devices, processes, tls
 from pipeline.workers.memory import memory, threads, workers
 
 THREADS = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"), "1")
@@ -65,8 +65,8 @@ def start_pool(cluster: Cluster, scratch: Path) -> tuple[subprocess.Popen, Path]
         stdin=subprocess.PIPE,
         env=os.environ
         | THREADS
+        | processes.own_imports()
         | {
-            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
             # The pool ends at once when it is no longer needed; the operating system clears what it leaves.
             "PYTHONWARNINGS": "ignore:resource_tracker",
         },
@@ -203,7 +203,7 @@ def _jobs(cluster: Cluster, scratch: Path, files: dict[str, str]) -> Any:
     settings = {
         "DASK_" + key.upper().replace(".", "__").replace("-", "_"): str(value) for key, value in WORKER_SETTINGS.items()
     }
-    return slurm.start(cluster, scratch, tls.security(files), THREADS | ALLOCATOR | settings)
+    return slurm.start(cluster, scratch, tls.security(files), THREADS | ALLOCATOR | processes.SAFE_PATH | settings)
 
 
 if __name__ == "__main__":

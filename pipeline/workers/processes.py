@@ -26,6 +26,7 @@ import psutil
 from pipeline.errors import MicrotomeError
 
 MAIN = "MICROTOME_MAIN"  # environment variable: host and pid of the main process, and when it started
+SAFE_PATH = {"PYTHONSAFEPATH": "1"}  # as `python -P`, also of what Python starts: no import from the working folder
 PLAN = "MICROTOME_PLAN"  # environment variable: the plan that the main process wrote for its jobs
 
 
@@ -40,12 +41,21 @@ def in_own_process(module: str, request: Any, what: str) -> Any:
         asked.write_text(json.dumps(request))
         process = subprocess.run(
             [sys.executable, "-m", module, str(asked), str(answered)],
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+            env=os.environ | own_imports(),
+            stdin=subprocess.DEVNULL,  # nobody answers
             stdout=sys.stderr,
         )
         if process.returncode:
             raise MicrotomeError(f"{what} failed with exit status {process.returncode}")
         return json.loads(answered.read_bytes())
+
+
+def own_imports() -> dict[str, str]:
+    """Return the variables with which Python imports what this process imports, and nothing of the working folder.
+
+    Users have files named `pipeline.py` or `torch.py` beside their configuration.
+    """
+    return {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path), **SAFE_PATH}
 
 
 def announce() -> None:

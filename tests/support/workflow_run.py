@@ -43,7 +43,7 @@ def snakemake(folder: Path, config: Mapping[str, Any] | Path, *arguments: str, c
         file.write_text(yaml.safe_dump(dict(config)))
     environment = {key: value for key, value in os.environ.items() if key != client.ADDRESS}
     done = subprocess.run(
-        [sys.executable, "-m", "snakemake", "--snakefile", ROOT / "Snakefile", *arguments, "--configfile", file],
+        [sys.executable, "-P", "-m", "snakemake", "--snakefile", ROOT / "Snakefile", *arguments, "--configfile", file],
         cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

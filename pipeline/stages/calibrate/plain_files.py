@@ -1,6 +1,6 @@
 """Calibration of plain files, without a workflow: logits or probabilities and labels of any model.
 
-    python -m pipeline.calibrate one.npz other.csv --splits 100 --out calibrated
+    python -P -m pipeline.calibrate one.npz other.csv --splits 100 --out calibrated
 
 An npz holds `logits` or `probabilities` (image, class) and `labels` (image). A CSV has a header, a column `label`, and
 one of numbers for each class: columns that are numbered go by their numbers, others by their order. Where all numbers
@@ -184,7 +184,7 @@ def lines(scored: Scored, whole: Whole, found: dict[str, np.ndarray], methods: S
 def main(arguments: Sequence[str] | None = None) -> None:
     known, default = get_args(Calibration), Calibrate()
     parser = argparse.ArgumentParser(
-        "python -m pipeline.calibrate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "python -P -m pipeline.calibrate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--methods", nargs="+", choices=known, metavar="METHOD", help=", ".join(known))

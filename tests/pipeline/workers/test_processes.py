@@ -11,7 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipeline.workers import processes
+from pipeline.config.cluster import Cluster
+from pipeline.workers import client, processes
 
 ROOT = Path(__file__).parents[3]
 JOB = """
@@ -155,6 +156,18 @@ def test_what_is_left_of_an_earlier_run_is_ended(tmp_path, started):
     assert left.poll() is not None
     assert other.poll() is None
     assert processes.end_leftovers(plans) == 0
+
+
+def test_no_process_imports_from_the_working_folder(tmp_path, monkeypatch):
+    """Those that the pool starts for its workers neither."""
+    for name in ("pipeline", "kernels", "torch", "yaml", "numpy", "distributed", "json", "multiprocessing"):
+        (tmp_path / f"{name}.py").write_text(f"raise SystemExit('{name}.py of the working folder was imported')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv(client.ADDRESS, raising=False)
+    assert processes.in_own_process("pipeline.networks.inspection", [], "the inspection") == []
+    with client.client(Cluster(workers=1), tmp_path / "scratch") as workers:
+        (found,) = workers.run(lambda: (sys.path, str(Path.cwd()))).values()
+    assert found[1] == str(tmp_path) and not {"", ".", str(tmp_path)} & set(found[0])
 
 
 def test_descendants(started):
