@@ -49,7 +49,7 @@ def start() -> subprocess.Popen | None:
             listener.bind(path)
             listener.listen(128)
             process = subprocess.Popen(
-                [sys.executable, "-m", "pipeline.run.forks", str(listener.fileno())],
+                processes.program("pipeline.run.forks", str(listener.fileno())),
                 stdin=subprocess.PIPE,
                 pass_fds=[listener.fileno()],
                 env=os.environ | THREADS | processes.SAFE_PATH,

@@ -62,7 +62,7 @@ def start_pool(cluster: Cluster, scratch: Path) -> tuple[subprocess.Popen, Path]
     scratch.mkdir(parents=True, exist_ok=True)
     address_file = scratch / f"pool-{os.getpid()}-{time.time_ns()}.json"
     process = subprocess.Popen(
-        [sys.executable, "-m", "pipeline.workers.pool", str(address_file), cluster.model_dump_json()],
+        processes.program("pipeline.workers.pool", str(address_file), cluster.model_dump_json()),
         stdin=subprocess.PIPE,
         env=os.environ
         | THREADS

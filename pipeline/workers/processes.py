@@ -40,7 +40,7 @@ def in_own_process(module: str, request: Any, what: str) -> Any:
         asked, answered = Path(folder, "request.json"), Path(folder, "answer.json")
         asked.write_text(json.dumps(request))
         process = subprocess.run(
-            [sys.executable, "-m", module, str(asked), str(answered)],
+            program(module, str(asked), str(answered)),
             env=os.environ | own_imports(),
             stdin=subprocess.DEVNULL,  # nobody answers
             stdout=sys.stderr,
@@ -48,6 +48,20 @@ def in_own_process(module: str, request: Any, what: str) -> Any:
         if process.returncode:
             raise MicrotomeError(f"{what} failed with exit status {process.returncode}")
         return json.loads(answered.read_bytes())
+
+
+def program(module: str, *arguments: str) -> list[str]:
+    """Return the command of one of our programs, as `python -m module`, to which Ctrl-C does nothing from its start on.
+
+    Whoever started it ends it, and answers the person.
+    """
+    return [sys.executable, "-c", _PROGRAM, module, *arguments]
+
+
+_PROGRAM = (
+    "import runpy, signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); del sys.argv[0]; "
+    "runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)"
+)
 
 
 def own_imports() -> dict[str, str]:

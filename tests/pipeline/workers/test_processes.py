@@ -1,6 +1,7 @@
 """Jobs end with the run that started them, answer to SIGTERM, and are found when they do not."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -168,6 +169,23 @@ def test_no_process_imports_from_the_working_folder(tmp_path, monkeypatch):
     with client.client(Cluster(workers=1), tmp_path / "scratch") as workers:
         (found,) = workers.run(lambda: (sys.path, str(Path.cwd()))).values()
     assert found[1] == str(tmp_path) and not {"", ".", str(tmp_path)} & set(found[0])
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell what is ignored")
+def test_ctrl_c_does_nothing_to_our_programs_from_their_start_on(tmp_path):
+    (tmp_path / "asked.json").write_text("[]")
+    command = processes.program(
+        "pipeline.networks.inspection", *map(str, (tmp_path / "asked.json", tmp_path / "a.json"))
+    )
+    process = subprocess.Popen(command, env=os.environ | processes.own_imports(), stderr=subprocess.PIPE, text=True)
+    while not int(re.findall(r"SigIgn:\s*(\w+)", Path(f"/proc/{process.pid}/status").read_text())[0], 16) & 2:
+        time.sleep(0.01)  # Python itself starts
+    while process.poll() is None:
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.05)
+    assert (process.wait(), process.stderr.read()) == (0, "")
+    process.stderr.close()
+    assert (tmp_path / "a.json").read_text() == "[]"
 
 
 def test_descendants(started):
