@@ -6,7 +6,8 @@ An npz holds `logits` or `probabilities` (image, class) and `labels` (image). A 
 one of numbers for each class: columns that are numbered go by their numbers, others by their order. Where all numbers
 are within [0, 1] they are probabilities. One column, or an array (image), holds scores of class 1 of two.
 Nothing in a file is executed. Prints for each file the errors as it is, and a table of the methods; with `--out` writes
-<name>/calibration.csv and <name>/calibration-bins.csv, as the stage does.
+<name>/calibration.csv and <name>/calibration-bins.csv, as the stage does, and <name>/calibration-all.csv: the ECE of
+all images as they are, with its interval.
 """
 
 from __future__ import annotations
@@ -34,9 +35,12 @@ from pipeline.stages.calibrate.scores import outside_of, read_scores
 from pipeline.stages.calibrate.settings import Calibrate, Calibration
 from pipeline.stages.calibrate.tasks import DRAWS_OF_CLASSES, Judged, chosen, evaluate, fitted_on, in_two, keys
 from pipeline.storage.atomic import write_atomically
+from pipeline.storage.tables import csv_bytes, number
 from pipeline.workers import devices
 
 NAMES = ("logits", "probabilities")
+WHOLE = "calibration-all.csv"
+OF_ALL = ("accuracy", "mean_confidence", "nll", "ece", "ece_low", "ece_high", "ece_null_high")
 COPIES = 4  # of what was read, in the precision that is computed in: float32 becomes float64, and its logarithm
 SHOWN = ("accuracy", "ece", "ece_2.5", "ece_97.5", "ece_low", "ece_high", "ece_null_high", "nll", "brier")
 
@@ -181,6 +185,13 @@ def lines(scored: Scored, whole: Whole, found: dict[str, np.ndarray], methods: S
     return [*remarks, head, f"means over {splits} random splits:", *aligned, *outside_of(shown)]
 
 
+def whole_table(scored: Scored, whole: Whole) -> bytes:
+    """Return a table of one row: the file as it is, over all its images, with the interval and the null of its ECE."""
+    images, classes = len(scored.labels), scored.said.shape[1]
+    row = {"images": images, "classes": classes} | {name: number(whole.measures[name]) for name in OF_ALL}
+    return csv_bytes(row, [row.values()])
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     known, default = get_args(Calibration), Calibrate()
     parser = argparse.ArgumentParser(
@@ -204,7 +215,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             scored = read(path)
             whole, found, methods = calibrate(scored, section)
             print("\n".join(lines(scored, whole, found, methods)), flush=True)
-            for name, data in tables(found, methods, whole).items() if out else ():
+            written = {WHOLE: whole_table(scored, whole), **tables(found, methods, whole)} if out else {}
+            for name, data in written.items():
                 write_atomically(out / scored.name / name, data)
     except ValidationError as error:
         said = [explain(item, Calibrate).removeprefix("the top level: ") for item in error.errors(include_url=False)]
