@@ -2,6 +2,7 @@
 
 import csv
 
+import drawn_text
 import numpy as np
 import pytest
 
@@ -56,6 +57,9 @@ def test_logits_and_probabilities_of_both_kinds_of_file_are_one(tmp_path, capsys
             for name in one.keys() - {"method"}:
                 assert one[name] == two[name] or float(one[name]) == pytest.approx(float(two[name]), abs=1e-6), name
     assert len((tmp_path / "out/logits/calibration-bins.csv").read_text().splitlines()) == 1 + 15 * 4
+    (whole,) = rows_of(tmp_path / "out/logits/calibration-all.csv")
+    assert (whole["images"], whole["classes"]) == ("240", "4")
+    assert f"ECE {float(whole['ece']):.2%} [{float(whole['ece_low']):.2%}, {float(whole['ece_high']):.2%}]" in printed
 
 
 @pytest.mark.parametrize(
@@ -373,8 +377,10 @@ def experiment(tmp_path):
     return Experiment(tmp_path / "results", tmp_path / "out", "A title", tuple(steps))
 
 
-def test_the_page_shows_the_numbers(experiment):
+def test_the_page_shows_the_numbers(experiment, monkeypatch):
+    cut_off = drawn_text.collect(monkeypatch)
     (page,) = page_of.pages(experiment)
+    assert cut_off == []
     assert len(page.findings) == 2 and "cnn is right on" in page.findings[0]
     assert [figure.kind for figure in page.figures] == ["reliability", "calibration-methods"] * 2 + [
         "calibration-networks"
