@@ -63,13 +63,15 @@ chaos: $(VENV)/installed ## Kill, damage and starve a miniature experiment, and 
 	@cd build/chaos && ../../$(BIN)/python ../../tests/chaos/chaos.py --results results $(foreach one,$(ONLY),--only '$(one)') -- \
 	  ../../$(BIN)/snakemake --snakefile ../../Snakefile --configfile ../../tests/chaos/miniature.yaml
 
-# uv installs in seconds what pip installs in minutes. The kernels are compiled here, once, and cached.
-$(VENV)/installed: requirements.lock requirements-slurm.lock
+# uv installs in seconds what pip installs in minutes. This checkout is installed as it is, so that `python -P -m pipeline...`
+# runs from any folder and imports nothing of it. The kernels are compiled here, once, and cached.
+$(VENV)/installed: requirements.lock requirements-slurm.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.x")'
 	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
 	@$(BIN)/uv pip sync --quiet --python $(BIN)/python --require-hashes requirements.lock
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes --no-deps --target $(VENV)/slurm --requirement requirements-slurm.lock
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
 	@$(BIN)/python -m kernels.compile
 	@touch $@
 

@@ -1,4 +1,4 @@
-"""Calibrate plain files: `python -m pipeline.calibrate`. The program is `pipeline.stages.calibrate.plain_files`."""
+"""Calibrate plain files: `python -P -m pipeline.calibrate`. The program is `pipeline.stages.calibrate.plain_files`."""
 
 import os
 import runpy

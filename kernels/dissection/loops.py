@@ -8,6 +8,7 @@ fastmath: multiplications and additions are rounded one by one, in the order wri
 A loop returns -1, or the number image * units + unit of the first map that holds a value that is not finite.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,10 +20,19 @@ SMALLEST_NORMAL = 2.0**-14
 SPACING = 2.0**-24  # of float16 below its smallest normal
 INTEGERS = 2.0**52  # added to a float64 below 2**52, it rounds that to an integer, ties to even
 
+
+def _compiled(function: Callable[..., Any]) -> Any:
+    """Compile a loop and cache it beside its source, else for this user; where neither can be written, in memory."""
+    try:
+        return njit(cache=True, nogil=True)(function)
+    except RuntimeError:  # numba: "no locator available"
+        return njit(nogil=True)(function)
+
+
 SLACK = 1e-12  # of the largest corner: far above what rounding can add to a value
 
 
-@njit(cache=True, nogil=True)
+@_compiled
 def sample(bits, width, zeros, row_cell, row_fraction, column_cell, column_fraction, codes):  # type: ignore[no-untyped-def]
     """Write `codes` (n, units, rows, columns) uint16: maps of a given width, sampled at some rows and columns."""
     images, units, positions = bits.shape
@@ -43,7 +53,7 @@ def sample(bits, width, zeros, row_cell, row_fraction, column_cell, column_fract
     return -1
 
 
-@njit(cache=True, nogil=True)
+@_compiled
 def tail(  # type: ignore[no-untyped-def]
     bits, cut, floor, ceiling, shift, offset, zeros, row_start, row_fraction, column_start, column_fraction, count
 ):
@@ -170,7 +180,7 @@ def edges(padded, i, start, end, column_start, column_fraction, upper, fall):  #
     return k
 
 
-@njit(cache=True, nogil=True)
+@_compiled
 def label_columns(label_map, lookup, column, present, area):  # type: ignore[no-untyped-def]
     """Translate label maps (n, categories, H, W) uint16 into `column` (n, H * W, categories) uint16.
 
@@ -191,7 +201,7 @@ def label_columns(label_map, lookup, column, present, area):  # type: ignore[no-
             present[image, k] = nothing < height * width
 
 
-@njit(cache=True, nogil=True)
+@_compiled
 def intersections(  # type: ignore[no-untyped-def]
     bits,
     threshold,

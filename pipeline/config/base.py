@@ -1,10 +1,11 @@
 """Base of all sections: the strict model, common types, and reserved names."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+
+from pipeline.storage.redact import home
 
 RESERVED = ("networks", "layers", "done", "logs", "report")
 
@@ -26,7 +27,11 @@ Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,6
 
 def at_home(path: str) -> str:
     """Return a path with the home folder in place of a leading `~`."""
-    return str(Path.home()) + path[1:] if path == "~" or path.startswith("~/") else path
+    if path != "~" and not path.startswith("~/"):
+        return path
+    if (folder := home()) is None:
+        raise ValueError(f"there is no home folder for `~` in {path}: give the whole path")
+    return str(folder) + path[1:]
 
 
 PathName = Annotated[str, AfterValidator(at_home)]

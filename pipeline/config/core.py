@@ -19,6 +19,7 @@ from pipeline.config.report import Figures, Report
 from pipeline.config.section import Section
 from pipeline.errors import nearest
 from pipeline.storage.object_storage import URL
+from pipeline.storage.redact import home
 
 
 class Controls(Strict):
@@ -71,7 +72,7 @@ class Core(Strict):
             raise ValueError("give the folder of all results")
         if found := sorted(set(value) & set("{}")):
             raise ValueError(f"{' and '.join(found)} in a path is a placeholder for Snakemake: name another folder")
-        if (path := Path(value).expanduser().resolve()) in (Path(path.anchor), Path.home()):
+        if (path := Path(value).resolve()) in (Path(path.anchor), home()):
             raise ValueError(f"{path} holds more than results: name a folder of its own")
         return value
 

@@ -7,6 +7,7 @@ separate file. Its record is that of the file that holds it.
 from __future__ import annotations
 
 import functools
+import io
 import math
 import struct
 import zipfile
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.data.csv_tables import composed
+from pipeline.data.decode import ChangedError, Stamp, check_listed
 from pipeline.data.listing import MOST_CLASSES, SPLIT_NAME, STRINGS, Listing, one_name_a_split
 from pipeline.data.plain_pickle import read_dict
 from pipeline.errors import MicrotomeError, nearest
@@ -27,6 +29,8 @@ from pipeline.errors import MicrotomeError, nearest
 HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 MOST_LOADED = 4 << 30  # bytes of a compressed array that a worker holds; an uncompressed array is mapped
 READ_AT_ONCE = 1 << 24
+LONGEST_HEADER = 1 << 14  # bytes of an .npy; numpy reads none of more than 10,000
+LONGEST_TEXT = 4096  # bytes of an entry of an array of text, four a character
 LOCAL_HEADER = struct.Struct("<26xHH")  # of a zip member; the lengths of its name and of its extra field come last
 
 CIFAR10_FOLDER = "cifar-10-batches-py"
@@ -112,11 +116,12 @@ def member(path: Path, name: str) -> Member:
                 raise MicrotomeError(f"{path} has the arrays {there}; expected {name!r}{nearest(name, names)}")
             info = archive.getinfo(name + ".npy")
             with archive.open(info) as file:
-                version = np.lib.format.read_magic(file)
+                head = io.BytesIO(file.read(LONGEST_HEADER))  # a header may say that it has gigabytes
+                version = np.lib.format.read_magic(head)
                 if version not in HEADERS:
                     raise MicrotomeError(f"{path}: array {name!r} is in version {version} of npy, not known here")
-                shape, fortran, dtype = HEADERS[version](file)
-                begins = file.tell()
+                shape, fortran, dtype = HEADERS[version](head)
+                begins = head.tell()
         if dtype.hasobject:
             raise MicrotomeError(f"{path}: array {name!r} holds Python objects, which are not read; save plain numbers")
         if min(shape, default=0) < 0 or begins + math.prod(shape) * dtype.itemsize != info.file_size:
@@ -220,6 +225,11 @@ def _splits(path: Path, count: int) -> list[str]:
             f"{path}: array 'split' has type {found.dtype} and shape {found.shape}; expected {count:,} texts, one for "
             "each image"
         )
+    if found.dtype.itemsize > LONGEST_TEXT:
+        raise MicrotomeError(
+            f"{path}: array 'split' has room for {found.dtype.itemsize // 4:,} characters in each text; expected names "
+            "of splits: save it with the type that numpy gives a list of names"
+        )
     check(found)
     names = values(found).astype(str).tolist()
     wrong = next((name for name in set(names) if not SPLIT_NAME.fullmatch(name)), None)
@@ -299,10 +309,14 @@ def cifar10_batch(path: Path) -> tuple[np.ndarray, list[int]]:
 # Reading one image ----------------------------------------------------------------------------------------------------
 
 
-def npz_image(path: Path, images: str, index: int) -> np.ndarray:
-    """Return one image of an npz as uint8 (3, height, width), with grey repeated. A worker opens the array once."""
-    found, array = _opened(path, images, path.stat().st_mtime_ns)
-    image = np.asarray(array[index])
+def npz_image(path: Path, images: str, index: int, listed: Stamp | None = None) -> np.ndarray:
+    """Return one image of an npz as uint8 (3, height, width), with grey repeated. A worker opens the array once.
+
+    With `listed`, another file than was listed raises `ChangedError`.
+    """
+    found, array = _opened(path, images, _time_of(path, listed))
+    image = np.array(array[index])
+    _time_of(path, listed)  # what was opened, and read from the map, lay between two looks at the file
     match layout(found):
         case "none":
             image = image[None]
@@ -311,15 +325,29 @@ def npz_image(path: Path, images: str, index: int) -> np.ndarray:
     return np.repeat(image, 3, axis=0) if len(image) == 1 else image
 
 
-def cifar10_image(root: Path, split: str, index: int) -> np.ndarray:
-    """Return one image of CIFAR-10 as uint8 (3, 32, 32). A worker reads each batch once (31 MB each)."""
+def cifar10_image(root: Path, split: str, index: int, listed: Stamp | None = None) -> np.ndarray:
+    """Return one image of CIFAR-10 as uint8 (3, 32, 32). A worker reads each batch once (31 MB each).
+
+    With `listed`, another file than was listed raises `ChangedError`.
+    """
     for name in CIFAR10_BATCHES[split]:
         path = root / CIFAR10_FOLDER / name
         images = _batch_images(path, path.stat().st_mtime_ns)
         if index < len(images):
+            _time_of(path, listed)
             return images[index]
         index -= len(images)
     raise MicrotomeError(f"{root / CIFAR10_FOLDER}: the batches of {split} have fewer images than they had; run again")
+
+
+def _time_of(path: Path, listed: Stamp | None) -> int:
+    """Return mtime_ns of a file; raise `ChangedError` if it is not the one that was listed."""
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise ChangedError(f"{path} cannot be read now ({error.strerror}): run again when it can") from error
+    check_listed(path, found, listed)
+    return found.st_mtime_ns
 
 
 @functools.lru_cache(maxsize=8)

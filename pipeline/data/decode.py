@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
@@ -49,6 +50,11 @@ PATH_ERRORS = {
     errno.EIO: "the disk cannot read it",
 }
 
+# Of a file that was there when the data set was listed: it may be back in a moment.
+PASSING = frozenset(
+    (errno.ENOENT, errno.ENOTDIR, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN)
+)
+
 # Pillow's pixel limit and Python's warning filters are global to the process.
 _pillow = threading.Lock()
 
@@ -59,6 +65,22 @@ class Refused(MicrotomeError):  # noqa: N818 - an outcome that a stage records
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
         self.reason = reason
+
+
+Stamp = tuple[int, int]
+"""Size and mtime_ns of a file as it was listed; -1 if there was no regular file."""
+
+
+class ChangedError(MicrotomeError):
+    """A file that is not, or not now, the one that was listed: no property of the image, so it is not recorded."""
+
+
+def check_listed(path: Path | str, found: os.stat_result, listed: Stamp | None) -> None:
+    """Raise `ChangedError` if a file has another size or time than when it was listed; None: it was not listed."""
+    if listed is not None and (found.st_size, found.st_mtime_ns) != listed:
+        raise ChangedError(
+            f"{path} changed after the data set was listed: run again when it is complete, with `--config rescan=true`"
+        )
 
 
 @dataclass(frozen=True)
@@ -124,18 +146,25 @@ class Geometry:
         return self.offsets(*self.resized(height, width))[2:]
 
 
-def decode(path: Path | str, geometry: Geometry, max_pixels: int, reading: Reading = AS_STATED) -> np.ndarray:
+def decode(
+    path: Path | str,
+    geometry: Geometry,
+    max_pixels: int,
+    reading: Reading = AS_STATED,
+    listed: Stamp | None = None,
+) -> np.ndarray:
     """Return the image in `path` as uint8 (3, height, width), in RGB.
 
     Unless `reading` says otherwise, the image is turned upright (EXIF) before anything else. Grey is repeated, palettes
     are looked up, CMYK and YCCK are converted by Pillow's formula (colour profiles are not applied), transparency is
     composited over white, 16-bit grey is divided by 257 and rounded (other depths by their own maximum). Of an
-    animation, the first frame is taken.
+    animation, the first frame is taken. `listed` is what the file was when the data set was listed.
 
-    Raises `Refused`: not a regular file, not one of `FORMATS`, more than `max_pixels` before or after the resize,
-    truncated, pixels whose range is unknown (32-bit and float), or values of more bits than `reading.bits`.
+    Raises `ChangedError` if the file is not what was listed, and `Refused`: not a regular file, not one of `FORMATS`,
+    more than `max_pixels` before or after the resize, truncated, pixels whose range is unknown (32-bit and float), or
+    values of more bits than `reading.bits`.
     """
-    with opened(path, FORMATS, max_pixels) as image:
+    with opened(path, FORMATS, max_pixels, listed) as image:
         deep_colours = ";16" in str(image.tile[0][3]) if image.tile else False
         if not reading.upright and image.format == "TIFF" and orientation(image) != 1:
             raise Refused("a TIFF with an orientation, which is always turned upright: save it without one")
@@ -168,10 +197,14 @@ def size_of(path: Path | str, max_pixels: int, reading: Reading = AS_STATED) -> 
 
 
 def size_and_orientation(
-    path: Path | str, max_pixels: int, reading: Reading = AS_STATED, formats: tuple[str, ...] = FORMATS
+    path: Path | str,
+    max_pixels: int,
+    reading: Reading = AS_STATED,
+    formats: tuple[str, ...] = FORMATS,
+    listed: Stamp | None = None,
 ) -> tuple[tuple[int, int], int]:
     """Return (height, width) as `size_of`, and the EXIF orientation, 1 to 8."""
-    with opened(path, formats, max_pixels) as image:
+    with opened(path, formats, max_pixels, listed) as image:
         width, height = image.size
         turned = orientation(image)
         # Pillow has already swapped the sides of a TIFF.
@@ -235,14 +268,32 @@ def same_shape(height: int, width: int, image_height: int, image_width: int) -> 
 
 
 @contextmanager
-def opened(path: Path | str, formats: tuple[str, ...], max_pixels: int) -> Iterator[ImageFile.ImageFile]:
+def opened(
+    path: Path | str, formats: tuple[str, ...], max_pixels: int, listed: Stamp | None = None
+) -> Iterator[ImageFile.ImageFile]:
     """Open an image with Pillow and check its header and size against `max_pixels`; every failure is `Refused`.
+
+    With `listed`, a file that is another one than was listed, or that changes while it is read, raises `ChangedError`.
 
     Pillow's own limits, which also guard a WebP canvas and a TIFF tile before they are allocated, are set to
     `max_pixels`. That limit and the warning filters are global, so one thread per process decodes at a time.
     """
-    file = _open_regular(path)
-    with file, _pillow, warnings.catch_warnings():
+    with _open_regular(path, listed) as file:
+        try:
+            with _image_in(file, formats, max_pixels) as image:
+                yield image
+        except OSError as error:
+            if listed is None:
+                raise Refused(_reason(error)) from error
+            raise _unreadable(path, error) from error
+        finally:  # what was found while somebody wrote the file is no finding
+            check_listed(path, os.fstat(file.fileno()), listed)
+
+
+@contextmanager
+def _image_in(file: BinaryIO, formats: tuple[str, ...], max_pixels: int) -> Iterator[ImageFile.ImageFile]:
+    """Open an image in an open file; every failure is `Refused`, but that of a disk or of a network."""
+    with _pillow, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, max_pixels / 2  # type: ignore[assignment]  # errors at twice
         try:
@@ -257,24 +308,41 @@ def opened(path: Path | str, formats: tuple[str, ...], max_pixels: int) -> Itera
         except UnidentifiedImageError as error:
             raise Refused(f"not an image; expected {', '.join(formats)}") from error
         except Exception as error:  # with damaged files, Pillow raises nearly every type of error
+            if isinstance(error, OSError) and error.errno in PASSING:
+                raise
             raise Refused(_reason(error)) from error
         finally:
             Image.MAX_IMAGE_PIXELS = limit
 
 
-def _open_regular(path: Path | str):
+def _open_regular(path: Path | str, listed: Stamp | None = None) -> BinaryIO:
     """Open a regular file that is not empty, without ever blocking on a named pipe or a device."""
+    there = listed is not None and listed[0] >= 0
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
+        if there and error.errno in PASSING:
+            raise _unreadable(path, error) from error
         if error.errno not in PATH_ERRORS:
             raise
         raise Refused(PATH_ERRORS[error.errno]) from error
     status = os.fstat(descriptor)
-    if not stat.S_ISREG(status.st_mode) or status.st_size == 0:
+    regular = stat.S_ISREG(status.st_mode)
+    try:
+        if regular or there:
+            check_listed(path, status, listed)
+        if not regular or status.st_size == 0:
+            raise Refused("empty file" if regular else "not a regular file")
+    except MicrotomeError:
         os.close(descriptor)
-        raise Refused("empty file" if stat.S_ISREG(status.st_mode) else "not a regular file")
+        raise
     return os.fdopen(descriptor, "rb")
+
+
+def _unreadable(path: Path | str, error: OSError) -> ChangedError:
+    return ChangedError(
+        f"{path} cannot be read now ({error.strerror}): run again when it can, or remove it from the data set"
+    )
 
 
 def _reason(error: Exception) -> str:

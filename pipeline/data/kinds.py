@@ -37,12 +37,13 @@ from pipeline.errors import MicrotomeError, nearest
 from pipeline.storage.identity import digest
 
 if TYPE_CHECKING:
-    from pipeline.data.decode import Geometry, Reading
+    from pipeline.data.decode import Geometry, Reading, Stamp
     from pipeline.data.label_maps import ClassList
     from pipeline.data.listing import Listing, SplitRule
 
 
 SHOWN = 3  # classes that the plan names
+IMAGE = ""  # in place of a category: the image itself
 LOOKED_AT = 8  # images whose range of grey is looked at
 
 
@@ -361,8 +362,11 @@ def image_size(dataset: AnyDataset, listed: Listing) -> tuple[int, int]:
     raise MicrotomeError(f"{dataset.root}: not one of {len(listed)} images can be read; the last: {reason}")
 
 
-def read_image(dataset: AnyDataset, image_id: str, size: tuple[int, int]) -> np.ndarray:
-    """Return one image as uint8 (3, height, width), or raise `decode.Refused`."""
+def read_image(dataset: AnyDataset, image_id: str, size: tuple[int, int], listed: Stamp | None = None) -> np.ndarray:
+    """Return one image as uint8 (3, height, width), or raise `decode.Refused`.
+
+    With `listed`, size and mtime_ns of its file in the listing, another file there raises `decode.ChangedError`.
+    """
     from pipeline.data.decode import Refused, decode, transform_array
 
     match dataset:
@@ -371,16 +375,17 @@ def read_image(dataset: AnyDataset, image_id: str, size: tuple[int, int]) -> np.
         case Npz():
             from pipeline.data.arrays import npz_image
 
-            pixels = npz_image(*_npz_place(dataset, image_id))
+            pixels = npz_image(*_npz_place(dataset, image_id), listed)
             image = transform_array(pixels, geometry(dataset), dataset.max_pixels)
         case Cifar10():
             from pipeline.data.arrays import cifar10_image
 
             split, _, index = image_id.partition("/")
-            pixels = cifar10_image(Path(dataset.root), split, int(index))
+            pixels = cifar10_image(Path(dataset.root), split, int(index), listed)
             image = transform_array(pixels, geometry(dataset), dataset.max_pixels)
         case _:
-            image = decode(Path(dataset.root) / image_id, geometry(dataset), dataset.max_pixels, reading(dataset))
+            path = Path(dataset.root) / image_id
+            image = decode(path, geometry(dataset), dataset.max_pixels, reading(dataset), listed)
     if image.shape[1:] != size:
         raise Refused(
             f"{image.shape[2]}x{image.shape[1]} pixels, expected {size[1]}x{size[0]} as the first image: "
@@ -430,11 +435,16 @@ def truth_categories(dataset: AnyDataset) -> dict[str, list[str]]:
 
 
 def read_label_maps(
-    dataset: AnyDataset, image_id: str, paths: Mapping[str, Path | None], size: tuple[int, int]
+    dataset: AnyDataset,
+    image_id: str,
+    paths: Mapping[str, Path | None],
+    size: tuple[int, int],
+    listed: Mapping[str, Stamp] | None = None,
 ) -> dict[str, np.ndarray]:
     """Return the ground truth of one image, uint16 (height, width) by category, or raise `decode.Refused`.
 
-    `paths` are the image's label maps by category, if the data set has such files.
+    `paths` are the image's label maps by category, if the data set has such files. With `listed`, their sizes and times
+    in the listing, and those of the image under `IMAGE`, another file there raises `decode.ChangedError`.
     """
     from pipeline.data.decode import Refused, size_and_orientation
     from pipeline.data.label_maps import check_orientation, decode_label_map
@@ -446,7 +456,9 @@ def read_label_maps(
             return dict(zip(CATEGORIES, _scene(dataset, image_id, image=False)[0], strict=True))
         case Segmentation():
             most, own = dataset.max_pixels, reading(dataset)
-            image_size, turned = size_and_orientation(Path(dataset.root) / image_id, most, own)
+            stamps = listed or {}
+            image = Path(dataset.root) / image_id
+            image_size, turned = size_and_orientation(image, most, own, listed=stamps.get(IMAGE))
             found = {}
             for category, maps in dataset.label_maps.items():
                 path = paths.get(category)
@@ -455,7 +467,9 @@ def read_label_maps(
                 classes, lookup = _lookup(maps.model_dump_json(), Path(maps.classes).stat().st_mtime_ns)
                 if own.upright and dataset.exif is None:
                     check_orientation(path, image_size, turned, most)
-                label_map = decode_label_map(path, classes, lookup, geometry(dataset), image_size, most, own.upright)
+                label_map = decode_label_map(
+                    path, classes, lookup, geometry(dataset), image_size, most, own.upright, stamps.get(category)
+                )
                 if label_map.shape != size:
                     raise Refused(f"label map {path} gives {label_map.shape}, expected {size}")
                 found[category] = label_map

@@ -12,6 +12,7 @@ import numpy as np
 from pipeline.data.decode import (
     Geometry,
     Refused,
+    Stamp,
     opened,
     same_shape,
     size_and_orientation,
@@ -88,17 +89,18 @@ def decode_label_map(
     image_size: tuple[int, int],
     max_pixels: int,
     upright: bool = True,
+    listed: Stamp | None = None,
 ) -> np.ndarray:
     """Return uint16 (height, width): the concept number at each pixel of the transformed image, 0 for nothing.
 
     lookup: from `classes.lookup(numbers)`, made once. image_size: (height, width) of the image (`size_of`). upright:
-    whether both are turned by their EXIF orientation.
+    whether both are turned by their EXIF orientation. listed: size and time of the label map, as it was listed.
 
-    Raises `Refused`: as `read_label_map`; an index that is not in the class list; a shape that differs from the
-    image's.
+    Raises `ChangedError` if it is not what was listed, and `Refused`: as `read_label_map`; an index that is not in the
+    class list; a shape that differs from the image's.
     """
     try:
-        indices = read_label_map(path, max_pixels, upright)
+        indices = read_label_map(path, max_pixels, upright, listed)
         numbers = lookup[indices]
         if numbers.min() < 0:
             y, x = np.unravel_index(np.argmin(numbers), numbers.shape)
@@ -129,7 +131,7 @@ def check_orientation(path: Path | str, image_size: tuple[int, int], orientation
     )
 
 
-def read_label_map(path: Path | str, max_pixels: int, upright: bool = True) -> np.ndarray:
+def read_label_map(path: Path | str, max_pixels: int, upright: bool = True, listed: Stamp | None = None) -> np.ndarray:
     """Return uint16 (height, width): the indices stored in a PNG of grey (1 to 16 bits) or palette colours.
 
     It is turned by its EXIF orientation if `upright`.
@@ -138,7 +140,7 @@ def read_label_map(path: Path | str, max_pixels: int, upright: bool = True) -> n
 
     Raises `Refused`: not a PNG, colours instead of indices, or as `pipeline.data.decode.decode`.
     """
-    with opened(path, ("PNG",), max_pixels) as image:
+    with opened(path, ("PNG",), max_pixels, listed) as image:
         mode, raw_mode = image.mode, str(image.tile[0][3])
         image.load()
         indices = np.asarray(turn_upright(image, image) if upright else image)

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
+import os
 import sys
+import threading
 import types
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 from pipeline.config.networks import TRAINED_HERE, Described, NetworkSpec
 from pipeline.errors import MicrotomeError, nearest
@@ -23,6 +27,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+_ENDS = {"_exit": "ends the process", "fork": "forks the process", "forkpty": "forks the process"}  # functions of os
 _LONGEST = 500  # characters of a foreign error message, which may list all keys of a network
 
 
@@ -91,7 +96,7 @@ def build(described: Described, device: str = "cpu", fresh: bool = False) -> nn.
     from pipeline.networks.returned import returning
 
     spec = NetworkSpec.of(described)
-    with only_named_files(spec):
+    with only_named_files(spec), _contained(spec):
         network = _on(spec, device, _file_builder(spec, fresh) if spec.library is None else library(spec).builder(spec))
     if not isinstance(network, nn.Module):
         raise MicrotomeError(
@@ -184,6 +189,52 @@ def _on(spec: NetworkSpec, device: str, make: Callable[..., Any]) -> Any:
             ) from error
 
 
+@contextlib.contextmanager
+def _contained(spec: NetworkSpec) -> Iterator[None]:
+    """Refuse a network's own code that exits, forks, or waits for input: it would take this process with it."""
+    if spec.module_file is None:
+        yield
+        return
+    own = threading.get_ident()
+
+    def refused(does: str) -> MicrotomeError:
+        return MicrotomeError(
+            f"network file {spec.module_file} {does}, expected a file that only defines networks: move that below "
+            f"`if __name__ == '__main__':`"
+        )
+
+    class NoInput(io.TextIOBase):
+        def read(self, _: int | None = -1) -> str:
+            raise refused("reads from standard input")
+
+        def readline(self, _: int = -1) -> str:  # type: ignore[override]
+            raise refused("reads from standard input")
+
+    with contextlib.ExitStack() as stack:
+        for name, does in (
+            ("_exit", "ends the process"),
+            ("fork", "forks the process"),
+            ("forkpty", "forks the process"),
+        ):
+            stack.enter_context(patch.object(os, name, _unless(own, getattr(os, name), refused(does))))
+        stack.enter_context(patch.object(sys, "stdin", NoInput()))
+        try:
+            yield
+        except SystemExit as error:
+            raise refused(f"exits ({error.code!r})") from error
+
+
+def _unless(thread: int, function: Callable[..., Any], error: MicrotomeError) -> Callable[..., Any]:
+    """Return a function that raises an error in one thread; in others it is as it was."""
+
+    def called(*arguments: Any) -> Any:
+        if threading.get_ident() == thread:
+            raise error
+        return function(*arguments)
+
+    return called
+
+
 def _file_builder(spec: NetworkSpec, fresh: bool) -> Callable[..., Any]:
     path = spec.module_file
     assert path is not None
@@ -221,7 +272,7 @@ def _import_file(path: Path, fresh: bool) -> types.ModuleType:
         exec(compile(source, str(path), "exec"), module.__dict__)
     except BaseException as error:
         del sys.modules[name]
-        if isinstance(error, Exception):
+        if isinstance(error, Exception) and not isinstance(error, MicrotomeError):
             raise MicrotomeError(f"network file {path} cannot be loaded: {type(error).__name__}: {error}") from error
         raise
     return module

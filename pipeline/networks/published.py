@@ -26,6 +26,7 @@ from pipeline.errors import MicrotomeError
 from pipeline.networks.build import library, missing
 from pipeline.storage.atomic import write_atomically
 from pipeline.storage.identity import FileDigests
+from pipeline.storage.redact import home
 from pipeline.workers.processes import in_own_process
 
 MEMORY = "published.json"
@@ -331,7 +332,8 @@ def _in_hub(repository: str, name: str) -> Path | None:
 def torch_cache() -> Path:
     """Return where torch keeps the files that it fetched, as `torch.hub.get_dir` does."""
     caches = os.environ.get("XDG_CACHE_HOME", "~/.cache")
-    return Path(os.environ.get("TORCH_HOME", os.path.join(caches, "torch")), "hub", "checkpoints").expanduser()  # noqa: PTH118
+    found = Path(os.environ.get("TORCH_HOME", os.path.join(caches, "torch")), "hub", "checkpoints")  # noqa: PTH118
+    return found.expanduser() if home() is not None else found
 
 
 def _absent(spec: NetworkSpec, published: Published | None) -> MicrotomeError:

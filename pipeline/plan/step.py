@@ -91,6 +91,7 @@ class Plan:
     classes: Mapping[str, int] = field(default_factory=dict)
     described: tuple[str, ...] = field(default=(), compare=False)  # the jobs of a run need neither
     notices: tuple[str, ...] = field(default=(), compare=False)
+    cache: Path | None = field(default=None, compare=False)  # in place of the folder of disposable files: of a dry run
 
     @property
     def results(self) -> Path:
@@ -99,7 +100,7 @@ class Plan:
     @property
     def scratch(self) -> Path:
         """Folder for disposable files: caches, pool addresses, plans."""
-        return scratch_of(self.config)
+        return self.cache or scratch_of(self.config)
 
     def original(self, network: str) -> str:
         """Return the configured network that a control or a copy belongs to; otherwise the network itself."""

@@ -5,14 +5,7 @@ import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-
-def safe(text: str) -> str:
-    """Return text from data as a CSV cell that no spreadsheet evaluates as a formula.
-
-    Spreadsheets evaluate a cell that starts with =, +, -, @, a tab or a line break; an apostrophe before it prevents
-    that.
-    """
-    return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r", "\n") else text
+from pipeline.storage.tables import safe
 
 
 def _cell(value: object) -> object:

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from pipeline.run.job import run_job
+from pipeline.workers import processes
 from pipeline.workers.pool import THREADS
 
 SOCKET = "MICROTOME_JOBS"  # environment variable: the path of this process's socket
@@ -48,10 +49,10 @@ def start() -> subprocess.Popen | None:
             listener.bind(path)
             listener.listen(128)
             process = subprocess.Popen(
-                [sys.executable, "-m", "pipeline.run.forks", str(listener.fileno())],
+                processes.program("pipeline.run.forks", str(listener.fileno())),
                 stdin=subprocess.PIPE,
                 pass_fds=[listener.fileno()],
-                env=os.environ | THREADS,
+                env=os.environ | THREADS | processes.SAFE_PATH,
                 start_new_session=True,  # Ctrl-C in the terminal reaches the clients, which pass it on
             )
     except OSError as error:
@@ -120,7 +121,7 @@ def _listen(connection: socket.socket) -> None:
     with contextlib.suppress(OSError):
         while number := connection.recv(1):
             os.kill(os.getpid(), number[0])
-    os._exit(1)
+    processes.end("the process that Snakemake started for it is gone")
 
 
 if __name__ == "__main__":

@@ -38,6 +38,8 @@ def run_job(manifest: str, log: str) -> int:
         try:
             STAGES[step.stage].run(Job(plan, step, STAGES))
         except MicrotomeError as error:
+            if why := processes.orphaned():  # the pool goes with the main process, and may be missed first
+                processes.end(why)
             about = "" if str(error).startswith(step.name) else f"{step.name}: "
             print(f"error: {about}{error}", file=sys.stderr)
         except KeyboardInterrupt:

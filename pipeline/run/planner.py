@@ -18,18 +18,23 @@ from pipeline.plan.stage import Copy, Draft, Stage, Wanted
 from pipeline.plan.step import Key, Plan, Step, scratch_of
 from pipeline.run import experiment
 from pipeline.stages.registry import STAGES
-from pipeline.storage import object_storage
+from pipeline.storage import dry_cache, object_storage
 from pipeline.storage.atomic import write_atomically
 from pipeline.storage.identity import FileDigests, digest
 
 
-def make(config: Core, rescan: bool = False, arguments: Sequence[str] = ()) -> Plan:
-    """Compute every step of a configuration, from listings, checkpoints and module files (read through caches)."""
-    scratch = scratch_of(config)
+def make(config: Core, rescan: bool = False, arguments: Sequence[str] = (), dry: bool = False) -> Plan:
+    """Compute every step of a configuration, from listings, checkpoints and module files (read through caches).
+
+    With `dry`, nothing is written but these caches, and a results folder that does not exist is not made.
+    """
+    if not dry:
+        dry_cache.take_over(Path(config.results))
+    scratch = dry_cache.place(Path(config.results)) if dry else scratch_of(config)
     digests = FileDigests(scratch / "files.json")
-    object_storage.settle(Path(config.results), config.stores)
+    object_storage.settle(Path(config.results), config.stores, dry)
     config = published.resolve(config, scratch, digests)
-    draft = Draft(config, summaries(config, rescan), digests, stages=STAGES)
+    draft = Draft(config, summaries(config, scratch, rescan), digests, stages=STAGES)
     add_networks(draft, STAGES.values())
     for stage in STAGES.values():
         for wanted in stage.steps(draft):
@@ -52,15 +57,16 @@ def make(config: Core, rescan: bool = False, arguments: Sequence[str] = ()) -> P
         classes,
         tuple(described),
         tuple(notices),
+        scratch if dry else None,
     )
 
 
-def summaries(config: Core, rescan: bool) -> dict[str, Summary]:
+def summaries(config: Core, scratch: Path, rescan: bool) -> dict[str, Summary]:
     """Return a summary of each data set's listing."""
     found = {}
     for name, dataset in config.datasets.items():
         with about(f"data set {name!r}"):
-            found[name] = kinds.summary(dataset, scratch_of(config), STAGES["ingest"].version, rescan)
+            found[name] = kinds.summary(dataset, scratch, STAGES["ingest"].version, rescan)
     return found
 
 

@@ -10,7 +10,6 @@ Stores are opened on access and read when they are computed (xarray over Dask), 
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeline.errors import MicrotomeError, nearest
+from pipeline.storage.tables import read_rows
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -273,4 +273,4 @@ def _open(path: Path) -> xr.Dataset:
 
 def _table(path: Path) -> list[dict[str, str]]:
     with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
-        return list(csv.DictReader(file))
+        return list(read_rows(file))

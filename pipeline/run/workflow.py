@@ -25,7 +25,7 @@ from pipeline.stages.registry import STAGES
 from pipeline.stages.report.results import Shown
 from pipeline.storage.lock import RunLock
 from pipeline.storage.manifest import Manifest
-from pipeline.storage.redact import scrub_logs
+from pipeline.storage.redact import scrub_logs, user
 from pipeline.workers import client, memory, pool, processes
 from pipeline.workers.processes import PLAN
 
@@ -52,9 +52,12 @@ class Run:
         self.pool: subprocess.Popen | None = None
         self.forks: subprocess.Popen | None = None
         self.interrupted = False
-        # Jobs and workers import this same code, from any working directory.
-        own = str(Path(__file__).parents[2])
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [own, os.environ.get("PYTHONPATH")]))
+        # Jobs and workers import this same code from any working folder, and nothing from that folder: an empty entry
+        # stands for it.
+        given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, given)])
+        os.environ |= processes.SAFE_PATH
+        os.environ.setdefault("LOGNAME", user())  # Snakemake and torch ask the system's list if no variable says
         if not main and PLAN in os.environ:
             self.plan = planner.read(Path(os.environ[PLAN]))
             return
@@ -71,7 +74,7 @@ class Run:
 
     def _prepare(self, raw: Mapping[str, Any], dry: bool, asked: Sequence[str]) -> None:
         wanted = experiment.parse({key: value for key, value in raw.items() if key != "rescan"})
-        self.plan = planner.make(wanted, bool(raw.get("rescan")), asked)
+        self.plan = planner.make(wanted, bool(raw.get("rescan")), asked, dry)
         self.lock = RunLock(self.plan.results)
         preflight.check(self.plan, probe=dry)
         costs = forecast.forecast(self.plan)

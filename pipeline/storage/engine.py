@@ -10,8 +10,8 @@ import numpy as np
 import zarr
 from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, SuffixByteRequest
 from zarr.codecs import ZstdCodec
-from zarr.core.buffer import Buffer, BufferPrototype
-from zarr.storage import LocalStore
+from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
+from zarr.storage import LocalStore, MemoryStore
 
 from pipeline.storage.atomic import write_atomically
 from pipeline.storage.identity import crc32c
@@ -33,7 +33,8 @@ def create(path: Path, arrays: Mapping[str, Array], attrs: Mapping[str, Any], co
     """Create a store, or bring an existing one to this layout.
 
     An array that differs only in shape is resized and keeps its chunks. An array with any other difference (dtype,
-    chunks, dimension names) is recreated. A lost or damaged zarr.json is rewritten beside the existing chunks: the
+    byte order, codecs, fill value, chunks, dimension names) is recreated, since its chunks would be decoded otherwise
+    than they were written. A lost or damaged zarr.json is rewritten beside the existing chunks: the
     ledger knows which of them are good. Metadata is consolidated, so that `xarray.open_zarr` opens the store without a
     warning.
     """
@@ -42,7 +43,10 @@ def create(path: Path, arrays: Mapping[str, Array], attrs: Mapping[str, Any], co
         attributes["coordinates"] = " ".join(coordinates)
     try:
         group = zarr.open_group(LocalStore(path), mode="r+", zarr_format=3, use_consolidated=False)
-    except (FileNotFoundError, ValueError, KeyError):  # absent, or its zarr.json is damaged
+        if group.metadata.zarr_format != 3:
+            raise ValueError("a zarr.json of another version")
+    except Exception as error:  # absent, or its zarr.json is damaged
+        _reraise_refusals(error)
         (path / "zarr.json").unlink(missing_ok=True)
         group = zarr.create_group(LocalStore(path), zarr_format=3)
     for name, array in arrays.items():
@@ -71,26 +75,38 @@ def _create_array(group: zarr.Group, folder: Path, name: str, array: Array) -> N
         "dimension_names": list(array.dims),
     }
     if folder.exists():
-        try:
-            existing = group[name]
-        except (KeyError, ValueError):
-            existing = None
+        existing = _read_array(group, name)
+        if existing is None:
             (folder / "zarr.json").unlink(missing_ok=True)
-        if isinstance(existing, zarr.Array):
-            same = (
-                existing.chunks == array.chunk
-                and existing.shards == array.shard
-                and existing.metadata.dimension_names == array.dims  # type: ignore[union-attr]
-                and (
-                    existing.dtype == np.dtype(array.dtype) if array.dtype is not str else existing.dtype.kind in "OTU"
-                )
-            )
-            if same:
-                if existing.shape != array.shape:
-                    existing.resize(array.shape)
-                return
+        elif _description(existing) == _description(zarr.create_array(MemoryStore(), **wanted)):
+            if existing.shape != array.shape:
+                existing.resize(array.shape)
+            return
+        else:
             remove(folder)
     group.create_array(name, **wanted)
+
+
+def _read_array(group: zarr.Group, name: str) -> zarr.Array | None:
+    """Return an array of a store; None if its zarr.json is lost or cannot be read."""
+    try:
+        found = group[name]
+    except Exception as error:
+        _reraise_refusals(error)
+        return None
+    return found if isinstance(found, zarr.Array) else None
+
+
+def _reraise_refusals(error: Exception) -> None:
+    """Raise what the system refused; zarr raises nearly every other type of error where a zarr.json is damaged."""
+    if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+        raise error
+
+
+def _description(array: zarr.Array) -> dict[str, Any]:
+    """Return all that an array's zarr.json says, but its shape, as this version of zarr writes it."""
+    written = array.metadata.to_buffer_dict(default_buffer_prototype())["zarr.json"].to_bytes()
+    return {key: value for key, value in json.loads(written).items() if key != "shape"}
 
 
 class _Recorder(LocalStore):

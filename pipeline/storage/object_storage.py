@@ -106,8 +106,8 @@ def size_of(path: Path) -> int:
     return files if objects is None else files + sum(size for key, size in objects.sizes().items() if "/c/" in key)
 
 
-def settle(results: Path, wanted: str | None) -> None:
-    """Make a results folder keep its stores where the configuration says.
+def settle(results: Path, wanted: str | None, dry: bool = False) -> None:
+    """Make a results folder keep its stores where the configuration says; with `dry`, only see whether it can.
 
     Raises
     ------
@@ -129,7 +129,8 @@ def settle(results: Path, wanted: str | None) -> None:
         )
     assert wanted is not None
     Objects(wanted, "stores").sizes()  # fails unless the bucket exists and can be listed
-    write_atomically(results / NAME, json.dumps({"url": wanted}))
+    if not dry:
+        write_atomically(results / NAME, json.dumps({"url": wanted}))
 
 
 @functools.cache

@@ -29,7 +29,8 @@ def create(path: Path, arrays: Mapping[str, Array], attrs: Mapping[str, Any], co
     """Create a store, or bring an existing one to this layout.
 
     An array that differs only in shape is resized and keeps its chunks. An array with any other difference (dtype,
-    chunks, dimension names) is recreated. A lost or damaged zarr.json is rewritten beside the existing chunks: the
+    byte order, codecs, fill value, chunks, dimension names) is recreated, since its chunks would be decoded otherwise
+    than they were written. A lost or damaged zarr.json is rewritten beside the existing chunks: the
     ledger knows which of them are good. Metadata is consolidated, so that `xarray.open_zarr` opens the store without a
     warning.
     """

@@ -48,9 +48,11 @@ def main(arguments: list[str]) -> int:
 
 
 def verify(given: argparse.Namespace) -> int:
-    found = damage.verify(_results(given))
-    print("\n".join(map(str, found)) or "every file is what was written")
-    return 1 if found else 0
+    findings = damage.look(_results(given))
+    print("\n".join(map(str, findings.damaged)) or "every file is what was written")
+    for path in findings.changed:
+        print(f"{path}: what it records changed while this looked: a run works on it, so look again later")
+    return 1 if findings.damaged else 0
 
 
 def repair(given: argparse.Namespace) -> int:
@@ -64,6 +66,9 @@ def gc(given: argparse.Namespace) -> int:
     total = 0
     with RunLock(_results(given)):
         for folder in unreferenced.folders(given.results):
+            if not folder.exists():
+                print(f"             {folder} is gone meanwhile")
+                continue
             total += (size := size_of(folder))
             print(f"{size / 1e9:8.3f} GB  {folder}")
             if given.yes:

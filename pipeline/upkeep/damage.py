@@ -16,6 +16,8 @@ from pipeline.storage.store import Ledger, remove, stored_bytes
 
 NAME = re.compile(r"[a-z][a-z0-9_]*\.[0-9a-f]{20}\.json")  # of a manifest
 
+ATTEMPTS = 10  # to list a folder in which a run removes others
+
 
 @dataclass(frozen=True)
 class Damage:
@@ -34,22 +36,37 @@ class Damage:
         return f"{self.file}: {self.what}"
 
 
+@dataclass(frozen=True)
+class Findings:
+    """What was damaged, and the records of what a run wrote or removed while this looked: that is no damage."""
+
+    damaged: list[Damage]
+    changed: list[Path]
+
+
 def manifests(results: Path) -> Iterator[Path]:
     """Yield every manifest of a results folder: other files, and what links lead to, are not ours."""
     return (
         path
-        for path in sorted(results.rglob("done/*.json"))
+        for path in _below(results, "done/*.json")
         if SCRATCH not in path.relative_to(results).parts and NAME.fullmatch(path.name) and not path.is_symlink()
     )
 
 
 def verify(results: Path) -> list[Damage]:
+    """Return the damage of a results folder on which nobody works."""
+    return look(results).damaged
+
+
+def look(results: Path) -> Findings:
     """Compare every recorded file with its size and crc32c; report each file once.
 
-    Manifests record finished outputs; ledgers also record the shards of unfinished stores.
+    Manifests record finished outputs; ledgers also record the shards of unfinished stores. A file that differs from a
+    record that has itself changed or gone since was changed meanwhile.
     """
     found: dict[Path, Damage] = {}
     good: set[tuple[Path, int, int]] = set()
+    read: dict[Path, bytes] = {}
 
     def compare(record: Path, folder: Path, files: Files) -> None:
         for name, (size, crc) in files.items():
@@ -62,20 +79,37 @@ def verify(results: Path) -> list[Damage]:
             else:
                 found[file] = Damage(record, folder, name, what)
 
-    for path in manifests(results):
+    gone = []
+    for path in (*manifests(results), *ledgers(results)):
         try:
-            compare(path, path.parent.parent, Manifest.read(path).files)
+            read[path] = path.read_bytes()
+            if path.suffix == ".json":
+                compare(path, path.parent.parent, Manifest.read(path).files)
+            else:
+                ledger, store = Ledger(path), path.with_suffix(".zarr")
+                compare(path, store, _inside(store, ledger.files(ledger.entries)))
+        except FileNotFoundError:
+            gone.append(path)
         except MicrotomeError as error:
             found[path] = Damage(path, path.parent, path.name, str(error))
-    for path in ledgers(results):
-        ledger, store = Ledger(path), path.with_suffix(".zarr")
-        compare(path, store, _inside(store, ledger.files(ledger.entries)))
-    return list(found.values())
+    records = {one.record for one in found.values()}
+    changed = {path for path in records if not path.exists() or path.read_bytes() != read[path]}
+    return Findings([one for one in found.values() if one.record not in changed], [*gone, *sorted(changed)])
 
 
 def ledgers(results: Path) -> Iterator[Path]:
     """Yield every ledger of a results folder that stands beside a store."""
-    return (path for path in sorted(results.rglob("*.ledger")) if path.with_suffix(".zarr").is_dir())
+    return (path for path in _below(results, "*.ledger") if path.with_suffix(".zarr").is_dir())
+
+
+def _below(results: Path, pattern: str) -> list[Path]:
+    """Return what has a name like this at any depth, in order; a run may remove folders meanwhile."""
+    for _ in range(ATTEMPTS):
+        try:
+            return sorted(results.rglob(pattern))
+        except FileNotFoundError:
+            continue
+    raise MicrotomeError(f"{results} changes faster than it can be read: end the run that works on it, and look again")
 
 
 def _inside(store: Path, files: Files) -> Files:

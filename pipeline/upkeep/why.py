@@ -17,7 +17,7 @@ DIGEST_LENGTHS = (20, 32, 64)  # lengths of ids and checksums, which mean nothin
 
 def explain(config: Core) -> list[str]:
     """Return one line per step that would run; below it, one line per reason and one with its cost."""
-    plan = planner.make(config)
+    plan = planner.make(config, dry=True)
     stale = outdated(plan)
     names = {step.manifest: step.name for step in plan.steps.values()}
     lines: list[str] = []

@@ -9,6 +9,7 @@ within a second, workers included. With `kind: address` there is no pool: the st
 import contextlib
 import copy
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -21,7 +22,7 @@ from typing import Any
 
 from pipeline.config.cluster import Cluster
 from pipeline.errors import MicrotomeError
-from pipeline.workers import devices, tls
+from pipeline.workers import devices, processes, tls
 from pipeline.workers.memory import memory, threads, workers
 
 THREADS = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"), "1")
@@ -61,12 +62,12 @@ def start_pool(cluster: Cluster, scratch: Path) -> tuple[subprocess.Popen, Path]
     scratch.mkdir(parents=True, exist_ok=True)
     address_file = scratch / f"pool-{os.getpid()}-{time.time_ns()}.json"
     process = subprocess.Popen(
-        [sys.executable, "-m", "pipeline.workers.pool", str(address_file), cluster.model_dump_json()],
+        processes.program("pipeline.workers.pool", str(address_file), cluster.model_dump_json()),
         stdin=subprocess.PIPE,
         env=os.environ
         | THREADS
+        | processes.own_imports()
         | {
-            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
             # The pool ends at once when it is no longer needed; the operating system clears what it leaves.
             "PYTHONWARNINGS": "ignore:resource_tracker",
         },
@@ -115,11 +116,15 @@ def serve(address_file: Path, cluster: Cluster) -> None:
     found: dict[str, Any] = {"pid": os.getpid()}
     for attempt in range(STARTS):
         try:
-            if cluster.kind == "slurm":
+            files = None
+            # A site may demand it of all that Dask does, of processes of one machine too.
+            if cluster.kind == "slurm" or dask.config.get("distributed.comm.require-encryption", None):
                 found["tls"] = files = tls.temporary(scratch)
+            if cluster.kind == "slurm":
+                assert files is not None
                 local = _jobs(cluster, scratch, files)
             else:
-                local = _processes(cluster, scratch, count)
+                local = _processes(cluster, scratch, count, files)
             break
         except MicrotomeError as error:
             write_atomically(address_file, json.dumps({"error": str(error)}))
@@ -161,10 +166,17 @@ def serve(address_file: Path, cluster: Cluster) -> None:
     os._exit(0)
 
 
-def _processes(cluster: Cluster, scratch: Path, count: int) -> Any:
-    """Start workers as processes of this machine, which only this machine can reach."""
+def _processes(cluster: Cluster, scratch: Path, count: int, files: dict[str, str] | None = None) -> Any:
+    """Start workers as processes of this machine, which only this machine can reach; over TLS if `files` are given."""
     from distributed import Nanny, Scheduler, SpecCluster
 
+    try:
+        multiprocessing.get_context("spawn").Semaphore()
+    except OSError as error:
+        raise MicrotomeError(
+            f"this system has no place for what processes share ({error.strerror}): have /dev/shm mounted so that it "
+            "can be written, in a container for example with `--shm-size 1g`"
+        ) from None
     visible = [""] * count
     if cluster.kind == "gpu":
         visible = devices.gpus()
@@ -173,7 +185,8 @@ def _processes(cluster: Cluster, scratch: Path, count: int) -> Any:
                 f"cluster.kind is gpu, and torch sees {len(visible)} GPUs here for {count} workers, "
                 "which need one each: " + ("lower `cluster.workers`" if visible else "use `kind: local`")
             )
-    options = {
+    encrypted = {"protocol": "tls", "security": tls.security(files)} if files else {}
+    options = encrypted | {
         "nthreads": threads(cluster),
         "host": "127.0.0.1",
         "local_directory": str(scratch / "dask"),
@@ -187,13 +200,19 @@ def _processes(cluster: Cluster, scratch: Path, count: int) -> Any:
     }
     scheduler = {
         "cls": Scheduler,
-        "options": {
+        "options": encrypted
+        | {
             "host": "127.0.0.1",
             "dashboard": cluster.dashboard,
             "dashboard_address": "127.0.0.1:8787" if cluster.dashboard else "127.0.0.1:0",
         },
     }
-    return SpecCluster(workers=copy.deepcopy(nannies), scheduler=copy.deepcopy(scheduler), silence_logs=50)
+    return SpecCluster(
+        workers=copy.deepcopy(nannies),
+        scheduler=copy.deepcopy(scheduler),
+        security=encrypted.get("security"),
+        silence_logs=50,
+    )
 
 
 def _jobs(cluster: Cluster, scratch: Path, files: dict[str, str]) -> Any:
@@ -203,7 +222,7 @@ def _jobs(cluster: Cluster, scratch: Path, files: dict[str, str]) -> Any:
     settings = {
         "DASK_" + key.upper().replace(".", "__").replace("-", "_"): str(value) for key, value in WORKER_SETTINGS.items()
     }
-    return slurm.start(cluster, scratch, tls.security(files), THREADS | ALLOCATOR | settings)
+    return slurm.start(cluster, scratch, tls.security(files), THREADS | ALLOCATOR | processes.SAFE_PATH | settings)
 
 
 if __name__ == "__main__":

@@ -19,13 +19,14 @@ import threading
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 
 from pipeline.errors import MicrotomeError
 
-MAIN = "MICROTOME_MAIN"  # environment variable: host, pid and start time of the main process
+MAIN = "MICROTOME_MAIN"  # environment variable: host and pid of the main process, and when it started
+SAFE_PATH = {"PYTHONSAFEPATH": "1"}  # as `python -P`, also of what Python starts: no import from the working folder
 PLAN = "MICROTOME_PLAN"  # environment variable: the plan that the main process wrote for its jobs
 
 
@@ -39,8 +40,9 @@ def in_own_process(module: str, request: Any, what: str) -> Any:
         asked, answered = Path(folder, "request.json"), Path(folder, "answer.json")
         asked.write_text(json.dumps(request))
         process = subprocess.run(
-            [sys.executable, "-m", module, str(asked), str(answered)],
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+            program(module, str(asked), str(answered)),
+            env=os.environ | own_imports(),
+            stdin=subprocess.DEVNULL,  # nobody answers
             stdout=sys.stderr,
         )
         if process.returncode:
@@ -48,14 +50,48 @@ def in_own_process(module: str, request: Any, what: str) -> Any:
         return json.loads(answered.read_bytes())
 
 
+def program(module: str, *arguments: str) -> list[str]:
+    """Return the command of one of our programs, as `python -m module`, to which Ctrl-C does nothing from its start on.
+
+    Whoever started it ends it, and answers the person.
+    """
+    return [sys.executable, "-c", _PROGRAM, module, *arguments]
+
+
+_PROGRAM = (
+    "import runpy, signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); del sys.argv[0]; "
+    "runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)"
+)
+
+
+def own_imports() -> dict[str, str]:
+    """Return the variables with which Python imports what this process imports, and nothing of the working folder.
+
+    Users have files named `pipeline.py` or `torch.py` beside their configuration.
+    """
+    return {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path), **SAFE_PATH}
+
+
 def announce() -> None:
     """Announce this process as the main process to those that it starts."""
-    own = psutil.Process()
-    os.environ[MAIN] = f"{socket.gethostname()} {own.pid} {own.create_time():.2f}"
+    pid = os.getpid()
+    os.environ[MAIN] = f"{socket.gethostname()} {pid} {started(pid)}"
+
+
+def started(pid: int) -> float:
+    """Return when a process started, in clock ticks since boot, so that a wall clock that is set changes nothing.
+
+    Where the system gives no ticks, return seconds of the wall clock. Raises `psutil.NoSuchProcess`.
+    """
+    try:
+        # The name of the program, in parentheses, may hold anything.
+        return int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[19])
+    except (FileNotFoundError, ProcessLookupError):
+        return psutil.Process(pid).create_time()
 
 
 def main() -> tuple[str, int, float] | None:
-    """Return host, pid and start time of the main process, as jobs see it; None if no process announced itself."""
+    """Return host and pid of the main process, and when it `started`; None if no process announced itself."""
     if MAIN not in os.environ:
         return None
     host, pid, began = os.environ[MAIN].rsplit(" ", 2)
@@ -66,23 +102,34 @@ def end_with_main() -> None:
     """End this job within a second after the main process ends, if that runs on this machine."""
     if (known := main()) is None or known[0] != socket.gethostname():
         return
-    _, pid, began = known
 
     def watch() -> None:
-        while lives(pid, began):
+        while (why := orphaned()) is None:
             time.sleep(0.5)
-        os._exit(1)
+        end(why)
 
     threading.Thread(target=watch, daemon=True, name="end with main").start()
 
 
+def orphaned() -> str | None:
+    """Return that the main process is gone, if it ran on this machine; None while it lives, or if there is none."""
+    if (known := main()) is None or known[0] != socket.gethostname() or lives(*known[1:]):
+        return None
+    return f"the main process of this run, pid {known[1]}, is gone"
+
+
+def end(why: str) -> NoReturn:
+    """End this job at once, from any of its threads, and say why in its log."""
+    with contextlib.suppress(OSError, ValueError):  # the terminal may be gone too
+        print(f"this job ends: {why}; finished shards are kept; rerun to resume", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
 def lives(pid: int, began: float | None = None) -> bool:
-    """Return whether the process with this pid is alive; with `began`, whether it is the one that started then."""
+    """Return whether the process with this pid is alive; with `began`, whether it is the one that `started` then."""
     try:
-        process = psutil.Process(pid)
-        # The clock behind start times may be adjusted by fractions of a second.
-        same = began is None or abs(process.create_time() - began) < 2
-        return same and process.status() != psutil.STATUS_ZOMBIE
+        same = began is None or abs(started(pid) - began) < 1
+        return same and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
 

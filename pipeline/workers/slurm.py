@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import MicrotomeError
+from pipeline.storage.redact import home
 
 if TYPE_CHECKING:
     from distributed import Security
@@ -105,9 +106,9 @@ def options(cluster: Cluster, scratch: Path, security: Security, environment: di
 
 def python() -> str:
     """Return this Python for a job script: relative to the folder in which jobs start, or with `$HOME`, if possible."""
-    path, home = Path(sys.executable), Path.home()
+    path, folder = Path(sys.executable), home()
     if path.is_relative_to(Path.cwd()):
         return shlex.quote(str(path.relative_to(Path.cwd())))
-    if path.is_relative_to(home):
-        return '"$HOME"/' + shlex.quote(str(path.relative_to(home)))
+    if folder is not None and path.is_relative_to(folder):
+        return '"$HOME"/' + shlex.quote(str(path.relative_to(folder)))
     return shlex.quote(str(path))

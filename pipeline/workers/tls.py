@@ -51,7 +51,8 @@ def temporary(scratch: Path) -> dict[str, str]:
         made = Security.temporary().get_tls_config_for_role("scheduler")
     except ImportError:
         raise MicrotomeError(
-            "cluster.kind is slurm, which needs the package `cryptography`: install .[slurm]"
+            "workers are reached over TLS (`cluster.kind` is slurm, or the settings of Dask require encryption), which "
+            "needs the package `cryptography`: install .[slurm]"
         ) from None
     # Named like the scratch folder, relative to the folder in which jobs start: job scripts contain these names.
     folder = scratch / Path(tempfile.mkdtemp(prefix="tls-", dir=scratch)).name

@@ -54,6 +54,7 @@ def faults(undisturbed: Path, seed: int = 0) -> dict[str, Fault]:
         ("sigterm", kills.sigterm, 2),
         ("sigint", kills.sigint, 2),
         ("ctrl-c", kills.ctrl_c, 2),
+        ("sigint-all", kills.sigint_all, 2),
         ("ctrl-c-twice", kills.ctrl_c_twice, 1),
         ("kill-worker", kills.worker, 3),
         ("kill-job", kills.job, 2),

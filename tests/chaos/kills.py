@@ -102,6 +102,11 @@ def ctrl_c(case: Case, stage: str) -> Outcome:
     return _end_by(case, stage, Running.interrupt)
 
 
+def sigint_all(case: Case, stage: str) -> Outcome:
+    """SIGINT to every process: Snakemake, jobs, pool, workers"""
+    return _end_by(case, stage, Running.interrupt_all)
+
+
 def ctrl_c_twice(case: Case, stage: str) -> Outcome:
     """Ctrl-C, and half a second later again"""
 

@@ -83,6 +83,12 @@ class Running:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGINT)
 
+    def interrupt_all(self) -> None:
+        """SIGINT for every process of the run, of whatever session, as a job manager sends it."""
+        for process in self.processes():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGINT)
+
     def kill_all(self) -> None:
         """kill -9 of everything at one moment: all are stopped before the first is killed, so none can react."""
         stopped: set[psutil.Process] = set()

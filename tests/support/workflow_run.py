@@ -42,8 +42,10 @@ def snakemake(folder: Path, config: Mapping[str, Any] | Path, *arguments: str, c
         file = folder / f"{config['name']}.yaml"
         file.write_text(yaml.safe_dump(dict(config)))
     environment = {key: value for key, value in os.environ.items() if key != client.ADDRESS}
+    if {"-n", "--dry-run"} & set(arguments):
+        environment["XDG_CACHE_HOME"] = str(folder / "cache")
     done = subprocess.run(
-        [sys.executable, "-m", "snakemake", "--snakefile", ROOT / "Snakefile", *arguments, "--configfile", file],
+        [sys.executable, "-P", "-m", "snakemake", "--snakefile", ROOT / "Snakefile", *arguments, "--configfile", file],
         cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

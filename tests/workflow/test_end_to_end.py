@@ -55,6 +55,7 @@ def test_both_snakefiles_give_the_same_plan(finished, tmp_path, snakefile):
     linked(finished, tmp_path)
     command = [
         sys.executable,
+        "-P",
         "-m",
         "snakemake",
         "--snakefile",

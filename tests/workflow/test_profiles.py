@@ -2,6 +2,7 @@
 
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -68,6 +69,15 @@ def test_the_profile_of_slurm(tmp_path, monkeypatch):
     # Jobs have pools of their own: none was started here.
     assert not list((tmp_path / "results" / ".microtome").glob("pool-*"))
     assert not (tmp_path / "results" / ".microtome" / "dask").exists()
+
+
+def test_a_forgotten_configfile_is_said(tmp_path):
+    command = [Path(sys.executable).with_name("snakemake"), "--snakefile", ROOT / "Snakefile", "--dry-run", "--quiet"]
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    done = subprocess.run([*command, "--config", "only=nothing"], cwd=tmp_path, capture_output=True, env=environment)
+    said = (done.stdout + done.stderr).decode()
+    assert f"no --configfile was given: taking {ROOT / 'config/config.yaml'}" in said
+    assert "only=nothing: no network or data set has this name" in said and not (tmp_path / "results").exists()
 
 
 def jobs(folder):

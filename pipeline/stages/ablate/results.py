@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from pipeline.storage.identity import digest
 from pipeline.storage.manifest import Files, Manifest, within
 from pipeline.storage.record import Record
 from pipeline.storage.store import create, metadata_files, verified_bytes, write_whole
-from pipeline.storage.tables import csv_bytes, number
+from pipeline.storage.tables import csv_bytes, number, read_rows
 
 TOP_UNITS = 20  # of each class, in ablation.csv
 CLASS_COLUMNS = (
@@ -139,7 +138,7 @@ class AblationCounts:
 def unit_labels(folder: Path, dissected: Manifest) -> Labels:
     """Return units.csv of the dissection, verified."""
     text = verified_bytes(folder, "units.csv", dissected.files).decode()
-    return {(row["layer"], int(row["unit"])): row for row in csv.DictReader(io.StringIO(text))}
+    return {(row["layer"], int(row["unit"])): row for row in read_rows(io.StringIO(text, newline=""))}
 
 
 def write_layer(path: Path, classes: list[str], found: AblationCounts, name: str) -> Files:

@@ -117,7 +117,7 @@ def methods(width: float, found: Calibration) -> Figure:
             panel.barh(y, band, height=1.0, color=COLOURS[7], alpha=0.2, linewidth=0)
             panel.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
             panel.xaxis.set_major_locator(MaxNLocator(5))
-            panel.set_xlabel("ECE; grey: what a calibrated network shows")
+            panel.set_xlabel("ECE; grey: " + ("what a calibrated network shows" if side_by_side else "if calibrated"))
         else:
             panel.set_xlabel("NLL")
     return figure

@@ -1,12 +1,13 @@
 """Calibration of plain files, without a workflow: logits or probabilities and labels of any model.
 
-    python -m pipeline.calibrate one.npz other.csv --splits 100 --out calibrated
+    python -P -m pipeline.calibrate one.npz other.csv --splits 100 --out calibrated
 
 An npz holds `logits` or `probabilities` (image, class) and `labels` (image). A CSV has a header, a column `label`, and
 one of numbers for each class: columns that are numbered go by their numbers, others by their order. Where all numbers
 are within [0, 1] they are probabilities. One column, or an array (image), holds scores of class 1 of two.
 Nothing in a file is executed. Prints for each file the errors as it is, and a table of the methods; with `--out` writes
-<name>/calibration.csv and <name>/calibration-bins.csv, as the stage does.
+<name>/calibration.csv and <name>/calibration-bins.csv, as the stage does, and <name>/calibration-all.csv: the ECE of
+all images as they are, with its interval.
 """
 
 from __future__ import annotations
@@ -34,8 +35,13 @@ from pipeline.stages.calibrate.scores import outside_of, read_scores
 from pipeline.stages.calibrate.settings import Calibrate, Calibration
 from pipeline.stages.calibrate.tasks import DRAWS_OF_CLASSES, Judged, chosen, evaluate, fitted_on, in_two, keys
 from pipeline.storage.atomic import write_atomically
+from pipeline.storage.tables import csv_bytes, number
+from pipeline.workers import devices
 
 NAMES = ("logits", "probabilities")
+WHOLE = "calibration-all.csv"
+OF_ALL = ("accuracy", "mean_confidence", "nll", "ece", "ece_low", "ece_high", "ece_null_high")
+COPIES = 4  # of what was read, in the precision that is computed in: float32 becomes float64, and its logarithm
 SHOWN = ("accuracy", "ece", "ece_2.5", "ece_97.5", "ece_low", "ece_high", "ece_null_high", "nll", "brier")
 
 
@@ -77,6 +83,9 @@ def _npz(path: Path) -> tuple[np.ndarray, np.ndarray, bool]:
             found = dict.fromkeys(names)
             scores = [name for name in NAMES if name in found]
             if len(scores) == 1 and "labels" in found:
+                read = (*scores, "labels")
+                sizes = (each.file_size for each in archive.infolist() if each.filename.removesuffix(".npy") in read)
+                _check_unpacked(path, sum(sizes))
                 opened.seek(0)
                 with np.load(opened, allow_pickle=False) as file:
                     return file[scores[0]], file["labels"], scores[0] == "probabilities"
@@ -88,6 +97,15 @@ def _npz(path: Path) -> tuple[np.ndarray, np.ndarray, bool]:
     raise MicrotomeError(
         f"{path} has the arrays {', '.join(found) or '(none)'}; expected `labels` and one of {', '.join(NAMES)}{hint}"
     )
+
+
+def _check_unpacked(path: Path, size: int) -> None:
+    """Refuse arrays that this machine cannot hold, by what the file says of their bytes, before one is unpacked."""
+    if COPIES * size > (there := devices.memory()):
+        raise MicrotomeError(
+            f"{path} unpacks to {size / 1e9:.3g} GB, which takes {COPIES} times that in memory, and this machine has "
+            f"{there / 1e9:.3g} GB: calibrate fewer images at a time"
+        )
 
 
 def _csv(path: Path) -> tuple[np.ndarray, np.ndarray, bool]:
@@ -167,10 +185,17 @@ def lines(scored: Scored, whole: Whole, found: dict[str, np.ndarray], methods: S
     return [*remarks, head, f"means over {splits} random splits:", *aligned, *outside_of(shown)]
 
 
+def whole_table(scored: Scored, whole: Whole) -> bytes:
+    """Return a table of one row: the file as it is, over all its images, with the interval and the null of its ECE."""
+    images, classes = len(scored.labels), scored.said.shape[1]
+    row = {"images": images, "classes": classes} | {name: number(whole.measures[name]) for name in OF_ALL}
+    return csv_bytes(row, [row.values()])
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     known, default = get_args(Calibration), Calibrate()
     parser = argparse.ArgumentParser(
-        "python -m pipeline.calibrate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "python -P -m pipeline.calibrate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--methods", nargs="+", choices=known, metavar="METHOD", help=", ".join(known))
@@ -190,7 +215,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             scored = read(path)
             whole, found, methods = calibrate(scored, section)
             print("\n".join(lines(scored, whole, found, methods)), flush=True)
-            for name, data in tables(found, methods, whole).items() if out else ():
+            written = {WHOLE: whole_table(scored, whole), **tables(found, methods, whole)} if out else {}
+            for name, data in written.items():
                 write_atomically(out / scored.name / name, data)
     except ValidationError as error:
         said = [explain(item, Calibrate).removeprefix("the top level: ") for item in error.errors(include_url=False)]

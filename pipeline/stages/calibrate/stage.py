@@ -8,7 +8,7 @@ Writes, for the network, from its logits alone,
 
 Definitions: Guo et al., "On Calibration of Modern Neural Networks" (ICML 2017). See docs/calibration.md.
 
-    python -m pipeline.calibrate logits.npz ...     the same of plain files, see `pipeline.stages.calibrate.plain_files`
+    python -P -m pipeline.calibrate logits.npz ...     of plain files: see `pipeline.stages.calibrate.plain_files`
 """
 
 from __future__ import annotations

@@ -120,6 +120,8 @@ def run(job: Job[Settings]) -> None:
     shards = images.shards(settings.split)
     image_id = images.image_ids()
     listed = kinds.listing(dataset, job.scratch)
+    if listed.digest() != job.parent_job("ingest").settings.listing:
+        raise MicrotomeError(f"data set {job.dataset!r} changed while this run went on: run again")
     index_of = {str(name): index for index, name in enumerate(listed.image_id)}
     parts = parts_of(job, store, ledger, shards, {name: each.numbers for name, each in categories.items()})
 
@@ -129,8 +131,13 @@ def run(job: Job[Settings]) -> None:
         items = []
         for name in map(str, image_id[start:stop]):
             index = index_of.get(name)
-            paths = {c: listed.label_map(index, c) for c in listed.label_map_path} if index is not None else {}
-            items.append((name if index is not None else None, paths))
+            paths, stamps = {}, {}
+            if index is not None:
+                sizes, times = listed.label_map_size[index].tolist(), listed.label_map_mtime_ns[index].tolist()
+                paths = {c: listed.label_map(index, c) for c in listed.label_map_path}
+                stamps = dict(zip(paths, zip(sizes, times, strict=True), strict=True))
+                stamps[kinds.IMAGE] = int(listed.size[index]), int(listed.mtime_ns[index])
+            items.append((name if index is not None else None, paths, stamps))
         missing = [categories[name] for name in names]
         used = {c.source: networks[c.source] for c in missing if c.source in networks}
         pixels = StoreRef(images.store, images.files_of(int(shard)))

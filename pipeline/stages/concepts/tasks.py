@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,6 +17,13 @@ from pipeline.errors import MicrotomeError
 from pipeline.networks import segmenters
 from pipeline.storage.store import StoreRef
 from pipeline.workers.resumable import Done
+
+if TYPE_CHECKING:
+    from pipeline.data.decode import Stamp
+
+
+# The id of an image, None if it is gone; by category, the paths of its label maps, and their sizes and times as listed.
+Item = tuple[str | None, dict[str, Path | None], dict[str, "Stamp"]]
 
 
 @dataclass(frozen=True)
@@ -42,7 +50,7 @@ def label_shard(
     images: StoreRef,
     shard: str,
     start: int,
-    items: list[tuple[str | None, dict[str, Path | None]]],
+    items: list[Item],
     categories: list[Numbering],
     networks: Mapping[str, segmenters.Model],
     image_size: tuple[int, int],
@@ -91,7 +99,7 @@ def resized(maps: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 def _truth(
     dataset: AnyDataset,
-    items: list[tuple[str | None, dict[str, Path | None]]],
+    items: list[Item],
     names: Sequence[str],
     size: tuple[int, int],
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -100,11 +108,11 @@ def _truth(
 
     maps = {name: np.zeros((len(items), *size), np.uint16) for name in names}
     refused: dict[str, str] = {}
-    for at, (image_id, paths) in enumerate(items):
+    for at, (image_id, paths, stamps) in enumerate(items):
         if image_id is None:
             continue
         try:
-            own = kinds.read_label_maps(dataset, image_id, paths, size)
+            own = kinds.read_label_maps(dataset, image_id, paths, size, stamps)
         except Refused as error:
             refused[image_id] = error.reason
             continue
@@ -124,7 +132,7 @@ def _segmented(
     model: segmenters.Model,
     pixels: np.ndarray,
     names: Sequence[str],
-    items: list[tuple[str | None, dict[str, Path | None]]],
+    items: list[Item],
 ) -> dict[str, np.ndarray]:
     try:
         return segmenters.label_maps(model, pixels, names)

@@ -22,6 +22,7 @@ from pipeline.stages.dissect.counting import (
 from pipeline.stages.dissect.results import UNIT_COLUMNS as COLUMNS
 from pipeline.storage.manifest import recorded
 from pipeline.storage.read_back import open_store, read_json, read_text
+from pipeline.storage.tables import read_rows
 
 NUMBERS = COLUMNS[4:]
 
@@ -136,11 +137,11 @@ def read_unit_rows(file: Path) -> list[dict[str, Any]]:
         A column is missing, or a cell is no number.
     """
     with read_text(file) as stream:
-        reader = csv.DictReader(stream)
-        missing = set(COLUMNS) - set(reader.fieldnames or ())
+        missing = set(COLUMNS) - set(next(csv.reader(stream), ()))
         if missing:
             raise MicrotomeError(f"{file} lacks the columns {', '.join(sorted(missing))}; dissect the network again")
-        rows: list[dict[str, Any]] = list(reader)
+        stream.seek(0)
+        rows: list[dict[str, Any]] = list(read_rows(stream))
     for number, row in enumerate(rows, start=1):
         try:
             row["unit"] = int(row["unit"])

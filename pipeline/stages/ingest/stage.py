@@ -32,6 +32,7 @@ from pipeline.storage.tables import quarantine_csv
 from pipeline.workers.resumable import Done, Parts
 
 if TYPE_CHECKING:
+    from pipeline.data.decode import Stamp
     from pipeline.data.listing import Listing
     from pipeline.storage.store import Ledger
 
@@ -81,8 +82,11 @@ def run(job: Job[Settings]) -> None:
     def arguments(shard: str, _: list[str]) -> tuple:
         """Build a task's arguments when it is submitted: a million names are not held twice."""
         part = slice(int(shard) * per_shard, (int(shard) + 1) * per_shard)
-        items = [str(name) if i >= 0 else None for name, i in zip(image_id[part], at[part], strict=True)]
-        known = {name: listed.refused[name] for name in items if name in listed.refused}
+        items = [
+            (str(name), (int(listed.size[i]), int(listed.mtime_ns[i]))) if i >= 0 else None
+            for name, i in zip(image_id[part], at[part], strict=True)
+        ]
+        known = {item[0]: listed.refused[item[0]] for item in items if item and item[0] in listed.refused}
         return dataset, store, shard, part.start, items, known, settings.size
 
     if parts.missing():
@@ -252,13 +256,14 @@ def ingest_shard(
     store: Path,
     shard: str,
     start: int,
-    items: list[str | None],
+    items: list[tuple[str, Stamp] | None],
     known_refused: dict[str, str],
     size: tuple[int, int],
 ) -> Done:
     """Decode the images of one shard and write them, on a worker. A refused or vanished image leaves black pixels.
 
-    The facts are the digest of the shard's pixels, and what was refused and why.
+    `items` are id, size and time of the listed images; a file that is another one by now raises `ChangedError`. The
+    facts are the digest of the shard's pixels, and what was refused and why.
     """
     from pipeline.data.decode import Refused
     from pipeline.storage.store import write
@@ -266,11 +271,12 @@ def ingest_shard(
     pixels = np.zeros((len(items), 3, *size), np.uint8)
     refused = dict(known_refused)
     usable = np.zeros(len(items), bool)
-    for i, image_id in enumerate(items):
-        if image_id is None or image_id in refused:
+    for i, item in enumerate(items):
+        if item is None or item[0] in refused:
             continue
+        image_id, stamp = item
         try:
-            pixels[i] = kinds.read_image(dataset, image_id, size)
+            pixels[i] = kinds.read_image(dataset, image_id, size, stamp)
             usable[i] = True
         except Refused as error:
             refused[image_id] = error.reason

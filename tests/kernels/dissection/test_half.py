@@ -63,3 +63,10 @@ def test_cuts_of_every_threshold_are_exact() -> None:
 def test_a_cut_refuses_nan() -> None:
     with pytest.raises(ValueError, match="NaN"):
         half.cut(np.float16(np.nan))
+
+
+def test_loops_run_where_no_folder_can_hold_them_compiled(monkeypatch) -> None:
+    """In a checkout that cannot be written, for a user without a home."""
+    monkeypatch.setattr("numba.core.caching.CacheImpl._locator_classes", [])
+    double = loops._compiled(lambda number: 2 * number)
+    assert double(21) == 42

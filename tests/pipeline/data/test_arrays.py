@@ -3,6 +3,7 @@
 import io
 import os
 import pickle
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -174,6 +175,23 @@ def test_a_large_compressed_array_is_refused(tmp_path, monkeypatch):
         list_npz(tmp_path / "a.npz", "x", None, None)
     np.savez(tmp_path / "a.npz", x=GREY)
     assert len(list_npz(tmp_path / "a.npz", "x", None, None)) == 7
+
+
+def test_headers_that_unpack_to_gigabytes_are_refused_unread(tmp_path):
+    """A header of 4 GB of zeros, and a text with room for a gigabyte: both are kilobytes on the disk."""
+    with zipfile.ZipFile(tmp_path / "a.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("x.npy", b"\x93NUMPY\x02\x00" + (4_000_000_000).to_bytes(4, "little") + bytes(5_000_000))
+    tracemalloc.start()
+    with pytest.raises(MicrotomeError, match="is not an npz file of numpy"):
+        member(tmp_path / "a.npz", "x")
+    assert tracemalloc.get_traced_memory()[1] < 2_000_000
+    tracemalloc.stop()
+    split = np.full(7, "train", "<U2000")
+    np.savez_compressed(tmp_path / "b.npz", x=GREY, split=split)
+    with pytest.raises(MicrotomeError, match=r"'split' has room for 2,000 characters in each text"):
+        list_npz(tmp_path / "b.npz", "x", None, None)
+    np.savez_compressed(tmp_path / "b.npz", x=GREY, split=split.astype("<U200"))
+    assert list_npz(tmp_path / "b.npz", "x", None, None).splits() == {"train": 7}
 
 
 def test_a_split_that_is_not_there_is_said_before_any_work(tmp_path):

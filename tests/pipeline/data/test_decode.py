@@ -14,7 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline.data.decode import Geometry, Refused, decode, size_of, transform_image, transform_label_map
+from pipeline.data.decode import (
+    ChangedError,
+    Geometry,
+    Refused,
+    decode,
+    size_of,
+    transform_image,
+    transform_label_map,
+)
 from pipeline.errors import MicrotomeError
 
 LIMIT = 1_000_000
@@ -332,6 +340,61 @@ def test_a_file_without_permission_is_refused(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "open", deny)  # chmod does not stop root
     assert reason(tmp_path / "a.png") == "permission denied"
+
+
+def stamp(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
+
+
+def test_a_listed_file_is_decoded_as_it_was_listed(tmp_path):
+    path = write(tmp_path / "a.png", Image.fromarray(COLOURS))
+    listed = stamp(path)
+    np.testing.assert_array_equal(rows(decode(path, AS_IS, LIMIT, listed=listed)), COLOURS)
+    for other in ((listed[0] + 1, listed[1]), (listed[0], listed[1] - 1), (-1, -1)):
+        with pytest.raises(ChangedError, match=r"a\.png changed after .* rescan=true"):
+            decode(path, AS_IS, LIMIT, listed=other)
+    path.write_bytes(b"")
+    with pytest.raises(ChangedError, match="changed after"):
+        decode(path, AS_IS, LIMIT, listed=listed)
+    assert reason(path) == "empty file"
+    with pytest.raises(Refused, match="empty file"):
+        decode(path, AS_IS, LIMIT, listed=stamp(path))
+
+
+def test_a_listed_file_that_is_written_while_it_is_read_is_no_outcome(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.png", Image.fromarray(COLOURS))
+    listed, load = stamp(path), Image.Image.load
+
+    def overtaken(image):
+        path.write_bytes(path.read_bytes()[:60])
+        return load(image)
+
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", overtaken)
+    with pytest.raises(ChangedError, match="changed after"):
+        decode(path, AS_IS, LIMIT, listed=listed)
+
+
+@pytest.mark.parametrize("number", [2, 5, 20, 116], ids=["gone", "EIO", "no folder", "stale handle"])
+def test_a_listed_file_that_is_away_for_a_moment_is_no_outcome(tmp_path, monkeypatch, number):
+    path = write(tmp_path / "a.png", Image.fromarray(COLOURS))
+    listed, refused = stamp(path), OSError(number, os.strerror(number))
+
+    def fails(*_, **__):
+        raise refused
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", fails)
+        with pytest.raises(ChangedError, match=r"a\.png cannot be read now \(.*\): run again when it can, or remove"):
+            decode(path, AS_IS, LIMIT, listed=listed)
+    with monkeypatch.context() as patch:
+        patch.setattr("PIL.ImageFile.ImageFile.load", fails)
+        with pytest.raises(ChangedError, match="cannot be read now"):
+            decode(path, AS_IS, LIMIT, listed=listed)
+    broken = tmp_path / "broken.png"
+    broken.symlink_to("nothing")
+    with pytest.raises(Refused, match="no such file"):  # as it was listed
+        decode(broken, AS_IS, LIMIT, listed=(-1, -1))
 
 
 def test_the_machines_own_errors_are_not_the_images(tmp_path, monkeypatch):

@@ -145,6 +145,30 @@ def test_files_that_cannot_be_loaded(tmp_path):
         build(NetworkSpec(module=f"{tmp_path / 'mynets.py'}:f"))
 
 
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("import sys; sys.exit(3)", r"exits \(3\)"),
+        ("exit()", r"exits \(None\)"),
+        ("raise SystemExit('usage')", r"exits \('usage'\)"),
+        ("import os; os._exit(0)", "ends the process"),
+        ("import os; os.fork()", "forks the process"),
+        ("import multiprocessing as m; m.get_context('fork').Process(target=int).start()", "forks the process"),
+        ("input('units? ')", "reads from standard input"),
+        ("import sys; sys.stdin.read()", "reads from standard input"),
+        ("import sys; next(sys.stdin)", "reads from standard input"),
+    ],
+)
+@pytest.mark.parametrize("where", ["when it is loaded", "in the builder"])
+def test_a_file_that_exits_forks_or_asks_is_named(tmp_path, line, said, where):
+    body = f"{line}\ndef net(): pass" if where == "when it is loaded" else f"def net():\n    {line}"
+    (tmp_path / "net.py").write_text(body)
+    before = os._exit, os.fork, sys.stdin
+    with pytest.raises(MicrotomeError, match=rf"^network file .*net\.py {said}, expected a file that only defines"):
+        build(NetworkSpec(module=f"{tmp_path / 'net.py'}:net"))
+    assert (os._exit, os.fork, sys.stdin) == before
+
+
 def test_load_takes_the_checkpoint_that_is_meant(file, tmp_path):
     spec = NetworkSpec(module=f"{file}:small")
     wanted = build(spec.model_copy(update={"seed": 3})).state_dict()

@@ -45,8 +45,8 @@ def server(monkeypatch):
     popen = subprocess.Popen
 
     def start(command, **options):
-        assert command[1:3] == ["-m", "pipeline.run.forks"]
-        return popen([command[0], "-c", STAND_IN, command[3]], **options)
+        assert command[-2] == "pipeline.run.forks"
+        return popen([command[0], "-c", STAND_IN, command[-1]], **options)
 
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setattr(forks.subprocess, "Popen", start)

@@ -45,6 +45,51 @@ def test_a_plan_says_what_is_read_and_what_is_not(tmp_path):
     assert plan.notices == (f"{name}: labels.csv: not used: notes",)
 
 
+def everything(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+
+
+def test_a_dry_run_writes_its_cache_alone_and_the_run_takes_it_over(tmp_path, monkeypatch):
+    labelled_images(tmp_path, ["a", "b"])
+    raw = segmentation(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    before = everything(tmp_path)
+    plan = planner.make(experiment.parse(raw), dry=True)
+    assert plan.scratch.parent == tmp_path / "cache/microtome"
+    written = everything(plan.scratch)
+    assert written and everything(tmp_path) - before == {
+        "cache",
+        "cache/microtome",
+        *(path.relative_to(tmp_path).as_posix() for path in (plan.scratch, *plan.scratch.rglob("*"))),
+    }
+    real = made(raw)
+    assert real.steps == plan.steps and not plan.scratch.exists()
+    assert real.scratch == tmp_path / "results/.microtome" and written <= everything(real.scratch)
+    assert planner.make(experiment.parse(raw), dry=True).scratch == real.scratch
+
+
+def test_a_dry_run_of_results_that_cannot_be_written_and_one_without_a_home(tmp_path, monkeypatch):
+    raw = scenes(tmp_path)
+    (tmp_path / "results").mkdir()
+    access = os.access
+    monkeypatch.setattr("pipeline.storage.dry_cache.os.access", lambda path, mode: Path(path) != tmp_path / "results")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert planner.make(experiment.parse(raw), dry=True).scratch.parent == tmp_path / "cache/microtome"
+    assert not list((tmp_path / "results").iterdir())
+
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", homeless)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert planner.make(experiment.parse(raw), dry=True).scratch.name.startswith("microtome-")
+    monkeypatch.setattr("pipeline.storage.dry_cache.os.access", access)
+    assert made(raw).scratch == tmp_path / "results/.microtome"
+    with pytest.raises(MicrotomeError, match=r"results: there is no home folder for `~` in ~/x: give the whole path"):
+        experiment.parse(raw | {"results": "~/x"})
+
+
 def ids(raw) -> dict[str, str]:
     return {step.name: step.id for step in made(raw).steps.values()}
 

@@ -1,8 +1,10 @@
 """A results folder as an outside program reads it."""
 
 import json
+import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -118,3 +120,30 @@ def test_every_path_of_layers_json_is_below_the_data_set(folder):
     for entry in entries.values():
         assert set(entry) == {"id", "activations", "thresholds", "iou"}
         assert all((folder / "photos" / entry[key] / "zarr.json").exists() for key in entry if key != "id")
+
+
+def test_stores_convert_as_the_page_says(folder, tmp_path):
+    """To zarr 2, pandas and text of numpy; to NetCDF what version 3 can hold."""
+    (code,) = re.findall(
+        r"^```python\n(import json.*?)\n\nplain\(", (ROOT / "docs/results.md").read_text(), re.S | re.M
+    )
+    names: dict = {}
+    exec(code, names)
+    stores = {path.parent.name: path.parent for path in folder.rglob("*.zarr/zarr.json")}
+    assert {"images.zarr", "concepts.zarr", "activations.zarr", "iou.zarr", "logits.zarr"} <= set(stores)
+    for name, store in stores.items():
+        written = xr.open_zarr(store)
+        ready = names["plain"](written)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # xarray: consolidated metadata of its own
+            ready.to_zarr(tmp_path / name, zarr_format=2)
+            again = xr.open_zarr(tmp_path / name)
+        assert set(again.variables) == set(written.variables) and set(again.attrs) == set(written.attrs)
+        for variable in written.variables:
+            np.testing.assert_array_equal(again[variable].astype(object), written[variable].astype(object))
+            if written[variable].dtype.kind == "T":
+                assert ready[variable].astype(str).values.tolist() == written[variable].values.tolist()
+                assert ready[variable].to_series().tolist() == written[variable].values.tolist()
+        if name not in ("images.zarr", "activations.zarr"):
+            ready.to_netcdf(tmp_path / f"{name}.nc", engine="scipy")
+    assert json.loads(xr.open_zarr(tmp_path / "concepts.zarr").attrs["concepts"])["1"]["name"] == "left side"

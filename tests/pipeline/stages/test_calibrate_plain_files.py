@@ -2,6 +2,7 @@
 
 import csv
 
+import drawn_text
 import numpy as np
 import pytest
 
@@ -16,6 +17,7 @@ from pipeline.stages.calibrate.settings import Calibrate, Fitting
 from pipeline.stages.calibrate.tasks import MEASURES, Judged, in_two, keys
 from pipeline.stages.report import site
 from pipeline.storage.store import write
+from pipeline.workers import devices
 
 
 def made(seed=0, images=240, classes=4):
@@ -55,6 +57,9 @@ def test_logits_and_probabilities_of_both_kinds_of_file_are_one(tmp_path, capsys
             for name in one.keys() - {"method"}:
                 assert one[name] == two[name] or float(one[name]) == pytest.approx(float(two[name]), abs=1e-6), name
     assert len((tmp_path / "out/logits/calibration-bins.csv").read_text().splitlines()) == 1 + 15 * 4
+    (whole,) = rows_of(tmp_path / "out/logits/calibration-all.csv")
+    assert (whole["images"], whole["classes"]) == ("240", "4")
+    assert f"ECE {float(whole['ece']):.2%} [{float(whole['ece_low']):.2%}, {float(whole['ece_high']):.2%}]" in printed
 
 
 @pytest.mark.parametrize(
@@ -84,6 +89,19 @@ def test_bad_files_are_refused_with_their_row(tmp_path, content, said):
     (tmp_path / "bad.csv").write_text(content)
     with pytest.raises(MicrotomeError, match=said):
         read(tmp_path / "bad.csv")
+
+
+def test_arrays_that_do_not_fit_are_refused_before_one_is_unpacked(tmp_path, monkeypatch):
+    logits, labels = made()
+    np.savez_compressed(tmp_path / "bomb.npz", logits=np.zeros((2000, 500)), labels=np.zeros(2000, int))
+    assert (tmp_path / "bomb.npz").stat().st_size < 20_000
+    monkeypatch.setattr(devices, "memory", lambda: 30_000_000)
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "load", None)
+        with pytest.raises(MicrotomeError, match=r"bomb\.npz unpacks to 0\.00802 GB, .* this machine has 0\.03 GB"):
+            read(tmp_path / "bomb.npz")
+    np.savez(tmp_path / "good.npz", logits=logits, labels=labels, other=np.zeros(10_000_000))
+    assert len(read(tmp_path / "good.npz").labels) == len(labels)
 
 
 def test_bad_arrays_are_refused(tmp_path):
@@ -359,8 +377,10 @@ def experiment(tmp_path):
     return Experiment(tmp_path / "results", tmp_path / "out", "A title", tuple(steps))
 
 
-def test_the_page_shows_the_numbers(experiment):
+def test_the_page_shows_the_numbers(experiment, monkeypatch):
+    cut_off = drawn_text.collect(monkeypatch)
     (page,) = page_of.pages(experiment)
+    assert cut_off == []
     assert len(page.findings) == 2 and "cnn is right on" in page.findings[0]
     assert [figure.kind for figure in page.figures] == ["reliability", "calibration-methods"] * 2 + [
         "calibration-networks"

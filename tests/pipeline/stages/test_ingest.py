@@ -1,18 +1,24 @@
 """Ingest: what is decoded, what is refused, and what is done again when images come, change or go."""
 
 import csv
+import os
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import zarr
-from experiments import SIZE, labelled_images, lines, run, scenes, segmentation, write_image
+from experiments import SIZE, job, labelled_images, lines, run, scenes, segmentation, write_image
 from PIL import Image
 
+from pipeline.data import kinds
+from pipeline.data.arrays import npz_image
+from pipeline.data.decode import ChangedError
 from pipeline.data.kinds import read_image
 from pipeline.errors import MicrotomeError
 from pipeline.plan.step import Plan
+from pipeline.run import experiment, planner
+from pipeline.stages.registry import STAGES
 from pipeline.storage.store import Reader
 
 pytestmark = pytest.mark.usefixtures("workers")
@@ -126,6 +132,69 @@ def test_a_changed_image_changes_its_shard_alone_and_a_touched_one_no_content(tm
     assert made(tmp_path)[4:] == ["0"]
     assert third.result["contents"] == second.result["contents"]
     assert third.digest == second.digest
+
+
+def changed_meanwhile(monkeypatch, raw, change, *stages: str):
+    """Run stages of a plan; the change comes after the last stage has listed the data set, before a worker reads it."""
+    plan = planner.make(experiment.parse(raw))
+    for stage in stages[:-1]:
+        STAGES[stage].run(job(plan, stage, "photos"))
+    listing = kinds.listing
+
+    def listed(*given):
+        found = listing(*given)
+        change()
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kinds, "listing", listed)
+        STAGES[stages[-1]].run(job(plan, stages[-1], "photos"))
+
+
+@pytest.mark.parametrize("change", ["replaced", "touched", "truncated", "gone"])
+@pytest.mark.parametrize("folder", ["images", "maps"])
+def test_what_changes_after_it_was_listed_is_an_error_and_no_outcome(tmp_path, monkeypatch, change, folder):
+    labelled_images(tmp_path, NAMES)
+    path = tmp_path / folder / "street/05.png"
+    content = path.read_bytes()
+
+    def apply():
+        match change:
+            case "replaced":
+                path.write_bytes((tmp_path / folder / "street/04.png").read_bytes())
+            case "touched":
+                os.utime(path, ns=(1, 1))
+            case "truncated":
+                path.write_bytes(content[:50])
+            case "gone":
+                path.rename(path.with_suffix(".away"))
+
+    stages = ("ingest",) if folder == "images" else ("ingest", "concepts")
+    raw = segmentation(tmp_path)
+    with pytest.raises(MicrotomeError, match=r"05\.png (changed after the data set was listed|cannot be read now)"):
+        changed_meanwhile(monkeypatch, raw, apply, *stages)
+    assert not list((tmp_path / "results/photos/done").glob(f"{stages[-1]}.*"))
+    path.with_suffix(".away").unlink(missing_ok=True)
+    path.write_bytes(content)
+    plan = run(raw, *stages)
+    assert ingest_manifest(plan).result["refused"] == 0
+    if folder == "maps":
+        assert plan.manifest(next(plan.of_stage("concepts"))).result["refused"] == []
+
+
+def test_arrays_that_change_after_they_were_listed(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (3, 4, 4, 3), np.uint8)
+    np.savez(tmp_path / "a.npz", x=images)
+    status = (tmp_path / "a.npz").stat()
+    listed = (status.st_size, status.st_mtime_ns)
+    np.testing.assert_array_equal(npz_image(tmp_path / "a.npz", "x", 1, listed), images[1].transpose(2, 0, 1))
+    np.savez(tmp_path / "a.npz", x=images[::-1])
+    os.utime(tmp_path / "a.npz", ns=(listed[1] + 1, listed[1] + 1))
+    with pytest.raises(ChangedError, match=r"a\.npz changed after"):
+        npz_image(tmp_path / "a.npz", "x", 1, listed)
+    (tmp_path / "a.npz").unlink()
+    with pytest.raises(ChangedError, match=r"a\.npz cannot be read now"):
+        npz_image(tmp_path / "a.npz", "x", 1, listed)
 
 
 def test_labels_and_splits_change_without_decoding(tmp_path):

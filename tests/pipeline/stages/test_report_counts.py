@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pipeline.report import words
 from pipeline.report.experiment import Made
 from pipeline.report.style import shorten
-from pipeline.report.tables import safe, write_table
+from pipeline.report.tables import write_table
 from pipeline.stages.ablate.found import Ablation
 from pipeline.stages.ablate.page import Section, finding
 from pipeline.stages.ablate.settings import Measure
@@ -91,13 +91,6 @@ def test_tables_hold_every_unit_and_no_formula(tmp_path: Path) -> None:
 def read(file: Path) -> list[dict[str, str]]:
     with file.open(encoding="utf-8", newline="") as stream:
         return list(csv.DictReader(stream))
-
-
-@settings(deadline=None)
-@given(st.text(max_size=20))
-def test_safe_only_ever_adds_an_apostrophe(text: str) -> None:
-    assert safe(text) in (text, f"'{text}")
-    assert safe(text)[:1] not in tuple("=+-@\t\r\n")
 
 
 @settings(deadline=None)

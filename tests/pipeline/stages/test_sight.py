@@ -550,13 +550,17 @@ def test_other_steps_keep_their_ids(tmp_path):
     assert {path for path, step in plain.steps.items() if step.stage != "report"} < set(made.steps)
 
 
-def test_the_page_of_the_report(made, tmp_path):
+def test_the_page_of_the_report(made, tmp_path, monkeypatch):
+    import drawn_text
+
     from pipeline.report.experiment import Experiment
     from pipeline.stages.report.site import render
     from pipeline.stages.sight import page
 
     of_sight = shown(made, "sight", tmp_path)
+    cut_off = drawn_text.collect(monkeypatch)
     (found,) = page.pages(of_sight)
+    assert cut_off == []
     said = "\n".join(found.findings)
     vit = opened(made, "vit")
     radius, error = (float(vit[f"receptive_radius{end}"][1]) for end in ("", "_standard_error"))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.storage import redact
 from pipeline.storage.redact import scrub_logs, without_home
 
 
@@ -32,3 +33,20 @@ def test_logs_of_snakemake_and_of_its_jobs_name_nobody(tmp_path, home):
     found = [Path(tmp_path / name).read_text() for name in names]
     assert found[:2] == ["SNAKEMAKE\n  User: -\n  Run directory: ~/work\nUser: other\n"] * 2
     assert found[2:] == [said] * 2, "of another run, or no log"
+
+
+def test_a_user_without_a_name_and_without_a_home(tmp_path, monkeypatch):
+    """As in a container that runs under any number."""
+    for name in ("HOME", "LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def nobody(number):
+        raise KeyError(f"getpwuid(): uid not found: {number}")
+
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    assert (redact.home(), redact.user()) == (None, str(os.getuid()))
+    assert without_home("/root/data") == "/root/data"
+    (tmp_path / "log").mkdir()
+    (tmp_path / "log/1.log").write_text(f"  User: {os.getuid()}\n")
+    scrub_logs(tmp_path, since=0)
+    assert (tmp_path / "log/1.log").read_text() == "  User: -\n"

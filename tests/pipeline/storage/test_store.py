@@ -204,6 +204,46 @@ def test_a_damaged_layout_is_written_again_and_its_chunks_stay(store, name, what
     np.testing.assert_array_equal(Reader(path, files | metadata_files(path))["activation"][:], values)
 
 
+CHANGES = {
+    "byte order": lambda label: label["codecs"][0]["configuration"].update(endian="big"),
+    "fill value": lambda label: label.update(fill_value=0),
+    "dtype": lambda label: label.update(data_type="float64"),
+    "sign": lambda label: label.update(data_type="uint64", fill_value=0),
+    "codec": lambda label: label["codecs"][1].update(name="gzip", configuration={"level": 1}),
+    "level": lambda label: label["codecs"][1]["configuration"].update(level=9),
+    "no codec": lambda label: label["codecs"].pop(),
+    "names of chunks": lambda label: label["chunk_key_encoding"].update(name="v2", configuration={"separator": "/"}),
+    "dimension": lambda label: label.update(dimension_names=["row"]),
+    "attributes": lambda label: label.update(attributes={"scale_factor": 2.0}),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_an_unfinished_store_is_never_decoded_otherwise_than_it_was_written(store, ledger, change):
+    """What a zarr.json says otherwise is written again, and its shards with it: whose chunks they are is not known."""
+    path, _, values = store
+    file = path / "label/zarr.json"
+    written = file.read_bytes()
+    label = json.loads(written)
+    change(label)
+    file.write_text(json.dumps(label))
+    create(path, {"activation": MAPS, "label": PLAIN}, {"scale": 1.0})
+    assert file.read_bytes() == written
+    assert [Ledger(ledger.path).get(shard, f"id{shard}", path) for shard in "012"] == [None] * 3
+    np.testing.assert_array_equal(zarr.open_group(path, mode="r", zarr_format=3)["activation"][:], values)
+
+
+@pytest.mark.parametrize("name", ["zarr.json", "label/zarr.json"])
+@pytest.mark.parametrize("text", ["[]", "{}", "null", "1", '"zarr"', '{"zarr_format": 2}', '{"node_type": "no"}'])
+def test_what_is_json_and_no_layout_is_written_again(store, name, text):
+    path, _, _ = store
+    written = {file: (path / file).read_bytes() for file in ("zarr.json", "label/zarr.json")}
+    (path / name).write_text(text)
+    create(path, {"activation": MAPS, "label": PLAIN}, {"scale": 1.0})
+    assert {file: (path / file).read_bytes() for file in written} == written
+    assert zarr.open_group(path, mode="r", zarr_format=3)["label"][:].tolist() == list(range(10))
+
+
 @pytest.mark.parametrize("name", ["zarr.json", "activation/zarr.json"])
 def test_a_layout_that_was_changed_is_refused(store, name):
     """It is still JSON, and a reader that does not know better would take it as it is."""

@@ -92,6 +92,34 @@ def test_a_damaged_chunk_is_found_and_alone_made_again(experiment, what):
     assert {name for name in before if after.get(name) != before[name]} <= own
 
 
+@pytest.mark.parametrize("then", ["removed", "written again", "folder removed"])
+def test_what_a_run_changes_meanwhile_is_told_and_no_damage(experiment, monkeypatch, capsys, then):
+    """A run first removes the manifests of what it rewrites; a ledger grows with each shard."""
+    _, results = experiment
+    flip(next(path for path in layer_store(results).glob("activation/c/0/**/*") if path.is_file()))
+    (real,) = damage.verify(results)
+    assert main(["verify", str(results)]) == 1
+    compare = damage._compare
+
+    def meanwhile(folder, name, *recorded):
+        found = compare(folder, name, *recorded)
+        if found is not None:
+            match then:
+                case "removed":
+                    real.record.unlink()
+                case "written again":
+                    real.record.write_bytes(real.record.read_bytes() + b"\n")
+                case "folder removed":
+                    shutil.rmtree(results / "photos" / "tiny")
+                    real.record.unlink(missing_ok=True)
+        return found
+
+    monkeypatch.setattr(damage, "_compare", meanwhile)
+    capsys.readouterr()
+    assert main(["verify", str(results)]) == 0
+    assert f"{real.record}: what it records changed while this looked" in capsys.readouterr().out
+
+
 def test_damaged_metadata_costs_no_chunk(experiment):
     raw, results = experiment
     before = stamps(results)

@@ -315,3 +315,22 @@ def test_progress_says_where_it_is(capsys):
     bar.step()
     bar.close()
     assert capsys.readouterr().err == "  shards: 3/3, 0 s\n"
+
+
+def test_where_processes_can_share_nothing_it_says_so(tmp_path, monkeypatch):
+    def refuse(self, *_):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("multiprocessing.context.BaseContext.Semaphore", refuse)
+    with pytest.raises(MicrotomeError, match=r"\(Read-only file system\): have /dev/shm mounted"):
+        cluster._processes(Cluster(workers=1), tmp_path, 1)
+
+
+def test_a_site_that_demands_encryption_has_it_on_one_machine_too(tmp_path, monkeypatch):
+    pytest.importorskip("cryptography")
+    monkeypatch.delenv(workers_client.ADDRESS, raising=False)
+    monkeypatch.setenv("DASK_DISTRIBUTED__COMM__REQUIRE_ENCRYPTION", "True")
+    with workers_client.client(Cluster(workers=1), tmp_path) as found:
+        assert found.scheduler.address.startswith("tls://127.0.0.1:")
+        assert found.submit(square, 3).result(60) == 9
+    assert not list(tmp_path.glob("tls-*"))
