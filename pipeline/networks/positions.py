@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from pipeline.errors import MicrotomeError
-from pipeline.networks.layer import LayerInfo
+from pipeline.networks.layer import LayerInfo, Misplaced
 from pipeline.networks.layers import Recorder, Survey, choose, to_maps
 
 # (y, x) of the corners of the changed squares, as shares of the image; no two in one row or column.
@@ -27,6 +27,8 @@ _THERE = (
     0.5  # of the largest change, above the median: narrow layers may change most at the rim of what a square reaches
 )
 _CELLS = 8  # changed patches of a grid of tokens
+MOST_IMAGES = 1 + _CELLS
+"""Images of the largest batch that is run."""
 _ENOUGH = 0.6  # of them have to show where they are: by chance, one in eight or fewer do
 _SUM = 1e-3  # rows of attention sum to 1 within this
 
@@ -68,7 +70,8 @@ def place(
     input_shape : (channels, height, width).
     made : returns the network on the CPU, in eval mode, with initial weights; called if anything is in doubt.
     every : check plain maps too, which have one reading only.
-    strict : refuse; else a layer keeps its likeliest reading, and only `auto` leaves out what is no position.
+    strict : refuse; else a layer keeps its likeliest reading and is noted in `misplaced`, and only `auto` leaves out
+        what is no position.
 
     Raises
     ------
@@ -96,6 +99,8 @@ def place(
                     raise MicrotomeError(f"layer {layer.name!r} of {name} {found.reason}")
                 elif not found.out_of_order and (strict or choice == "auto"):
                     surveyed.unplace(layer.name, found.reason)
+                else:
+                    surveyed.misplaced[layer.name] = Misplaced(layer, found.reason, found.out_of_order)
 
 
 def _settle(

@@ -86,7 +86,8 @@ def _receptive_fields(found: Averages, work: Work, fields: np.ndarray, count: np
         found.attrs["absent"]["receptive_field"] = "; ".join(
             f"{layer.name}: {note}" for layer, note in zip(layers, notes, strict=True)
         )
-    total[[not layer.spatial for layer in layers]] = np.nan
+    misplaced = {each.layer.name for each in work.prepared.misplaced}
+    total[[not layer.spatial or layer.name in misplaced for layer in layers]] = np.nan
     radius = np.array([one.radius for one in reach])
 
     def radii(summed: np.ndarray) -> np.ndarray:
