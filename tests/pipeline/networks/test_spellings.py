@@ -329,3 +329,27 @@ def test_numbers_before_what_they_multiply_are_read_as_of_old():
     torch.testing.assert_close(left.make() + right.make(), a + 0.5 * b)
     left, right = terms("addcmul", (a, 0.5, b, c), {})
     torch.testing.assert_close(left.make() + right.make(), a + 0.5 * b * c)
+
+
+def fields_of(network):
+    with torch.no_grad():
+        layers = survey(network.float(), (3, SIDE, SIDE)).layers
+    own = [layer for layer in layers if layer.name in ("blocks.0", "blocks.1")]
+    return sight.gradients(network.double(), images(), own)[0]
+
+
+@pytest.mark.parametrize("attend", SPELLINGS)
+def test_receptive_fields_of_attention_are_those_of_the_plain_spelling(attend):
+    expected = fields_of(built(Net()))
+    assert expected.shape == (2, SIDE, SIDE) and expected.all()
+    assert fields_of(built(Net(SPELLINGS[attend]))) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("add", ADDITIONS)
+def test_receptive_fields_of_additions_are_those_of_the_plain_spelling(add):
+    network = built(Net(add=ADDITIONS[add]))
+    if add == "out":
+        with pytest.raises(RuntimeError, match=r"functions with out=.* don't support automatic differentiation"):
+            fields_of(network)
+    else:
+        assert fields_of(network) == pytest.approx(fields_of(built(Net())), rel=1e-6)
