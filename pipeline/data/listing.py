@@ -48,6 +48,7 @@ LIKE_A_SPLIT = re.compile(
     r"(train|val|valid|validation|test)(ing)?([ _-]?(set|data|images|split|20\d\d))?", re.IGNORECASE
 )
 SMALL_COPIES = frozenset(("thumbnails", "thumbs", "previews"))
+NONE = "-1"  # the folder of images without a class
 NO_CLASSES = SMALL_COPIES | {"images", "imgs", "img", "jpegimages", "annotations", "labels", "masks"}
 MOST_CLASSES = 1_000_000  # a larger index is a mistake, and would allocate its names
 WHOLE = re.compile(r"(-?[0-9]{1,9})(\.0+)?")
@@ -513,6 +514,10 @@ def _classes_from_folders(
         _check_classes_of_splits(
             root, {(str(s), name_of[path[1]]) for s, path in zip(listing.split, paths, strict=True)}
         )
+    if NONE in found and len(found) > 1 and NONE not in (classes or ()):  # as in every column of labels
+        found.remove(NONE)
+        held = sum(name_of[path[depth]] == NONE for path in paths)
+        listing.notices.append(f"the folder {NONE!r} is no class: its {held:,} images have no label")
     parts = [name for name in found if name.casefold() in NO_CLASSES]
     if parts and len(found) > 1 and classes is None:
         raise MicrotomeError(
@@ -527,7 +532,7 @@ def _classes_from_folders(
             "numbers of the classes: fill or remove them"
         )
     names_in_order = found if classes is None else list(classes)
-    number = {composed(name): index for index, name in enumerate(names_in_order)}
+    number = {NONE: -1} | {composed(name): index for index, name in enumerate(names_in_order)}
     for name in found:
         if composed(name) not in number:
             hint = nearest(name, names_in_order)

@@ -151,7 +151,12 @@ def inspect(
 
 def _notices(spec: NetworkSpec, surveyed: Survey, classes: int | None) -> Iterator[str]:
     """Yield what is not wrong, but may not be meant."""
-    if classes and surveyed.classes and classes != surveyed.classes:
+    if surveyed.classes == 1:
+        yield (
+            "it gives one logit: `calibrate` reads it as that of the second of two classes, and no accuracy is taken "
+            "of it elsewhere"
+        )
+    elif classes and surveyed.classes and classes != surveyed.classes:
         yield (
             f"it gives {surveyed.classes} logits, and the images have {classes} classes: its predictions are not "
             f"those classes"

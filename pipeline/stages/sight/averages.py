@@ -177,7 +177,7 @@ def _skips(
     found.attrs["skips_not_read"] = list(work.prepared.unread)
     found.attrs["labelled"] = int((label >= 0).sum())
     if not work.prepared.logits:
-        found.attrs["absent"]["accuracy"] = "the network gives no logits"
+        found.attrs["absent"]["accuracy"] = "the network gives no logits of several classes"
     elif not (label >= 0).any():
         found.attrs["absent"]["accuracy"] = "none of the images has a label"
     rows = (

@@ -52,7 +52,7 @@ class Seen(Prepared):
     trail : the additions and products of a forward, in order.
     gradient_notes : by layer, where gradients end on their way to the input.
     values : of all outputs of an image.
-    logits : whether the network gives logits.
+    logits : whether the network gives logits of several classes: the largest of one is always its own.
     """
 
     skips: list[Skip]
@@ -136,7 +136,7 @@ def prepare_seen(model: Model, size: tuple[int, int], layers: str | Sequence[str
         trail=found.trail,
         gradient_notes=notes | {name: f"it {reason}" for name, reason in misplaced.items()},
         values=sum(layer.shape[0] * (layer.special + math.prod(layer.shape[1:])) for layer in every.layers),
-        logits=every.classes is not None,
+        logits=every.classes is not None and every.classes > 1,
     )
 
 

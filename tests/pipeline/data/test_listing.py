@@ -723,6 +723,20 @@ def test_the_order_of_numbers_in_names_is_told_and_has_a_key(tmp_path, stem):
     assert list_imagefolder(tmp_path / "few", ALL).notices == []
 
 
+def test_a_folder_of_images_without_a_class_is_none(tmp_path):
+    """-1 is none in folders as in columns."""
+    make(tmp_path / "d", "-1/1.png", "-1/2.png", "0/1.png", "1/1.png")
+    listing = list_imagefolder(tmp_path / "d", ALL)
+    assert listing.classes == ["0", "1"] and listing.label.tolist() == [-1, -1, 0, 1]
+    assert "the folder '-1' is no class: its 2 images have no label" in listing.notices
+    assert list_imagefolder(tmp_path / "d", ALL, classes=["0", "1"]).label.tolist() == [-1, -1, 0, 1]
+    given = list_imagefolder(tmp_path / "d", ALL, classes=["-1", "0", "1"])
+    assert given.label.tolist() == [0, 0, 1, 2]
+    make(tmp_path / "s", *(f"{split}/{name}/1.png" for split in ("train", "test") for name in ("-1", "cat", "dog")))
+    listing = list_imagefolder(tmp_path / "s", Folders())
+    assert listing.classes == ["cat", "dog"] and sorted(listing.label.tolist()) == [-1, -1, 0, 0, 1, 1]
+
+
 SYSTEM = ["@eaDir/1.png", "cat/@eaDir/1.jpg", ".thumbnails/1.png", ".ipynb_checkpoints/1.png", "#recycle/1.png",
           "__MACOSX/cat/._1.png", "cat/Thumbs.db", "$RECYCLE.BIN/1.png", "System Volume Information/1.png"]  # fmt: skip
 

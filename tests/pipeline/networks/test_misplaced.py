@@ -38,7 +38,7 @@ class Net(nn.Module):
         self.queries = nn.Parameter(torch.randn(64, 8))
         self.look = nn.MultiheadAttention(8, 2, batch_first=True)
         self.blocks = nn.ModuleList(Block() for _ in range(2))
-        self.head = nn.Linear(8, 4)
+        self.head = nn.Linear(8, 1 if kind == "one" else 4)
         self.order = side.permute(0, 2, 1, 3).flatten() if kind == "windows" else torch.arange(64)
 
     def forward(self, images):
@@ -134,3 +134,11 @@ def test_tokens_in_rows_are_measured(file):
     seen = tasks.prepare_seen(model(file, "rows"), (32, 32), ["blocks.0", "blocks.1"])
     assert (len(seen.attention), len(seen.skips), seen.misplaced, seen.absent) == (2, 2, [], {})
     assert seen.localised.name == "blocks.1" and seen.attention_unread == ()
+
+
+def test_one_logit_is_no_prediction(file):
+    """The largest of one logit is always its own: an accuracy would be the share of the first class."""
+    seen = tasks.prepare_seen(model(file, "one"), (32, 32), ["embed"])
+    assert not seen.logits and tasks.prepare_seen(model(file, "rows"), (32, 32), ["embed"]).logits
+    (notice,) = inspect(NetworkSpec(module=f"{file}:net", arguments={"kind": "one"}), (3, 32, 32), classes=2).notices
+    assert notice.startswith("it gives one logit") and "no accuracy is taken of it elsewhere" in notice
