@@ -17,10 +17,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
 
 from pipeline.config.networks import RANDOM, TRAINED_HERE, NetworkSpec
 from pipeline.errors import MicrotomeError
 from pipeline.networks.build import build, load_weights
+from pipeline.networks.graph.operations import tensors_in
 from pipeline.networks.layers import Recorder
 from pipeline.networks.opened import only_named_files
 
@@ -38,8 +41,8 @@ def check_independence(
     layers: Sequence[str],
     input_shape: tuple[int, int, int],
     weights_path: str | Path | None = None,
-) -> None:
-    """Refuse a network whose layers or logits depend on more than the image and the weights.
+) -> list[str]:
+    """Refuse a network whose layers or logits depend on more than the image and the weights; return what is to be told.
 
     Parameters
     ----------
@@ -63,7 +66,8 @@ def check_independence(
             return _run(network, layers, images[list(batch)], name)
 
     network = _built(spec, weights_path)
-    first = run(network, _FIRST)
+    with _Steering() as steering:
+        first = run(network, _FIRST)
     other = run(network, _NEIGHBOUR)
     for layer, output in first.items():
         if not _equal(output[0], other[layer][0]):
@@ -88,6 +92,39 @@ def check_independence(
                 f"{_said(layer, name)} gives an image other values at another place of the batch, by {apart:.3g} of "
                 f"its largest value; {_ALONE}"
             )
+    if steering.read is None:
+        return []
+    return [
+        f"values of its outputs steer its forward (by `{steering.read}`): where those of a whole batch do, its images "
+        f"decide for one another, which shows only for images that take another way than those of the inspection"
+    ]
+
+
+class _Steering(TorchFunctionMode):
+    """Notes the first function by which a forward reads values that are made of the images; `_run` marks these."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.known: Any = WeakIdKeyDictionary()
+        self.read: str | None = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        given = [*tensors_in(args), *tensors_in(kwargs)]
+        if name == _MARK or any(each in self.known for each in given):
+            if name in _READS:
+                self.read = self.read or _READS[name]
+            changed = given[:1] if name.endswith("_") or name == "__setitem__" else []
+            self.known.update(dict.fromkeys([*tensors_in(output), *changed], True))
+        return output
+
+
+_READS = {"__bool__": "bool", "__float__": "float", "__int__": "int", "__index__": "int"} | {
+    name: name for name in ("item", "tolist", "numpy", "__array__", "allclose", "equal", "is_nonzero")
+}
+_MARK = "clone"  # by which `_run` makes the images
 
 
 def _apart(output: torch.Tensor, other: torch.Tensor) -> float:
@@ -147,7 +184,7 @@ def _run(network: nn.Module, layers: Sequence[str], images: torch.Tensor, name: 
     """Return the outputs of the layers and `logits` for a batch; refuse a forward that draws random numbers."""
     before = _random_states()
     with Recorder(network, layers) as record:
-        logits, outputs = record(images)
+        logits, outputs = record(images.clone())
     drawn = [generator for generator, state in _random_states().items() if state != before[generator]]
     if drawn:
         raise MicrotomeError(

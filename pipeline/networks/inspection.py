@@ -122,7 +122,7 @@ def inspect(
     need, free = _memory_need(built, spec, surveyed.largest, weights_path), psutil.virtual_memory().available
     if need < free:
         recorded = {layer.name for choice in choices for layer in choose(built, surveyed, choice, name)}
-        check_independence(spec, sorted(recorded), input_shape, weights_path)
+        notices += check_independence(spec, sorted(recorded), input_shape, weights_path)
         place(built, surveyed, [layers], input_shape, name, lambda: build(spec), every=True)
         place(built, surveyed, choices[1:], input_shape, name, lambda: build(spec), strict=False)
     else:

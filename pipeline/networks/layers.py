@@ -453,6 +453,8 @@ class _Reader:
         shape = tuple(output.shape[1:])
         if output.ndim == 0 or output.shape[0] != 2:
             return f"gives {tuple(output.shape)} for 2 images: expected the batch in the first dimension"
+        if output.is_complex():
+            return "gives complex numbers, of which only the real parts would be stored: take a layer of real ones"
         told = self.reading.layout_of(name)
         if told is not None and len(shape) > 1 and (told == "tokens") != (len(shape) == 2):
             return f"gives {shape} for an image, which is not laid out as {told}: correct `layout`"

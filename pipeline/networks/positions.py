@@ -175,17 +175,19 @@ def _of_maps(
     boxes: Sequence[_Box],
     image: tuple[int, int],
 ) -> LayerInfo | _Misplaced:
-    """Return the reading whose maps change where the image does; the first one if none tells."""
+    """Return the reading whose maps change where the image does; the first one if none tells.
 
-    def score(at: int) -> tuple[int, int]:
-        found = [_found_at(change, box, image) for change, box in zip(changes[at], boxes, strict=True)]
-        return found.count(False), -found.count(True)
-
-    best = min(range(len(readings)), key=score)
-    layer = readings[best]
-    if score(best)[0] >= _ELSEWHERE:
-        return _order(layer)
-    return layer
+    Changes that one reading shows at single places are not spread out, as another one may show them.
+    """
+    found = [[_found_at(change, box, image) for change, box in zip(each, boxes, strict=True)] for each in changes]
+    scores = [(each.count(False), -each.count(True)) for each in found]
+    best = scores.index(min(scores))
+    if len(readings) > 1 and not scores[best][1]:
+        best = scores.index(max(scores))
+    wrong, right = scores[best][0], -scores[best][1]
+    if wrong >= _ELSEWHERE or (len(readings) > 1 and 0 < right <= wrong):
+        return _order(readings[best], len(readings) > 1)
+    return readings[best]
 
 
 def _found_at(size: torch.Tensor, box: _Box, image: tuple[int, int]) -> bool | None:
@@ -245,11 +247,12 @@ def _of_tokens(
     )
 
 
-def _order(layer: LayerInfo) -> _Misplaced:
+def _order(layer: LayerInfo, several: bool = False) -> _Misplaced:
     return _Misplaced(
         f"has positions that are not in row order (a change of the image shows elsewhere in its "
         f"{layer.shape[1]}x{layer.shape[2]} map), as inside windows of attention or after a flip or rotation of the "
-        f"image: take the output of a whole block or stage, or a layer of another kind",
+        f"image: take the output of a whole block or stage, or a layer of another kind"
+        + (f", or say how it is laid out, `layout: {{{layer.name}: ...}}`" if several else ""),
         out_of_order=True,
     )
 

@@ -53,6 +53,10 @@ class Net(nn.Module):
             out = out + torch.stack([sum(x) for x in parts])[:, None]
         if kind == "small":
             out = out * (1 + 1e-5 * torch.arange(len(out), dtype=out.dtype).view(-1, 1, 1, 1))
+        if kind == "steered" and out.mean() > 1e6:
+            out = -out
+        if kind == "gated" and self.head.bias.sum() > 1e6:  # by weights alone
+            out = -out
         if kind == "first":
             if self.seen == 0:
                 self.seen = float(out.std())
@@ -86,7 +90,14 @@ def file(tmp_path):
 
 
 def check(file, kind, **more):
-    check_independence(NetworkSpec(module=f"{file}:net", arguments={"kind": kind}, **more), ["conv"], (3, 8, 8))
+    return check_independence(NetworkSpec(module=f"{file}:net", arguments={"kind": kind}, **more), ["conv"], (3, 8, 8))
+
+
+def test_a_forward_that_values_of_the_batch_steer_is_told(file):
+    """Where all images of the inspection take one way, the other one stays unseen."""
+    (notice,) = check(file, "steered")
+    assert "values of its outputs steer its forward (by `bool`)" in notice
+    assert check(file, "gated") == [] == check(file, "plain")
 
 
 @pytest.mark.parametrize("kind", ["plain", "seeded", "rounding"])
