@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
@@ -165,11 +165,11 @@ def decode(
     values of more bits than `reading.bits`.
     """
     with opened(path, FORMATS, max_pixels, listed) as image:
-        deep_colours = ";16" in str(image.tile[0][3]) if image.tile else False
+        deep_colours = _has_deep_colours(image)
         if not reading.upright and image.format == "TIFF" and orientation(image) != 1:
             raise Refused("a TIFF with an orientation, which is always turned upright: save it without one")
         image.load()
-        if reading.bits is not None and deep_colours and not _is_deep_grey(image):
+        if reading.bits is not None and deep_colours:
             raise Refused(
                 f"colours of 16 bits, whose upper bytes alone can be read; `bits: {reading.bits}` is for grey"
             )
@@ -179,13 +179,18 @@ def decode(
     return transform_image(upright, geometry, max_pixels)
 
 
-def deepest(path: Path | str, max_pixels: int) -> int | None:
-    """Return the largest value of an image of 16-bit grey; None for others. Raises `Refused` as `decode`."""
+def deepest(path: Path | str, max_pixels: int) -> tuple[Literal["grey", "colours"], int] | None:
+    """Return the largest value of an image of 16-bit grey, or the largest upper byte of one of 16-bit colours.
+
+    None for others. Raises `Refused` as `decode`.
+    """
     with opened(path, FORMATS, max_pixels) as image:
-        if not _is_deep_grey(image):
+        kind: Literal["grey", "colours"] = "grey" if _is_deep_grey(image) else "colours"
+        if kind == "colours" and not _has_deep_colours(image):
             return None
         image.load()
-        return int(np.asarray(image).max())
+        colours = image if kind == "grey" else image.convert("RGB")
+        return kind, int(np.asarray(colours).max())
 
 
 def size_of(path: Path | str, max_pixels: int, reading: Reading = AS_STATED) -> tuple[int, int]:
@@ -369,6 +374,11 @@ def turn_upright(image: Image.Image, source: Image.Image) -> Image.Image:
 
 def _is_deep_grey(image: Image.Image) -> bool:
     return image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+
+
+def _has_deep_colours(image: ImageFile.ImageFile) -> bool:
+    """Return whether colours, or grey with transparency, have 16 bits, of which Pillow reads the upper bytes alone."""
+    return bool(image.tile) and ";16" in str(image.tile[0][3]) and not _is_deep_grey(image)
 
 
 def to_rgb(image: Image.Image, reading: Reading = AS_STATED) -> Image.Image:

@@ -146,21 +146,32 @@ def _pairs(names: Mapping[int, str], count: int) -> str:
 
 
 def _range_of_grey(dataset: AnyDataset, listed: Listing) -> list[str]:
-    """Return a line on the range that is taken for grey of 16 bits, if some of a few images are such."""
+    """Return lines on the range that is taken for images of 16 bits, if some of a few images are such."""
     from pipeline.data.decode import Refused, deepest
 
     if not isinstance(dataset, Files) or dataset.bits is not None:
         return []
-    found = []
+    found: list[tuple[str, int] | None] = []
     for at in np.unique(np.linspace(0, len(listed) - 1, LOOKED_AT).astype(int)):
         with contextlib.suppress(Refused):
             found.append(deepest(listed.path(at), dataset.max_pixels))
-    largest = max((value for value in found if value is not None), default=None)
-    if largest is None:
-        return []
-    bits = max(9, largest.bit_length())
-    hint = f"; if they use {bits} bits, give `bits: {bits}`" if bits < 16 else ""
-    return [f"16-bit grey: 0 to 65,535 becomes 0 to 255; of {len(found)} images the largest value is {largest:,}{hint}"]
+    lines = []
+    grey, colours = ([each[1] for each in found if each and each[0] == kind] for kind in ("grey", "colours"))
+    if grey:
+        bits = max(9, max(grey).bit_length())
+        hint = f"; if they use {bits} bits, give `bits: {bits}`" if bits < 16 else ""
+        lines.append(
+            f"16-bit grey: 0 to 65,535 becomes 0 to 255; of {len(found)} images the largest value is "
+            f"{max(grey):,}{hint}"
+        )
+    if colours:
+        dark = max(colours) < 128
+        hint = "; if they use fewer bits, spread them over all 16 first, or save them with 8" if dark else ""
+        lines.append(
+            f"16-bit colours: their upper bytes are taken, 0 to 65,535 becomes 0 to 255; of {len(found)} images the "
+            f"largest is {max(colours)} of 255{hint}"
+        )
+    return lines
 
 
 def settings(dataset: AnyDataset, listed: Listing) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,10 @@ ONE_SPLIT = {"training": "train", "val": "validation", "valid": "validation", "t
 LIKE_A_SPLIT = re.compile(
     r"(train|val|valid|validation|test)(ing)?([ _-]?(set|data|images|split|20\d\d))?", re.IGNORECASE
 )
+A_FOLD = re.compile(r"(fold|split|cv)[ _-]?[0-9]+", re.IGNORECASE)
+MASK = re.compile(r"(.+)[_.-](mask|masks|seg|segmentation|gt|label|labels|annotation)", re.IGNORECASE)
 SMALL_COPIES = frozenset(("thumbnails", "thumbs", "previews"))
+NONE = "-1"  # the folder of images without a class
 NO_CLASSES = SMALL_COPIES | {"images", "imgs", "img", "jpegimages", "annotations", "labels", "masks"}
 MOST_CLASSES = 1_000_000  # a larger index is a mistake, and would allocate its names
 WHOLE = re.compile(r"(-?[0-9]{1,9})(\.0+)?")
@@ -513,6 +516,11 @@ def _classes_from_folders(
         _check_classes_of_splits(
             root, {(str(s), name_of[path[1]]) for s, path in zip(listing.split, paths, strict=True)}
         )
+    if NONE in found and len(found) > 1 and NONE not in (classes or ()):  # as in every column of labels
+        found.remove(NONE)
+        held = sum(name_of[path[depth]] == NONE for path in paths)
+        listing.notices.append(f"the folder {NONE!r} is no class: its {held:,} images have no label")
+    listing.notices += _unlike_classes(paths, depth, name_of)
     parts = [name for name in found if name.casefold() in NO_CLASSES]
     if parts and len(found) > 1 and classes is None:
         raise MicrotomeError(
@@ -527,12 +535,26 @@ def _classes_from_folders(
             "numbers of the classes: fill or remove them"
         )
     names_in_order = found if classes is None else list(classes)
-    number = {composed(name): index for index, name in enumerate(names_in_order)}
+    number = {NONE: -1} | {composed(name): index for index, name in enumerate(names_in_order)}
     for name in found:
         if composed(name) not in number:
             hint = nearest(name, names_in_order)
             raise MicrotomeError(f"folder {name!r} in {root} is not one of the classes given{hint}")
     return np.array([number[composed(path[depth])] for path in paths], np.int64), names_in_order
+
+
+def _unlike_classes(paths: Sequence[list[str]], depth: int, name_of: Mapping[str, str]) -> Iterator[str]:
+    """Yield what class folders hold that may be meant otherwise: splits within them, classes of one split alone."""
+    inside = {part for path in paths for part in path[depth + 1].split("/")[:-1] if LIKE_A_SPLIT.fullmatch(part)}
+    if len(inside) > 1:
+        yield f"folders of splits lie within the class folders and are not read: {', '.join(sorted(inside))}"
+    if depth == 1:
+        splits: dict[str, set[str]] = {}
+        for split, name, *_ in paths:
+            splits.setdefault(name_of[name], set()).add(split)
+        alone = [f"{name!r} ({next(iter(held))})" for name, held in sorted(splits.items()) if len(held) == 1]
+        if alone and len({path[0] for path in paths}) > 1:
+            yield f"classes that one split alone has: {', '.join(alone[:6])}" + (", ..." if len(alone) > 6 else "")
 
 
 def _one_form(names: Iterable[str]) -> dict[str, str]:
@@ -556,7 +578,12 @@ def _key_of(order: ClassOrder) -> Callable[[str], Any]:
 
 
 def _check_no_splits(root: Path, found: Sequence[str]) -> None:
-    """Refuse folders of splits as classes: all of them are, or two splits are among them."""
+    """Refuse folders of splits as classes: all of them are, or two splits are among them; and folders of folds."""
+    if len(found) > 1 and all(map(A_FOLD.fullmatch, found)):
+        raise MicrotomeError(
+            f"the folders in {root} are folds, not classes: {', '.join(found[:4])}; give classes and splits as a CSV "
+            f"(`labels`), or make one of them the root"
+        )
     like = [(name, of) for name in found if (of := LIKE_A_SPLIT.fullmatch(name))]
     splits = {ONE_SPLIT.get(of[1].lower(), of[1].lower()) for _, of in like}
     if like and (len(like) == len(found) or len(splits) > 1):
@@ -737,12 +764,34 @@ def _noticed(listing: Listing, tables: Tables, order: ClassOrder) -> Listing:
     twins = [name for name in names if alike[_loosely(name)] > 1 and len(_loosely(name)) > 1]
     if twins:
         listing.notices.append(f"classes whose names differ in case or spaces alone: {', '.join(twins[:6])}")
+    listing.notices += _suspects(listing)
     copies = [name for name in listing.image_id if not SMALL_COPIES.isdisjoint(name.lower().split("/")[:-1])]
     if copies:
         listing.notices.append(
             f"{len(copies):,} images lie in folders like {copies[0]!r}: small copies count as images"
         )
     return listing
+
+
+def _suspects(listing: Listing) -> Iterator[str]:
+    """Yield what may have gone wrong with labels and images."""
+    names, held = listing.classes, set(listing.label[listing.label >= 0].tolist())
+    if names == list(map(str, range(len(names)))) and held == set(range(1, len(names))) and len(held) > 1:
+        yield (
+            f"no image has the label 0: if the labels 1 to {len(names) - 1} count from 1, subtract 1, since a "
+            f"network's classes begin with 0"
+        )
+    joined = [name for name in names if any(len(each) > 1 and set(each) <= set(names) for each in _parts(name))]
+    if joined:
+        yield f"class names that are made of others, where images have several labels: {', '.join(joined[:6])}"
+    stems = {image_id.rpartition(".")[0] for image_id in listing.image_id.tolist()}
+    masks = sorted(stem for stem in stems if (of := MASK.fullmatch(stem)) and of[1] in stems)
+    if masks:
+        yield f"{len(masks):,} images, the first is {masks[0]!r}, seem to be label maps of others, and count as images"
+
+
+def _parts(name: str) -> Iterator[list[str]]:
+    return ([part.strip() for part in name.split(mark)] for mark in "|;,/+&")
 
 
 def _loosely(name: str) -> str:

@@ -129,6 +129,8 @@ def _check_kind(network: nn.Module, name: str) -> None:
         raise MicrotomeError(
             f"{name} is scripted (TorchScript), so its layers cannot be read: return the module that was scripted"
         )
+    if type(network).__name__ == "OptimizedModule":
+        raise MicrotomeError(f"{name} is compiled (torch.compile): return the module that was compiled")
     tensors = (*network.named_parameters(), *network.named_buffers())
     if lazy := next((key for key, tensor in tensors if is_lazy(tensor)), None):
         raise MicrotomeError(

@@ -11,7 +11,7 @@ import numpy as np
 
 from pipeline.config.networks import Network
 from pipeline.data.minibatches import Minibatch
-from pipeline.networks.forward import Model, NonFiniteError, normalise
+from pipeline.networks.forward import Model, NonFiniteError, normalise, refuse_non_finite
 from pipeline.networks.layer import LayerInfo
 from pipeline.storage.record import Record
 from pipeline.storage.store import StoreRef
@@ -76,25 +76,26 @@ def grams_of(network: torch.nn.Module, images: torch.Tensor, entries: Sequence[E
 
     def take(name: str, output: torch.Tensor) -> None:
         for entry in of_layer[name]:
-            found[name, entry.features] = packed_gram(features_of(output, entry), output, name)
+            found[name, entry.features] = packed_gram(features_of(output, entry), output, name, entry.info)
 
     with Recorder(network, list(of_layer), stop_early=True, take=take) as record:
         record(images)
     return np.stack([found[entry.info.name, entry.features] for entry in entries])
 
 
-def packed_gram(features: torch.Tensor, output: torch.Tensor, layer: str) -> np.ndarray:
+def packed_gram(features: torch.Tensor, output: torch.Tensor, layer: str, info: LayerInfo) -> np.ndarray:
     """Return the Gram matrix, (pair), of features of a layer's output.
 
-    Raises `NonFiniteError` with the image's place if the output is not finite.
+    Raises `NonFiniteError` with the image's place and the unit if the output is not finite.
     """
     from kernels.similarity.cka import pack
     from kernels.similarity.gram import gram
 
     made = gram(features).cpu()
     if not bool(made.isfinite().all()):
-        bad = ~output.isfinite().reshape(len(output), -1).all(1)
-        raise NonFiniteError(layer, int(bad.int().argmax()))
+        refuse_non_finite(output, layer, 0, info)
+        # The output is finite, and products of its values are not.
+        raise NonFiniteError(f"{layer} (its Gram matrix)", int((~made.isfinite()).any(1).int().argmax()))
     return pack(made.numpy())
 
 

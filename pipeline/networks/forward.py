@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.config.networks import Network, Segmenter
 from pipeline.errors import MicrotomeError
+from pipeline.networks.layer import LayerInfo
 from pipeline.workers.devices import device
 from pipeline.workers.tasks import computing
 
@@ -190,16 +191,32 @@ def half(values: torch.Tensor, scale: float) -> torch.Tensor:
     return (values if scale == 1 else values / scale).half()
 
 
-def refuse_non_finite(output: torch.Tensor, layer: str, start: int, units: torch.Tensor | None = None) -> None:
+def refuse_non_finite(
+    output: torch.Tensor, layer: str, start: int, units: torch.Tensor | LayerInfo | None = None
+) -> None:
     """Raise for the first image of `output` (image, ...) that is not finite; the shard begins with image `start`.
 
-    `units` (image, unit), if given, is not finite where a unit's values are not.
+    `units` (image, unit, ...), if given, is not finite where a unit's values are not; or it says how the output is
+    read.
     """
     good = output.isfinite().reshape(len(output), -1).all(1)
     if not bool(good.all()):
         image = int((~good).nonzero()[0])
-        bad = [] if units is None else (~units[image].isfinite()).nonzero().reshape(-1).tolist()
+        bad: list[int] = []
+        if units is not None:
+            own = units_of(output[image : image + 1], units)[0] if isinstance(units, LayerInfo) else units[image]
+            bad = (~own.isfinite().reshape(len(own), -1).all(1)).nonzero().reshape(-1).tolist()
         raise NonFiniteError(layer, start + image, *bad[:1])
+
+
+def units_of(output: torch.Tensor, info: LayerInfo) -> torch.Tensor:
+    """Return all values of each unit, (image, unit, place), those in special tokens among them."""
+    import torch
+
+    from pipeline.networks.layers import to_maps
+
+    maps, special = to_maps(output, info)
+    return maps.flatten(2) if special is None else torch.cat([special.transpose(1, 2), maps.flatten(2)], 2)
 
 
 def scale_for(largest: float, headroom: bool = False) -> float:

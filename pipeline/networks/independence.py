@@ -7,23 +7,28 @@ contrast, so that a network that treats images differently shows it.
 
 from __future__ import annotations
 
+import math
 import pickle
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
 
 from pipeline.config.networks import RANDOM, TRAINED_HERE, NetworkSpec
 from pipeline.errors import MicrotomeError
 from pipeline.networks.build import build, load_weights
+from pipeline.networks.graph.operations import tensors_in
 from pipeline.networks.layers import Recorder
 from pipeline.networks.opened import only_named_files
 
 _ELSEWHERE = 1e-6  # of a layer's largest value: the last bits may depend on the place in the batch
+_ROUNDED, _IN_DOUBLE = 1e-3, 1e-12  # more than the last bits, of deep networks, which are rounding if float64 has less
 _LEVELS = ((-1.5, 0.5), (1.5, 0.5), (0.0, 1.0), (-0.5, 1.5))  # (mean, standard deviation) of the images
 # Images of the batches: the first image with a neighbour, with another one, and at another place.
 _FIRST, _NEIGHBOUR, _PLACE = (0, 1), (0, 2), (3, 0)
@@ -36,8 +41,8 @@ def check_independence(
     layers: Sequence[str],
     input_shape: tuple[int, int, int],
     weights_path: str | Path | None = None,
-) -> None:
-    """Refuse a network whose layers or logits depend on more than the image and the weights.
+) -> list[str]:
+    """Refuse a network whose layers or logits depend on more than the image and the weights; return what is to be told.
 
     Parameters
     ----------
@@ -61,7 +66,8 @@ def check_independence(
             return _run(network, layers, images[list(batch)], name)
 
     network = _built(spec, weights_path)
-    first = run(network, _FIRST)
+    with _Steering() as steering:
+        first = run(network, _FIRST)
     other = run(network, _NEIGHBOUR)
     for layer, output in first.items():
         if not _equal(output[0], other[layer][0]):
@@ -72,14 +78,75 @@ def check_independence(
     del network
     again = _built(spec, weights_path)
     other = run(again, _PLACE)
-    _compare_builds(first, run(again, _FIRST), lambda: run(_built(spec, weights_path), _FIRST), spec)
+    repeated = run(again, _FIRST)
+    del again  # a third build would stand beside it
+    _compare_builds(first, repeated, lambda: run(_built(spec, weights_path), _FIRST), spec)
+    doubled: dict[str, float] = {}
     for layer, output in first.items():
-        apart = (output[0] - other[layer][1]).abs().nan_to_num().amax()
-        if apart > _ELSEWHERE * output.abs().nan_to_num().amax():
+        apart = _apart(output, other[layer])
+        if apart <= _ELSEWHERE:
+            continue
+        doubled = doubled or _doubled(lambda: _built(spec, weights_path), layers, images)
+        if apart > _ROUNDED or doubled.get(layer, math.inf) > _IN_DOUBLE:
             raise MicrotomeError(
-                f"{_said(layer, name)} gives an image other values at another place of the batch, by "
-                f"{float(apart):.3g} of {float(output.abs().amax()):.3g}; {_ALONE}"
+                f"{_said(layer, name)} gives an image other values at another place of the batch, by {apart:.3g} of "
+                f"its largest value; {_ALONE}"
             )
+    if steering.read is None:
+        return []
+    return [
+        f"values of its outputs steer its forward (by `{steering.read}`): where those of a whole batch do, its images "
+        f"decide for one another, which shows only for images that take another way than those of the inspection"
+    ]
+
+
+class _Steering(TorchFunctionMode):
+    """Notes the first function by which a forward reads values that are made of the images; `_run` marks these."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.known: Any = WeakIdKeyDictionary()
+        self.read: str | None = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        given = [*tensors_in(args), *tensors_in(kwargs)]
+        if name == _MARK or any(each in self.known for each in given):
+            if name in _READS:
+                self.read = self.read or _READS[name]
+            changed = given[:1] if name.endswith("_") or name == "__setitem__" else []
+            self.known.update(dict.fromkeys([*tensors_in(output), *changed], True))
+        return output
+
+
+_READS = {"__bool__": "bool", "__float__": "float", "__int__": "int", "__index__": "int"} | {
+    name: name for name in ("item", "tolist", "numpy", "__array__", "allclose", "equal", "is_nonzero")
+}
+_MARK = "clone"  # by which `_run` makes the images
+
+
+def _apart(output: torch.Tensor, other: torch.Tensor) -> float:
+    """Return how far the first image is from itself at another place, as a share of the largest value."""
+    apart, largest = (output[0] - other[1]).abs().nan_to_num().amax(), output.abs().nan_to_num().amax()
+    return float(apart / largest) if apart else 0.0
+
+
+def _doubled(made: Callable[[], nn.Module], layers: Sequence[str], images: torch.Tensor) -> dict[str, float]:
+    """Return how far an image is from itself at another place in float64; nothing if the network has no float64."""
+
+    def run(batch: tuple[int, int]) -> dict[str, torch.Tensor]:
+        with Recorder(network, layers, take=lambda _, output: output.clone()) as record:
+            logits, outputs = record(images[list(batch)].double())
+        return outputs if logits is None else outputs | {_LOGITS: logits}
+
+    try:
+        network = made().double()
+        one, other = run(_FIRST), run(_PLACE)
+    except Exception:  # tensors that the forward makes in float32 do not mix with float64
+        return {}
+    return {layer: _apart(output, other[layer]) for layer, output in one.items() if output.dtype == torch.float64}
 
 
 def _compare_builds(
@@ -117,7 +184,7 @@ def _run(network: nn.Module, layers: Sequence[str], images: torch.Tensor, name: 
     """Return the outputs of the layers and `logits` for a batch; refuse a forward that draws random numbers."""
     before = _random_states()
     with Recorder(network, layers) as record:
-        logits, outputs = record(images)
+        logits, outputs = record(images.clone())
     drawn = [generator for generator, state in _random_states().items() if state != before[generator]]
     if drawn:
         raise MicrotomeError(

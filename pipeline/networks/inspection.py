@@ -30,7 +30,7 @@ from pipeline.networks.graph.trace import UntraceableError, trace
 from pipeline.networks.independence import check_independence
 from pipeline.networks.layer import Inspection, LayerInfo
 from pipeline.networks.layers import Survey, choose, head_of, survey
-from pipeline.networks.positions import place
+from pipeline.networks.positions import MOST_IMAGES, place
 from pipeline.networks.returned import check_returned
 from pipeline.networks.speed import Probe, measure
 
@@ -130,18 +130,21 @@ def inspect(
     check_returned(surveyed.returned, classes, spec.architecture)
     name = spec.architecture
     choices = [layers, *(each for each in (compare, look) if each is not None)]
-    if _fits_memory(built):
+    notices = list(_notices(spec, surveyed, classes))
+    need, free = _memory_need(built, spec, surveyed.largest, weights_path), psutil.virtual_memory().available
+    if need < free:
         recorded = {layer.name for choice in choices for layer in choose(built, surveyed, choice, name)}
-        check_independence(spec, sorted(recorded), input_shape, weights_path)
+        notices += check_independence(spec, sorted(recorded), input_shape, weights_path)
         place(built, surveyed, [layers], input_shape, name, lambda: build(spec), every=True)
         place(built, surveyed, choices[1:], input_shape, name, lambda: build(spec), strict=False)
     else:
-        print(
-            f"{name} is too large for this machine: that its outputs depend on the image alone, and where they lie, is "
-            f"not checked",
-            file=sys.stderr,
+        notices.append(
+            f"it was not run before the work, for which it needs {need / 2**30:,.1f} GiB of memory where "
+            f"{free / 2**30:,.1f} GiB were free: that its outputs depend on the image and the weights alone, and where "
+            f"the positions of its layers lie, was not checked"
         )
     chosen = choose(built, surveyed, layers, name)
+    compared = [] if compare is None else [each.name for each in choose(built, surveyed, compare, name)]
     return Inspection(
         architecture=spec.architecture,
         layers=chosen,
@@ -151,8 +154,9 @@ def inspect(
         output=surveyed.output,
         classes=surveyed.classes,
         ablation=_ablation(built, chosen, surveyed.output, input_shape, ablate) if ablate else {},
-        compared=[] if compare is None else [each.name for each in choose(built, surveyed, compare, spec.architecture)],
-        notices=list(_notices(spec, surveyed, classes)),
+        compared=compared,
+        misplaced=[surveyed.misplaced[each] for each in compared if each in surveyed.misplaced],
+        notices=notices,
         alone=surveyed.alone,
         explainable=_explainable(spec, surveyed, input_shape, explain).json()
         if explain and _fits_memory(built)
@@ -174,7 +178,12 @@ def _explainable(
 
 def _notices(spec: NetworkSpec, surveyed: Survey, classes: int | None) -> Iterator[str]:
     """Yield what is not wrong, but may not be meant."""
-    if classes and surveyed.classes and classes != surveyed.classes:
+    if surveyed.classes == 1:
+        yield (
+            "it gives one logit: `calibrate` reads it as that of the second of two classes, and no accuracy is taken "
+            "of it elsewhere"
+        )
+    elif classes and surveyed.classes and classes != surveyed.classes:
         yield (
             f"it gives {surveyed.classes} logits, and the images have {classes} classes: its predictions are not "
             f"those classes"
@@ -310,10 +319,11 @@ def _other_precision(network: nn.Module) -> str:
     return str(next(others, "")).removeprefix("torch.")
 
 
-def _fits_memory(network: nn.Module) -> bool:
-    """Return whether the network can be built here, twice at a time."""
+def _memory_need(network: nn.Module, spec: NetworkSpec, largest: int, weights_path: str | Path | None) -> int:
+    """Return the bytes of the checks, which hold one copy of the network, and the checkpoint while it is loaded."""
     held = sum(value.numel() * value.element_size() for value in (*network.parameters(), *network.buffers()))
-    return 2 * held < psutil.virtual_memory().available
+    loads = weights_path is not None or spec.published or spec.weights_file is not None
+    return held * (2 if loads else 1) + MOST_IMAGES * 4 * 4 * largest
 
 
 def _bytes(layer: LayerInfo, images: int) -> int:

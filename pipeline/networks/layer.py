@@ -44,6 +44,26 @@ class LayerInfo:
 
 
 @dataclass(frozen=True)
+class Misplaced:
+    """A layer that keeps its likeliest reading although its positions do not lie where that says.
+
+    Attributes
+    ----------
+    reason : why, after "layer ... of ...".
+    out_of_order : there are positions, in another order; else there are none.
+    """
+
+    layer: LayerInfo
+    reason: str
+    out_of_order: bool
+
+    def keeps(self, features: str) -> bool:
+        """Return whether features of the output, as `networks.features` names them, do not depend on the reading."""
+        tokens_alone = self.layer.layout == "tokens" and not self.layer.special
+        return features == "whole" or (features == "pooled" and tokens_alone)
+
+
+@dataclass(frozen=True)
 class Inspection:
     """The properties of a network that do not depend on its weights.
 
@@ -58,6 +78,7 @@ class Inspection:
     output : shape of the network's output for one image; (classes,) for a classifier.
     classes : number of logits, or None if the network has no head.
     compared : names of the layers that are compared, if these are others.
+    misplaced : those among the layers that are compared whose positions are not where they seem.
     notices : what a person should know before the run, a sentence each.
     alone : what goes wrong with a batch of one image; empty if nothing does.
     explainable : what `pipeline.networks.explainable` found, if it was asked.
@@ -72,6 +93,7 @@ class Inspection:
     classes: int | None
     ablation: dict[str, float | None] = field(default_factory=dict)
     compared: list[str] = field(default_factory=list)
+    misplaced: list[Misplaced] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
     alone: str = ""
     explainable: dict[str, Any] = field(default_factory=dict)
@@ -82,5 +104,10 @@ class Inspection:
     @staticmethod
     def read(answer: Mapping[str, Any]) -> Inspection:
         """Return the inspection that `json` gave."""
-        layers = [LayerInfo(**{**layer, "shape": tuple(layer["shape"])}) for layer in answer["layers"]]
-        return Inspection(**{**answer, "layers": layers, "output": tuple(answer["output"])})
+        layers = list(map(_layer, answer["layers"]))
+        misplaced = [Misplaced(**{**each, "layer": _layer(each["layer"])}) for each in answer["misplaced"]]
+        return Inspection(**{**answer, "layers": layers, "misplaced": misplaced, "output": tuple(answer["output"])})
+
+
+def _layer(answer: Mapping[str, Any]) -> LayerInfo:
+    return LayerInfo(**{**answer, "shape": tuple(answer["shape"])})

@@ -20,7 +20,7 @@ from torch import nn
 from pipeline.config.networks import Reading, SpecialTokens
 from pipeline.config.patterns import fits
 from pipeline.errors import MicrotomeError, nearest
-from pipeline.networks.layer import LayerInfo, Layout
+from pipeline.networks.layer import LayerInfo, Layout, Misplaced
 
 # Published transformers have at most a dozen class, distillation and register tokens. A larger remainder means that the
 # grid was guessed wrong.
@@ -39,7 +39,8 @@ class Survey:
     """The results of one forward pass: layers in execution order, why other modules are none, and the network's output.
 
     `readings` holds all ways to read a layer whose shape leaves several, the likeliest first, `unplaced` the refused
-    layers whose tokens are no positions (`pipeline.networks.positions` decides both), and `reading` what was told.
+    layers whose tokens are no positions, `misplaced` those that keep a reading although they are not placed so
+    (`pipeline.networks.positions` decides all three), and `reading` what was told.
     `image` is the (height, width) that it ran on, `output` the shape of the network's own output without the batch, and
     `classes` as in `classes_of`. `largest` is how many values the largest output of any module has for one image, which
     determines the memory of a forward pass. `returned` are the shapes of the tensors that the network returns, where it
@@ -50,6 +51,7 @@ class Survey:
     refused: dict[str, str] = field(default_factory=dict)
     readings: dict[str, list[LayerInfo]] = field(default_factory=dict)
     unplaced: set[str] = field(default_factory=set)
+    misplaced: dict[str, Misplaced] = field(default_factory=dict)
     reading: Reading = field(default_factory=Reading)
     image: tuple[int, int] = (0, 0)
     output: tuple[int, ...] = ()
@@ -451,6 +453,8 @@ class _Reader:
         shape = tuple(output.shape[1:])
         if output.ndim == 0 or output.shape[0] != 2:
             return f"gives {tuple(output.shape)} for 2 images: expected the batch in the first dimension"
+        if output.is_complex():
+            return "gives complex numbers, of which only the real parts would be stored: take a layer of real ones"
         told = self.reading.layout_of(name)
         if told is not None and len(shape) > 1 and (told == "tokens") != (len(shape) == 2):
             return f"gives {shape} for an image, which is not laid out as {told}: correct `layout`"

@@ -1,13 +1,16 @@
 """Which files a builder opens: its network depends on them, and an id covers only those that the configuration names.
 
-Python announces every `open`, and every import of source code, to its audit hooks. Libraries that open a file in
-compiled code are not seen there: their functions are replaced while a builder runs.
+Python announces every `open`, every import of source code, every library that ctypes loads and every database of
+sqlite3 to its audit hooks. Other compiled code is not seen there. Functions of a few libraries are replaced while a
+builder runs, and a file that is open or mapped afterwards, and was not before, is found whoever opened it. What
+compiled code of other libraries opens and closes, and what a program that the builder starts reads, is not noticed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 import os
 import site
 import sys
@@ -23,9 +26,24 @@ import pipeline
 from pipeline.config.networks import NetworkSpec
 from pipeline.errors import MicrotomeError
 
-_COMPILED = (("safetensors", "safe_open"), ("safetensors.torch", "safe_open"), ("torch.jit", "load"))
+_COMPILED = (
+    ("safetensors", "safe_open"),
+    ("safetensors.torch", "safe_open"),
+    ("torch.jit", "load"),
+    ("torch", "from_file"),
+)
+# Of libraries that may be absent: looked at if they are there and the network's own code names them.
+_OPTIONAL = (
+    ("cv2", "imread"),
+    ("cv2", "imreadmulti"),
+    ("h5py.h5f", "open"),
+    ("torchvision.io.image", "read_file"),
+    ("torchvision.io", "read_file"),
+)
+_EVENTS = {"sqlite3.connect", "ctypes.dlopen"}
 _CODE = {".py", ".so", ".pyd"}
 _SYSTEM = ("/proc", "/sys", "/dev", "/etc", "/usr/share")
+_MAPPED_BY_THE_SYSTEM = ("/usr", "/lib", "/lib64")
 
 
 class _Watched(threading.local):
@@ -58,15 +76,17 @@ def only_named_files(spec: NetworkSpec) -> Iterator[None]:
         return
     before = set(sys.modules)
     with contextlib.ExitStack() as stack:
-        for module, name in _COMPILED:
+        for module, name in (*_COMPILED, *_named(spec)):
             stack.enter_context(_announced(module, name))
         helpers = dict.fromkeys(str(Path(each).resolve().parent) for each in spec.files or () if each.endswith(".py"))
         stack.enter_context(patch.object(sys, "path", [*helpers, *sys.path] if helpers else sys.path))
         _install()
+        held = _held()
         _watched.running = True
         try:
             yield
         finally:
+            _watched.read += sorted(_held() - held)
             read, written = _watched.read, set(map(_real, _watched.written))
             _watched.__init__()  # type: ignore[misc]
             named = {_real(path) for path in (spec.module_file, *(spec.files or ()))} | written
@@ -79,6 +99,30 @@ def only_named_files(spec: NetworkSpec) -> Iterator[None]:
                     if _real(getattr(sys.modules[name], "__file__", None) or "") in own:
                         del sys.modules[name]
                 raise MicrotomeError(_refusal(spec, found))
+
+
+def _named(spec: NetworkSpec) -> list[tuple[str, str]]:
+    """Return the functions of optional libraries that the network's own code may call."""
+    own = [spec.module_file, *(Path(each) for each in spec.files or () if each.endswith(".py"))]
+    text = "".join(path.read_text(errors="ignore") for path in own if path is not None and path.is_file())
+    libraries = {module.partition(".")[0] for module, _ in _OPTIONAL}
+    there = {name for name in libraries if name in text and importlib.util.find_spec(name) is not None}
+    return [(module, name) for module, name in _OPTIONAL if module.partition(".")[0] in there]
+
+
+def _held() -> set[str]:
+    """Return the files that this process holds open or mapped; none if other threads may open some, or off Linux."""
+    if threading.active_count() > 1 or not Path("/proc/self/fd").is_dir():
+        return set()
+    found = set()
+    for link in list(Path("/proc/self/fd").iterdir()):
+        with contextlib.suppress(OSError):
+            found.add(str(link.readlink()))
+    for line in Path("/proc/self/maps").read_text(errors="surrogateescape").splitlines():
+        path = line.partition("/")[2]
+        if path and ".so" not in Path(path).suffixes and not f"/{path}".startswith(_MAPPED_BY_THE_SYSTEM):
+            found.add(f"/{path}")
+    return {path for path in found if path.startswith("/")}
 
 
 def _refusal(spec: NetworkSpec, found: list[Path]) -> str:
@@ -127,7 +171,12 @@ def _install() -> None:
 
 
 def _audit(event: str, args: tuple[Any, ...]) -> None:
-    if event != "open" or not _watched.running or not isinstance(args[0], (str, bytes)):
+    if not _watched.running or not (event == "open" or event in _EVENTS):
+        return
+    if not isinstance(args[0], (str, bytes, os.PathLike)):
+        return
+    if event in _EVENTS:
+        _watched.read.append(str(Path(os.fsdecode(args[0])).absolute()))
         return
     mode, flags = args[1], args[2] if isinstance(args[2], int) else 0
     writes = any(sign in mode for sign in "wax") if mode else flags & os.O_ACCMODE == os.O_WRONLY
@@ -140,7 +189,7 @@ def _announced(module: str, name: str) -> Any:
     function: Callable[..., Any] = getattr(importlib.import_module(module), name)
 
     def announced(file: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(file, (str, os.PathLike)):
+        if isinstance(file, (str, bytes, os.PathLike)):
             sys.audit("open", os.fspath(file), "r", 0)
         return function(file, *args, **kwargs)
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from pipeline.errors import MicrotomeError
-from pipeline.networks.layer import LayerInfo
+from pipeline.networks.layer import LayerInfo, Misplaced
 from pipeline.networks.layers import Recorder, Survey, choose, to_maps
 
 # (y, x) of the corners of the changed squares, as shares of the image; no two in one row or column.
@@ -27,6 +27,8 @@ _THERE = (
     0.5  # of the largest change, above the median: narrow layers may change most at the rim of what a square reaches
 )
 _CELLS = 8  # changed patches of a grid of tokens
+MOST_IMAGES = 1 + _CELLS
+"""Images of the largest batch that is run."""
 _ENOUGH = 0.6  # of them have to show where they are: by chance, one in eight or fewer do
 _SUM = 1e-3  # rows of attention sum to 1 within this
 
@@ -68,7 +70,8 @@ def place(
     input_shape : (channels, height, width).
     made : returns the network on the CPU, in eval mode, with initial weights; called if anything is in doubt.
     every : check plain maps too, which have one reading only.
-    strict : refuse; else a layer keeps its likeliest reading, and only `auto` leaves out what is no position.
+    strict : refuse; else a layer keeps its likeliest reading and is noted in `misplaced`, and only `auto` leaves out
+        what is no position.
 
     Raises
     ------
@@ -96,6 +99,8 @@ def place(
                     raise MicrotomeError(f"layer {layer.name!r} of {name} {found.reason}")
                 elif not found.out_of_order and (strict or choice == "auto"):
                     surveyed.unplace(layer.name, found.reason)
+                else:
+                    surveyed.misplaced[layer.name] = Misplaced(layer, found.reason, found.out_of_order)
 
 
 def _settle(
@@ -170,17 +175,19 @@ def _of_maps(
     boxes: Sequence[_Box],
     image: tuple[int, int],
 ) -> LayerInfo | _Misplaced:
-    """Return the reading whose maps change where the image does; the first one if none tells."""
+    """Return the reading whose maps change where the image does; the first one if none tells.
 
-    def score(at: int) -> tuple[int, int]:
-        found = [_found_at(change, box, image) for change, box in zip(changes[at], boxes, strict=True)]
-        return found.count(False), -found.count(True)
-
-    best = min(range(len(readings)), key=score)
-    layer = readings[best]
-    if score(best)[0] >= _ELSEWHERE:
-        return _order(layer)
-    return layer
+    Changes that one reading shows at single places are not spread out, as another one may show them.
+    """
+    found = [[_found_at(change, box, image) for change, box in zip(each, boxes, strict=True)] for each in changes]
+    scores = [(each.count(False), -each.count(True)) for each in found]
+    best = scores.index(min(scores))
+    if len(readings) > 1 and not scores[best][1]:
+        best = scores.index(max(scores))
+    wrong, right = scores[best][0], -scores[best][1]
+    if wrong >= _ELSEWHERE or (len(readings) > 1 and 0 < right <= wrong):
+        return _order(readings[best], len(readings) > 1)
+    return readings[best]
 
 
 def _found_at(size: torch.Tensor, box: _Box, image: tuple[int, int]) -> bool | None:
@@ -240,11 +247,12 @@ def _of_tokens(
     )
 
 
-def _order(layer: LayerInfo) -> _Misplaced:
+def _order(layer: LayerInfo, several: bool = False) -> _Misplaced:
     return _Misplaced(
         f"has positions that are not in row order (a change of the image shows elsewhere in its "
         f"{layer.shape[1]}x{layer.shape[2]} map), as inside windows of attention or after a flip or rotation of the "
-        f"image: take the output of a whole block or stage, or a layer of another kind",
+        f"image: take the output of a whole block or stage, or a layer of another kind"
+        + (f", or say how it is laid out, `layout: {{{layer.name}: ...}}`" if several else ""),
         out_of_order=True,
     )
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config.networks import Network
 from pipeline.networks.forward import Model
-from pipeline.networks.layer import LayerInfo
+from pipeline.networks.layer import LayerInfo, Misplaced
 
 if TYPE_CHECKING:
     from torch import nn
@@ -25,11 +26,13 @@ class Prepared:
     layers : the wanted ones, in execution order.
     parameters : how many.
     largest : values of the largest output of any module, for one image.
+    misplaced : those of the layers whose positions are not where they seem.
     """
 
     layers: list[LayerInfo]
     parameters: int
     largest: int
+    misplaced: list[Misplaced] = field(default_factory=list, kw_only=True)
 
 
 def survey_of(network: nn.Module, model: Model, size: tuple[int, int]) -> Survey:
@@ -51,25 +54,23 @@ def prepare(
 
     Parameters
     ----------
-    strict : refuse layers whose positions are not where they seem, which whole outputs may have.
-    others : names of further layers of the survey whose reading matters.
+    strict : refuse layers whose positions are not where they seem; else they are `misplaced`.
+    others : names of further layers of the survey whose reading matters; never refused.
     """
     from pipeline.networks.build import build
     from pipeline.networks.layers import choose
     from pipeline.networks.positions import place
 
     shape = model.spec.preprocessing.channels, *survey.image
-    place(
-        network,
-        survey,
-        [layers, *([others] if others else [])],
-        shape,
-        model.name,
-        lambda: build(model.spec),
-        strict=strict,
-    )
+    made = functools.cache(lambda: build(model.spec))
+    place(network, survey, [layers], shape, model.name, made, strict=strict)
     infos = choose(network, survey, layers, model.name)
-    return Prepared(infos, sum(each.numel() for each in network.parameters()), survey.largest)
+    rest = [layer.name for layer in survey.layers if layer.name in others and layer not in infos]
+    if rest:
+        place(network, survey, [rest], shape, model.name, made, strict=False)
+    misplaced = [survey.misplaced[info.name] for info in infos if info.name in survey.misplaced]
+    parameters = sum(each.numel() for each in network.parameters())
+    return Prepared(infos, parameters, survey.largest, misplaced=misplaced)
 
 
 def ids_of(

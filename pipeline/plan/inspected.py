@@ -27,7 +27,7 @@ from pipeline.storage.atomic import write_atomically
 from pipeline.storage.identity import digest
 from pipeline.workers.processes import in_own_process
 
-VERSION = 5
+VERSION = 6
 LIBRARIES = ("torch", "torchvision", "timm", "transformers")  # other versions may build other networks
 PAIRS = "extract"  # the stage with one job per network and data set
 
@@ -65,6 +65,13 @@ def pairs(jobs: Iterable[Job]) -> Iterator[Job]:
 def found(job: Job) -> Inspection:
     """Return what the inspection found of a job's network, or of its original if it is a control or a copy."""
     return Inspection.read(question(_pair(job)).answer)
+
+
+def notices(job: Job) -> list[str]:
+    """Return what the inspection says of the network of an extraction; nothing of other jobs, or if it is gone."""
+    if not any(pairs([job])) or not (asked := question(job)).answered:
+        return []
+    return Inspection.read(asked.answer).notices
 
 
 def speed(job: Job) -> dict[str, Any]:

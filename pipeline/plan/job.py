@@ -278,7 +278,7 @@ class Job(Generic[S]):
     def told(self, error: NonFiniteError, image_id: Sequence[str] | np.ndarray) -> MicrotomeError:
         """Return the error as a readable message; `image_id` holds the id of every slot."""
         layer, index, *unit = error.args
-        whose = f"unit {unit[0]}: its" if unit else "the"
+        whose = f"{'class' if layer.startswith('logits') else 'unit'} {unit[0]}: its" if unit else "the"
         return MicrotomeError(
             f"network {self.network!r}, layer {layer!r}: {whose} output for image {image_id[index]!r} of data set "
             f"{self.dataset!r} is not finite (NaN or infinity)"

@@ -11,6 +11,7 @@ from urllib.parse import quote
 
 from pipeline.config.base import UNTRAINED
 from pipeline.config.report import Figures, Report
+from pipeline.plan import inspected
 from pipeline.plan.job import Job
 from pipeline.workers.tasks import run_tasks
 
@@ -19,7 +20,10 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Made:
-    """One finished step, read from its manifest: `result` holds the small facts that the stage left for others."""
+    """One finished step, read from its manifest: `result` holds the small facts that the stage left for others.
+
+    `notices` are what the inspection of its network on its data set found, for the step that extracts.
+    """
 
     stage: str
     dataset: str | None = None
@@ -28,13 +32,23 @@ class Made:
     seconds: float | None = None
     result: Mapping[str, Any] = field(default_factory=dict)
     experiment: str | None = None
+    notices: tuple[str, ...] = ()
 
     @staticmethod
     def of(job: Job) -> Made:
         """Return a finished job, read from its manifest."""
         manifest, key = job.read(), job.key
         seconds = manifest.provenance.get("seconds")
-        return Made(job.stage.name, key.dataset, key.network, job.id, seconds, manifest.result, key.experiment)
+        return Made(
+            stage=job.stage.name,
+            dataset=key.dataset,
+            network=key.network,
+            id=job.id,
+            seconds=seconds,
+            result=manifest.result,
+            experiment=key.experiment,
+            notices=tuple(inspected.notices(job)),
+        )
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """Inspect `layers: auto` of many networks of torchvision and timm with random weights, and print a table.
 
-    python tests/bench/inspect_many.py [--most 30e6] [--seconds 3600] [--only PATTERN]
+    python tests/bench/inspect_many.py [--most 30e6] [--seconds 3600] [--only PATTERN] [--table FILE] [--docs PAGE]
 
-Networks come in the order of their size. A row says accepted, refused with the reason, or wrong: an accepted layer of
+Networks come in the order of their size. `--table` keeps the rows: a later call goes on with the networks that it
+lacks, and `--docs` writes the page of all. A row says accepted, refused with the reason, or wrong: an accepted layer of
 which no change of the image shows at its place, found by other squares than those of the inspection.
 """
 
@@ -25,9 +26,24 @@ from pipeline.errors import MicrotomeError
 from pipeline.networks.build import build
 from pipeline.networks.inspection import inspect
 from pipeline.networks.layer import LayerInfo
-from pipeline.networks.layers import Recorder, to_maps
+from pipeline.networks.layers import Recorder, survey, to_maps
 
 LESS = 0.8  # of the largest change of any quarter
+MOST_BYTES = 4 << 30
+# Sizes at which a shape fits two layouts.
+ALSO: list[tuple[NetworkSpec, tuple[int, int, int]]] = [
+    (NetworkSpec(torchvision="convnext_tiny"), (3, 384, 384)),
+    (NetworkSpec(timm="mambaout_femto"), (3, 192, 192)),
+    (NetworkSpec(torchvision="swin_t"), (3, 384, 384)),
+    (NetworkSpec(torchvision="resnet18"), (3, 512, 512)),
+    (NetworkSpec(torchvision="resnet18"), (3, 224, 320)),
+]
+HEAD = """# Networks that were inspected
+
+`layers: auto` of the image classifiers of torchvision and of families of timm, with random weights. *Wrong* would be an
+accepted layer in which a change of a quarter of the image shows less there than in another quarter, found by other
+changes than those of the inspection. Made by `python tests/bench/inspect_many.py --table FILE --docs PAGE`.
+"""
 
 
 def families() -> list[NetworkSpec]:
@@ -83,38 +99,90 @@ def elsewhere(spec: NetworkSpec, layers: list[LayerInfo], shape: tuple[int, int,
     return wrong
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--most", type=float, default=30e6)
-    parser.add_argument("--seconds", type=float, default=3600)
-    parser.add_argument("--only", default="*")
-    asked = parser.parse_args()
-    warnings.simplefilter("ignore")
-    begun, sized = time.monotonic(), []
+def memory_need(spec: NetworkSpec, shape: tuple[int, int, int]) -> int:
+    """Return about how many bytes an inspection takes: two copies of the weights, and some outputs for ten images."""
+    try:
+        network = build(spec, "meta")
+        largest = survey(network, shape).largest
+    except Exception:  # builders and forwards that read values
+        return 0
+    return 4 * (2 * sum(each.numel() for each in network.parameters()) + 40 * largest)
+
+
+def row_of(spec: NetworkSpec, shape: tuple[int, int, int]) -> tuple[str, str]:
+    """Return the outcome of one inspection, and what is to be said of it."""
+    if memory_need(spec, shape) > MOST_BYTES:
+        return "skipped", "needs more than 4 GiB"
+    try:
+        layers = inspect(spec, shape).layers
+        wrong = elsewhere(spec, layers, shape)
+    except MicrotomeError as error:
+        return "refused", " ".join(str(error).split())
+    except Exception as error:
+        return "failed", f"{type(error).__name__}: {error}"
+    return ("wrong", ", ".join(wrong)) if wrong else ("accepted", f"{len(layers)} layers")
+
+
+def page(rows: list[list[str]]) -> str:
+    """Return the page of the docs: the tally, what is refused, and all networks that are accepted."""
+    tally = Counter(row[2] for row in rows)
+    told = ", ".join(f"{outcome} {tally[outcome]}" for outcome in ("accepted", "refused", "wrong"))
+    lines = [
+        HEAD,
+        f"**{told}**, of {len(rows)} networks.",
+        "",
+        "| network | image | outcome | why |",
+        "|---|---|---|---|",
+    ]
+    lines += [f"| {' | '.join(each.replace('|', chr(92) + '|') for each in row[:4])} |" for row in rows]
+    return "\n".join([*lines, ""])
+
+
+def ordered(only: str, most: float) -> list[tuple[NetworkSpec, tuple[int, int, int]]]:
+    """Return the networks with the sizes of their images, the smallest networks first."""
+    sized = []
     for spec in families():
-        if fnmatch(spec.architecture, asked.only):
+        if fnmatch(spec.architecture, only):
             try:
                 built = build(spec, "meta")
             except Exception:  # builders that place or read values themselves
                 built = build(spec)
             count = sum(parameter.numel() for parameter in built.parameters())
-            sized.append((count, spec.architecture, spec))
-    tally: Counter[str] = Counter()
-    for count, name, spec in sorted(sized, key=lambda each: each[:2]):
-        if count > asked.most or time.monotonic() - begun > asked.seconds:
+            if count <= most:
+                sized.append((count, spec.architecture, spec))
+    found = [(spec, size_of(spec)) for _, _, spec in sorted(sized, key=lambda each: each[:2])]
+    return [each for each in ALSO if fnmatch(each[0].architecture, only)] + found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--most", type=float, default=30e6)
+    parser.add_argument("--seconds", type=float, default=3600)
+    parser.add_argument("--only", default="*")
+    parser.add_argument("--table", type=Path)
+    parser.add_argument("--docs", type=Path)
+    asked = parser.parse_args()
+    warnings.simplefilter("ignore")
+    begun = time.monotonic()
+    rows: dict[tuple[str, str], list[str]] = {}
+    if asked.table is not None and asked.table.exists():
+        known = (line.split("\t") for line in asked.table.read_text().splitlines())
+        rows = {(row[0], row[1]): row for row in known}
+    for spec, shape in ordered(asked.only, asked.most):
+        name, size = f"{spec.library}:{spec.architecture}", f"{shape[1]}x{shape[2]}"
+        if (name, size) in rows:
             continue
-        shape = size_of(spec)
-        try:
-            layers = inspect(spec, shape).layers
-            wrong = elsewhere(spec, layers, shape)
-            outcome, said = ("wrong", ", ".join(wrong)) if wrong else ("accepted", f"{len(layers)} layers")
-        except MicrotomeError as error:
-            outcome, said = "refused", str(error)
-        except Exception as error:
-            outcome, said = "failed", f"{type(error).__name__}: {error}"
-        tally[outcome] += 1
-        print(f"{spec.library}:{name}\t{shape[1]}x{shape[2]}\t{outcome}\t{said}", flush=True)
-    print(", ".join(f"{outcome} {number}" for outcome, number in tally.items()))
+        if time.monotonic() - begun > asked.seconds:
+            break
+        since = time.monotonic()
+        row = rows[name, size] = [name, size, *row_of(spec, shape), f"{time.monotonic() - since:.1f}"]
+        print("\t".join(row), flush=True)
+        if asked.table is not None:
+            with asked.table.open("a") as file:
+                file.write("\t".join(row) + "\n")
+    print(", ".join(f"{outcome} {number}" for outcome, number in Counter(row[2] for row in rows.values()).items()))
+    if asked.docs is not None:
+        asked.docs.write_text(page(sorted(rows.values())))
 
 
 if __name__ == "__main__":

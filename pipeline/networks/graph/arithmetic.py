@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 import torch
 
+from pipeline.errors import MicrotomeError
+
 ADDITIONS = frozenset({"add", "add_", "__add__", "__radd__", "__iadd__"})
 SUBTRACTIONS = frozenset({"sub", "sub_", "subtract", "subtract_", "__sub__", "__isub__"})
 SUBTRACTIONS_FROM = frozenset({"rsub", "__rsub__"})
@@ -46,23 +48,21 @@ class Term:
 def terms(name: str, args: Any, kwargs: Mapping[str, Any]) -> tuple[Term, Term] | None:
     """Return the two terms of a function that adds two tensors, in the order of its arguments; None for any other."""
     if name in ADDITIONS | SUBTRACTIONS | SUBTRACTIONS_FROM:
-        given = _bound(args, kwargs, "input", "other")
+        names = ("input", "alpha", "other") if len(args) == 3 else ("input", "other")  # the former as of old
+        given = _bound(name, args, kwargs, *names)
         a, b = given.get("input"), given.get("other")
-        if isinstance(b, (int, float)) and len(args) == 3:  # torch.add(input, alpha, other), as of old
-            b, given = args[2], {"alpha": b}
         factor = given.get("alpha", 1)
         signs = (1, factor) if name in ADDITIONS else (1, -factor) if name in SUBTRACTIONS else (-factor, 1)
         found = _scaled(a, signs[0]), _scaled(b, signs[1])
     elif name in FUSED and name.startswith("lerp"):
-        given = _bound(args, kwargs, "input", "end", "weight")
+        given = _bound(name, args, kwargs, "input", "end", "weight")
         found = _scaled(given["input"], 1 - given["weight"]), _scaled(given["end"], given["weight"])
     elif name in FUSED:
-        given = _bound(args, kwargs, "input", "tensor1", "tensor2")
-        if not isinstance(given["tensor1"], torch.Tensor):  # torch.addcmul(input, value, tensor1, tensor2), as of old
-            given = dict(zip(("input", "value", "tensor1", "tensor2"), args, strict=True))
+        before = ("input", "value") if len(args) == 4 else ("input",)  # the former as of old
+        given = _bound(name, args, kwargs, *before, "tensor1", "tensor2")
         found = _scaled(given["input"], 1), _multiplied(name, given)
     elif name in ADDED_PRODUCTS:
-        given = _bound(args, kwargs, "input", *(("mat1", "mat2") if "addmm" in name else ("batch1", "batch2")))
+        given = _added_product(name, args, kwargs)
         found = _scaled(given["input"], given.get("beta", 1)), _matmul(given)
     else:
         return None
@@ -79,8 +79,20 @@ def part(tensor: torch.Tensor, shape: tuple[int, ...], factor: float) -> Term:
     )
 
 
-def _bound(args: Any, kwargs: Mapping[str, Any], *names: str) -> dict[str, Any]:
+def _bound(function: str, args: Any, kwargs: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    """Return the arguments by name; more of them than there are names would be left out in silence."""
+    if len(args) > len(names):
+        raise MicrotomeError(
+            f"torch's `{function}` is called with {len(args)} arguments in a row, expected at most {len(names)} "
+            f"({', '.join(names)}): name the others"
+        )
     return dict(zip(names, args, strict=False)) | dict(kwargs)
+
+
+def _added_product(name: str, args: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of `addmm` or `baddbmm`; as of old, numbers may stand before what they multiply."""
+    before = {5: ("beta", "input", "alpha"), 4: ("beta", "input")}.get(len(args), ("input",))
+    return _bound(name, args, kwargs, *before, *(("mat1", "mat2") if "addmm" in name else ("batch1", "batch2")))
 
 
 def _scaled(tensor: Any, factor: Any) -> Term | None:
@@ -114,10 +126,10 @@ def factors(name: str, args: Any, kwargs: Mapping[str, Any]) -> tuple[tuple[torc
     if name == "einsum":
         return _einsum(args, kwargs)
     if name.startswith("baddbmm"):
-        given = _bound(args, kwargs, "input", "batch1", "batch2")
+        given = _added_product(name, args, kwargs)
         a, b = given["batch1"], given["batch2"]
     else:
-        given = _bound(args, {}, "input", "other") | {"mat2": None} | dict(kwargs)
+        given = _bound(name, args, {}, "input", "other") | {"mat2": None} | dict(kwargs)
         a, b = given.get("input"), given.get("other", given["mat2"])
         if name == "__rmatmul__":
             a, b = b, a

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.errors import MicrotomeError
 from pipeline.networks.forward import (
     HALF_MAX,
     Model,
+    NonFiniteError,
     forward_in_batches,
     network_of,
     normalise,
@@ -194,6 +194,8 @@ def without_units(model: Model, target: Target, shard: Shard, first: int) -> Don
             into[rows], alone[rows] = each[:, None].cpu().numpy(), each.cpu().numpy()
         for unit, image, changed in tail.without_units(state, range(first, last), target.pairs):
             at = image.cpu().numpy() + rows.start, unit.cpu().numpy() - first
+            of = [f"logits without unit {each} of {target.info.name}" for each in unit.tolist()]
+            require_finite(changed, shard.start + shard.rows[at[0]], of)
             prediction[at], above[at] = (each.cpu().numpy() for each in judged(changed, label[image]))
             facts["pairs"] += len(unit)
         if first == 0:
@@ -220,10 +222,23 @@ def without_sets(model: Model, target: Target, shard: Shard, first: int, packed:
         prediction[rows] = logits.argmax(1)[:, None].cpu().numpy()
         for chosen, image, changed in tail.without_sets(state, sets.to(logits.device), target.pairs):
             at = image.cpu().numpy() + rows.start, chosen.cpu().numpy()
+            of = [f"logits without {each} units of {target.info.name}" for each in sets.sum(1)[chosen.cpu()].tolist()]
+            require_finite(changed, shard.start + shard.rows[at[0]], of)
             prediction[at] = changed.argmax(1).cpu().numpy()
             facts["pairs"] += len(chosen)
     values = {"prediction": ((shard.start, first), full(target, shard, prediction))}
     return Done(f"{shard.number}.{first}", {SETS: write(target.set_predictions, values)}, facts)
+
+
+def require_finite(logits: torch.Tensor, slots: np.ndarray, of: Sequence[str]) -> None:
+    """Refuse logits (row, class) that are not finite, of which an argmax would be some class nevertheless.
+
+    Rows are images at `slots`; `of` says what the logits are, by row.
+    """
+    good = logits.isfinite()
+    if not bool(good.all()):
+        row = int((~good.all(1)).nonzero()[0])
+        raise NonFiniteError(of[row], int(slots[row]), int((~good[row]).nonzero()[0]))
 
 
 def begun(model: Model, target: Target, shard: Shard) -> Iterator[tuple[slice, Tail, State, torch.Tensor, np.ndarray]]:
@@ -249,11 +264,8 @@ def begun(model: Model, target: Target, shard: Shard) -> Iterator[tuple[slice, T
         sides = tail.beside(normalise(pixels[rows], model.spec)) if tail.traced.sides else {}
         state = tail.begin(output, other, sides)
         found = tail.logits(state, target.pairs)
-        if not bool(found.isfinite().all()):
-            raise MicrotomeError(
-                f"network {model.name!r}: logits of shard {shard.number} computed from layer {target.info.name!r} are "
-                f"not finite"
-            )
+        computed = [f"logits computed from {target.info.name}"] * len(found)
+        require_finite(found, shard.start + shard.rows[rows], computed)
         yield rows, tail, state, found, logits[rows]
 
 
@@ -283,7 +295,7 @@ def activations(
         )
         assert head is not None
         output, logits = torch.cat(outputs), head.numpy()
-        refuse_non_finite(output, name, shard.start)
+        refuse_non_finite(output, name, shard.start, target.info)
         largest = float(output.abs().amax())
         scale = target.scale if largest <= HALF_MAX * target.scale else scale_for(largest)
         maps, special = to_maps(output, target.info)

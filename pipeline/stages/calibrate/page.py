@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from functools import partial
 
+from kernels.calibration.reliability import FLOOR
 from pipeline.report import words
 from pipeline.report.experiment import Experiment
 from pipeline.report.page import Figure, Page
@@ -79,11 +80,17 @@ def finding(one: Section) -> str:
         f"{words.percent(whole['mean_confidence'], 1)}; its ECE is {words.percent(whole['ece'], 2)}, where a "
         f"calibrated network would show up to {words.percent(whole['ece_null_high'], 2)}"
     )
+    floored = ""
+    if whole.get("floored"):
+        floored = (
+            f" The label of {words.percent(whole['floored'], 2)} of them has a probability below {FLOOR:g}, which "
+            f"counts as {FLOOR:g} in the NLL."
+        )
     if "temperature" not in found.rows:
-        return f"{text}."
+        return f"{text}.{floored}"
     after = found.rows["temperature"]
     return (
-        f"{text}. With a temperature of {words.decimal(after['temperature'], 2)} it is "
+        f"{text}.{floored} With a temperature of {words.decimal(after['temperature'], 2)} it is "
         f"{words.percent(after['ece'], 2)} instead of {words.percent(row['ece'], 2)}, the mean over "
         f"{words.plural(int(after['splits']), 'split')}."
     )

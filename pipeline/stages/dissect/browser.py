@@ -17,6 +17,7 @@ def browser_data(experiment: Experiment, network: Network, cards: Mapping[tuple[
 
     `units` are rows: layer, unit, concept (-1: no label), IoU, ceiling, held-out IoU, ends of the interval, threshold,
     activation rate; then, for units with pictures: images, best concepts as [concept, IoU], histogram, its two ends.
+    `coarse`, if there are any, are the places of units of which fewer than 8 bits are stored.
     Layers, concepts, categories, images and classes are indices into their own lists. None: undefined.
     """
     dissection = network.trained
@@ -45,6 +46,8 @@ def browser_data(experiment: Experiment, network: Network, cards: Mapping[tuple[
                 _rounded(card.high),
             ]
         rows.append(row)
+    coarse = {(layer.name, unit) for layer in dissection.layers for unit in layer.coarse}
+    noted = [at for at, unit in enumerate(dissection.units) if (unit.layer, unit.unit) in coarse]
     categories = list(network.category_names)
     categories += sorted({category for _, category in concepts.items} - set(categories))
     short = short_names(categories)
@@ -62,6 +65,7 @@ def browser_data(experiment: Experiment, network: Network, cards: Mapping[tuple[
         "bins": BINS,
         "sample": min(SAMPLE, _images_of(network)),
         "units": rows,
+        **({"coarse": noted} if noted else {}),
     }
 
 

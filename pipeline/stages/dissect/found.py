@@ -41,6 +41,8 @@ class DissectedLayer:
     concepts: int
     shown: Path | None = None
     """For a streamed layer: what was kept for pictures."""
+    coarse: frozenset[int] = frozenset()
+    """Units of which fewer than 8 bits are stored."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def read_dissection(results: Path, dataset: str, network: str) -> Dissection:
     return Dissection(dataset, network, layers, units, model)
 
 
-def read_layer_paths(file: Path) -> dict[str, dict[str, str]]:
+def read_layer_paths(file: Path) -> dict[str, dict[str, Any]]:
     """Read a `layers.json`: the paths of each layer's stores, in execution order; the stores may be gone."""
     return read_json(file)
 
@@ -107,6 +109,7 @@ def read_layers(dataset_folder: Path, file: Path) -> list[DissectedLayer]:
                 settings=dict(iou.attrs),
                 concepts=iou["iou"].shape[1],
                 shown=dataset_folder / paths["shown"] if "shown" in paths else None,
+                coarse=frozenset(paths.get("coarse", ())),
             )
         )
     if not layers:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from pipeline.report.experiment import Experiment
 from pipeline.report.words import decimal, number, percent, plural
 from pipeline.stages.dissect.counting import LayerCount
 from pipeline.stages.dissect.found import Network
@@ -25,7 +26,28 @@ def what_was_compared(network: Network) -> str:
 def findings(network: Network) -> list[str]:
     """Return the findings for a network and its controls."""
     found = [against_controls(network), categories_of_last_layer(network), through_the_layers(network)]
-    return [sentence for sentence in [*found, best_unit(network)] if sentence]
+    return [sentence for sentence in [*found, best_unit(network), *coarse_units(network)] if sentence]
+
+
+def coarse_units(network: Network) -> list[str]:
+    """Say of which units few bits are stored."""
+    return [
+        f"Of {plural(len(layer.coarse), 'unit')} of {layer.name} ({some(sorted(layer.coarse))}), fewer than 8 bits are "
+        f"stored: values and thresholds are coarse."
+        for layer in network.trained.layers
+        if layer.coarse
+    ]
+
+
+def notices(experiment: Experiment, network: Network) -> list[str]:
+    """Say what the inspection found that may not be meant."""
+    dataset, name = network.trained.dataset, network.trained.network
+    found = [made for made in experiment.of_stage("extract") if (made.dataset, made.network) == (dataset, name)]
+    return [f"Told before the run: {notice}." for made in found for notice in made.notices]
+
+
+def some(units: Sequence[int]) -> str:
+    return ", ".join(map(str, units[:8])) + (", ..." if len(units) > 8 else "")
 
 
 def against_controls(network: Network) -> str:

@@ -61,7 +61,8 @@ class CountedShard:
 class LayerSource:
     """A layer as tasks name it.
 
-    `streamed` and `tails`, the store of its tails, belong to a streamed layer.
+    `streamed` and `tails`, the store of its tails, belong to a streamed layer. `coarse` are units of which fewer than 8
+    bits are stored.
     """
 
     name: str
@@ -72,6 +73,7 @@ class LayerSource:
     digest: str
     streamed: Streamed | None = None
     tails: StoreRef | None = None
+    coarse: tuple[int, ...] = ()
 
     @property
     def folder(self) -> Path:
@@ -147,6 +149,7 @@ def layer_of(results: Path, dataset: Path, stored: StoredLayer, method: Method) 
         shape=stored.shape,
         scale=stored.scale,
         digest=manifest.digest,
+        coarse=tuple(stored.coarse or ()),
         streamed=streamed,
         tails=tails,
     )
@@ -207,15 +210,17 @@ def finished(one: LayerResult) -> bool:
     return manifest_of(one).exists()
 
 
-def paths_of(one: LayerResult, folder: Path) -> dict[str, str]:
-    """Return an entry of layers.json: paths relative to the data set's folder."""
+def paths_of(one: LayerResult, folder: Path) -> dict[str, Any]:
+    """Return an entry of layers.json: paths relative to the data set's folder, and coarse units if there are any."""
     own = one.layer.folder / f"dissect-{one.id}"
     shown = {"shown": (own / "shown.zarr").relative_to(folder).as_posix()} if one.layer.streamed else {}
+    coarse = {"coarse": list(one.layer.coarse)} if one.layer.coarse else {}
     return shown | {
         "id": one.layer.id,
         "activations": one.layer.store.path.relative_to(folder).as_posix(),
         "thresholds": (own / "thresholds.zarr").relative_to(folder).as_posix(),
         "iou": (own / "iou.zarr").relative_to(folder).as_posix(),
+        **coarse,
     }
 
 

@@ -117,7 +117,8 @@ def _digest_of(manifest: Manifest, stage: str) -> str | None:
 def measured(logits: Path, images: Images) -> dict[str, Any]:
     """Return the accuracy of a network with these logits on the labelled images, and how many they are.
 
-    If a shard's logits are damaged or cannot be matched with labels, the result has no accuracy.
+    If a shard's logits are damaged or cannot be matched with labels, or an image has one logit alone, the result has no
+    accuracy.
     """
     import zarr
 
@@ -131,7 +132,7 @@ def measured(logits: Path, images: Images) -> dict[str, Any]:
     count = min(len(values), len(label))
     values, label = values[:count], label[:count]
     counted = np.isfinite(values).all(1) & (label >= 0) & np.asarray(images.reader()["valid"][:count])
-    if not counted.any():
+    if not counted.any() or values.shape[1] < 2:
         return {"accuracy": None, "images": 0}
     right = values[counted].argmax(1) == label[counted]
     return {"accuracy": float(right.mean()), "images": int(counted.sum())}

@@ -179,7 +179,7 @@ def extract_shard(
             remove(layer.store, f"activation/c/{shard}/0/0/0")
     if logits is not None:
         assert head is not None
-        refuse_non_finite(head, "logits", start)
+        refuse_non_finite(head, "logits", start, head)
         done.files[""] = write(logits, {"logits": ((start, 0), head.numpy())})
     return done
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from pipeline.data import minibatches
 from pipeline.data.minibatches import Batching
+from pipeline.errors import MicrotomeError
 from pipeline.networks.features import Arithmetic
 from pipeline.plan import inspected
 from pipeline.plan.cost import Cost, Store, rate_of
@@ -26,7 +27,7 @@ from pipeline.plan.stage import Draft, Stage, Wanted
 from pipeline.plan.step import Key
 from pipeline.stages.grams.results import Kept
 from pipeline.stages.grams.settings import Settings
-from pipeline.stages.grams.tasks import GRAMS, entries_of, keep_grams, memory_need, prepare_layers
+from pipeline.stages.grams.tasks import GRAMS, entries_of, keep_grams, memory_need, prepare_layers, unreadable
 from pipeline.stages.similarity.settings import SECTION, Similarity
 from pipeline.storage.identity import digest
 from pipeline.storage.manifest import within
@@ -103,6 +104,8 @@ def run(job: Job[Settings]) -> None:
     with job.workers() as workers:
         asked = (model, images.size, how.layers, VERSION)
         (prepared,) = run_tasks(workers, prepare_layers, [asked], 1, f"{job.name}: layers")
+        if why := next(unreadable(prepared.misplaced, how.features), None):
+            raise MicrotomeError(f"{job.name}: {why}")
         size = max(len(batch.images) for batch in batches)
         entries = entries_of(prepared.layers, how.features)
         job.check_memory(memory_need(prepared.parameters, prepared.largest, size, len(entries), images.size), REMEDY)
@@ -158,6 +161,12 @@ def requests(job: Job[Settings]) -> dict[str, Any]:
     return {"compare": layers} if layers != job.network_spec.layers else {}
 
 
+def check(job: Job[Settings]) -> Iterator[str]:
+    """Yield features that cannot be told of layers that are compared and not dissected."""
+    for why in unreadable(inspected.found(job).misplaced, job.settings.features):
+        yield f"network {job.network!r} on {job.dataset!r}: {why}"
+
+
 def cost(job: Job[Settings], done: bool) -> Cost:
     how, found, speed = job.settings, inspected.found(job), inspected.speed(job)
     images = min(job.splits[how.split], how.images) * how.epochs
@@ -187,6 +196,7 @@ STAGE = Stage(
     settings=Settings,
     code=CODE,
     requests=requests,
+    check=check,
     cost=cost,
     pending=pending,
     counts="minibatches to put through the network",

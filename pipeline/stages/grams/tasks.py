@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from pipeline.data.minibatches import Minibatch
 from pipeline.errors import MicrotomeError
 from pipeline.networks.features import Entry, grams_of, images_of, naming_slots
 from pipeline.networks.forward import Model, loaded, network_of, platform_numerics
-from pipeline.networks.layer import LayerInfo
+from pipeline.networks.layer import LayerInfo, Misplaced
 from pipeline.networks.prepare import Prepared, ids_of, prepare, survey_of
 from pipeline.storage.store import StoreRef
 from pipeline.workers.resumable import Done
@@ -33,6 +33,21 @@ def prepare_layers(model: Model, size: tuple[int, int], layers: str | Sequence[s
     prepared = prepare(network, model, survey_of(network, model, size), layers, strict=False)
     numerics = model.spec.numerics.model_dump(exclude={"micro_batch"}) | platform_numerics(version)
     return Identified(**vars(prepared), ids=ids_of(network, model, size, prepared.layers, numerics))
+
+
+def unreadable(misplaced: Sequence[Misplaced], features: Sequence[str]) -> Iterator[str]:
+    """Yield the features that cannot be told where positions do not lie as they seem."""
+    for each in misplaced:
+        lost = [name for name in features if not each.keeps(name)]
+        if "class_token" in lost and not each.layer.special:  # then it is left out
+            lost.remove("class_token")
+        if "spatial" in lost and not each.layer.special:
+            lost.remove("spatial")
+        if lost:
+            yield (
+                f"similarity.features: {' and '.join(lost)} cannot be told of layer {each.layer.name!r}, which "
+                f"{each.reason}; its `whole` output can be compared"
+            )
 
 
 def entries_of(layers: Sequence[LayerInfo], features: Sequence[str]) -> list[Entry]:

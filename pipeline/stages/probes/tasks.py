@@ -233,7 +233,7 @@ def computed(
     for name, values in found.items():
         layer = by_name[name]
         # Of what is kept: a mean tells of every position, and `isfinite` on all of them takes as long as a convolution.
-        refuse_non_finite(values, name, start)
+        refuse_non_finite(values, name, start, values.transpose(1, 2))
         halves = [at for at, vector in enumerate(layer.vectors) if vector.features != "pooled"]
         if halves:
             largest = float(values[:, halves].abs().amax())

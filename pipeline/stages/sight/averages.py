@@ -86,7 +86,8 @@ def _receptive_fields(found: Averages, work: Work, fields: np.ndarray, count: np
         found.attrs["absent"]["receptive_field"] = "; ".join(
             f"{layer.name}: {note}" for layer, note in zip(layers, notes, strict=True)
         )
-    total[[not layer.spatial for layer in layers]] = np.nan
+    misplaced = {each.layer.name for each in work.prepared.misplaced}
+    total[[not layer.spatial or layer.name in misplaced for layer in layers]] = np.nan
     radius = np.array([one.radius for one in reach])
 
     def radii(summed: np.ndarray) -> np.ndarray:
@@ -176,7 +177,7 @@ def _skips(
     found.attrs["skips_not_read"] = list(work.prepared.unread)
     found.attrs["labelled"] = int((label >= 0).sum())
     if not work.prepared.logits:
-        found.attrs["absent"]["accuracy"] = "the network gives no logits"
+        found.attrs["absent"]["accuracy"] = "the network gives no logits of several classes"
     elif not (label >= 0).any():
         found.attrs["absent"]["accuracy"] = "none of the images has a label"
     rows = (

@@ -7,7 +7,7 @@ images, with a backward pass from each layer.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,7 @@ from pipeline.networks.graph import gradient_flow, operations
 from pipeline.networks.graph.arithmetic import Term, sums_to_one
 from pipeline.networks.graph.operations import Attention, Operations, Product, Skip
 from pipeline.networks.layer import LayerInfo
-from pipeline.networks.layers import Recorder, first_tensor, one_attention_path, to_maps
+from pipeline.networks.layers import Recorder, Survey, first_tensor, one_attention_path, to_maps
 from pipeline.networks.prepare import Prepared, prepare, survey_of
 from pipeline.storage.store import Array, StoreRef, write
 from pipeline.workers.resumable import Done
@@ -52,7 +52,7 @@ class Seen(Prepared):
     trail : the additions and products of a forward, in order.
     gradient_notes : by layer, where gradients end on their way to the input.
     values : of all outputs of an image.
-    logits : whether the network gives logits.
+    logits : whether the network gives logits of several classes: the largest of one is always its own.
     """
 
     skips: list[Skip]
@@ -87,47 +87,81 @@ def prepare_seen(model: Model, size: tuple[int, int], layers: str | Sequence[str
     """Look at a network, its layers and what it does between them, on a worker."""
     network = network_of(model)
     every = survey_of(network, model, size)
-    tokens = [layer.name for layer in every.layers if layer.layout == "tokens" and layer.special]
+    tokens = [layer.name for layer in every.layers if layer.layout == "tokens"]
     prepared = prepare(network, model, every, layers, strict=False, others=tokens)
+    misplaced = {each.layer.name: each.reason for each in prepared.misplaced}
     noise = torch.randint(256, (2, 3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     unlike = normalise(noise, model.spec)
     found = operations.find(network, unlike, {layer.name: layer for layer in every.layers})
     absent, notes = {}, {}
+    # Without an order, which of the tokens are special is not known.
+    mixed = {name for name, each in every.misplaced.items() if each.out_of_order and each.layer.special}
+    skips = [skip for skip in found.skips if skip.info.name not in mixed]
     if not found.skips:
         absent["skips"] = found.without_skips
-    if not found.attention:
-        absent["attention"] = found.without_attention
-    localised = next((layer for layer in reversed(prepared.layers) if layer.spatial), None)
+    elif not skips:
+        name = found.skips[0].info.name
+        absent["skips"] = f"layer {name!r} {every.misplaced[name].reason}"
+    attention, elsewhere = placed(found.attention, every)
+    if not attention:
+        absent["attention"] = elsewhere[0] if elsewhere else found.without_attention
+    spatial = [layer for layer in prepared.layers if layer.spatial and layer.name not in misplaced]
+    localised = spatial[-1] if spatial else None
     grid = localised.shape[1:] if localised is not None else (1, 1)
     if localised is None:
         absent["localisation"] = "none of its layers has more than one position"
+        if misplaced:
+            absent["localisation"] = f"layer {next(reversed(misplaced))!r} {misplaced[next(reversed(misplaced))]}"
     elif math.prod(grid) > MOST_POSITIONS or grid[0] > size[0] or grid[1] > size[1]:
         absent["localisation"] = (
             f"layer {localised.name!r}, the last with positions, has {grid[0]} x {grid[1]} of them: name a later one"
         )
-    spatial = [layer.name for layer in prepared.layers if layer.spatial]
     if not spatial:
-        absent["receptive_field"] = "none of its layers has more than one position"
+        absent["receptive_field"] = absent["localisation"]
     try:
         with _without_weights(network):
-            notes = gradient_flow.ends(network, unlike, spatial)
+            notes = gradient_flow.ends(network, unlike, [layer.name for layer in spatial])
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
         absent["receptive_field"] = f"the network fails when it runs with gradients: {str(error).splitlines()[0]}"
     return Seen(
         **vars(prepared),
-        skips=found.skips,
-        attention=found.attention,
+        skips=skips,
+        attention=attention,
         localised=localised,
         absent=absent,
-        unread=found.unread,
-        attention_unread=found.attention_unread,
+        unread=(*found.unread, *dict.fromkeys(skip.name for skip in found.skips if skip not in skips)),
+        attention_unread=(*found.attention_unread, *elsewhere),
         trail=found.trail,
-        gradient_notes=notes,
+        gradient_notes=notes | {name: f"it {reason}" for name, reason in misplaced.items()},
         values=sum(layer.shape[0] * (layer.special + math.prod(layer.shape[1:])) for layer in every.layers),
-        logits=every.classes is not None,
+        logits=every.classes is not None and every.classes > 1,
     )
+
+
+def placed(attention: Sequence[Attention], survey: Survey) -> tuple[list[Attention], list[str]]:
+    """Return the attention between positions of the image, and what is to be said of the rest.
+
+    Outputs of attention itself may show a change everywhere alike, so one layer in or around it that shows where the
+    positions lie is enough.
+    """
+    found, reasons = [], []
+    for each in attention:
+        module, own = each.name.partition(" [")[0], survey.misplaced.get(each.info.name)
+        near = [
+            layer
+            for layer in survey.layers
+            if (layer.layout, layer.shape[1:], layer.special) == ("tokens", each.info.shape[1:], each.info.special)
+            and (not module or layer.name.startswith(f"{module}.") or f"{module}.".startswith(f"{layer.name}."))
+        ]
+        if own is None or (not own.out_of_order and any(layer.name not in survey.misplaced for layer in near)):
+            found.append(each)
+        else:
+            reasons.append(
+                f"{operations.said_of(module)} attends between the tokens of {each.info.name!r}, which {own.reason}"
+            )
+    return found, reasons
 
 
 def memory_need(prepared: Seen, images: int, gradients: int, size: tuple[int, int]) -> int:
@@ -209,7 +243,8 @@ def measured(work: Work, network: nn.Module, images: torch.Tensor) -> dict[str, 
     if work.wants("receptive_field"):
         some = images[: work.gradients]
         found["gradients"] = np.array(len(some))
-        found["receptive_field"], found["centre_changes"] = gradients(network, some, work.prepared.layers)
+        unread = {each.layer.name for each in work.prepared.misplaced}
+        found["receptive_field"], found["centre_changes"] = gradients(network, some, work.prepared.layers, unread)
     return found
 
 
@@ -245,7 +280,7 @@ class _Look(Operations):
                 if self.skips:
                     self.packed[name] = self.gram_of(name, output)
                 if localised is not None and name == localised.name:
-                    refuse_non_finite(output, name, 0)
+                    refuse_non_finite(output, name, 0, localised)
                     maps, special = to_maps(output, localised)
                     tokens = maps.flatten(2).permute(2, 0, 1)
                     if special is not None:
@@ -264,7 +299,7 @@ class _Look(Operations):
         if self.without is not None and self.additions <= self.without.place:
             assert self.before is not None
             return self.before.packed[name]
-        return packed_gram(output, output, self._said(name))
+        return packed_gram(output, output, self._said(name), self.infos[name])
 
     def on_addition(self, place: int, operands: tuple[Term, Term]) -> int | None:
         skip = self.skips.get(place)
@@ -295,7 +330,7 @@ class _Look(Operations):
         """The class of the highest logit of every image."""
         if self.logits is None or not self.work.prepared.logits:
             return None
-        refuse_non_finite(self.logits, self._said("logits"), 0)
+        refuse_non_finite(self.logits, self._said("logits"), 0, self.logits)
         return self.logits.argmax(1).cpu().numpy()
 
     def _said(self, name: str) -> str:
@@ -352,14 +387,17 @@ def _vectors(look: _Look) -> np.ndarray:
     return centred(np.stack([look.packed[name] for name in look.infos]), "unbiased")
 
 
-def gradients(network: nn.Module, images: torch.Tensor, layers: Sequence[LayerInfo]) -> tuple[np.ndarray, np.ndarray]:
+def gradients(
+    network: nn.Module, images: torch.Tensor, layers: Sequence[LayerInfo], unread: Collection[str] = ()
+) -> tuple[np.ndarray, np.ndarray]:
     """Return |d (sum over units of the centre position) / d input|, (layer, y, x) float64, and whether the sum changes.
 
-    The first is the mean over channels, summed over images. A layer without positions, or to which no gradient leads,
-    has zeros. The second, (layer), is 1 where the sum is not the same for all images.
+    The first is the mean over channels, summed over images. A layer without positions, one whose positions are not
+    known (`unread`), and one to which no gradient leads, have zeros. The second, (layer), is 1 where the sum is not the
+    same for all images.
     """
     centres: dict[str, torch.Tensor] = {}
-    infos = {layer.name: layer for layer in layers if layer.spatial}
+    infos = {layer.name: layer for layer in layers if layer.spatial and layer.name not in unread}
 
     def note(name: str) -> Callable[..., None]:
         def hook(module: object, inputs: object, output: object) -> None:
@@ -380,7 +418,7 @@ def gradients(network: nn.Module, images: torch.Tensor, layers: Sequence[LayerIn
             # An operation in place cannot be the first to use a tensor that gradients are asked of.
             network(given.clone())
             for at, layer in enumerate(layers):
-                if not layer.spatial:
+                if layer.name not in infos:
                     continue
                 centre_sums = centres[layer.name]
                 changes[at] = int(bool((centre_sums != centre_sums[0]).any()))

@@ -723,6 +723,60 @@ def test_the_order_of_numbers_in_names_is_told_and_has_a_key(tmp_path, stem):
     assert list_imagefolder(tmp_path / "few", ALL).notices == []
 
 
+def test_a_folder_of_images_without_a_class_is_none(tmp_path):
+    """-1 is none in folders as in columns."""
+    make(tmp_path / "d", "-1/1.png", "-1/2.png", "0/1.png", "1/1.png")
+    listing = list_imagefolder(tmp_path / "d", ALL)
+    assert listing.classes == ["0", "1"] and listing.label.tolist() == [-1, -1, 0, 1]
+    assert "the folder '-1' is no class: its 2 images have no label" in listing.notices
+    assert list_imagefolder(tmp_path / "d", ALL, classes=["0", "1"]).label.tolist() == [-1, -1, 0, 1]
+    given = list_imagefolder(tmp_path / "d", ALL, classes=["-1", "0", "1"])
+    assert given.label.tolist() == [0, 0, 1, 2]
+    make(tmp_path / "s", *(f"{split}/{name}/1.png" for split in ("train", "test") for name in ("-1", "cat", "dog")))
+    listing = list_imagefolder(tmp_path / "s", Folders())
+    assert listing.classes == ["cat", "dog"] and sorted(listing.label.tolist()) == [-1, -1, 0, 0, 1, 1]
+
+
+def test_folds_are_no_classes(tmp_path):
+    make(tmp_path, *(f"fold{i}/{name}/1.png" for i in range(3) for name in "ab"))
+    with pytest.raises(MicrotomeError, match=r"are folds, not classes: fold0, fold1, fold2; give classes"):
+        list_imagefolder(tmp_path, ALL)
+
+
+def test_what_class_folders_may_mean_otherwise_is_told(tmp_path):
+    make(tmp_path / "inside", *(f"{name}/{split}/1.png" for name in ("cat", "dog") for split in ("train", "test")))
+    assert list_imagefolder(tmp_path / "inside", ALL).notices == [
+        "folders of splits lie within the class folders and are not read: test, train"
+    ]
+    make(tmp_path / "typo", "train/cat/1.png", "train/dog/1.png", "val/cat/1.png", "val/dgo/1.png")
+    assert list_imagefolder(tmp_path / "typo", Folders()).notices == [
+        "classes that one split alone has: 'dgo' (val), 'dog' (train)"
+    ]
+    make(tmp_path / "masks", "cat/1.png", "cat/1_mask.png", "dog/2.png", "dog/3_mask.png")
+    assert list_imagefolder(tmp_path / "masks", ALL).notices == [
+        "1 images, the first is 'cat/1_mask', seem to be label maps of others, and count as images"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        ("1 2 3", "no image has the label 0: if the labels 1 to 3 count from 1, subtract 1"),
+        ("1 2 -1", "no image has the label 0"),
+        ("0 1 2", None),
+        ("1 1 1", None),
+        ("cat dog cat|dog", "class names that are made of others, where images have several labels: cat|dog"),
+        ("cat dog cat|cow", None),
+    ],
+)
+def test_labels_that_may_mean_something_else_are_told(tmp_path, labels, said):
+    make(tmp_path / "d", "1.png", "2.png", "3.png")
+    rows = zip(("1.png", "2.png", "3.png"), labels.split(), strict=True)
+    (tmp_path / "t.csv").write_text("path,label\n" + "".join(f"{path},{label}\n" for path, label in rows))
+    notices = list_table(tmp_path / "d", tmp_path / "t.csv", None).notices
+    assert notices == [] if said is None else (len(notices) == 1 and said in notices[0])
+
+
 SYSTEM = ["@eaDir/1.png", "cat/@eaDir/1.jpg", ".thumbnails/1.png", ".ipynb_checkpoints/1.png", "#recycle/1.png",
           "__MACOSX/cat/._1.png", "cat/Thumbs.db", "$RECYCLE.BIN/1.png", "System Volume Information/1.png"]  # fmt: skip
 

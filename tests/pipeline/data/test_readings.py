@@ -1,6 +1,8 @@
 """What a configuration says of its files: EXIF, bits, transparency, lists, paths; and what the plan tells of them."""
 
+import struct
 import unicodedata
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +107,29 @@ def test_the_range_of_deep_grey_is_told(tmp_path, largest, hint):
     (notice,) = kinds.summary(dataset(kind="imagefolder", root=str(tmp_path / "d")), tmp_path, 1).notices
     assert f"the largest value is {largest:,}" in notice and hint in notice and bool(hint) == ("give" in notice)
     assert kinds.summary(dataset(kind="imagefolder", root=str(tmp_path / "d"), bits=12), tmp_path, 1).notices == []
+
+
+def deep_colours(path, largest):
+    """Write a PNG of 16-bit colours, which Pillow does not."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    row = b"\0" + struct.pack(">6H", 0, 0, 0, largest, largest, largest)
+    parts = [(b"IHDR", struct.pack(">2I5B", 2, 1, 16, 2, 0, 0, 0)), (b"IDAT", zlib.compress(row)), (b"IEND", b"")]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*each) for each in parts))
+
+
+@pytest.mark.parametrize(("largest", "dark"), [(4095, True), (65535, False)])
+def test_the_range_of_deep_colours_is_told(tmp_path, largest, dark):
+    (tmp_path / "d").mkdir()
+    deep_colours(tmp_path / "d/a.png", largest)
+    (notice,) = kinds.summary(dataset(kind="imagefolder", root=str(tmp_path / "d")), tmp_path, 1).notices
+    assert "16-bit colours: their upper bytes are taken, 0 to 65,535 becomes 0 to 255" in notice
+    assert f"the largest is {largest >> 8} of 255" in notice and dark == ("spread them over all 16" in notice)
+    assert decode(tmp_path / "d/a.png", Geometry(), LIMIT)[:, 0, 1].tolist() == [largest >> 8] * 3
+    with pytest.raises(Refused, match="colours of 16 bits, whose upper bytes alone can be read"):
+        decode(tmp_path / "d/a.png", Geometry(), LIMIT, Reading(bits=12))
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])

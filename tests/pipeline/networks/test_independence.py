@@ -46,6 +46,17 @@ class Net(nn.Module):
             out = torch.cat([out[:1], out[:-1]]) + out
         if kind == "place":
             out = out + torch.arange(len(out)).view(-1, 1, 1, 1)
+        if kind == "rounding":  # sums in another order at each place, as kernels of convolutions may
+            order = torch.arange(64).roll(7)
+            parts = (out.mean((1, 2, 3), keepdim=True) * torch.linspace(-1e3, 1e3, 64).view(1, -1, 1, 1)).unbind(0)
+            parts = [x if at == 0 else x[order] for at, x in enumerate(parts)]
+            out = out + torch.stack([sum(x) for x in parts])[:, None]
+        if kind == "small":
+            out = out * (1 + 1e-5 * torch.arange(len(out), dtype=out.dtype).view(-1, 1, 1, 1))
+        if kind == "steered" and out.mean() > 1e6:
+            out = -out
+        if kind == "gated" and self.head.bias.sum() > 1e6:  # by weights alone
+            out = -out
         if kind == "first":
             if self.seen == 0:
                 self.seen = float(out.std())
@@ -79,10 +90,17 @@ def file(tmp_path):
 
 
 def check(file, kind, **more):
-    check_independence(NetworkSpec(module=f"{file}:net", arguments={"kind": kind}, **more), ["conv"], (3, 8, 8))
+    return check_independence(NetworkSpec(module=f"{file}:net", arguments={"kind": kind}, **more), ["conv"], (3, 8, 8))
 
 
-@pytest.mark.parametrize("kind", ["plain", "seeded"])
+def test_a_forward_that_values_of_the_batch_steer_is_told(file):
+    """Where all images of the inspection take one way, the other one stays unseen."""
+    (notice,) = check(file, "steered")
+    assert "values of its outputs steer its forward (by `bool`)" in notice
+    assert check(file, "gated") == [] == check(file, "plain")
+
+
+@pytest.mark.parametrize("kind", ["plain", "seeded", "rounding"])
 def test_what_depends_on_the_image_alone_passes(file, kind):
     state = torch.get_rng_state()
     check(file, kind)
@@ -95,7 +113,7 @@ def test_other_images_of_the_batch(file, kind):
         check(file, kind)
 
 
-@pytest.mark.parametrize("kind", ["shift", "place"])
+@pytest.mark.parametrize("kind", ["shift", "place", "small"])
 def test_the_place_in_the_batch(file, kind):
     with pytest.raises(MicrotomeError, match=r"net's output gives an image other values at another place of the batch"):
         check(file, kind)

@@ -4,16 +4,19 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from pipeline.config.networks import NetworkSpec
 from pipeline.errors import MicrotomeError
+from pipeline.networks import inspection
 from pipeline.networks.build import build
 from pipeline.networks.checkpoint import write_safetensors
 from pipeline.networks.inspection import Ablation, answer, inspect, main
-from pipeline.networks.layer import LayerInfo
+from pipeline.networks.layer import Inspection, LayerInfo
+from pipeline.networks.positions import MOST_IMAGES
 
 ROOT = Path(__file__).parents[3]
 
@@ -85,6 +88,24 @@ def test_a_network_of_terabytes_costs_nothing(nets):
     found = inspect(NetworkSpec(module=f"{nets}:big"), (3, 8, 8), ["conv"])
     assert found.parameters == 1_000_000 * 1_000_001 + 32
     assert found.classes is None
+    (notice,) = found.notices
+    assert notice.startswith("it was not run before the work, for which it needs 3,725.3 GiB of memory where ")
+    assert notice.endswith("where the positions of its layers lie, was not checked")
+    assert Inspection.read(json.loads(json.dumps(found.json()))).notices == [notice]
+
+
+def test_memory_for_one_copy_is_enough_for_the_checks(nets, tmp_path, monkeypatch):
+    """And for a checkpoint beside it, while that is loaded."""
+    spec = NetworkSpec(module=f"{nets}:aside")
+    held = sum(4 * each.numel() for each in build(spec).parameters())
+    free = held + MOST_IMAGES * 16 * 5 * 5 * 5 + 1
+    monkeypatch.setattr(inspection.psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
+    assert inspect(spec, (3, 8, 8), ["used"]).notices == []
+    write_safetensors(tmp_path / "w.safetensors", build(spec).state_dict())
+    loaded = NetworkSpec(module=f"{nets}:aside", weights=str(tmp_path / "w.safetensors"))
+    assert "was not checked" in inspect(loaded, (3, 8, 8), ["used"]).notices[0]
+    monkeypatch.setattr(inspection.psutil, "virtual_memory", lambda: SimpleNamespace(available=free + held))
+    assert inspect(loaded, (3, 8, 8), ["used"]).notices == []
 
 
 @pytest.mark.parametrize("function", ["reads_values", "reads_values_while_built"])

@@ -1,6 +1,9 @@
 """A network's code may open or import only the files that its description names, whose digests are in its id."""
 
+import contextlib
+import sqlite3
 import sys
+import threading
 import warnings
 
 import numpy as np
@@ -15,6 +18,7 @@ from pipeline.networks.identity import architecture
 from pipeline.storage.identity import FileDigests
 
 NETWORK = """
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -46,6 +50,30 @@ def with_script(name):
     import warnings
     with warnings.catch_warnings(action="ignore"):
         return torch.jit.load(FOLDER / name)
+
+def with_torch_mapped(name):
+    return torch.from_file(str(FOLDER / name), size=1, dtype=torch.uint8)
+
+def with_storage(name):
+    globals()["kept"] = torch.UntypedStorage.from_file(str(FOLDER / name), False, 4)
+
+def with_c_left_open(name):
+    import ctypes
+    ctypes.CDLL(None).open(os.fsencode(FOLDER / name), os.O_RDONLY)
+
+def with_sqlite(name):
+    import sqlite3
+    with contextlib.closing(sqlite3.connect(FOLDER / name)) as connection:
+        return connection.execute("select * from anchors").fetchall()
+
+def with_torchvision(name):
+    import warnings
+    from torchvision.io import image
+    with warnings.catch_warnings(action="ignore"):
+        return image.read_file(str(FOLDER / name))
+
+def with_fromfile(name):
+    return np.fromfile(FOLDER / name, np.uint8)
 
 def with_its_own(name):
     path = FOLDER / "scratch.json"
@@ -81,6 +109,9 @@ def written(folder, how):
     elif how == "with_script":
         with warnings.catch_warnings(action="ignore"):  # scripting is deprecated
             torch.jit.save(torch.jit.script(torch.nn.ReLU()), path)
+    elif how == "with_sqlite":
+        with contextlib.closing(sqlite3.connect(path)) as connection:
+            connection.execute("create table anchors (size real)")
     elif how == "with_numpy":
         np.save(path, np.ones(2))
     else:
@@ -88,10 +119,13 @@ def written(folder, how):
     return path
 
 
-@pytest.mark.parametrize(
-    "how", ["with_file", "with_open", "with_numpy", "with_torch", "with_safetensors", "with_script"]
-)
-def test_a_file_that_the_builder_opens_is_refused_until_it_is_named(folder, how):
+PYTHONS = ["file", "open", "numpy", "fromfile", "torch", "sqlite"]
+COMPILED = ["safetensors", "script", "torch_mapped", "storage", "c_left_open", "torchvision"]
+
+
+@pytest.mark.parametrize("how", [f"with_{each}" for each in PYTHONS + COMPILED])
+def test_a_file_that_the_builder_opens_is_refused_until_it_is_named(folder, monkeypatch, how):
+    monkeypatch.setattr(threading, "active_count", lambda: 1)  # as where networks are inspected
     path = written(folder, how)
     with pytest.raises(MicrotomeError, match=rf"net opens {path}, .*name what it depends on, `files: \["):
         build(spec(folder, how, path.name))

@@ -187,6 +187,26 @@ def test_a_network_that_turns_its_images_is_refused(turn):
         found(Shaped("map", turn=turn), ["conv"])
 
 
+@pytest.mark.parametrize("layout", ["map", "channels_last"])
+@pytest.mark.parametrize(
+    "move", [lambda x: x[..., 16:, 16:].repeat_interleave(2, 2).repeat_interleave(2, 3), lambda x: x.flip(2)]
+)
+def test_positions_elsewhere_do_not_make_the_other_layout_right(layout, move):
+    """Read with units and positions exchanged, changes are spread out, which tells nothing."""
+    with pytest.raises(MicrotomeError, match="not in row order"):
+        found(Shaped(layout, turn=move), ["out"])
+
+
+def test_complex_outputs_are_no_layer():
+    class Spectrum(nn.Module):
+        def forward(self, x):
+            return torch.fft.fft2(x)
+
+    network = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), Spectrum())
+    with pytest.raises(MicrotomeError, match="layer '1' of net gives complex numbers, of which only the real parts"):
+        found(network, ["1"])
+
+
 def test_weights_of_attention_are_no_layer():
     with pytest.raises(MicrotomeError, match=r"layer 'weights' of net gives weights of attention"):
         found(Attends(), ["weights"])

@@ -48,6 +48,8 @@ def lazy():
 
 def half(): return Net("plain").half()
 def double(): return Net("plain").double()
+class OptimizedModule(nn.Module): pass  # as torch.compile calls what it returns, which takes it seconds
+def compiled(): return OptimizedModule()
 def scripted(): return torch.jit.script(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()))
 def quantised(): return torch.ao.quantization.quantize_dynamic(Net("plain"), {nn.Linear})
 
@@ -185,6 +187,7 @@ def test_what_goes_wrong_with_one_image_is_told(spec):
     [
         ("lazy", r"lazy has lazy modules: '0\.weight' has no shape"),
         ("scripted", "scripted is scripted .TorchScript."),
+        ("compiled", r"compiled is compiled \(torch.compile\): return the module that was compiled"),
         ("quantised", "quantised is quantised: 'embed' holds integers"),
         ("half", r"its weights are float16, and images are float32: call `\.float\(\)`"),
         ("double", r"its weights are float64, and images are float32"),

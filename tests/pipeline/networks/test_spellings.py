@@ -7,9 +7,12 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from pipeline.errors import MicrotomeError
+from pipeline.networks.graph.arithmetic import factors, terms
 from pipeline.networks.graph.gradient_flow import ends
 from pipeline.networks.graph.operations import Operations, find
 from pipeline.networks.layers import survey
+from pipeline.stages.sight import tasks as sight
 
 SIDE, PATCH, DIM, HEADS = 16, 4, 6, 2
 
@@ -266,3 +269,87 @@ def test_a_gradient_that_leaves_a_part_out_is_told():
 
 def test_whole_gradients_have_no_notes():
     assert ends(built(Net()).float(), images(2).float(), ["embed", "blocks.0", "blocks.1"]) == {}
+
+
+class Branching(Net):
+    """Adds or attends once more on bright images."""
+
+    def __init__(self, what):
+        super().__init__()
+        self.what = what
+
+    def forward(self, x):
+        bright, x = bool(x.mean() > 0.5), self.embed(x).flatten(2).transpose(1, 2)
+        x = self.blocks[0](x)
+        if bright:
+            x = x + 0.1 * self.blocks[1].mlp(x) if self.what == "adds" else self.blocks[1](x)
+        return self.head(x.mean(1))
+
+
+@pytest.mark.parametrize("what", ["adds", "attends"])
+@pytest.mark.parametrize("measure", ["skips", "attention"])
+def test_other_operations_than_those_of_the_inspection_are_refused(what, measure):
+    network = built(Branching(what)).float()
+    layers = survey(network, (3, SIDE, SIDE)).layers
+    found = find(network, images(2).float() - 1, {layer.name: layer for layer in layers})
+    parts = {"skips": found.skips, "attention": found.attention, "trail": found.trail}
+    seen = sight.Seen(
+        [layers[0]], 0, 0, **parts, localised=None, absent={}, unread=(), attention_unread=(), gradient_notes={},
+        values=0, logits=True,
+    )  # fmt: skip
+    work = sight.Work(None, (SIDE, SIDE), seen, (measure,), 1, None, 2)
+    sight.measured(work, network, images(4).float() - 1)
+    with pytest.raises(MicrotomeError, match="adds or multiplies other things for these images"):
+        sight.measured(work, network, images(4).float() + 1)
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (
+            lambda a, b: terms("lerp", (a, b, 0.5, 3), {}),
+            r"`lerp` is called with 4 arguments .* most 3 \(input, end",
+        ),
+        (lambda a, b: terms("addcmul", (a, 1, b, b, 2), {}), "`addcmul` is called with 5 arguments"),
+        (lambda a, b: terms("add", (a, b, 2, 3), {}), "`add` is called with 4 arguments"),
+        (lambda a, b: factors("matmul", (a, b, 1), {}), "`matmul` is called with 3 arguments"),
+        (lambda a, b: factors("baddbmm", (a, 1, a, 1, a, b), {}), "`baddbmm` is called with 6 arguments"),
+    ],
+)
+def test_arguments_beyond_those_that_are_known_are_an_error(call, said):
+    with pytest.raises(MicrotomeError, match=said):
+        call(torch.ones(2, 3, 3), torch.ones(2, 3, 3))
+
+
+def test_numbers_before_what_they_multiply_are_read_as_of_old():
+    a, b, c = (torch.randn(2, 3, 3) for _ in range(3))
+    left, right = terms("baddbmm", (0.5, a, 2.0, b, c), {})
+    torch.testing.assert_close(left.make() + right.make(), torch.baddbmm(a, b, c, beta=0.5, alpha=2.0))
+    left, right = terms("add", (a, 0.5, b), {})
+    torch.testing.assert_close(left.make() + right.make(), a + 0.5 * b)
+    left, right = terms("addcmul", (a, 0.5, b, c), {})
+    torch.testing.assert_close(left.make() + right.make(), a + 0.5 * b * c)
+
+
+def fields_of(network):
+    with torch.no_grad():
+        layers = survey(network.float(), (3, SIDE, SIDE)).layers
+    own = [layer for layer in layers if layer.name in ("blocks.0", "blocks.1")]
+    return sight.gradients(network.double(), images(), own)[0]
+
+
+@pytest.mark.parametrize("attend", SPELLINGS)
+def test_receptive_fields_of_attention_are_those_of_the_plain_spelling(attend):
+    expected = fields_of(built(Net()))
+    assert expected.shape == (2, SIDE, SIDE) and expected.all()
+    assert fields_of(built(Net(SPELLINGS[attend]))) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("add", ADDITIONS)
+def test_receptive_fields_of_additions_are_those_of_the_plain_spelling(add):
+    network = built(Net(add=ADDITIONS[add]))
+    if add == "out":
+        with pytest.raises(RuntimeError, match=r"functions with out=.* don't support automatic differentiation"):
+            fields_of(network)
+    else:
+        assert fields_of(network) == pytest.approx(fields_of(built(Net())), rel=1e-6)

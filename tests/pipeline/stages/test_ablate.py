@@ -427,3 +427,33 @@ def test_too_little_memory_is_refused_before_any_task(tmp_path):
     ):
         run(raw | {"cluster": {"memory": "629.15 MB"}}, "ablate")
     assert not (tmp_path / "results/scenes/tiny/ablation-predictions").exists()
+
+
+SHARES = """
+from collections import OrderedDict
+
+from torch import nn
+
+
+class Shares(nn.Module):
+    def forward(self, x):
+        return x / x[:, :1]
+
+
+def shares(classes=12):
+    a = nn.Sequential(nn.Conv2d(3, 2, 3, 4, padding=1), nn.Sigmoid())
+    rest = OrderedDict(shares=Shares(), pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), head=nn.Linear(2, classes))
+    return nn.Sequential(OrderedDict(a=a, **rest))
+"""
+
+
+def test_logits_that_are_not_finite_without_units_are_refused(tmp_path):
+    """Without the unit that divides the others, logits are NaN, of which an argmax would be the first."""
+    (tmp_path / "shares.py").write_text(SHARES)
+    raw = scenes(tmp_path)
+    raw["datasets"]["scenes"] |= {"concepts": ["truth"], "images": {"train": 8, "validation": 8}}
+    described = {"module": f"{tmp_path / 'shares.py'}:shares", "weights": "random", "layers": ["a"]}
+    raw["networks"] = {"shares": described | {"ablate": {"sizes": [1, 2], "draws": 2}}}
+    message = r"layer 'logits without unit 0 of a': class 0: its output for image '.*' of data set 'scenes' is not"
+    with pytest.raises(MicrotomeError, match=message):
+        run(raw, *STAGES)

@@ -4,6 +4,7 @@ import csv
 import hashlib
 import shutil
 import tracemalloc
+from types import SimpleNamespace
 from typing import get_args
 
 import numpy as np
@@ -21,6 +22,7 @@ from pipeline.run import experiment as run_experiment
 from pipeline.run import planner
 from pipeline.run import preflight as run_preflight
 from pipeline.run.results import Network
+from pipeline.stages.calibrate import page as page_of
 from pipeline.stages.calibrate import settings, tasks
 from pipeline.stages.calibrate.stage import STAGE, work_of
 from pipeline.stages.calibrate.tasks import ERRORS, MEASURES, in_two, keys
@@ -281,3 +283,12 @@ def test_images_of_one_class_are_refused(tmp_path):
         patch.setattr("pipeline.data.images.Images.counted", only_one_class)
         with pytest.raises(MicrotomeError, match=r"all .* images with a class .* have the class"):
             work_of(calibration)
+
+
+def test_the_floor_of_the_nll_is_named_in_the_report():
+    whole = {"accuracy": 0.5, "mean_confidence": 0.6, "ece": 0.1, "ece_null_high": 0.05}
+    for floored, said in ((0.02, True), (0.0, False)):
+        found = SimpleNamespace(whole=whole | {"floored": floored}, rows={"uncalibrated": whole})
+        found.facts = SimpleNamespace(images=100)
+        text = page_of.finding(page_of.Section(found, "cnn", []))
+        assert ("2.00 % of them has a probability below 1e-12" in text.replace("\u00a0", " ")) == said

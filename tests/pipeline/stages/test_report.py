@@ -164,6 +164,24 @@ def test_a_name_cannot_turn_the_text_after_it_around(tmp_path: Path, control: st
     assert json.loads(block)["concepts"][0][0] == "tree\ufffd"
 
 
+def test_coarse_units_and_notices_of_the_inspection_are_told(tmp_path: Path) -> None:
+    results = write_results(tmp_path, {"cnn": [("a", 6), ("b", 2)]}, concepts=[("tree", "truth/object")])
+    file = results / "scenes/cnn/layers.json"
+    layers = json.loads(file.read_text())
+    layers["b"]["coarse"] = [1]
+    file.write_text(json.dumps(layers))
+    extracted = Made("extract", "scenes", "cnn", notices=("it gives 4 logits, and the images have 12 classes",))
+    made = (extracted, Made("dissect", "scenes", "cnn"))
+    build(Experiment(results, tmp_path / "report", "Mine", made, figures=Figures(formats=[])), DECLARED)
+    for name in ("index.html", "network-scenes-cnn.html"):
+        words = Html(tmp_path / "report" / name).words
+        assert "Told before the run: it gives 4 logits, and the images have 12 classes." in words, name
+        assert "Of 1 unit of b (1), fewer than 8 bits are stored: values and thresholds are coarse." in words, name
+    ((_, block),) = (one for one in Html(tmp_path / "report" / "network-scenes-cnn.html").blocks if one[0])
+    data = json.loads(block)
+    assert [data["units"][at][:2] for at in data["coarse"]] == [[1, 1]]
+
+
 def test_a_backslash_in_a_name_stays_a_backslash() -> None:
     name = "\\u202e \\\\u202e \u202e"
     assert json.loads(site.data([name])) == [name.replace("\u202e", "\ufffd")]

@@ -466,7 +466,7 @@ def test_values_that_are_not_finite_are_refused(tmp_path):
         "        return x / 0\n\n\ndef huge():\n    return nn.Sequential(Huge(), nn.Conv2d(3, 2, 1))\n"
     )
     raw["networks"] = {"huge": {"module": f"{file}:huge", "weights": "random", "layers": ["0"]}}
-    with pytest.raises(MicrotomeError, match=r"network 'huge', layer '0': the output for image '.*' of"):
+    with pytest.raises(MicrotomeError, match=r"network 'huge', layer '0': unit 0: its output for image '.*' of"):
         run(raw, *STAGES)
 
 

@@ -358,7 +358,9 @@ def test_values_that_are_not_finite_are_refused(tmp_path):
         "module": f"{tmp_path / 'network.py'}:wide", "arguments": {"huge": 3e38, "minute": 1.0},
         "layers": ["huge"],
     }  # fmt: skip
-    with pytest.raises(MicrotomeError, match=r"network 'cnn', layer 'huge': the output for image .* is not finite"):
+    with pytest.raises(
+        MicrotomeError, match=r"network 'cnn', layer 'huge': unit 0: its output for image .* is not finite"
+    ):
         run(raw, *STAGES)
 
 

@@ -263,6 +263,9 @@
       fact("held-out IoU", number(row[HELD])), fact("ceiling", number(row[CEILING])),
       fact("IoU / ceiling", number(ofCeiling(row), 2)),
       fact("activation rate", row[RATE] === null ? "–" : `${(100 * row[RATE]).toFixed(2)} %`)));
+    if (data.coarse?.includes(index)) {
+      parts.push(make("p", { class: "note" }, "Of this unit, fewer than 8 bits are stored: its values and its threshold are coarse."));
+    }
     if (row.length > IMAGES && row[BEST].length) {
       const most = Math.max(row[BEST][0][1], data.minIou);
       parts.push(make("h3", {}, "Best concepts"), make("ol", { class: "best" }, ...row[BEST].map(([index, iou]) => {
