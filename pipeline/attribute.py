@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from pipeline.errors import MicrotomeError, nearest
-from pipeline.networks.explainable import Explainable, examine
+from pipeline.networks.explainable import examine
 from pipeline.networks.gradients import Logit, Scalar, Target, Unit, scores
 from pipeline.networks.layers import survey
 from pipeline.stages.attribute.methods.registry import FUNCTIONS, arguments
@@ -102,8 +102,10 @@ def _known(network: nn.Module, inputs: torch.Tensor, request: str | None, needs:
     """Return what methods take besides subject and options; refuse a network without what this one needs."""
     if inputs.ndim != 4:
         return {}
-    plain = copy.deepcopy(network).float()
-    found: Explainable = examine(network, survey(plain, tuple(inputs.shape[1:])), _two(inputs), [request or ""])  # type: ignore[arg-type]
+    plain = copy.deepcopy(network).float()  # the survey's images are float32
+    _, *shape = inputs.shape
+    surveyed = survey(plain, (shape[0], shape[1], shape[2]))
+    found = examine(network, surveyed, _two(inputs), [request or ""], lambda: copy.deepcopy(plain))
     asked = [need for need in needs if need not in ("gradient", "deconvnet", "guided_backprop")]  # the pass itself says
     if why := found.why_not(asked, request):
         raise MicrotomeError(why)

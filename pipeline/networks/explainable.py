@@ -6,7 +6,7 @@ the network's own weights, on which the laws of some methods depend.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from pipeline.networks.graph.call_sites import frozen
 from pipeline.networks.graph.rectified import Rectified, Rule
 from pipeline.networks.layer import LayerInfo
 from pipeline.networks.layers import Survey, head_of, one_attention_path, to_maps
+from pipeline.networks.positions import place
 
 Pooling = Literal["mean", "sum"]
 NEEDS = ("gradient", "layer", "cam", "deconvnet", "guided_backprop", "attention")
@@ -85,13 +86,20 @@ def _layer(told: Mapping[str, Any]) -> LayerInfo:
     return LayerInfo(**{**told, "shape": tuple(told["shape"])})
 
 
-def examine(network: nn.Module, survey: Survey, images: torch.Tensor, layers: Sequence[str]) -> Explainable:
+def examine(
+    network: nn.Module,
+    survey: Survey,
+    images: torch.Tensor,
+    layers: Sequence[str],
+    made: Callable[[], nn.Module],
+) -> Explainable:
     """Find out what a network has of what explanations need.
 
     Parameters
     ----------
     images : (2, channel, y, x) unlike images, as the network takes them, on its device.
     layers : names of layers, "" for the last one whose positions the logits depend on.
+    made : as in `positions.place`, which decides where the positions of these layers lie.
     """
     with torch.no_grad(), one_attention_path():
         logits = head_of(network(images))
@@ -112,7 +120,8 @@ def examine(network: nn.Module, survey: Survey, images: torch.Tensor, layers: Se
     if "layer" not in refused:
         for wanted in layers:
             with _Refusals(refused, f"layer:{wanted}"):
-                found[wanted] = _named(survey, wanted) if wanted else _last(network, survey, images, target)
+                named = wanted or _last(network, survey, images, target, made)
+                found[wanted] = _placed(network, survey, named, images, made)
     heads, linear = {}, []
     for wanted, info in found.items():
         affine, head = _head(network, info, images)
@@ -124,7 +133,7 @@ def examine(network: nn.Module, survey: Survey, images: torch.Tensor, layers: Se
     attention = None
     if "attention" not in refused:
         with _Refusals(refused, "attention"):
-            attention = _attention(network, survey, images, target)
+            attention = _attention(network, survey, images, target, made)
     return Explainable(
         refused,
         found,
@@ -166,24 +175,41 @@ def _no_gradient(network: nn.Module, images: torch.Tensor) -> str:
     return notes.get("", "")
 
 
-def _named(survey: Survey, wanted: str) -> LayerInfo:
-    known = {layer.name: layer for layer in survey.layers}
-    if wanted not in known:
-        reason = survey.refused.get(wanted)
-        raise MicrotomeError(f"layer {wanted!r} {reason}" if reason else f"no layer {wanted!r}{nearest(wanted, known)}")
-    if not known[wanted].spatial:
-        raise MicrotomeError(f"layer {wanted!r} has one position, and a map needs several: name an earlier one")
-    return known[wanted]
+def _placed(
+    network: nn.Module, survey: Survey, name: str, images: torch.Tensor, made: Callable[[], nn.Module]
+) -> LayerInfo:
+    """Return a layer once it is known where its positions lie; refuse one that has none, or in another order."""
+
+    def known() -> dict[str, LayerInfo]:
+        return {layer.name: layer for layer in survey.layers}
+
+    if name in known():
+        _, channels, height, width = images.shape
+        place(network, survey, [[name]], (channels, height, width), name, made, every=True, strict=False)
+    if name not in known():
+        reason = survey.refused.get(name)
+        raise MicrotomeError(f"layer {name!r} {reason}" if reason else f"no layer {name!r}{nearest(name, known())}")
+    if name in survey.misplaced:
+        raise MicrotomeError(f"layer {name!r} {survey.misplaced[name].reason}")
+    if not known()[name].spatial:
+        raise MicrotomeError(f"layer {name!r} has one position, and a map needs several: name an earlier one")
+    return known()[name]
 
 
-def _last(network: nn.Module, survey: Survey, images: torch.Tensor, target: Logit) -> LayerInfo:
+def _last(
+    network: nn.Module, survey: Survey, images: torch.Tensor, target: Logit, made: Callable[[], nn.Module]
+) -> str:
     """Return the last layer whose positions the logits depend on: after it, a class token may be all that is read.
 
     Linear maps within a block, such as queries and keys, stand for no layer of their own.
     """
     for info in reversed([layer for layer in survey.layers if layer.spatial and layer.kind != "Linear"]):
         if _depends(network, info, images, target):
-            return info
+            try:
+                _placed(network, survey, info.name, images, made)
+            except MicrotomeError:
+                continue
+            return info.name
     raise MicrotomeError("none of its layers has more than one position that the logits depend on")
 
 
@@ -240,7 +266,9 @@ def _homogeneous(network: nn.Module, images: torch.Tensor) -> bool:
     return bool((twice - 2 * once).abs().max() <= scale and nothing.abs().max() <= scale)
 
 
-def _attention(network: nn.Module, survey: Survey, images: torch.Tensor, target: Logit) -> LayerInfo:
+def _attention(
+    network: nn.Module, survey: Survey, images: torch.Tensor, target: Logit, made: Callable[[], nn.Module]
+) -> LayerInfo:
     """Return a layer with the tokens that attention runs over; refuse weights that are not of the images in order."""
     weights = attention_of(network, images, target)
     for at in range(len(images)):
@@ -250,7 +278,7 @@ def _attention(network: nn.Module, survey: Survey, images: torch.Tensor, target:
     tokens = weights[0].shape[-1]
     for info in reversed(survey.layers):
         if info.spatial and info.shape[1] * info.shape[2] + info.special == tokens:
-            return info
+            return _placed(network, survey, info.name, images, made)
     raise MicrotomeError(f"attention: no layer says where its {tokens} tokens lie in the image")
 
 

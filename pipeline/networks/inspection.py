@@ -158,9 +158,7 @@ def inspect(
         misplaced=[surveyed.misplaced[each] for each in compared if each in surveyed.misplaced],
         notices=notices,
         alone=surveyed.alone,
-        explainable=_explainable(spec, surveyed, input_shape, explain).json()
-        if explain and _fits_memory(built)
-        else {},
+        explainable=_explainable(spec, surveyed, input_shape, explain).json() if explain and need < free else {},
     )
 
 
@@ -173,7 +171,7 @@ def _explainable(
         if value.is_floating_point() and not bool(value.any()):  # a head that begins as zeros hides all before it
             torch.nn.init.normal_(value, std=0.02, generator=torch.Generator().manual_seed(0))
     images = torch.randn((2, *input_shape), generator=torch.Generator().manual_seed(0))
-    return examine(network, surveyed, images, wanted.layers)
+    return examine(network, surveyed, images, wanted.layers, lambda: build(spec))
 
 
 def _notices(spec: NetworkSpec, surveyed: Survey, classes: int | None) -> Iterator[str]:

@@ -14,6 +14,7 @@ import torch
 
 from kernels.attribution import baselines
 from pipeline.errors import MicrotomeError
+from pipeline.networks.build import build
 from pipeline.networks.explainable import Explainable, examine
 from pipeline.networks.forward import Model, network_of, normalise
 from pipeline.networks.gradients import Link, Logit, gradients, padded
@@ -97,7 +98,7 @@ def examine_network(model: Model, size: tuple[int, int], layers: Sequence[str]) 
         survey = survey_of(network, model, size)
         prepared = prepare(network, model, survey, "all", strict=False)
         noise = torch.randint(256, (2, 3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-        return prepared, examine(network, survey, normalise(noise, model.spec), layers)
+        return prepared, examine(network, survey, normalise(noise, model.spec), layers, lambda: build(model.spec))
 
 
 def sum_pixels(images: StoreRef, bounds: tuple[int, int], places: Sequence[int]) -> np.ndarray:
