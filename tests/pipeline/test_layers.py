@@ -21,7 +21,7 @@ LAYERS = (
     ("pipeline.report",),
     ("pipeline.stages",),
     ("pipeline.run",),
-    ("pipeline.upkeep", "pipeline.calibrate", "workflow"),
+    ("pipeline.upkeep", "pipeline.attribute", "pipeline.calibrate", "workflow"),
 )
 SHOWN = ("results", "found", "settings")
 """What other stages may import of a stage."""
