@@ -79,7 +79,7 @@ def render(
     experiment: Experiment, page: Page, site: Sequence[Page], folders: Sequence[Path] = FOLDERS_OF_TEMPLATES
 ) -> str:
     """Return the HTML of one page; templates and scripts are in `folders`."""
-    style, script = (_ours(name, folders) if name else "" for name in ("style.css", page.script))
+    style, script = ("\n".join(_ours(name, folders) for name in names) for names in (("style.css",), page.scripts))
     return (
         environment(folders)
         .get_template(page.template)
