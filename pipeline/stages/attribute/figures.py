@@ -1,0 +1,145 @@
+"""Figures of attributions: chosen images with all their maps, residuals of laws, and how alike maps are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap, Normalize
+from matplotlib.figure import Figure
+
+from pipeline.report.style import GRID, INK, MUTED, RUN_COLOURS, bare, shorten
+from pipeline.stages.attribute.pictures import AGAINST, FOR, MUCH
+
+Shown = tuple[np.ndarray, np.ndarray]
+"""A picture (y, x, colour) uint8, and its maps (method, y, x) from -1 to 1."""
+LETTER = 0.075
+"""Inches of a letter in a column of names, generously."""
+ALIKE = LinearSegmentedColormap.from_list(
+    "alike", [tuple(each / 255 for each in colour) for colour in (AGAINST, (255, 255, 255), FOR)]
+)
+
+
+def coloured(values: np.ndarray, signed: bool) -> np.ndarray:
+    """Return a map (y, x) from -1 to 1 as RGBA uint8: no value is transparent, so it has the ground's colour."""
+    strength = np.nan_to_num(np.abs(values))[..., None]
+    full = np.where(values[..., None] < 0, AGAINST, FOR) if signed else np.broadcast_to(MUCH, (*values.shape, 3))
+    return np.concatenate([full, np.rint(255 * strength)], -1).astype(np.uint8)
+
+
+def grid(
+    width: float, shown: Sequence[Shown], names: Sequence[str], titles: Sequence[str], signed: Sequence[bool]
+) -> Figure:
+    """Draw chosen images with all their maps: methods from the top down, images side by side.
+
+    As many images stand side by side as the width takes. `names` are those of the images.
+    """
+    left = min(LETTER * max(len("image"), *(len(title) for title in titles)) + 0.1, 0.4 * width)
+    most = max(1, min(len(shown), int((width - left) / 0.72)))
+    gap, top = 0.04, 0.42
+    side = min((width - left) / most - gap, 1.1)
+    height, wide = shown[0][0].shape[:2]
+    row = side * height / wide + gap
+    rows = 1 + len(titles)
+    tall = top + rows * row
+    figure = Figure(figsize=(width, tall))
+    for column, (picture, maps) in enumerate(shown[:most]):
+        for at in range(rows):
+            panel = figure.add_axes(
+                (
+                    (left + column * (side + gap)) / width,
+                    1 - (top + (at + 1) * row - gap) / tall,
+                    side / width,
+                    (row - gap) / tall,
+                )
+            )
+            panel.imshow(coloured(maps[at - 1], signed[at - 1]) if at else picture, interpolation="none")
+            _frame(panel)
+            if not column:
+                label = shorten(titles[at - 1], int(left / LETTER)) if at else "image"
+                panel.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=7, color=INK if at else MUTED)
+        letters = int(side / 0.058)
+        lines = [shorten(line, letters) for line in names[column].split("\n")]
+        figure.text(
+            (left + column * (side + gap)) / width, 1 - (top - 0.06) / tall, "\n".join(lines), fontsize=6.5, va="bottom"
+        )
+    return figure
+
+
+def residuals(width: float, found: Mapping[str, tuple[np.ndarray, float]]) -> Figure:
+    """Draw each explanation's residual, by method, with the tolerance as a line; `found` is (residuals, tolerance)."""
+    figure = Figure(figsize=(width, 0.42 * len(found) + 0.6), layout="constrained")
+    panel = figure.subplots()
+    least = min((float(values[values > 0].min()) for values, _ in found.values() if (values > 0).any()), default=1e-8)
+    for at, (values, tolerance) in enumerate(found.values()):
+        # Points of one method lie on a ramp of fixed heights, so that equal residuals can be counted.
+        height = at + 0.3 * (np.modf(np.arange(len(values)) * 0.6180339887)[0] * 2 - 1)
+        for part, colour, marker in (
+            (values <= tolerance, RUN_COLOURS["trained"], "o"),
+            (values > tolerance, RUN_COLOURS["untrained"], "X"),
+        ):
+            panel.plot(np.maximum(values[part], least / 2), height[part], marker, color=colour, ms=3, mew=0, alpha=0.7)
+        panel.plot([tolerance] * 2, [at - 0.42, at + 0.42], color=INK, linewidth=1.2)
+    panel.set_xscale("log")
+    panel.set_xlabel("residual of the law")
+    panel.set_ylim(len(found) - 0.5, -0.5)
+    panel.grid(axis="x")
+    _names(panel.set_yticks, list(found), width)
+    bare(panel, "left")
+    return figure
+
+
+def alike(width: float, mean: np.ndarray, titles: Sequence[str]) -> Figure:
+    """Draw the mean rank correlation of the maps of each two methods."""
+    count = len(titles)
+    names = min(LETTER * max(map(len, titles)), 0.3 * width)
+    side = min((width - names - 0.6) / count, 0.42)
+    figure = Figure(figsize=(width, names + side * count + 0.2), layout="constrained")
+    panel = figure.subplots()
+    panel.set_facecolor(GRID)
+    mesh = panel.imshow(np.ma.masked_invalid(mean), cmap=ALIKE, norm=Normalize(-1, 1), interpolation="none")
+    if side > 0.3:
+        for row, column in np.ndindex(mean.shape):
+            if row != column and not np.isnan(mean[row, column]):
+                ink = "#ffffff" if abs(mean[row, column]) > 0.6 else "#1b1f23"
+                text = f"{mean[row, column]:.2f}".replace("0.", ".")
+                panel.text(column, row, text, ha="center", va="center", fontsize=6.5, color=ink)
+    bar = figure.colorbar(mesh, ax=panel, pad=0.01, shrink=0.6, label="rank correlation")
+    bar.outline.set_visible(False)  # type: ignore[operator]
+    _names(panel.set_yticks, list(titles), width)
+    _names(panel.set_xticks, list(titles), width, rotation=90)
+    bare(panel, "left", "bottom")
+    return figure
+
+
+def untrained(width: float, mean: np.ndarray, error: np.ndarray, titles: Sequence[str]) -> Figure:
+    """Draw how alike each method's maps of the trained and of the untrained network are, with 95 % intervals."""
+    rows = np.arange(len(titles))
+    figure = Figure(figsize=(width, 0.19 * len(titles) + 0.6), layout="constrained")
+    panel = figure.subplots()
+    bars = np.nan_to_num(error)
+    panel.errorbar(mean, rows, xerr=bars, color=RUN_COLOURS["trained"], marker="o", linestyle="", linewidth=1)
+    panel.axvline(0, color=MUTED, linewidth=0.8)
+    low, high = np.nanmin(mean - bars, initial=0.0), np.nanmax(mean + bars, initial=0.0)
+    panel.set_xlim(min(-0.05, low - 0.05), max(high + 0.05, 0.5))
+    panel.set_xlabel("rank correlation, trained with untrained")
+    panel.set_ylim(len(titles) - 0.5, -0.5)
+    panel.grid(axis="x")
+    _names(panel.set_yticks, list(titles), width)
+    bare(panel, "left")
+    return figure
+
+
+def _names(place: Any, names: Sequence[str], width: float, **text: Any) -> None:
+    letters = int(0.35 * width / LETTER) if width > 5 else int(0.4 * width / LETTER)
+    place(range(len(names)), [shorten(name, letters) for name in names], fontsize=7, color=INK, **text)
+
+
+def _frame(panel: Axes) -> None:
+    panel.set_xticks([])
+    panel.set_yticks([])
+    for spine in panel.spines.values():
+        spine.set_visible(True)
+        spine.set_linewidth(0.5)
