@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from pipeline.report.style import GRID, INK, MUTED, RUN_COLOURS, bare, shorten
 from pipeline.stages.attribute.pictures import AGAINST, FOR, MUCH
@@ -17,6 +17,8 @@ Shown = tuple[np.ndarray, np.ndarray]
 """A picture (y, x, colour) uint8, and its maps (method, y, x) from -1 to 1."""
 LETTER = 0.075
 """Inches of a letter in a column of names, generously."""
+GAP, FRAME = 4, (128, 128, 128, 110)
+"""Pixels around a cell, and the colour of the line around it."""
 ALIKE = LinearSegmentedColormap.from_list(
     "alike", [tuple(each / 255 for each in colour) for colour in (AGAINST, (255, 255, 255), FOR)]
 )
@@ -32,40 +34,55 @@ def coloured(values: np.ndarray, signed: bool) -> np.ndarray:
 def grid(
     width: float, shown: Sequence[Shown], names: Sequence[str], titles: Sequence[str], signed: Sequence[bool]
 ) -> Figure:
-    """Draw chosen images with all their maps: methods from the top down, images side by side.
+    """Draw chosen images with all their maps: an image a line where that fits, else an image a column.
 
-    As many images stand side by side as the width takes. `names` are those of the images.
+    `names` are those of the images, on two lines. In columns, there are as many images as the width takes.
     """
-    left = min(LETTER * max(len("image"), *(len(title) for title in titles)) + 0.1, 0.4 * width)
-    most = max(1, min(len(shown), int((width - left) / 0.72)))
-    gap, top = 0.04, 0.42
-    side = min((width - left) / most - gap, 1.1)
-    height, wide = shown[0][0].shape[:2]
-    row = side * height / wide + gap
-    rows = 1 + len(titles)
-    tall = top + rows * row
-    figure = Figure(figsize=(width, tall))
-    for column, (picture, maps) in enumerate(shown[:most]):
-        for at in range(rows):
-            panel = figure.add_axes(
-                (
-                    (left + column * (side + gap)) / width,
-                    1 - (top + (at + 1) * row - gap) / tall,
-                    side / width,
-                    (row - gap) / tall,
-                )
-            )
-            panel.imshow(coloured(maps[at - 1], signed[at - 1]) if at else picture, interpolation="none")
-            _frame(panel)
-            if not column:
-                label = shorten(titles[at - 1], int(left / LETTER)) if at else "image"
-                panel.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=7, color=INK if at else MUTED)
-        letters = int(side / 0.058)
-        lines = [shorten(line, letters) for line in names[column].split("\n")]
-        figure.text(
-            (left + column * (side + gap)) / width, 1 - (top - 0.06) / tall, "\n".join(lines), fontsize=6.5, va="bottom"
+    lines = [[_opaque(picture), *map(coloured, maps, signed)] for picture, maps in shown]
+    across = width - 0.9 >= 0.35 * (len(titles) + 1)
+    if across:
+        rows, columns, left, top = list(names), ["image", *titles], 0.9, LETTER * max(map(len, titles)) + 0.1
+    else:
+        left, top = min(LETTER * max(5, *map(len, titles)) + 0.1, 0.4 * width), 0.35
+        lines = lines[: max(1, min(len(lines), int((width - left) / 0.6)))]
+        rows, columns = ["image", *titles], list(names[: len(lines)])
+        lines = [list(line) for line in zip(*lines, strict=True)]
+    cells = _composed(lines)
+    used = min(width - left, 1.1 * len(columns))
+    tall = used * cells.shape[0] / cells.shape[1]
+    figure = Figure(figsize=(width, tall + top))
+    panel = figure.add_axes((left / width, 0, used / width, tall / (tall + top)))
+    panel.imshow(cells, interpolation="none", aspect="auto")
+    panel.set_axis_off()
+    for at, name in enumerate(rows):
+        place = (1 - (at + 0.5) / len(rows)) * tall / (tall + top)
+        text = "\n".join(shorten(line, int(left / 0.062)) for line in name.split("\n"))
+        figure.text((left - 0.06) / width, place, text, ha="right", va="center", fontsize=6.5)
+    for at, name in enumerate(columns):
+        place = (left + (at + (0.5 if across else 0.03)) / len(columns) * used) / width
+        text = "\n".join(
+            shorten(line, int((top if across else used / len(columns)) / 0.062)) for line in name.split("\n")
         )
+        turned: dict[str, Any] = {"rotation": 90, "ha": "center"} if across else {"ha": "left"}
+        figure.text(place, (tall + 0.05) / (tall + top), text, va="bottom", fontsize=6.5, **turned)
     return figure
+
+
+def _opaque(picture: np.ndarray) -> np.ndarray:
+    return np.concatenate([picture, np.full((*picture.shape[:2], 1), 255, np.uint8)], -1)
+
+
+def _composed(lines: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
+    """Put cells (y, x, RGBA) of one size into one picture, each in a thin frame with a gap around it."""
+    height, width = lines[0][0].shape[:2]
+    whole = np.zeros((len(lines), height + 2 * GAP, len(lines[0]), width + 2 * GAP, 4), np.uint8)
+    frame = slice(GAP - 1, height + GAP + 1), slice(GAP - 1, width + GAP + 1)
+    for row, line in enumerate(lines):
+        for column, cell in enumerate(line):
+            own = whole[row, :, column]
+            own[frame] = FRAME
+            own[GAP:-GAP, GAP:-GAP] = cell
+    return whole.reshape(len(lines) * (height + 2 * GAP), len(lines[0]) * (width + 2 * GAP), 4)
 
 
 def residuals(width: float, found: Mapping[str, tuple[np.ndarray, float]]) -> Figure:
@@ -83,6 +100,9 @@ def residuals(width: float, found: Mapping[str, tuple[np.ndarray, float]]) -> Fi
             panel.plot(np.maximum(values[part], least / 2), height[part], marker, color=colour, ms=3, mew=0, alpha=0.7)
         panel.plot([tolerance] * 2, [at - 0.42, at + 0.42], color=INK, linewidth=1.2)
     panel.set_xscale("log")
+    panel.xaxis.set_major_locator(LogLocator(numticks=9 if width > 5 else 5))
+    panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    panel.xaxis.set_minor_locator(NullLocator())
     panel.set_xlabel("residual of the law")
     panel.set_ylim(len(found) - 0.5, -0.5)
     panel.grid(axis="x")
@@ -135,11 +155,3 @@ def untrained(width: float, mean: np.ndarray, error: np.ndarray, titles: Sequenc
 def _names(place: Any, names: Sequence[str], width: float, **text: Any) -> None:
     letters = int(0.35 * width / LETTER) if width > 5 else int(0.4 * width / LETTER)
     place(range(len(names)), [shorten(name, letters) for name in names], fontsize=7, color=INK, **text)
-
-
-def _frame(panel: Axes) -> None:
-    panel.set_xticks([])
-    panel.set_yticks([])
-    for spine in panel.spines.values():
-        spine.set_visible(True)
-        spine.set_linewidth(0.5)

@@ -28,6 +28,17 @@ FOR, AGAINST, MUCH = (213, 94, 0), (0, 114, 178), (0, 95, 70)
 NOTHING = (160, 160, 160)
 
 
+def _palette(low: Sequence[int], high: Sequence[int]) -> np.ndarray:
+    """Return colours (value, 3) uint8 of -127 to 127: white in the middle, `low` and `high` at the ends."""
+    strength = np.arange(-127, 128)[:, None] / 127
+    full = np.where(strength < 0, low, high)
+    return np.rint(255 + np.abs(strength) * (full - 255.0)).astype(np.uint8)
+
+
+PALETTES = {True: _palette(AGAINST, FOR), False: _palette(MUCH, MUCH)}
+"""Colours of maps with and without signs."""
+
+
 @dataclass(frozen=True)
 class Source:
     """The maps of one method that a task reads."""
@@ -182,9 +193,7 @@ def tile(values: np.ndarray, signed: bool, size: tuple[int, int]) -> Image.Image
     found = relative(values, size)
     if np.isnan(found).any():
         return Image.new("RGB", size, NOTHING)
-    strength = np.abs(found)[..., None]
-    full = np.where(found[..., None] < 0, AGAINST, FOR) if signed else np.array(MUCH)
-    return Image.fromarray(np.rint(255 + strength * (full - 255.0)).astype(np.uint8))
+    return Image.fromarray(PALETTES[signed][np.rint(127 + 127 * (found if signed else np.abs(found))).astype(np.uint8)])
 
 
 def compare(
