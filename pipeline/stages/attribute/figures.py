@@ -41,7 +41,7 @@ def grid(
     lines = [[_opaque(picture), *map(coloured, maps, signed)] for picture, maps in shown]
     across = width - 0.9 >= 0.35 * (len(titles) + 1)
     if across:
-        rows, columns, left, top = list(names), ["image", *titles], 0.9, LETTER * max(map(len, titles)) + 0.1
+        rows, columns, left, top = list(names), ["image", *titles], 0.9, 0.055 * max(5, *map(len, titles)) + 0.1
     else:
         left, top = min(LETTER * max(5, *map(len, titles)) + 0.1, 0.4 * width), 0.35
         lines = lines[: max(1, min(len(lines), int((width - left) / 0.6)))]

@@ -197,13 +197,15 @@ def _method(store: StoreRef, facts: Explained) -> MethodMaps:
     return MethodMaps(facts, store, tolerance, _by_rank(store, "target"), _by_rank(store, "residual"))
 
 
-def _column(store: StoreRef, name: str) -> np.ndarray:
-    """Return the numbers of all slots; shards without an image that is explained are not written."""
+def _column(store: StoreRef, name: str, first: int = 0, last: int | None = None) -> np.ndarray:
+    """Return the numbers of the slots from `first` to `last`; shards without an explained image are not written."""
     array = store.open()[name]
-    values = np.full(array.shape, array.fill_value, array.dtype)
+    stop = array.shape[0] if last is None else last + 1
+    values = np.full((stop - first, *array.shape[1:]), array.fill_value, array.dtype)
     for shard in store.shards(name):
-        own = slice(shard * array.chunks[0], (shard + 1) * array.chunks[0])
-        values[own] = array[own]
+        begin, end = max(shard * array.chunks[0], first), min((shard + 1) * array.chunks[0], stop)
+        if begin < end:
+            values[begin - first : end - first] = array[begin:end]
     return values
 
 
@@ -219,9 +221,8 @@ def _hash(image_id: str) -> bytes:
 
 def read_maps(store: StoreRef, slots: Sequence[int]) -> np.ndarray:
     """Return the maps of images (image, rank, y, x) float32, NaN where there is none."""
-    array = store.open()["attribution"]
-    first, last = min(slots), max(slots)
-    found = np.asarray(array[first : last + 1])[np.asarray(slots) - first]
+    first = min(slots)
+    found = _column(store, "attribution", first, max(slots))[np.asarray(slots) - first]
     return found if found.ndim == 4 else found[:, None]
 
 

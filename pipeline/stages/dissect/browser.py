@@ -7,6 +7,7 @@ import numpy as np
 
 from pipeline.report.experiment import Experiment
 from pipeline.report.pictures import Numbers, open_pictures, rounded
+from pipeline.stages.attribute.found import explained_images, page_of
 from pipeline.stages.dissect.cards import BINS, SAMPLE, Card
 from pipeline.stages.dissect.found import Network, short_names
 from pipeline.storage.read_back import open_store
@@ -17,7 +18,8 @@ def browser_data(experiment: Experiment, network: Network, cards: Mapping[tuple[
 
     `units` are rows: layer, unit, concept (-1: no label), IoU, ceiling, held-out IoU, ends of the interval, threshold,
     activation rate; then, for units with pictures: images, best concepts as [concept, IoU], histogram, its two ends.
-    Layers, concepts, categories, images and classes are indices into their own lists. None: undefined.
+    Layers, concepts, categories, images and classes are indices into their own lists. None: undefined. An image is its
+    id, its class, and whether the page `explained` explains it.
     """
     dissection = network.trained
     pictures = open_pictures(experiment.results / dissection.dataset / "images.zarr")
@@ -49,6 +51,7 @@ def browser_data(experiment: Experiment, network: Network, cards: Mapping[tuple[
     categories += sorted({category for _, category in concepts.items} - set(categories))
     short = short_names(categories)
     classes = Numbers()
+    explained = explained_images(experiment, dissection.dataset, dissection.network)
     return {
         "network": dissection.network,
         "folder": f"units/{experiment.name(dissection.dataset, dissection.network)}",
@@ -57,7 +60,11 @@ def browser_data(experiment: Experiment, network: Network, cards: Mapping[tuple[
         "categories": [short[category] for category in categories],
         "coloured": len(network.category_names),
         "concepts": [[name, categories.index(category)] for name, category in concepts.items],
-        "images": [[str(pictures.ids[image]), classes.number(pictures.classes[image])] for image in images.items],
+        "images": [
+            [str(pictures.ids[image]), classes.number(pictures.classes[image]), int(image in explained)]
+            for image in images.items
+        ],
+        "explained": page_of(experiment, dissection.dataset, dissection.network),
         "classes": classes.items,
         "bins": BINS,
         "sample": min(SAMPLE, _images_of(network)),

@@ -211,8 +211,11 @@
     ];
     if (row.length > IMAGES && row[IMAGES].length) {
       const names = row[IMAGES].map((image) => {
-        const [id, label] = data.images[image];
-        return make("li", {}, data.classes[label] ? make("b", {}, data.classes[label]) : "", make("span", {}, id));
+        const [id, label, explained] = data.images[image];
+        const said = [data.classes[label] ? make("b", {}, data.classes[label]) : "", make("span", {}, id)];
+        if (!explained) return make("li", {}, ...said);
+        return make("li", {}, make("a", { href: `${data.explained}#${new URLSearchParams({ image: id })}`,
+          title: "Which pixels make the network say so" }, ...said));
       });
       const captions = make("ol", { class: "captions" }, ...names);
       captions.style.setProperty("--images", row[IMAGES].length);
