@@ -12,8 +12,6 @@ from pipeline.stages.attribute.results import Attributed, Explained, Layout, sto
 from pipeline.storage.manifest import Files, Manifest, within
 from pipeline.storage.store import create, metadata_files, write
 
-SHARD = 4
-
 
 def write_attributions(
     root: Path,
@@ -30,6 +28,7 @@ def write_attributions(
     target: np.ndarray | None = None,
     logits: int | None = None,
     note: str = "",
+    shard: int = 4,
     seed: int = 0,
 ) -> Manifest:
     """Write an experiment beside the images that `report_results.write_results` wrote, and return its manifest.
@@ -55,7 +54,7 @@ def write_attributions(
         size = (4, 4) if layer else (height, width)
         own = random.normal(size=(len(slots), *several, *size)) if maps is None or name not in maps else maps[name]
         own = own if METHODS[kind].signed else np.abs(own)
-        layout = Layout(count, SHARD, ranks, own.shape[-2:], None, METHODS[kind].facts)
+        layout = Layout(count, shard, ranks, own.shape[-2:], None, METHODS[kind].facts)
         given = (residuals or {}).get(name, np.nan)
         residual = np.broadcast_to(np.asarray(given, float).reshape(-1, *[1] * len(several)), target.shape)
         columns = {"attribution": own, "target": target, "score": scores, "residual": residual}
@@ -69,17 +68,17 @@ def write_attributions(
         }  # fmt: skip
         create(store, layout.arrays(), attributes)
         written = write(store, {"image_id": ((0,), np.asarray(images["image_id"][:]))})
-        for shard in sorted({slot // SHARD for slot in slots}):
-            places = [at for at, slot in enumerate(slots) if slot // SHARD == shard]
+        for number in sorted({slot // shard for slot in slots}):
+            places = [at for at, slot in enumerate(slots) if slot // shard == number]
             block = {}
             for array, form in layout.arrays().items():
                 if array == "image_id":
                     continue
-                rows = min(SHARD, count - shard * SHARD)
+                rows = min(shard, count - number * shard)
                 values = np.full((rows, *form.shape[1:]), form.fill, form.dtype)
                 if array in columns:
-                    values[[slots[at] % SHARD for at in places]] = columns[array][places]
-                block[array] = ((shard * SHARD, *[0] * (values.ndim - 1)), values)
+                    values[[slots[at] % shard for at in places]] = columns[array][places]
+                block[array] = ((number * shard, *[0] * (values.ndim - 1)), values)
             written |= write(store, block)
         files |= within(store.name, written | metadata_files(store))
         told.append(
