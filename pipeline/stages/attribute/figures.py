@@ -41,7 +41,8 @@ def grid(
     lines = [[_opaque(picture), *map(coloured, maps, signed)] for picture, maps in shown]
     across = width - 0.9 >= 0.35 * (len(titles) + 1)
     if across:
-        rows, columns, left, top = list(names), ["image", *titles], 0.9, 0.055 * max(5, *map(len, titles)) + 0.1
+        rows, columns, left = list(names), ["image", *(shorten(title, 34) for title in titles)], 0.9
+        top = 0.057 * max(map(len, columns)) + 0.1
     else:
         left, top = min(LETTER * max(5, *map(len, titles)) + 0.1, 0.4 * width), 0.35
         lines = lines[: max(1, min(len(lines), int((width - left) / 0.6)))]
@@ -60,9 +61,8 @@ def grid(
         figure.text((left - 0.06) / width, place, text, ha="right", va="center", fontsize=6.5)
     for at, name in enumerate(columns):
         place = (left + (at + (0.5 if across else 0.03)) / len(columns) * used) / width
-        text = "\n".join(
-            shorten(line, int((top if across else used / len(columns)) / 0.062)) for line in name.split("\n")
-        )
+        letters = 34 if across else int(used / len(columns) / 0.062)
+        text = "\n".join(shorten(line, letters) for line in name.split("\n"))
         turned: dict[str, Any] = {"rotation": 90, "ha": "center"} if across else {"ha": "left"}
         figure.text(place, (tall + 0.05) / (tall + top), text, va="bottom", fontsize=6.5, **turned)
     return figure
@@ -113,11 +113,12 @@ def residuals(width: float, found: Mapping[str, tuple[np.ndarray, float]]) -> Fi
 
 def alike(width: float, mean: np.ndarray, titles: Sequence[str]) -> Figure:
     """Draw the mean rank correlation of the maps of each two methods."""
-    count = len(titles)
-    names = min(LETTER * max(map(len, titles)), 0.3 * width)
-    side = min((width - names - 0.6) / count, 0.42)
-    figure = Figure(figsize=(width, names + side * count + 0.2), layout="constrained")
-    panel = figure.subplots()
+    count, names = len(titles), [shorten(title, int(0.34 * width / 0.057)) for title in titles]
+    left = 0.057 * max(map(len, names)) + 0.15
+    side = min((width - left - 0.8) / count, 0.42)
+    square, height = side * count, side * count + left
+    figure = Figure(figsize=(width, height))
+    panel = figure.add_axes((left / width, left / height - 0.02, square / width, square / height))
     panel.set_facecolor(GRID)
     mesh = panel.imshow(np.ma.masked_invalid(mean), cmap=ALIKE, norm=Normalize(-1, 1), interpolation="none")
     if side > 0.3:
@@ -126,10 +127,13 @@ def alike(width: float, mean: np.ndarray, titles: Sequence[str]) -> Figure:
                 ink = "#ffffff" if abs(mean[row, column]) > 0.6 else "#1b1f23"
                 text = f"{mean[row, column]:.2f}".replace("0.", ".")
                 panel.text(column, row, text, ha="center", va="center", fontsize=6.5, color=ink)
-    bar = figure.colorbar(mesh, ax=panel, pad=0.01, shrink=0.6, label="rank correlation")
+    beside = figure.add_axes(
+        ((left + square + 0.1) / width, (left + 0.2 * square) / height, 0.1 / width, 0.6 * square / height)
+    )
+    bar = figure.colorbar(mesh, cax=beside, label="rank correlation")
     bar.outline.set_visible(False)  # type: ignore[operator]
-    _names(panel.set_yticks, list(titles), width)
-    _names(panel.set_xticks, list(titles), width, rotation=90)
+    panel.set_yticks(range(count), names, fontsize=7, color=INK)
+    panel.set_xticks(range(count), names, fontsize=7, color=INK, rotation=90)
     bare(panel, "left", "bottom")
     return figure
 
