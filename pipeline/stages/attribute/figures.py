@@ -116,9 +116,9 @@ def alike(width: float, mean: np.ndarray, titles: Sequence[str]) -> Figure:
     count, names = len(titles), [shorten(title, int(0.34 * width / 0.057)) for title in titles]
     left = 0.057 * max(map(len, names)) + 0.15
     side = min((width - left - 0.8) / count, 0.42)
-    square, height = side * count, side * count + left
+    square, height = side * count, side * count + left + 0.15
     figure = Figure(figsize=(width, height))
-    panel = figure.add_axes((left / width, left / height - 0.02, square / width, square / height))
+    panel = figure.add_axes((left / width, (left + 0.1) / height, square / width, square / height))
     panel.set_facecolor(GRID)
     mesh = panel.imshow(np.ma.masked_invalid(mean), cmap=ALIKE, norm=Normalize(-1, 1), interpolation="none")
     if side > 0.3:
