@@ -40,6 +40,7 @@ SLOW = (
     # Processes that are killed, sizes and times, a browser.
     "tests/pipeline/run/test_benches.py",
     "tests/pipeline/run/test_scale.py",
+    "tests/pipeline/stages/test_attribute_browser.py",
     "tests/pipeline/stages/test_report_browser.py",
     "tests/pipeline/workers/test_pool.py",
     "tests/pipeline/workers/test_processes.py",

@@ -11,12 +11,19 @@ def rank_correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
     Equal values share their mean rank. NaN where a map is constant or holds a NaN.
     """
-    first, second = _ranks(a), _ranks(b)
-    first -= first.mean(1, keepdims=True)
-    second -= second.mean(1, keepdims=True)
-    norms = np.sqrt((first**2).sum(1) * (second**2).sum(1))
-    bad = (norms == 0) | np.isnan(a).any(1) | np.isnan(b).any(1)
-    return np.where(bad, np.nan, (first * second).sum(1) / np.where(norms == 0, 1, norms))
+    return (standard_ranks(a) * standard_ranks(b)).sum(1)
+
+
+def standard_ranks(values: np.ndarray) -> np.ndarray:
+    """Return the ranks of each row with mean 0 and norm 1, float64: products of rows are rank correlations.
+
+    Equal values share their mean rank. A row that is constant or holds a NaN is NaN.
+    """
+    ranks = _ranks(values)
+    ranks -= ranks.mean(1, keepdims=True)
+    norms = np.sqrt((ranks**2).sum(1, keepdims=True))
+    bad = (norms == 0) | np.isnan(values).any(1, keepdims=True)
+    return np.where(bad, np.nan, ranks / np.where(norms == 0, 1, norms))
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:

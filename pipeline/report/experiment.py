@@ -65,6 +65,16 @@ class DissectedPair:
     permuted_images: int | None = None
 
 
+def file_names(pairs: Iterable[tuple[str, str]]) -> dict[tuple[str, str], str]:
+    """Return `<dataset>-<network>` for pairs of names, with a number if two coincide."""
+    names: dict[tuple[str, str], str] = {}
+    for pair in pairs:
+        plain = "-".join(pair)
+        alike = sum("-".join(other) == plain for other in names)
+        names[pair] = f"{plain}-{alike + 1}" if alike else plain
+    return names
+
+
 @dataclass(frozen=True)
 class Experiment:
     """The facts of one configuration.
@@ -123,12 +133,7 @@ class Experiment:
 
     @cached_property
     def _names(self) -> dict[tuple[str, str], str]:
-        names: dict[tuple[str, str], str] = {}
-        for one in self.dissected:
-            plain = f"{one.dataset}-{one.network}"
-            alike = sum(f"{dataset}-{network}" == plain for dataset, network in names)
-            names[one.dataset, one.network] = f"{plain}-{alike + 1}" if alike else plain
-        return names
+        return file_names((one.dataset, one.network) for one in self.dissected)
 
     def label(self, dataset: str, network: str) -> str:
         """Return a network's name for readers: with its data set only if there are several."""

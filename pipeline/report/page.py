@@ -60,7 +60,7 @@ class Page:
     files : its other files, relative to the report's folder.
     methods : template with the stage's definitions for the methods page; empty: none.
     methods_values : what that template shows, by name.
-    script : one of our scripts in `templates/`, allowed by its digest; empty: none.
+    scripts : our scripts in `templates/`, which become one, allowed by its digest.
     """
 
     file: str
@@ -74,4 +74,4 @@ class Page:
     files: Sequence[str] = ()
     methods: str = ""
     methods_values: Mapping[str, Any] = field(default_factory=dict)
-    script: str = ""
+    scripts: Sequence[str] = ()

@@ -118,6 +118,10 @@ class StoreRef:
             ]
         return StoreRef(self.path, {name: self.files[name] for name in names if name in self.files})
 
+    def shards(self, array: str) -> list[int]:
+        """Return the shards of an array that are written, ascending; the others hold nothing but the fill value."""
+        return sorted({shard for name, shard in self._chunks if name == array})
+
     @cached_property
     def _chunks(self) -> dict[tuple[str, int], list[str]]:
         found: dict[tuple[str, int], list[str]] = {}

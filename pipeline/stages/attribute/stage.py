@@ -28,7 +28,7 @@ from pipeline.plan import inspected
 from pipeline.plan.cost import Cost, Store
 from pipeline.plan.counted import ingested
 from pipeline.plan.job import Job
-from pipeline.plan.stage import Draft, Stage, Wanted
+from pipeline.plan.stage import Draft, PageModule, Stage, Wanted
 from pipeline.plan.step import Key, scratch_of
 from pipeline.stages.attribute.options import BACKWARD, METHODS, AnyMethod, Options
 from pipeline.stages.attribute.settings import SECTION, Explanations, Settings
@@ -301,6 +301,7 @@ def attributes(
         "baseline": settings.baseline if kind.baseline else None,
         "image_size": list(job.images.size),
         "classes": job.images.classes,
+        "logits": found.classes,
         "maps": kind.maps,
         "layer": layer,
         "note": _note(options, found),
@@ -547,4 +548,5 @@ STAGE = Stage(
     counts="shards to explain",
     made=made,
     unreferenced=unreferenced,
+    pages=(PageModule("pipeline.stages.attribute.page", 75, here=True),),
 )

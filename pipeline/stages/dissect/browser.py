@@ -1,13 +1,14 @@
 """Data of the unit browser: one row per unit, compact, as JSON in the page."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from pipeline.report.experiment import Experiment
-from pipeline.stages.dissect.cards import BINS, SAMPLE, Card, open_pictures
+from pipeline.report.pictures import Numbers, open_pictures, rounded
+from pipeline.stages.attribute.found import explained_images, page_of
+from pipeline.stages.dissect.cards import BINS, SAMPLE, Card
 from pipeline.stages.dissect.found import Network, short_names
 from pipeline.storage.read_back import open_store
 
@@ -18,13 +19,14 @@ def browser_data(experiment: Experiment, network: Network, cards: Mapping[tuple[
     `units` are rows: layer, unit, concept (-1: no label), IoU, ceiling, held-out IoU, ends of the interval, threshold,
     activation rate; then, for units with pictures: images, best concepts as [concept, IoU], histogram, its two ends.
     `coarse`, if there are any, are the places of units of which fewer than 8 bits are stored.
-    Layers, concepts, categories, images and classes are indices into their own lists. None: undefined.
+    Layers, concepts, categories, images and classes are indices into their own lists. None: undefined. An image is its
+    id, its class, and whether the page `explained` explains it.
     """
     dissection = network.trained
     pictures = open_pictures(experiment.results / dissection.dataset / "images.zarr")
     columns = {layer.name: concepts_of(open_store(layer.iou)) for layer in dissection.layers}
-    concepts = _Numbers()
-    images = _Numbers()
+    concepts = Numbers()
+    images = Numbers()
     rows = []
     for unit in dissection.units:
         card = cards.get((unit.layer, unit.unit))
@@ -33,17 +35,17 @@ def browser_data(experiment: Experiment, network: Network, cards: Mapping[tuple[
             dissection.layer_names.index(unit.layer),
             unit.unit,
             label,
-            *(_rounded(value) for value in (unit.iou, unit.iou_ceiling, unit.iou_held_out, unit.ci_low, unit.ci_high)),
-            _rounded(unit.threshold),
-            _rounded(unit.activation_rate),
+            *(rounded(value) for value in (unit.iou, unit.iou_ceiling, unit.iou_held_out, unit.ci_low, unit.ci_high)),
+            rounded(unit.threshold),
+            rounded(unit.activation_rate),
         ]
         if card is not None:
             row += [
                 [images.number(image) for image in card.images],
-                [[concepts.number(columns[unit.layer][column]), _rounded(iou)] for column, iou in card.concepts],
+                [[concepts.number(columns[unit.layer][column]), rounded(iou)] for column, iou in card.concepts],
                 card.histogram,
-                _rounded(card.low),
-                _rounded(card.high),
+                rounded(card.low),
+                rounded(card.high),
             ]
         rows.append(row)
     coarse = {(layer.name, unit) for layer in dissection.layers for unit in layer.coarse}
@@ -51,7 +53,8 @@ def browser_data(experiment: Experiment, network: Network, cards: Mapping[tuple[
     categories = list(network.category_names)
     categories += sorted({category for _, category in concepts.items} - set(categories))
     short = short_names(categories)
-    classes = _Numbers()
+    classes = Numbers()
+    explained = explained_images(experiment, dissection.dataset, dissection.network)
     return {
         "network": dissection.network,
         "folder": f"units/{experiment.name(dissection.dataset, dissection.network)}",
@@ -60,7 +63,11 @@ def browser_data(experiment: Experiment, network: Network, cards: Mapping[tuple[
         "categories": [short[category] for category in categories],
         "coloured": len(network.category_names),
         "concepts": [[name, categories.index(category)] for name, category in concepts.items],
-        "images": [[str(pictures.ids[image]), classes.number(pictures.classes[image])] for image in images.items],
+        "images": [
+            [str(pictures.ids[image]), classes.number(pictures.classes[image]), int(image in explained)]
+            for image in images.items
+        ],
+        "explained": page_of(experiment, dissection.dataset, dissection.network),
         "classes": classes.items,
         "bins": BINS,
         "sample": min(SAMPLE, _images_of(network)),
@@ -75,25 +82,6 @@ def concepts_of(iou: Any) -> list[tuple[str, str]]:
     return [(str(name), str(category)) for name, category in zip(names, categories, strict=True)]
 
 
-class _Numbers:
-    """Numbers for items, in order of first use."""
-
-    def __init__(self) -> None:
-        self.known: dict[Any, int] = {}
-
-    def number(self, item: Any) -> int:
-        return self.known.setdefault(item, len(self.known))
-
-    @property
-    def items(self) -> list[Any]:
-        return list(self.known)
-
-
 def _images_of(network: Network) -> int:
     images = network.trained.layers[-1].settings.get("images")
     return images if isinstance(images, int) else SAMPLE
-
-
-def _rounded(value: float) -> float | None:
-    """Round to five digits, more than a screen shows."""
-    return None if math.isnan(value) else float(f"{value:.5g}")

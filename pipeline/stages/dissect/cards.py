@@ -14,6 +14,7 @@ from PIL import Image
 
 from kernels.dissection.iou import mask
 from pipeline.report.experiment import Experiment
+from pipeline.report.pictures import JPEG, Pictures, montage, open_pictures, picture
 from pipeline.stages.dissect.found import DissectedLayer, Dissection, Unit
 from pipeline.stages.dissect.tables import by_iou
 from pipeline.stages.extract.pictures import BINS, KEPT, SAMPLE, bins_of, facts, top_images
@@ -27,7 +28,6 @@ RUNNERS_UP = 5
 """Concepts listed per unit, including the best one."""
 OUTLINE, EDGE = (255, 214, 10), (20, 20, 20)
 DIM = Image.new("RGB", (TILE, TILE), (27, 27, 27))
-JPEG: dict[str, Any] = {"quality": 85, "subsampling": 0}
 
 
 @dataclass(frozen=True)
@@ -48,23 +48,6 @@ class Card:
     histogram: list[int]
     low: float
     high: float
-
-
-@dataclass(frozen=True)
-class Pictures:
-    """The images of a data set: small columns read once, pixels on demand."""
-
-    pixels: Any
-    ids: np.ndarray
-    classes: list[str]
-    """Class name of every image, "" without a label."""
-    valid: np.ndarray
-    split: np.ndarray
-
-    def shown(self, split: str | None) -> np.ndarray:
-        """Return (image,) bool: the images that may be shown. If no image has this split, all may be shown."""
-        of_split = self.split == split
-        return self.valid & of_split if of_split.any() else self.valid
 
 
 def draw_cards(experiment: Experiment, dissection: Dissection) -> dict[tuple[str, int], Card]:
@@ -232,9 +215,8 @@ def tile(image: np.ndarray, region: np.ndarray) -> Image.Image:
     an RGB picture, TILE x TILE
     """
     top, left, side = square_around(region)
-    cut = np.moveaxis(image[:3, top : top + side, left : left + side], 0, -1)
-    picture = Image.fromarray(np.repeat(cut[..., :1], 3, axis=2) if cut.shape[2] < 3 else np.ascontiguousarray(cut))
-    bright = picture.resize((TILE, TILE), Image.Resampling.BICUBIC)
+    cut = picture(image[:, top : top + side, left : left + side])
+    bright = cut.resize((TILE, TILE), Image.Resampling.BICUBIC)
     dim = Image.blend(DIM, Image.blend(bright.convert("L").convert("RGB"), bright, 0.4), 0.45)
     small = Image.fromarray(region[top : top + side, left : left + side].astype(np.uint8) * 255)
     # Smooth resampling, cut at one half, gives an outline without the region's staircase.
@@ -262,28 +244,6 @@ def square_around(region: np.ndarray) -> tuple[int, int, int]:
     top = (rows[0] + rows[-1] + 1 - side) // 2
     left = (columns[0] + columns[-1] + 1 - side) // 2
     return min(max(int(top), 0), height - side), min(max(int(left), 0), width - side), int(side)
-
-
-def montage(tiles: Sequence[Image.Image]) -> Image.Image:
-    """Put pictures side by side; the page draws the gaps, in the colour of its background."""
-    canvas = Image.new("RGB", (len(tiles) * TILE, TILE))
-    for place, picture in enumerate(tiles):
-        canvas.paste(picture, (place * TILE, 0))
-    return canvas
-
-
-def open_pictures(path: Path) -> Pictures:
-    """Open the images of a data set."""
-    store = open_store(path)
-    names = [str(name) for name in store.attrs.get("classes") or []]
-    labels = np.asarray(store["label"][:])
-    return Pictures(
-        pixels=store["image"],
-        ids=np.asarray(store["image_id"][:]),
-        classes=[names[label] if 0 <= label < len(names) else "" for label in labels],
-        valid=np.asarray(store["valid"][:], dtype=bool),
-        split=np.asarray(store["split"][:]),
-    )
 
 
 def _stencil(where: np.ndarray) -> Image.Image:

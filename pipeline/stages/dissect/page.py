@@ -57,7 +57,7 @@ def page(
         files=[table, *(card.file for card in cards.values() if card.images)],
         methods="methods-dissect.html.j2",
         methods_values={"networks": networks(experiment)},
-        script="browser.js",
+        scripts=("elements.js", "browser.js"),
     )
 
 

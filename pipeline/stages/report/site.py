@@ -25,7 +25,7 @@ from pipeline.stages.report.overview import overview
 
 PACKAGE = Path(__file__).parents[2]
 FOLDERS_OF_TEMPLATES = (PACKAGE / "report/templates", *sorted(PACKAGE.glob("stages/*/templates")))
-FOLDERS = ("figures", "tables", "units")
+FOLDERS = ("figures", "tables", "units", "attributions")
 """What a report owns besides its pages: a file in here that this report did not write is an earlier one's."""
 REORDERING = dict.fromkeys((*range(0x202A, 0x202F), *range(0x2066, 0x206A)), "\ufffd")
 """Characters that turn the text after them around, to the end of the paragraph: no name may do that to a sentence."""
@@ -79,7 +79,7 @@ def render(
     experiment: Experiment, page: Page, site: Sequence[Page], folders: Sequence[Path] = FOLDERS_OF_TEMPLATES
 ) -> str:
     """Return the HTML of one page; templates and scripts are in `folders`."""
-    style, script = (_ours(name, folders) if name else "" for name in ("style.css", page.script))
+    style, script = ("\n".join(_ours(name, folders) for name in names) for names in (("style.css",), page.scripts))
     return (
         environment(folders)
         .get_template(page.template)
@@ -139,7 +139,7 @@ def remove_others(out: Path, keep: set[str]) -> None:
         ours = path.suffix in (".html", ".svg", ".pdf", ".png", ".csv", ".jpg")
         if path.is_file() and ours and path.relative_to(out).as_posix() not in keep:
             path.unlink()
-    for folder in sorted((out / "units").glob("*/")):
+    for folder in sorted((*(out / "units").glob("*/"), *(out / "attributions").glob("*/"))):
         if not any(folder.iterdir()):
             folder.rmdir()
 

@@ -1,6 +1,7 @@
 """The stage `report`: the pages of one configuration, from what is in the results folder.
 
-Writes report/<config name>/ *.html, figures/*.svg|png|pdf, tables/*.csv, units/*/*.jpg.
+Writes report/<config name>/ *.html, figures/*.svg|png|pdf, tables/*.csv, units/*/*.jpg,
+attributions/*/*.jpg.
 """
 
 from __future__ import annotations

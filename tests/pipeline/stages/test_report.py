@@ -23,7 +23,7 @@ from pipeline.stages.dissect import cards
 from pipeline.stages.registry import STAGES
 from pipeline.stages.report import site
 from pipeline.stages.report.pages import declared
-from pipeline.stages.report.site import build
+from pipeline.stages.report.site import FOLDERS_OF_TEMPLATES, build
 from pipeline.storage.manifest import Manifest, write_file
 from pipeline.storage.read_back import read_text
 
@@ -143,7 +143,8 @@ def test_nothing_from_data_is_interpreted(hostile: Path, name: str) -> None:
     page = Html(hostile / name)
     assert not [key for _, attrs in page.tags for key in attrs if key.startswith("on") or key == "style"]
     assert HOSTILE in page.text  # it is shown, as text
-    ours = (Path(cards.__file__).parent / "templates/browser.js").read_text(encoding="utf-8")
+    files = FOLDERS_OF_TEMPLATES[0] / "elements.js", Path(cards.__file__).parent / "templates/browser.js"
+    ours = "\n".join(file.read_text(encoding="utf-8") for file in files)
     scripts = [text for kind, text in page.blocks if kind != "application/json"]
     assert scripts == ([ours] if name.startswith("network") else [])
     for kind, text in page.blocks:

@@ -1,4 +1,3 @@
-"use strict";
 // The browser of units: search, filters, sorting, a map of all units, cards, and one unit in full. All text that comes
 // from data is set as text. The address says what is shown: #layer=…&concept=… for filters, #unit=<layer>/<unit> for a unit.
 (() => {
@@ -15,9 +14,6 @@
 
   // Words ------------------------------------------------------------------------------------------------------------
 
-  const number = (value, digits = 3) => (value === null ? "–" : value.toFixed(digits));
-  const short = (value) => (value === null ? "–" : String(Number(value.toPrecision(3))));
-  const counted = (count, noun) => `${count.toLocaleString("en").replaceAll(",", "\u202f")} ${noun}${count === 1 ? "" : "s"}`;
   const concept = (index) => (index < 0 ? "no label" : data.concepts[index][0]);
   const category = (index) => (index < 0 ? -1 : data.concepts[index][1]);
   const place = (row) => `${data.layers[row[LAYER]]}, unit ${row[UNIT]}`;
@@ -36,15 +32,6 @@
     || (word.includes("/") && address[index].endsWith(word));
 
   // Elements ---------------------------------------------------------------------------------------------------------
-
-  function fill(made, attributes, children) {
-    for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
-    made.append(...children);
-    return made;
-  }
-  const make = (name, attributes = {}, ...children) => fill(document.createElement(name), attributes, children);
-  const draw = (name, attributes = {}, ...children) =>
-    fill(document.createElementNS("http://www.w3.org/2000/svg", name), attributes, children);
 
   function dot(index) {
     const of = category(index);
@@ -130,31 +117,9 @@
   let shown = 0; // how many of them have a card
 
   function matches() {
-    const words = fields.q.value.toLowerCase().split(/\s+/).filter(Boolean);
-    const wanted = Object.entries(facets).map(([name, facet]) => [facet.of, fields[name].value]);
-    const found = [];
-    // What would match if this facet alone were open: the numbers in its menu.
-    const counts = wanted.map(() => new Map());
-    units.forEach((row, index) => {
-      if (row[CONCEPT] < 0 && !fields.all.checked) return;
-      if (!words.every((word) => says(index, word))) return;
-      const missed = wanted.filter(([of, value]) => value !== "" && of(row) !== Number(value));
-      wanted.forEach(([of], facet) => {
-        if (missed.length === 0 || (missed.length === 1 && missed[0][0] === of)) {
-          counts[facet].set(of(row), (counts[facet].get(of(row)) ?? 0) + 1);
-        }
-      });
-      if (!missed.length) found.push(index);
-    });
-    Object.keys(facets).forEach((name, facet) => {
-      for (const option of fields[name].options) {
-        if (option.value === "") continue;
-        const count = counts[facet].get(Number(option.value)) ?? 0;
-        option.textContent = `${facets[name].names[option.value]} (${count})`;
-        option.hidden = !count && !option.selected;
-      }
-    });
-    return found;
+    const words = searched(fields.q);
+    return matching(units, facets, fields, (row, index) =>
+      (row[CONCEPT] >= 0 || fields.all.checked) && words.every((word) => says(index, word)));
   }
 
   function update() {
@@ -163,7 +128,7 @@
     list.replaceChildren();
     showMore();
     const all = fields.all.checked ? units.length : units.filter((row) => row[CONCEPT] >= 0).length;
-    find("count").textContent = `${order.length.toLocaleString("en").replaceAll(",", "\u202f")} of ${
+    find("count").textContent = `${thousands(order.length)} of ${
       fields.all.checked ? counted(all, "unit") : counted(all, "unit") + " with a label"}`;
     drawMap();
   }
@@ -232,14 +197,8 @@
   function showUnit(index) {
     open = index;
     const row = units[index], at = order.indexOf(index);
-    const step = (by, label) => {
-      const button = make("button", { type: "button", "aria-label": `${label} unit` }, by < 0 ? "←" : "→");
-      button.disabled = at < 0 || !(at + by in order);
-      button.addEventListener("click", () => go(at + by));
-      return button;
-    };
-    const close = make("button", { type: "button", "aria-label": "Close" }, "×");
-    close.addEventListener("click", () => dialog.close());
+    const step = (by, label) => press(by < 0 ? "←" : "→", `${label} unit`, () => go(at + by), at < 0 || !(at + by in order));
+    const close = press("×", "Close", () => dialog.close());
     const fact = (name, value) => make("div", {}, make("dt", {}, name), make("dd", {}, value));
     const parts = [
       make("header", {},
@@ -252,8 +211,11 @@
     ];
     if (row.length > IMAGES && row[IMAGES].length) {
       const names = row[IMAGES].map((image) => {
-        const [id, label] = data.images[image];
-        return make("li", {}, data.classes[label] ? make("b", {}, data.classes[label]) : "", make("span", {}, id));
+        const [id, label, explained] = data.images[image];
+        const said = [data.classes[label] ? make("b", {}, data.classes[label]) : "", make("span", {}, id)];
+        if (!explained) return make("li", {}, ...said);
+        return make("li", {}, make("a", { href: `${data.explained}#${new URLSearchParams({ image: id })}`,
+          title: "Which pixels make the network say so" }, ...said));
       });
       const captions = make("ol", { class: "captions" }, ...names);
       captions.style.setProperty("--images", row[IMAGES].length);
@@ -281,9 +243,7 @@
         make("p", { class: "note" }, `Positions of the map with this activation, over ${
           counted(data.sample, "image")} chosen at random; heights are logarithmic.`));
     }
-    dialog.replaceChildren(...parts);
-    if (!dialog.open) dialog.showModal();
-    dialog.scrollTop = 0;
+    showDialog(dialog, parts);
   }
 
   function go(position) {
@@ -297,9 +257,7 @@
   function filters() {
     const words = new URLSearchParams();
     if (fields.q.value) words.set("q", fields.q.value);
-    for (const name of Object.keys(facets)) {
-      if (fields[name].value !== "") words.set(name, facets[name].names[fields[name].value]);
-    }
+    saveMenus(words, facets, fields);
     if (fields.sort.value !== "iou") words.set("sort", fields.sort.value);
     if (fields.all.checked) words.set("all", "1");
     return `#${words}`;
@@ -315,10 +273,7 @@
     if (dialog.open) dialog.close();
     if (["q", "sort", "all", ...Object.keys(facets)].some((name) => words.has(name))) {
       fields.q.value = words.get("q") ?? "";
-      for (const [name, facet] of Object.entries(facets)) {
-        const index = facet.names.indexOf(words.get(name));
-        fields[name].value = index < 0 ? "" : String(index);
-      }
+      readMenus(words, facets, fields);
       fields.sort.value = words.get("sort") in orders ? words.get("sort") : "iou";
       fields.all.checked = words.has("all");
       update();
@@ -327,22 +282,14 @@
 
   // Start --------------------------------------------------------------------------------------------------------------
 
-  for (const [name, facet] of Object.entries(facets)) {
-    const present = new Set(units.map(facet.of));
-    const numbers = [...facet.names.keys()].filter((index) => present.has(index));
-    if (name !== "layer") numbers.sort((a, b) => facet.names[a].localeCompare(facet.names[b]));
-    fields[name].append(...numbers.map((index) => make("option", { value: index }, facet.names[index])));
-  }
+  for (const [name, facet] of Object.entries(facets)) fillMenu(fields[name], facet, units, name !== "layer");
   // A network without detectors still has units to look at.
   fields.all.checked = fields.all.defaultChecked = units.every((row) => row[CONCEPT] < 0);
   const changed = () => {
     history.replaceState(null, "", filters());
     update();
   };
-  form.addEventListener("input", (event) => event.target === fields.q && changed());
-  form.addEventListener("change", (event) => event.target !== fields.q && changed());
-  form.addEventListener("reset", () => setTimeout(changed));
-  form.addEventListener("submit", (event) => event.preventDefault());
+  listen(form, changed);
   more.addEventListener("click", () => showMore()?.querySelector("a").focus({ preventScroll: true }));
   map.addEventListener("click", (event) => {
     const index = unitAt(event);
@@ -353,22 +300,15 @@
     map.title = index < 0 ? "" : `${place(units[index])}: ${concept(units[index][CONCEPT])}, IoU ${number(units[index][IOU])}`;
     map.classList.toggle("on", index >= 0);
   });
-  dialog.addEventListener("close", () => {
+  listenDialog(dialog, () => {
     open = -1;
     if (location.hash.startsWith("#unit=")) history.replaceState(null, "", filters());
-  });
-  dialog.addEventListener("click", (event) => {
-    if (event.target === dialog) dialog.close(); // on the ground around it
-  });
-  dialog.addEventListener("keydown", (event) => {
-    const to = order.indexOf(open) + { ArrowLeft: -1, ArrowRight: 1 }[event.key];
-    if (open >= 0 && order.includes(open) && to in order) go(to);
+  }, (by) => {
+    const at = order.indexOf(open);
+    if (at >= 0 && at + by in order) go(at + by);
   });
   window.addEventListener("hashchange", readAddress);
   window.addEventListener("resize", drawMap);
-  window.addEventListener("beforeprint", () => {
-    for (const picture of document.querySelectorAll("img[loading=lazy]")) picture.loading = "eager";
-  });
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawMap);
   form.hidden = map.hidden = false;
   update();

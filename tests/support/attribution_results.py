@@ -1,0 +1,93 @@
+"""Attributions made of nothing but numpy, in stores as the stage `attribute` writes them."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+
+from pipeline.stages.attribute.options import METHODS
+from pipeline.stages.attribute.results import Attributed, Explained, Layout, store_of
+from pipeline.storage.manifest import Files, Manifest, within
+from pipeline.storage.store import create, metadata_files, write
+
+
+def write_attributions(
+    root: Path,
+    methods: Mapping[str, str],
+    *,
+    dataset: str = "scenes",
+    network: str = "cnn",
+    experiment: str = "explained",
+    slots: Sequence[int] = (2, 3, 5, 9, 10),
+    targets: Any = "predicted",
+    residuals: Mapping[str, Any] | None = None,
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
+    maps: Mapping[str, np.ndarray] | None = None,
+    target: np.ndarray | None = None,
+    logits: int | None = None,
+    note: str = "",
+    shard: int = 4,
+    seed: int = 0,
+) -> Manifest:
+    """Write an experiment beside the images that `report_results.write_results` wrote, and return its manifest.
+
+    `methods` maps names to methods. `residuals` are a number or one of each slot; methods without have none. `maps` are
+    (slot, y, x), or (slot, rank, y, x); default: noise, of 4 x 4 for methods whose maps lie on a layer. `target` is
+    that of each slot and rank.
+    """
+    random = np.random.default_rng(seed)
+    images = zarr.open_group(root / dataset / "images.zarr", mode="r")
+    count, _, height, width = images["image"].shape
+    classes = list(images.attrs["classes"])
+    ranks = targets["top"] if isinstance(targets, dict) and "top" in targets else None
+    several = () if ranks is None else (ranks,)
+    folder = root / dataset / network / "attributions" / experiment
+    if target is None:
+        target = random.integers(0, len(classes), (len(slots), *several))
+    scores = random.normal(size=target.shape)
+    files: Files = {}
+    told = []
+    for name, kind in methods.items():
+        layer = METHODS[kind].maps == "layer"
+        size = (4, 4) if layer else (height, width)
+        own = random.normal(size=(len(slots), *several, *size)) if maps is None or name not in maps else maps[name]
+        own = own if METHODS[kind].signed else np.abs(own)
+        layout = Layout(count, shard, ranks, own.shape[-2:], None, METHODS[kind].facts)
+        given = (residuals or {}).get(name, np.nan)
+        residual = np.broadcast_to(np.asarray(given, float).reshape(-1, *[1] * len(several)), target.shape)
+        columns = {"attribution": own, "target": target, "score": scores, "residual": residual}
+        if METHODS[kind].baseline:
+            columns["baseline_score"] = scores - 1
+        store = store_of(folder, name)
+        attributes = {
+            "method": kind, "law": METHODS[kind].law, "settings": {"method": kind, **(settings or {}).get(name, {})},
+            "split": "validation", "targets": targets, "score": "logit", "baseline": "black",
+            "image_size": [height, width], "classes": classes, "logits": len(classes) if logits is None else logits,
+        }  # fmt: skip
+        create(store, layout.arrays(), attributes)
+        written = write(store, {"image_id": ((0,), np.asarray(images["image_id"][:]))})
+        for number in sorted({slot // shard for slot in slots}):
+            places = [at for at, slot in enumerate(slots) if slot // shard == number]
+            block = {}
+            for array, form in layout.arrays().items():
+                if array == "image_id":
+                    continue
+                rows = min(shard, count - number * shard)
+                values = np.full((rows, *form.shape[1:]), form.fill, form.dtype)
+                if array in columns:
+                    values[[slots[at] % shard for at in places]] = columns[array][places]
+                block[array] = ((number * shard, *[0] * (values.ndim - 1)), values)
+            written |= write(store, block)
+        files |= within(store.name, written | metadata_files(store))
+        told.append(
+            Explained(
+                name=name, method=kind, law=METHODS[kind].law, images=len(slots), beyond=0, size=own.shape[-2:],
+                layer="features" if layer else None, note=note,
+            )
+        )  # fmt: skip
+    result = Attributed(methods=told, images=len(slots), ranks=ranks or 1)
+    manifest = Manifest("attribute", "a1", "d", files=files, result=result.written(), provenance={"began": 1})
+    manifest.write(folder / "done" / "attribute.a1.json")
+    return manifest
