@@ -10,12 +10,13 @@ from typing import Any, Literal
 from pipeline.config.core import Core
 from pipeline.config.networks import Network
 from pipeline.config.section import Section
+from pipeline.data import kinds
 from pipeline.data.kinds import Summary
 from pipeline.errors import MicrotomeError
 from pipeline.plan.cost import Cost
 from pipeline.plan.job import Job
 from pipeline.plan.question import Question
-from pipeline.plan.step import Key, Step
+from pipeline.plan.step import Key, Step, scratch_of
 from pipeline.storage.identity import FileDigests
 from pipeline.storage.manifest import Manifest
 from pipeline.storage.record import Record
@@ -98,6 +99,13 @@ class Draft:
         for name, network in self.networks.items():
             for dataset in self.config.datasets_of(network):
                 yield dataset, name
+
+    def class_names(self, dataset: str) -> list[str]:
+        """Return the names of all classes that the images of a data set are labelled with, in their order."""
+        summary = self.summaries[dataset]
+        if len(summary.names) >= summary.classes:
+            return summary.names
+        return list(kinds.listing(self.config.datasets[dataset], scratch_of(self.config)).classes)
 
     def chosen(self, declared: Section, classes: bool = False) -> Iterator[tuple[str, str]]:
         """Yield (data set, network) for every pair that a `Chosen` section applies to; none if there is no section.

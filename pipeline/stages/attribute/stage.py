@@ -19,7 +19,6 @@ from pydantic import TypeAdapter
 
 from pipeline.config.base import UNTRAINED
 from pipeline.config.networks import Reading
-from pipeline.data import kinds
 from pipeline.data.images import Images
 from pipeline.errors import MicrotomeError, nearest
 from pipeline.networks.explainable import Explainable
@@ -29,7 +28,7 @@ from pipeline.plan.cost import Cost, Store
 from pipeline.plan.counted import ingested
 from pipeline.plan.job import Job
 from pipeline.plan.stage import Draft, PageModule, Stage, Wanted
-from pipeline.plan.step import Key, scratch_of
+from pipeline.plan.step import Key
 from pipeline.stages.attribute.options import BACKWARD, METHODS, AnyMethod, Options
 from pipeline.stages.attribute.settings import SECTION, Explanations, Settings
 from pipeline.storage.identity import digest
@@ -45,19 +44,27 @@ if TYPE_CHECKING:
 VERSION = 1
 FOLDER = "attributions"
 CODE = (
-    "kernels/attribution",
+    "kernels/attribution/baselines.py",
+    "kernels/attribution/cam.py",
+    "kernels/attribution/paths.py",
+    "kernels/attribution/rollout.py",
     "kernels/images/grey.py",
     "kernels/images/whiten.py",
+    "kernels/locality/attention.py",
     "pipeline/networks/build.py",
     "pipeline/networks/checkpoint.py",
     "pipeline/networks/explainable.py",
     "pipeline/networks/forward.py",
     "pipeline/networks/gradients.py",
     "pipeline/networks/graph/attended.py",
+    "pipeline/networks/graph/arithmetic.py",
     "pipeline/networks/graph/call_sites.py",
+    "pipeline/networks/graph/channels.py",
     "pipeline/networks/graph/gradient_flow.py",
+    "pipeline/networks/graph/operations.py",
     "pipeline/networks/graph/rectified.py",
     "pipeline/networks/graph/trace.py",
+    "pipeline/networks/layer_id.py",
     "pipeline/networks/layers.py",
     "pipeline/networks/libraries",
     "pipeline/networks/positions.py",
@@ -158,13 +165,10 @@ def _targets(draft: Draft, where: str, targets: Any, dataset: str) -> str | dict
 def _class(draft: Draft, where: str, wanted: int | str, dataset: str) -> int:
     if isinstance(wanted, int):
         return wanted
-    summary = draft.summaries[dataset]
-    names = summary.names
-    if len(names) < summary.classes and wanted not in names:
-        names = kinds.listing(draft.config.datasets[dataset], scratch_of(draft.config)).classes
+    names = draft.class_names(dataset)
     if wanted not in names:
         raise MicrotomeError(f"{where}: no class {wanted!r} in data set {dataset!r}{nearest(wanted, names)}")
-    return list(names).index(wanted)
+    return names.index(wanted)
 
 
 # The work -------------------------------------------------------------------------------------------------------------

@@ -85,7 +85,8 @@ if TYPE_CHECKING:
     from kernels.dissection.counts import Counts
 
 CODE = (
-    "kernels",
+    "kernels/dissection",
+    "kernels/images",
     "pipeline/stages/dissect/intersections.py",
     "pipeline/stages/dissect/results.py",
     "pipeline/stages/dissect/settings.py",
