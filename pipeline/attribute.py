@@ -17,15 +17,17 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import nn
 
+from pipeline.config.messages import explain as explained
 from pipeline.errors import MicrotomeError, nearest
-from pipeline.networks.explainable import examine
-from pipeline.networks.gradients import Logit, Scalar, Target, Unit, scores
-from pipeline.networks.layers import survey
-from pipeline.stages.attribute.methods.registry import FUNCTIONS, arguments
-from pipeline.stages.attribute.options import METHODS, OPTIONS
-from pipeline.stages.attribute.subject import Attribution, Subject
+from pipeline.networks.explainable import examine, normalised_by
+from pipeline.networks.gradients import Logit, Scalar, Target, Unit, refuse_training
+from pipeline.networks.layers import head_of, one_attention_path, survey
+from pipeline.stages.attribute.methods.registry import FUNCTIONS
+from pipeline.stages.attribute.options import METHODS, OPTIONS, Options
+from pipeline.stages.attribute.subject import Attribution, Known, Subject
 
 __all__ = ["Attribution", "Logit", "Scalar", "Unit", "explain", *FUNCTIONS]
 
@@ -51,7 +53,8 @@ def explain(
     inputs : floating-point, the first dimension that of the images.
     target : `"predicted"`, a class or one for each image, or a `Logit`, `Unit` or `Scalar`.
     baseline : the input without information, like the inputs, or one value for all of it, as the network takes it.
-    batch : inputs per pass; default: as many as are given.
+    batch : points on a line, noisy copies or windows that go through the network at a time; default: as many as there
+        are inputs, which always go together.
     seeds : of each image's noise; default: its place.
     options : of the method, as in the configuration, for example `steps` or `layer`.
 
@@ -62,61 +65,78 @@ def explain(
     """
     if method not in FUNCTIONS:
         raise MicrotomeError(f"no method {method!r}{nearest(method, FUNCTIONS)}")
-    kind, chosen = METHODS[method], OPTIONS[method](**options)
+    kind, chosen = METHODS[method], _options(method, options)
+    if inputs.ndim != 4 and (kind.maps != "image" or "layer" in kind.needs or method == "occlusion"):
+        raise MicrotomeError(f"{method} explains images (image, channel, y, x), not inputs of {tuple(inputs.shape)}")
+    refuse_training(network)
     resolved = _target(network, inputs, target)
-    known: dict[str, Any] = {}
-    if kind.maps != "image" or "layer" in kind.needs or method == "gradient_x_input":
-        known = _known(network, inputs, chosen.request("", ""), kind.needs)
-    layer = known.get("layer")
+    known = Known()
+    if inputs.ndim == 4 and (kind.maps != "image" or "layer" in kind.needs or method == "gradient_x_input"):
+        known = _known(network, inputs, chosen.layer_name(), kind.needs)
+    reference = None
     if kind.baseline:
-        baseline = baseline if isinstance(baseline, torch.Tensor) else torch.full_like(inputs, baseline)
-        if baseline.shape[-inputs.ndim + 1 :] != inputs.shape[1:]:
-            raise MicrotomeError(f"a baseline of {tuple(baseline.shape)} for inputs of {tuple(inputs.shape)}")
+        reference = baseline if isinstance(baseline, torch.Tensor) else torch.full_like(inputs, baseline)
+        if reference.shape[-inputs.ndim + 1 :] != inputs.shape[1:]:
+            raise MicrotomeError(f"a baseline of {tuple(reference.shape)} for inputs of {tuple(inputs.shape)}")
+        reference = reference.to(inputs.device, inputs.dtype).expand_as(inputs)
     subject = Subject(
         network,
         inputs,
         resolved,
-        baseline.expand_as(inputs) if isinstance(baseline, torch.Tensor) else None,
+        reference,
         batch or len(inputs),
-        [layer.name] if layer is not None else [],
-        kind.shares and kind.maps == "image",
+        layers=[known.layer.name] if known.layer is not None else [],
+        of_inputs=kind.shares == "inputs",
         seeds=seeds,
     )
-    return FUNCTIONS[method](subject, chosen, **arguments(method, known))
+    return FUNCTIONS[method](subject, chosen, known)
+
+
+def _options(method: str, options: dict[str, Any]) -> Options:
+    try:
+        return OPTIONS[method](**options)
+    except ValidationError as error:
+        raise MicrotomeError(f"{method}: {explained(error.errors(include_url=False)[0], OPTIONS[method])}") from None
 
 
 def _target(network: nn.Module, inputs: torch.Tensor, target: Targets) -> Target:
+    """Return what is explained of each input; classes of a network that ends in a softmax have to be a `Logit`."""
     if isinstance(target, (Logit, Unit, Scalar)):
         return target
-    if isinstance(target, str):
-        if target != "predicted":
-            raise MicrotomeError(f"target {target!r}: `predicted`, a class by its index, or a Logit, Unit or Scalar")
-        found: list[torch.Tensor] = []
-        scores(network, inputs, Scalar(lambda output: found.append(output) or output.flatten(1)[:, 0]))  # type: ignore[func-returns-value]
-        return Logit(found[0].argmax(1))
-    classes = torch.as_tensor(target, dtype=torch.int64)
-    return Logit(classes.expand(len(inputs)) if classes.ndim == 0 else classes)
+    if isinstance(target, str) and target != "predicted":
+        raise MicrotomeError(f"target {target!r}: `predicted`, a class by its index, or a Logit, Unit or Scalar")
+    with torch.no_grad(), one_attention_path():
+        output = head_of(network(inputs.clone()))
+    if output is None or output.ndim != 2:
+        given = None if output is None else tuple(output.shape)
+        raise MicrotomeError(f"the network gives {given}, expected logits (image, class): give a Unit or a Scalar")
+    classes = output.argmax(1) if isinstance(target, str) else torch.as_tensor(target, dtype=torch.int64)
+    classes = classes.expand(len(inputs)) if classes.ndim == 0 else classes
+    if ends := normalised_by(output):
+        raise MicrotomeError(
+            f"the network ends in a {ends}, so it gives no logits: give `Logit(classes, link='probability', "
+            f"probabilities={ends == 'softmax'})`, or `link='log_probability'`"
+        )
+    return Logit(classes)
 
 
-def _known(network: nn.Module, inputs: torch.Tensor, request: str | None, needs: Sequence[str]) -> dict[str, Any]:
-    """Return what methods take besides subject and options; refuse a network without what this one needs."""
-    if inputs.ndim != 4:
-        return {}
+def _known(network: nn.Module, inputs: torch.Tensor, layer: str | None, needs: Sequence[str]) -> Known:
+    """Return what is found of a network for a method; refuse a network without what it needs."""
     plain = copy.deepcopy(network).float()  # the survey's images are float32
     _, *shape = inputs.shape
     surveyed = survey(plain, (shape[0], shape[1], shape[2]))
-    found = examine(network, surveyed, _two(inputs), [request or ""], lambda: copy.deepcopy(plain))
+    found = examine(network, surveyed, _two(inputs), [layer or ""], lambda: copy.deepcopy(plain))
     asked = [need for need in needs if need not in ("gradient", "deconvnet", "guided_backprop")]  # the pass itself says
-    if why := found.why_not(asked, request):
+    if why := found.why_not(asked, layer):
         raise MicrotomeError(why)
-    layer = found.layers.get(request or "")
-    return {
-        "layer": layer if request is not None else None,
-        "head": found.heads.get(layer.name) if layer is not None else None,
-        "linear": layer is not None and layer.name in found.linear,
-        "homogeneous": found.homogeneous,
-        "tokens": found.attention,
-    }
+    info = found.layers[layer] if layer is not None else None
+    return Known(
+        info,
+        found.heads.get(info.name) if info is not None else None,
+        info is not None and info.name in found.linear,
+        found.homogeneous,
+        found.attention,
+    )
 
 
 def _two(inputs: torch.Tensor) -> torch.Tensor:

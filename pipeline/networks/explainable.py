@@ -6,6 +6,7 @@ the network's own weights, on which the laws of some methods depend.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -14,16 +15,17 @@ import torch
 from torch import nn
 
 from pipeline.errors import MicrotomeError, nearest
-from pipeline.networks.gradients import Logit, gradients
+from pipeline.networks.gradients import Logit, gradients, of_tensors
 from pipeline.networks.graph import gradient_flow
 from pipeline.networks.graph.attended import Attended
 from pipeline.networks.graph.call_sites import frozen
 from pipeline.networks.graph.rectified import Rectified, Rule
 from pipeline.networks.layer import LayerInfo
-from pipeline.networks.layers import Survey, head_of, one_attention_path, to_maps
+from pipeline.networks.layers import Survey, head_of, in_proportion, one_attention_path, to_maps
 from pipeline.networks.positions import place
 
 Pooling = Literal["mean", "sum"]
+Normalised = Literal["", "softmax", "log_softmax"]
 NEEDS = ("gradient", "layer", "cam", "deconvnet", "guided_backprop", "attention")
 EXACT = 1e-4  # relative, of float32 sums in another order
 
@@ -37,19 +39,34 @@ class Head:
 
 
 @dataclass(frozen=True)
+class Attention:
+    """Attention over tokens: a layer that says where they lie, and those that the logits are read from."""
+
+    layer: LayerInfo
+    read: tuple[int, ...]
+
+    @property
+    def note(self) -> str:
+        """Which tokens' attention is shown, where it is not that of the class token alone."""
+        if self.read == (0,) and self.layer.first:
+            return ""
+        return f"the mean over the {len(self.read)} tokens that the logits are read from"
+
+
+@dataclass(frozen=True)
 class Explainable:
     """What was found.
 
     Attributes
     ----------
-    refused : of a need that the network does not meet, why: a sentence. That of a layer is by request, as `layer:NAME`
-        ("": the default), that of a CAM's head likewise, as `cam:NAME`; `""` is what refuses all.
-    layers : the layer of each request, by the request.
+    refused : why a need is not met, a sentence, by need. Keys `layer:NAME` and `cam:NAME` refuse one layer; an empty
+        NAME is the default layer. The key "" refuses all.
+    layers : the layer of each name that was asked for; that of "" is the default.
     heads : of a layer after which pooling and one linear map end the network. linear : the layers after which the
         logits are linear in its output.
     homogeneous : whether a doubled input doubles the logits: piecewise linear, without biases.
-    probabilities : whether the network ends in softmax.
-    attention : a layer with the tokens that attention runs over, if there is attention.
+    normalised : whether the network ends in a softmax or its logarithm.
+    attention : if there is attention over the whole image.
     classes : logits of an image. values : of all outputs of layers, for an image.
     """
 
@@ -58,14 +75,14 @@ class Explainable:
     heads: dict[str, Head] = field(default_factory=dict)
     linear: list[str] = field(default_factory=list)
     homogeneous: bool = False
-    probabilities: bool = False
-    attention: LayerInfo | None = None
+    normalised: Normalised = ""
+    attention: Attention | None = None
     classes: int = 0
     values: int = 0
 
-    def why_not(self, needs: Sequence[str], request: str | None) -> str:
-        """Return why a method with these needs, and a layer of this request, does not apply; empty if it does."""
-        keys = ["", *needs, *(f"{need}:{request or ''}" for need in needs)]
+    def why_not(self, needs: Sequence[str], layer: str | None) -> str:
+        """Return why a method with these needs, and a layer of this name, does not apply; empty if it does."""
+        keys = ["", *needs, *(f"{need}:{layer or ''}" for need in needs)]
         return next((self.refused[key] for key in keys if key in self.refused), "")
 
     def json(self) -> dict[str, Any]:
@@ -78,7 +95,9 @@ class Explainable:
             return Explainable()
         layers = {name: _layer(each) for name, each in answer["layers"].items()}
         heads = {name: Head(**each) for name, each in answer["heads"].items()}
-        attention = None if answer["attention"] is None else _layer(answer["attention"])
+        attention = answer["attention"]
+        if attention is not None:
+            attention = Attention(_layer(attention["layer"]), tuple(attention["read"]))
         return Explainable(**{**answer, "layers": layers, "heads": heads, "attention": attention})
 
 
@@ -97,12 +116,12 @@ def examine(
 
     Parameters
     ----------
-    images : (2, channel, y, x) unlike images, as the network takes them, on its device.
-    layers : names of layers, "" for the last one whose positions the logits depend on.
+    images : (2, channel, y, x) different images, as the network takes them, on its device.
+    layers : names of layers; "", the last one whose positions the logits depend on, is always examined.
     made : as in `positions.place`, which decides where the positions of these layers lie.
     """
     with torch.no_grad(), one_attention_path():
-        logits = head_of(network(images))
+        logits = head_of(network(images.clone()))
     if logits is None or logits.ndim != 2 or logits.shape[1] == 0:
         shape = None if logits is None else tuple(logits.shape)
         reason = f"the network gives {shape} for {len(images)} images, expected logits (image, class)"
@@ -112,43 +131,66 @@ def examine(
         refused |= dict.fromkeys([need for need in NEEDS if need != "attention"], reason)
     target = Logit(torch.zeros(len(images), dtype=torch.int64))
     rules: tuple[Rule, ...] = ("deconvnet", "guided_backprop")
-    for need in rules:
-        if need not in refused:
-            with _Refusals(refused, need):
-                gradients(network, images, target, sites=Rectified(network, need))
-    found: dict[str, LayerInfo] = {}
-    if "layer" not in refused:
-        for wanted in layers:
-            with _Refusals(refused, f"layer:{wanted}"):
-                named = wanted or _last(network, survey, images, target, made)
-                found[wanted] = _placed(network, survey, named, images, made)
-    heads, linear = {}, []
-    for wanted, info in found.items():
-        affine, head = _head(network, info, images)
-        linear += [info.name] if affine else []
+    for rule in rules:
+        if rule not in refused:
+            with _Refusals(refused, rule):
+                gradients(network, images, target, sites=Rectified(network, rule))
+    found, heads, linear = {}, {}, []
+    lively = _lively(network)
+    for name in sorted({"", *layers}) if "layer" not in refused else ():
+        with _Refusals(refused, f"layer:{name}"):
+            own = name or _last(lively, survey, images, target, made)
+            found[name] = _placed(lively, survey, own, images, made)
+            if not _depends(lively, found[name], images, target):
+                del found[name]
+                raise MicrotomeError(f"layer {own!r}: the logits do not depend on its positions: name an earlier one")
+    for name, info in found.items():
+        affine, head = _head(network, info, images, logits.shape[1])
+        if affine and info.name not in linear:
+            linear.append(info.name)
         if isinstance(head, Head):
             heads[info.name] = head
         else:
-            refused[f"cam:{wanted}"] = f"layer {info.name!r}: {head}"
+            refused[f"cam:{name}"] = f"layer {info.name!r}: {head}"
     attention = None
-    if "attention" not in refused:
-        with _Refusals(refused, "attention"):
-            attention = _attention(network, survey, images, target, made)
+    with _Refusals(refused, "attention"):
+        attention = _attention(lively, survey, images, target, made)
     return Explainable(
         refused,
         found,
         heads,
         linear,
         _homogeneous(network, images),
-        bool((logits >= 0).all() and ((logits.sum(1) - 1).abs() < EXACT).all() and logits.shape[1] > 1),
+        normalised_by(logits),
         attention,
         logits.shape[1],
         sum(each.shape[0] * (each.special + each.shape[1] * each.shape[2]) for each in survey.layers),
     )
 
 
+def normalised_by(logits: torch.Tensor) -> Normalised:
+    """Return whether a network's outputs (image, class) are those of a softmax, or of its logarithm."""
+    if logits.shape[1] < 2:
+        return ""
+    if bool((logits >= 0).all() and ((logits.sum(1) - 1).abs() < EXACT).all()):
+        return "softmax"
+    return "log_softmax" if bool((logits.logsumexp(1).abs() < EXACT).all()) else ""
+
+
+def _lively(network: nn.Module) -> nn.Module:
+    """Return a network whose matrices are not all zeros: a head that begins so hides all before it."""
+    if all(bool(value.any()) for value in network.parameters() if value.ndim > 1 and value.is_floating_point()):
+        return network
+    copied = copy.deepcopy(network)
+    generator = torch.Generator().manual_seed(0)
+    for value in copied.parameters():
+        if value.ndim > 1 and value.is_floating_point() and not bool(value.any()):
+            value.data.copy_(0.02 * torch.randn(value.shape, generator=generator))
+    return copied
+
+
 class _Refusals:
-    """Note an error as the reason why a need is not met."""
+    """Note an error as the reason why a need is not met: what was asked of the network may be no more than possible."""
 
     def __init__(self, refused: dict[str, str], need: str) -> None:
         self.refused, self.need = refused, need
@@ -157,10 +199,13 @@ class _Refusals:
         pass
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
-        if isinstance(error, MicrotomeError):
-            self.refused.setdefault(self.need, str(error))
-            return True
-        return False
+        if isinstance(error, torch.OutOfMemoryError) or not isinstance(
+            error, (MicrotomeError, RuntimeError, TypeError)
+        ):
+            return False
+        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        self.refused.setdefault(self.need, str(error) if isinstance(error, MicrotomeError) else f"it fails: {said}")
+        return True
 
 
 def _no_gradient(network: nn.Module, images: torch.Tensor) -> str:
@@ -204,7 +249,8 @@ def _last(
     Linear maps within a block, such as queries and keys, stand for no layer of their own.
     """
     for info in reversed([layer for layer in survey.layers if layer.spatial and layer.kind != "Linear"]):
-        if _depends(network, info, images, target):
+        # Heads of attention apart, (head, token, unit), look like maps of another shape.
+        if in_proportion(info.shape[1:], survey.image) and _depends(network, info, images, target):
             try:
                 _placed(network, survey, info.name, images, made)
             except MicrotomeError:
@@ -222,19 +268,19 @@ def _depends(network: nn.Module, info: LayerInfo, images: torch.Tensor, target: 
     return bool(maps.any())
 
 
-def _head(network: nn.Module, info: LayerInfo, images: torch.Tensor) -> tuple[bool, Head | str]:
+def _head(network: nn.Module, info: LayerInfo, images: torch.Tensor, classes: int) -> tuple[bool, Head | str]:
     """Return whether the logits are linear in a layer's output, and how they are computed from it if by a CAM's head.
 
-    They are linear if the gradient is the same for unlike images. After global pooling it is the same at all positions,
-    and the rows of the linear map's weight are the gradient, times the positions under mean pooling.
+    They are linear if the gradient is the same for different images. After global pooling it is the same at all
+    positions, and the rows of the linear map's weight are the gradient, times the positions under mean pooling.
     """
     reason = "global mean or sum pooling and one linear map do not end the network after it"
     found = []
-    for cls in (0, 1):
+    for cls in range(min(2, classes)):
         target = Logit(torch.full((len(images),), cls))
         try:
             slope = gradients(network, images, target, [info.name], of_inputs=False).layers[info.name][1]
-        except (MicrotomeError, IndexError, RuntimeError):
+        except MicrotomeError:
             return False, reason
         if not _close(slope[0], slope[1]):
             return False, reason
@@ -243,13 +289,14 @@ def _head(network: nn.Module, info: LayerInfo, images: torch.Tensor) -> tuple[bo
         return True, reason
     slopes = torch.stack([each.mean((1, 2)) for each in found])
     positions = info.shape[1] * info.shape[2]
+    poolings: tuple[tuple[Pooling, int], ...] = (("mean", positions), ("sum", 1))
     for name, module in network.named_modules():
         if not isinstance(module, (nn.Linear, nn.Conv2d)) or module.weight.flatten(1).shape[1] != info.shape[0]:
             continue
-        rows = module.weight.detach().flatten(1)[:2]
-        for pooling, factor in (("mean", positions), ("sum", 1)):
-            if rows.shape == slopes.shape and _close(rows, slopes * factor):
-                return True, Head(name, pooling)  # type: ignore[arg-type]
+        rows = module.weight.detach().flatten(1)
+        for pooling, factor in poolings:
+            if len(rows) == classes and _close(rows[: len(slopes)], slopes * factor):
+                return True, Head(name, pooling)
     return True, reason
 
 
@@ -268,23 +315,28 @@ def _homogeneous(network: nn.Module, images: torch.Tensor) -> bool:
 
 def _attention(
     network: nn.Module, survey: Survey, images: torch.Tensor, target: Logit, made: Callable[[], nn.Module]
-) -> LayerInfo:
-    """Return a layer with the tokens that attention runs over; refuse weights that are not of the images in order."""
-    weights = attention_of(network, images, target)
+) -> Attention:
+    """Return where attention runs; refuse weights that depend on other images, and tokens that lie nowhere."""
+    weights = _weights(network, images, target)
     for at in range(len(images)):
-        alone = attention_of(network, images[at : at + 1], target)
+        alone = _weights(network, images[at : at + 1], target.at(torch.tensor([at])))
         if not all(torch.allclose(a[at : at + 1], b, atol=1e-5) for a, b in zip(weights, alone, strict=True)):
             raise MicrotomeError("attention: its weights of an image depend on the other images, or on their order")
     tokens = weights[0].shape[-1]
-    for info in reversed(survey.layers):
-        if info.spatial and info.shape[1] * info.shape[2] + info.special == tokens:
-            return _placed(network, survey, info.name, images, made)
-    raise MicrotomeError(f"attention: no layer says where its {tokens} tokens lie in the image")
+    layers = [each for each in survey.layers if each.spatial and _tokens(each) == tokens and each.layout != "map"]
+    if not layers:
+        raise MicrotomeError(f"attention: no layer says where its {tokens} tokens lie in the image")
+    info = _placed(network, survey, layers[-1].name, images, made)
+    slope = gradients(network, images, target, [info.name], of_inputs=False).layers[info.name][1]
+    by_token = slope.reshape(len(slope), tokens, -1).abs().amax((0, 2))
+    return Attention(info, tuple(by_token.nonzero()[:, 0].tolist()))
 
 
-def attention_of(network: nn.Module, images: torch.Tensor, target: Logit) -> list[torch.Tensor]:
+def _tokens(info: LayerInfo) -> int:
+    return info.shape[1] * info.shape[2] + info.special
+
+
+def _weights(network: nn.Module, images: torch.Tensor, target: Logit) -> list[torch.Tensor]:
     """Return the attention weights of every block, (image, head, query, key)."""
     sites = Attended(network, len(images))
-    with frozen(network), torch.enable_grad(), sites:
-        network(images.detach().requires_grad_().clone())
-    return [each.detach() for each in sites.checked()]
+    return of_tensors(network, images, target, sites, sites.checked, wanted=False)[0]

@@ -144,7 +144,7 @@ def gradients(
     MicrotomeError
         The score does not depend on the input or on a layer, or a layer is called more or less often than once.
     """
-    _in_eval(network)
+    refuse_training(network)
     kept: dict[str, torch.Tensor] = {}
     given = inputs.detach().requires_grad_(of_inputs)
     with frozen(network), torch.enable_grad(), one_attention_path(), _kept(network, layers, kept, not of_inputs):
@@ -263,7 +263,7 @@ def _module(network: nn.Module, name: str) -> nn.Module:
         raise MicrotomeError(f"no layer {name!r}{nearest(name, known)}") from None
 
 
-def _in_eval(network: nn.Module) -> None:
+def refuse_training(network: nn.Module) -> None:
     """Refuse a network that draws random numbers, or lets images of a batch depend on each other."""
     for name, module in network.named_modules():
         if module.training and isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)):
@@ -307,7 +307,7 @@ def of_tensors(
 
     A tensor on which the score does not depend has the gradient 0.
     """
-    _in_eval(network)
+    refuse_training(network)
     with frozen(network), torch.enable_grad():
         with sites:
             output = _output(network, inputs.detach().requires_grad_().clone(), target.layer)

@@ -167,9 +167,6 @@ def _explainable(
 ) -> Explainable:
     """Return what a network has of what explanations need, with random weights."""
     network = build(spec).eval()
-    for value in network.parameters():
-        if value.is_floating_point() and not bool(value.any()):  # a head that begins as zeros hides all before it
-            torch.nn.init.normal_(value, std=0.02, generator=torch.Generator().manual_seed(0))
     images = torch.randn((2, *input_shape), generator=torch.Generator().manual_seed(0))
     return examine(network, surveyed, images, wanted.layers, lambda: build(spec))
 

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,22 @@ def remove_partials(path: Path) -> None:
             shutil.rmtree(left, ignore_errors=True)
         else:
             left.unlink(missing_ok=True)
+
+
+def remove_unlisted(path: Path, files: Files) -> None:
+    """Remove the chunk files of a store that are not among these: other readers would take them for results."""
+    objects = objects_of(path)
+    there = {file.relative_to(path).as_posix() for file in path.glob("*/c/**/*") if file.is_file()}
+    there |= {key for key in (objects.sizes() if objects is not None else ()) if "/c/" in key}
+    if unlisted := sorted(there - set(files)):
+        remove(path, *unlisted)
+
+
+def remove_other_arrays(path: Path, arrays: Iterable[str]) -> None:
+    """Remove the arrays of a store that are not among these."""
+    for folder in path.glob("*/"):
+        if folder.name not in set(arrays):
+            remove(folder)
 
 
 def remove(path: Path, *keys: str) -> None:

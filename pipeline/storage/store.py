@@ -18,7 +18,9 @@ from pipeline.storage.layout import DamagedStoreError as DamagedStoreError
 from pipeline.storage.layout import attributes as attributes
 from pipeline.storage.layout import metadata_files as metadata_files
 from pipeline.storage.layout import remove as remove
+from pipeline.storage.layout import remove_other_arrays as remove_other_arrays
 from pipeline.storage.layout import remove_partials as remove_partials
+from pipeline.storage.layout import remove_unlisted as remove_unlisted
 from pipeline.storage.layout import stored_bytes as stored_bytes
 from pipeline.storage.layout import verified_bytes as verified_bytes
 from pipeline.storage.ledger import Ledger as Ledger

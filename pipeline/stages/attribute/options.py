@@ -15,8 +15,6 @@ from pipeline.config.base import Positive, Strict
 
 BACKWARD = 3.0  # forwards that one forward with its backward takes
 
-Baselined = Literal["black", "white", "mean", "blur", "uniform"]
-
 
 class Options(Strict):
     """The options of a method."""
@@ -28,8 +26,8 @@ class Options(Strict):
         """The name of the method."""
         return self.method  # type: ignore[attr-defined]
 
-    def request(self, network: str, original: str) -> str | None:
-        """Return the layer that is asked for of a network, "" for the default; None for a method without a layer."""
+    def layer_name(self, network: str = "", original: str = "") -> str | None:
+        """Return the layer to use in a network, "" for the default; None for a method without a layer."""
         return None
 
 
@@ -102,8 +100,8 @@ class OfLayer(Options):
         description="the layer, or one by network; default: the last whose positions the scores depend on",
     )
 
-    def request(self, network: str, original: str) -> str:
-        """Return the layer that is asked for of a network, "" for the default; a control has that of its network."""
+    def layer_name(self, network: str = "", original: str = "") -> str:
+        """Return the layer to use in a network, "" for the default; a control has that of its network."""
         if isinstance(self.layer, dict):
             return self.layer.get(network, self.layer.get(original, ""))
         return self.layer or ""
@@ -116,7 +114,7 @@ class Cam(OfLayer):
 
 
 class Rectifiable(OfLayer):
-    relu: bool = Field(False, description="store the positive part alone")
+    relu: bool = Field(False, description="store only the positive part")
 
 
 class GradCam(Rectifiable):
@@ -208,24 +206,24 @@ class Method:
 
     Attributes
     ----------
-    title : its name for readers. law : what its numbers promise, as the residual measures it; empty: nothing.
+    title : its name for readers. units : of its values.
+    law : what its numbers promise, as the residual measures it; empty: nothing.
     maps : what its map lies on: the image's pixels, a layer's positions, or the patches of attention.
     needs : what a network must have; `pipeline.networks.explainable` says of each why it is missing.
-    forwards : passes of an image, in forwards, given (options, (height, width)); those of the shared pass are not among
-        them.
-    shares : whether it uses the pass that all methods share. baseline : whether it compares with the baseline.
-    by_class : whether its map depends on the target. signed : whether its values have signs.
+    shares : what it takes of the pass that all methods share: the gradient of the `inputs`, or that of its `layer`.
+    forwards : further passes of an image, in forwards, given (options, (height, width)).
+    baseline : whether it compares with the baseline. signed : whether its values have signs.
     channels : whether it has a map of each channel. facts : names of further numbers of each image.
     """
 
     title: str
+    units: str
     law: str = ""
     maps: Literal["image", "layer", "attention"] = "image"
     needs: tuple[str, ...] = ("gradient",)
+    shares: Literal["inputs", "layer", ""] = ""
     forwards: Callable[[Any, tuple[int, int]], float] = lambda options, size: 0.0
-    shares: bool = True
     baseline: bool = False
-    by_class: bool = True
     signed: bool = True
     channels: bool = True
     facts: tuple[str, ...] = ()
@@ -243,64 +241,91 @@ def starts(side: int, window: int, stride: int) -> list[int]:
 
 
 COMPLETENESS = "the map adds up to the score less the baseline's"
+SLOPE, SHARE_OF_SCORE = "score per unit of input", "score"
+OF_BASELINE = ("baseline_score", "baseline_probability")
 METHODS: dict[str, Method] = {
-    "saliency": Method("Saliency", signed=False, facts=("intercept",)),
+    "saliency": Method("Saliency", SLOPE, shares="inputs", signed=False, facts=("intercept",)),
     "gradient_x_input": Method(
-        "Gradient × input", law="the map adds up to the score, of piecewise linear networks without biases"
+        "Gradient × input",
+        SHARE_OF_SCORE,
+        law="the map adds up to the score, of piecewise linear networks without biases",
+        shares="inputs",
     ),
     "integrated_gradients": Method(
         "Integrated gradients",
+        SHARE_OF_SCORE,
         law=COMPLETENESS,
-        forwards=lambda options, size: BACKWARD * options.steps,
-        shares=False,
+        forwards=lambda options, size: BACKWARD * options.steps + 2,
         baseline=True,
-        facts=("steps",),
+        facts=("steps", *OF_BASELINE),
     ),
-    "smooth_grad": Method(
-        "SmoothGrad", forwards=lambda options, size: BACKWARD * options.draws, shares=False, signed=False
+    "smooth_grad": Method("SmoothGrad", SLOPE, forwards=lambda options, size: BACKWARD * options.draws, signed=False),
+    "var_grad": Method(
+        "VarGrad",
+        "squared score per unit of input",
+        forwards=lambda options, size: BACKWARD * options.draws,
+        signed=False,
     ),
-    "var_grad": Method("VarGrad", forwards=lambda options, size: BACKWARD * options.draws, shares=False, signed=False),
-    "deconvnet": Method("Deconvnet", needs=("deconvnet",), forwards=lambda options, size: BACKWARD, shares=False),
+    "deconvnet": Method(
+        "Deconvnet", "relative", needs=("gradient", "deconvnet"), forwards=lambda options, size: BACKWARD
+    ),
     "guided_backprop": Method(
-        "Guided backpropagation", needs=("guided_backprop",), forwards=lambda options, size: BACKWARD, shares=False
+        "Guided backpropagation",
+        "relative",
+        needs=("gradient", "guided_backprop"),
+        forwards=lambda options, size: BACKWARD,
     ),
     "cam": Method(
         "CAM",
+        SHARE_OF_SCORE,
         law="the map adds up to the score less the bias (its mean, under mean pooling)",
         maps="layer",
         needs=("gradient", "layer", "cam"),
+        shares="layer",
     ),
-    "grad_cam": Method("Grad-CAM", maps="layer", needs=("gradient", "layer")),
+    "grad_cam": Method("Grad-CAM", SHARE_OF_SCORE, maps="layer", needs=("gradient", "layer"), shares="layer"),
     "hires_cam": Method(
         "HiResCAM",
+        SHARE_OF_SCORE,
         law="the map adds up to the score less the bias, of networks that end linearly after the layer",
         maps="layer",
         needs=("gradient", "layer"),
+        shares="layer",
+        forwards=lambda options, size: 1.0,
     ),
-    "grad_cam_pp": Method("Grad-CAM++", maps="layer", needs=("gradient", "layer")),
-    "layer_cam": Method("LayerCAM", maps="layer", needs=("gradient", "layer")),
+    "grad_cam_pp": Method("Grad-CAM++", "relative", maps="layer", needs=("gradient", "layer"), shares="layer"),
+    "layer_cam": Method("LayerCAM", SHARE_OF_SCORE, maps="layer", needs=("gradient", "layer"), shares="layer"),
     "guided_grad_cam": Method(
         "Guided Grad-CAM",
+        "relative",
         needs=("gradient", "layer", "guided_backprop"),
+        shares="layer",
         forwards=lambda options, size: BACKWARD,
     ),
     "rollout": Method(
         "Attention rollout",
+        "share of attention",
         law="the attention of every token adds up to 1",
         maps="attention",
         needs=("attention",),
         forwards=lambda options, size: 1.0,
-        shares=False,
-        by_class=False,
         signed=False,
     ),
     "attention_relevance": Method(
         "Attention relevance",
+        "relative",
         maps="attention",
         needs=("gradient", "attention"),
         forwards=lambda options, size: BACKWARD,
-        shares=False,
         signed=False,
     ),
-    "occlusion": Method("Occlusion", needs=(), forwards=_windows, shares=False, baseline=True, channels=False),
+    "occlusion": Method(
+        "Occlusion",
+        SHARE_OF_SCORE,
+        needs=(),
+        forwards=_windows,
+        baseline=True,
+        channels=False,
+        facts=OF_BASELINE,
+    ),
 }

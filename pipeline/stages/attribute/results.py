@@ -13,6 +13,8 @@ from pipeline.storage.record import Record
 from pipeline.storage.store import Array
 from pipeline.storage.tables import csv_bytes, number
 
+LIKELY = 0.05
+"""Mean probability of the target for the baseline beyond which the baseline is no image without information."""
 ROUNDING = 1e-3
 """Tolerance of laws that hold but for the rounding of float32."""
 COLUMNS = (
@@ -27,6 +29,7 @@ COLUMNS = (
     "beyond_tolerance",
     "intercept_median",
     "steps_mean",
+    "baseline_probability_mean",
     "forwards",
 )
 
@@ -99,7 +102,7 @@ class Layout:
         }
         if self.channels is not None:
             found["channel_attribution"] = array(np.float32, np.nan, ("channel", "y", "x"), self.channels)
-        for name in ("score", "baseline_score", "residual", *self.facts):
+        for name in ("score", "residual", *self.facts):
             found[name] = array(np.float32, np.nan)
         found["image_id"] = Array(("image",), (self.images,), str, (self.images,), fill=None)
         return found
@@ -114,7 +117,7 @@ def row(name: str, method: str, law: str, tolerance: float, forwards: float, fou
     beyond = np.mean(known > tolerance) if known.size else np.nan
     facts = [
         reduce(found[fact][explained]) if fact in found and explained.any() else np.nan
-        for fact, reduce in (("intercept", np.median), ("steps", np.mean))
+        for fact, reduce in (("intercept", np.median), ("steps", np.mean), ("baseline_probability", np.mean))
     ]
     cells = [number(float(each)) for each in (*numbers, tolerance if law else np.nan, beyond, *facts, forwards)]
     images = int(explained.reshape(len(explained), -1).any(1).sum())

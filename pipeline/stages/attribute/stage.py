@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +19,6 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from pipeline.config.base import UNTRAINED
-from pipeline.config.networks import Reading
-from pipeline.data.images import Images
 from pipeline.errors import MicrotomeError, nearest
 from pipeline.networks.explainable import Explainable
 from pipeline.networks.forward import platform_numerics
@@ -29,6 +28,7 @@ from pipeline.plan.counted import ingested
 from pipeline.plan.job import Job
 from pipeline.plan.stage import Draft, PageModule, Stage, Wanted
 from pipeline.plan.step import Key
+from pipeline.stages.attribute import results
 from pipeline.stages.attribute.options import BACKWARD, METHODS, AnyMethod, Options
 from pipeline.stages.attribute.settings import SECTION, Explanations, Settings
 from pipeline.storage.identity import digest
@@ -70,6 +70,7 @@ CODE = (
     "pipeline/networks/positions.py",
     "pipeline/networks/prepare.py",
     "pipeline/networks/returned.py",
+    "pipeline/stages/attribute/inputs.py",
     "pipeline/stages/attribute/methods",
     "pipeline/stages/attribute/options.py",
     "pipeline/stages/attribute/results.py",
@@ -142,8 +143,8 @@ def _file_digest(draft: Draft, where: str, file: str) -> str:
 def _own(options: Options, network: str, original: str) -> dict[str, Any]:
     """Return the options that matter to a network: its own layer alone."""
     told = options.model_dump(exclude={"networks", "layer"})
-    request = options.request(network, original)
-    return told if request is None else told | {"layer": request or None}
+    layer = options.layer_name(network, original)
+    return told if layer is None else told | {"layer": layer or None}
 
 
 def _targets(draft: Draft, where: str, targets: Any, dataset: str) -> str | dict[str, Any]:
@@ -180,39 +181,46 @@ def methods_of(settings: Settings) -> dict[str, Options]:
     return {name: read.validate_python(told) for name, told in settings.methods.items()}
 
 
-def requests_of(methods: Mapping[str, Options]) -> dict[str, str]:
-    """Return the layer that each method asks for, "" for the default; methods without one are left out."""
-    asked = {name: options.request("", "") for name, options in methods.items()}
-    return {name: request for name, request in asked.items() if request is not None}
+def layer_names(methods: Mapping[str, Options]) -> list[str]:
+    """Return the layers that methods name, "" for the default."""
+    return sorted({layer for options in methods.values() if (layer := options.layer_name()) is not None})
 
 
 def run(job: Job[Settings]) -> None:
-    from pipeline.stages.attribute import results, tasks
-    from pipeline.storage.store import StoreRef, create, metadata_files, remove_partials, write
+    from pipeline.stages.attribute import inputs, tasks
+    from pipeline.storage.store import (
+        StoreRef,
+        create,
+        metadata_files,
+        remove_other_arrays,
+        remove_partials,
+        remove_unlisted,
+        write,
+    )
 
     job.begin()
     images, methods = job.images, methods_of(job.settings)
-    requests = requests_of(methods)
     with job.workers() as workers:
-        asked = job.model, images.size, sorted(set(requests.values()))
-        prepared, explainable = next(run_tasks(workers, tasks.examine_network, [asked], 1, f"{job.name}: network"))
-        if said := list(refusals(job, methods, explainable)):
+        asked = job.model, images.size, layer_names(methods)
+        parameters, found = next(run_tasks(workers, tasks.examine_network, [asked], 1, f"{job.name}: network"))
+        if said := list(objections(job, methods, found)):
             raise MicrotomeError("\n  ".join(said))
-        shards = shards_of(job)
-        layouts = layouts_of(job, methods, requests, explainable)
+        shards = inputs.shards_of(job)
+        layouts = {name: layout_of(job, options, found) for name, options in methods.items()}
         stores = {name: results.store_of(job.folder, name) for name in methods}
-        baseline = baseline_of(job, workers)
-        wanted = tasks.Wanted(*_kind(job.settings))
-        work = tasks.Work(job.model, explainable, wanted, baseline, methods, requests, stores, layouts)
-        maps = sum(4 * np.prod(each.size) + 4 * np.prod(each.channels or (0,)) for each in layouts.values())
-        values = sum(layer.shape[0] * (layer.special + layer.shape[1] * layer.shape[2]) for layer in prepared.layers)
-        need = tasks.memory_need(prepared, values, job.model, images.shard_images, images.size, float(maps))
+        compares = any(METHODS[options.kind].baseline for options in methods.values())
+        baseline = inputs.baseline_of(job, workers) if compares else "black"
+        work = tasks.Work(job.model, found, targets_of(job.settings), baseline, methods, stores, layouts)
+        spec, kept = job.network_spec, list(layouts.values())
+        need = tasks.memory_need(parameters, found.values, spec, images.shard_images, images.size, kept)
         job.check_memory(need, REMEDY)
         parts = {}
         for name, options in methods.items():
-            create(stores[name], layouts[name].arrays(), attributes(job, name, options, explainable, requests))
+            arrays = layouts[name].arrays()
+            remove_other_arrays(stores[name], arrays)
+            create(stores[name], arrays, attributes(job, name, options, found))
             remove_partials(stores[name])
-            parts[name] = Parts(stores[name], ids_of(job, name, shards, explainable, requests, baseline))
+            parts[name] = Parts(stores[name], ids_of(job, work, name, shards))
 
         def arguments(part: str, names: list[str]) -> tuple:
             return work, StoreRef(images.store, images.files_of(int(part))), shards[part], names
@@ -220,82 +228,105 @@ def run(job: Job[Settings]) -> None:
         made = job.resumed(workers, tasks.explain, parts, arguments, REMEDY)
     files: Files = {}
     explained, rows = [], []
-    image_ids = images.image_ids()
     for name, options in methods.items():
-        kind = METHODS[options.kind]
-        own = parts[name].files() | write(stores[name], {"image_id": ((0,), image_ids)}) | metadata_files(stores[name])
-        numbers = numbers_of(StoreRef(stores[name], own), shards)
-        tolerance = getattr(options, "tolerance", results.ROUNDING)
-        rows.append(results.row(name, options.kind, kind.law, tolerance, forwards_of(options, images.size), numbers))
-        residual = numbers["residual"]
-        layer = work.layer_of(name)
-        explained.append(
-            results.Explained(
-                name=name,
-                method=options.kind,
-                law=kind.law,
-                images=int((numbers["target"] >= 0).reshape(len(residual), -1).any(1).sum()),
-                beyond=int((residual > tolerance).sum()),
-                size=layouts[name].size,
-                layer=layer.name if layer is not None else None,
-                note=_note(options, explainable),
-            )
-        )
+        own = parts[name].files() | write(stores[name], {"image_id": ((0,), images.image_ids())})
+        remove_unlisted(stores[name], own)
+        own |= metadata_files(stores[name])
+        numbers = numbers_of(StoreRef(stores[name], own), layouts[name], shards)
+        rows.append(row_of(options, name, numbers, images.size))
+        explained.append(facts_of(options, name, numbers, work))
         files |= within(stores[name].name, own)
+        warn(job, name, numbers)
     table = results.table(rows)
     output = digest([files, table.decode()])
     files |= write_file(job.folder, "attributions.csv", table)
     count = sum(len(shard.places) for shard in shards.values())
-    facts = results.Attributed(methods=explained, images=count, ranks=wanted.ranks)
+    facts = results.Attributed(methods=explained, images=count, ranks=targets_of(job.settings).ranks)
     job.finish(output, files, facts, made=(len(made), len(shards)))
 
 
-def numbers_of(store: StoreRef, shards: Mapping[str, tasks.Shard]) -> dict[str, np.ndarray]:
-    """Return the numbers of each explained image, in the order of the slots."""
-    reader = store.open()
-    names = [name for name in reader.group.array_keys() if name not in LARGE]
-    found: dict[str, list[np.ndarray]] = {name: [] for name in names}
-    for shard in shards.values():
-        start, stop = shard.bounds
-        for name in names:
-            found[name].append(np.asarray(reader[name][start:stop])[list(shard.places)])
-    return {name: np.concatenate(parts) for name, parts in found.items()}
+def layout_of(job: Job[Settings], options: Options, found: Explainable) -> results.Layout:
+    """Return the layout of a method's store."""
+    images, settings, kind = job.images, job.settings, METHODS[options.kind]
+    several = isinstance(settings.targets, dict) and "top" in settings.targets
+    kept = channels_of(job, options)
+    return results.Layout(
+        images.count,
+        images.shard_images,
+        targets_of(settings).ranks if several else None,
+        map_size(options, found, images.size),
+        (kept, *images.size) if kept else None,
+        kind.facts,
+    )
 
 
-LARGE = ("attribution", "channel_attribution", "image_id")
+def map_size(options: Options, found: Explainable, size: tuple[int, int]) -> tuple[int, int]:
+    """Return (y, x) of a method's map."""
+    kind, layer = METHODS[options.kind], options.layer_name()
+    info = found.layers.get(layer or "") if kind.maps == "layer" else None
+    if kind.maps == "attention" and found.attention is not None:
+        info = found.attention.layer
+    return size if info is None else (info.shape[1], info.shape[2])
 
 
-def refusals(job: Job[Settings], methods: Mapping[str, Options], found: Explainable) -> Iterator[str]:
-    """Yield a sentence for each method that the network refuses, with those that apply."""
-    key = f"attribute.{job.experiment}.methods"
-    for name, options in methods.items():
-        request = options.request("", "")
-        if why := found.why_not(METHODS[options.kind].needs, request):
-            good = [each for each, method in METHODS.items() if not found.why_not(method.needs, request)]
-            others = f"; these apply: {', '.join(good)}" if good else ""
-            yield f"{key}.{name}: network {job.network!r}: {why}{others}"
+def channels_of(job: Job[Settings], options: Options) -> int:
+    """Return of how many channels a method's maps are kept."""
+    kind = METHODS[options.kind]
+    kept = job.settings.channels and kind.maps == "image" and kind.channels
+    return job.network_spec.preprocessing.channels if kept else 0
 
 
-def _note(options: Options, found: Explainable) -> str:
-    if METHODS[options.kind].maps == "attention" and found.attention is not None and not found.attention.first:
-        return "there is no class token: the mean over all tokens"
-    return ""
+def targets_of(settings: Settings) -> tasks.Targets:
+    """Return what is explained of each image."""
+    from pipeline.stages.attribute.tasks import Targets
+
+    targets = settings.targets
+    if isinstance(targets, str):
+        return Targets(targets, (), 1, settings.score)
+    ((kind, value),) = targets.items()
+    if kind == "top":
+        return Targets(kind, (), int(value), settings.score)
+    return Targets(kind, tuple(value) if isinstance(value, (list, tuple)) else (value,), 1, settings.score)
 
 
-def attributes(
-    job: Job[Settings], name: str, options: Options, found: Explainable, requests: Mapping[str, str]
-) -> dict[str, Any]:
-    """Return the attributes of a method's store."""
-    kind, settings = METHODS[options.kind], job.settings
-    layer = found.layers[requests[name]].name if name in requests else None
+def ids_of(job: Job[Settings], work: tasks.Work, name: str, shards: Mapping[str, tasks.Shard]) -> dict[str, str]:
+    """Return the id of each shard of a method: what its numbers are made from."""
+    images, model, identity, options = job.images, job.model, job.identity, work.methods[name]
+    kind, known = METHODS[options.kind], work.known(name)
+    made_of: list[Any] = [
+        [VERSION, platform_numerics(VERSION), work.explainable.normalised],
+        [model.sha256, model.architecture, identity["preprocessing"], identity["numerics"], list(images.size)],
+        [identity["methods"][name], identity["targets"], identity["score"], channels_of(job, options)],
+        [asdict(each) for each in (known.layer, known.head) if each is not None],
+        known.linear,
+    ]
     if kind.maps == "attention":
-        assert found.attention is not None
-        layer = found.attention.name
+        made_of.append(asdict(known.attention) if known.attention is not None else None)
+    if options.kind == "gradient_x_input":
+        made_of.append(known.homogeneous)
+    if kind.baseline:
+        of_image = isinstance(work.baseline, np.ndarray)
+        made_of.append(hashlib.sha256(work.baseline.tobytes()).hexdigest() if of_image else work.baseline)  # type: ignore[union-attr]
+    labelled = identity["targets"] == "label"
+
+    def of(shard: tasks.Shard) -> list[Any]:
+        labels = shard.labels if labelled else ()
+        return [images.contents[int(shard.part)], shard.places, shard.image_ids, labels]
+
+    return {part: digest([made_of, of(shard)]) for part, shard in shards.items()}
+
+
+def attributes(job: Job[Settings], name: str, options: Options, found: Explainable) -> dict[str, Any]:
+    """Return the attributes of a method's store."""
+    kind, settings, layer = METHODS[options.kind], job.settings, options.layer_name()
+    info = found.layers[layer] if layer is not None else None
+    if kind.maps == "attention" and found.attention is not None:
+        info = found.attention.layer
     return {
         "method": options.kind,
         "law": kind.law,
         "settings": settings.methods[name],
-        "units": f"{settings.score} of the target",
+        "units": kind.units,
         "dataset": job.dataset,
         "network": job.network,
         "experiment": job.experiment,
@@ -307,218 +338,187 @@ def attributes(
         "classes": job.images.classes,
         "logits": found.classes,
         "maps": kind.maps,
-        "layer": layer,
-        "note": _note(options, found),
+        "layer": info.name if info is not None else None,
+        "note": note_of(options, found),
         "cells": "a value covers an equal part of the image; enlarge bilinearly without aligned corners",
     }
 
 
-def layouts_of(
-    job: Job[Settings], methods: Mapping[str, Options], requests: Mapping[str, str], found: Explainable
-) -> dict[str, Any]:
-    from pipeline.stages.attribute import results
-
-    images, (_, _, ranks, _) = job.images, _kind(job.settings)
-    several = isinstance(job.settings.targets, dict) and "top" in job.settings.targets
-    layouts = {}
-    for name, options in methods.items():
-        kind = METHODS[options.kind]
-        info = found.layers[requests[name]] if kind.maps == "layer" else found.attention
-        size = images.size if kind.maps == "image" or info is None else (info.shape[1], info.shape[2])
-        channels = None
-        if job.settings.channels and kind.maps == "image" and kind.channels:
-            channels = (job.network_spec.preprocessing.channels, *images.size)
-        layouts[name] = results.Layout(
-            images.count, images.shard_images, ranks if several else None, size, channels, kind.facts
-        )
-    return layouts
+def note_of(options: Options, found: Explainable) -> str:
+    """Return what a reader has to know of a method's maps."""
+    attends = METHODS[options.kind].maps == "attention" and found.attention is not None
+    return found.attention.note if attends and found.attention is not None else ""
 
 
-def _kind(settings: Settings) -> tuple[str, tuple[int, ...], int, Any]:
-    """Return what is explained: its kind, classes, and how many of each image."""
-    targets = settings.targets
-    if isinstance(targets, str):
-        return targets, (), 1, settings.score
-    ((kind, value),) = targets.items()
-    if kind == "top":
-        return kind, (), int(value), settings.score
-    return kind, tuple(value) if isinstance(value, (list, tuple)) else (value,), 1, settings.score
-
-
-def chosen(images: Images, settings: Settings) -> np.ndarray:
-    """Return the slots of the images that are explained, ascending: the first by the hash of their ids."""
-    slots = np.flatnonzero(images.counted(settings.split))
-    if settings.targets == "label":
-        slots = slots[np.asarray(images.reader()["label"][:])[slots] >= 0]
-    ids = images.image_ids()
-
-    def place(slot: int) -> bytes:
-        return hashlib.sha256(str(ids[slot]).encode("utf-8", "surrogateescape")).digest()
-
-    ordered = sorted(slots.tolist(), key=place)
-    return np.sort(np.array(ordered[: settings.images], np.int64))
-
-
-def shards_of(job: Job[Settings]) -> dict[str, tasks.Shard]:
-    """Return the images of each shard that has any."""
-    from pipeline.stages.attribute.tasks import Shard
-
-    images, reader = job.images, job.images.reader()
-    slots = chosen(images, job.settings)
-    labels, ids = np.asarray(reader["label"][:]), images.image_ids()
-    found = {}
-    for shard in np.unique(slots // images.shard_images).tolist():
-        own = slots[slots // images.shard_images == shard]
-        start, stop = images.range(shard)
-        found[str(shard)] = Shard(
-            str(shard),
-            (start, stop),
-            tuple((own - start).tolist()),
-            tuple(labels[own].tolist()),
-            tuple(map(str, ids[own])),
-        )
+def numbers_of(store: StoreRef, layout: results.Layout, shards: Mapping[str, tasks.Shard]) -> dict[str, np.ndarray]:
+    """Return the numbers of each explained image, in the order of the slots."""
+    reader = store.open()
+    found: dict[str, np.ndarray] = {}
+    for name, array in layout.arrays().items():
+        if name not in LARGE:
+            parts = [np.asarray(reader[name][slice(*shard.bounds)])[list(shard.places)] for shard in shards.values()]
+            found[name] = np.concatenate(parts) if parts else np.zeros((0, *array.shape[1:]), array.dtype)
     return found
 
 
-def ids_of(
-    job: Job[Settings],
-    name: str,
-    shards: Mapping[str, tasks.Shard],
-    found: Explainable,
-    requests: Mapping[str, str],
-    baseline: str | np.ndarray,
-) -> dict[str, str]:
-    """Return the id of each shard of a method: what its numbers are made from."""
-    images, model, identity = job.images, job.model, job.identity
-    kind = METHODS[methods_of(job.settings)[name].kind]
-    read = {key: identity[key] for key in Reading.model_fields if key in identity}
-    made_of = [
-        [VERSION, platform_numerics(VERSION)],
-        [model.sha256, model.architecture, identity["preprocessing"], identity["numerics"], list(images.size), read],
-        [identity["methods"][name], identity["targets"], identity["score"], identity["channels"]],
-        found.layers[requests[name]].name if name in requests else None,
-    ]
-    if kind.baseline:
-        made_of.append(baseline if isinstance(baseline, str) else hashlib.sha256(baseline.tobytes()).hexdigest())
-    own = identity["targets"] == "label"
-    return {
-        part: digest([made_of, images.contents[int(part)], shard.places, shard.image_ids, shard.labels if own else ()])
-        for part, shard in shards.items()
-    }
+LARGE = ("attribution", "channel_attribution", "image_id")
 
 
-def baseline_of(job: Job[Settings], workers: Any) -> str | np.ndarray:
-    """Return the baseline's kind, or itself as pixels uint8 (channel, y, x) where it is one image."""
-    from PIL import Image
+def tolerance_of(options: Options) -> float:
+    return getattr(options, "tolerance", results.ROUNDING)
 
-    from pipeline.stages.attribute.tasks import sum_pixels
-    from pipeline.storage.store import StoreRef
 
-    told, images = job.settings.baseline, job.images
-    if isinstance(told, str):
-        return told
-    if "mean" in told:
-        slots = np.flatnonzero(images.counted(told["mean"]))
-        tasks = []
-        for shard in np.unique(slots // images.shard_images).tolist():
-            own = slots[slots // images.shard_images == shard] - images.range(shard)[0]
-            tasks.append((StoreRef(images.store, images.files_of(shard)), images.range(shard), own.tolist()))
-        total = sum(run_tasks(workers, sum_pixels, tasks, len(tasks), f"{job.name}: baseline"))
-        return np.rint(total / len(slots)).astype(np.uint8)
-    file = job.section[job.experiment].baseline.file
-    with Image.open(file) as opened:
-        pixels = np.asarray(opened.convert("RGB"))
-    if pixels.shape[:2] != tuple(images.size):
-        raise MicrotomeError(
-            f"attribute.{job.experiment}.baseline: {file} has {pixels.shape[0]} x {pixels.shape[1]} pixels, and the "
-            f"images of {job.dataset!r} have {images.size[0]} x {images.size[1]}"
+def row_of(options: Options, name: str, numbers: Mapping[str, np.ndarray], size: tuple[int, int]) -> list[Any]:
+    """Return a method's row of the table."""
+    law, forwards = METHODS[options.kind].law, forwards_of(options, size, numbers)
+    return results.row(name, options.kind, law, tolerance_of(options), forwards, numbers)
+
+
+def facts_of(options: Options, name: str, numbers: Mapping[str, np.ndarray], work: tasks.Work) -> results.Explained:
+    """Return what the manifest says of a method."""
+    layer = work.layer_of(name)
+    return results.Explained(
+        name=name,
+        method=options.kind,
+        law=METHODS[options.kind].law,
+        images=len(numbers["target"]),
+        beyond=int((numbers["residual"] > tolerance_of(options)).sum()),
+        size=work.layouts[name].size,
+        layer=layer.name if layer is not None else None,
+        note=note_of(options, work.explainable),
+    )
+
+
+def warn(job: Job[Settings], name: str, numbers: Mapping[str, np.ndarray]) -> None:
+    """Say so if the network is sure of what it sees in the baseline."""
+    likely = numbers.get("baseline_probability")
+    if likely is not None and likely.size and float(likely.mean()) > results.LIKELY:
+        inspected.say(
+            f"{job.name}: {name}: the network gives the target a probability of {likely.mean():.2f} for the baseline, "
+            f"on average: it is no image without information; try another `baseline`"
         )
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
 # What others ask ------------------------------------------------------------------------------------------------------
 
 
 def requests(job: Job[Settings]) -> dict[str, Any]:
-    """Return what the inspection has to find out, for all experiments of a network on a data set."""
-    layers = set()
+    """Return the layers that the inspection has to examine, for all experiments of a network on a data set."""
+    layers: set[str] = set()
     for other in job.jobs("attribute"):
         if (other.dataset, other.original) == (job.dataset, job.original):
-            layers |= set(requests_of(methods_of(other.settings)).values())
+            layers |= set(layer_names(methods_of(other.settings)))
     return {"explain": {"layers": sorted(layers)}}
 
 
 def check(job: Job[Settings]) -> Iterator[str]:
     """Yield what the network or the data set does not have."""
-    found = Explainable.read(inspected.found(job).explainable)
-    yield from refusals(job, methods_of(job.settings), found)
+    from pipeline.stages.attribute.inputs import read_baseline
+
+    yield from objections(job, methods_of(job.settings), Explainable.read(inspected.found(job).explainable))
+    where, size = f"attribute.{job.experiment}", ingested(job)
+    for name, options in methods_of(job.settings).items():
+        window = getattr(options, "window", 0)
+        if window > min(size):
+            yield f"{where}.methods.{name}.window: {window} pixels, and images have {size[0]} x {size[1]}"
+    file = getattr(job.section[job.experiment].baseline, "file", None)
+    if file is not None:
+        try:
+            read_baseline(Path(file), size, f"{where}.baseline", job.dataset)
+        except MicrotomeError as error:
+            yield str(error)
+
+
+def objections(job: Job[Settings], methods: Mapping[str, Options], found: Explainable) -> Iterator[str]:
+    """Yield a sentence for all that a network refuses: methods, with those that apply, classes and scores."""
     where, settings = f"attribute.{job.experiment}", job.settings
-    if found.classes:
-        if settings.targets == "label" and found.classes != settings.classes:
-            yield (
-                f"{where}.targets: network {job.network!r} gives {found.classes} logits, and the images of "
-                f"{job.dataset!r} have {settings.classes} classes: their labels are not its classes"
-            )
-        _, classes, ranks, _ = _kind(settings)
-        for each in classes:
-            if each >= found.classes:
-                yield f"{where}.targets: class {each} of network {job.network!r}, which gives {found.classes} logits"
-        if ranks > found.classes:
-            yield f"{where}.targets: top {ranks} of network {job.network!r}, which gives {found.classes} logits"
-    if found.probabilities and settings.score == "logit":
-        yield (
-            f"{where}.score: network {job.network!r} ends in a softmax, so it gives no logits: ask for "
-            f"`probability` or `log_probability`"
-        )
-    height, width = ingested(job)
-    for name, options in methods_of(settings).items():
+    for name, options in methods.items():
+        layer = options.layer_name()
+        if why := found.why_not(METHODS[options.kind].needs, layer):
+            good = [each for each, method in METHODS.items() if not found.why_not(method.needs, layer)]
+            others = f"; these apply: {', '.join(good)}" if good else ""
+            yield f"{where}.methods.{name}: network {job.network!r}: {why}{others}"
         if options.kind == "cam" and settings.score != "logit":
             yield f"{where}.methods.{name}: CAM explains logits, and `score` is {settings.score!r}"
-        window = getattr(options, "window", 0)
-        if window > min(height, width):
-            yield f"{where}.methods.{name}.window: {window} pixels, and images have {height} x {width}"
+    if not found.classes:
+        return
+    targets = targets_of(settings)
+    gives = f"network {job.network!r} gives {found.classes} logits"
+    if found.classes != settings.classes and (targets.kind == "label" or named_classes(job)):
+        yield (
+            f"{where}.targets: {gives}, and the images of {job.dataset!r} have {settings.classes} classes: these are "
+            f"not its classes; name a class by the index of its logit"
+        )
+    for each in targets.classes:
+        if each >= found.classes:
+            yield f"{where}.targets: class {each} of network {job.network!r}, which gives {found.classes} logits"
+    if targets.ranks > found.classes:
+        yield f"{where}.targets: top {targets.ranks} of network {job.network!r}, which gives {found.classes} logits"
+    if found.normalised and settings.score == "logit":
+        ends = "a softmax" if found.normalised == "softmax" else "the logarithm of a softmax"
+        yield (
+            f"{where}.score: network {job.network!r} ends in {ends}, so it gives no logits: ask for `probability` or "
+            f"`log_probability`"
+        )
 
 
-def forwards_of(options: Options, size: tuple[int, int]) -> float:
-    """Return the passes of an image that a method costs alone, in forwards."""
+def named_classes(job: Job[Settings]) -> list[str]:
+    """Return the classes that the configuration names by their names in the data set."""
+    targets = job.section[job.experiment].targets
+    told = {} if isinstance(targets, str) else targets.model_dump()
+    given = [told.get("class"), *(told.get("contrast") or ())]
+    return [each for each in given if isinstance(each, str)]
+
+
+def forwards_of(options: Options, size: tuple[int, int], numbers: Mapping[str, np.ndarray] | None = None) -> float:
+    """Return the passes of an image that a method takes alone, in forwards; with its numbers, those that it took."""
     kind = METHODS[options.kind]
-    return kind.forwards(options, size) + (BACKWARD if kind.shares else 1.0)
+    steps = numbers.get("steps") if numbers is not None else None
+    taken = options.model_copy(update={"steps": float(steps.mean())}) if steps is not None and steps.size else options
+    return kind.forwards(taken, size) + (BACKWARD if kind.shares else 1.0)
 
 
 def cost(job: Job[Settings], done: bool) -> Cost:
-    """A shared pass, and what methods add; integrated gradients may take more steps than at first."""
-    settings, size = job.settings, ingested(job)
+    """Estimate bytes, time and memory: a shared pass and what each method adds.
+
+    Integrated gradients may take more steps than at first.
+    """
+    from pipeline.stages.attribute import tasks
+
+    settings, size, dataset = job.settings, ingested(job), job.dataset_spec
     images = min(job.splits[settings.split], settings.images or job.splits[settings.split])
-    methods, ranks = methods_of(settings), _kind(settings)[2]
+    methods, ranks = methods_of(settings), targets_of(settings).ranks
     inspection = inspected.found(job)
     found = Explainable.read(inspection.explainable)
     passes = ranks * (BACKWARD + sum(METHODS[each.kind].forwards(each, size) for each in methods.values()))
-    asked, stores = requests_of(methods), []
+    stores, layouts = [], []
     for name, options in methods.items():
-        kind = METHODS[options.kind]
-        info = found.layers.get(asked.get(name, "")) if kind.maps == "layer" else found.attention
-        height, width = size if kind.maps == "image" or info is None else info.shape[1:]
-        channels = job.network_spec.preprocessing.channels if settings.channels and kind.maps == "image" else 0
-        raw = 4.0 * images * ranks * height * width * (1 + channels)
+        height, width = map_size(options, found, size)
+        kept = channels_of(job, options)
+        facts = METHODS[options.kind].facts
+        layout = results.Layout(
+            images, dataset.shard_images, ranks, (height, width), (kept, *size) if kept else None, facts
+        )
+        layouts.append(layout)
+        raw = 4.0 * images * ranks * (height * width + kept * size[0] * size[1])
         stores.append(Store(name, raw, 0.9 * raw, 0.9 * raw if done else size_of(job.folder / f"{name}.zarr")))
     rate = inspected.speed(job).get("images_per_second")
-    shard = job.dataset_spec.shard_images
-    memory = 12 * inspection.parameters + 4 * job.network_spec.numerics.micro_batch * (
-        24 * size[0] * size[1] + 3 * found.values
-    )
+    spec, shard = job.network_spec, dataset.shard_images
     return Cost(
         stores=tuple(stores),
         images=images,
         tasks=-(-images // shard),
         seconds=images * passes / rate if rate else None,
-        memory=memory,
+        memory=tasks.memory_need(inspection.parameters, found.values, spec, shard, size, layouts),
         rate=f"{rate / passes:.3g}" if rate else "",
     )
 
 
 def pending(job: Job[Settings]) -> tuple[int, int]:
     """Count the shards that would be explained at most, and all of them: the network says which layers are meant."""
-    count = len(shards_of(job))
+    from pipeline.stages.attribute.inputs import by_shard, chosen
+
+    count = len(by_shard(job.images, chosen(job.images, job.settings)))
     return count, count
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from pipeline.errors import MicrotomeError
+from pipeline.networks.explainable import Attention, Head
 from pipeline.networks.gradients import Gradients, Target, gradients, in_chunks, of_tensors, padded, scores
 from pipeline.networks.graph.attended import Attended
 from pipeline.networks.graph.rectified import Rectified, Rule
@@ -39,6 +40,17 @@ class Attribution:
     facts: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Known:
+    """What was found of the network for one method: its layer, the head after it, its attention, and two properties."""
+
+    layer: LayerInfo | None = None
+    head: Head | None = None
+    linear: bool = False
+    homogeneous: bool = False
+    attention: Attention | None = None
+
+
 @dataclass
 class Subject:
     """Images, as a network takes them, and the scalar of each that is explained.
@@ -46,32 +58,34 @@ class Subject:
     Attributes
     ----------
     inputs : (image, ...) floating-point.
-    target : the scalar. baseline : like the inputs, the input without information; None where no method wants one.
+    target : the scalar, or a function that chooses it from the network's output.
+    baseline : like the inputs, the input without information; None where no method wants one.
     batch : images per pass; more points of an image go through the network in several passes, fewer are padded.
+    count : the first so many images count, the others pad the batch; None: all.
     layers : the names of layers whose output and gradient methods need.
     of_inputs : whether a method needs the shared pass's gradient of the inputs.
-    spans : the range of each image, to which noise is relative. seeds : of each image's noise.
-    first : the shared pass; None: it is made when it is needed.
+    seeds : of each image's noise; default: its place.
     """
 
     network: nn.Module
     inputs: torch.Tensor
-    target: Target
+    target: Target | Callable[[torch.Tensor], Target]
     baseline: torch.Tensor | None = None
     batch: int = 32
+    count: int | None = None
     layers: Sequence[str] = ()
     of_inputs: bool = True
-    spans: torch.Tensor | None = None
     seeds: Sequence[int] = ()
-    first: Gradients | None = None
     _kept: dict[Any, Any] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def shared(self) -> Gradients:
         """One forward and one backward of all images."""
-        if self.first is None:
-            self.first = gradients(self.network, self.inputs, self.target, self.layers, self.of_inputs)
-        return self.first
+        return gradients(self.network, self.inputs, self.target, self.layers, self.of_inputs)
+
+    @property
+    def chosen(self) -> Target:
+        return self.shared.target
 
     @property
     def score(self) -> torch.Tensor:
@@ -94,7 +108,12 @@ class Subject:
         return self.baseline
 
     @property
-    def none(self) -> torch.Tensor:
+    def counted(self) -> torch.Tensor:
+        """The places of the images that count."""
+        return torch.arange(len(self.inputs) if self.count is None else self.count)
+
+    @property
+    def no_residual(self) -> torch.Tensor:
         """The residual of a method without a law."""
         return torch.full((len(self.inputs),), math.nan, dtype=torch.float64)
 
@@ -108,29 +127,40 @@ class Subject:
         found = []
         for start, stop in in_chunks(len(points), self.batch):
             own = padded(rows[start:stop], self.batch)
-            values = scores(self.network, padded(points[start:stop], self.batch), self.target.at(own))
+            values = scores(self.network, padded(points[start:stop], self.batch), self.chosen.at(own))
             found.append(values[: stop - start])
         return torch.cat(found)
 
-    def gradients_at(self, points: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """Return the gradient at no more points than a pass takes, each for the target of the image `rows[point]`."""
-        own = padded(rows, self.batch)
-        made = gradients(self.network, padded(points, self.batch), self.target.at(own))
-        assert made.inputs is not None
-        return made.inputs[: len(points)]
+    def points(
+        self, images: torch.Tensor, each: int, point: Callable[[int, int], torch.Tensor]
+    ) -> Iterator[tuple[int, int, torch.Tensor]]:
+        """Yield (place in `images`, number, gradient) of `each` points of every image, in their order.
+
+        `point(image, number)` makes a point from the place of an image among the inputs. Points of several images share
+        a pass.
+        """
+        pairs = [(at, number) for at in range(len(images)) for number in range(each)]
+        for start, stop in in_chunks(len(pairs), self.batch):
+            own = pairs[start:stop]
+            rows = images[[at for at, _ in own]]
+            values = torch.stack([point(int(row), number) for row, (_, number) in zip(rows, own, strict=True)])
+            target = self.chosen.at(padded(rows, self.batch))
+            made = gradients(self.network, padded(values, self.batch), target).inputs
+            assert made is not None
+            for (at, number), gradient in zip(own, made, strict=False):
+                yield at, number, gradient
 
     def rectified(self, rule: Rule) -> torch.Tensor:
         """Return what the rules of deconvnet or guided backpropagation send back to the inputs."""
         if rule not in self._kept:
             sites = Rectified(self.network, rule)
-            made = gradients(self.network, self.inputs, self.target, sites=sites)
-            self._kept[rule] = made.inputs
+            self._kept[rule] = gradients(self.network, self.inputs, self.chosen, sites=sites).inputs
         return self._kept[rule]
 
     def attention(self, by_class: bool) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Return the attention weights of all blocks, and their gradients if `by_class`."""
         sites = Attended(self.network, len(self.inputs))
-        return of_tensors(self.network, self.inputs, self.target, sites, sites.checked, by_class)
+        return of_tensors(self.network, self.inputs, self.chosen, sites, sites.checked, by_class)
 
     def noisy(self, noise: float, draws: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the mean and the variance of the gradient over noisy copies of each image, like the inputs.
@@ -141,27 +171,19 @@ class Subject:
         key = ("noisy", noise, draws)
         if key in self._kept:
             return self._kept[key]
-        if self.spans is None:
-            spans = self.inputs.flatten(1)
-            spread = spans.amax(1) - spans.amin(1)
-        else:
-            spread = self.spans
+        flat = self.inputs.flatten(1)
+        spread = flat.amax(1) - flat.amin(1)
         mean = torch.zeros_like(self.inputs, dtype=torch.float64)
         square = torch.zeros_like(mean)
-        every = torch.arange(len(self.inputs))
-        chunks = list(in_chunks(len(self.inputs), self.batch))
-        for draw in range(draws):
-            points = torch.stack(
-                [
-                    image + noise * width * _normal(image, self.seeds[at] if self.seeds else at, draw)
-                    for at, (image, width) in enumerate(zip(self.inputs, spread, strict=True))
-                ]
-            )
-            parts = [self.gradients_at(points[start:stop], every[start:stop]) for start, stop in chunks]
-            gradient = torch.cat(parts).double()
-            step = gradient - mean  # Welford: no difference of large sums
-            mean += step / (draw + 1)
-            square += step * (gradient - mean)
+
+        def point(image: int, draw: int) -> torch.Tensor:
+            seed = self.seeds[image] if self.seeds else image
+            return self.inputs[image] + noise * spread[image] * _normal(self.inputs[image], seed, draw)
+
+        for at, draw, gradient in self.points(self.counted, draws, point):
+            step = gradient.double() - mean[at]  # Welford: no difference of large sums
+            mean[at] += step / (draw + 1)
+            square[at] += step * (gradient.double() - mean[at])
         self._kept[key] = mean.to(self.inputs.dtype), (square / (draws - 1)).to(self.inputs.dtype)
         return self._kept[key]
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,37 +14,37 @@ import numpy as np
 import torch
 
 from kernels.attribution import baselines
+from pipeline.config.networks import Network
 from pipeline.errors import MicrotomeError
 from pipeline.networks.build import build
 from pipeline.networks.explainable import Explainable, examine
 from pipeline.networks.forward import Model, network_of, normalise
-from pipeline.networks.gradients import Link, Logit, gradients, padded
+from pipeline.networks.gradients import Link, Logit, padded, scores
 from pipeline.networks.layer import LayerInfo
-from pipeline.networks.layers import one_attention_path
-from pipeline.networks.prepare import Prepared, prepare, survey_of
-from pipeline.stages.attribute.methods.registry import FUNCTIONS, arguments
+from pipeline.networks.prepare import survey_of
+from pipeline.stages.attribute.methods.registry import FUNCTIONS
 from pipeline.stages.attribute.options import METHODS, Options
 from pipeline.stages.attribute.results import Layout
-from pipeline.stages.attribute.subject import Subject
+from pipeline.stages.attribute.subject import Known, Subject
 from pipeline.storage.store import StoreRef, write
 from pipeline.workers.resumable import Done
 from pipeline.workers.tasks import computing
 
 
 @dataclass(frozen=True)
-class Wanted:
+class Targets:
     """What is explained of each image.
 
     Attributes
     ----------
     kind : `predicted`, `label`, `class`, `top` or `contrast`. classes : of `class` and `contrast`, by logit.
-    ranks : classes of each image. score : what of a class is explained.
+    ranks : classes of each image. link : what of a class is explained.
     """
 
     kind: str
     classes: tuple[int, ...]
     ranks: int
-    score: Link
+    link: Link
 
     def of(self, logits: torch.Tensor, labels: torch.Tensor, rank: int, probabilities: bool) -> Logit:
         """Return the target of each image, from its logits where they decide."""
@@ -53,7 +54,7 @@ class Wanted:
             picked = [logits.sort(stable=True, dim=1, descending=True).indices[:, rank]]
         else:
             picked = [torch.full((len(logits),), each, device=logits.device) for each in self.classes]
-        return Logit(picked[0], picked[1] if len(picked) > 1 else None, self.score, probabilities)
+        return Logit(picked[0], picked[1] if len(picked) > 1 else None, self.link, probabilities)
 
 
 @dataclass(frozen=True)
@@ -63,21 +64,28 @@ class Work:
     Attributes
     ----------
     baseline : its kind, or the image itself as pixels.
-    methods, requests, stores, layouts : by name, a method's options, the layer that it asks for, its store.
+    methods, stores, layouts : by name, a method's options, and its store.
     """
 
     model: Model
     explainable: Explainable
-    wanted: Wanted
+    targets: Targets
     baseline: str | np.ndarray
     methods: Mapping[str, Options]
-    requests: Mapping[str, str]
     stores: Mapping[str, Path]
     layouts: Mapping[str, Layout]
 
     def layer_of(self, name: str) -> LayerInfo | None:
         """Return the layer of a method that has one."""
-        return self.explainable.layers[self.requests[name]] if name in self.requests else None
+        layer = self.methods[name].layer_name()
+        return None if layer is None else self.explainable.layers[layer]
+
+    def known(self, name: str) -> Known:
+        """Return what was found of the network for a method."""
+        found, layer = self.explainable, self.layer_of(name)
+        if layer is None:
+            return Known(homogeneous=found.homogeneous, attention=found.attention)
+        return Known(layer, found.heads.get(layer.name), layer.name in found.linear)
 
 
 @dataclass(frozen=True)
@@ -91,14 +99,14 @@ class Shard:
     image_ids: tuple[str, ...]
 
 
-def examine_network(model: Model, size: tuple[int, int], layers: Sequence[str]) -> tuple[Prepared, Explainable]:
-    """Look at a network with its own weights, on a worker."""
+def examine_network(model: Model, size: tuple[int, int], layers: Sequence[str]) -> tuple[int, Explainable]:
+    """Look at a network with its own weights, on a worker; return its number of parameters, too."""
     with computing:
         network = network_of(model)
         survey = survey_of(network, model, size)
-        prepared = prepare(network, model, survey, "all", strict=False)
         noise = torch.randint(256, (2, 3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-        return prepared, examine(network, survey, normalise(noise, model.spec), layers, lambda: build(model.spec))
+        found = examine(network, survey, normalise(noise, model.spec), layers, lambda: build(model.spec))
+        return sum(each.numel() for each in network.parameters()), found
 
 
 def sum_pixels(images: StoreRef, bounds: tuple[int, int], places: Sequence[int]) -> np.ndarray:
@@ -135,63 +143,55 @@ def _blank(layout: Layout, images: int) -> dict[str, np.ndarray]:
 
 
 def _explain_batch(
-    work: Work,
-    pixels: torch.Tensor,
-    shard: Shard,
-    some: slice,
-    found: Mapping[str, dict[str, np.ndarray]],
+    work: Work, pixels: torch.Tensor, shard: Shard, some: slice, found: Mapping[str, dict[str, np.ndarray]]
 ) -> None:
-    """Explain a micro-batch by every method, each class of an image after the other."""
+    """Explain a micro-batch by every method, one rank at a time."""
     spec, count = work.model.spec, len(pixels)
     size = spec.numerics.micro_batch
     ids, places = shard.image_ids[some], list(shard.places[some])
     labels = padded(torch.tensor(shard.labels[some]), size)
+    kinds = {name: METHODS[work.methods[name].kind] for name in found}
+    probabilities = work.explainable.normalised == "softmax"
     with computing:
         network = network_of(work.model)
         inputs = normalise(padded(pixels, size), spec)
-        wants_baseline = any(METHODS[work.methods[name].kind].baseline for name in found)
-        baseline = normalise(padded(_baseline(work.baseline, pixels, ids), size), spec) if wants_baseline else None
-        kinds = [METHODS[work.methods[name].kind] for name in found]
+        baseline = None
+        if any(kind.baseline for kind in kinds.values()):
+            baseline = normalise(padded(_baseline(work.baseline, pixels, ids), size), spec)
         layers = sorted({info.name for name in found if (info := work.layer_of(name)) is not None})
-        of_inputs = any(kind.shares and kind.maps == "image" and "gradient" in kind.needs for kind in kinds)
-        for rank in range(work.wanted.ranks):
-            choose = partial(work.wanted.of, labels=labels, rank=rank, probabilities=work.explainable.probabilities)
-            first = gradients(network, inputs, choose, layers, of_inputs)
-            assert isinstance(first.target, Logit)
-            seeds = [seed_of(each) for each in padded_ids(ids, size)]
+        seeds = [seed_of(each) for each in ids]
+        for rank in range(work.targets.ranks):
             subject = Subject(
-                network, inputs, first.target, baseline, size, layers, of_inputs, seeds=seeds, first=first
+                network,
+                inputs,
+                partial(work.targets.of, labels=labels, rank=rank, probabilities=probabilities),
+                baseline,
+                size,
+                count,
+                layers,
+                any(kind.shares == "inputs" for kind in kinds.values()),
+                seeds,
             )
-            for name, arrays in found.items():
-                options = work.methods[name]
-                method = options.kind
-                layer = work.layer_of(name)
-                known = {
-                    "layer": layer,
-                    "head": work.explainable.heads.get(layer.name) if layer is not None else None,
-                    "linear": layer is not None and layer.name in work.explainable.linear,
-                    "homogeneous": work.explainable.homogeneous,
-                    "tokens": work.explainable.attention,
+            target = subject.chosen
+            assert isinstance(target, Logit)
+            of_all = {"score": subject.score, "target": target.classes}
+            if baseline is not None:
+                likely = replace(target, against=None, link="probability")
+                of_all |= {
+                    "baseline_score": subject.baseline_score,
+                    "baseline_probability": scores(network, baseline, likely),
                 }
-                with one_attention_path():
-                    made = FUNCTIONS[method](subject, options, **arguments(method, known))
-                values = {"attribution": made.map, "score": first.score, "residual": made.residual, **made.facts}
-                values["target"] = first.target.classes
-                if METHODS[method].baseline:
-                    values["baseline_score"] = subject.baseline_score
+            for name, arrays in found.items():
+                made = FUNCTIONS[work.methods[name].kind](subject, work.methods[name], work.known(name))
+                _refuse_non_finite(work, name, made.map, ids)
+                values = {"attribution": made.map, "residual": made.residual, **made.facts, **of_all}
                 if "channel_attribution" in arrays:
                     values["channel_attribution"] = made.values
-                _refuse_non_finite(work, name, made.map, ids)
-                for array, tensor in values.items():
-                    if array not in arrays or tensor is None:
-                        continue
-                    own = tensor[:count].detach().cpu().numpy()
-                    place: Any = places if work.layouts[name].ranks is None else (places, rank)
-                    arrays[array][place] = own
-
-
-def padded_ids(ids: Sequence[str], size: int) -> list[str]:
-    return [*ids, *[ids[-1]] * (size - len(ids))]
+                place: Any = places if work.layouts[name].ranks is None else (places, rank)
+                for array in arrays:
+                    tensor = values[array]
+                    assert tensor is not None
+                    arrays[array][place] = tensor[:count].detach().cpu().numpy()
 
 
 def _refuse_non_finite(work: Work, name: str, values: torch.Tensor | None, ids: Sequence[str]) -> None:
@@ -222,10 +222,13 @@ def seed_of(image_id: str) -> int:
 
 
 def memory_need(
-    prepared: Prepared, values: int, model: Model, images: int, size: tuple[int, int], maps: float
-) -> float:
-    """Estimate the bytes of a task: weights, a forward with all it keeps for its backward, and the maps of a shard."""
-    spec = model.spec
+    parameters: int, values: int, model: Network, images: int, size: tuple[int, int], layouts: Sequence[Layout]
+) -> int:
+    """Estimate the bytes of a task.
+
+    Weights, a forward with all it keeps for its backward, points on a line in float64, and the maps of a shard.
+    """
     pixels = 3 * size[0] * size[1]
-    graph = 4 * spec.numerics.micro_batch * (8 * pixels + 3 * values)
-    return 3 * 4 * prepared.parameters + graph + images * (pixels + maps)
+    graph = 4 * model.numerics.micro_batch * (16 * pixels + 3 * values)
+    maps = sum(4 * math.prod(each.size) * (1 + (each.channels or (0,))[0]) * (each.ranks or 1) for each in layouts)
+    return 3 * 4 * parameters + graph + images * (pixels + maps)

@@ -16,8 +16,8 @@ from pipeline.networks.build import load
 from pipeline.networks.forward import normalise
 from pipeline.run import experiment as run_experiment
 from pipeline.run import planner, preflight
+from pipeline.stages.attribute.inputs import chosen, read_baseline
 from pipeline.stages.attribute.options import METHODS
-from pipeline.stages.attribute.stage import chosen
 from pipeline.upkeep import unreferenced
 
 pytestmark = pytest.mark.usefixtures("workers")
@@ -358,3 +358,65 @@ def test_the_plan_tells_forwards_bytes_and_memory(made):
     assert cost.memory > 0
     assert {store.name for store in cost.stores} <= set(BOTH)
     assert set(METHODS) >= {each.method for each in one.config.attribute["explained"].methods.values()}
+
+
+def test_fewer_images_leave_no_maps_of_the_others(made, tmp_path):
+    raw = copied(made, made.config.model_dump(), tmp_path)
+    raw["attribute"]["explained"] |= {"images": 2, "keep": []}
+    after = run(raw, "attribute")
+    slots, store = explained_slots(after), opened(after, "saliency")
+    assert len(slots) == 2 and "channel_attribution" not in store
+    assert np.flatnonzero(store.target.values >= 0).tolist() == slots.tolist()
+    assert np.flatnonzero(np.isfinite(store.attribution.values).any((1, 2))).tolist() == slots.tolist()
+
+
+def test_a_name_may_become_another_method(made, tmp_path):
+    raw = copied(made, made.config.model_dump(), tmp_path)
+    raw["attribute"]["explained"]["methods"] |= {
+        "saliency": {"method": "gradient_x_input"},
+        "ig": {"method": "saliency"},
+    }
+    after = run(raw, "attribute")
+    assert opened(after, "saliency").attrs["method"] == "gradient_x_input"
+    assert "intercept" not in opened(after, "saliency") and "steps" not in opened(after, "ig")
+    np.testing.assert_array_equal(opened(after, "ig").attribution.values, opened(made, "saliency").attribution.values)
+
+
+def test_classes_by_name_are_those_of_the_data_set_alone(tmp_path):
+    raw = experiment(tmp_path, {"saliency": None}, ["cnn"], targets={"class": "forest"})
+    raw["networks"]["cnn"]["arguments"]["classes"] = 20
+    plan = planner.make(run_experiment.parse(raw))
+    with pytest.raises(
+        MicrotomeError, match="gives 20 logits, and the images of 'scenes' have 12 classes: these are not"
+    ):
+        preflight.check(plan)
+
+
+def test_a_baseline_of_another_size_or_turned_is_seen_before_any_work(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    pixels = np.zeros((SIZE, SIZE, 3), np.uint8)
+    pixels[0] = 255
+    Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
+    turned = read_baseline(tmp_path / "turned.png", (SIZE, SIZE), "here", "scenes")
+    assert (turned[:, :, -1] == 255).all() and not turned[:, :, :-1].any()
+    Image.fromarray(pixels[:8]).save(tmp_path / "small.png")
+    (tmp_path / "text.png").write_text("no image")
+    for name, message in (
+        ("small.png", "has 8 x 16 pixels, and the images of 'scenes' have 16 x 16"),
+        ("text.png", "cannot be read"),
+    ):
+        raw = experiment(
+            tmp_path, {"ig": {"method": "integrated_gradients"}}, ["cnn"], baseline={"file": str(tmp_path / name)}
+        )
+        with pytest.raises(MicrotomeError, match=message):
+            preflight.check(planner.make(run_experiment.parse(raw)))
+
+
+def test_a_baseline_that_the_network_is_sure_about_is_told(tmp_path, capsys):
+    raw = experiment(tmp_path, {"ig": {"method": "integrated_gradients", "steps": 2, "max_steps": 2}}, ["cnn"])
+    made = run(raw, *STAGES)
+    store = opened(made, "ig")
+    likely = store.baseline_probability.values[explained_slots(made)]
+    assert ((likely >= 0) & (likely <= 1)).all() and likely.mean() > 0.05
+    assert "the network gives the target a probability of" in capsys.readouterr().err

@@ -115,10 +115,11 @@ class Convolutional(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Two blocks over 4 x 4 patches, with or without a class token."""
+    """Two blocks over 4 x 4 patches, with or without a class token; `read` is what the head sees of the tokens."""
 
-    def __init__(self, class_token=True, fused=True):
+    def __init__(self, class_token=True, fused=True, read=None):
         super().__init__()
+        self.read = read or ((lambda x: x[:, 0]) if class_token else (lambda x: x.mean(1)))
         self.patches = nn.Conv2d(3, 12, 4, 4)
         self.token = nn.Parameter(torch.randn(1, 1, 12)) if class_token else None
         self.places = nn.Parameter(torch.randn(1, 16 + class_token, 12))
@@ -132,8 +133,7 @@ class Transformer(nn.Module):
         x = x + self.places
         for block in self.blocks:
             x = block(x)
-        x = self.norm(x)
-        return self.head(x[:, 0] if self.token is not None else x.mean(1))
+        return self.head(self.read(self.norm(x)))
 
 
 class Block(nn.Module):
@@ -398,4 +398,84 @@ def test_every_method_has_options_a_title_and_a_page_of_its_own_name():
     assert list(METHODS) == list(FUNCTIONS) and set(METHODS) == set(OPTIONS)
     assert all(getattr(attribute, name).__doc__ for name in METHODS)
     assert len({each.title for each in METHODS.values()}) == len(METHODS)
-    assert math.isclose(METHODS["integrated_gradients"].forwards(OPTIONS["integrated_gradients"](), (8, 8)), 96)
+    assert math.isclose(METHODS["integrated_gradients"].forwards(OPTIONS["integrated_gradients"](), (8, 8)), 3 * 32 + 2)
+
+
+READ = {
+    "patches beside a class token": (True, lambda x: x[:, 1:].mean(1), list(range(1, 17))),
+    "all tokens": (True, lambda x: x.mean(1), list(range(17))),
+    "two tokens": (True, lambda x: (x[:, 0] + x[:, 1]) / 2, [0, 1]),
+    "patches": (False, lambda x: x.mean(1), list(range(16))),
+}
+
+
+@pytest.mark.parametrize("case", READ)
+def test_attention_is_that_of_the_tokens_that_the_logits_are_read_from(case):
+    class_token, read, rows = READ[case]
+    net, x = transformer(class_token=class_token, fused=False, read=read), images()
+    found = attribute.rollout(net, x, 1)
+    net(x)
+    flow = torch.eye(16 + class_token, dtype=torch.float64)
+    for block in net.blocks:
+        flow = (block.weights.mean(1) + torch.eye(16 + class_token)) / 2 @ flow
+    row = flow[:, rows].mean(1)[:, class_token:].detach()
+    torch.testing.assert_close(found.map, row.unflatten(1, (4, 4)), atol=1e-12, rtol=1e-10)
+
+
+def test_a_layer_whose_positions_do_not_matter_is_refused():
+    with pytest.raises(MicrotomeError, match=r"layer 'blocks\.1': the logits do not depend on its positions"):
+        attribute.grad_cam(transformer(), images(), 1, layer="blocks.1")
+
+
+def test_a_network_whose_head_begins_with_zeros_has_a_default_layer():
+    net = transformer()
+    nn.init.zeros_(net.head.weight)
+    assert not attribute.grad_cam(net, images(), 1).map.any()  # the scores are all 0, and the layer is there
+
+
+def test_hires_cam_keeps_its_law_beside_special_tokens():
+    net = transformer(read=lambda x: x[:, 0] + x[:, 1:].mean(1))
+    found = attribute.hires_cam(net, images(), 1, layer="norm")
+    assert found.map.any() and found.residual.max() < 1e-13
+
+
+@pytest.mark.parametrize("end", [nn.Softmax(1), nn.LogSoftmax(1)], ids=["softmax", "log_softmax"])
+def test_a_network_that_ends_in_a_softmax_gives_no_logits(end):
+    plain = convolutional()
+    net, x, classes = nn.Sequential(plain, end), images(), torch.tensor([0, 1, 2])
+    with pytest.raises(MicrotomeError, match="so it gives no logits: give `Logit"):
+        attribute.saliency(net, x)
+    for link in ("probability", "log_probability"):
+        target = attribute.Logit(classes, link=link, probabilities=isinstance(end, nn.Softmax))
+        wanted = attribute.saliency(plain, x, attribute.Logit(classes, link=link)).values
+        torch.testing.assert_close(attribute.saliency(net, x, target).values, wanted, atol=1e-12, rtol=1e-9)
+
+
+def test_a_network_in_training_mode_is_refused_before_it_runs():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 196, 3)).double()
+    before = net[1].running_mean.clone()
+    for method in ("saliency", "grad_cam"):
+        with pytest.raises(MicrotomeError, match=r"module '1' is in training mode: call `eval\(\)` first"):
+            attribute.explain(method, net, images())
+    assert torch.equal(net[1].running_mean, before)
+
+
+@pytest.mark.parametrize("method", ["grad_cam", "rollout", "occlusion", "guided_grad_cam"])
+def test_methods_of_images_refuse_other_inputs(method):
+    with pytest.raises(MicrotomeError, match=r"explains images .* not inputs of \(2, 5\)"):
+        attribute.explain(method, nn.Linear(5, 3).double(), torch.randn(2, 5).double())
+
+
+def test_one_logit_has_a_class_activation_map():
+    torch.manual_seed(0)
+    net = Convolutional()
+    net.head = nn.Linear(8, 1)
+    found = attribute.cam(net.double().eval(), images(), 0)
+    assert found.residual.max() < 1e-13
+
+
+def test_unknown_options_are_refused_by_name():
+    with pytest.raises(MicrotomeError, match="integrated_gradients: stepz: unknown key"):
+        attribute.integrated_gradients(convolutional(), images(), 0, stepz=3)
+    with pytest.raises(MicrotomeError, match="steps"):
+        attribute.integrated_gradients(convolutional(), images(), 0, steps=0)

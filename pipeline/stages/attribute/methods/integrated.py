@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from kernels.attribution.paths import nodes
-from pipeline.networks.gradients import in_chunks, relative
+from kernels.attribution.paths import Rule, nodes
+from pipeline.networks.gradients import relative
 from pipeline.stages.attribute.methods.plain import summed, total
 from pipeline.stages.attribute.options import IntegratedGradients
-from pipeline.stages.attribute.subject import Attribution, Subject
+from pipeline.stages.attribute.subject import Attribution, Known, Subject
 
 
-def integrated_gradients(subject: Subject, options: IntegratedGradients) -> Attribution:
+def integrated_gradients(subject: Subject, options: IntegratedGradients, known: Known) -> Attribution:
     """Return (x - x0) times the mean gradient on the line from x0 to x; it adds up to S(x) - S(x0).
 
     The steps of an image are doubled until that holds up to the tolerance, or until `max_steps`; `steps` of each image
@@ -20,34 +20,30 @@ def integrated_gradients(subject: Subject, options: IntegratedGradients) -> Attr
     inputs, reference = subject.inputs, subject.reference
     difference = subject.score.double() - subject.baseline_score.double()
     values = torch.zeros_like(inputs)
-    residual = subject.none
+    residual = subject.no_residual
     used = torch.zeros(len(inputs), dtype=torch.int64)
-    left, steps = torch.arange(len(inputs)), options.steps
+    left, steps = subject.counted, options.steps
     while len(left):
         found = _integral(subject, left, steps, options.rule) * (inputs[left] - reference[left])
         values[left], used[left] = found.to(values.dtype), steps
         lacking = total(found) - difference[left]
         residual[left] = relative(lacking, difference[left], subject.score[left]).cpu()
-        left = left[(residual[left] > options.tolerance)]
+        left = left[residual[left] > options.tolerance]
         if steps >= options.max_steps:
             break
         steps = min(2 * steps, options.max_steps)
     return Attribution(values, summed(values), residual, {"steps": used})
 
 
-def _integral(subject: Subject, images: torch.Tensor, steps: int, rule: str) -> torch.Tensor:
+def _integral(subject: Subject, images: torch.Tensor, steps: int, rule: Rule) -> torch.Tensor:
     """Return the mean gradient on the line of some images, float64, added in the order of the steps."""
-    positions, weights = nodes(steps, rule)  # type: ignore[arg-type]
+    positions, weights = nodes(steps, rule)
     inputs, reference = subject.inputs, subject.reference
-    of_image = torch.arange(len(images)).repeat_interleave(steps)
-    of_step = torch.arange(steps).repeat(len(images))
+
+    def point(image: int, step: int) -> torch.Tensor:
+        return reference[image] + float(positions[step]) * (inputs[image] - reference[image])
+
     sums = torch.zeros((len(images), *inputs.shape[1:]), dtype=torch.float64, device=inputs.device)
-    for start, stop in in_chunks(len(of_image), subject.batch):
-        some, at = of_image[start:stop], of_step[start:stop].tolist()
-        rows = images[some]
-        along = torch.tensor([positions[step] for step in at], dtype=inputs.dtype, device=inputs.device)
-        along = along.view(-1, *[1] * (inputs.ndim - 1))
-        gradient = subject.gradients_at(reference[rows] + along * (inputs[rows] - reference[rows]), rows)
-        for place, step in enumerate(at):
-            sums[some[place]] += weights[step] * gradient[place].double()
+    for at, step, gradient in subject.points(images, steps, point):
+        sums[at] += float(weights[step]) * gradient.double()
     return sums

@@ -6,10 +6,10 @@ import torch
 
 from pipeline.networks.gradients import in_chunks
 from pipeline.stages.attribute.options import Occlusion, starts
-from pipeline.stages.attribute.subject import Attribution, Subject
+from pipeline.stages.attribute.subject import Attribution, Known, Subject
 
 
-def occlusion(subject: Subject, options: Occlusion) -> Attribution:
+def occlusion(subject: Subject, options: Occlusion, known: Known) -> Attribution:
     """Return of each pixel the mean drop of the score over the windows that cover it, shown as the baseline has it.
 
     The last window of a row or column ends with the image, so that every pixel is covered. Zeiler and Fergus,
@@ -23,8 +23,8 @@ def occlusion(subject: Subject, options: Occlusion) -> Attribution:
     covered = torch.zeros((height, width), dtype=torch.float64, device=inputs.device)
     for y, x in places:
         covered[y : y + side, x : x + side] += 1
-    of_image = torch.arange(len(inputs)).repeat_interleave(len(places))
-    of_place = torch.arange(len(places)).repeat(len(inputs)).tolist()
+    of_image = subject.counted.repeat_interleave(len(places))
+    of_place = torch.arange(len(places)).repeat(len(subject.counted)).tolist()
     for start, stop in in_chunks(len(of_image), subject.batch):
         rows = of_image[start:stop]
         points = inputs[rows].clone()
@@ -34,4 +34,4 @@ def occlusion(subject: Subject, options: Occlusion) -> Attribution:
         lost = subject.score[rows].double() - subject.scores_at(points, rows).double()
         for row, value, (y, x) in zip(rows, lost, own, strict=True):
             drop[row, y : y + side, x : x + side] += value
-    return Attribution(None, (drop / covered).to(inputs.dtype), subject.none)
+    return Attribution(None, (drop / covered).to(inputs.dtype), subject.no_residual)

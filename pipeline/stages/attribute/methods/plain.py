@@ -6,10 +6,10 @@ import torch
 
 from pipeline.networks.gradients import relative
 from pipeline.stages.attribute.options import GradientXInput, Noisy, Saliency
-from pipeline.stages.attribute.subject import Attribution, Subject
+from pipeline.stages.attribute.subject import Attribution, Known, Subject
 
 
-def saliency(subject: Subject, options: Saliency) -> Attribution:
+def saliency(subject: Subject, options: Saliency, known: Known) -> Attribution:
     """Return the gradient w, and as map the largest |w| over the channels.
 
     `intercept` is b of the linear view S(I) = w I + b. Simonyan et al., "Deep inside convolutional networks" (ICLR
@@ -18,34 +18,34 @@ def saliency(subject: Subject, options: Saliency) -> Attribution:
     gradient = subject.gradient
     product = (gradient.double() * subject.inputs.double()).flatten(1).sum(1)
     facts = {"intercept": subject.score.double() - product}
-    return Attribution(gradient, magnitude(gradient), subject.none, facts)
+    return Attribution(gradient, magnitude(gradient), subject.no_residual, facts)
 
 
-def gradient_x_input(subject: Subject, options: GradientXInput, homogeneous: bool = False) -> Attribution:
+def gradient_x_input(subject: Subject, options: GradientXInput, known: Known) -> Attribution:
     """Return gradient times input. Shrikumar et al., "Not just a black box" (2016).
 
-    It adds up to the score where a network is `homogeneous`: piecewise linear, without biases.
+    It adds up to the score where the network is homogeneous: piecewise linear, without biases.
     """
     values = subject.gradient * subject.inputs
-    residual = subject.none
-    if homogeneous:
+    residual = subject.no_residual
+    if known.homogeneous:
         residual = relative(total(values) - subject.score.double(), subject.score)
     return Attribution(values, summed(values), residual)
 
 
-def smooth_grad(subject: Subject, options: Noisy) -> Attribution:
+def smooth_grad(subject: Subject, options: Noisy, known: Known) -> Attribution:
     """Return the mean gradient of noisy copies, and its largest magnitude over the channels as map.
 
     Smilkov et al., "SmoothGrad" (2017).
     """
     mean, _ = subject.noisy(options.noise, options.draws)
-    return Attribution(mean, magnitude(mean), subject.none)
+    return Attribution(mean, magnitude(mean), subject.no_residual)
 
 
-def var_grad(subject: Subject, options: Noisy) -> Attribution:
+def var_grad(subject: Subject, options: Noisy, known: Known) -> Attribution:
     """Return the variance of the gradient over noisy copies. Adebayo et al., "Local explanation methods" (2018)."""
     _, variance = subject.noisy(options.noise, options.draws)
-    return Attribution(variance, summed(variance), subject.none)
+    return Attribution(variance, summed(variance), subject.no_residual)
 
 
 def magnitude(values: torch.Tensor) -> torch.Tensor | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from pipeline.stages.attribute.methods.attention import attention_relevance, rollout
 from pipeline.stages.attribute.methods.class_maps import cam, grad_cam, grad_cam_pp, hires_cam, layer_cam
@@ -31,12 +30,3 @@ FUNCTIONS: Mapping[str, Callable[..., Attribution]] = {
     "attention_relevance": attention_relevance,
     "occlusion": occlusion,
 }
-"""By name; besides (subject, options) they take what they have parameters for: a `layer`, its `head`, ..."""
-
-
-def arguments(name: str, known: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a method's function takes besides subject and options, among what is known."""
-    import inspect
-
-    wanted = inspect.signature(FUNCTIONS[name]).parameters
-    return {key: value for key, value in known.items() if key in wanted}

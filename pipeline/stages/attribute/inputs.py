@@ -1,0 +1,94 @@
+"""What an experiment explains: which images, shard by shard, and the baseline that they are compared with."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.data.images import Images
+from pipeline.errors import MicrotomeError
+from pipeline.networks.checkpoint import sha256
+from pipeline.plan.job import Job
+from pipeline.stages.attribute.settings import Settings
+from pipeline.stages.attribute.tasks import Shard, sum_pixels
+from pipeline.storage.store import StoreRef
+from pipeline.workers.tasks import run_tasks
+
+
+def chosen(images: Images, settings: Settings) -> np.ndarray:
+    """Return the slots of the images that are explained, ascending: the first by the hash of their ids."""
+    slots = np.flatnonzero(images.counted(settings.split))
+    if settings.targets == "label":
+        slots = slots[np.asarray(images.reader()["label"][:])[slots] >= 0]
+    ids = images.image_ids()
+
+    def place(slot: int) -> bytes:
+        return hashlib.sha256(str(ids[slot]).encode("utf-8", "surrogateescape")).digest()
+
+    ordered = sorted(slots.tolist(), key=place)
+    return np.sort(np.array(ordered[: settings.images], np.int64))
+
+
+def by_shard(images: Images, slots: np.ndarray) -> Mapping[int, np.ndarray]:
+    """Return ascending slots by their shard."""
+    shards, first = np.unique(slots // images.shard_images, return_index=True)
+    return dict(zip(shards.tolist(), np.split(slots, first)[1:], strict=True))
+
+
+def shards_of(job: Job[Settings]) -> dict[str, Shard]:
+    """Return the explained images of each shard that has any."""
+    images, reader = job.images, job.images.reader()
+    labels, ids = np.asarray(reader["label"][:]), images.image_ids()
+    found = {}
+    for shard, slots in by_shard(images, chosen(images, job.settings)).items():
+        start, stop = images.range(shard)
+        found[str(shard)] = Shard(
+            str(shard),
+            (start, stop),
+            tuple((slots - start).tolist()),
+            tuple(labels[slots].tolist()),
+            tuple(map(str, ids[slots])),
+        )
+    return found
+
+
+def baseline_of(job: Job[Settings], workers: Any) -> str | np.ndarray:
+    """Return the baseline's kind, or itself as pixels uint8 (channel, y, x) where it is one image."""
+    settings, images = job.settings, job.images
+    if isinstance(settings.baseline, str):
+        return settings.baseline
+    if "mean" in settings.baseline:
+        slots = np.flatnonzero(images.counted(settings.baseline["mean"]))
+        if not len(slots):
+            raise MicrotomeError(f"{job.name}: no valid image has split {settings.baseline['mean']!r}")
+        tasks = []
+        for shard, own in by_shard(images, slots).items():
+            bounds = images.range(shard)
+            tasks.append((StoreRef(images.store, images.files_of(shard)), bounds, (own - bounds[0]).tolist()))
+        total = sum(run_tasks(workers, sum_pixels, tasks, len(tasks), f"{job.name}: baseline"))
+        return np.rint(total / len(slots)).astype(np.uint8)
+    file = job.section[job.experiment].baseline.file
+    if sha256(file) != settings.baseline["file"]:
+        raise MicrotomeError(f"{file} changed since the run began: start it again")
+    return read_baseline(Path(file), images.size, f"attribute.{job.experiment}.baseline", job.dataset)
+
+
+def read_baseline(file: Path, size: tuple[int, int], where: str, dataset: str) -> np.ndarray:
+    """Return an image as pixels uint8 (channel, y, x), turned upright; refuse one of another size than the images."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        with Image.open(file) as opened:
+            pixels = np.asarray(ImageOps.exif_transpose(opened).convert("RGB"))
+    except (OSError, UnidentifiedImageError) as error:
+        raise MicrotomeError(f"{where}: {file} cannot be read as an image: {error}") from None
+    if pixels.shape[:2] != tuple(size):
+        raise MicrotomeError(
+            f"{where}: {file} has {pixels.shape[0]} x {pixels.shape[1]} pixels, and the images of {dataset!r} have "
+            f"{size[0]} x {size[1]}"
+        )
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
