@@ -24,7 +24,8 @@ from pipeline.config.networks import Described, NetworkSpec, Reading, Segmenter
 from pipeline.errors import MicrotomeError, nearest
 from pipeline.networks import segmenters
 from pipeline.networks.build import build, load_weights
-from pipeline.networks.explainable import Explainable, examine
+from pipeline.networks.explainable import examine
+from pipeline.networks.fitness import Explainable
 from pipeline.networks.graph.tail import Tail
 from pipeline.networks.graph.trace import UntraceableError, trace
 from pipeline.networks.independence import check_independence

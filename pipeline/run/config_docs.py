@@ -92,8 +92,9 @@ def _sections(model: type[BaseModel], path: str) -> Iterator[tuple[type[BaseMode
         yield model, path
         for name, field in model.model_fields.items():
             for inner, step in _models(field.annotation, name):
-                kind = inner.model_fields.get("kind")
-                of = f" (kind: {get_args(kind.annotation)[0]})" if step.endswith(">") and kind is not None else ""
+                key = next((key for key in ("kind", "method") if key in inner.model_fields), "")
+                told = get_args(inner.model_fields[key].annotation) if key and step.endswith(">") else ()
+                of = f" ({key}: {told[0]})" if told else ""
                 yield from walk(inner, f"{path.partition(' (')[0]}.{step}".removeprefix(".") + of)
 
     yield from walk(model, path)

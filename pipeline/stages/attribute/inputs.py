@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,21 @@ import numpy as np
 
 from pipeline.data.images import Images
 from pipeline.errors import MicrotomeError
-from pipeline.networks.checkpoint import sha256
 from pipeline.plan.job import Job
 from pipeline.stages.attribute.settings import Settings
-from pipeline.stages.attribute.tasks import Shard, sum_pixels
 from pipeline.storage.store import StoreRef
 from pipeline.workers.tasks import run_tasks
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The images of a shard that are explained: places in it, labels and ids, and the shard's slots."""
+
+    part: str
+    bounds: tuple[int, int]
+    places: tuple[int, ...]
+    labels: tuple[int, ...]
+    image_ids: tuple[str, ...]
 
 
 def chosen(images: Images, settings: Settings) -> np.ndarray:
@@ -72,9 +82,17 @@ def baseline_of(job: Job[Settings], workers: Any) -> str | np.ndarray:
         total = sum(run_tasks(workers, sum_pixels, tasks, len(tasks), f"{job.name}: baseline"))
         return np.rint(total / len(slots)).astype(np.uint8)
     file = job.section[job.experiment].baseline.file
-    if sha256(file) != settings.baseline["file"]:
+    with Path(file).open("rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    if found != settings.baseline["file"]:
         raise MicrotomeError(f"{file} changed since the run began: start it again")
     return read_baseline(Path(file), images.size, f"attribute.{job.experiment}.baseline", job.dataset)
+
+
+def sum_pixels(images: StoreRef, bounds: tuple[int, int], places: Sequence[int]) -> np.ndarray:
+    """Add up images of one shard, int64 (channel, y, x). Runs on a worker."""
+    start, stop = bounds
+    return images.open()["image"][start:stop][list(places)].sum(0, dtype=np.int64)
 
 
 def read_baseline(file: Path, size: tuple[int, int], where: str, dataset: str) -> np.ndarray:

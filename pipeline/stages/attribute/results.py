@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.config.networks import Network
 from pipeline.storage.record import Record
 from pipeline.storage.store import Array
 from pipeline.storage.tables import csv_bytes, number
@@ -131,3 +133,16 @@ def table(rows: Sequence[Sequence[Any]]) -> bytes:
 def store_of(folder: Path, name: str) -> Path:
     """Return the store of a method, by its name in the configuration."""
     return folder / f"{name}.zarr"
+
+
+def memory_need(
+    parameters: int, values: int, model: Network, images: int, size: tuple[int, int], layouts: Sequence[Layout]
+) -> int:
+    """Estimate the bytes of a task.
+
+    Weights, a forward with all it keeps for its backward, points on a line in float64, and the maps of a shard.
+    """
+    pixels = 3 * size[0] * size[1]
+    graph = 4 * model.numerics.micro_batch * (16 * pixels + 3 * values)
+    maps = sum(4 * math.prod(each.size) * (1 + (each.channels or (0,))[0]) * (each.ranks or 1) for each in layouts)
+    return 3 * 4 * parameters + graph + images * (pixels + maps)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, PositiveInt, create_model, model_validator
@@ -11,7 +12,7 @@ from pipeline.config.base import Name, PathName, Strict
 from pipeline.config.networks import Numerics, Preprocessing, SpecialTokens
 from pipeline.config.section import Chosen, Section, Selection
 from pipeline.errors import nearest
-from pipeline.stages.attribute.options import METHODS, AnyMethod, OfLayer
+from pipeline.stages.attribute.options import AnyMethod, OfLayer
 from pipeline.storage.record import Record
 
 if TYPE_CHECKING:
@@ -21,19 +22,21 @@ Link = Literal["logit", "probability", "log_probability"]
 Class = Annotated[int, Field(ge=0)] | str
 
 
-class _OneTarget(Strict):
+class _OneOf(Strict):
+    """A mapping with one of its keys."""
+
     @model_validator(mode="after")
-    def _one(self) -> _OneTarget:
-        given = [key for key in type(self).model_fields if getattr(self, key) is not None]
-        if len(given) != 1:
-            raise ValueError("give one of `class`, `top` and `contrast`")
+    def _one(self) -> _OneOf:
+        keys = list(type(self).model_fields)
+        if sum(getattr(self, key) is not None for key in keys) != 1:
+            raise ValueError(f"give one of {', '.join(f'`{key}`' for key in keys)}")
         return self
 
 
 ClassTarget = create_model(
     "ClassTarget",
-    __base__=_OneTarget,
-    __doc__="""The scalar that is explained, where it is no predicted or true class.""",
+    __base__=_OneOf,
+    __doc__="""A target other than the predicted or true class.""",
     **{
         "class": (Class | None, Field(None, description="a class, by its name in the data set or the logit's index")),
         "top": (PositiveInt | None, Field(None, description="each of the K most probable classes")),
@@ -45,19 +48,14 @@ ClassTarget = create_model(
 )
 
 
-class MeanBaseline(Strict):
-    """The mean of the images of a split."""
+class BaselineImage(_OneOf):
+    """A baseline that is an image."""
 
-    mean: str = Field(description="the split, for example `train`")
-
-
-class FileBaseline(Strict):
-    """An image of the user's."""
-
-    file: PathName = Field(description="an image of the size of the data set's")
+    mean: str | None = Field(None, description="the mean of the images of this split")
+    file: PathName | None = Field(None, description="an image file of the size of the data set's images")
 
 
-Baseline = Literal["black", "white", "mean", "blur", "uniform"] | MeanBaseline | FileBaseline
+Baseline = Literal["black", "white", "mean", "blur", "uniform"] | BaselineImage
 
 
 def _named(methods: Any) -> Any:
@@ -80,7 +78,7 @@ class Explanations(Chosen):
         None, description="use only the first N images of it, ordered by a hash of their ids; default: all"
     )
     targets: Literal["predicted", "label"] | ClassTarget = Field(  # type: ignore[valid-type]
-        "predicted", description="the class that is explained of each image: `predicted`, `label`, or a mapping"
+        "predicted", description="the class to explain for each image: `predicted`, `label`, or a mapping"
     )
     score: Link = Field("logit", description="what of the class is explained")
     baseline: Baseline = Field(
@@ -92,7 +90,7 @@ class Explanations(Chosen):
         [], description="what is stored besides the map of each image: its `channels`, where the method has them"
     )
     methods: Annotated[dict[Name, AnyMethod], BeforeValidator(_named), Field(min_length=1)] = Field(
-        description="by name; an entry that is called like a method needs no `method`"
+        description="by name; an entry named after a method needs no `method`"
     )
 
 
@@ -123,6 +121,22 @@ def narrowed(core: Core, section: Experiments, selection: Selection) -> Experime
         if all(kept.get(key) != [] for key in ("networks", "datasets")):
             found[name] = asked.model_copy(update=kept)
     return found
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What is explained of each image.
+
+    Attributes
+    ----------
+    kind : `predicted`, `label`, `class`, `top` or `contrast`. classes : of `class` and `contrast`, by logit.
+    ranks : classes of each image. link : what of a class is explained.
+    """
+
+    kind: str
+    classes: tuple[int, ...]
+    ranks: int
+    link: Link
 
 
 class Settings(Record):
@@ -159,5 +173,3 @@ SECTION = Section(
     check=check,
     narrowed=narrowed,
 )
-
-__all__ = ["METHODS", "SECTION", "Explanations", "Settings"]

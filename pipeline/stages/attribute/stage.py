@@ -20,7 +20,7 @@ from pydantic import TypeAdapter
 
 from pipeline.config.base import UNTRAINED
 from pipeline.errors import MicrotomeError, nearest
-from pipeline.networks.explainable import Explainable
+from pipeline.networks.fitness import Explainable
 from pipeline.networks.forward import platform_numerics
 from pipeline.plan import inspected
 from pipeline.plan.cost import Cost, Store
@@ -29,8 +29,9 @@ from pipeline.plan.job import Job
 from pipeline.plan.stage import Draft, PageModule, Stage, Wanted
 from pipeline.plan.step import Key
 from pipeline.stages.attribute import results
+from pipeline.stages.attribute.inputs import Shard, baseline_of, by_shard, chosen, read_baseline, shards_of
 from pipeline.stages.attribute.options import BACKWARD, METHODS, AnyMethod, Options
-from pipeline.stages.attribute.settings import SECTION, Explanations, Settings
+from pipeline.stages.attribute.settings import SECTION, Explanations, Settings, Targets
 from pipeline.storage.identity import digest
 from pipeline.storage.manifest import Files, Manifest, within, write_file
 from pipeline.storage.object_storage import size_of
@@ -54,6 +55,7 @@ CODE = (
     "pipeline/networks/build.py",
     "pipeline/networks/checkpoint.py",
     "pipeline/networks/explainable.py",
+    "pipeline/networks/fitness.py",
     "pipeline/networks/forward.py",
     "pipeline/networks/gradients.py",
     "pipeline/networks/graph/attended.py",
@@ -127,7 +129,7 @@ def _baseline(draft: Draft, where: str, baseline: Any, dataset: str) -> str | di
     if isinstance(told, str):
         return told
     if not isinstance(told, dict):
-        told = told.model_dump()
+        told = told.model_dump(exclude_none=True)
     if "file" in told:
         return {"file": _file_digest(draft, where, told["file"])}
     draft.summaries[dataset].require(dataset, told["mean"])
@@ -151,7 +153,7 @@ def _targets(draft: Draft, where: str, targets: Any, dataset: str) -> str | dict
     """Return the targets with classes by index."""
     if isinstance(targets, str):
         return targets
-    told = {key: value for key, value in targets.model_dump().items() if value is not None}
+    told = targets.model_dump(exclude_none=True)
     for key in ("class", "contrast"):
         if key in told:
             several = isinstance(told[key], (list, tuple))
@@ -187,7 +189,7 @@ def layer_names(methods: Mapping[str, Options]) -> list[str]:
 
 
 def run(job: Job[Settings]) -> None:
-    from pipeline.stages.attribute import inputs, tasks
+    from pipeline.stages.attribute import tasks
     from pipeline.storage.store import (
         StoreRef,
         create,
@@ -205,14 +207,14 @@ def run(job: Job[Settings]) -> None:
         parameters, found = next(run_tasks(workers, tasks.examine_network, [asked], 1, f"{job.name}: network"))
         if said := list(objections(job, methods, found)):
             raise MicrotomeError("\n  ".join(said))
-        shards = inputs.shards_of(job)
+        shards = shards_of(job)
         layouts = {name: layout_of(job, options, found) for name, options in methods.items()}
         stores = {name: results.store_of(job.folder, name) for name in methods}
         compares = any(METHODS[options.kind].baseline for options in methods.values())
-        baseline = inputs.baseline_of(job, workers) if compares else "black"
+        baseline = baseline_of(job, workers) if compares else "black"
         work = tasks.Work(job.model, found, targets_of(job.settings), baseline, methods, stores, layouts)
         spec, kept = job.network_spec, list(layouts.values())
-        need = tasks.memory_need(parameters, found.values, spec, images.shard_images, images.size, kept)
+        need = results.memory_need(parameters, found.values, spec, images.shard_images, images.size, kept)
         job.check_memory(need, REMEDY)
         parts = {}
         for name, options in methods.items():
@@ -276,10 +278,8 @@ def channels_of(job: Job[Settings], options: Options) -> int:
     return job.network_spec.preprocessing.channels if kept else 0
 
 
-def targets_of(settings: Settings) -> tasks.Targets:
+def targets_of(settings: Settings) -> Targets:
     """Return what is explained of each image."""
-    from pipeline.stages.attribute.tasks import Targets
-
     targets = settings.targets
     if isinstance(targets, str):
         return Targets(targets, (), 1, settings.score)
@@ -289,7 +289,7 @@ def targets_of(settings: Settings) -> tasks.Targets:
     return Targets(kind, tuple(value) if isinstance(value, (list, tuple)) else (value,), 1, settings.score)
 
 
-def ids_of(job: Job[Settings], work: tasks.Work, name: str, shards: Mapping[str, tasks.Shard]) -> dict[str, str]:
+def ids_of(job: Job[Settings], work: tasks.Work, name: str, shards: Mapping[str, Shard]) -> dict[str, str]:
     """Return the id of each shard of a method: what its numbers are made from."""
     images, model, identity, options = job.images, job.model, job.identity, work.methods[name]
     kind, known = METHODS[options.kind], work.known(name)
@@ -309,7 +309,7 @@ def ids_of(job: Job[Settings], work: tasks.Work, name: str, shards: Mapping[str,
         made_of.append(hashlib.sha256(work.baseline.tobytes()).hexdigest() if of_image else work.baseline)  # type: ignore[union-attr]
     labelled = identity["targets"] == "label"
 
-    def of(shard: tasks.Shard) -> list[Any]:
+    def of(shard: Shard) -> list[Any]:
         labels = shard.labels if labelled else ()
         return [images.contents[int(shard.part)], shard.places, shard.image_ids, labels]
 
@@ -350,7 +350,7 @@ def note_of(options: Options, found: Explainable) -> str:
     return found.attention.note if attends and found.attention is not None else ""
 
 
-def numbers_of(store: StoreRef, layout: results.Layout, shards: Mapping[str, tasks.Shard]) -> dict[str, np.ndarray]:
+def numbers_of(store: StoreRef, layout: results.Layout, shards: Mapping[str, Shard]) -> dict[str, np.ndarray]:
     """Return the numbers of each explained image, in the order of the slots."""
     reader = store.open()
     found: dict[str, np.ndarray] = {}
@@ -413,8 +413,6 @@ def requests(job: Job[Settings]) -> dict[str, Any]:
 
 def check(job: Job[Settings]) -> Iterator[str]:
     """Yield what the network or the data set does not have."""
-    from pipeline.stages.attribute.inputs import read_baseline
-
     yield from objections(job, methods_of(job.settings), Explainable.read(inspected.found(job).explainable))
     where, size = f"attribute.{job.experiment}", ingested(job)
     for name, options in methods_of(job.settings).items():
@@ -483,8 +481,6 @@ def cost(job: Job[Settings], done: bool) -> Cost:
 
     Integrated gradients may take more steps than at first.
     """
-    from pipeline.stages.attribute import tasks
-
     settings, size, dataset = job.settings, ingested(job), job.dataset_spec
     images = min(job.splits[settings.split], settings.images or job.splits[settings.split])
     methods, ranks = methods_of(settings), targets_of(settings).ranks
@@ -509,15 +505,13 @@ def cost(job: Job[Settings], done: bool) -> Cost:
         images=images,
         tasks=-(-images // shard),
         seconds=images * passes / rate if rate else None,
-        memory=tasks.memory_need(inspection.parameters, found.values, spec, shard, size, layouts),
+        memory=results.memory_need(inspection.parameters, found.values, spec, shard, size, layouts),
         rate=f"{rate / passes:.3g}" if rate else "",
     )
 
 
 def pending(job: Job[Settings]) -> tuple[int, int]:
     """Count the shards that would be explained at most, and all of them: the network says which layers are meant."""
-    from pipeline.stages.attribute.inputs import by_shard, chosen
-
     count = len(by_shard(job.images, chosen(job.images, job.settings)))
     return count, count
 

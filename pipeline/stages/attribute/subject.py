@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from pipeline.errors import MicrotomeError
-from pipeline.networks.explainable import Attention, Head
+from pipeline.networks.fitness import Attention, Head
 from pipeline.networks.gradients import Gradients, Target, gradients, in_chunks, of_tensors, padded, scores
 from pipeline.networks.graph.attended import Attended
 from pipeline.networks.graph.rectified import Rectified, Rule

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,47 +13,23 @@ import numpy as np
 import torch
 
 from kernels.attribution import baselines
-from pipeline.config.networks import Network
 from pipeline.errors import MicrotomeError
 from pipeline.networks.build import build
-from pipeline.networks.explainable import Explainable, examine
+from pipeline.networks.explainable import examine
+from pipeline.networks.fitness import Explainable
 from pipeline.networks.forward import Model, network_of, normalise
-from pipeline.networks.gradients import Link, Logit, padded, scores
+from pipeline.networks.gradients import Logit, padded, scores
 from pipeline.networks.layer import LayerInfo
 from pipeline.networks.prepare import survey_of
+from pipeline.stages.attribute.inputs import Shard
 from pipeline.stages.attribute.methods.registry import FUNCTIONS
 from pipeline.stages.attribute.options import METHODS, Options
 from pipeline.stages.attribute.results import Layout
+from pipeline.stages.attribute.settings import Targets
 from pipeline.stages.attribute.subject import Known, Subject
 from pipeline.storage.store import StoreRef, write
 from pipeline.workers.resumable import Done
 from pipeline.workers.tasks import computing
-
-
-@dataclass(frozen=True)
-class Targets:
-    """What is explained of each image.
-
-    Attributes
-    ----------
-    kind : `predicted`, `label`, `class`, `top` or `contrast`. classes : of `class` and `contrast`, by logit.
-    ranks : classes of each image. link : what of a class is explained.
-    """
-
-    kind: str
-    classes: tuple[int, ...]
-    ranks: int
-    link: Link
-
-    def of(self, logits: torch.Tensor, labels: torch.Tensor, rank: int, probabilities: bool) -> Logit:
-        """Return the target of each image, from its logits where they decide."""
-        if self.kind == "label":
-            picked = [labels.to(logits.device)]
-        elif self.kind in ("predicted", "top"):
-            picked = [logits.sort(stable=True, dim=1, descending=True).indices[:, rank]]
-        else:
-            picked = [torch.full((len(logits),), each, device=logits.device) for each in self.classes]
-        return Logit(picked[0], picked[1] if len(picked) > 1 else None, self.link, probabilities)
 
 
 @dataclass(frozen=True)
@@ -88,15 +63,15 @@ class Work:
         return Known(layer, found.heads.get(layer.name), layer.name in found.linear)
 
 
-@dataclass(frozen=True)
-class Shard:
-    """The images of a shard that are explained: places in it, labels and ids, and the shard's slots."""
-
-    part: str
-    bounds: tuple[int, int]
-    places: tuple[int, ...]
-    labels: tuple[int, ...]
-    image_ids: tuple[str, ...]
+def target_of(targets: Targets, logits: torch.Tensor, labels: torch.Tensor, rank: int, probabilities: bool) -> Logit:
+    """Return the target of each image, from its logits where they decide."""
+    if targets.kind == "label":
+        picked = [labels.to(logits.device)]
+    elif targets.kind in ("predicted", "top"):
+        picked = [logits.sort(stable=True, dim=1, descending=True).indices[:, rank]]
+    else:
+        picked = [torch.full((len(logits),), each, device=logits.device) for each in targets.classes]
+    return Logit(picked[0], picked[1] if len(picked) > 1 else None, targets.link, probabilities)
 
 
 def examine_network(model: Model, size: tuple[int, int], layers: Sequence[str]) -> tuple[int, Explainable]:
@@ -107,12 +82,6 @@ def examine_network(model: Model, size: tuple[int, int], layers: Sequence[str]) 
         noise = torch.randint(256, (2, 3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
         found = examine(network, survey, normalise(noise, model.spec), layers, lambda: build(model.spec))
         return sum(each.numel() for each in network.parameters()), found
-
-
-def sum_pixels(images: StoreRef, bounds: tuple[int, int], places: Sequence[int]) -> np.ndarray:
-    """Add up images of one shard, int64 (channel, y, x). Runs on a worker."""
-    start, stop = bounds
-    return images.open()["image"][start:stop][list(places)].sum(0, dtype=np.int64)
 
 
 def explain(work: Work, images: StoreRef, shard: Shard, names: Sequence[str]) -> Done:
@@ -164,7 +133,7 @@ def _explain_batch(
             subject = Subject(
                 network,
                 inputs,
-                partial(work.targets.of, labels=labels, rank=rank, probabilities=probabilities),
+                partial(target_of, work.targets, labels=labels, rank=rank, probabilities=probabilities),
                 baseline,
                 size,
                 count,
@@ -219,16 +188,3 @@ def _baseline(kind: str | np.ndarray, pixels: torch.Tensor, ids: Sequence[str]) 
 def seed_of(image_id: str) -> int:
     """Return the seed of what is drawn for an image, from its id."""
     return int.from_bytes(hashlib.sha256(image_id.encode("utf-8", "surrogateescape")).digest()[:6])
-
-
-def memory_need(
-    parameters: int, values: int, model: Network, images: int, size: tuple[int, int], layouts: Sequence[Layout]
-) -> int:
-    """Estimate the bytes of a task.
-
-    Weights, a forward with all it keeps for its backward, points on a line in float64, and the maps of a shard.
-    """
-    pixels = 3 * size[0] * size[1]
-    graph = 4 * model.numerics.micro_batch * (16 * pixels + 3 * values)
-    maps = sum(4 * math.prod(each.size) * (1 + (each.channels or (0,))[0]) * (each.ranks or 1) for each in layouts)
-    return 3 * 4 * parameters + graph + images * (pixels + maps)

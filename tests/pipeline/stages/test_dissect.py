@@ -445,8 +445,8 @@ def test_hostile_names_of_concepts_and_images(tmp_path):
     labelled_images(tmp_path, strange)
     (tmp_path / "classes.txt").write_text('1 <b>"left", side</b>\n2 =$(id)\n')
     plan = run(segmentation(tmp_path, dissect={"min_iou": 0.0, "quantile": 0.3}), *STAGES)
-    assert {row["concept"] for row in units_of(plan)} <= {"", '<b>"left", side</b>', "=$(id)"}
-    assert any(row["concept"] for row in units_of(plan))
+    found = {row["concept"] for row in units_of(plan)}
+    assert found <= {"", '<b>"left", side</b>', "'=$(id)"} and any(found)  # no spreadsheet takes it for a formula
 
 
 def test_xarray_opens_every_store_without_a_warning(tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from kernels.attribution import rollout as kernels
-from pipeline.networks.explainable import Attention
+from pipeline.networks.fitness import Attention
 from pipeline.stages.attribute.options import AttentionRelevance, Rollout
 from pipeline.stages.attribute.subject import Attribution, Known, Subject
 
