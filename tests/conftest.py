@@ -73,9 +73,6 @@ SLOW = (
     "tests/pipeline/stages/test_attribute.py::test_targets",
     "tests/pipeline/stages/test_calibrate.py::test_any_number_of_workers_gives_the_same_bytes",
     "tests/pipeline/stages/test_calibrate_plain_files.py::test_the_page_shows_the_numbers",
-    "tests/pipeline/stages/test_dissect.py::test_after_a_change_the_numbers_are_those_of_a_fresh_run[append]",
-    "tests/pipeline/stages/test_dissect.py::test_after_a_change_the_numbers_are_those_of_a_fresh_run[change a label map]",  # noqa: E501
-    "tests/pipeline/stages/test_dissect.py::test_after_a_change_the_numbers_are_those_of_a_fresh_run[remove]",
     "tests/pipeline/stages/test_dissect.py::test_another_source_of_concepts_is_counted_beside_the_first",
     "tests/pipeline/stages/test_probes.py::test_controls_pooled_layers_and_a_split_that_chooses",
     "tests/pipeline/stages/test_probes.py::test_other_probes_cost_no_forward",
@@ -100,6 +97,28 @@ SLOW = (
     "tests/pipeline/storage/test_object_storage.py",
     "tests/pipeline/workers/test_cluster_kinds.py",
     "tests/workflow/test_end_to_end.py::test_a_damaged_chunk_is_recomputed_alone",
+    # The longest of what a shorter case, or a finished miniature, covers too.
+    "tests/pipeline/data/test_listing.py::test_shares_are_stable_when_images_come_and_go",
+    "tests/pipeline/networks/test_returned.py::test_transform_input_is_told_where_a_file_gives_the_weights",
+    "tests/pipeline/networks/test_segmenters.py::test_label_maps_are_those_of_the_best_class",
+    "tests/pipeline/run/test_forecast.py::test_the_memory_of_layers_that_are_not_stored_is_foretold",
+    "tests/pipeline/run/test_forks.py::test_a_job_has_the_streams_the_environment_and_the_status",
+    "tests/pipeline/run/test_forks.py::test_a_job_outlives_the_process_that_forked_it",
+    "tests/pipeline/run/test_forks.py::test_a_job_that_fails_before_it_begins_is_done_by_the_client",
+    "tests/pipeline/run/test_forks.py::test_a_killed_job_is_reported",
+    "tests/pipeline/run/test_forks.py::test_a_signal_to_the_client_reaches_the_job[2]",
+    "tests/pipeline/run/test_forks.py::test_the_socket_goes_with_the_process",
+    "tests/pipeline/run/test_forks.py::test_what_jobs_share_has_one_thread",
+    "tests/pipeline/run/test_forks.py::test_where_no_process_forks_jobs_each_is_its_own",
+    "tests/pipeline/stages/test_ablate.py::test_losses_are_those_of_whole_forwards[vit-mean]",
+    "tests/pipeline/stages/test_ablate.py::test_one_split_for_both_and_small_layers",
+    "tests/pipeline/stages/test_attribute.py::test_the_plan_tells_forwards_bytes_and_memory",
+    "tests/pipeline/stages/test_dissect.py::test_after_a_change_the_numbers_are_those_of_a_fresh_run",
+    "tests/pipeline/stages/test_probes.py::test_a_changed_image_costs_its_shard",
+    "tests/pipeline/stages/test_randomize.py::test_the_page_of_the_report",
+    "tests/pipeline/stages/test_sight.py::test_the_page_of_the_report",
+    "tests/workflow/test_end_to_end.py::test_both_snakefiles_give_the_same_plan",
+    "tests/workflow/test_refusals.py::test_wrong_networks",
 )
 """What `make test-slow` runs, and `make test` does not."""
 
