@@ -58,7 +58,7 @@ def data(folder: Path) -> None:
     (root / "imagenet_samples/labels.csv").write_text("path,label\n" + rows)
     arrays(root / "mnist/test10000.npz")
     models = "cifar_resnet20 cifar_resnet56 cifar_vit_d4h4_torchvision mnist_lenet5 mnist_vit_d6"
-    models += " imagenet_squeezenet1_0 imagenet_mobilenet_v2_plain"
+    models += " imagenet_squeezenet1_0 imagenet_mobilenet_v2_plain imagenet_efficientnet_lite0"
     for name in models.split():
         (root / "models").mkdir(exist_ok=True)
         (root / "models" / f"{name}.pt").write_bytes(name.encode())
