@@ -2,6 +2,7 @@
 
 import math
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -479,3 +480,11 @@ def test_unknown_options_are_refused_by_name():
         attribute.integrated_gradients(convolutional(), images(), 0, stepz=3)
     with pytest.raises(MicrotomeError, match="steps"):
         attribute.integrated_gradients(convolutional(), images(), 0, steps=0)
+
+
+def test_the_documented_example_runs():
+    page = (Path(__file__).parents[3] / "docs/attribution.md").read_text()
+    block = page.partition("In Python, each method is a function:\n\n")[2].partition("\n`images` are")[0]
+    scope = {"network": convolutional(), "images": images()}
+    exec("\n".join(line.removeprefix("    ") for line in block.splitlines()), scope)
+    assert scope["found"].map.shape == (3, 16, 16) and scope["found"].residual.max() <= 0.01
