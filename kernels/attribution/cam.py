@@ -32,10 +32,10 @@ def layer_cam(activation: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
 def grad_cam_pp(activation: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
     """Compute the map of Grad-CAM++ before its ReLU: Chattopadhay et al. (WACV 2018), eqs. 19 and 5.
 
-    The weight of a position is alpha = g^2 / (2 g^2 + g^3 sum A), which for the exponential of a score holds exactly;
-    where the denominator is 0, alpha is 0. Units are weighed by sum(alpha max(g, 0)).
+    The weight of a position is alpha = g^2 / (2 g^2 + g^3 sum A), which for the exponential of a score holds exactly.
+    It is computed as 1 / (2 + g sum A), the same where g is not 0: powers of a small gradient would vanish. Where the
+    denominator is 0, alpha is 0. Units are weighed by sum(alpha max(g, 0)).
     """
-    square, cube = gradient**2, gradient**3
-    below = 2 * square + cube * activation.sum((2, 3), keepdim=True)
-    alpha = torch.where(below != 0, square / torch.where(below != 0, below, torch.ones_like(below)), 0 * below)
+    below = 2 + gradient * activation.sum((2, 3), keepdim=True)
+    alpha = torch.where(below != 0, 1 / torch.where(below != 0, below, torch.ones_like(below)), 0 * below)
     return cam(activation, (alpha * gradient.relu()).sum((2, 3)))

@@ -60,6 +60,14 @@ def test_grad_cam_pp_without_a_gradient_is_zero():
     assert torch.equal(cam.grad_cam_pp(a, torch.zeros_like(a)), torch.zeros(1, 3, 3))
 
 
+def test_grad_cam_pp_does_not_vanish_where_powers_of_the_gradient_do():
+    generator = torch.Generator().manual_seed(0)
+    a, g = (torch.randn((2, 3, 4, 5), generator=generator) for _ in range(2))
+    small = cam.grad_cam_pp(a, 1e-23 * g) / 1e-23  # squared, below the smallest float32
+    wanted = cam.cam(a, g.relu().sum((2, 3))) / 2  # alpha -> 1/2
+    torch.testing.assert_close(small, wanted, atol=1e-4, rtol=1e-4)
+
+
 def test_rollout_follows_attention_through_blocks():
     generator = torch.Generator().manual_seed(0)
     blocks = [torch.rand((2, 3, 5, 5), generator=generator, dtype=torch.float64).softmax(-1) for _ in range(3)]
