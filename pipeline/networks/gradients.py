@@ -13,10 +13,11 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pipeline.errors import MicrotomeError
+from pipeline.errors import MicrotomeError, nearest
 from pipeline.networks.graph.call_sites import CallSites, frozen
-from pipeline.networks.layers import first_tensor, head_of, one_attention_path
+from pipeline.networks.layers import first_tensor, head_of, one_attention_path, replaced
 
 Link = Literal["logit", "probability", "log_probability"]
 
@@ -142,12 +143,19 @@ def gradients(
     Raises
     ------
     MicrotomeError
-        The score does not depend on the input or on a layer, or a layer is called more or less often than once.
+        The score does not depend on the input or on a layer, a layer is called more or less often than once, or the
+        network is in training mode or draws random numbers.
     """
     refuse_training(network)
     kept: dict[str, torch.Tensor] = {}
     given = inputs.detach().requires_grad_(of_inputs)
-    with frozen(network), torch.enable_grad(), one_attention_path(), _kept(network, layers, kept, not of_inputs):
+    with (
+        frozen(network),
+        torch.enable_grad(),
+        one_attention_path(),
+        _repeatable(inputs),
+        _kept(network, layers, kept, not of_inputs),
+    ):
         with sites if sites is not None else contextlib.nullcontext():
             output = _output(network, given.clone(), getattr(target, "layer", None))  # which may write into its input
         chosen: Any = target if hasattr(target, "layer") else target(output.detach())
@@ -185,9 +193,48 @@ def gradients(
 
 
 def scores(network: nn.Module, inputs: torch.Tensor, target: Target) -> torch.Tensor:
-    """Compute the score of each image, (image,), without gradients."""
-    with torch.no_grad(), one_attention_path():
+    """Compute the score of each image, (image,), without gradients; refuse the same networks as `gradients`."""
+    refuse_training(network)
+    with torch.no_grad(), one_attention_path(), _repeatable(inputs):
         return target(_output(network, inputs.clone(), target.layer))
+
+
+@contextlib.contextmanager
+def _repeatable(inputs: torch.Tensor) -> Iterator[None]:
+    """Use deterministic algorithms on a GPU, and refuse what draws random numbers, by the states of the generators."""
+    before = _random_state(inputs)
+    with _deterministic() if inputs.is_cuda else contextlib.nullcontext():
+        yield
+    if not all(map(torch.equal, before, _random_state(inputs))):
+        raise MicrotomeError(
+            "the network draws random numbers in its forward, so an explanation would be of one draw: give functional "
+            "dropouts `training=self.training`, and leave out any other noise"
+        )
+
+
+@contextlib.contextmanager
+def _deterministic() -> Iterator[None]:
+    """Compute on a GPU with the same bits each time, where torch has a way to."""
+    memory: Any = torch.utils.deterministic
+    fill, benchmark = memory.fill_uninitialized_memory, torch.backends.cudnn.benchmark
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    memory.fill_uninitialized_memory = False  # a debugging aid that costs time
+    torch.backends.cudnn.benchmark = False
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+        memory.fill_uninitialized_memory = fill
+        torch.backends.cudnn.benchmark = benchmark
+
+
+def _random_state(inputs: torch.Tensor) -> list[torch.Tensor]:
+    """Return the states of the generators that a network on the inputs' device may draw from."""
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state(inputs.device)] if inputs.is_cuda else states
 
 
 class _Reached(BaseException):
@@ -236,12 +283,7 @@ def _kept(network: nn.Module, layers: Sequence[str], kept: dict[str, torch.Tenso
             if name in kept:
                 raise MicrotomeError(f"layer {name!r} is called more than once in one forward, expected one call")
             kept[name] = tensor.detach().requires_grad_() if leaves and not tensor.requires_grad else tensor
-            changed = kept[name].clone()
-            if output is tensor:
-                return changed
-            if isinstance(output, dict):
-                return type(output)({key: changed if value is tensor else value for key, value in output.items()})
-            return type(output)(changed if value is tensor else value for value in output)
+            return replaced(output, tensor, kept[name].clone())
 
         return hook
 
@@ -254,8 +296,6 @@ def _kept(network: nn.Module, layers: Sequence[str], kept: dict[str, torch.Tenso
 
 
 def _module(network: nn.Module, name: str) -> nn.Module:
-    from pipeline.errors import nearest
-
     try:
         return network.get_submodule(name)
     except AttributeError:
@@ -271,10 +311,15 @@ def refuse_training(network: nn.Module) -> None:
 
 
 def _picked(output: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
-    classes = classes.to(output.device)
     if len(classes) != len(output):
         raise MicrotomeError(f"{len(classes)} classes for {len(output)} images, expected one each")
-    return output.gather(1, classes[:, None])[:, 0]
+    if not classes.is_cuda:  # those on a GPU were chosen from the output; to look at them would wait for it
+        outside = classes[(classes < 0) | (classes >= output.shape[1])]
+        if len(outside):
+            raise MicrotomeError(
+                f"class {int(outside[0])} of a network of {output.shape[1]} logits, expected 0 to {output.shape[1] - 1}"
+            )
+    return output.gather(1, classes.to(output.device)[:, None])[:, 0]
 
 
 def in_chunks(rows: int, batch: int) -> Iterator[tuple[int, int]]:
@@ -308,7 +353,7 @@ def of_tensors(
     A tensor on which the score does not depend has the gradient 0.
     """
     refuse_training(network)
-    with frozen(network), torch.enable_grad():
+    with frozen(network), torch.enable_grad(), _repeatable(inputs):
         with sites:
             output = _output(network, inputs.detach().requires_grad_().clone(), target.layer)
         found = list(kept())

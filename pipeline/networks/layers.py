@@ -292,6 +292,16 @@ def first_tensor(output: object) -> torch.Tensor | None:
     return next((value for value in values if isinstance(value, torch.Tensor)), None)
 
 
+def replaced(output: Any, tensor: torch.Tensor, changed: torch.Tensor) -> Any:
+    """Return a module's output with `changed` in place of a tensor: as a dict, list, tuple or named one, as it was."""
+    if output is tensor:
+        return changed
+    if isinstance(output, Mapping):
+        return type(output)({key: changed if value is tensor else value for key, value in output.items()})  # type: ignore[call-arg]
+    values = [changed if value is tensor else value for value in output]
+    return type(output)(*values) if hasattr(output, "_fields") else type(output)(values)
+
+
 def entries_of(output: object) -> dict[str | int, Any]:
     """Return what a network returned by name, or by place where it has no names; one tensor alone has none."""
     if isinstance(output, Mapping):

@@ -19,7 +19,7 @@ from torch.fx.node import map_arg
 
 from pipeline.errors import MicrotomeError
 from pipeline.networks.graph.channels import is_binary, is_elementwise
-from pipeline.networks.layers import entries_of, first_tensor, head_of, one_attention_path
+from pipeline.networks.layers import entries_of, first_tensor, head_of, one_attention_path, replaced
 
 
 class UntraceableError(Exception):
@@ -143,12 +143,7 @@ def forward_with(
         tensor = first_tensor(output)
         if tensor is None:
             raise MicrotomeError(f"layer {layer!r} gives {type(output).__name__}, expected a tensor")
-        changed = change(tensor)
-        if output is tensor:
-            return changed
-        if isinstance(output, dict):
-            return type(output)({key: changed if value is tensor else value for key, value in output.items()})
-        return type(output)(changed if value is tensor else value for value in output)
+        return replaced(output, tensor, change(tensor))
 
     handle = network.get_submodule(layer).register_forward_hook(hook)
     try:

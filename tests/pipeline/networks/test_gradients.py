@@ -1,11 +1,15 @@
 """Gradients of any scalar of a forward, with respect to inputs and layers."""
 
+from collections import namedtuple
+
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from pipeline.errors import MicrotomeError
 from pipeline.networks.gradients import Logit, Scalar, Unit, gradients, padded, relative, scores
+from pipeline.networks.graph.trace import forward_with
 
 
 def network():
@@ -102,6 +106,95 @@ def test_a_network_in_training_mode_is_refused():
     net = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(192), nn.Linear(192, 2)).double()
     with pytest.raises(MicrotomeError, match=r"module '1' is in training mode: call `eval\(\)` first"):
         gradients(net, images(), Logit(torch.zeros(3, dtype=torch.int64)))
+    before = net[1].running_mean.clone()
+    with pytest.raises(MicrotomeError, match=r"module '1' is in training mode: call `eval\(\)` first"):
+        scores(net, images(), Logit(torch.zeros(3, dtype=torch.int64)))
+    assert torch.equal(net[1].running_mean, before) and not net[1].num_batches_tracked
+
+
+class Ends(nn.Module):
+    """A function between a network's layers and its logits."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.net, self.function = network(), function
+
+    def forward(self, x):
+        return self.function(self.net(x))
+
+
+RANDOM = {
+    "dropout": lambda x: F.dropout(x),
+    "torch.dropout": lambda x: torch.dropout(x, 0.5, True),
+    "noise": lambda x: x + torch.randn_like(x),
+    "a path left out": lambda x: x * torch.empty(len(x), 1, dtype=x.dtype).bernoulli_(0.5),
+    "attention": lambda x: F.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None], dropout_p=0.5)[:, 0],
+}
+
+
+@pytest.mark.parametrize("case", RANDOM)
+def test_a_network_that_draws_random_numbers_is_refused(case):
+    net, target = Ends(RANDOM[case]).eval(), Logit(torch.zeros(3, dtype=torch.int64))
+    for explain in (gradients, scores):
+        with pytest.raises(MicrotomeError, match="the network draws random numbers in its forward"):
+            explain(net, images(), target)
+    gradients(net, images(), Unit("net.2", (0,)), ["net.0"])  # which ends before
+
+
+def test_dropout_that_drops_nothing_is_no_reason():
+    net = Ends(lambda x: F.dropout(F.dropout(x, training=False), 0.0)).eval()
+    target = Logit(torch.zeros(3, dtype=torch.int64))
+    assert torch.equal(gradients(net, images(), target, ["net.2"]).score, net(images())[:, 0].detach())
+
+
+Pair = namedtuple("Pair", "x extra")
+
+
+def model_output(x):
+    from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+    return BaseModelOutputWithPooling(last_hidden_state=x, pooler_output=x.mean())
+
+
+FORMS = {
+    "tensor": (lambda x: x, lambda y: y),
+    "tuple": (lambda x: (x, 1), lambda y: y[0]),
+    "list": (lambda x: [None, x], lambda y: y[1]),
+    "dict": (lambda x: {"n": 3, "x": x}, lambda y: y["x"]),
+    "namedtuple": (lambda x: Pair(x, 1), lambda y: y.x),
+    "ModelOutput": (model_output, lambda y: y.last_hidden_state),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_layer_may_return_its_tensor_in_any_form(form):
+    given, read = FORMS[form]
+    if form == "ModelOutput":
+        pytest.importorskip("transformers")
+
+    class Reads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.head = Ends(given), nn.Linear(5, 5).double()
+
+        def forward(self, x):
+            return self.head(read(self.inner(x)))
+
+    torch.manual_seed(0)
+    net, target = Reads().eval(), Logit(torch.zeros(3, dtype=torch.int64))
+    value, slope = gradients(net, images(), target, ["inner"]).layers["inner"]
+    assert torch.equal(value, net.inner.net(images()))
+    torch.testing.assert_close(slope, net.head.weight[:1].expand_as(slope), atol=0, rtol=0)
+    with torch.no_grad():
+        changed = forward_with(net, "inner", images(), torch.zeros_like)
+    assert torch.equal(changed, net.head.bias.expand_as(changed))
+
+
+@pytest.mark.parametrize("wrong", [5, 7, -1])
+def test_a_class_without_a_logit_is_refused(wrong):
+    for target in (Logit(torch.tensor([0, wrong, 1])), Logit(torch.tensor([0, 1, 2]), torch.tensor([0, 0, wrong]))):
+        with pytest.raises(MicrotomeError, match=f"class {wrong} of a network of 5 logits, expected 0 to 4"):
+            scores(network(), images(), target)
 
 
 def test_parameters_keep_their_gradients_after_an_error():
