@@ -5,16 +5,21 @@ calls it. A call that gets nothing of the input is left alone. For any other, th
 keeps torch's own gradient, or gets a custom one (`torch.autograd.Function`), so that what a method sends back travels
 where gradients would. A call without a rule is an error that names the operation and the module, never a guess.
 
+A tensor that is made of the input without its gradient (a mask, a detached factor) is cut. Cut tensors are remembered,
+with what they are written into, and a call that combines one with a tensor that has a gradient is an error as well: the
+gradient would miss a part of what the network computes. So is a call that gives plain numbers of either.
+
 Reused modules, functional and in-place spellings, additions and joins are all calls. What runs outside torch's
-functions (scripted bodies, foreign autograd Functions) leaves nodes in the autograd graph, which `audit` refuses unless
-a rule vouches for them.
+functions (scripted bodies, foreign autograd Functions) leaves nodes in the autograd graph that no call made, which
+`audit` refuses unless they only rearrange entries.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, ClassVar, Self
@@ -35,20 +40,22 @@ def _names(text: str) -> frozenset[str]:
 
 # Copies of entries: torch's own backward is that of every method.
 REARRANGEMENTS = _names(
-    "view reshape flatten unflatten permute transpose t mT T swapaxes swapdims movedim moveaxis squeeze unsqueeze "
-    "expand expand_as repeat tile contiguous clone getitem select narrow slice chunk split split_with_sizes "
+    "view reshape flatten unflatten permute transpose t mT mH T H adjoint swapaxes swapdims movedim moveaxis squeeze "
+    "unsqueeze expand expand_as repeat tile contiguous clone getitem select narrow chunk split split_with_sizes "
     "tensor_split unbind cat concat concatenate stack hstack vstack roll pad flip flatten to type type_as float "
-    "double identity index_select gather take_along_dim channel_shuffle pixel_shuffle pixel_unshuffle unfold "
+    "double index_select gather take_along_dim channel_shuffle pixel_shuffle pixel_unshuffle unfold "
     "view_as reshape_as copy atleast_1d atleast_2d cpu cuda setitem"
 )
-# Their result holds no values of the tensors that they get.
+# Their result holds no values of the tensor that they get first.
 METADATA = _names(
-    "get set size dim ndim shape stride numel len is_floating_point is_complex device dtype requires_grad "
-    "is_contiguous get_device nelement element_size storage_offset format hash repr is_nested has_names is_cuda "
-    "is_sparse data_ptr is_grad_enabled new_zeros new_ones new_full new_empty zeros_like ones_like full_like "
-    "empty_like rand_like randn_like iter is_quantized result_type broadcast_shapes is_meta is_cpu is_mps layout "
-    "itemsize is_inference is_leaf names grad_fn retain_grad register_hook is_same_size can_cast is_nonzero"
+    "size dim ndim shape stride numel len is_floating_point is_complex device dtype requires_grad retains_grad "
+    "is_contiguous get_device nelement element_size storage_offset format repr is_nested is_cuda is_sparse data_ptr "
+    "new_zeros new_ones new_full new_empty zeros_like ones_like full_like empty_like rand_like randn_like is_quantized "
+    "result_type is_meta is_cpu is_mps is_xpu layout itemsize nbytes is_inference is_leaf grad_fn output_nr version "
+    "retain_grad register_hook is_same_size can_cast dim_order is_signed is_conj is_neg is_pinned is_shared is_mkldnn "
+    "grad"
 )
+FILLED = frozenset({"full_like", "new_full"})  # but may get others'
 # Linear in the one argument that is made of the input.
 LINEAR = _names(
     "conv1d conv2d conv3d convolution conv_transpose1d conv_transpose2d conv_transpose3d linear matmul addmm "
@@ -56,25 +63,30 @@ LINEAR = _names(
     "adaptive_avg_pool2d adaptive_avg_pool3d batch_norm interpolate lerp where masked_fill cumsum diff"
 )
 JOINTLY_LINEAR = frozenset({"add", "sub", "rsub", "where", "lerp"})  # linear in all of their tensors together
-DROPOUTS = _names("dropout feature_dropout dropout1d dropout2d dropout3d alpha_dropout drop_path")
+DROPOUTS = _names(
+    "dropout native_dropout feature_dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout"
+)
+WRITERS = frozenset({"copy", "setitem", "set_data"})  # write the other arguments into the first one
+SHAPED_IN_PLACE = _names("squeeze unsqueeze transpose t swapaxes swapdims detach")
 ALIASES = {
     "radd": "add", "iadd": "add", "rmul": "mul", "imul": "mul", "multiply": "mul", "isub": "sub", "subtract": "sub",
-    "truediv": "div", "divide": "div", "true_divide": "div", "itruediv": "div", "idiv": "div", "negative": "neg",
+    "truediv": "div", "divide": "div", "true_divide": "div", "idiv": "div", "negative": "neg",
     "bmm": "matmul", "mm": "matmul", "mv": "matmul", "rmatmul": "matmul", "clip": "clamp", "special_softmax": "softmax",
-    "upsample": "interpolate", "deepcopy": "clone",
+    "deepcopy": "clone",
 }  # fmt: skip
 # Nodes of the autograd graph that these calls leave.
 REARRANGED_NODES = _names(
     "AccumulateGrad View ReshapeAlias UnsafeView Permute Transpose T Squeeze Unsqueeze Expand Repeat Clone Slice "
-    "Select Index Cat Stack Split SplitWithSizes Unbind Roll ConstantPadNd ReflectionPad2D ReplicationPad2D Flip "
-    "ToCopy Alias CopySlices CopyBackwards Copy IndexSelect Gather AsStrided PixelShuffle PixelUnshuffle "
-    "ChannelShuffle Im2Col Unfold Chunk TensorSplit"
+    "Select Index Cat Stack Split SplitWithSizes Unbind Roll ConstantPadNd ReflectionPad1D ReflectionPad2D "
+    "ReflectionPad3D ReplicationPad1D ReplicationPad2D ReplicationPad3D Flip ToCopy Alias CopySlices CopyBackwards "
+    "Copy IndexSelect Gather AsStrided PixelShuffle PixelUnshuffle ChannelShuffle Im2Col Unfold Chunk TensorSplit"
 )
 LINEAR_NODES = _names(
     "Convolution ConvolutionOverrideable MkldnnConvolution Addmm Mm Bmm Mv Dot Mul Div Neg Add Sub Rsub Mean Sum "
-    "AvgPool2D AvgPool3D AdaptiveAvgPool2D MkldnnAdaptiveAvgPool2D NativeBatchNorm CudnnBatchNorm MiopenBatchNorm "
-    "Linear MkldnnLinear UpsampleBilinear2D UpsampleNearest2D UpsampleBicubic2D Baddbmm MaskedFill Where Cumsum "
-    "Lerp"
+    "AvgPool2D AvgPool3D AdaptiveAvgPool2D AdaptiveAvgPool3D MkldnnAdaptiveAvgPool2D NativeBatchNorm CudnnBatchNorm "
+    "MiopenBatchNorm Linear MkldnnLinear UpsampleLinear1D UpsampleBilinear2D UpsampleBilinear2DAa UpsampleTrilinear3D "
+    "UpsampleNearest1D UpsampleNearest2D UpsampleNearest3D UpsampleNearestExact1D UpsampleNearestExact2D "
+    "UpsampleNearestExact3D UpsampleBicubic2D UpsampleBicubic2DAa Baddbmm MaskedFill Where Cumsum Lerp"
 )
 
 
@@ -100,7 +112,9 @@ class Call:
 
 
 class CallSites(TorchFunctionMode):
-    """Meets every call of a network inside its `with` block. A subclass gives `rule`, and says which nodes it leaves.
+    """Apply backward rules to every torch call inside the `with` block.
+
+    A subclass gives `rule`, and says which nodes it leaves.
 
     Attributes
     ----------
@@ -110,7 +124,7 @@ class CallSites(TorchFunctionMode):
     strict : whether a call that no rule knows is refused; otherwise it keeps torch's own gradient.
     """
 
-    method: ClassVar[str] = ""
+    method: str = ""
     nodes: ClassVar[frozenset[str]] = frozenset()
     linear: ClassVar[bool] = True
     strict: ClassVar[bool] = True
@@ -119,7 +133,10 @@ class CallSites(TorchFunctionMode):
         super().__init__()
         self.network = network
         self._modules: list[str] = []
-        self._cut: Any = WeakIdKeyDictionary()  # tensors that are made of the input, without its gradient, and how
+        self._cut: Any = WeakIdKeyDictionary()  # what is made of the input without its gradient: through which call
+        self._written: Any = WeakIdKeyDictionary()  # the same, written into a tensor, which may have a gradient too
+        self._aliases: Any = WeakIdKeyDictionary()  # share the memory of a tensor with a gradient
+        self._made: set[int] = set()  # the autograd nodes of calls, by their sequence number
         self._depth = 0
         self._ends = contextlib.ExitStack()
 
@@ -166,91 +183,186 @@ class CallSites(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         kwargs = dict(kwargs or {})
         name, in_place = named(func)
-        if name in METADATA:
+        if name in METADATA and not (name in FILLED and tensors_in(args[1:], kwargs)):
             return func(*args, **kwargs)
+        call = Call(name, func, tuple(args), kwargs)
+        writes = in_place or name in WRITERS
+        if writes and args:
+            self._check_written(call)
+        cut = self._cut_of(args[1:] if name in WRITERS else args, kwargs)
         if not live(args, kwargs):
-            return self._without_gradient(name, func, args, kwargs)
-        if in_place and name not in ("copy", "setitem"):
-            # The rule works on a copy, and its result is written back: autograd, and what rules keep, stay right.
-            out = self._met(Call(name, _out_of_place(func, name, self), (args[0].clone(), *args[1:]), kwargs))
-            return args[0].copy_(out)
-        if kwargs.get("inplace") is True:
-            out = self._met(Call(name, func, (args[0].clone(), *args[1:]), kwargs | {"inplace": False}))
-            return args[0].copy_(out)
-        return self._met(Call(name, func, tuple(args), kwargs))
+            return self._without_gradient(call, cut, writes)
+        if name in DROPOUTS and _drops(call):
+            raise self.refusal(name, "draws random numbers: call `eval()` first")
+        if cut is not None and self.strict:
+            raise self.refusal(name, f"depends on the input in a way that has no gradient, through {cut}")
+        before = torch.autograd._get_sequence_nr()
+        try:
+            return self._in_place(call, in_place)
+        finally:
+            self._made.update(range(before, torch.autograd._get_sequence_nr()))
 
-    def _without_gradient(self, name: str, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
+    def _without_gradient(self, call: Call, cut: str | None, writes: bool) -> Any:
         """Run a call that gets no gradient of the input; remember if it still gets something of the input."""
-        output = func(*args, **kwargs)
-        cut = next((self._cut[each] for each in tensors_in(args, kwargs) if each in self._cut), None)
+        output = call.run()
         if cut is not None:
-            self._remember(output, cut)
+            made = tensors_in(output, call.kwargs.get("out"))
+            if self.strict and not made and not writes:
+                raise self._numbers(call)
+            self._remember(made, cut)
+            if writes or "out" in call.kwargs:
+                self._remember_written(call.args[0] if writes else made[0], cut)
         return output
+
+    def _in_place(self, call: Call, in_place: bool) -> Any:
+        """Meet a call; one that writes into its first argument works on a copy, and its result is written back.
+
+        So autograd, and what rules keep, stay right.
+        """
+        args, kwargs = call.args, dict(call.kwargs)
+        if in_place and call.name not in WRITERS | SHAPED_IN_PLACE:
+            function = _out_of_place(call.name)
+            if function is None and self.strict:
+                raise self.refusal(call.name, "writes into its input, and has no form that does not")
+            if function is None:
+                return call.run()
+        else:
+            function = call.function
+            at = _place_of_inplace(function)
+            if at is not None and len(args) > at and args[at] is True:
+                args = (*args[:at], False, *args[at + 1 :])
+            elif kwargs.get("inplace") is True:
+                kwargs["inplace"] = False
+            else:
+                return self._met(call)
+        if args:
+            destination, args = args[0], (args[0].clone(), *args[1:])
+        else:
+            destination = kwargs["input"]
+            kwargs["input"] = destination.clone()
+        output = self._met(Call(call.name, function, args, kwargs))
+        if not live(output):
+            self._remember_written(destination, self._here(call))
+        return destination.copy_(output)
 
     def _met(self, call: Call) -> Any:
-        if call.name in DROPOUTS and _drops(call):
-            raise self.refusal(call.name, "draws random numbers: call `eval()` first")
-        cut = next((self._cut[each] for each in tensors_in(call.args, call.kwargs) if each in self._cut), None)
-        if cut is not None and self.strict and call.name not in ("copy", "setitem"):
-            raise self.refusal(call.name, f"depends on the input in a way that has no gradient, through {cut}")
+        known = True
+        if call.name in WRITERS and (before := self._cut_of(call.args[0])) is not None:
+            self._remember_written(call.args[0], before)  # which gets a gradient in a part
         output = self.rule(call)
-        if output is not NotImplemented:
-            return output
-        if call.name in REARRANGEMENTS or call.name in DROPOUTS:
-            return call.run()
-        if self.linear and self._is_linear(call):
-            return call.run()
-        if body := _body_of(call.function):
-            with self:
-                return body(*call.args, **call.kwargs)
-        output = call.run()
-        if not live((output,)):
-            self._remember(output, f"{call.name!r} in module {self.where!r}")
-            return output
-        if self.strict:
+        if output is NotImplemented:
+            known = call.name in REARRANGEMENTS | DROPOUTS or (self.linear and self._is_linear(call))
+            if not known and (body := _body_of(call.function)):
+                with self:
+                    return body(*call.args, **call.kwargs)
+            output = call.run()
+        made = [call.args[0]] if call.name in WRITERS else tensors_in(output)
+        if self.strict and not made:
+            raise self._numbers(call)
+        if self.strict and not known and live(made):
             raise self.refusal(call.name)
+        lost = [each for each in made if not each.requires_grad]
+        self._remember(lost, self._here(call))
+        if call.name in WRITERS and lost:
+            self._remember_written(call.args[0], self._here(call))
+        if call.name in ("detach", "data"):
+            for each in made:
+                self._aliases[each] = True
         return output
 
-    def _remember(self, output: Any, cut: str) -> None:
-        for each in tensors_in((output,)):
-            self._cut[each] = cut
+    def _here(self, call: Call) -> str:
+        return f"{call.name!r} in module {self.where!r}"
+
+    def _numbers(self, call: Call) -> UnsupportedError:
+        return self.refusal(call.name, "gives numbers of the input, which have no gradient")
 
     def _is_linear(self, call: Call) -> bool:
         if call.name not in LINEAR:
             return False
         of_input = sum(each.requires_grad for each in tensors_in(call.args, call.kwargs))
-        if call.name == "div" and len(call.args) > 1 and live(call.args[1:2]):
+        if call.name == "div" and (live(argument(call, 1, "other")) or call.kwargs.get("rounding_mode") is not None):
+            return False
+        if call.name == "lerp" and live(argument(call, 2, "weight")):
             return False
         if call.name == "batch_norm" and trains(call):
             raise self.refusal("batch_norm", "in training mode depends on the other images of the batch")
         return of_input <= 1 or call.name in JOINTLY_LINEAR
 
+    # What is made of the input without its gradient -------------------------------------------------------------------
+
+    def _remember(self, made: Sequence[torch.Tensor], cut: str) -> None:
+        for each in made:
+            self._cut[each] = cut
+
+    def _remember_written(self, destination: torch.Tensor, cut: str) -> None:
+        """Remember a tensor that something cut was written into, and the one that it is a view of."""
+        for each in _with_base(destination):
+            self._written[each] = cut
+
+    def _cut_of(self, *trees: Any) -> str | None:
+        """Return through which call a tensor in here is made of the input without its gradient; None if none is."""
+        for each in tensors_in(*trees):
+            for one in _with_base(each):
+                if one in self._written:
+                    return self._written[one]
+            if each in self._cut and not each.requires_grad:
+                return self._cut[each]
+        return None
+
+    def _check_written(self, call: Call) -> None:
+        """Refuse to write past autograd into the memory of a tensor that has a gradient."""
+        into = call.args[0]
+        if not self.strict or not isinstance(into, torch.Tensor):
+            return
+        if into.requires_grad:
+            past = call.name == "set_data" or not torch.is_grad_enabled()
+        else:
+            past = any(each.requires_grad or each in self._aliases for each in _with_base(into))
+        if past:
+            raise self.refusal(call.name, "writes into a tensor without its gradient")
+
     # What did not pass here -------------------------------------------------------------------------------------------
 
     def audit(self, output: torch.Tensor) -> None:
-        """Refuse the autograd graph of a network's output if no rule vouches for one of its nodes."""
+        """Refuse the autograd graph of a network's output if no call made one of its nodes, or no rule vouches for it.
+
+        What only rearranges entries may be made outside of calls.
+        """
+        vouched = self.nodes | (LINEAR_NODES if self.linear else frozenset())
         seen, waiting = set(), [output.grad_fn]
         while waiting:
             node = waiting.pop()
             if node is None or node in seen:
                 continue
             seen.add(node)
-            name = node.name().rpartition("::")[2]
-            kind = name.rstrip("0123456789").removesuffix("Backward")
-            custom = isinstance(getattr(node, "_forward_cls", None), type)
-            if custom and issubclass(node._forward_cls, Vouched):  # type: ignore[attr-defined]
-                pass
-            elif custom or kind not in self.nodes | REARRANGED_NODES | (LINEAR_NODES if self.linear else frozenset()):
+            kind = kind_of(node)
+            if isinstance(function := getattr(node, "_forward_cls", None), type):
+                passes = issubclass(function, Vouched)
+            else:
+                passes = kind in REARRANGED_NODES or (kind in vouched and node._sequence_nr() in self._made)
+            if not passes:
                 raise UnsupportedError(
-                    f"{self.method}: the network computes something outside torch's functions ({name}), for example a "
+                    f"{self.method}: the network computes something outside torch's functions ({kind}), for example a "
                     f"scripted function or a Function of its own, for which there is no rule"
                 )
             waiting += [each for each, _ in node.next_functions]
 
 
+def kind_of(node: Any) -> str:
+    """Return the name of a node of the autograd graph, such as `Mul`."""
+    return node.name().rpartition("::")[2].rstrip("0123456789").removesuffix("Backward")
+
+
 def named(function: Any) -> tuple[str, bool]:
-    """Return a function's name without underscores and overloads, and whether it writes into its first argument."""
+    """Return a function's name without underscores and overloads, and whether it writes into its first argument.
+
+    An attribute's is that of the attribute, and `set_data` where the data are set.
+    """
     name = str(getattr(function, "_opname", None) or getattr(function, "__name__", function)).split(".")[0]
+    if name in ("__get__", "__set__"):
+        owner = function.__self__
+        plain = str(getattr(owner, "__name__", None) or owner.fget.__name__).strip("_")
+        return ("set_data" if name == "__set__" and plain in ("data", "real", "imag") else plain), False
     if name.startswith("__") and name.endswith("__"):
         plain = name[2:-2]
         return ALIASES.get(plain, plain), plain[:1] == "i" and plain in ALIASES
@@ -259,7 +371,19 @@ def named(function: Any) -> tuple[str, bool]:
 
 
 def tensors_in(*trees: Any) -> list[torch.Tensor]:
-    return [each for each in tree_leaves(trees) if isinstance(each, torch.Tensor)]
+    """Return the tensors of nested arguments, also those that bound a slice."""
+    found = []
+    for each in tree_leaves(trees):
+        if isinstance(each, torch.Tensor):
+            found.append(each)
+        elif isinstance(each, slice):
+            found += [end for end in (each.start, each.stop, each.step) if isinstance(end, torch.Tensor)]
+    return found
+
+
+def _with_base(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return a tensor, and the one that it is a view of if it is one."""
+    return (tensor,) if tensor._base is None else (tensor, tensor._base)
 
 
 def live(*trees: Any) -> bool:
@@ -274,25 +398,36 @@ def argument(call: Call, place: int, name: str, default: Any = None) -> Any:
 
 def trains(call: Call) -> bool:
     """Return whether a call of batch_norm takes its statistics from the batch."""
-    return bool(argument(call, 5, "training", False)) or argument(call, 1, "running_mean") is None
+    of_network = isinstance(call.function, types.FunctionType)  # torch's own has weight and bias before the statistics
+    mean = argument(call, 1 if of_network else 3, "running_mean")
+    return bool(argument(call, 5, "training", False)) or mean is None
 
 
 def _drops(call: Call) -> bool:
-    training = argument(call, 2, "training", argument(call, 2, "train", call.name not in ("drop_path",)))
+    default = "alpha" not in call.name
+    training = argument(call, 2, "training", argument(call, 2, "train", default))
     return bool(training) and argument(call, 1, "p", 0.5) > 0
 
 
-def _out_of_place(function: Any, name: str, sites: CallSites) -> Callable[..., Any]:
-    for home in (torch, torch.Tensor, nn.functional):
-        found = getattr(home, name, None)
-        if found is not None:
-            return found
-    raise sites.refusal(name, "writes into its input, and has no form that does not")
+def _out_of_place(name: str) -> Callable[..., Any] | None:
+    """Return the function that gives what one of this name writes into its input; None if there is none."""
+    homes = (torch, torch.Tensor, nn.functional)
+    return next((found for home in homes if (found := getattr(home, name, None)) is not None), None)
+
+
+@functools.cache
+def _place_of_inplace(function: Any) -> int | None:
+    """Return the place of the argument `inplace` of a Python function; None for any other."""
+    if not isinstance(function, types.FunctionType):
+        return None
+    names = function.__code__.co_varnames[: function.__code__.co_argcount]
+    return names.index("inplace") if "inplace" in names else None
 
 
 _DISPATCH = {f"has_torch_function{end}": (lambda *_: False) for end in ("", "_unary", "_variadic")}
 
 
+@functools.cache
 def _body_of(function: Any) -> Callable[..., Any] | None:
     """Return a Python function of torch without its own dispatch, so that what it calls is met; None for any other."""
     homes = ("torch.nn.functional", "torch._tensor", "torch.functional")

@@ -15,11 +15,13 @@ TITLES: dict[Rule, str] = {"deconvnet": "deconvnet", "guided_backprop": "guided 
 MAX_POOLS = frozenset(
     {f"{kind}max_pool{n}d{end}" for kind in ("", "adaptive_") for n in (1, 2, 3) for end in ("", "_with_indices")}
 )
-MAX_NODES = frozenset({"MaxPool2DWithIndices", "MaxPool3DWithIndices", "MaxPool2D", "AdaptiveMaxPool2D", "Squeeze"})
+MAX_NODES = frozenset(
+    {"MaxPool2DWithIndices", "MaxPool3DWithIndices", "MaxPool2D", "AdaptiveMaxPool2D", "AdaptiveMaxPool3D"}
+)
 
 
 class Rectify(Vouched):
-    """min(max(x, 0), top), whose backward sends R on where R > 0, and with `guided` only where 0 < x; x < top always.
+    """Compute min(max(x, 0), top), and send R back where R > 0 and x < top, with `guided` only where 0 < x too.
 
     Zeiler and Fergus, "Visualizing and understanding convolutional networks" (ECCV 2014); Springenberg et al.,
     "Striving for simplicity" (ICLR workshop 2015).
@@ -43,16 +45,17 @@ class Rectify(Vouched):
 
 
 class Rectified(CallSites):
-    """The rules of either method: ReLU and its clamped forms have one, linear calls and max pooling keep torch's own.
+    """Apply the rules of either method to rectifiers: ReLU and its clamped forms.
 
-    Max pooling sends back through the switches of the forward. Any other nonlinearity is refused.
+    Linear calls and max pooling, which sends back through the switches of the forward, keep torch's own backward. Any
+    other nonlinearity is refused.
     """
 
     nodes = LINEAR_NODES | MAX_NODES
 
     def __init__(self, network: nn.Module, rule: Rule) -> None:
         super().__init__(network)
-        self.method = TITLES[rule]  # type: ignore[misc]
+        self.method = TITLES[rule]
         self.guided = rule == "guided_backprop"
         self.rectifiers = 0
 

@@ -1,6 +1,7 @@
 """Rules at call sites: every spelling of a rectifier is met, and what has no rule is refused by name."""
 
 import math
+import types
 
 import pytest
 import torch
@@ -55,7 +56,35 @@ SPELLINGS = {
     "one entry at a time": lambda x: torch.stack([F.relu(x[:, i]) for i in range(3)], 1),
     "of a part in place": lambda x: (F.relu_(x[:, :2]), F.relu_(x[:, 2:]), x)[2],
     "aten": lambda x: torch.ops.aten.relu.default(x),
+    "in place by name": lambda x: F.relu_(input=x),
+    "in place by place": lambda x: (F.relu(x, True), x)[1],
+    "a bounded one in place by place": lambda x: (F.hardtanh(x, 0.0, 9.0, True), x)[1],
+    "a threshold in place": lambda x: (F.threshold(x, 0, 0, inplace=True), x)[1],
+    "between shapes in place": lambda x: F.relu(x.unsqueeze_(1).squeeze_(1).unsqueeze_(2).transpose_(1, 2)).squeeze_(1),
+    "transposed in place": lambda x: F.relu(x.t_()).t_().swapaxes_(0, 1).swapdims_(0, 1),
+    "transposed": lambda x: F.relu(x.mT).T.T.mT,
+    "branches on shapes": lambda x: F.relu(
+        x if x.shape[0] > 0 and x.size(1) == 3 and len(x) and x.ndim == 2 else 2 * x
+    ),
+    "rows": lambda x: torch.stack([F.relu(row) for row in x]),
+    "a constant mask": lambda x: F.relu(x) * (torch.arange(3) < 3),
+    "into a buffer": lambda x: into(x.new_zeros(x.shape), x),
+    "into a part of a buffer": lambda x: into(torch.zeros(1, 5, dtype=x.dtype)[:, 1:4], x),
+    "an unused mask": lambda x: (x > 0, F.relu(x))[1],
+    "unused views without gradients": lambda x: (torch.no_grad()(x.view)(-1), x.detach(), x.data, F.relu(x))[-1],
+    "a quotient by name": lambda x: torch.div(F.relu(x), other=torch.tensor(2.0)) * 2,
+    "interpolated": lambda x: torch.lerp(F.relu(x), torch.zeros_like(x), 0.5) * 2,
+    "joined": lambda x: torch.lerp(F.relu(x), x - x, torch.tensor(0.5, dtype=x.dtype)) * 2,
+    "torch.batch_norm": lambda x: torch.batch_norm(
+        F.relu(x), None, None, x.new_zeros(3), x.new_ones(3), False, 0.1, 0.0, False
+    ),
+    "filled": lambda x: F.relu(x) + torch.full_like(x, 0.0),
 }
+
+
+def into(buffer, x):
+    buffer[:] = F.relu(x)
+    return buffer
 
 
 def sent_back(network, rule, x=X):
@@ -94,9 +123,99 @@ HOSTILE = {
     "another threshold": (lambda x: F.threshold(x, 0.1, 0.0), "'threshold' in module 'Spelled'"),
     "no rectifier": (nn.Identity(), "the network calls no ReLU"),
     "a quotient": (lambda x: F.relu(x) / (1 + x.abs().sum()), "'abs' in module 'Spelled'"),
+    "a mask written": (lambda x: masked(F.relu(x), x < 1), "'setitem' in module 'Spelled' depends on the input"),
+    "a rectifier written": (lambda x: masked(x, x < 0), "'setitem' in module 'Spelled' depends on the input in a way"),
+    "a value written": (lambda x: written(F.relu(x), x.detach()), "'setitem' in module 'Spelled' depends on the input"),
+    "a mask in a buffer": (lambda x: F.relu(x) * written(torch.zeros_like(x), x > 0), "'mul' in module 'Spelled'"),
+    "a mask in a view": (lambda x: F.relu(x) * copied(torch.zeros_like(x), x > 0), "'mul' in module 'Spelled'"),
+    "a mask in a base": (lambda x: F.relu(x) * viewed(torch.zeros_like(x), x > 0), "'mul' in module 'Spelled'"),
+    "a mask in a part": (lambda x: F.relu(x) + halved(torch.zeros_like(x), x), "'add' in module 'Spelled' depends on"),
+    "a mask by out": (lambda x: F.relu(x) * torch.gt(x, 0, out=torch.zeros(1, 3).bool()), "'mul' in module 'Spelled'"),
+    "a mask multiplied in": (lambda x: torch.ones_like(x).mul_(x > 0).mul_(x), "'mul' in module 'Spelled' depends on"),
+    "a mask filled in": (lambda x: F.relu(x) * torch.full_like(x, x.detach().sum()), "'full_like' in module"),
+    "an index": (lambda x: F.relu(x)[:, x.argmax(1)], "'getitem' in module 'Spelled' depends on the input"),
+    "the end of a slice": (lambda x: F.relu(x)[:, : (x > -9).sum()], "'getitem' in module 'Spelled' depends on"),
+    "no gradient": (lambda x: F.relu(x) * without(x.mean), "'mul' in module 'Spelled' depends on the input"),
+    "a rectifier without one": (lambda x: x * without(lambda: F.relu(x)), "'mul' in module 'Spelled' depends on"),
+    "a rectifier in place without one": (
+        lambda x: (F.relu(x), without(x.relu_))[0],
+        "'relu' in module 'Spelled' writes",
+    ),
+    "a copy without one": (lambda x: F.relu(x) * without(lambda: torch.zeros_like(x).copy_(x)), "'mul' in module"),
+    "whole numbers": (lambda x: F.relu(x) * x.to(torch.int32), "'mul' in module 'Spelled' depends on the input"),
+    "the data": (lambda x: F.relu(x) * x.data, "'mul' in module 'Spelled' depends on the input"),
+    "data written": (
+        lambda x: (F.relu(x), x.data.clamp_(min=0))[0],
+        "'clamp' in module 'Spelled' writes",
+    ),
+    "data set": (lambda x: setattr(x, "data", x.data * 2) or F.relu(x), "'set_data' in module 'Spelled' writes into"),
+    "a part of data written": (
+        lambda x: (x.detach()[:, :1].zero_(), F.relu(x))[1],
+        "'zero' in module 'Spelled' writes",
+    ),
+    "detached in place": (lambda x: F.relu(x) * (x + 0).detach_(), "'mul' in module 'Spelled' depends on the input"),
+    "a mask transposed": (lambda x: F.relu(x) * (x.mT > 0).mT, "'mul' in module 'Spelled' depends on the input"),
+    "a mask by rows": (lambda x: F.relu(x) * torch.stack([*(x > 0)]), "'mul' in module 'Spelled' depends"),
+    "a number": (lambda x: F.relu(x) * x.mean().item(), "'item' in module 'Spelled' gives numbers of the input"),
+    "a cut number": (lambda x: F.relu(x) * (x > 0).sum().item(), "'item' in module 'Spelled' gives numbers of the"),
+    "a list": (lambda x: F.relu(x) * x.sum().detach().tolist(), "'tolist' in module 'Spelled' gives numbers"),
+    "an array": (lambda x: F.relu(x) * torch.from_numpy(x.detach().numpy()), "'numpy' in module 'Spelled' gives"),
+    "a Python float": (lambda x: F.relu(x) * float(x.sum()), "'float' in module 'Spelled' gives numbers"),
+    "a Python int": (lambda x: F.relu(x) * int(x.detach().sum()), "'int' in module 'Spelled' gives numbers"),
+    "a branch": (lambda x: F.relu(x) if x.sum() > 0 else x, "'bool' in module 'Spelled' gives numbers of the input"),
+    "a range": (lambda x: F.relu(x) * len(range((x > 0).sum())), "'index' in module 'Spelled' gives numbers"),
+    "a comparison": (lambda x: F.relu(x) if torch.equal(x, x) else x, "'equal' in module 'Spelled' gives numbers"),
+    "a tensor of it": (lambda x: F.relu(x) * torch.tensor([1.0, 2, 3]).new_tensor(x.detach()), "'mul' in module"),
+    "a live weight": (lambda x: torch.lerp(F.relu(x), x, x), "'lerp' in module 'Spelled' has no rule"),
+    "a live weight by name": (lambda x: torch.lerp(C, C, weight=F.relu(x)), "'lerp' in module 'Spelled' has no rule"),
+    "a live divisor": (lambda x: torch.div(C, F.relu(x) + 1), "'div' in module 'Spelled' has no rule"),
+    "a live divisor by name": (lambda x: torch.div(C, other=F.relu(x) + 1), "'div' in module 'Spelled' has no rule"),
+    "a staircase": (lambda x: torch.div(F.relu(x), 2.0, rounding_mode="floor"), "'div' in module 'Spelled' has no"),
+    "another staircase": (lambda x: F.relu(x).div(2.0, rounding_mode="trunc"), "'div' in module 'Spelled' has no rule"),
+    "batch statistics": (
+        lambda x: torch.batch_norm(F.relu(x), None, None, None, None, True, 0.1, 1e-5, False),
+        "'batch_norm' in module 'Spelled' in training mode depends on the other images",
+    ),
+    "no form out of place": (
+        lambda x: F.relu(x).zero_(),
+        "'zero' in module 'Spelled' writes into its input, and",
+    ),
 }
 
 
+def masked(x, mask):
+    x[mask] = 0
+    return x
+
+
+def written(b, values):
+    b[:] = values
+    return b
+
+
+def copied(b, values):
+    b[:, :].copy_(values)
+    return b
+
+
+def viewed(b, values):
+    view = b[:]
+    b.copy_(values)
+    return view
+
+
+def halved(b, x):
+    b[:] = x > 0
+    b[:, :1] = x[:, :1]
+    return b
+
+
+def without(function):
+    with torch.no_grad():
+        return function()
+
+
+@pytest.mark.filterwarnings("ignore:Converting a tensor", "ignore:To copy construct")
 @pytest.mark.parametrize("case", HOSTILE)
 def test_what_has_no_rule_is_refused_by_operation_and_module(case):
     rectifier, message = HOSTILE[case]
@@ -116,16 +235,38 @@ class Foreign(torch.autograd.Function):
         return g * (ctx.saved_tensors[0] > 0)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")
-def test_what_does_not_pass_through_torch_functions_is_found_in_the_graph():
-    scripted = torch.jit.script(lambda_like)
-    for rectifier in (Foreign.apply, scripted):
-        with pytest.raises(UnsupportedError, match="outside torch's functions"):
-            sent_back(Spelled(lambda x, rectifier=rectifier: F.relu(rectifier(x))).eval(), "guided_backprop")
-
-
-def lambda_like(x: torch.Tensor) -> torch.Tensor:
+def scripted_relu(x: torch.Tensor) -> torch.Tensor:
     return torch.relu(x)
+
+
+def scripted_square(x: torch.Tensor) -> torch.Tensor:
+    return x * x
+
+
+def scripted_mask(x: torch.Tensor) -> torch.Tensor:
+    return x * (x > 0)
+
+
+def scripted_product(x: torch.Tensor) -> torch.Tensor:
+    return torch.mm(x.t(), x)[:1]
+
+
+def scripted_quotient(x: torch.Tensor) -> torch.Tensor:
+    return 1.0 / torch.div(torch.ones_like(x), x)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")
+@pytest.mark.parametrize(
+    "function",
+    [Foreign.apply, scripted_relu, scripted_square, scripted_mask, scripted_product, scripted_quotient],
+    ids=["Foreign", "relu", "square", "mask", "product", "quotient"],
+)
+def test_what_does_not_pass_through_torch_functions_is_found_in_the_graph(function):
+    if isinstance(function, types.FunctionType):
+        function = torch.jit.script(function)
+    for _ in range(3):  # torch rewrites a scripted function after its first calls
+        with pytest.raises(UnsupportedError, match="outside torch's functions"):
+            sent_back(Spelled(lambda x: F.relu(function(x))).eval(), "guided_backprop")
 
 
 class Branches(nn.Module):
@@ -225,3 +366,55 @@ def test_max_pooling_sends_back_through_its_switches():
     x = torch.tensor([[[1.0, 5, 2, 3]]])
     assert sent_back(pooled, "guided_backprop", x).tolist() == [[[0.0, 1, 0, 0]]]
     assert math.isclose(float(pooled(x)), 5)
+
+
+LINEAR_LAYERS = {
+    "adaptive maximum": (nn.AdaptiveMaxPool3d(2), 3),
+    "maximum": (nn.MaxPool3d(2), 3),
+    "adaptive mean": (nn.AdaptiveAvgPool3d(3), 3),
+    "mean": (nn.AvgPool3d(2), 3),
+    "nearest": (nn.Upsample(scale_factor=2), 3),
+    "exact": (nn.Upsample(scale_factor=2, mode="nearest-exact"), 3),
+    "trilinear": (nn.Upsample(scale_factor=2, mode="trilinear"), 3),
+    "adaptive maximum 2d": (nn.AdaptiveMaxPool2d(2), 2),
+    "exact 2d": (nn.Upsample(scale_factor=2, mode="nearest-exact"), 2),
+    "bilinear 2d": (nn.Upsample(scale_factor=2, mode="bilinear"), 2),
+    "antialiased": (lambda x: F.interpolate(x, size=(5, 5), mode="bilinear", antialias=True), 2),
+    "antialiased bicubic": (lambda x: F.interpolate(x, size=(5, 5), mode="bicubic", antialias=True), 2),
+    "transposed": (nn.ConvTranspose2d(2, 2, 2), 2),
+    "reflected": (nn.ReflectionPad2d(1), 2),
+    "replicated": (nn.ReplicationPad2d(1), 2),
+    "round": (nn.CircularPad2d(1), 2),
+    "norm without weights": (nn.BatchNorm2d(2, affine=False), 2),
+    "adaptive maximum 1d": (nn.AdaptiveMaxPool1d(2), 1),
+    "adaptive mean 1d": (nn.AdaptiveAvgPool1d(3), 1),
+    "nearest 1d": (nn.Upsample(scale_factor=2), 1),
+    "exact 1d": (nn.Upsample(scale_factor=2, mode="nearest-exact"), 1),
+    "linear 1d": (nn.Upsample(scale_factor=2, mode="linear"), 1),
+    "reflected 1d": (nn.ReflectionPad1d(1), 1),
+    "replicated 3d": (nn.ReplicationPad3d(1), 3),
+    "reflected 3d": (nn.ReflectionPad3d(1), 3),
+}
+
+
+@pytest.mark.parametrize("case", LINEAR_LAYERS)
+def test_layers_without_a_rectifier_keep_their_own_backward(case):
+    layer, sides = LINEAR_LAYERS[case]
+    torch.manual_seed(0)
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            if isinstance(layer, nn.Module):
+                self.layer = layer
+            else:
+                self.function = layer
+
+        def forward(self, x):
+            x = self.layer(x) if hasattr(self, "layer") else self.function(x)
+            return F.relu(x).flatten(1).sum(1, keepdim=True)
+
+    network, x = Network().double().eval(), torch.rand(2, 2, *[8] * sides, dtype=torch.float64) + 0.5
+    given = x.clone().requires_grad_()
+    (wanted,) = torch.autograd.grad(network(given).sum(), given)  # one rectifier, to which 1 comes back: the same
+    torch.testing.assert_close(sent_back(network, "guided_backprop", x), wanted, atol=1e-12, rtol=1e-12)
