@@ -346,6 +346,80 @@ def test_attention_in_windows_is_refused_by_module():
         attribute.rollout(net, images())
 
 
+class Attends(Transformer):
+    """One more step over the tokens before the head."""
+
+    def __init__(self, step):
+        super().__init__(class_token=False)
+        self.step = step
+
+    def forward(self, x):
+        x = self.patches(x).flatten(2).transpose(1, 2) + self.places
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.step(x).mean(1))
+
+
+def windows(x):
+    x = x.unflatten(1, (1, 2, 8))
+    return ((x @ x.mT).softmax(-1) @ x).flatten(1, 3)
+
+
+ATTENTION = {
+    "fewer keys": (lambda x: (x @ x[:, ::4].mT).softmax(-1) @ x[:, ::4], "is between different tokens"),
+    "fewer keys by heads": (
+        lambda x: ((x[:, None] @ x[:, None, ::4].mT).softmax(-1) @ x[:, None, ::4])[:, 0],
+        "is between different tokens",
+    ),
+    "fused": (lambda x: F.scaled_dot_product_attention(x, x[:, ::4], x[:, ::4]), "is between different tokens"),
+    "of a class": (lambda x: torch.bmm((x[:, :1] @ x.mT).softmax(-1), x), "is between different tokens"),
+    "masked": (lambda x: ((x @ x[:, :8].mT).softmax(-1) * x.new_ones(8)) @ x[:, :8], "is between different"),
+    "by einsum": (
+        lambda x: torch.einsum("iqk,iku->iqu", (x @ x[:, :8].mT).softmax(-1), x[:, :8]),
+        "is between different tokens",
+    ),
+    "slots": (lambda x: normalised((x[:, :4] @ x.mT).softmax(1)) @ x, "runs over the queries, not over the keys"),
+    "queries": (lambda x: (x @ x.mT).softmax(1) @ x, "runs over the queries, not over the keys"),
+    "windows in five axes": (windows, "is in windows"),
+    "no dim": (
+        lambda x: F.softmax(x @ x.mT) @ x,
+        "'softmax' in module 'Attends' has no `dim`, so it runs over axis 0, not over the keys: give `dim=-1`",
+    ),
+}
+
+
+def normalised(weights):
+    weights = weights + 1e-8
+    return weights / weights.sum(-1, keepdim=True)
+
+
+@pytest.mark.filterwarnings("ignore:Implicit dimension choice")
+@pytest.mark.parametrize("case", ATTENTION)
+def test_attention_that_cannot_be_followed_is_refused(case):
+    step, message = ATTENTION[case]
+    torch.manual_seed(0)
+    with pytest.raises(MicrotomeError) as error:
+        attribute.rollout(Attends(step).double().eval(), images())
+    assert message in str(error.value)
+
+
+GATES = {
+    "of channels": lambda x: x * x.softmax(2),
+    "of branches": lambda x: (torch.stack([x, -x], 1) * torch.stack([x, 2 * x], 1).softmax(1)).sum(1),
+    "of positions": lambda x: x + (x * x.mean(2, keepdim=True).softmax(1)),
+    "classes": lambda x: x.mean(1).softmax(1)[:, None],
+}
+
+
+@pytest.mark.parametrize("case", GATES)
+def test_a_softmax_that_is_a_gate_is_left_alone(case):
+    torch.manual_seed(0)
+    net, x = Attends(GATES[case]).double().eval(), images()
+    found = attribute.rollout(net, x).map
+    net.step = nn.Identity()
+    assert torch.equal(attribute.rollout(net, x).map, found)
+
+
 def test_words_of_a_text_are_explained_through_their_embeddings():
     """A tiny language model: the output's words in rows, the input's tokens in columns, complete by row."""
     torch.manual_seed(0)
