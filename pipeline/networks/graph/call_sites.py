@@ -55,7 +55,8 @@ METADATA = _names(
     "retain_grad register_hook is_same_size can_cast dim_order is_signed is_conj is_neg is_pinned is_shared is_mkldnn "
     "grad"
 )
-FILLED = frozenset({"full_like", "new_full"})  # but may get others'
+FILLED = frozenset({"full_like", "new_full"})  # but may hold others'
+LIKE = _names("to type_as view_as expand_as reshape_as")  # a second tensor gives a shape, type or device
 # Linear in the one argument that is made of the input.
 LINEAR = _names(
     "conv1d conv2d conv3d convolution conv_transpose1d conv_transpose2d conv_transpose3d linear matmul addmm "
@@ -185,12 +186,15 @@ class CallSites(TorchFunctionMode):
         name, in_place = named(func)
         if name in METADATA and not (name in FILLED and tensors_in(args[1:], kwargs)):
             return func(*args, **kwargs)
+        if in_place and not args:
+            args = (kwargs.pop("input"),)
         call = Call(name, func, tuple(args), kwargs)
-        writes = in_place or name in WRITERS
-        if writes and args:
+        writes = in_place or name in WRITERS or _asks_in_place(call)
+        if writes and name not in SHAPED_IN_PLACE:
             self._check_written(call)
-        cut = self._cut_of(args[1:] if name in WRITERS else args, kwargs)
-        if not live(args, kwargs):
+        values = (args[:1],) if name in LIKE else (args, kwargs)
+        cut = self._cut_of(args[1:], kwargs) if name in WRITERS else self._cut_of(*values)
+        if not live(*values):
             return self._without_gradient(call, cut, writes)
         if name in DROPOUTS and _drops(call):
             raise self.refusal(name, "draws random numbers: call `eval()` first")
@@ -211,7 +215,7 @@ class CallSites(TorchFunctionMode):
                 raise self._numbers(call)
             self._remember(made, cut)
             if writes or "out" in call.kwargs:
-                self._remember_written(call.args[0] if writes else made[0], cut)
+                self._remember_written(_first(call) if writes else made[0], cut)
         return output
 
     def _in_place(self, call: Call, in_place: bool) -> Any:
@@ -219,27 +223,21 @@ class CallSites(TorchFunctionMode):
 
         So autograd, and what rules keep, stay right.
         """
-        args, kwargs = call.args, dict(call.kwargs)
+        function = call.function
         if in_place and call.name not in WRITERS | SHAPED_IN_PLACE:
-            function = _out_of_place(call.name)
-            if function is None and self.strict:
+            found = _out_of_place(call.name)
+            if found is None and self.strict:
                 raise self.refusal(call.name, "writes into its input, and has no form that does not")
-            if function is None:
+            if found is None:
                 return call.run()
-        else:
-            function = call.function
-            at = _place_of_inplace(function)
-            if at is not None and len(args) > at and args[at] is True:
-                args = (*args[:at], False, *args[at + 1 :])
-            elif kwargs.get("inplace") is True:
-                kwargs["inplace"] = False
-            else:
-                return self._met(call)
-        if args:
-            destination, args = args[0], (args[0].clone(), *args[1:])
-        else:
-            destination = kwargs["input"]
-            kwargs["input"] = destination.clone()
+            function = found
+        elif not _asks_in_place(call):
+            return self._met(call)
+        destination, at = _first(call), _place_of_inplace(call.function)
+        args = (destination.clone(), *call.args[1:])
+        kwargs = {name: value for name, value in call.kwargs.items() if name not in ("input", "inplace")}
+        if at is not None and len(args) > at:
+            args = (*args[:at], False, *args[at + 1 :])
         output = self._met(Call(call.name, function, args, kwargs))
         if not live(output):
             self._remember_written(destination, self._here(call))
@@ -311,7 +309,7 @@ class CallSites(TorchFunctionMode):
 
     def _check_written(self, call: Call) -> None:
         """Refuse to write past autograd into the memory of a tensor that has a gradient."""
-        into = call.args[0]
+        into = _first(call)
         if not self.strict or not isinstance(into, torch.Tensor):
             return
         if into.requires_grad:
@@ -396,6 +394,10 @@ def argument(call: Call, place: int, name: str, default: Any = None) -> Any:
     return call.args[place] if len(call.args) > place else call.kwargs.get(name, default)
 
 
+def _first(call: Call) -> Any:
+    return call.args[0] if call.args else call.kwargs["input"]
+
+
 def trains(call: Call) -> bool:
     """Return whether a call of batch_norm takes its statistics from the batch."""
     of_network = isinstance(call.function, types.FunctionType)  # torch's own has weight and bias before the statistics
@@ -422,6 +424,11 @@ def _place_of_inplace(function: Any) -> int | None:
         return None
     names = function.__code__.co_varnames[: function.__code__.co_argcount]
     return names.index("inplace") if "inplace" in names else None
+
+
+def _asks_in_place(call: Call) -> bool:
+    at = _place_of_inplace(call.function)
+    return at is not None and argument(call, at, "inplace") is True
 
 
 _DISPATCH = {f"has_torch_function{end}": (lambda *_: False) for end in ("", "_unary", "_variadic")}

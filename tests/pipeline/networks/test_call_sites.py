@@ -78,6 +78,10 @@ SPELLINGS = {
     "torch.batch_norm": lambda x: torch.batch_norm(
         F.relu(x), None, None, x.new_zeros(3), x.new_ones(3), False, 0.1, 0.0, False
     ),
+    "in place by names": lambda x: (F.relu(input=x, inplace=True), x)[1],
+    "like the input": lambda x: F.relu(x) + torch.zeros(1, 1).to(x).expand_as(x).type_as(x).view_as(x),
+    "an unused mask of its type": lambda x: ((x > 0).to(x), F.relu(x))[1],
+    "an unused detached shape": lambda x: (x.detach().unsqueeze_(0).squeeze_(0), F.relu(x))[1],
     "filled": lambda x: F.relu(x) + torch.full_like(x, 0.0),
 }
 
@@ -148,6 +152,7 @@ HOSTILE = {
         lambda x: (F.relu(x), x.data.clamp_(min=0))[0],
         "'clamp' in module 'Spelled' writes",
     ),
+    "data written by a function": (lambda x: (F.relu(x), F.relu(x.data, True))[0], "'relu' in module 'Spelled' writes"),
     "data set": (lambda x: setattr(x, "data", x.data * 2) or F.relu(x), "'set_data' in module 'Spelled' writes into"),
     "a part of data written": (
         lambda x: (x.detach()[:, :1].zero_(), F.relu(x))[1],
@@ -155,6 +160,7 @@ HOSTILE = {
     ),
     "detached in place": (lambda x: F.relu(x) * (x + 0).detach_(), "'mul' in module 'Spelled' depends on the input"),
     "a mask transposed": (lambda x: F.relu(x) * (x.mT > 0).mT, "'mul' in module 'Spelled' depends on the input"),
+    "a mask of its type": (lambda x: F.relu(x) * (x > 0).type_as(x), "'mul' in module 'Spelled' depends on the input"),
     "a mask by rows": (lambda x: F.relu(x) * torch.stack([*(x > 0)]), "'mul' in module 'Spelled' depends"),
     "a number": (lambda x: F.relu(x) * x.mean().item(), "'item' in module 'Spelled' gives numbers of the input"),
     "a cut number": (lambda x: F.relu(x) * (x > 0).sum().item(), "'item' in module 'Spelled' gives numbers of the"),
