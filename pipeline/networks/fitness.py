@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pipeline.networks.layer import LayerInfo
 
 Pooling = Literal["mean", "sum"]
+Link = Literal["logit", "probability", "log_probability"]
 Normalised = Literal["", "softmax", "log_softmax"]
 
 

@@ -9,17 +9,16 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline.errors import MicrotomeError, nearest
+from pipeline.networks.fitness import Link
 from pipeline.networks.graph.call_sites import CallSites, frozen
 from pipeline.networks.layers import first_tensor, head_of, one_attention_path, replaced
-
-Link = Literal["logit", "probability", "log_probability"]
 
 
 class Target(Protocol):

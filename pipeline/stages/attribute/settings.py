@@ -12,13 +12,13 @@ from pipeline.config.base import Name, PathName, Strict
 from pipeline.config.networks import Numerics, Preprocessing, SpecialTokens
 from pipeline.config.section import Chosen, Section, Selection
 from pipeline.errors import nearest
+from pipeline.networks.fitness import Link
 from pipeline.stages.attribute.options import AnyMethod, OfLayer
 from pipeline.storage.record import Record
 
 if TYPE_CHECKING:
     from pipeline.config.core import Core
 
-Link = Literal["logit", "probability", "log_probability"]
 Class = Annotated[int, Field(ge=0)] | str
 
 
