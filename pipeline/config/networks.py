@@ -84,7 +84,15 @@ class NetworkSpec(BaseModel):
     download: bool = Field(False, description="download published weights that are not on this machine")
     seed: int = Field(default=0, ge=0, lt=2**63, description="of the initial weights")
     prefix: str | None = Field(
-        None, description="prefix of every key of the checkpoint that the network's keys lack, for example `module.`"
+        None,
+        description="prefix of the network's keys in the checkpoint, for example `module.`; keys without it are left "
+        "out, which is said",
+    )
+    within: str | None = Field(
+        None,
+        min_length=1,
+        description="entry of the checkpoint that holds the weights, for example `teacher` or `ema/state_dict`; "
+        "default: `state_dict`, `model_state_dict` or `model`, or the only one with tensors by name",
     )
     output: StrictInt | str | None = Field(
         None,
@@ -93,11 +101,12 @@ class NetworkSpec(BaseModel):
     )
 
     @model_serializer(mode="wrap")
-    def _without_an_unset_output(self, handler: Any) -> dict[str, Any]:
-        """Omit `output` unless it is set, so that networks made before it existed keep their ids."""
+    def _without_unset_later_keys(self, handler: Any) -> dict[str, Any]:
+        """Omit `output` and `within` unless set, so that networks made before they existed keep their ids."""
         found = handler(self)
-        if self.output is None:
-            found.pop("output", None)
+        for key in ("output", "within"):
+            if getattr(self, key) is None:
+                found.pop(key, None)
         return found
 
     @model_validator(mode="after")
@@ -122,6 +131,8 @@ class NetworkSpec(BaseModel):
             raise ValueError("a module has no published weights: give a checkpoint as `weights: path`")
         if self.published and self.prefix is not None:
             raise ValueError("`prefix` is for a checkpoint of your own; published weights have none")
+        if self.within is not None and self.weights_file is None:
+            raise ValueError("`within` names an entry of a checkpoint of your own: give that as `weights: path`")
         if self.weights.startswith(FROM_RUN) and len(self.run or ()) != 2:
             raise ValueError(f"weights of a run are named `{FROM_RUN}<experiment>/<run>`, found {self.weights!r}")
         if self.local is not None and not self.published and self.transformers is None:
@@ -307,7 +318,7 @@ class Network(Reading, NetworkSpec):
     """A network: how to build it, its weights, and the layers to examine."""
 
     weights: PathName = Field(
-        description="a .pt, .pth or .safetensors file; `train`; `random`; published weights: `pretrained` (timm, "
+        description="a checkpoint of torch or safetensors; `train`; `random`; published weights: `pretrained` (timm, "
         "transformers), `DEFAULT` or another name (torchvision); or `randomize:<experiment>/<run>`"
     )
     layers: Literal["auto"] | Annotated[list[str], Field(min_length=1)] = Field(
@@ -378,7 +389,7 @@ class Segmenter(NetworkSpec):
     """A segmentation network as a source of concepts; data sets refer to it in `concepts`."""
 
     weights: PathName = Field(
-        description="a .pt, .pth or .safetensors file, or published weights: `pretrained` (transformers), "
+        description="a checkpoint of torch or safetensors, or published weights: `pretrained` (transformers), "
         "`DEFAULT` or another name (torchvision)"
     )
     preprocessing: Preprocessing = Field(Preprocessing(), description="normalisation that the network expects")

@@ -39,7 +39,7 @@ def load(described: Described, weights_path: str | Path | None = None) -> nn.Mod
     Parameters
     ----------
     weights_path : the checkpoint that the workflow made of this network (needed for `weights: train`). It replaces
-        `weights`, and its keys are the network's own: `prefix` does not apply to it.
+        `weights`, and its keys are the network's own: `prefix` and `within` do not apply to it.
     """
     spec = NetworkSpec.of(described)
     if weights_path is None and (spec.weights == TRAINED_HERE or spec.run is not None):
@@ -66,7 +66,7 @@ def load_weights(
         path = published_file(spec)
         checkpoint.load_state(network, _published(spec, shapes_only), path)
     elif spec.weights_file is not None:
-        checkpoint.load_state(network, read(spec.weights_file, spec.prefix), spec.weights_file)
+        checkpoint.load_state(network, read(spec.weights_file, spec.prefix, spec.within), spec.weights_file)
 
 
 def published_file(spec: NetworkSpec) -> Path:

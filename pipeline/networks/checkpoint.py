@@ -1,17 +1,20 @@
 """Read and write checkpoints: tensors by name, and nothing else.
 
-A file is refused, with its name, if it is missing, empty or truncated, holds pickled objects, or does not fit the
-network. Nothing in it is ever executed, and no key is ever ignored.
+A file is read by its content, whatever its name ends in. It is refused, with its name, if it is missing, empty or
+truncated, holds pickled objects, or does not fit the network. Nothing in it is ever executed, and no key is ignored but
+those that a `prefix` leaves out, which `notices` names.
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
 import pickle
 import re
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,10 +24,21 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-SUFFIXES = (".pt", ".pth", ".safetensors", ".bin")
-# Keys under which training scripts store the state dict in a larger checkpoint.
+# Entries that are taken before others: where training scripts keep the weights that they train.
 _ENTRIES = ("state_dict", "model_state_dict", "model")
+_DEPTH = 2  # of entries in a file: `ema/state_dict`
 _SHOWN = 4
+# How files begin that are no checkpoints, what they are, and what to do.
+_OTHERS = (
+    (b"\x1f\x8b", "a gzip archive", "unpack it and name the file in it"),
+    (b"version https://git-lfs", "a pointer of Git LFS", "run `git lfs pull`"),
+    (b"\x89HDF", "an HDF5 file", "save the tensors by name with torch or safetensors"),
+    (b"\x93NUMPY", "a NumPy array", "save the tensors by name with torch or safetensors"),
+    (b"<", "a web page, or other text with tags", "download the file itself"),
+    (b"{", "text", "name the file with the tensors"),
+)
+_TAR = 257, b"ustar"  # where a tar archive says that it is one
+_LONGEST_HEADER = 100_000_000  # bytes, of safetensors
 
 
 def load_state(network: nn.Module, state: dict[str, torch.Tensor], path: str | Path) -> None:
@@ -45,14 +59,16 @@ def load_state(network: nn.Module, state: dict[str, torch.Tensor], path: str | P
         raise MicrotomeError(f"checkpoint {path} does not fit the network: {_misfit(state, own) or error}") from error
 
 
-def read(path: str | Path, prefix: str | None = None) -> dict[str, torch.Tensor]:
+def read(path: str | Path, prefix: str | None = None, within: str | None = None) -> dict[str, torch.Tensor]:
     """Return the state dict of a checkpoint, on the CPU.
 
-    It is the file's content, or its only entry called `state_dict`, `model_state_dict` or `model`.
+    It is the file's content; or its only entry called `state_dict`, `model_state_dict` or `model`; or, if it has none
+    of these, its only entry with tensors by name.
 
     Parameters
     ----------
-    prefix : stripped from every key; an error if a key does not start with it.
+    prefix : only the keys that start with it are taken, without it; an error if none does.
+    within : the entry to read, `ema` or `ema/state_dict`, in place of the file's content.
 
     Raises
     ------
@@ -62,7 +78,7 @@ def read(path: str | Path, prefix: str | None = None) -> dict[str, torch.Tensor]
     import torch
 
     path = Path(path)
-    state = _strip(_tensors(path, device="cpu"), prefix, path)
+    state = _strip(_tensors(path, "cpu", within), prefix, path)
     for key, tensor in state.items():
         if tensor.is_floating_point():
             wrong = tensor.numel() - int(torch.isfinite(tensor).sum())
@@ -74,10 +90,31 @@ def read(path: str | Path, prefix: str | None = None) -> dict[str, torch.Tensor]
     return state
 
 
-def shapes(path: str | Path, prefix: str | None = None) -> dict[str, torch.Tensor]:
+def shapes(path: str | Path, prefix: str | None = None, within: str | None = None) -> dict[str, torch.Tensor]:
     """Return the state dict as tensors on the meta device: names, shapes and dtypes without reading the values."""
     path = Path(path)
-    return _strip(_tensors(path, device="meta"), prefix, path)
+    return _strip(_tensors(path, "meta", within), prefix, path)
+
+
+def notices(path: str | Path, prefix: str | None = None, within: str | None = None) -> Iterator[str]:
+    """Yield what a checkpoint holds beside what is taken of it: other weights of the network, and keys left out."""
+    path = Path(path)
+    content = _content(path, "meta")
+    taken, state = _chosen(content, within, path)
+    own = {key.removeprefix(prefix or "") for key in state}
+    others = [at for at, entry in _entries(content) if at != taken and _same_network(entry, own)]
+    if others:
+        named = f"`{taken}`" if taken else "what is at the top of the file"
+        yield (
+            f"checkpoint {path} also holds weights of the same network under {_listed(others)}; {named} is taken: "
+            f"for averaged (EMA) or other weights, set `within: {others[0]}`"
+        )
+    left = [key for key in state if prefix and not key.startswith(prefix)]
+    if left:
+        yield (
+            f"checkpoint {path}: {len(left)} of {len(state)} keys lack the prefix {prefix!r} and are left out "
+            f"({_some(left)})"
+        )
 
 
 def sha256(path: str | Path) -> str:
@@ -116,13 +153,11 @@ def write_safetensors(
         os.close(folder)
 
 
-def _tensors(path: Path, device: str) -> dict[str, torch.Tensor]:
+def _tensors(path: Path, device: str, within: str | None) -> dict[str, torch.Tensor]:
     """Return the checked state dict in a file; `device="meta"` leaves the values unread."""
     import torch
 
-    _check_file(path)
-    content = _read_safetensors(path, device) if path.suffix == ".safetensors" else _read_torch(path, device)
-    state = _state_dict(content, path)
+    _, state = _chosen(_content(path, device), within, path)
     allowed = set(_dtypes().values())
     for key, tensor in state.items():
         if tensor.dtype not in allowed or tensor.layout is not torch.strided:
@@ -134,31 +169,53 @@ def _tensors(path: Path, device: str) -> dict[str, torch.Tensor]:
     return state
 
 
+def _content(path: Path, device: str) -> object:
+    """Return what a file holds, by how it begins: safetensors, or torch's zip or pickle."""
+    _check_file(path)
+    with path.open("rb") as file:
+        start = file.read(512)
+    if start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":
+        # Only the zip format can be mapped; files from before PyTorch 1.6 are a plain pickle.
+        return _read_torch(path, device, mapped=start[:1] == b"P")
+    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= _LONGEST_HEADER:
+        return _read_safetensors(path, device)
+    at, tar = _TAR
+    others = ((b"", "a tar archive", "unpack it and name the file in it"),) if start[at : at + len(tar)] == tar else ()
+    for begins, what, advice in (*others, *_OTHERS):
+        if start.lstrip().startswith(begins):
+            raise MicrotomeError(
+                f"checkpoint {path} ({path.stat().st_size} bytes) cannot be read: it is {what}: {advice}"
+            )
+    raise _unreadable(path, ValueError("neither safetensors nor a zip archive or pickle of torch"))
+
+
 def _check_file(path: Path) -> None:
     if not path.exists():
         beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise MicrotomeError(f"checkpoint {path} does not exist{nearest(path.name, beside)}")
     if not path.is_file():
-        raise MicrotomeError(f"checkpoint {path} is not a file: name the {', '.join(SUFFIXES)} file itself")
+        raise MicrotomeError(f"checkpoint {path} is not a file: name the file itself")
     if not os.access(path, os.R_OK):
         raise MicrotomeError(f"checkpoint {path} cannot be read: permission denied")
-    if path.suffix not in SUFFIXES:
-        raise MicrotomeError(f"checkpoint {path}: expected a file ending in {', '.join(SUFFIXES)}")
     if path.stat().st_size == 0:
         raise MicrotomeError(f"checkpoint {path} is empty (0 bytes): copy or download it again")
 
 
-def _read_torch(path: Path, device: str) -> object:
+def _read_torch(path: Path, device: str, mapped: bool) -> object:
     import torch
 
-    with path.open("rb") as file:
-        # Only the zip format can be mapped; files from before PyTorch 1.6 are a plain pickle.
-        start = file.read(4)
-    mapped = start == b"PK\x03\x04"
-    if not mapped and start[:1] != b"\x80":
-        raise _unreadable(path, ValueError("neither a zip archive nor a pickle"))
+    if mapped and _is_program(path):
+        raise MicrotomeError(
+            f"checkpoint {path} is refused: it is a TorchScript program, not only tensors; nothing was executed. "
+            f"Save its `state_dict()` and name that"
+        )
     try:
-        return torch.load(path, map_location=device, weights_only=True, mmap=mapped)
+        # Training scripts keep their options beside the weights: a Namespace holds values and runs nothing.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            if path.suffix != ".safetensors":
+                return torch.load(path, map_location=device, weights_only=True, mmap=mapped)
+            with path.open("rb") as file:  # by its name, torch would take the file for one of safetensors
+                return torch.load(file, map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
         if named is None and "Weights only" not in str(error):
@@ -171,6 +228,15 @@ def _read_torch(path: Path, device: str) -> object:
     # A damaged file fails anywhere inside the zip or pickle reader, with various exceptions.
     except Exception as error:
         raise _unreadable(path, error) from error
+
+
+def _is_program(path: Path) -> bool:
+    """Return whether a zip archive has what only a TorchScript program has, as torch tells them apart."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.rpartition("/")[2] == "constants.pkl" for name in archive.namelist())
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return False
 
 
 def _unreadable(path: Path, error: Exception) -> MicrotomeError:
@@ -223,26 +289,61 @@ def _dtypes() -> dict[str, torch.dtype]:
     }
 
 
-def _state_dict(content: object, path: Path) -> dict[str, torch.Tensor]:
-    """Return the tensors by name in a file's content: the content itself, or its only entry that holds them."""
-    if _is_state_dict(content):
-        return dict(content)  # type: ignore[call-overload]
-    if isinstance(content, Mapping):
-        entries = [entry for entry in _ENTRIES if _is_state_dict(content.get(entry))]
-        if len(entries) == 1:
-            return dict(content[entries[0]])
-        if entries:
+def _chosen(content: object, within: str | None, path: Path) -> tuple[str, dict[str, torch.Tensor]]:
+    """Return which entry of a file's content is taken, "" for all of it, and its tensors by name."""
+    at = ""
+    for part in (within or "").split("/") if within else ():
+        if not isinstance(content, Mapping) or part not in content:
+            known = [str(key) for key in content] if isinstance(content, Mapping) else []
+            where = f" under {at!r}" if at else ""
             raise MicrotomeError(
-                f"checkpoint {path} holds several networks ({', '.join(entries)}): save the state dict of the one meant"
+                f"checkpoint {path} has no entry {part!r}{where} (it has {_some(known) or 'none'}): correct `within`"
+                f"{nearest(part, known)}"
             )
-        held = f"a mapping with the entries {', '.join(repr(str(key)) for key in list(content)[:_SHOWN])}"
-        held = held if content else "an empty mapping"
+        content, at = content[part], f"{at}/{part}" if at else part
+    if _is_state_dict(content):
+        return at, dict(content)  # type: ignore[call-overload]
+    held = dict(_entries(content))
+    usual = [entry for entry in _ENTRIES if isinstance(content, Mapping) and _is_state_dict(content.get(entry))]
+    names = usual or list(held)
+    if len(names) == 1:
+        return f"{at}/{names[0]}" if at else names[0], dict(held.get(names[0]) or content[names[0]])  # type: ignore[index]
+    inside = f"{at}/" if at else ""
+    if names:
+        raise MicrotomeError(
+            f"checkpoint {path} holds several networks ({', '.join(names)}): name the one meant, for example "
+            f"`within: {inside}{names[0]}`"
+        )
+    if isinstance(content, Mapping):
+        what = f"a mapping with the entries {', '.join(repr(str(key)) for key in list(content)[:_SHOWN])}"
+        what = what if content else "an empty mapping"
     else:
-        held = f"a {type(content).__name__}"
+        what = f"a {type(content).__name__}"
     raise MicrotomeError(
-        f"checkpoint {path} holds {held}; expected tensors by name, or those under "
+        f"checkpoint {path} holds {what}{f' under {at!r}' if at else ''}; expected tensors by name, or those under "
         f"{' or '.join(repr(entry) for entry in _ENTRIES)}: save `network.state_dict()`"
     )
+
+
+def _entries(content: object, depth: int = _DEPTH) -> Iterator[tuple[str, Mapping[str, torch.Tensor]]]:
+    """Yield the entries of a mapping, by their place, that are tensors by name and not only single numbers."""
+    if not isinstance(content, Mapping):
+        return
+    for name, value in content.items():
+        if isinstance(name, str) and _is_state_dict(value):
+            if any(tensor.ndim for tensor in value.values()):
+                yield name, value
+        elif isinstance(name, str) and depth > 1:
+            yield from ((f"{name}/{at}", entry) for at, entry in _entries(value, depth - 1))
+
+
+def _same_network(entry: Mapping[str, torch.Tensor], own: Set[str]) -> bool:
+    """Return whether an entry has half or more of a network's keys, perhaps behind a prefix such as `module.`."""
+    return 2 * sum(key in own or key.partition(".")[2] in own for key in entry) >= len(own)
+
+
+def _listed(names: list[str]) -> str:
+    return " and ".join(f"`{name}`" for name in names)
 
 
 def _is_state_dict(content: object) -> bool:
@@ -258,13 +359,13 @@ def _is_state_dict(content: object) -> bool:
 def _strip(state: dict[str, torch.Tensor], prefix: str | None, path: Path) -> dict[str, torch.Tensor]:
     if not prefix:
         return state
-    without = [key for key in state if not key.startswith(prefix)]
-    if without:
+    taken = {key[len(prefix) :]: tensor for key, tensor in state.items() if key.startswith(prefix)}
+    if not taken:
         raise MicrotomeError(
-            f"checkpoint {path}: {len(without)} of {len(state)} keys do not start with the prefix {prefix!r} "
-            f"({_some(without)}): give the prefix that all keys have, or none"
+            f"checkpoint {path}: {len(state)} of {len(state)} keys do not start with the prefix {prefix!r} "
+            f"({_some(list(state))}): give the prefix of the network's keys, or none"
         )
-    return {key[len(prefix) :]: tensor for key, tensor in state.items()}
+    return taken
 
 
 def _check_kinds(state: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor], path: str | Path) -> None:
@@ -293,17 +394,22 @@ def _misfit(state: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) 
         parts.append(f"{len(extra)} keys too many ({_some(extra)}){nearest(extra[0], missing or own)}")
     if reshaped:
         parts.append(f"{len(reshaped)} of another shape ({_some(reshaped)})")
-    common = _common_prefix(missing, extra)
-    return "; ".join(parts) + (f": set `prefix: {common!r}`" if common else "")
+    prefixes = _prefixes(missing, extra)
+    return "; ".join(parts) + (f": set `prefix: {' or '.join(map(repr, prefixes))}`" if prefixes else "")
 
 
-def _common_prefix(missing: list[str], extra: list[str]) -> str | None:
-    """Return `module.` if every extra key is a missing one with that prefix."""
-    if not extra or not missing or not extra[0].endswith(tuple(missing)):
-        return None
+def _prefixes(missing: list[str], extra: list[str]) -> list[str]:
+    """Return the prefixes, such as `module.`, behind which the missing keys are among the extra ones."""
+    if not extra or not missing:
+        return []
+    known, first = set(extra), missing[0]
+    found = [key[: -len(first)] for key in extra if key.endswith(f".{first}")]
+    found = [prefix for prefix in found if all(prefix + key in known for key in missing)]
+    if found or not extra[0].endswith(tuple(missing)):
+        return found
     wanted = max((key for key in missing if extra[0].endswith(key)), key=len)
     prefix = extra[0][: len(extra[0]) - len(wanted)]
-    return prefix if prefix and all(key.startswith(prefix) for key in extra) else None
+    return [prefix] if prefix and all(key.startswith(prefix) for key in extra) else []
 
 
 def _some(names: list[str]) -> str:

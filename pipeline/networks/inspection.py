@@ -22,7 +22,7 @@ from torch import nn
 
 from pipeline.config.networks import Described, NetworkSpec, Reading, Segmenter
 from pipeline.errors import MicrotomeError, nearest
-from pipeline.networks import segmenters
+from pipeline.networks import checkpoint, segmenters
 from pipeline.networks.build import build, load_weights
 from pipeline.networks.explainable import examine
 from pipeline.networks.fitness import Explainable
@@ -131,7 +131,7 @@ def inspect(
     check_returned(surveyed.returned, classes, spec.architecture)
     name = spec.architecture
     choices = [layers, *(each for each in (compare, look) if each is not None)]
-    notices = list(_notices(spec, surveyed, classes))
+    notices = [*_notices(spec, surveyed, classes), *_left(spec, weights_path)]
     need, free = _memory_need(built, spec, surveyed.largest, weights_path), psutil.virtual_memory().available
     if need < free:
         recorded = {layer.name for choice in choices for layer in choose(built, surveyed, choice, name)}
@@ -198,6 +198,12 @@ def _notices(spec: NetworkSpec, surveyed: Survey, classes: int | None) -> Iterat
             "torchvision's published weights go with `arguments: {transform_input: true}`, which changes how the "
             "input is normalised; with a file as weights it is off unless you say so"
         )
+
+
+def _left(spec: NetworkSpec, weights_path: str | Path | None) -> Iterator[str]:
+    """Yield what the network's own checkpoint holds beside what is taken of it."""
+    if weights_path is None and spec.weights_file is not None:
+        yield from checkpoint.notices(spec.weights_file, spec.prefix, spec.within)
 
 
 def _alone(network: nn.Module, output: tuple[int, ...], input_shape: tuple[int, int, int]) -> str:

@@ -48,6 +48,7 @@ def settings(spec: Segmenter, digests: FileDigests) -> dict[str, Any]:
         "architecture": identity.architecture(spec, digests),
         "checkpoint": identity.weights_digest(spec, digests),
         "prefix": spec.prefix,
+        **({} if spec.within is None else {"within": spec.within}),
         "preprocessing": spec.preprocessing.model_dump(),
         "resize": spec.resize,
         "numerics": spec.numerics.model_dump(),

@@ -100,7 +100,9 @@ def inspected(scratch: Path, made_of: list[Any]) -> Path:
 
 def speed_question(job: Job) -> Question:
     """Return the speed probe's question about a network, for a job from `pairs`."""
-    random = job.network_spec.model_copy(update={"weights": "random", "train": None, "prefix": None, "seed": 0})
+    random = job.network_spec.model_copy(
+        update={"weights": "random", "train": None, "prefix": None, "within": None, "seed": 0}
+    )
     return speed_of(job, random, _request(job)["input_shape"], f"{job.network!r} on {job.dataset!r}")
 
 

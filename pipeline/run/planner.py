@@ -99,7 +99,7 @@ def control_of(spec: Network) -> Network | None:
         return None
     # A transformers model needs its folder for the architecture too.
     local = spec.local if spec.transformers is not None else None
-    untrained = {"weights": "random", "train": None, "prefix": None, "ablate": None, "local": local}
+    untrained = {"weights": "random", "train": None, "prefix": None, "within": None, "ablate": None, "local": local}
     return spec.model_copy(update=untrained)
 
 

@@ -320,7 +320,7 @@ def speeds(job: Job[Settings]) -> list[Question]:
 
 def _speed(job: Job, name: str) -> Question:
     spec = job.config.segmenters[name]
-    random = spec.model_copy(update={"weights": "random", "prefix": None})
+    random = spec.model_copy(update={"weights": "random", "prefix": None, "within": None})
     size = spec.resize or ingested(job)
     return speed_of(job, random, [3, *size], f"segmenter {name!r} on {job.dataset!r}")
 

@@ -19,6 +19,7 @@ class Settings(Record):
         interval.
     weights : of a run; the parents name it.
     checkpoint : sha256 of the file, or of each file if published weights have several. prefix : of its keys.
+    within : the entry of the file that is read, if it is named.
     """
 
     architecture: dict[str, Any]
@@ -28,3 +29,4 @@ class Settings(Record):
     weights: Literal["of a run"] | None = None
     checkpoint: str | dict[str, str] | None = None
     prefix: str | None = None
+    within: str | None = None

@@ -87,6 +87,8 @@ def settings_of(spec: Network, digests: FileDigests) -> Settings:
             weights = {"checkpoint": weights_digest(spec, digests)}
             if not spec.published:
                 weights["prefix"] = spec.prefix
+            if spec.within is not None:
+                weights["within"] = spec.within
     return Settings(architecture=architecture(spec, digests), preprocessing=spec.preprocessing, **weights)
 
 

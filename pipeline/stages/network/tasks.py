@@ -67,6 +67,7 @@ def make(
         "seed": spec.seed,
         "preprocessing": spec.preprocessing.model_dump(),
         "recipe": spec.train.recipe.model_dump() if spec.train else taken[1]["how"] if taken else None,
+        **({} if spec.within is None else {"within": spec.within}),
     }
     write_atomically(folder / "model.json", json.dumps(described | facts, indent=1))
     return Weights.read(facts)

@@ -91,7 +91,7 @@ class RunNetwork(NetworkSpec, Fitting):
 
     @model_validator(mode="after")
     def _from_random_weights(self) -> RunNetwork:
-        for key in ("weights", "local", "download", "seed", "prefix"):
+        for key in ("weights", "local", "download", "seed", "prefix", "within"):
             if getattr(self, key) != NetworkSpec.model_fields[key].default:
                 raise ValueError(f"leave out `{key}`: runs begin with random weights, from the run's seed")
         return self

@@ -132,6 +132,17 @@ def test_checkpoints_are_checked_without_their_values(nets, tmp_path):
         inspect(wrapped, (3, 8, 8))
 
 
+def test_what_a_checkpoint_holds_beside_is_said(nets, tmp_path):
+    spec = NetworkSpec(module=f"{nets}:small")
+    state = build(spec).state_dict()
+    torch.save({"model": state, "ema": {f"module.{key}": value for key, value in state.items()}}, tmp_path / "w.ckpt")
+    spec = spec.model_copy(update={"weights": str(tmp_path / "w.ckpt")})
+    (said,) = inspect(spec, (3, 8, 8)).notices
+    assert "`model` is taken: for averaged (EMA) or other weights, set `within: ema`" in said
+    taken = inspect(spec.model_copy(update={"within": "ema", "prefix": "module."}), (3, 8, 8))
+    assert len(taken.notices) == 1 and "`ema` is taken" in taken.notices[0]
+
+
 def test_images_that_do_not_fit_are_refused(nets):
     with pytest.raises(
         MicrotomeError, match=r"small cannot take images of shape \(1, 8, 8\): RuntimeError: .*channels"

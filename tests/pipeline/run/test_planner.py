@@ -45,6 +45,24 @@ def test_a_plan_says_what_is_read_and_what_is_not(tmp_path):
     assert plan.notices == (f"{name}: labels.csv: not used: notes",)
 
 
+def test_the_entry_of_a_checkpoint_is_in_the_id_only_where_it_is_named(tmp_path):
+    raw = scenes(tmp_path)
+    (tmp_path / "w.pt").write_bytes(b"weights")
+
+    def network_step(**said):
+        raw["networks"]["tiny"] |= {"weights": str(tmp_path / "w.pt")} | said
+        plan = made(raw)
+        return next(step for step in plan.steps.values() if step.stage == "network" and step.network == "tiny")
+
+    plain = network_step()
+    assert "within" not in plain.settings
+    ema = network_step(within="ema")
+    assert ema.settings == plain.settings | {"within": "ema"} and ema.id != plain.id
+    for weights in ("random", "train"):
+        with pytest.raises(MicrotomeError, match="`within` names an entry of a checkpoint of your own"):
+            network_step(weights=weights, within="ema")
+
+
 def everything(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
 
