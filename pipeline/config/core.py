@@ -65,6 +65,10 @@ class Core(Strict):
         """List the data sets that a network is dissected on."""
         return network.datasets if network.datasets is not None else list(self.datasets)
 
+    def dissects(self, network: Network, dataset: str) -> bool:
+        """Return whether a network is dissected on a data set: it has layers with maps, the data set has concepts."""
+        return network.has_maps and bool(self.datasets[dataset].concepts)
+
     @field_validator("results")
     @classmethod
     def a_folder_of_its_own(cls, value: str) -> str:

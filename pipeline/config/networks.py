@@ -321,8 +321,9 @@ class Network(Reading, NetworkSpec):
         description="a checkpoint of torch or safetensors; `train`; `random`; published weights: `pretrained` (timm, "
         "transformers), `DEFAULT` or another name (torchvision); or `randomize:<experiment>/<run>`"
     )
-    layers: Literal["auto"] | Annotated[list[str], Field(min_length=1)] = Field(
-        "auto", description="names of modules, or patterns such as `layer*`; `auto`: the blocks"
+    layers: Literal["auto"] | list[str] = Field(
+        "auto",
+        description="names of modules, or patterns such as `layer*`; `auto`: the blocks; `[]`: none, so not dissected",
     )
     preprocessing: Preprocessing = Field(Preprocessing(), description="normalisation that the network expects")
     numerics: Numerics = Field(Numerics(), description="batch size and memory format of its forward passes")
@@ -354,6 +355,14 @@ class Network(Reading, NetworkSpec):
         if isinstance(self.store, str):
             return self.store
         return next((kept for entry, kept in self.store.items() if fits(layer, entry)), "full")
+
+    @property
+    def has_maps(self) -> bool:
+        """Return whether a layer may have maps, as far as the configuration tells: without any it is not dissected."""
+        if isinstance(self.store, str) or not self.layers:
+            return bool(self.layers) and self.store != "pooled"
+        named = self.layers != "auto" and not any(set(name) & set("*?[") for name in self.layers)
+        return not (named and all(self.kept(name) == "pooled" for name in self.layers))
 
     @property
     def streams(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -130,6 +130,15 @@ class Draft:
                 f"{key}: the images of data set {(named or without)[0]!r} have no classes that a network could tell or "
                 f"be wrong about: give it `labels`, or name others in `{key}.datasets`"
             )
+
+
+def require_layers(layers: Sequence[str], network: str, key: str) -> None:
+    """Refuse a section that examines layers for a network that has none."""
+    if not layers:
+        raise MicrotomeError(
+            f"{key}: network {network!r} has `layers: []`, which leaves none to examine: name some under its `layers`, "
+            f"or other networks in `{key}`"
+        )
 
 
 def nothing(*_: Any) -> Iterator[Any]:

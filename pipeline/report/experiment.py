@@ -117,6 +117,15 @@ class Experiment:
                 found.append(DissectedPair(dataset, network, control, made.result.get("control_images")))
         return found
 
+    @cached_property
+    def pairs(self) -> list[tuple[str, str]]:
+        """Return (data set, network) of the dissected networks, then of those that only went through `extract`."""
+        found = dict.fromkeys((one.dataset, one.network) for one in self.dissected)
+        for made in self.of_stage("extract"):
+            if made.dataset is not None and made.network is not None and not made.network.endswith(UNTRAINED):
+                found.setdefault((made.dataset, made.network))
+        return list(found)
+
     def once(self, read: Callable[[Experiment], Result]) -> Result:
         """Return what a function reads for this experiment; the result is cached for all pages."""
         if read not in self._read:
@@ -133,11 +142,11 @@ class Experiment:
 
     @cached_property
     def _names(self) -> dict[tuple[str, str], str]:
-        return file_names((one.dataset, one.network) for one in self.dissected)
+        return file_names(self.pairs)
 
     def label(self, dataset: str, network: str) -> str:
         """Return a network's name for readers: with its data set only if there are several."""
-        several = len({one.dataset for one in self.dissected}) > 1
+        several = len({of for of, _ in self.pairs}) > 1
         return f"{network} on {dataset}" if several else network
 
     def page_of(self, dataset: str, network: str) -> str:

@@ -58,7 +58,8 @@ def sizes(plan: Plan) -> list[str]:
         known = inspected.found(job)
         layers, count = [layer.name for layer in known.layers], len(known.layers)
         named = ", ".join(layers if count <= 4 else [*layers[:2], "...", layers[-1]])
-        lines.append(f"{job.network} on {job.dataset}: {known.parameters:,} parameters, {count} layers ({named})")
+        which = f"{count} layers ({named})" if count else "no layers"
+        lines.append(f"{job.network} on {job.dataset}: {known.parameters:,} parameters, {which}")
         lines += [f"{job.network} on {job.dataset}: {notice}" for notice in known.notices]
     return lines + [line for job in every for line in job.stage.sizes(job)]
 

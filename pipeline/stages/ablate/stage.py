@@ -70,6 +70,12 @@ def steps(draft: Draft) -> Iterator[Wanted]:
         section = draft.networks[network].ablate
         if section is None or (section.datasets is not None and dataset not in section.datasets):
             continue
+        if not draft.config.dissects(draft.networks[network], dataset):
+            raise MicrotomeError(
+                f"network {network!r}, ablate: it is not dissected on {dataset!r}, and its units would have no labels: "
+                f"give the network layers with maps and the data set `concepts`, or name other data sets in "
+                f"`ablate.datasets`"
+            )
         parents = (
             draft.step("ingest", dataset),
             draft.step("network", network=network),

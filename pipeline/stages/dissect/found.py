@@ -250,7 +250,8 @@ def lead(experiment: Experiment) -> str:
     """Return one sentence for a newcomer: what was dissected in all."""
     found = networks(experiment)
     if not found:
-        return "This report shows no network."
+        run = {network for _, network in experiment.pairs}
+        return f"{plural(len(run), 'network')}, none of them dissected." if run else "This report shows no network."
     layers = sum(len(network.trained.layers) for network in found)
     units = sum(len(network.trained.units) for network in found)
     were, their = ("was", "its") if len(found) == 1 else ("were", "their")

@@ -85,6 +85,7 @@ STORED = 19e-9  # CPU seconds to keep, compress and write one value of a layer
 
 def steps(draft: Draft) -> Iterator[Wanted]:
     for data, name in draft.pairs():
+        draft.summaries[data].require(data, draft.config.datasets[data].examined_split)
         limit = draft.config.controls.images if name.endswith(UNTRAINED) else None
         settings = settings_of(draft.networks[name], draft.config.datasets[data], limit)
         parents = draft.step("ingest", data), draft.step("network", network=name)
@@ -405,7 +406,7 @@ def _layers_there(job: Job, names: Sequence[str]) -> dict[str, float]:
         return {layer.name: size_of(layer.folder(job.dataset_folder) / "activations.zarr") for layer in layers}
     folders = [folder for folder in job.noted() if not folder.endswith(".zarr")]  # the others are inside these
     begun = sum(size_of(job.results / folder) for folder in folders)
-    return dict.fromkeys(names, begun / len(names))
+    return dict.fromkeys(names, begun / max(1, len(names)))
 
 
 def check(job: Job) -> Iterator[str]:
@@ -428,10 +429,11 @@ def check(job: Job) -> Iterator[str]:
         wishes = {entry: kept for entry, kept in entries.items() if fits(name, entry)}
         if len(set(wishes.values())) > 1:
             yield f"{who}, store: layer {name!r} fits {' and '.join(map(repr, wishes))}, which differ"
-    if names and all(network.kept(name) == "pooled" for name in names):
+    dissected = names and job.beside("dissect") is not None
+    if dissected and all(network.kept(name) == "pooled" for name in names):
         yield (
             f"{who}: every layer is stored pooled, which leaves none to dissect: keep the maps of one, `store: full`, "
-            "or have them counted without being stored, `store: none`"
+            "or have them counted without being stored, `store: none`; if none is to be dissected, `store: pooled`"
         )
 
 

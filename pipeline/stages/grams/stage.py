@@ -23,7 +23,7 @@ from pipeline.plan import inspected
 from pipeline.plan.cost import Cost, Store, rate_of
 from pipeline.plan.counted import ingested
 from pipeline.plan.job import Job
-from pipeline.plan.stage import Draft, Stage, Wanted
+from pipeline.plan.stage import Draft, Stage, Wanted, require_layers
 from pipeline.plan.step import Key
 from pipeline.stages.grams.results import Kept
 from pipeline.stages.grams.settings import Settings
@@ -83,8 +83,10 @@ def steps(draft: Draft) -> Iterator[Wanted]:
 def settings_of(draft: Draft, network: str, dataset: str, asked: Similarity) -> Settings:
     """Return what the id of a network's Gram matrices is made of; a copy has the layers of its network."""
     spec = draft.networks[network]
+    layers = asked.layers.get(network) or asked.layers.get(asked.original(network)) or spec.layers
+    require_layers(layers, network, SECTION.key)
     return Settings(
-        layers=asked.layers.get(network) or asked.layers.get(asked.original(network)) or spec.layers,
+        layers=layers,
         features=asked.features,
         **spec.reading.settings,
         preprocessing=spec.preprocessing,

@@ -25,7 +25,7 @@ from pipeline.plan.cost import Cost, Store
 from pipeline.plan.counted import ingested
 from pipeline.plan.inspected import found, speed
 from pipeline.plan.job import Job
-from pipeline.plan.stage import Draft, PageModule, Stage, Wanted
+from pipeline.plan.stage import Draft, PageModule, Stage, Wanted, require_layers
 from pipeline.plan.step import Key
 from pipeline.stages.extract.results import Extracted, StoredLayer, logits
 from pipeline.stages.probes import results
@@ -76,6 +76,7 @@ FORWARD_REMEDY = "lower `shard_images` of the data set or `numerics.micro_batch`
 def steps(draft: Draft) -> Iterator[Wanted]:
     section = draft.config.section(SECTION.key)
     for dataset, network in draft.chosen(SECTION, classes=True):
+        require_layers(draft.networks[network].layers, network, SECTION.key)
         parents = (
             draft.step("ingest", dataset),
             draft.step("network", network=network),

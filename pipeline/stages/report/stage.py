@@ -25,7 +25,11 @@ VERSION = 2
 def steps(draft: Draft) -> Iterator[Wanted]:
     paged = sorted((stage for stage in draft.stages.values() if stage.pages), key=lambda stage: stage.pages[0].position)
     names = ("network", *(stage.name for stage in paged))
-    yield Wanted(Key(), settings_of(draft), tuple(step for name in names for step in draft.of_stage(name)))
+    parents = [step for name in names for step in draft.of_stage(name)]
+    # Else the report would not read what is known of networks that are not dissected.
+    dissected = {step.key for step in draft.of_stage("dissect")}
+    parents += [step for step in draft.of_stage("extract") if step.key not in dissected]
+    yield Wanted(Key(), settings_of(draft), tuple(parents))
 
 
 def settings_of(draft: Draft) -> Settings:

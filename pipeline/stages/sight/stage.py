@@ -23,7 +23,7 @@ from pipeline.networks.features import Arithmetic
 from pipeline.networks.forward import platform_numerics
 from pipeline.plan.cost import Cost
 from pipeline.plan.job import Job
-from pipeline.plan.stage import Draft, PageModule, Stage, Wanted
+from pipeline.plan.stage import Draft, PageModule, Stage, Wanted, require_layers
 from pipeline.plan.step import Key
 from pipeline.stages.sight.results import TABLES, Looked
 from pipeline.stages.sight.settings import SECTION, Settings, Sight
@@ -80,6 +80,7 @@ def settings_of(draft: Draft, network: str, dataset: str, asked: Sight) -> Setti
     """Return what the id is made of; a control has the layers of its network."""
     spec = draft.networks[network]
     layers = asked.layers.get(network) or asked.layers.get(draft.originals.get(network, network)) or spec.layers
+    require_layers(layers, network, SECTION.key)
     return Settings(
         layers=layers,
         measures=sorted(set(asked.measures)),

@@ -147,15 +147,14 @@ def test_the_memory_of_layers_that_are_not_stored_is_foretold(tmp_path, answered
 @pytest.mark.parametrize(
     ("store", "message"),
     [
-        ("pooled", "every layer is stored pooled, which leaves none to dissect"),
-        ({"a": "pooled", "?": "pooled"}, "every layer is stored pooled"),
+        ({"?": "pooled"}, "every layer is stored pooled, which leaves none to dissect"),
         ({"c": "pooled"}, "store: 'c' is none of its layers"),
         ({"a": "full", "?": "pooled"}, "layer 'a' fits 'a' and '\\?', which differ"),
     ],
 )
 def test_stores_that_are_refused(tmp_path, answered, store, message):
     raw = scenes(tmp_path)
-    raw["networks"]["tiny"]["store"] = store
+    raw["networks"]["tiny"] |= {"store": store, "layers": "auto"}
     with pytest.raises(MicrotomeError, match=message):
         checked(raw)
 
