@@ -88,6 +88,7 @@ class Experiment:
     versions : what computed the results: revision, Python, packages.
     command : the command that regenerates this report.
     workers : a `distributed.Client`; None: everything is computed in this process.
+    accuracies : how often networks are right, by (data set, network); an untrained control may be among them.
     """
 
     results: Path
@@ -100,6 +101,7 @@ class Experiment:
     report: Report = field(default_factory=Report)
     figures: Figures = field(default_factory=Figures)
     workers: Any = None
+    accuracies: Mapping[tuple[str, str], Any] = field(default_factory=dict)
 
     def of_stage(self, stage: str) -> list[Made]:
         """Return the steps of a stage, in configuration order; none if the configuration lacks it."""

@@ -114,6 +114,7 @@ def run(job: Job[Settings]) -> None:
     images, model, settings = job.images, job.model, job.settings
     replaced.keep(job)
     job.begin()
+    (job.folder / "accuracy.csv").unlink(missing_ok=True)  # the report measures it again, from these logits and labels
     shards = images.shards(settings.split, settings.images)
     logits = job.folder / "logits.zarr"
     with one_at_a_time(job.scratch / f"{job.dataset}.extract.lock"), job.workers() as workers:

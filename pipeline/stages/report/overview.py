@@ -5,12 +5,20 @@ from collections.abc import Sequence
 from pipeline.data.images import Ingested
 from pipeline.report.experiment import Experiment, Made
 from pipeline.report.page import Page
+from pipeline.report.tables import write_table
 from pipeline.report.words import number, plural
 from pipeline.stages.dissect.found import lead
+from pipeline.stages.report.accuracy import COLUMNS, row
+
+NETWORKS = "tables/networks.csv"
 
 
 def overview(experiment: Experiment, pages: Sequence[Page]) -> Page:
-    """Return the overview of these pages."""
+    """Return the overview of these pages; write the table of the networks' accuracies, if there are any."""
+    accuracies = experiment.accuracies
+    if accuracies:
+        rows = [(*pair, *row(found)) for pair, found in accuracies.items()]
+        write_table(experiment.out / NETWORKS, ("dataset", "network", *COLUMNS), rows)
     return Page(
         file="index.html",
         title=experiment.title,
@@ -20,7 +28,10 @@ def overview(experiment: Experiment, pages: Sequence[Page]) -> Page:
             "pages": pages,
             "datasets": [images(made) for made in experiment.of_stage("ingest")],
             "seconds": sum(made.seconds or 0 for made in experiment.made),
+            "accuracies": accuracies,
+            "networks_file": NETWORKS,
         },
+        files=[NETWORKS] if accuracies else [],
     )
 
 

@@ -1,6 +1,6 @@
 """The stage `report`: the pages of one configuration, from what is in the results folder.
 
-Writes report/<config name>/ *.html, figures/*.svg|png|pdf, tables/*.csv, units/*/*.jpg,
+Writes <dataset>/<network>/accuracy.csv, and report/<config name>/ *.html, figures/*.svg|png|pdf, tables/*.csv, units/*/*.jpg,
 attributions/*/*.jpg.
 """
 
@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from pipeline.plan.job import Job
 from pipeline.plan.stage import Draft, Stage, Wanted
@@ -65,6 +66,7 @@ def run(job: Job[Settings]) -> None:
             report=job.config.report,
             figures=job.config.figures,
             workers=workers,
+            accuracies=accuracies(job),
         )
         site = build(experiment, declared(job.stages.values()))
     files = {}
@@ -77,6 +79,14 @@ def run(job: Job[Settings]) -> None:
         for figure in page.figures
     ]
     job.finish(digest(files), files, Shown(figures=drawn))
+
+
+def accuracies(job: Job) -> dict[tuple[str, str], Any]:
+    """Measure how often the networks behind a report are right, by (data set, network); write their `accuracy.csv`."""
+    from pipeline.stages.report.accuracy import write_accuracy
+
+    found = {(of.dataset, of.network): write_accuracy(of) for of in behind(job) if of.stage.name == "extract"}
+    return {pair: one for pair, one in found.items() if one is not None}
 
 
 def behind(job: Job) -> list[Job]:
