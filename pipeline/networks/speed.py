@@ -41,19 +41,22 @@ class Probe(BaseModel):
 def measure(wanted: Probe) -> dict[str, Any]:
     """Return `images_per_second` and the number of `images` measured (0: estimated), or `skipped`, the reason.
 
+    Also return `flops`, the floating-point operations of one image, where they can be counted.
     Times are CPU time, or wall-clock time on a GPU, so that other work on the machine has little effect.
     """
     spec = wanted.network
+    counted: dict[str, Any] = {}
     try:
         sketch = build(spec, device="meta")
         flops = _flops(sketch, wanted.input_shape)
     except Exception:  # a network that cannot run on the meta device; each fails in its own way
         flops = 0
     else:
+        counted = {"flops": flops}
         if sum(parameter.numel() for parameter in sketch.parameters()) > MOST_PARAMETERS:
             return {"skipped": "too many parameters for a probe"}
     if wanted.device == "cpu" and flops / SLOWEST > LONGEST:
-        return {"images_per_second": EFFICIENCY * _matrix_speed() / flops, "images": 0}
+        return {"images_per_second": EFFICIENCY * _matrix_speed() / flops, "images": 0} | counted
     if wanted.device == "cuda" and not torch.cuda.is_available():
         return {"skipped": "torch sees no GPU here"}
     network = build(spec).to(wanted.device)
@@ -65,10 +68,10 @@ def measure(wanted: Probe) -> dict[str, Any]:
         with torch.inference_mode(), one_attention_path():
             single = _seconds(network, wanted, 1)
             if single > LONGEST:
-                return {"images_per_second": 1 / single, "images": 1}
+                return {"images_per_second": 1 / single, "images": 1} | counted
             single = min(single, _seconds(network, wanted, 1))  # the first forward pass includes setup
             count = max(1, min(wanted.micro_batch, int(LONGEST / single)))
-            return {"images_per_second": count / _seconds(network, wanted, count), "images": count}
+            return {"images_per_second": count / _seconds(network, wanted, count), "images": count} | counted
     except Exception as error:
         return {"skipped": f"{type(error).__name__} in the probe"}
     finally:

@@ -39,6 +39,14 @@ class Cost:
     rate: str = ""
 
 
+def duration(seconds: float) -> str:
+    """Return a time as the plan shows it."""
+    for unit, length in (("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
 def rate_of(speed: Mapping[str, Any]) -> str:
     """Return images per second as the table shows them, with `~` for estimates."""
     if "images_per_second" not in speed:

@@ -27,7 +27,7 @@ from pipeline.storage.atomic import write_atomically
 from pipeline.storage.identity import digest
 from pipeline.workers.processes import in_own_process
 
-VERSION = 6
+VERSION = 7
 LIBRARIES = ("torch", "torchvision", "timm", "transformers")  # other versions may build other networks
 PAIRS = "extract"  # the stage with one job per network and data set
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.errors import MicrotomeError
-from pipeline.plan.cost import SHRINKS, Cost, Store
+from pipeline.plan.cost import SHRINKS, Cost, Store, duration
 from pipeline.plan.job import Job
 from pipeline.plan.settle import outdated
 from pipeline.plan.step import Plan
@@ -43,7 +43,7 @@ def lines(plan: Plan, estimates: Sequence[Estimate]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     found = ["  ".join(_aligned(row, widths)).rstrip() for row in rows]
     found.append(
-        f"{_gb(missing)} GB to write, {room}; about {_time(sum(known) / workers)} on {workers} "
+        f"{_gb(missing)} GB to write, {room}; about {duration(sum(known) / workers)} on {workers} "
         f"worker{'s' * (workers > 1)} of {allowed / 1e9:.1f} GB, besides steps that were never timed"
     )
     left_out = {store.name for store in stores if store.kept == "pooled"}
@@ -126,7 +126,7 @@ def _row(estimate: Estimate, workers: int, allowed: int) -> tuple[str, ...]:
     need = "" if cost.memory is None else f"{(memory.WORKER_BASE + cost.memory) / 1e9:.2f}"
     if cost.memory is not None and memory.WORKER_BASE + cost.memory > allowed:
         need += "!"
-    spent = "done" if estimate.done else "" if cost.seconds is None else _time(cost.seconds / workers)
+    spent = "done" if estimate.done else "" if cost.seconds is None else duration(cost.seconds / workers)
     sizes = (_gb(raw), _gb(expected), _gb(sum(s.missing for s in cost.stores))) if cost.stores else ("", "", "")
     counts = (f"{cost.images:,}" if cost.images else "", cost.rate, spent, f"{cost.tasks:,}", need)
     return (estimate.name, *sizes, *counts)
@@ -145,10 +145,3 @@ def _aligned(row: tuple[str, ...], widths: list[int]) -> Iterator[str]:
 def _gb(count: float) -> str:
     value = count / 1e9
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}" if value >= 0.001 or not value else "<0.001"
-
-
-def _time(seconds: float) -> str:
-    for unit, length in (("h", 3600), ("min", 60)):
-        if seconds >= length:
-            return f"{seconds / length:.1f} {unit}"
-    return f"{seconds:.0f} s"

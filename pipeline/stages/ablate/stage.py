@@ -14,14 +14,20 @@ docs/ablation.md.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kernels.ablation import KINDS, RANDOM_KINDS
 from pipeline.config.networks import Ablate
 from pipeline.errors import MicrotomeError
+from pipeline.plan import inspected
+from pipeline.plan.cost import Cost, duration
 from pipeline.plan.inspected import found
 from pipeline.plan.job import Job
+from pipeline.plan.question import Question
 from pipeline.plan.stage import Draft, PageModule, Stage, Wanted
 from pipeline.plan.step import Key
 from pipeline.stages.ablate.layer import ablate_layer
@@ -39,6 +45,10 @@ from pipeline.stages.ablate.work import Work
 from pipeline.storage.identity import digest
 from pipeline.storage.manifest import Files, unnamed_stores, write_file
 from pipeline.storage.store import create, remove
+from pipeline.workers import memory
+
+LOGIT = 11e-9  # CPU seconds to look at one logit of a pair: `bench_ablation.py`, the last block of ResNet-18
+LONG = 3600  # seconds of an ablation above which fewer images are proposed
 
 VERSION = 1
 CODE = (
@@ -153,18 +163,92 @@ def check(job: Job[Settings]) -> Iterator[str]:
         )
 
 
+def speeds(job: Job[Settings]) -> list[Question]:
+    """Have the network timed, also where its extraction is finished."""
+    return [inspected.speed_question(job.parent_job("extract"))]
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """What is removed from a layer, and the seconds of one worker that it takes at most; None if unknown.
+
+    `flops` are those of a pair; None: each takes a whole forward pass. `sets` are counted at what a single unit costs,
+    the least that they take.
+    """
+
+    layer: str
+    units: int
+    flops: float | None
+    sets: int
+    seconds: float | None
+    set_seconds: float | None
+
+
+def pairs_of(job: Job[Settings]) -> list[Pairs]:
+    """Return the pairs of units and images of each layer, with their time from the probe of the network."""
+    removal, classes, known = job.settings.ablate, job.settings.classes, found(job)
+    images = {split: min(job.splits[split], removal.images or job.splits[split]) for split in removal.splits}
+    speed = inspected.speed(job)
+    rate, whole = speed.get("images_per_second"), speed.get("flops")
+    units, made = {layer.name: layer.shape[0] for layer in known.layers}, []
+    for layer, flops in known.ablation.items():
+        sizes = sum(size < units[layer] for size in removal.sizes)
+        sets = sizes * (len(KINDS) * classes + removal.draws * len(RANDOM_KINDS))
+        one = None
+        if rate and (flops is None or whole):
+            one = classes * LOGIT + (1 / rate if flops is None else flops / (rate * whole))
+        alone = None if one is None else one * units[layer] * sum(images.values())
+        together = None if one is None else one * sets * images[removal.judge]
+        made.append(Pairs(layer, units[layer], flops, sets, alone, together))
+    return made
+
+
 def sizes(job: Job[Settings]) -> Iterator[str]:
-    """Say what removing each unit of a layer costs, sets of units aside; units that make no difference cost nothing."""
-    inspected, removal = found(job), job.settings.ablate
+    """Say what removing each unit of a layer takes, and how many images would take an hour where all take more."""
+    removal, workers = job.settings.ablate, memory.workers(job.cluster)
     splits = len(removal.splits)
     images = f"{removal.images:,} images of each of {splits} splits" if removal.images else f"all of {splits} splits"
-    units = {layer.name: layer.shape[0] for layer in inspected.layers}
-    for layer, flops in inspected.ablation.items():
-        cost = f"{flops / 1e6:.3g} MFLOP" if flops is not None else "a whole forward"
+    every = pairs_of(job)
+    for one in every:
+        cost = f"{one.flops / 1e6:.3g} MFLOP" if one.flops is not None else "a whole forward"
+        times = ""
+        if one.seconds is not None and one.set_seconds is not None:
+            times = f", up to {duration(one.seconds / workers)}; {one.sets:,} sets of units"
+            times += f", {duration(one.set_seconds / workers)} or more" if one.sets else ""
         yield (
-            f"{job.network} on {job.dataset}: {units[layer]} units of {layer} removed from {images}, {cost} for each "
-            f"pair"
+            f"{job.network} on {job.dataset}: {one.units} units of {one.layer} removed from {images}, {cost} for each "
+            f"pair{times}"
         )
+    if not job.manifest.exists() and (seconds := total(every)) and seconds / workers > LONG:
+        most = min(max(job.splits[split] for split in removal.splits), removal.images or sys.maxsize)
+        fewer = int(most * LONG * workers / seconds)
+        yield (
+            f"{job.network} on {job.dataset}: the ablation takes about {duration(seconds / workers)} on {workers} "
+            f"worker{'s' * (workers > 1)}; `ablate: {{images: {max(1, rounded(fewer))}}}` takes about an hour"
+        )
+
+
+def total(every: Sequence[Pairs]) -> float | None:
+    """Return the seconds of one worker for all layers; None if unknown."""
+    times = [each for one in every for each in (one.seconds, one.set_seconds)]
+    known = [each for each in times if each is not None]
+    return sum(known) if len(known) == len(times) else None
+
+
+def rounded(count: int) -> int:
+    """Return a number with its first two digits alone."""
+    digits = max(0, len(str(count)) - 2)
+    return count // 10**digits * 10**digits
+
+
+def cost(job: Job[Settings], done: bool) -> Cost:
+    """Return the time of the last ablation with these settings, or else that of all pairs."""
+    removal, before = job.settings.ablate, job.before()
+    images = sum(min(job.splits[split], removal.images or job.splits[split]) for split in removal.splits)
+    seconds = total(pairs_of(job))
+    if before is not None and before.settings.get("ablate") == job.identity["ablate"]:
+        seconds = before.provenance.get("seconds", 0) * memory.workers(job.cluster) or seconds
+    return Cost(images=images, seconds=seconds)
 
 
 STAGE = Stage(
@@ -177,7 +261,9 @@ STAGE = Stage(
     steps=steps,
     requests=requests,
     check=check,
+    speeds=speeds,
     sizes=sizes,
+    cost=cost,
     run=run,
     explains="units removed again only on shards of images that changed",
     made=made,

@@ -1,7 +1,7 @@
 """The stage `report`: the pages of one configuration, from what is in the results folder.
 
-Writes <dataset>/<network>/accuracy.csv, and report/<config name>/ *.html, figures/*.svg|png|pdf, tables/*.csv, units/*/*.jpg,
-attributions/*/*.jpg.
+Writes report/<config name>/ *.html, figures/*.svg|png|pdf, tables/*.csv, units/*/*.jpg, attributions/*/*.jpg, and
+<dataset>/<network>/accuracy.csv.
 """
 
 from __future__ import annotations

@@ -21,8 +21,9 @@ from pipeline.networks.forward import normalise
 from pipeline.networks.graph.tail import unit_dim
 from pipeline.networks.graph.trace import forward_with
 from pipeline.networks.layers import resolve, to_maps
+from pipeline.plan import inspected
 from pipeline.run import experiment as run_experiment
-from pipeline.run import planner, preflight, results
+from pipeline.run import forecast, planner, preflight, results
 from pipeline.stages.ablate.results import group_of, open_groups
 from pipeline.storage.identity import digest
 from pipeline.storage.manifest import within
@@ -407,6 +408,37 @@ def test_what_is_seen_before_any_work(tmp_path):
         preflight.check(planner.make(run_experiment.parse(raw | {"networks": raw["networks"] | {"wrong": wrong}})))
     said = preflight.sizes(planner.make(run_experiment.parse(raw)))
     assert "tiny on scenes: 6 units of b removed from all of 2 splits, 2.4e-05 MFLOP for each pair" in said
+
+
+def test_how_long_it_takes_is_said_before_and_images_are_proposed(tmp_path, monkeypatch, in_process):
+    raw = experiment(tmp_path)
+
+    def planned(speed, **changes):
+        raw["networks"]["tiny"]["ablate"] |= changes
+        made = planner.make(run_experiment.parse(raw))
+        preflight.check(made)
+        monkeypatch.setattr(inspected, "speed", lambda job: speed)
+        monkeypatch.setattr("pipeline.workers.memory.workers", lambda cluster: 2)
+        (seconds,) = [each.cost.seconds for each in forecast.forecast(made) if each.job.stage.name == "ablate"]
+        return [line for line in preflight.sizes(made) if "ablation" in line or "removed" in line], seconds
+
+    (line,), seconds = planned({})
+    assert line.endswith("MFLOP for each pair") and seconds is None
+    # 24 operations and 12 logits a pair; 6 units of 40 images; 3 sizes of 3 kinds of 12 classes and 2 of 3 draws
+    one, units, sets = 24 / (10 * 4.8) + 12 * 11e-9, 6 * 40, 3 * (36 + 6) * 20
+    (line,), seconds = planned({"images_per_second": 10, "flops": 4.8, "images": 1})
+    assert seconds == pytest.approx(one * (units + sets), rel=1e-6)
+    assert line.endswith(
+        f", up to {one * units / 2 / 60:.1f} min; 126 sets of units, {one * sets / 2 / 60:.1f} min or more"
+    )
+    (_, more), seconds = planned({"images_per_second": 1, "flops": 4.8, "images": 1})
+    assert more == (
+        f"tiny on scenes: the ablation takes about {seconds / 2 / 3600:.1f} h on 2 workers; "
+        f"`ablate: {{images: {int(20 * 7200 / seconds)}}}` takes about an hour"
+    )
+    images = int(20 * 7200 / seconds)
+    _, fewer = planned({"images_per_second": 1, "flops": 4.8, "images": 1}, images=images)
+    assert fewer == pytest.approx(seconds * images / 20) and fewer / 2 <= 3600
 
 
 def test_no_step_for_data_sets_that_are_not_named(tmp_path):
