@@ -9,7 +9,7 @@ from pipeline.report.words import decimal, number, percent, plural
 from pipeline.stages.dissect.counting import LayerCount
 from pipeline.stages.dissect.found import Network
 
-CONTROLS = {"untrained": "the same network untrained", "permuted": "label maps permuted over the images"}
+CONTROLS = {"untrained": "the same network untrained", "permuted": "label maps permuted over the images of each shard"}
 
 
 def what_was_compared(network: Network) -> str:
@@ -26,6 +26,7 @@ def what_was_compared(network: Network) -> str:
 def findings(network: Network) -> list[str]:
     """Return the findings for a network and its controls."""
     found = [against_controls(network), categories_of_last_layer(network), through_the_layers(network)]
+    found.insert(1, without_training(network))
     return [sentence for sentence in [*found, best_unit(network), *coarse_units(network)] if sentence]
 
 
@@ -62,8 +63,21 @@ def against_controls(network: Network) -> str:
     if "untrained" in network.last:
         others.append(f"{number(network.last['untrained'].detectors)} in the same network untrained")
     if "permuted" in network.last:
-        others.append(f"{number(network.last['permuted'].detectors)} when the label maps are permuted over the images")
+        detectors = number(network.last["permuted"].detectors)
+        others.append(f"{detectors} when the label maps are permuted over the images of each shard")
     return f"{text}, against {' and '.join(others)}." if others else f"{text}."
+
+
+def without_training(network: Network) -> str:
+    """Say that little of the last layer needs training, if the untrained network has half as many detectors or more."""
+    trained = network.last["trained"].detectors
+    untrained = network.last["untrained"].detectors if "untrained" in network.last else 0
+    if not trained or 2 * untrained < trained:
+        return ""
+    return (
+        f"Untrained units reach {percent(untrained / trained)} of that number: where images show few distinct scenes, "
+        f"as frames of a video do, positions and colours alone explain much."
+    )
 
 
 def best_unit(network: Network) -> str:

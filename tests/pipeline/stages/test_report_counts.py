@@ -3,6 +3,7 @@
 import csv
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -172,3 +173,19 @@ def test_a_class_that_is_never_recognised_has_nothing_to_lose() -> None:
     )  # fmt: skip
     assert found.without_units == ["y"] and found.never_recognised == ["z"]
     assert "of 3 classes, 1 lose" in finding(Section(found, "n", [], [], {}, ""))
+
+
+@pytest.mark.parametrize(
+    ("trained", "untrained", "said"),
+    [(195, 166, "85"), (4, 2, "50"), (4, 5, "125"), (5, 2, ""), (0, 0, ""), (3, None, "")],
+)
+def test_what_needs_no_training_is_said(trained, untrained, said):
+    counts = {"trained": trained} | ({} if untrained is None else {"untrained": untrained})
+    network = SimpleNamespace(last={run: SimpleNamespace(detectors=count) for run, count in counts.items()})
+    sentence = sentences.without_training(network)
+    assert bool(sentence) == bool(said)
+    if said:
+        assert (
+            sentence.startswith(f"Untrained units reach {said}\u00a0% of that number")
+            and "frames of a video" in sentence
+        )
