@@ -208,7 +208,7 @@ TARGETS = [
 ]
 
 
-@pytest.mark.parametrize(("targets", "wanted"), TARGETS, ids=lambda each: str(each))
+@pytest.mark.parametrize(("targets", "wanted"), TARGETS, ids=[str(each) for each, _ in TARGETS])
 def test_targets(tmp_path, targets, wanted):
     made = run(experiment(tmp_path, {"saliency": None, "cam": {"layer": "b"}}, ["cnn"], targets=targets), *STAGES)
     net, inputs, images = plain(made, "cnn")
