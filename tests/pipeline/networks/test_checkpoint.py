@@ -76,7 +76,7 @@ def test_the_content_says_what_a_file_is(tmp_path, state, name):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (gzip.compress(b"x" * 99), "a gzip archive: unpack it"),
+        (gzip.compress(b"x" * 99, mtime=0), "a gzip archive: unpack it"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "a pointer of Git LFS: run `git lfs pull`"),
         (b"\x89HDF\r\n\x1a\n" + bytes(99), "an HDF5 file"),
         (b"\n<!DOCTYPE html><html>not found</html>", "a web page, or other text with tags: download"),
