@@ -68,10 +68,21 @@ def explain(
     kind, chosen = METHODS[method], _options(method, options)
     if inputs.ndim != 4 and (kind.maps != "image" or "layer" in kind.needs or method == "occlusion"):
         raise MicrotomeError(f"{method} explains images (image, channel, y, x), not inputs of {tuple(inputs.shape)}")
+    if not inputs.is_floating_point() or not len(inputs) or not bool(inputs.isfinite().all()):
+        raise MicrotomeError(
+            f"inputs of {tuple(inputs.shape)}, {inputs.dtype}: at least one, of finite floating-point values"
+        )
+    if batch is not None and batch < 1:
+        raise MicrotomeError(f"batch: {batch}, expected at least 1")
     refuse_training(network)
     resolved = _target(network, inputs, target)
+    if resolved.layer is not None and kind.maps == "attention":
+        raise MicrotomeError(f"{method} follows attention to the logits, not to a unit of layer {resolved.layer!r}")
+    if resolved.layer is not None and chosen.layer_name() == "":
+        raise MicrotomeError(f"{method}: name a `layer` before {resolved.layer!r}: the default is that of the logits")
     known = Known()
-    if inputs.ndim == 4 and (kind.maps != "image" or "layer" in kind.needs or method == "gradient_x_input"):
+    of_logits = method == "gradient_x_input" and isinstance(resolved, Logit)
+    if inputs.ndim == 4 and (kind.maps != "image" or "layer" in kind.needs or of_logits):
         known = _known(network, inputs, chosen.layer_name(), kind.needs)
     reference = None
     if kind.baseline:
@@ -108,9 +119,12 @@ def _target(network: nn.Module, inputs: torch.Tensor, target: Targets) -> Target
     with torch.no_grad(), one_attention_path():
         output = head_of(network(inputs.clone()))
     if output is None or output.ndim != 2:
-        given = None if output is None else tuple(output.shape)
-        raise MicrotomeError(f"the network gives {given}, expected logits (image, class): give a Unit or a Scalar")
-    classes = output.argmax(1) if isinstance(target, str) else torch.as_tensor(target, dtype=torch.int64)
+        shape = None if output is None else tuple(output.shape)
+        raise MicrotomeError(f"the network gives {shape}, expected logits (image, class): give a Unit or a Scalar")
+    given = output.argmax(1) if isinstance(target, str) else torch.as_tensor(target)
+    if given.is_floating_point() or given.dtype == torch.bool:
+        raise MicrotomeError(f"target {target!r}: classes are integers")
+    classes = given.to(torch.int64)
     classes = classes.expand(len(inputs)) if classes.ndim == 0 else classes
     if ends := normalised_by(output):
         raise MicrotomeError(

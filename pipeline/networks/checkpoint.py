@@ -174,11 +174,12 @@ def _content(path: Path, device: str) -> object:
     _check_file(path)
     with path.open("rb") as file:
         start = file.read(512)
+    # Safetensors first: the length of its header may begin like a pickle, with the byte 128.
+    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= _LONGEST_HEADER:
+        return _read_safetensors(path, device)
     if start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":
         # Only the zip format can be mapped; files from before PyTorch 1.6 are a plain pickle.
         return _read_torch(path, device, mapped=start[:1] == b"P")
-    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= _LONGEST_HEADER:
-        return _read_safetensors(path, device)
     at, tar = _TAR
     others = ((b"", "a tar archive", "unpack it and name the file in it"),) if start[at : at + len(tar)] == tar else ()
     for begins, what, advice in (*others, *_OTHERS):

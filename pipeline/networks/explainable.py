@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from pipeline.networks.graph import gradient_flow
 from pipeline.networks.graph.attended import Attended
 from pipeline.networks.graph.call_sites import frozen
 from pipeline.networks.graph.rectified import Rectified, Rule
+from pipeline.networks.graph.trace import forward_with
 from pipeline.networks.layer import LayerInfo
 from pipeline.networks.layers import Survey, head_of, in_proportion, one_attention_path, to_maps
 from pipeline.networks.positions import place
@@ -68,7 +70,7 @@ def examine(
                 del found[name]
                 raise MicrotomeError(f"layer {own!r}: the logits do not depend on its positions: name an earlier one")
     for name, info in found.items():
-        affine, head = _head(network, info, images, logits.shape[1])
+        affine, head = _head(network, info, images, logits)
         if affine and info.name not in linear:
             linear.append(info.name)
         if isinstance(head, Head):
@@ -191,12 +193,14 @@ def _depends(network: nn.Module, info: LayerInfo, images: torch.Tensor, target: 
     return bool(maps.any())
 
 
-def _head(network: nn.Module, info: LayerInfo, images: torch.Tensor, classes: int) -> tuple[bool, Head | str]:
+def _head(network: nn.Module, info: LayerInfo, images: torch.Tensor, logits: torch.Tensor) -> tuple[bool, Head | str]:
     """Return whether the logits are linear in a layer's output, and how they are computed from it if by a CAM's head.
 
-    They are linear if the gradient is the same for different images. After global pooling it is the same at all
-    positions, and the rows of the linear map's weight are the gradient, times the positions under mean pooling.
+    They are linear if the gradient is the same for different images, and so are the logits with zeros at the layer's
+    positions: nothing goes around it. After global pooling the gradient is the same at all positions, and the rows of
+    the linear map's weight are the gradient, times the positions under mean pooling.
     """
+    classes = logits.shape[1]
     reason = "global mean or sum pooling and one linear map do not end the network after it"
     found = []
     for cls in range(min(2, classes)):
@@ -208,6 +212,10 @@ def _head(network: nn.Module, info: LayerInfo, images: torch.Tensor, classes: in
         if not _close(slope[0], slope[1]):
             return False, reason
         found.append(to_maps(slope, info)[0][0])
+    with torch.no_grad():
+        rest = forward_with(network, info.name, images.clone(), partial(without_positions, info=info))
+    if not torch.allclose(rest[:1], rest[1:], atol=EXACT * float(logits.abs().max())):
+        return False, reason
     if not all(_close(each, each.mean((1, 2), keepdim=True).expand_as(each)) for each in found):
         return True, reason
     slopes = torch.stack([each.mean((1, 2)) for each in found])
@@ -221,6 +229,13 @@ def _head(network: nn.Module, info: LayerInfo, images: torch.Tensor, classes: in
             if len(rows) == classes and _close(rows[: len(slopes)], slopes * factor):
                 return True, Head(name, pooling)
     return True, reason
+
+
+def without_positions(output: torch.Tensor, info: LayerInfo) -> torch.Tensor:
+    """Return a layer's output with zeros at its positions; special tokens stay."""
+    changed = output.clone()
+    to_maps(changed, info)[0].zero_()
+    return changed
 
 
 def _close(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -52,6 +52,11 @@ class MethodMaps:
         return METHODS[self.facts.method].title
 
     @property
+    def image_sized(self) -> bool:
+        """Whether its maps lie on the image's pixels."""
+        return METHODS[self.facts.method].maps == "image"
+
+    @property
     def signed(self) -> bool:
         return METHODS[self.facts.method].signed
 

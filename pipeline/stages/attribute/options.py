@@ -62,6 +62,13 @@ class IntegratedGradients(Options):
             raise ValueError(f"max_steps: {self.max_steps} is below `steps`, {self.steps}")
         return self
 
+    def taken(self, last: int) -> int:
+        """Return the gradients of an image that ended with so many steps: each doubling begins anew."""
+        total, steps = 0, self.steps
+        while steps < last:
+            total, steps = total + steps, min(2 * steps, self.max_steps)
+        return total + steps
+
 
 class Noisy(Options):
     noise: Annotated[float, Field(gt=0, le=10)] = Field(

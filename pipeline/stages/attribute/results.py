@@ -16,7 +16,9 @@ from pipeline.storage.store import Array
 from pipeline.storage.tables import csv_bytes, number
 
 LIKELY = 0.05
-"""Mean probability of the target for the baseline beyond which the baseline is no image without information."""
+"""Mean probability of the target for the baseline beyond which the baseline is no image without information.
+
+At least twice that of chance."""
 ROUNDING = 1e-3
 """Tolerance of laws that hold but for the rounding of float32."""
 COLUMNS = (

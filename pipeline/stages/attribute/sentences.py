@@ -66,7 +66,7 @@ def what_was_explained(found: Attributions) -> str:
         words["class"] = f"the {score} of {found.class_name(int(wanted['class']))}"
     elif found.kind == "contrast":
         first, second = (found.class_name(int(each)) for each in wanted["contrast"])
-        words["contrast"] = f"the logit of {first} less that of {second}"
+        words["contrast"] = f"the {score} of {first} less that of {second}"
     return (
         f"Of each of {plural(len(found.slots), 'image')} of split {found.settings['split']}, {words[found.kind]} is "
         f"explained by {plural(len(found.methods), 'method')}."

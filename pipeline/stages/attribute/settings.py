@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, PositiveInt, create_model, model_validator
 
-from pipeline.config.base import Name, PathName, Strict
+from pipeline.config.base import UNTRAINED, Name, PathName, Strict
 from pipeline.config.networks import Numerics, Preprocessing, SpecialTokens
 from pipeline.config.section import Chosen, Section, Selection
 from pipeline.errors import nearest
 from pipeline.networks.fitness import Link
-from pipeline.stages.attribute.options import AnyMethod, OfLayer
+from pipeline.stages.attribute.options import METHODS, AnyMethod, OfLayer
 from pipeline.storage.record import Record
 
 if TYPE_CHECKING:
@@ -62,6 +62,9 @@ def _named(methods: Any) -> Any:
     """Fill in the method of an entry that is called like one."""
     if not isinstance(methods, Mapping):
         return methods
+    for name, entry in methods.items():
+        if name in METHODS and isinstance(entry, Mapping) and entry.get("method", name) != name:
+            raise ValueError(f"{name}: its method is {entry['method']!r}, and it is called like another: rename it")
     return {
         name: {"method": name, **entry} if isinstance(entry, Mapping) else {"method": name} if entry is None else entry
         for name, entry in methods.items()
@@ -111,6 +114,12 @@ def check(core: Core, section: Experiments) -> None:
                     raise ValueError(
                         f"attribute.{name}.methods.{method}: no network {network!r}{nearest(network, known)}"
                     )
+            among = {each for each in known if any(asked.applies(each, dataset) for dataset in core.datasets)}
+            among |= {each.removesuffix(UNTRAINED) for each in among}
+            if not among & set(options.networks if options.networks is not None else among):
+                raise ValueError(f"attribute.{name}.methods.{method}: none of its networks is one of the experiment")
+            if isinstance(options, OfLayer) and isinstance(options.layer, dict) and not among & set(options.layer):
+                raise ValueError(f"attribute.{name}.methods.{method}.layer: names no network of the experiment")
 
 
 def narrowed(core: Core, section: Experiments, selection: Selection) -> Experiments:

@@ -30,7 +30,7 @@ from pipeline.plan.stage import Draft, PageModule, Stage, Wanted
 from pipeline.plan.step import Key
 from pipeline.stages.attribute import results
 from pipeline.stages.attribute.inputs import Shard, baseline_of, by_shard, chosen, read_baseline, shards_of
-from pipeline.stages.attribute.options import BACKWARD, METHODS, AnyMethod, Options
+from pipeline.stages.attribute.options import BACKWARD, METHODS, AnyMethod, IntegratedGradients, Options
 from pipeline.stages.attribute.settings import SECTION, Explanations, Settings, Targets
 from pipeline.storage.identity import digest
 from pipeline.storage.manifest import Files, Manifest, within, write_file
@@ -40,6 +40,7 @@ from pipeline.workers.tasks import run_tasks
 
 if TYPE_CHECKING:
     from pipeline.stages.attribute import tasks
+    from pipeline.stages.attribute.subject import Known
     from pipeline.storage.store import StoreRef
 
 VERSION = 1
@@ -220,7 +221,7 @@ def run(job: Job[Settings]) -> None:
         for name, options in methods.items():
             arrays = layouts[name].arrays()
             remove_other_arrays(stores[name], arrays)
-            create(stores[name], arrays, attributes(job, name, options, found))
+            create(stores[name], arrays, attributes(job, name, options, found, work))
             remove_partials(stores[name])
             parts[name] = Parts(stores[name], ids_of(job, work, name, shards))
 
@@ -235,10 +236,11 @@ def run(job: Job[Settings]) -> None:
         remove_unlisted(stores[name], own)
         own |= metadata_files(stores[name])
         numbers = numbers_of(StoreRef(stores[name], own), layouts[name], shards)
-        rows.append(row_of(options, name, numbers, images.size))
-        explained.append(facts_of(options, name, numbers, work))
+        law = law_of(job, options, work.known(name))
+        rows.append(row_of(options, name, law, numbers, images.size))
+        explained.append(facts_of(options, name, law, numbers, work))
         files |= within(stores[name].name, own)
-        warn(job, name, numbers)
+        warn(job, name, numbers, found.classes)
     table = results.table(rows)
     output = digest([files, table.decode()])
     files |= write_file(job.folder, "attributions.csv", table)
@@ -316,7 +318,7 @@ def ids_of(job: Job[Settings], work: tasks.Work, name: str, shards: Mapping[str,
     return {part: digest([made_of, of(shard)]) for part, shard in shards.items()}
 
 
-def attributes(job: Job[Settings], name: str, options: Options, found: Explainable) -> dict[str, Any]:
+def attributes(job: Job[Settings], name: str, options: Options, found: Explainable, work: tasks.Work) -> dict[str, Any]:
     """Return the attributes of a method's store."""
     kind, settings, layer = METHODS[options.kind], job.settings, options.layer_name()
     info = found.layers[layer] if layer is not None else None
@@ -324,7 +326,7 @@ def attributes(job: Job[Settings], name: str, options: Options, found: Explainab
         info = found.attention.layer
     return {
         "method": options.kind,
-        "law": kind.law,
+        "law": law_of(job, options, work.known(name)),
         "settings": settings.methods[name],
         "units": kind.units,
         "dataset": job.dataset,
@@ -368,19 +370,22 @@ def tolerance_of(options: Options) -> float:
     return getattr(options, "tolerance", results.ROUNDING)
 
 
-def row_of(options: Options, name: str, numbers: Mapping[str, np.ndarray], size: tuple[int, int]) -> list[Any]:
+def row_of(
+    options: Options, name: str, law: str, numbers: Mapping[str, np.ndarray], size: tuple[int, int]
+) -> list[Any]:
     """Return a method's row of the table."""
-    law, forwards = METHODS[options.kind].law, forwards_of(options, size, numbers)
-    return results.row(name, options.kind, law, tolerance_of(options), forwards, numbers)
+    return results.row(name, options.kind, law, tolerance_of(options), forwards_of(options, size, numbers), numbers)
 
 
-def facts_of(options: Options, name: str, numbers: Mapping[str, np.ndarray], work: tasks.Work) -> results.Explained:
+def facts_of(
+    options: Options, name: str, law: str, numbers: Mapping[str, np.ndarray], work: tasks.Work
+) -> results.Explained:
     """Return what the manifest says of a method."""
     layer = work.layer_of(name)
     return results.Explained(
         name=name,
         method=options.kind,
-        law=METHODS[options.kind].law,
+        law=law,
         images=len(numbers["target"]),
         beyond=int((numbers["residual"] > tolerance_of(options)).sum()),
         size=work.layouts[name].size,
@@ -389,10 +394,10 @@ def facts_of(options: Options, name: str, numbers: Mapping[str, np.ndarray], wor
     )
 
 
-def warn(job: Job[Settings], name: str, numbers: Mapping[str, np.ndarray]) -> None:
+def warn(job: Job[Settings], name: str, numbers: Mapping[str, np.ndarray], classes: int) -> None:
     """Say so if the network is sure of what it sees in the baseline."""
     likely = numbers.get("baseline_probability")
-    if likely is not None and likely.size and float(likely.mean()) > results.LIKELY:
+    if likely is not None and likely.size and float(likely.mean()) > max(results.LIKELY, 2 / classes):
         inspected.say(
             f"{job.name}: {name}: the network gives the target a probability of {likely.mean():.2f} for the baseline, "
             f"on average: it is no image without information; try another `baseline`"
@@ -472,8 +477,22 @@ def forwards_of(options: Options, size: tuple[int, int], numbers: Mapping[str, n
     """Return the passes of an image that a method takes alone, in forwards; with its numbers, those that it took."""
     kind = METHODS[options.kind]
     steps = numbers.get("steps") if numbers is not None else None
-    taken = options.model_copy(update={"steps": float(steps.mean())}) if steps is not None and steps.size else options
-    return kind.forwards(taken, size) + (BACKWARD if kind.shares else 1.0)
+    if isinstance(options, IntegratedGradients) and steps is not None and steps.size:
+        options = options.model_copy(
+            update={"steps": float(np.mean([options.taken(int(each)) for each in steps.flat]))}
+        )
+    return kind.forwards(options, size) + (BACKWARD if kind.shares else 1.0)
+
+
+def law_of(job: Job[Settings], options: Options, known: Known) -> str:
+    """Return what a method promises of this network and score; empty if nothing."""
+    kind = METHODS[options.kind]
+    of_logits = job.settings.score == "logit"
+    if options.kind == "gradient_x_input" and not (known.homogeneous and of_logits):
+        return ""
+    if options.kind == "hires_cam" and (getattr(options, "relu", False) or not (known.linear and of_logits)):
+        return ""
+    return kind.law
 
 
 def cost(job: Job[Settings], done: bool) -> Cost:

@@ -364,3 +364,17 @@ def test_a_failed_write_leaves_the_file_as_it_was(tmp_path, state):
         checkpoint.write_safetensors(path, state, {"accuracy": float("nan")})
     assert path.read_bytes() == before
     assert [each.name for each in tmp_path.iterdir()] == ["w.safetensors"]
+
+
+@pytest.mark.parametrize("length", [128, 384, 640])
+def test_a_header_whose_length_begins_like_a_pickle_is_that_of_safetensors(tmp_path, length):
+    from safetensors.torch import load_file, save_file
+
+    path, name = tmp_path / "w.safetensors", "w"
+    for pad in range(2000):
+        save_file({name: torch.ones(2)}, path, {"pad": "x" * pad})
+        if int.from_bytes(path.read_bytes()[:8], "little") == length:
+            break
+    assert path.read_bytes()[:1] == b"\x80"
+    assert torch.equal(checkpoint.read(path)[name], load_file(path)[name])
+    assert torch.equal(checkpoint.read(path.rename(tmp_path / "w.pt"))[name], torch.ones(2))

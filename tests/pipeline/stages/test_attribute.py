@@ -265,6 +265,8 @@ REFUSED = [
     ({"methods": {"saliency": {"networks": ["nobody"]}}}, "no network 'nobody'"),
     ({"methods": {"grad_cam": {"layer": {"nobody": "a"}}}}, "no network 'nobody'"),
     ({"networks": ["nobody"]}, "no network 'nobody'"),
+    ({"methods": {"saliency": {"method": "occlusion"}}}, "is called like another: rename it"),
+    ({"methods": {"saliency": {"networks": []}}}, "none of its networks is one of the experiment"),
     ({"datasets": ["nowhere"]}, "no data set 'nowhere'"),
     ({"methods": {}}, "at least 1"),
     ({"targets": {"class": 1, "top": 2}}, "give one of `class`, `top`, `contrast`"),
@@ -372,13 +374,10 @@ def test_fewer_images_leave_no_maps_of_the_others(made, tmp_path):
 
 def test_a_name_may_become_another_method(made, tmp_path):
     raw = copied(made, made.config.model_dump(), tmp_path)
-    raw["attribute"]["explained"]["methods"] |= {
-        "saliency": {"method": "gradient_x_input"},
-        "ig": {"method": "saliency"},
-    }
+    raw["attribute"]["explained"]["methods"] |= {"smooth": {"method": "gradient_x_input"}, "ig": {"method": "saliency"}}
     after = run(raw, "attribute")
-    assert opened(after, "saliency").attrs["method"] == "gradient_x_input"
-    assert "intercept" not in opened(after, "saliency") and "steps" not in opened(after, "ig")
+    assert opened(after, "smooth").attrs["method"] == "gradient_x_input" and opened(after, "smooth").attrs["law"] == ""
+    assert "intercept" in opened(after, "ig") and "steps" not in opened(after, "ig")
     np.testing.assert_array_equal(opened(after, "ig").attribution.values, opened(made, "saliency").attribution.values)
 
 

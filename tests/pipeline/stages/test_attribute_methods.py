@@ -508,10 +508,54 @@ def test_a_network_whose_head_begins_with_zeros_has_a_default_layer():
     assert not attribute.grad_cam(net, images(), 1).map.any()  # the scores are all 0, and the layer is there
 
 
-def test_hires_cam_keeps_its_law_beside_special_tokens():
-    net = transformer(read=lambda x: x[:, 0] + x[:, 1:].mean(1))
-    found = attribute.hires_cam(net, images(), 1, layer="norm")
-    assert found.map.any() and found.residual.max() < 1e-13
+class Bypassed(Convolutional):
+    def forward(self, x):
+        x = self.features[:2](x)
+        return self.head((F.interpolate(self.features[2:](x), x.shape[2:]) + x.repeat(1, 2, 1, 1)[:, :8]).mean((2, 3)))
+
+
+def test_a_layer_that_something_goes_around_has_no_law_and_no_cam():
+    torch.manual_seed(0)
+    net, x = Bypassed().double().eval(), images()
+    with pytest.raises(MicrotomeError, match="do not end the network after it"):
+        attribute.cam(net, x, 0, layer="features.4")
+    assert attribute.hires_cam(net, x, 0, layer="features.4").residual.isnan().all()
+    beside = transformer(read=lambda x: x[:, 0] + x[:, 1:].mean(1))
+    found = attribute.hires_cam(beside, x, 1, layer="norm")
+    assert found.map.any() and found.residual.isnan().all()
+
+
+def test_a_law_of_logits_is_not_claimed_of_probabilities():
+    net, x = convolutional(bias=False), images()
+    target = attribute.Logit(torch.tensor([0, 1, 2]), link="probability")
+    assert attribute.gradient_x_input(net, x, target).residual.isnan().all()
+    assert attribute.hires_cam(net, x, target).residual.isnan().all()
+    assert attribute.gradient_x_input(net, x, attribute.Scalar(lambda y: y[:, 0].exp())).residual.isnan().all()
+
+
+ODD = [
+    (lambda net, x: attribute.rollout(net, x, attribute.Unit("blocks.0", (3, 7))), "follows attention to the logits"),
+    (lambda net, x: attribute.grad_cam(net, x, attribute.Unit("blocks.0", (3, 7))), "name a `layer` before 'blocks.0'"),
+    (lambda net, x: attribute.saliency(net, x, 3.7), "classes are integers"),
+    (lambda net, x: attribute.saliency(net, x, True), "classes are integers"),
+    (lambda net, x: attribute.saliency(net, x, 5), "class"),
+    (lambda net, x: attribute.saliency(net, x.to(torch.uint8)), "finite floating-point values"),
+    (lambda net, x: attribute.saliency(net, x[:0]), "at least one"),
+    (lambda net, x: attribute.saliency(net, x * float("nan")), "finite floating-point values"),
+    (lambda net, x: attribute.smooth_grad(net, x, 0, batch=0), "batch: 0, expected at least 1"),
+]
+
+
+@pytest.mark.parametrize("at", range(len(ODD)))
+def test_odd_calls_are_refused(at):
+    call, message = ODD[at]
+    with pytest.raises(MicrotomeError, match=message):
+        call(transformer(), images())
+
+
+def test_doubled_steps_begin_anew():
+    options = OPTIONS["integrated_gradients"](steps=4, max_steps=20)
+    assert [options.taken(last) for last in (4, 8, 16, 20)] == [4, 12, 28, 48]
 
 
 @pytest.mark.parametrize("end", [nn.Softmax(1), nn.LogSoftmax(1)], ids=["softmax", "log_softmax"])

@@ -10,10 +10,9 @@ from torch import nn
 
 from kernels.attribution import cam as kernels
 from pipeline.errors import MicrotomeError
+from pipeline.networks.explainable import without_positions
 from pipeline.networks.gradients import Logit, relative
 from pipeline.networks.graph.trace import forward_with
-from pipeline.networks.layer import LayerInfo
-from pipeline.networks.layers import to_maps
 from pipeline.stages.attribute.options import Cam, Rectifiable
 from pipeline.stages.attribute.subject import Attribution, Known, Subject
 
@@ -72,17 +71,10 @@ def hires_cam(subject: Subject, options: Rectifiable, known: Known) -> Attributi
         return found
     assert found.map is not None and known.layer is not None
     with torch.no_grad():
-        without = partial(_without_positions, info=known.layer)
+        without = partial(without_positions, info=known.layer)
         bias = subject.chosen(forward_with(subject.network, known.layer.name, subject.inputs.clone(), without)).double()
     lacking = found.map.double().flatten(1).sum(1) + bias - subject.score.double()
     return Attribution(None, found.map, relative(lacking, subject.score))
-
-
-def _without_positions(output: torch.Tensor, info: LayerInfo) -> torch.Tensor:
-    """Return a layer's output with zeros at its positions; special tokens stay."""
-    changed = output.clone()
-    to_maps(changed, info)[0].zero_()
-    return changed
 
 
 def _weighed(subject: Subject, options: Rectifiable, known: Known, kernel: Kernel) -> Attribution:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pipeline.networks.gradients import relative
+from pipeline.networks.gradients import Logit, relative
 from pipeline.stages.attribute.options import GradientXInput, Noisy, Saliency
 from pipeline.stages.attribute.subject import Attribution, Known, Subject
 
@@ -24,11 +24,12 @@ def saliency(subject: Subject, options: Saliency, known: Known) -> Attribution:
 def gradient_x_input(subject: Subject, options: GradientXInput, known: Known) -> Attribution:
     """Return gradient times input. Shrikumar et al., "Not just a black box" (2016).
 
-    It adds up to the score where the network is homogeneous: piecewise linear, without biases.
+    It adds up to the score if the score is a logit and the network homogeneous: piecewise linear, without biases.
     """
     values = subject.gradient * subject.inputs
     residual = subject.no_residual
-    if known.homogeneous:
+    target = subject.chosen
+    if known.homogeneous and isinstance(target, Logit) and target.link == "logit":
         residual = relative(total(values) - subject.score.double(), subject.score)
     return Attribution(values, summed(values), residual)
 
