@@ -18,6 +18,7 @@ from pipeline.run import experiment as run_experiment
 from pipeline.run import planner, preflight
 from pipeline.stages.attribute.inputs import chosen, read_baseline
 from pipeline.stages.attribute.options import METHODS
+from pipeline.stages.attribute.stage import warn
 from pipeline.upkeep import unreferenced
 
 pytestmark = pytest.mark.usefixtures("workers")
@@ -407,10 +408,13 @@ def test_a_baseline_of_another_size_or_turned_is_seen_before_any_work(tmp_path):
             preflight.check(planner.make(run_experiment.parse(raw)))
 
 
-def test_a_baseline_that_the_network_is_sure_about_is_told(tmp_path, capsys):
-    raw = experiment(tmp_path, {"ig": {"method": "integrated_gradients", "steps": 2, "max_steps": 2}}, ["cnn"])
-    made = run(raw, *STAGES)
+def test_a_baseline_that_the_network_is_sure_about_is_told(made, capsys):
     store = opened(made, "ig")
     likely = store.baseline_probability.values[explained_slots(made)]
-    assert ((likely >= 0) & (likely <= 1)).all() and likely.mean() > 0.05
-    assert "the network gives the target a probability of" in capsys.readouterr().err
+    assert ((likely >= 0) & (likely <= 1)).all() and np.isnan(store.baseline_probability.values).any()
+    one = job(made, "attribute", "scenes", "cnn", "explained")
+    warn(one, "ig", {"baseline_probability": np.array([0.3, 0.7])}, 12)
+    assert "ig: the network gives the target a probability of 0.50 for the baseline" in capsys.readouterr().err
+    warn(one, "ig", {"baseline_probability": np.array([0.3, 0.7])}, 2)  # that of chance
+    warn(one, "ig", {"baseline_probability": np.array([0.1])}, 12)
+    assert not capsys.readouterr().err
