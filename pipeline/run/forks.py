@@ -82,7 +82,7 @@ def serve(listener: socket.socket) -> None:
 
 def _run(connection: socket.socket) -> NoReturn:
     """Run one job in this process, which was forked for it; answer with its exit status."""
-    status = 1
+    status, done = 1, threading.Event()
     try:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         connection.settimeout(PATIENCE)
@@ -94,7 +94,7 @@ def _run(connection: socket.socket) -> NoReturn:
             os.close(stream)
         os.environ.update(request["environment"] | THREADS)
         connection.send(BEGUN)
-        threading.Thread(target=_listen, args=(connection,), daemon=True, name="end with the client").start()
+        threading.Thread(target=_listen, args=(connection, done), daemon=True, name="end with the client").start()
         status = run_job(request["manifest"], request["log"])
     except BaseException:
         traceback.print_exc()
@@ -102,6 +102,7 @@ def _run(connection: socket.socket) -> NoReturn:
         with contextlib.suppress(OSError):
             sys.stdout.flush()
             sys.stderr.flush()
+        done.set()  # the client goes as soon as it has the status
         with contextlib.suppress(OSError):
             connection.send(bytes([status]))
         os._exit(status)
@@ -116,12 +117,13 @@ def _received(connection: socket.socket, size: int) -> bytes:
     return found
 
 
-def _listen(connection: socket.socket) -> None:
-    """Pass on the signals that the client gets; end this job if the client is gone."""
+def _listen(connection: socket.socket, done: threading.Event) -> None:
+    """Pass on the signals that the client gets; end this job if the client is gone before it is done."""
     with contextlib.suppress(OSError):
         while number := connection.recv(1):
             os.kill(os.getpid(), number[0])
-    processes.end("the process that Snakemake started for it is gone")
+    if not done.is_set():
+        processes.end("the process that Snakemake started for it is gone")
 
 
 if __name__ == "__main__":
