@@ -138,7 +138,7 @@ def test_two_experiments_in_one_folder(tmp_path, first, second):
     said = snakemake(tmp_path, first | {"cluster": {"workers": 2}}, "dissect")
     assert jobs_run(said)["make_extract"] == 2
     again = contents(results)
-    of_report = [name for name in once if name.endswith("/accuracy.csv")]  # extract removes it, and the report writes it
+    of_report = [name for name in once if name.endswith("/accuracy.csv")]  # extract removes what it writes
     assert len(of_report) == 2
     kept_names = [name for name in once if name not in of_report]
     assert {name: again.get(name) for name in kept_names} == {name: once[name] for name in kept_names}, "two workers"
