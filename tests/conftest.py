@@ -69,6 +69,7 @@ SLOW = (
     "tests/pipeline/stages/test_ablate.py::test_what_is_seen_before_any_work",
     "tests/pipeline/stages/test_attribute.py::test_an_image_explained_alone_has_the_bits_that_it_has_among_others",
     "tests/pipeline/stages/test_attribute.py::test_baselines_are_images",
+    "tests/pipeline/stages/test_attribute.py::test_two_workers_and_an_interrupted_run_give_the_same_bytes",
     "tests/pipeline/stages/test_attribute.py::test_what_a_change_computes_again",
     "tests/pipeline/stages/test_attribute.py::test_targets",
     "tests/pipeline/stages/test_calibrate.py::test_any_number_of_workers_gives_the_same_bytes",

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
-from experiments import NETWORK, SIZE, VIT, copied, job, lines, run, scenes, tiny
+from experiments import NETWORK, SIZE, VIT, copied, job, labelled_images, lines, run, scenes, segmentation, tiny
 from PIL import Image
 
 import pipeline
@@ -20,6 +20,7 @@ from pipeline.stages.attribute.inputs import chosen, read_baseline
 from pipeline.stages.attribute.options import METHODS
 from pipeline.stages.attribute.stage import warn
 from pipeline.upkeep import unreferenced
+from pipeline.workers import client
 
 pytestmark = pytest.mark.usefixtures("workers")
 STAGES = ("ingest", "network", "attribute")
@@ -145,7 +146,8 @@ def test_an_image_explained_alone_has_the_bits_that_it_has_among_others(made, tm
                     )
 
 
-def test_one_worker_and_an_interrupted_run_give_the_same_bytes(made, tmp_path):
+def test_two_workers_and_an_interrupted_run_give_the_same_bytes(made, tmp_path, monkeypatch, two_workers):
+    monkeypatch.setenv(client.ADDRESS, two_workers)
     again = planner.make(run_experiment.parse(copied(made, made.config.model_dump(), tmp_path)))
     folder = folder_of(again)
     for path in folder.glob("done/*"):
@@ -158,6 +160,27 @@ def test_one_worker_and_an_interrupted_run_give_the_same_bytes(made, tmp_path):
     before, after = (job(each, "attribute", "scenes", "cnn", "explained").read() for each in (made, again))
     assert before.digest == after.digest and before.files == after.files
     assert after.provenance["made"] == 2 and after.provenance["shards"] == 3
+
+
+def test_an_appended_image_computes_its_shard(tmp_path):
+    labelled_images(tmp_path, [f"town/{at}" for at in range(10)])
+    raw = segmentation(tmp_path) | {"attribute": {"mine": {"methods": {"saliency": None}}}}
+    before = run(raw, *STAGES)
+    (network,) = before.networks
+    store = folder_of_photos(before, network) / "saliency"
+    shards = len(lines(store.with_suffix(".ledger")))
+    labelled_images(tmp_path, ["town/10"])
+    after = run(raw, *STAGES)
+    assert len(lines(folder_of_photos(after, network) / "saliency.ledger")) == shards + 1
+    fresh = run(raw | {"results": str(tmp_path / "fresh")}, *STAGES)
+    grown, once = (xr.open_zarr(folder_of_photos(each, network) / "saliency.zarr") for each in (after, fresh))
+    for id in once.image_id.values:
+        maps = [each.attribution.values[each.image_id.values == id] for each in (grown, once)]
+        np.testing.assert_array_equal(*maps)
+
+
+def folder_of_photos(made, network):
+    return made.results / "photos" / network / "attributions" / "mine"
 
 
 def test_another_method_computes_that_alone_and_a_dropped_one_is_swept(made, tmp_path):
