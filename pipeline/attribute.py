@@ -22,7 +22,7 @@ from torch import nn
 
 from pipeline.config.messages import explain as explained
 from pipeline.errors import MicrotomeError, nearest
-from pipeline.networks.explainable import examine, normalised_by
+from pipeline.networks.explainable import examine, normalised_by, placed
 from pipeline.networks.gradients import Logit, Scalar, Target, Unit, refuse_training
 from pipeline.networks.layers import head_of, one_attention_path, survey
 from pipeline.stages.attribute.methods.registry import FUNCTIONS
@@ -83,7 +83,7 @@ def explain(
     known = Known()
     of_logits = method == "gradient_x_input" and isinstance(resolved, Logit)
     if inputs.ndim == 4 and (kind.maps != "image" or "layer" in kind.needs or of_logits):
-        known = _known(network, inputs, chosen.layer_name(), kind.needs)
+        known = _known(network, inputs, resolved, chosen.layer_name(), kind.needs)
     reference = None
     if kind.baseline:
         reference = baseline if isinstance(baseline, torch.Tensor) else torch.full_like(inputs, baseline)
@@ -107,7 +107,7 @@ def _options(method: str, options: dict[str, Any]) -> Options:
     try:
         return OPTIONS[method](**options)
     except ValidationError as error:
-        raise MicrotomeError(f"{method}: {explained(error.errors(include_url=False)[0], OPTIONS[method])}") from None
+        raise MicrotomeError(f"{method}: {explained(error, OPTIONS[method])[0]}") from None
 
 
 def _target(network: nn.Module, inputs: torch.Tensor, target: Targets) -> Target:
@@ -134,13 +134,17 @@ def _target(network: nn.Module, inputs: torch.Tensor, target: Targets) -> Target
     return Logit(classes)
 
 
-def _known(network: nn.Module, inputs: torch.Tensor, layer: str | None, needs: Sequence[str]) -> Known:
+def _known(network: nn.Module, inputs: torch.Tensor, target: Target, layer: str | None, needs: Sequence[str]) -> Known:
     """Return what is found of a network for a method; refuse a network without what it needs."""
     plain = copy.deepcopy(network).float()  # the survey's images are float32
     _, *shape = inputs.shape
     surveyed = survey(plain, (shape[0], shape[1], shape[2]))
-    found = examine(network, surveyed, _two(inputs), [layer or ""], lambda: copy.deepcopy(plain))
     asked = [need for need in needs if need not in ("gradient", "deconvnet", "guided_backprop")]  # the pass itself says
+    if asked == ["layer"] and not isinstance(target, Logit):
+        if not layer:
+            raise MicrotomeError("name a `layer`: the default is found from logits, and this target is none")
+        return Known(placed(network, surveyed, layer, _two(inputs), lambda: copy.deepcopy(plain)))
+    found = examine(network, surveyed, _two(inputs), [layer or ""], lambda: copy.deepcopy(plain))
     if why := found.why_not(asked, layer):
         raise MicrotomeError(why)
     info = found.layers[layer] if layer is not None else None

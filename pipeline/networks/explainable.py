@@ -65,7 +65,7 @@ def examine(
     for name in sorted({"", *layers}) if "layer" not in refused else ():
         with _Refusals(refused, f"layer:{name}"):
             own = name or _last(lively, survey, images, target, made)
-            found[name] = _placed(lively, survey, own, images, made)
+            found[name] = placed(lively, survey, own, images, made)
             if not _depends(lively, found[name], images, target):
                 del found[name]
                 raise MicrotomeError(f"layer {own!r}: the logits do not depend on its positions: name an earlier one")
@@ -145,10 +145,13 @@ def _no_gradient(network: nn.Module, images: torch.Tensor) -> str:
     return notes.get("", "")
 
 
-def _placed(
+def placed(
     network: nn.Module, survey: Survey, name: str, images: torch.Tensor, made: Callable[[], nn.Module]
 ) -> LayerInfo:
-    """Return a layer once it is known where its positions lie; refuse one that has none, or in another order."""
+    """Return a layer once it is known where its positions lie; refuse one that has none, or in another order.
+
+    Arguments are those of `examine`.
+    """
 
     def known() -> dict[str, LayerInfo]:
         return {layer.name: layer for layer in survey.layers}
@@ -177,7 +180,7 @@ def _last(
         # Heads of attention apart, (head, token, unit), look like maps of another shape.
         if in_proportion(info.shape[1:], survey.image) and _depends(network, info, images, target):
             try:
-                _placed(network, survey, info.name, images, made)
+                placed(network, survey, info.name, images, made)
             except MicrotomeError:
                 continue
             return info.name
@@ -264,7 +267,7 @@ def _attention(
     layers = [each for each in survey.layers if each.spatial and _tokens(each) == tokens and each.layout != "map"]
     if not layers:
         raise MicrotomeError(f"attention: no layer says where its {tokens} tokens lie in the image")
-    info = _placed(network, survey, layers[-1].name, images, made)
+    info = placed(network, survey, layers[-1].name, images, made)
     slope = gradients(network, images, target, [info.name], of_inputs=False).layers[info.name][1]
     by_token = slope.reshape(len(slope), tokens, -1).abs().amax((0, 2))
     return Attention(info, tuple(by_token.nonzero()[:, 0].tolist()))

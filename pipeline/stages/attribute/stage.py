@@ -101,7 +101,7 @@ def settings_of(draft: Draft, name: str, section: Explanations, dataset: str, ne
     where, summary, spec = f"attribute.{name}", draft.summaries[dataset], draft.networks[network]
     original = draft.originals.get(network, network)
     split = section.split or draft.config.datasets[dataset].examined_split
-    summary.require(dataset, split)
+    summary.require(dataset, split, f"{where}.split" if section.split else "")
     limits = [section.images, draft.config.controls.images if network.endswith(UNTRAINED) else None]
     if section.targets == "label" and not summary.classes:
         raise MicrotomeError(f"{where}.targets: the images of data set {dataset!r} have no labels to explain")
@@ -133,7 +133,7 @@ def _baseline(draft: Draft, where: str, baseline: Any, dataset: str) -> str | di
         told = told.model_dump(exclude_none=True)
     if "file" in told:
         return {"file": _file_digest(draft, where, told["file"])}
-    draft.summaries[dataset].require(dataset, told["mean"])
+    draft.summaries[dataset].require(dataset, told["mean"], f"{where}.baseline, the mean of a split's images")
     return told
 
 

@@ -453,6 +453,19 @@ def test_a_unit_and_a_distance_of_embeddings_are_explained():
     torch.testing.assert_close(distance.values.flatten(1).sum(1), wanted.detach(), atol=2e-2, rtol=2e-2)
 
 
+def test_a_network_without_logits_has_class_maps_of_any_scalar():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 2, 1)).double().eval()  # a segmenter
+    x = images()
+    target = attribute.Scalar(lambda y: y[:, 1, 4:8, 4:8].sum((1, 2)))
+    found = attribute.hires_cam(net, x, target, layer="1").map
+    activation = net[:2](x).detach()
+    wanted = torch.zeros(len(x), *x.shape[2:], dtype=x.dtype)
+    wanted[:, 4:8, 4:8] = (activation * net[2].weight[1]).sum(1)[:, 4:8, 4:8].detach()
+    torch.testing.assert_close(found, wanted)
+    with pytest.raises(MicrotomeError, match="name a `layer`: the default is found from logits, and this target is"):
+        attribute.grad_cam(net, x, target)
+
+
 def test_what_is_refused_says_what_to_do():
     net, x = convolutional(), images()
     with pytest.raises(MicrotomeError, match="target 'dog'"):

@@ -100,6 +100,7 @@ def test_the_page(results: Path) -> None:
     assert "the largest residual is 0.3." in said and "No residual is known of Gradient × input" in said
     html = (experiment.out / page.file).read_text()
     assert "1 of 5" in html and "features (a note)" in html and "95th percentile" not in html and "99.5th" in html
+    assert "The baseline of Integrated gradients is a black image." in html
     assert {figure.kind for figure in page.figures} == {
         "attributions", "attribution-residuals", "attribution-alike"
     }  # fmt: skip
