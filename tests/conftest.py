@@ -134,17 +134,17 @@ SLOW = (
     "tests/pipeline/stages/test_attribute.py::test_a_baseline_of_another_size_or_turned_is_seen_before_any_work",
     "tests/pipeline/stages/test_attribute.py::test_classes_by_name_are_those_of_the_data_set_alone",
     "tests/pipeline/stages/test_dissect.py::test_the_same_settings_again_count_nothing",
-    "tests/pipeline/stages/test_not_dissected.py::test_all_pooled_by_patterns_is_refused_with_the_way_on",
-    "tests/pipeline/stages/test_not_dissected.py::test_it_is_inspected_and_foretold[each pooled]",
-    "tests/pipeline/stages/test_not_dissected.py::test_it_is_inspected_and_foretold[no concepts]",
-    "tests/pipeline/stages/test_not_dissected.py::test_it_is_inspected_and_foretold[pooled]",
     "tests/pipeline/stages/test_sight.py::test_a_changed_image_costs_its_minibatch_and_a_network_its_own",
     "tests/pipeline/stages/test_similarity.py::test_the_page_of_the_report",
-    "tests/pipeline/stages/test_streamed.py::test_on_workers",
     "tests/workflow/test_end_to_end.py::test_both_snakefiles_give_the_same_plan",
     "tests/workflow/test_refusals.py::test_wrong_networks",
 )
 """What `make test-slow` runs, and `make test` does not."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the workflows, which take longest: no process is to wait for them at the end."""
+    items.sort(key=lambda item: not item.nodeid.startswith("tests/workflow/"))
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
