@@ -142,11 +142,6 @@ SLOW = (
 """What `make test-slow` runs, and `make test` does not."""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the workflows, which take longest: no process is to wait for them at the end."""
-    items.sort(key=lambda item: not item.nodeid.startswith("tests/workflow/"))
-
-
 def pytest_itemcollected(item: pytest.Item) -> None:
     if item.nodeid.startswith(SLOW):
         item.add_marker(pytest.mark.slow)
