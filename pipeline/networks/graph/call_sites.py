@@ -123,12 +123,14 @@ class CallSites(TorchFunctionMode):
     nodes : names of autograd nodes, without `Backward0`, that its rules vouch for.
     linear : whether torch's own backward of linear calls is the method's.
     strict : whether a call that no rule knows is refused; otherwise it keeps torch's own gradient.
+    of_score : whether the rules also hold for what makes a score of the network's output.
     """
 
     method: str = ""
     nodes: ClassVar[frozenset[str]] = frozenset()
     linear: ClassVar[bool] = True
     strict: ClassVar[bool] = True
+    of_score: ClassVar[bool] = False
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
