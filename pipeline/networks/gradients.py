@@ -192,11 +192,14 @@ def gradients(
     )
 
 
-def scores(network: nn.Module, inputs: torch.Tensor, target: Target) -> torch.Tensor:
-    """Compute the score of each image, (image,), without gradients; refuse the same networks as `gradients`."""
+def scores(network: nn.Module, inputs: torch.Tensor, target: Target, rows: int = 0) -> torch.Tensor:
+    """Compute the score of each image, (image,), without gradients; refuse the same networks as `gradients`.
+
+    One image stands for `rows` that are the same.
+    """
     refuse_training(network)
     with torch.no_grad(), one_attention_path(), _repeatable(inputs):
-        return target(_output(network, inputs.clone(), target.layer))
+        return target(_repeated(_output(network, inputs.clone(), target.layer), rows))
 
 
 def scores_through(
@@ -206,9 +209,11 @@ def scores_through(
     refuse_training(network)
     with frozen(network), torch.enable_grad(), one_attention_path(), _repeatable(inputs), sites:
         output = _output(network, inputs.detach().requires_grad_().clone(), target.layer)
-        if len(output) < rows:
-            output = output.expand(rows, *output.shape[1:])
-        return target(output).detach()
+        return target(_repeated(output, rows)).detach()
+
+
+def _repeated(output: torch.Tensor, rows: int) -> torch.Tensor:
+    return output.expand(rows, *output.shape[1:]) if len(output) == 1 < rows else output
 
 
 @contextlib.contextmanager

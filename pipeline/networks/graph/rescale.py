@@ -340,18 +340,19 @@ class Rescale(Differences):
         """Return the maxima of windows, and the places they lie at."""
         with torch.no_grad():
             y, at = pool(u)
+        places = pool.places(u) if self.max_rule == "shapley" else None
+        if self.max_rule == "shapley" and places is None:
+            raise self.refusal(name, "has windows of unequal size, for which `max: shapley` has no rule")
         if self.recording:
             self.keep(name, u, y, at)
             return self._sent(y, None, u), at
         u0, y0, at0 = self.kept(name, (u, y))
         given, outer = u.detach(), u.ndim - pool.dims
         rows, size = u.shape[:outer], math.prod(u.shape[outer:])
-        if self.max_rule == "cross":
+        if places is None:
             place, slope = maxima.cross_max(*(each.flatten(outer) for each in (given, u0, y, y0, at, at0)))
             each = 1
         else:
-            if (places := pool.places(u)) is None:
-                raise self.refusal(name, "has windows of unequal size, for which `max: shapley` has no rule")
             each, inside, within = places.shape[-1], places >= 0, places.clamp(min=0)
 
             def windows(values: torch.Tensor) -> torch.Tensor:
