@@ -40,7 +40,7 @@ def contributions(
     ----------
     inputs : (image, ...), as the network takes them.
     reference : one for all images, (1, ...), or one for each. The forward of one for all is that of one image, unless
-        an operand of a call holds images and something else in one dimension.
+        the calls do not tell where the images of a batch are in what they get.
     rules : makes the call sites for a number of images.
 
     Raises
@@ -49,6 +49,7 @@ def contributions(
         As `gradients`, and where calls depend on values.
     """
     sites = rules(len(inputs))
+    sites.shared = len(reference) < len(inputs)
     try:
         base = scores_through(network, reference, target, sites, len(inputs))
         sites.turn()

@@ -71,7 +71,7 @@ class Sent(Vouched):
 
 
 class UnclearError(Exception):
-    """What is kept of one reference does not tell where the images of a batch lie in a call's operand."""
+    """One reference for all images does not tell what those of a batch meet: each needs one of its own."""
 
 
 class Differences(CallSites):
@@ -79,7 +79,7 @@ class Differences(CallSites):
 
     Attributes
     ----------
-    images : inputs of a batch; the reference's forward has as many references, or one for all.
+    images : inputs of a batch. shared : whether the reference's forward has one reference for all of them.
     recording : whether the reference's forward runs.
     """
 
@@ -88,7 +88,7 @@ class Differences(CallSites):
 
     def __init__(self, network: torch.nn.Module, images: int) -> None:
         super().__init__(network)
-        self.images, self.recording = images, True
+        self.images, self.shared, self.recording = images, False, True
         self._kept: list[tuple[str, tuple[torch.Tensor, ...]]] = []
         self._next = 0
 
@@ -103,7 +103,7 @@ class Differences(CallSites):
     def kept(self, name: str, like: Sequence[torch.Tensor | None]) -> tuple[torch.Tensor, ...]:
         """Return what was kept of this call; operands that `like` gives have to fit to those of the inputs."""
         if self._next >= len(self._kept) or self._kept[self._next][0] != name:
-            raise self.refusal(name, "is not what the reference's forward calls here: calls depend on values")
+            raise self._unlike(name, "is not what the reference's forward calls here: calls depend on values")
         found = self._kept[self._next][1]
         self._kept[self._next] = name, ()
         self._next += 1
@@ -124,7 +124,12 @@ class Differences(CallSites):
     def audit(self, output: torch.Tensor) -> None:
         super().audit(output)
         if self._next < len(self._kept):
-            raise self.refusal(self._kept[self._next][0], "is called for the reference alone: calls depend on values")
+            name = self._kept[self._next][0]
+            raise self._unlike(name, "is called for the reference alone: calls depend on values")
+
+    def _unlike(self, name: str, why: str) -> Exception:
+        """Return why both forwards differ: with one reference for all it may be the number of images."""
+        return UnclearError() if self.shared else self.refusal(name, why)
 
 
 class Rescale(Differences):

@@ -62,7 +62,7 @@ class RevealCancel(Differences):
         if self.recording:
             return self._recorded(call)
         if name in WRITERS:
-            return self._written(call)
+            return self._write(call)
         if name in CHOICES:
             return self._chosen(call)
         if name == "relu" or name in SMOOTH or name in KINKED:
@@ -108,6 +108,8 @@ class RevealCancel(Differences):
     # Calls ------------------------------------------------------------------------------------------------------------
 
     def _recorded(self, call: Call) -> Any:
+        if call.name in ("where", "masked_fill"):
+            return call.run()
         if call.name in WRITERS | CHOICES:
             return NotImplemented
         if call.name == "relu" or call.name in SMOOTH or call.name in KINKED:
@@ -149,7 +151,7 @@ class RevealCancel(Differences):
             self._give(each, (positive, negative))
         return output
 
-    def _written(self, call: Call) -> Any:
+    def _write(self, call: Call) -> Any:
         """Write parts into copies of the parts of the tensor that is written into."""
         into = call.args[0]
         if call.name == "set_data":
