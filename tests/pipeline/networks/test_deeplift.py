@@ -132,17 +132,17 @@ def test_a_maximum_may_have_its_shapley_value(spelled):
 def test_reveal_cancel_is_nearer_to_the_shapley_value():
     generator = torch.Generator().manual_seed(0)
     errors = {"rescale": [], "reveal_cancel": []}
-    for seed in range(20):
+    for seed in range(9):
         torch.manual_seed(seed)
         network = (
-            nn.Sequential(nn.Linear(8, 10), nn.ReLU(), nn.Linear(10, 10), nn.ReLU(), nn.Linear(10, 1)).double().eval()
+            nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 10), nn.ReLU(), nn.Linear(10, 1)).double().eval()
         )
-        x, reference = torch.randn(2, 1, 8, generator=generator).double()
+        x, reference = torch.randn(2, 1, 6, generator=generator).double()
         wanted = shapley(network, x, reference)
         for rule, found in errors.items():
             values = explained(network, x, reference, rule=rule).values
             found.append(float((values - wanted).abs().sum().detach() / wanted.abs().sum().detach()))
-    assert sorted(errors["reveal_cancel"])[10] < sorted(errors["rescale"])[10] < 0.5
+    assert sorted(errors["reveal_cancel"])[4] < sorted(errors["rescale"])[4] < 0.5
 
 
 # Spellings ------------------------------------------------------------------------------------------------------------
