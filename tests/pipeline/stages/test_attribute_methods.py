@@ -285,12 +285,19 @@ QUICK = {"integrated_gradients": {"steps": 4, "max_steps": 4}, "smooth_grad": {"
 
 
 def explained(method, net, x, batch, seeds, **options):
-    return attribute.explain(method, net, x, "predicted", batch=batch, seeds=seeds, **QUICK.get(method, {}), **options)
+    options = QUICK.get(method, {}) | options
+    background = images(2, 9).to(x.dtype)
+    return attribute.explain(method, net, x, "predicted", background=background, batch=batch, seeds=seeds, **options)
+
+
+def linear():
+    torch.manual_seed(2)
+    return nn.Sequential(nn.Conv2d(3, 2, 3), nn.Flatten(), nn.LazyLinear(3)).double().eval()
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_batches_and_neighbours_change_nothing(method):
-    net = transformer() if method in OF_TRANSFORMERS else convolutional()
+    net = transformer() if method in OF_TRANSFORMERS else linear() if method == "linear_shap" else convolutional()
     x, seeds = images(8), list(range(8))
     whole = explained(method, net, x, 8, seeds).map
     largest = whole.abs().max()
