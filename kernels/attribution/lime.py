@@ -89,7 +89,7 @@ def linear(
     masks : bool (sample, feature). values, weight : (sample,).
     """
     share = weight / weight.sum()
-    mean, level = share @ masks, share @ values
+    mean, level = share @ masks, float(share @ values)
     x, y = masks - mean, values - level
     gram, towards = (x * weight[:, None]).T @ x, x.T @ (weight * y)
     chosen = list(range(masks.shape[1]))
@@ -228,9 +228,9 @@ def _split(masks: np.ndarray, values: np.ndarray, weight: np.ndarray, least: flo
     return best if gain[best] > least else None
 
 
-def stability(halves: tuple[np.ndarray, np.ndarray]) -> float:
-    """Return Spearman's rank correlation of the weights that two halves of the samples give; NaN where it has none."""
-    return float(rank_correlation(halves[0][None], halves[1][None])[0])
+def stability(one: np.ndarray, other: np.ndarray) -> float:
+    """Return Spearman's rank correlation of two models' weights (feature,); NaN where one has no ranks."""
+    return float(rank_correlation(one[None], other[None])[0]) if len(one) else math.nan
 
 
 def pick(weights: np.ndarray, budget: int) -> list[int]:

@@ -20,8 +20,6 @@ from itertools import combinations
 
 import numpy as np
 
-MOST = 12
-"""Players whose coalitions are all played, at most: 2^12."""
 SHARE = 0.25
 """Exponent of a size's weight in the number of its samples: 1 is Lundberg and Lee's, 0 the same number for each size.
 
@@ -41,19 +39,6 @@ def kernel_weights(players: int) -> np.ndarray:
 def all_coalitions(players: int) -> np.ndarray:
     """Return all coalitions, bool (2^M, M): player i is in coalition k if bit i of k is set."""
     return (np.arange(2**players)[:, None] >> np.arange(players)) & 1 == 1
-
-
-def exact(values: np.ndarray) -> np.ndarray:
-    """Compute Shapley values (M,) from the values of `all_coalitions`, (2^M,)."""
-    players = len(values).bit_length() - 1
-    numbers = np.arange(len(values))
-    sizes = all_coalitions(players).sum(1)
-    weight = np.array([1 / (players * math.comb(players - 1, s)) for s in range(players)])
-    found = np.empty(players)
-    for i in range(players):
-        without = numbers[(numbers >> i) & 1 == 0]
-        found[i] = (weight[sizes[without]] * (values[without | (1 << i)] - values[without])).sum()
-    return found
 
 
 @dataclass(frozen=True)
@@ -154,9 +139,22 @@ class Estimate:
     values: np.ndarray
     error: np.ndarray
 
+    @staticmethod
+    def exact(values: np.ndarray) -> Estimate:
+        """Compute Shapley values from the values of `all_coalitions`, (2^M,)."""
+        players = len(values).bit_length() - 1
+        numbers = np.arange(len(values))
+        sizes = all_coalitions(players).sum(1)
+        weight = np.array([1 / (players * math.comb(players - 1, s)) for s in range(players)])
+        found = np.empty(players)
+        for i in range(players):
+            without = numbers[(numbers >> i) & 1 == 0]
+            found[i] = (weight[sizes[without]] * (values[without | (1 << i)] - values[without])).sum()
+        return Estimate(found, np.zeros(players))
 
-def regression(coalitions: Coalitions, values: np.ndarray, none: float, every: float) -> Estimate:
-    """Estimate Shapley values from the values of coalitions: they add up to `every` - `none` exactly.
+
+def regression(coalitions: Coalitions, values: np.ndarray) -> Estimate:
+    """Estimate Shapley values from the values of coalitions: they add up to v(all) - v(none) exactly.
 
     With pairs, the least squares of Lundberg and Lee see the differences d = v(z) - v(1 - z) alone, of which phi
     predicts (2z - 1) phi. The standard error is that of a weighted regression with any variance (residuals over 1 -
@@ -165,13 +163,15 @@ def regression(coalitions: Coalitions, values: np.ndarray, none: float, every: f
 
     Parameters
     ----------
-    values : (coalition,) of `coalitions.masks`. none, every : v of nobody and of all.
+    values : (coalition,) of nobody, of `coalitions.masks`, and of all.
     """
+    none, *_, every = values.tolist()
+    values = values[1:-1]
     signs = 2.0 * coalitions.masks[::2] - 1
     weight = coalitions.weight[::2]
     difference = values[::2] - values[1::2]
     total = every - none
-    inverse = np.linalg.inv((signs * weight[:, None]).T @ signs)
+    inverse = np.linalg.pinv((signs * weight[:, None]).T @ signs, hermitian=True)
     towards = inverse.sum(1)
     within = inverse - np.outer(towards, towards) / towards.sum()  # of changes that keep the sum
     found = within @ (signs.T @ (weight * difference)) + towards / towards.sum() * total
@@ -209,19 +209,20 @@ def beginnings(orders: np.ndarray) -> np.ndarray:
     return found.reshape(-1, orders.shape[1])
 
 
-def by_orders(orders: np.ndarray, values: np.ndarray, none: float, every: float) -> Estimate:
+def by_orders(orders: np.ndarray, values: np.ndarray) -> Estimate:
     """Estimate Shapley values as the mean change when a player joins those before it.
 
-    The values of each order add up to `every` - `none` exactly. The standard error is that of the mean over pairs of
+    The values of each order add up to v(all) - v(none) exactly. The standard error is that of the mean over pairs of
     orders.
 
     Parameters
     ----------
-    values : of `beginnings(orders)`. none, every : v of nobody and of all.
+    values : (coalition,) of nobody, of `beginnings(orders)`, and of all.
     """
     count, players = orders.shape
+    none, *_, every = values.tolist()
     chain = np.concatenate(
-        [np.full((count, 1), none), values.reshape(count, players - 1), np.full((count, 1), every)], 1
+        [np.full((count, 1), none), values[1:-1].reshape(count, players - 1), np.full((count, 1), every)], 1
     )
     change = np.empty((count, players))
     np.put_along_axis(change, orders, np.diff(chain, axis=1), 1)
