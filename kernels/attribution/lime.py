@@ -26,7 +26,7 @@ def mask_distance(masks: np.ndarray, distance: Distance) -> np.ndarray:
 
     With k of M features present, 1 - sqrt(k / M) (cosine) or sqrt(1 - k / M) (L2, in units of the largest).
     """
-    share = masks.mean(1)
+    share = masks.sum(1) / masks.shape[1] if masks.shape[1] else np.ones(len(masks))
     return 1 - np.sqrt(share) if distance == "cosine" else np.sqrt(1 - share)
 
 
@@ -89,7 +89,7 @@ def linear(
     masks : bool (sample, feature). values, weight : (sample,).
     """
     share = weight / weight.sum()
-    mean, level = share @ masks, float(share @ values)
+    mean, level = share @ masks, _level(values, weight)
     x, y = masks - mean, values - level
     gram, towards = (x * weight[:, None]).T @ x, x.T @ (weight * y)
     chosen = list(range(masks.shape[1]))
@@ -105,6 +105,11 @@ def _solved(gram: np.ndarray, towards: np.ndarray, chosen: list[int], ridge: flo
     if ridge > 0:
         return np.linalg.solve(own + ridge * np.eye(len(chosen)), towards[chosen])
     return np.linalg.lstsq(own, towards[chosen], rcond=1e-12)[0]
+
+
+def _level(values: np.ndarray, weight: np.ndarray) -> float:
+    """Return the weighted mean; of equal values, their value exactly."""
+    return float(values[0] + weight @ (values - values[0]) / weight.sum())
 
 
 def _fit(values: np.ndarray, model: np.ndarray, weight: np.ndarray) -> float:
@@ -195,30 +200,29 @@ def tree(masks: np.ndarray, values: np.ndarray, weight: np.ndarray, depth: int) 
     """
     found = np.zeros(masks.shape[1])
     model = np.empty(len(values))
-    scale = float(weight @ (values - weight @ values / weight.sum()) ** 2)
+    level = _level(values, weight)
+    around = float(weight @ (values - level) ** 2)
 
     def grow(rows: np.ndarray, level: float, depth: int, whole: bool) -> None:
-        split = _split(masks[rows], values[rows], weight[rows], TIE * scale) if depth else None
+        split = _split(masks[rows], values[rows], weight[rows], TIE * around) if depth else None
         if split is None:
             model[rows] = level
             return
         for present in (True, False):
             own = rows[masks[rows, split] == present]
-            below = float(weight[own] @ values[own] / weight[own].sum())
+            below = _level(values[own], weight[own])
             if whole and present:
                 found[split] += below - level
             grow(own, below, depth - 1, whole and present)
 
-    level = float(weight @ values / weight.sum())
     grow(np.arange(len(values)), level, depth, True)
-    around = float(weight @ (values - level) ** 2)
     fit = 1 - float(weight @ (values - model) ** 2) / around if around > 0 else math.nan
     return Local(found, level, fit)
 
 
 def _split(masks: np.ndarray, values: np.ndarray, weight: np.ndarray, least: float) -> int | None:
     """Return the feature that parts samples best; None where no one lowers the squared error by more than `least`."""
-    total, level = weight.sum(), weight @ values / weight.sum()
+    total, level = weight.sum(), _level(values, weight)
     inside = weight @ masks
     apart = (weight * (values - level)) @ masks
     outside = total - inside

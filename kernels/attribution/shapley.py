@@ -43,13 +43,13 @@ def all_coalitions(players: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Coalitions:
-    """Coalitions in complementary pairs, by size: rows 2k and 2k + 1 are a pair, the smaller one first.
+    """Coalitions in complementary pairs: rows 2k and 2k + 1 are a pair, the smaller one first.
 
     Attributes
     ----------
     masks : bool (coalition, player).
     weight : of each coalition in the regression, (coalition,); adds up to 1.
-    whole : the first so many coalitions are all there are of their sizes; the others are a sample.
+    whole : the first so many coalitions are all there are of their sizes; the others are a sample, by size.
     """
 
     masks: np.ndarray
@@ -61,8 +61,8 @@ def sample(players: int, samples: int, seed: int | list[int]) -> Coalitions:
     """Draw at most so many coalitions for a regression, without repetition, in complementary pairs.
 
     The share of a size is its share of the kernel's weight to the power `SHARE`, and what is drawn of it is weighed
-    accordingly. Sizes are played whole, from the smallest on, while their share reaches all their coalitions; the
-    others are sampled systematically. Within a size, coalitions are parts of random orders of the players, so that
+    accordingly. Sizes whose share reaches all their coalitions are played whole; the others are sampled
+    systematically. Within a size, coalitions are parts of random orders of the players, so that
     each player takes part equally often.
 
     Raises
@@ -75,28 +75,31 @@ def sample(players: int, samples: int, seed: int | list[int]) -> Coalitions:
     random = np.random.default_rng(seed)
     left = samples // 2
     sizes = np.arange(1, players // 2 + 1)
-    pairs = [math.comb(players, int(s)) // (2 if 2 * s == players else 1) for s in sizes]
+    many = 8 * samples  # no size is played whole, or listed, beyond it
+    pairs = np.array([min(math.comb(players, int(s)) // (2 if 2 * s == players else 1), many) for s in sizes])
     mass = 1 / (sizes * (players - sizes))
     mass[sizes * 2 == players] /= 2
-    share = mass**SHARE
     smaller: list[np.ndarray] = []
     weight: list[np.ndarray] = []
-    first = 0
-    while first < len(sizes) and left * share[first] / share[first:].sum() >= pairs[first]:
-        smaller.append(np.stack([*_every(players, int(sizes[first]))]))
-        weight.append(np.full(pairs[first], mass[first] / pairs[first]))
-        left -= pairs[first]
-        first += 1
+    rest = np.arange(len(sizes))
+    while len(rest):
+        share = mass[rest] ** SHARE / (mass[rest] ** SHARE).sum()
+        full = left * share >= pairs[rest]
+        if not full.any():
+            break
+        for size in rest[full]:
+            smaller.append(np.stack([*_every(players, int(sizes[size]))]))
+            weight.append(np.full(len(smaller[-1]), mass[size] / pairs[size]))
+            left -= len(smaller[-1])
+        rest = rest[~full]
     whole = sum(map(len, smaller))
-    if first < len(sizes) and left:
-        share = share[first:] / share[first:].sum()
+    if len(rest) and left:
         at = (random.random() + np.arange(left)) / left
         counts = np.bincount(np.searchsorted(np.cumsum(share)[:-1], at, side="right"), minlength=len(share))
-        for place, count in enumerate(counts.tolist()):
+        for size, count, part in zip(rest, counts.tolist(), share, strict=True):
             if count:
-                size = first + place
-                smaller.append(_some(players, int(sizes[size]), count, pairs[size], random))
-                weight.append(np.full(count, mass[size] / (left * share[place])))
+                smaller.append(_some(players, int(sizes[size]), count, int(pairs[size]), random))
+                weight.append(np.full(count, mass[size] / (left * part)))
     masks, weights = np.concatenate(smaller), np.concatenate(weight)
     both = np.stack([masks, ~masks], 1).reshape(-1, players)
     return Coalitions(both, np.repeat(weights / (2 * weights.sum()), 2), 2 * whole)
@@ -170,15 +173,14 @@ def regression(coalitions: Coalitions, values: np.ndarray) -> Estimate:
     signs = 2.0 * coalitions.masks[::2] - 1
     weight = coalitions.weight[::2]
     difference = values[::2] - values[1::2]
-    total = every - none
-    inverse = np.linalg.pinv((signs * weight[:, None]).T @ signs, hermitian=True)
-    towards = inverse.sum(1)
-    within = inverse - np.outer(towards, towards) / towards.sum()  # of changes that keep the sum
-    found = within @ (signs.T @ (weight * difference)) + towards / towards.sum() * total
-    found += (total - found.sum()) / len(found)
+    total, players = every - none, signs.shape[1]
+    centred = signs - signs.mean(1, keepdims=True)  # of changes that keep the sum
+    within = np.linalg.pinv((centred * weight[:, None]).T @ centred, rcond=1e-12, hermitian=True)
+    found = total / players + within @ (centred.T @ (weight * (difference - signs.mean(1) * total)))
+    found += (total - found.sum()) / players
     remaining = difference - signs @ found
-    leverage = weight * np.einsum("pi,ij,pj->p", signs, within, signs)
-    moved = (weight * remaining / np.maximum(1 - leverage, 1e-9))[:, None] * signs @ within
+    leverage = weight * ((centred @ within) * centred).sum(1)
+    moved = (weight * remaining / np.maximum(1 - leverage, 1e-9))[:, None] * centred @ within
     return Estimate(found, _spread(moved[coalitions.whole // 2 :]))
 
 

@@ -259,7 +259,7 @@ AnySegments = Annotated[
 class Segmented(Options):
     """A black box: the scores of copies of an image, in which only some segments are shown."""
 
-    samples: Literal["exact"] | Annotated[int, Field(ge=4, le=100_000)] = Field(
+    samples: Annotated[int, Field(ge=4, le=100_000)] | Literal["exact"] = Field(
         512,
         description="copies of an image with some segments shown, the others as the baseline has them; all 2^M of M "
         f"segments where these are no more, M up to {EXACT}; `exact`: always",
