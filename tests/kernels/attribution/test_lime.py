@@ -1,6 +1,7 @@
 """Local surrogate models against loops and other libraries."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -90,7 +91,7 @@ def test_the_lasso_path_is_that_of_scikit_learn(seed):
     y = (values - np.average(values, weights=weight)) * np.sqrt(weight)
     penalties, _, weights = lars_path(x, y, method="lasso")
     knots = lime.lasso_path(x.T @ x, x.T @ y)
-    assert all(a > b - 1e-12 for (a, _), (b, _) in zip(knots, knots[1:], strict=False))
+    assert all(a > b - 1e-12 for (a, _), (b, _) in pairwise(knots))
     own = np.array([penalty for penalty, _ in knots])[::-1]
     found = np.stack([each for _, each in knots])[::-1]
     for penalty, wanted in zip(penalties * len(x), weights.T, strict=True):
