@@ -200,7 +200,7 @@ def _segments(
     if isinstance(options.segments, Labels):
         raise MicrotomeError("segments: label maps are those of a data set: give them as a tensor (image, y, x)")
     if why := lacking(options.segments, (inputs.shape[2], inputs.shape[3])):
-        raise MicrotomeError(f"segments: {why}")
+        raise MicrotomeError(f"segments.{why}")
     low, high = (each[:, None, None, None] for each in (inputs.flatten(1).amin(1), inputs.flatten(1).amax(1)))
     scaled = ((inputs - low) / torch.where(high > low, high - low, 1)).double().cpu().numpy()
     return {options.segments.key: torch.from_numpy(np.array(part(options.segments, scaled, None, patches)[0]))}
