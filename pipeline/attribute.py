@@ -8,15 +8,20 @@
 
 `images` are as the network takes them; any floating-point tensor will do, for example embeddings of a text. A target is
 `"predicted"`, a class for all images, one for each, or an object of `Logit`, `Unit` and `Scalar`.
+
+Black boxes (`lime`, `kernel_shap`, `rise`) explain any function from a batch to scores (input, class), with or without
+gradients. Their segments are those of the option `segments`, or a tensor (image, y, x) of your own; the values of a
+vector, and the rows of a matrix, are segments of themselves.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from pydantic import ValidationError
 from torch import nn
@@ -27,7 +32,8 @@ from pipeline.networks.explainable import examine, linear_in, normalised_by, pla
 from pipeline.networks.gradients import Logit, Scalar, Target, Unit, refuse_training
 from pipeline.networks.layers import head_of, one_attention_path, survey
 from pipeline.stages.attribute.methods.registry import FUNCTIONS
-from pipeline.stages.attribute.options import METHODS, OPTIONS, Options
+from pipeline.stages.attribute.options import METHODS, OPTIONS, Labels, Options, Patches, Segmented
+from pipeline.stages.attribute.segments import lacking, part
 from pipeline.stages.attribute.subject import Attribution, Known, Subject
 
 __all__ = ["Attribution", "Logit", "Scalar", "Unit", "explain", *FUNCTIONS]
@@ -37,7 +43,7 @@ Targets = str | int | Sequence[int] | torch.Tensor | Logit | Unit | Scalar
 
 def explain(
     method: str,
-    network: nn.Module,
+    network: nn.Module | Callable[[torch.Tensor], Any],
     inputs: torch.Tensor,
     target: Targets = "predicted",
     *,
@@ -45,6 +51,7 @@ def explain(
     background: torch.Tensor | None = None,
     batch: int | None = None,
     seeds: Sequence[int] = (),
+    segments: torch.Tensor | Mapping[str, Any] | str | None = None,
     **options: Any,
 ) -> Attribution:
     """Explain a scalar of each input by a method.
@@ -52,13 +59,16 @@ def explain(
     Parameters
     ----------
     method : a name of `pipeline.stages.attribute.options.METHODS`.
+    network : a module, or, for methods that take no gradient, any function from inputs to scores (input, class).
     inputs : floating-point, the first dimension that of the images.
     target : `"predicted"`, a class or one for each image, or a `Logit`, `Unit` or `Scalar`.
     baseline : the input without information, like the inputs, or one value for all of it, as the network takes it.
     background : (reference, ...), inputs that `deep_shap` and `linear_shap` compare with, all of them.
     batch : points on a line, noisy copies or windows that go through the network at a time; default: as many as there
         are inputs, which always go together.
-    seeds : of each image's noise; default: its place.
+    seeds : of each image's noise and masked copies; default: its place.
+    segments : as the option of a black box, or segments of your own from 0 on, integers (image, y, x). Superpixels are
+        those of the inputs, each image scaled from 0 to 1.
     options : of the method, as in the configuration, for example `steps` or `layer`.
 
     Raises
@@ -68,7 +78,11 @@ def explain(
     """
     if method not in FUNCTIONS:
         raise MicrotomeError(f"no method {method!r}{nearest(method, FUNCTIONS)}")
-    kind, chosen = METHODS[method], _options(method, options)
+    kind = METHODS[method]
+    if segments is not None and not isinstance(segments, torch.Tensor):
+        options["segments"] = segments
+    chosen = _options(method, options)
+    network = _module(network, method)
     if inputs.ndim != 4 and (kind.maps != "image" or "layer" in kind.needs or method == "occlusion"):
         raise MicrotomeError(f"{method} explains images (image, channel, y, x), not inputs of {tuple(inputs.shape)}")
     if not inputs.is_floating_point() or not len(inputs) or not bool(inputs.isfinite().all()):
@@ -86,7 +100,7 @@ def explain(
     known = Known()
     of_logits = method == "gradient_x_input" and isinstance(resolved, Logit)
     if inputs.ndim == 4 and (kind.maps != "image" or "layer" in kind.needs or of_logits):
-        known = _known(network, inputs, resolved, chosen.layer_name(), kind.needs)
+        known = _known(network, inputs, chosen.layer_name(), kind.needs, resolved)
     reference = None
     if kind.baseline:
         reference = baseline if isinstance(baseline, torch.Tensor) else torch.full_like(inputs, baseline)
@@ -95,6 +109,12 @@ def explain(
         reference = reference.to(inputs.device, inputs.dtype).expand_as(inputs)
     if "linear" in kind.needs and not linear_in(network, _two(inputs)):
         raise MicrotomeError(f"{method}: the logits are not linear in the input")
+    parted: dict[str, torch.Tensor] = {}
+    if isinstance(chosen, Segmented):
+        own = segments if isinstance(segments, torch.Tensor) else None
+        parted = _segments(network, inputs, chosen, own, segments is None)
+    elif isinstance(segments, torch.Tensor):
+        raise MicrotomeError(f"{method} has no segments")
     subject = Subject(
         network,
         inputs,
@@ -105,6 +125,7 @@ def explain(
         of_inputs=kind.shares == "inputs",
         seeds=seeds,
         one_baseline=not isinstance(baseline, torch.Tensor) or baseline.ndim < inputs.ndim or len(baseline) == 1,
+        segments=parted,
     )
     return FUNCTIONS[method](subject, chosen, replace(known, background=background))
 
@@ -140,13 +161,66 @@ def _target(network: nn.Module, inputs: torch.Tensor, target: Targets) -> Target
     return Logit(classes)
 
 
-def _known(network: nn.Module, inputs: torch.Tensor, target: Target, layer: str | None, needs: Sequence[str]) -> Known:
+class _Function(nn.Module):
+    """Any function from inputs to scores, as a network."""
+
+    def __init__(self, function: Callable[[torch.Tensor], Any]) -> None:
+        super().__init__()
+        self.function = function
+        self.eval()
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return torch.as_tensor(self.function(inputs))
+
+
+def _module(network: nn.Module | Callable[[torch.Tensor], Any], method: str) -> nn.Module:
+    if isinstance(network, nn.Module):
+        return network
+    if METHODS[method].needs:
+        black_boxes = ", ".join(name for name, each in METHODS.items() if not each.needs)
+        raise MicrotomeError(f"{method} explains modules; these explain any function: {black_boxes}")
+    return _Function(network)
+
+
+def _segments(
+    network: nn.Module, inputs: torch.Tensor, options: Segmented, given: torch.Tensor | None, default: bool
+) -> dict[str, torch.Tensor]:
+    """Return the segments of inputs by the key of their setting; none for the values of vectors and rows."""
+    if given is not None:
+        positions = (len(inputs), *inputs.shape[-2:]) if inputs.ndim == 4 else tuple(inputs.shape[:2])
+        whole = given.expand(positions) if given.ndim == len(positions) - 1 else given
+        if whole.shape != positions or whole.is_floating_point() or bool((whole < 0).any()):
+            raise MicrotomeError(
+                f"segments {tuple(given.shape)}, {given.dtype}: expected integers from 0 on {positions}"
+            )
+        return {options.segments.key: whole.to("cpu", torch.int64)}
+    if inputs.ndim != 4:
+        if not default:
+            raise MicrotomeError(f"segments are of images (image, channel, y, x), not of inputs {tuple(inputs.shape)}")
+        return {}
+    patches = None
+    if isinstance(options.segments, Patches):
+        attention = _known(network, inputs, None, ("attention",)).attention
+        assert attention is not None
+        patches = (attention.layer.shape[1], attention.layer.shape[2])
+    if isinstance(options.segments, Labels):
+        raise MicrotomeError("segments: label maps are those of a data set: give them as a tensor (image, y, x)")
+    if why := lacking(options.segments, (inputs.shape[2], inputs.shape[3])):
+        raise MicrotomeError(f"segments.{why}")
+    low, high = (each[:, None, None, None] for each in (inputs.flatten(1).amin(1), inputs.flatten(1).amax(1)))
+    scaled = ((inputs - low) / torch.where(high > low, high - low, 1)).double().cpu().numpy()
+    return {options.segments.key: torch.from_numpy(np.array(part(options.segments, scaled, None, patches)[0]))}
+
+
+def _known(
+    network: nn.Module, inputs: torch.Tensor, layer: str | None, needs: Sequence[str], target: Target | None = None
+) -> Known:
     """Return what is found of a network for a method; refuse a network without what it needs."""
     plain = copy.deepcopy(network).float()  # the survey's images are float32
     _, *shape = inputs.shape
     surveyed = survey(plain, (shape[0], shape[1], shape[2]))
     asked = [need for need in needs if need not in ("gradient", "deconvnet", "guided_backprop")]  # the pass itself says
-    if asked == ["layer"] and not isinstance(target, Logit):
+    if asked == ["layer"] and target is not None and not isinstance(target, Logit):
         if not layer:
             raise MicrotomeError("name a `layer`: the default is found from logits, and this target is none")
         return Known(placed(network, surveyed, layer, _two(inputs), lambda: copy.deepcopy(plain)))
@@ -170,7 +244,12 @@ def _two(inputs: torch.Tensor) -> torch.Tensor:
 
 
 def _function(name: str) -> Callable[..., Attribution]:
-    def method(network: nn.Module, inputs: torch.Tensor, target: Targets = "predicted", **options: Any) -> Attribution:
+    def method(
+        network: nn.Module | Callable[[torch.Tensor], Any],
+        inputs: torch.Tensor,
+        target: Targets = "predicted",
+        **options: Any,
+    ) -> Attribution:
         return explain(name, network, inputs, target, **options)
 
     method.__name__ = method.__qualname__ = name

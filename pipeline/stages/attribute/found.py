@@ -198,7 +198,8 @@ def read_attributions(results: Path, dataset: str, network: str, experiment: str
 
 
 def _method(store: StoreRef, facts: Explained) -> MethodMaps:
-    tolerance = float(store.open().attrs["settings"].get("tolerance", ROUNDING))
+    settings = store.open().attrs["settings"]
+    tolerance = float(settings["tolerance"]) if METHODS[facts.method].own_tolerance else ROUNDING
     return MethodMaps(facts, store, tolerance, _by_rank(store, "target"), _by_rank(store, "residual"))
 
 

@@ -5,14 +5,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveInt, model_validator
 
 from pipeline.config.base import Positive, Strict
+from pipeline.networks.fitness import Link
 
+EXACT = 12  # players whose coalitions are all played, at most
 BACKWARD = 3.0  # forwards that one forward with its backward takes
 
 
@@ -245,6 +248,192 @@ class LinearShap(OfSplit):
     method: Literal["linear_shap"] = Field("linear_shap", description="this method")
 
 
+class Segments(Strict):
+    """What an image is parted into."""
+
+    features: ClassVar[str] = "the place of the segment"
+    """What says of a segment what it is, alike in all images."""
+
+    @property
+    def key(self) -> str:
+        """The setting as text: equal settings have the same segments of an image."""
+        return json.dumps(self.model_dump(), sort_keys=True)
+
+    def most(self, patches: tuple[int, int] | None = None) -> int | None:
+        """Return how many segments an image has at most; None if only the network tells, which has these `patches`."""
+        return self.count  # type: ignore[attr-defined]
+
+
+class Slic(Segments):
+    """Superpixels (Achanta et al. 2012)."""
+
+    features: ClassVar[str] = "the bin of the mean colour: 4 levels of each channel, the last one fastest"
+    kind: Literal["slic"] = Field("slic", description="superpixels: alike in colour, near in place")
+    count: Annotated[int, Field(ge=2, le=2000)] = Field(50, description="superpixels of an image, at most")
+    compactness: Positive = Field(10.0, description="how much place weighs against colour")
+    sigma: NonNegativeFloat = Field(1.0, description="standard deviation of the smoothing before, in pixels")
+
+
+class Grid(Segments):
+    """Cells of a grid."""
+
+    kind: Literal["grid"] = Field("grid", description="cells of a grid")
+    cells: tuple[PositiveInt, PositiveInt] = Field((7, 7), description="rows and columns")
+
+    @model_validator(mode="after")
+    def _several(self) -> Grid:
+        if self.cells == (1, 1):
+            raise ValueError("cells: a grid of one cell is one segment, and its value is the whole score")
+        if self.most() > 2000:
+            raise ValueError(f"cells: {self.most()} cells, expected 2000 at most")
+        return self
+
+    def most(self, patches: tuple[int, int] | None = None) -> int:
+        return self.cells[0] * self.cells[1]
+
+
+class Patches(Segments):
+    """Patches of a transformer."""
+
+    kind: Literal["patches"] = Field("patches", description="the patches of a transformer's attention")
+
+    def most(self, patches: tuple[int, int] | None = None) -> int | None:
+        return None if patches is None else patches[0] * patches[1]
+
+
+class Labels(Segments):
+    """Concepts of the data set's label maps."""
+
+    features: ClassVar[str] = "the number of the concept, 0 for the rest"
+    kind: Literal["labels"] = Field("labels", description="the concepts of the data set's label maps")
+    category: str = Field(description="a category of its `concepts`, for example `truth/object`")
+    count: Annotated[int, Field(ge=2, le=2000)] = Field(
+        12, description="segments of an image, at most: the largest concepts, and the rest as one"
+    )
+
+
+def _of_kind(segments: Any) -> Any:
+    return {"kind": segments} if isinstance(segments, str) else segments
+
+
+AnySegments = Annotated[
+    Annotated[Slic | Grid | Patches | Labels, Field(discriminator="kind")], BeforeValidator(_of_kind)
+]
+
+
+class Segmented(Options):
+    """A black box: the scores of copies of an image, in which only some segments are shown."""
+
+    samples: Annotated[int, Field(ge=4, le=100_000)] | Literal["exact"] = Field(
+        512,
+        description="copies of an image with some segments shown, the others as the baseline has them; all 2^M of M "
+        f"segments where these are no more, M up to {EXACT}; `exact`: always",
+    )
+    segments: AnySegments = Field(
+        Slic(),
+        description="what an image is parted into: `slic`, `grid`, `patches`, or a mapping with `kind` and its options",
+    )
+
+    def why_not(self, most: int) -> str:
+        """Return why an image of so many segments cannot be explained; empty if it can."""
+        if self.samples == "exact":
+            return (
+                f"samples: `exact` plays all of at most 2^{EXACT} copies, and there are up to {most} segments: give a "
+                f"number of samples, or fewer segments"
+                if most > EXACT
+                else ""
+            )
+        if self.samples < min(2 * most, 2**most):
+            return f"samples: {self.samples} of up to {most} segments, expected at least {min(2 * most, 2**most)}"
+        return ""
+
+    def plays_all(self, players: int) -> bool:
+        """Return whether all coalitions of so many segments are played: there are no more of them than samples."""
+        return self.samples == "exact" or (players <= EXACT and 2**players <= max(self.samples, 2))
+
+    def played(self, most: int | None) -> float:
+        """Return the forwards of an image with so many segments, at first."""
+        copies = float(2 ** min(most or EXACT, EXACT)) if self.samples == "exact" else float(self.samples)
+        return copies if most is None or most > EXACT else min(copies, 2.0**most)
+
+
+class OfProbability(Segmented):
+    softmax: bool = Field(
+        True,
+        description="explain the probability of the class where the experiment's `score` is its logit; a `note` says "
+        "so; false: explain the `score`",
+    )
+
+
+class Lime(OfProbability):
+    """Local surrogate model of segments (Ribeiro et al. 2016)."""
+
+    method: Literal["lime"] = Field("lime", description="this method")
+    kernel: Literal["masks_cosine", "masks_l2", "pixels_cosine", "pixels_l2"] = Field(
+        "masks_cosine", description="distance D of a copy from the image, in the weight exp(-D^2 / width^2)"
+    )
+    width: Positive | None = Field(
+        None, description="width of the kernel; default: 0.25 for cosine, 0.75 for L2, where 1 is all covered"
+    )
+    model: Literal["linear", "tree"] = Field("linear", description="weighted ridge regression, or a regression tree")
+    ridge: NonNegativeFloat = Field(1.0, description="penalty of squared weights; 0: least squares")
+    features: PositiveInt | None = Field(None, description="at most so many weights that are not 0; default: all")
+    selection: Literal["forward", "lasso"] = Field(
+        "forward", description="how these features are chosen: one by one, or on the path of the lasso"
+    )
+    depth: Annotated[int, Field(ge=1, le=10)] = Field(3, description="splits from the tree's root to a leaf, at most")
+
+    @model_validator(mode="after")
+    def _of_model(self) -> Lime:
+        if self.model == "tree" and self.features is not None:
+            raise ValueError("features: a tree has no such bound: give its `depth`")
+        return self
+
+    @property
+    def sigma(self) -> float:
+        """The width of the kernel."""
+        return self.width if self.width is not None else 0.25 if self.kernel.endswith("cosine") else 0.75
+
+
+class KernelShap(Segmented):
+    """Shapley values of segments (Lundberg and Lee 2017)."""
+
+    method: Literal["kernel_shap"] = Field("kernel_shap", description="this method")
+    estimator: Literal["regression", "permutation"] = Field(
+        "regression", description="weighted least squares over coalitions, or the mean over orders of the segments"
+    )
+    tolerance: Positive | None = Field(
+        None,
+        description="mean standard error, as a share of the largest value, beyond which as many samples are added; "
+        "default: none are added",
+    )
+    max_samples: PositiveInt = Field(8192, description="never more samples: an image that still misses is left so")
+
+    @model_validator(mode="after")
+    def _most(self) -> KernelShap:
+        if self.tolerance is not None and self.samples == "exact":
+            raise ValueError("tolerance: `samples: exact` leaves no error")
+        if self.tolerance is not None and self.max_samples < int(self.samples):
+            raise ValueError(f"max_samples: {self.max_samples} is below `samples`, {self.samples}")
+        return self
+
+
+class Rise(OfProbability):
+    """Mean score where a segment is shown (Petsiuk et al. 2018)."""
+
+    method: Literal["rise"] = Field("rise", description="this method")
+
+
+def tolerance_of(options: Options) -> float | None:
+    """Return the tolerance of the law of a method that has its own; None: that of rounding."""
+    return options.tolerance if METHODS[options.kind].own_tolerance else None  # type: ignore[attr-defined]
+
+
+def link_of(options: Options, score: Link) -> Link:
+    """Return what a method explains of a class, given the experiment's `score`."""
+    return "probability" if isinstance(options, OfProbability) and options.softmax and score == "logit" else score
+
+
 AnyMethod = Annotated[
     Saliency
     | GradientXInput
@@ -264,7 +453,10 @@ AnyMethod = Annotated[
     | Occlusion
     | DeepLift
     | DeepShap
-    | LinearShap,
+    | LinearShap
+    | Lime
+    | KernelShap
+    | Rise,
     Field(discriminator="method"),
 ]
 
@@ -289,6 +481,8 @@ class Method:
     forwards : further passes of an image, in forwards, given (options, (height, width)).
     baseline : whether it compares with the baseline. signed : whether its values have signs.
     channels : whether it has a map of each channel. facts : names of further numbers of each image.
+    by_segment : names of numbers of each segment, of methods that part images into segments.
+    own_tolerance : whether its option `tolerance` is that of its law.
     """
 
     title: str
@@ -302,11 +496,17 @@ class Method:
     signed: bool = True
     channels: bool = True
     facts: tuple[str, ...] = ()
+    by_segment: tuple[str, ...] = ()
+    own_tolerance: bool = False
 
 
 def _windows(options: Occlusion, size: tuple[int, int]) -> float:
     along = [len(starts(side, options.window, options.stride)) for side in size]
     return float(along[0] * along[1])
+
+
+def _copies(options: Segmented, size: tuple[int, int]) -> float:
+    return options.played(options.segments.most()) + 2
 
 
 def starts(side: int, window: int, stride: int) -> list[int]:
@@ -318,6 +518,7 @@ def starts(side: int, window: int, stride: int) -> list[int]:
 COMPLETENESS = "the map adds up to the score less the baseline's"
 SLOPE, SHARE_OF_SCORE = "score per unit of input", "score"
 OF_BASELINE = ("baseline_score", "baseline_probability")
+OF_COPIES = ("players", "samples")
 METHODS: dict[str, Method] = {
     "saliency": Method("Saliency", SLOPE, shares="inputs", signed=False, facts=("intercept",)),
     "gradient_x_input": Method(
@@ -333,6 +534,7 @@ METHODS: dict[str, Method] = {
         forwards=lambda options, size: BACKWARD * options.steps + 2,
         baseline=True,
         facts=("steps", *OF_BASELINE),
+        own_tolerance=True,
     ),
     "smooth_grad": Method("SmoothGrad", SLOPE, forwards=lambda options, size: BACKWARD * options.draws, signed=False),
     "var_grad": Method(
@@ -428,5 +630,36 @@ METHODS: dict[str, Method] = {
         shares="inputs",
         forwards=lambda options, size: 1.0,
         facts=("phi0",),
+    ),
+    "lime": Method(
+        "LIME",
+        SHARE_OF_SCORE,
+        needs=(),
+        forwards=_copies,
+        baseline=True,
+        channels=False,
+        facts=("intercept", "r2", "stability", *OF_COPIES, *OF_BASELINE),
+        by_segment=("value",),
+    ),
+    "kernel_shap": Method(
+        "Kernel SHAP",
+        SHARE_OF_SCORE,
+        law="the values of the segments add up to the score less the baseline's",
+        needs=(),
+        forwards=_copies,
+        baseline=True,
+        channels=False,
+        facts=(*OF_COPIES, *OF_BASELINE),
+        by_segment=("value", "standard_error"),
+    ),
+    "rise": Method(
+        "RISE",
+        SHARE_OF_SCORE,
+        needs=(),
+        forwards=_copies,
+        baseline=True,
+        channels=False,
+        facts=("intercept", *OF_COPIES, *OF_BASELINE),
+        by_segment=("value",),
     ),
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,10 @@ COLUMNS = (
     "beyond_tolerance",
     "intercept_median",
     "steps_mean",
+    "samples_mean",
+    "r2_median",
+    "stability_median",
+    "standard_error_mean",
     "baseline_probability_mean",
     "forwards",
 )
@@ -83,7 +87,8 @@ class Layout:
     ----------
     images : slots. shard : images of a shard. ranks : classes of an image; None: there is no such dimension.
     size : (y, x) of the map. channels : (channel, y, x) of channel maps; None: not kept.
-    facts : names of further numbers of each image.
+    facts : names of further numbers of each image. by_segment : names of numbers of each segment.
+    segments : how many an image has at most.
     """
 
     images: int
@@ -92,6 +97,8 @@ class Layout:
     size: tuple[int, int]
     channels: tuple[int, int, int] | None
     facts: Sequence[str]
+    by_segment: Sequence[str] = ()
+    segments: int = 0
 
     def arrays(self) -> dict[str, Array]:
         """Return the arrays of the store; an image that is not explained has NaN, and the target -1."""
@@ -109,8 +116,37 @@ class Layout:
             found["channel_attribution"] = array(np.float32, np.nan, ("channel", "y", "x"), self.channels)
         for name in ("score", "residual", *self.facts):
             found[name] = array(np.float32, np.nan)
+        for name in self.by_segment:
+            found[name] = array(np.float32, np.nan, ("segment",), (self.segments,))
         found["image_id"] = Array(("image",), (self.images,), str, (self.images,), fill=None)
         return found
+
+
+@dataclass(frozen=True)
+class SegmentLayout:
+    """The shape of a store of segments.
+
+    Attributes
+    ----------
+    images : slots. shard : images of a shard. size : (y, x). segments : how many an image has at most.
+    """
+
+    images: int
+    shard: int
+    size: tuple[int, int]
+    segments: int
+
+    def arrays(self) -> dict[str, Array]:
+        """Return the arrays of the store; an image that is not explained, or lacks a segment, has -1."""
+
+        def array(dtype: Any, names: tuple[str, ...], shape: tuple[int, ...]) -> Array:
+            return Array(("image", *names), (self.images, *shape), dtype, (self.shard, *shape), fill=-1)
+
+        return {
+            "segments": array(np.int16, ("y", "x"), self.size),
+            "feature": array(np.int32, ("segment",), (self.segments,)),
+            "image_id": Array(("image",), (self.images,), str, (self.images,), fill=None),
+        }
 
 
 def row(name: str, method: str, law: str, tolerance: float, forwards: float, found: Mapping[str, np.ndarray]) -> list:
@@ -121,12 +157,26 @@ def row(name: str, method: str, law: str, tolerance: float, forwards: float, fou
     numbers = [np.nan] * 3 if not known.size else [np.median(known), np.quantile(known, 0.95), known.max()]
     beyond = np.mean(known > tolerance) if known.size else np.nan
     facts = [
-        reduce(found[fact][explained]) if fact in found and explained.any() else np.nan
-        for fact, reduce in (("intercept", np.median), ("steps", np.mean), ("baseline_probability", np.mean))
+        _reduced(reduce, found[fact][explained]) if fact in found else np.nan
+        for fact, reduce in (
+            ("intercept", np.median),
+            ("steps", np.mean),
+            ("samples", np.mean),
+            ("r2", np.median),
+            ("stability", np.median),
+            ("standard_error", np.mean),
+            ("baseline_probability", np.mean),
+        )
     ]
     cells = [number(float(each)) for each in (*numbers, tolerance if law else np.nan, beyond, *facts, forwards)]
     images = int(explained.reshape(len(explained), -1).any(1).sum())
     return [name, method, law, images, *cells]
+
+
+def _reduced(reduce: Callable[[np.ndarray], Any], values: np.ndarray) -> float:
+    """Return the mean or median of the numbers that are known, NaN if none is."""
+    known = values[~np.isnan(values)]
+    return float(reduce(known)) if known.size else math.nan
 
 
 def table(rows: Sequence[Sequence[Any]]) -> bytes:

@@ -13,7 +13,7 @@ from pipeline.config.networks import Numerics, Preprocessing, SpecialTokens
 from pipeline.config.section import Chosen, Section, Selection
 from pipeline.errors import nearest
 from pipeline.networks.fitness import Link
-from pipeline.stages.attribute.options import METHODS, AnyMethod, OfLayer
+from pipeline.stages.attribute.options import METHODS, AnyMethod, OfLayer, Segmented
 from pipeline.storage.record import Record
 
 if TYPE_CHECKING:
@@ -106,6 +106,12 @@ def check(core: Core, section: Experiments) -> None:
         Explanations.section(f"attribute.{name}", "").check(core, asked)
         known = core.with_controls()
         for method, options in asked.methods.items():
+            where = f"attribute.{name}.methods.{method}"
+            if method.startswith("segments-"):
+                raise ValueError(f"{where}: names of stores of segments begin so: rename it")
+            most = options.segments.most() if isinstance(options, Segmented) else None
+            if isinstance(options, Segmented) and most is not None and (why := options.why_not(most)):
+                raise ValueError(f"{where}.{why}")
             named = list(options.networks or ())
             if isinstance(options, OfLayer) and isinstance(options.layer, dict):
                 named += options.layer

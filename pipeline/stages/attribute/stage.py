@@ -2,7 +2,11 @@
 
 Writes, for an experiment on a network and a data set, into <network>/attributions/<experiment>/
     <method>.zarr      attribution (image[, rank], y, x) float32, raw and signed · channel_attribution (image[, rank],
-                       channel, y, x) where kept · target, score, baseline_score, residual (image[, rank])
+                       channel, y, x) where kept · value (image[, rank], segment) of methods that part images into
+                       segments · target, score, baseline_score, residual (image[, rank])
+    segments-<kind>-<id>.zarr   segments (image, y, x) · feature (image, segment), once for all methods that part images
+                       the same way. They lie here, and not beside the images of the data set: they cost nothing
+                       beside the forwards, only explained images have any, and two jobs never fill one store
     attributions.csv   a row for each method: how well it keeps its law, and what it costs
 See docs/attribution.md.
 """
@@ -22,13 +26,14 @@ from pipeline.config.base import UNTRAINED
 from pipeline.errors import MicrotomeError, nearest
 from pipeline.networks.fitness import Explainable
 from pipeline.networks.forward import platform_numerics
+from pipeline.networks.segmenters import wanted_categories
 from pipeline.plan import inspected
 from pipeline.plan.cost import Cost, Store
 from pipeline.plan.counted import ingested
 from pipeline.plan.job import Job
 from pipeline.plan.stage import Draft, PageModule, Stage, Wanted
 from pipeline.plan.step import Key
-from pipeline.stages.attribute import results
+from pipeline.stages.attribute import results, segments
 from pipeline.stages.attribute.inputs import (
     Shard,
     background_of,
@@ -39,8 +44,22 @@ from pipeline.stages.attribute.inputs import (
     read_baseline,
     shards_of,
 )
-from pipeline.stages.attribute.options import BACKWARD, METHODS, AnyMethod, IntegratedGradients, OfSplit, Options
+from pipeline.stages.attribute.options import (
+    BACKWARD,
+    METHODS,
+    AnyMethod,
+    IntegratedGradients,
+    Labels,
+    OfSplit,
+    Options,
+    Patches,
+    Segmented,
+    Segments,
+    link_of,
+    tolerance_of,
+)
 from pipeline.stages.attribute.settings import SECTION, Explanations, Settings, Targets
+from pipeline.stages.concepts.results import Labelled
 from pipeline.storage.identity import digest
 from pipeline.storage.manifest import Files, Manifest, within, write_file
 from pipeline.storage.object_storage import size_of
@@ -55,12 +74,17 @@ if TYPE_CHECKING:
 VERSION = 1
 FOLDER = "attributions"
 CODE = (
+    "kernels/attribution/agreement.py",
     "kernels/attribution/baselines.py",
     "kernels/attribution/cam.py",
+    "kernels/attribution/lime.py",
+    "kernels/attribution/masks.py",
     "kernels/attribution/maxima.py",
     "kernels/attribution/paths.py",
     "kernels/attribution/rollout.py",
     "kernels/attribution/secants.py",
+    "kernels/attribution/segments.py",
+    "kernels/attribution/shapley.py",
     "kernels/images/grey.py",
     "kernels/images/whiten.py",
     "kernels/locality/attention.py",
@@ -92,6 +116,7 @@ CODE = (
     "pipeline/stages/attribute/methods",
     "pipeline/stages/attribute/options.py",
     "pipeline/stages/attribute/results.py",
+    "pipeline/stages/attribute/segments.py",
     "pipeline/stages/attribute/settings.py",
     "pipeline/stages/attribute/stage.py",
     "pipeline/stages/attribute/subject.py",
@@ -107,8 +132,10 @@ def steps(draft: Draft) -> Iterator[Wanted]:
                 continue
             settings = settings_of(draft, name, section, dataset, network)
             if settings.methods:
-                parents = draft.step("ingest", dataset), draft.step("network", network=network)
-                yield Wanted(Key(dataset, network, name), settings, parents)
+                parents = [draft.step("ingest", dataset), draft.step("network", network=network)]
+                if labels_of(methods_of(settings)):
+                    parents.append(draft.step("concepts", dataset))
+                yield Wanted(Key(dataset, network, name), settings, tuple(parents))
 
 
 def settings_of(draft: Draft, name: str, section: Explanations, dataset: str, network: str) -> Settings:
@@ -123,6 +150,9 @@ def settings_of(draft: Draft, name: str, section: Explanations, dataset: str, ne
     limits = [section.images, draft.config.controls.images if network.endswith(UNTRAINED) else None]
     if section.targets == "label" and not summary.classes:
         raise MicrotomeError(f"{where}.targets: the images of data set {dataset!r} have no labels to explain")
+    for key, options in section.methods.items():
+        if labels := labels_of({key: options}):
+            _require_labels(draft, f"{where}.methods.{key}.segments", labels[0], dataset, split)
     return Settings(
         baseline=_baseline(draft, where, section.baseline, dataset),
         split=split,
@@ -140,6 +170,23 @@ def settings_of(draft: Draft, name: str, section: Explanations, dataset: str, ne
         numerics=spec.numerics,
         **spec.reading.settings,
     )
+
+
+def _require_labels(draft: Draft, where: str, category: str, dataset: str, split: str) -> None:
+    """Refuse segments of label maps that the data set does not have."""
+    spec = draft.config.datasets[dataset]
+    if not any(step.key.dataset == dataset for step in draft.of_stage("concepts")):
+        raise MicrotomeError(
+            f"{where}: data set {dataset!r} has no label maps, or no network is dissected on it: give it `concepts`, "
+            f"or use `slic`"
+        )
+    known = wanted_categories(spec, draft.config)
+    if category not in known:
+        raise MicrotomeError(f"{where}.category: no category {category!r} of {dataset!r}{nearest(category, known)}")
+    if split != spec.examined_split:
+        raise MicrotomeError(
+            f"{where}: split {split!r} of {dataset!r} has no label maps, which are those of {spec.examined_split!r}"
+        )
 
 
 def _baseline(draft: Draft, where: str, baseline: Any, dataset: str) -> str | dict[str, str]:
@@ -202,6 +249,12 @@ def methods_of(settings: Settings) -> dict[str, Options]:
     return {name: read.validate_python(told) for name, told in settings.methods.items()}
 
 
+def labels_of(methods: Mapping[str, Options]) -> list[str]:
+    """Return the categories of label maps that methods take segments from."""
+    parted = [each.segments for each in methods.values() if isinstance(each, Segmented)]
+    return sorted({each.category for each in parted if isinstance(each, Labels)})
+
+
 def layer_names(methods: Mapping[str, Options]) -> list[str]:
     """Return the layers that methods name, "" for the default."""
     return sorted({layer for options in methods.values() if (layer := options.layer_name()) is not None})
@@ -232,35 +285,64 @@ def run(job: Job[Settings]) -> None:
         compares = any(METHODS[options.kind].baseline for options in methods.values())
         baseline = baseline_of(job, workers) if compares else "black"
         background = background_of(job, workers, methods, tasks.sum_inputs)
-        work = tasks.Work(job.model, found, targets_of(job.settings), baseline, methods, stores, layouts, background)
+        labelled = Labelled.of(job.parent("concepts")) if labels_of(methods) else None
+        maps = _label_maps(job) if labelled is not None else None
+        parted = segments.settings_of(methods)
+        patches = tasks.patches_of(found)
+        parted_layouts = {name: segment_layout(job, each, patches) for name, each in parted.items()}
+        stores |= {name: results.store_of(job.folder, name) for name in parted}
+        categories = {each.name: each.place for each in labelled.categories} if labelled is not None else {}
+        targets = targets_of(job.settings)
+        work = tasks.Work(
+            job.model,
+            found,
+            targets,
+            baseline,
+            methods,
+            stores,
+            layouts,
+            parted,
+            parted_layouts,
+            categories,
+            background,
+        )
         spec, kept = job.network_spec, list(layouts.values())
         need = results.memory_need(
             parameters, found.values, spec, images.shard_images, images.size, kept, methods.values()
         )
         job.check_memory(need, REMEDY)
         parts = {}
-        for name, options in methods.items():
-            arrays = layouts[name].arrays()
-            remove_other_arrays(stores[name], arrays)
-            create(stores[name], arrays, attributes(job, name, options, found, work))
-            remove_partials(stores[name])
-            parts[name] = Parts(stores[name], ids_of(job, work, name, shards))
+        for name, store in stores.items():
+            arrays = work.layout(name).arrays()
+            remove_other_arrays(store, arrays)
+            if name in parted:
+                create(store, arrays, segment_attributes(job, parted[name], labelled))
+                ids = segment_ids(job, work, parted[name], shards, labelled)
+            else:
+                create(store, arrays, attributes(job, name, methods[name], found, work))
+                ids = ids_of(job, work, name, shards, labelled)
+            remove_partials(store)
+            parts[name] = Parts(store, ids)
 
         def arguments(part: str, names: list[str]) -> tuple:
-            return work, StoreRef(images.store, images.files_of(int(part))), shards[part], names
+            own = maps.of(["label_map"], [int(part)]) if maps is not None else None
+            return work, StoreRef(images.store, images.files_of(int(part))), own, shards[part], names
 
         made = job.resumed(workers, tasks.explain, parts, arguments, REMEDY)
     files: Files = {}
     explained, rows = [], []
-    for name, options in methods.items():
-        own = parts[name].files() | write(stores[name], {"image_id": ((0,), images.image_ids())})
-        remove_unlisted(stores[name], own)
-        own |= metadata_files(stores[name])
-        numbers = numbers_of(StoreRef(stores[name], own), layouts[name], shards)
+    for name, store in stores.items():
+        own = parts[name].files() | write(store, {"image_id": ((0,), images.image_ids())})
+        remove_unlisted(store, own)
+        own |= metadata_files(store)
+        files |= within(store.name, own)
+        if name in parted:
+            continue
+        options = methods[name]
+        numbers = numbers_of(StoreRef(store, own), layouts[name], shards)
         law = law_of(job, options, work.known(name))
         rows.append(row_of(options, name, law, numbers, images.size))
-        explained.append(facts_of(options, name, law, numbers, work))
-        files |= within(stores[name].name, own)
+        explained.append(facts_of(job, options, name, law, numbers, work))
         warn(job, name, numbers, found.classes)
     table = results.table(rows)
     output = digest([files, table.decode()])
@@ -282,7 +364,28 @@ def layout_of(job: Job[Settings], options: Options, found: Explainable) -> resul
         map_size(options, found, images.size),
         (kept, *images.size) if kept else None,
         kind.facts,
+        kind.by_segment,
+        segments_of(options, found) if isinstance(options, Segmented) else 0,
     )
+
+
+def segments_of(options: Segmented, found: Explainable) -> int:
+    """Return how many segments an image has at most."""
+    shape = found.attention.layer.shape if found.attention is not None else None
+    return options.segments.most(None if shape is None else (shape[1], shape[2])) or 0
+
+
+def segment_layout(job: Job[Settings], parted: Segments, patches: tuple[int, int] | None) -> results.SegmentLayout:
+    images, most = job.images, parted.most(patches)
+    assert most is not None
+    return results.SegmentLayout(images.count, images.shard_images, images.size, most)
+
+
+def _label_maps(job: Job[Settings]) -> StoreRef:
+    """Return the label maps of the data set, with the files that their manifest lists."""
+    from pipeline.storage.store import StoreRef
+
+    return StoreRef.of_manifest(job.dataset_folder, "concepts.zarr", job.parent("concepts").files)
 
 
 def map_size(options: Options, found: Explainable, size: tuple[int, int]) -> tuple[int, int]:
@@ -312,7 +415,35 @@ def targets_of(settings: Settings) -> Targets:
     return Targets(kind, tuple(value) if isinstance(value, (list, tuple)) else (value,), 1, settings.score)
 
 
-def ids_of(job: Job[Settings], work: tasks.Work, name: str, shards: Mapping[str, Shard]) -> dict[str, str]:
+def segment_ids(
+    job: Job[Settings],
+    work: tasks.Work,
+    parted: Segments,
+    shards: Mapping[str, Shard],
+    labelled: Labelled | None,
+) -> dict[str, str]:
+    """Return the id of each shard of segments: what they are made from."""
+    made_of = [VERSION, segments.library(parted), parted.key, job.images.size]
+    made_of.append(work.patches if isinstance(parted, Patches) else None)
+    contents = job.images.contents
+    return {
+        part: digest([made_of, contents[int(part)], shard.places, shard.image_ids, _labels(parted, labelled, part)])
+        for part, shard in shards.items()
+    }
+
+
+def _labels(parted: Segments, labelled: Labelled | None, part: str) -> str | None:
+    """Return the digest of a shard's label maps of a category that segments are made of."""
+    if not isinstance(parted, Labels):
+        return None
+    assert labelled is not None
+    (category,) = (each for each in labelled.categories if each.name == parted.category)
+    return category.contents[labelled.shards.index(int(part))]
+
+
+def ids_of(
+    job: Job[Settings], work: tasks.Work, name: str, shards: Mapping[str, Shard], labelled: Labelled | None = None
+) -> dict[str, str]:
     """Return the id of each shard of a method: what its numbers are made from."""
     images, model, identity, options = job.images, job.model, job.identity, work.methods[name]
     kind, known = METHODS[options.kind], work.known(name)
@@ -332,11 +463,13 @@ def ids_of(job: Job[Settings], work: tasks.Work, name: str, shards: Mapping[str,
         made_of.append(hashlib.sha256(work.baseline.tobytes()).hexdigest() if of_image else work.baseline)  # type: ignore[union-attr]
     if name in work.background:
         made_of.append(hashlib.sha256(work.background[name].tobytes()).hexdigest())
-    labelled = identity["targets"] == "label"
+    parted = segment_ids(job, work, options.segments, shards, labelled) if isinstance(options, Segmented) else {}
+    of_labels = identity["targets"] == "label"
 
     def of(shard: Shard) -> list[Any]:
-        labels = shard.labels if labelled else ()
-        return [images.contents[int(shard.part)], shard.places, shard.image_ids, labels]
+        labels = shard.labels if of_labels else ()
+        own = [parted[shard.part]] if parted else []
+        return [images.contents[int(shard.part)], shard.places, shard.image_ids, labels, *own]
 
     return {part: digest([made_of, of(shard)]) for part, shard in shards.items()}
 
@@ -357,20 +490,40 @@ def attributes(job: Job[Settings], name: str, options: Options, found: Explainab
         "experiment": job.experiment,
         "split": settings.split,
         "targets": settings.targets,
-        "score": settings.score,
+        "score": link_of(options, settings.score),
         "baseline": settings.baseline if kind.baseline else None,
         "image_size": list(job.images.size),
         "classes": job.images.classes,
         "logits": found.classes,
         "maps": kind.maps,
         "layer": info.name if info is not None else None,
-        "note": note_of(options, found),
+        "note": note_of(job, options, found),
         "cells": "a value covers an equal part of the image; enlarge bilinearly without aligned corners",
     }
 
 
-def note_of(options: Options, found: Explainable) -> str:
+def segment_attributes(job: Job[Settings], parted: Segments, labelled: Labelled | None) -> dict[str, Any]:
+    """Return the attributes of a store of segments."""
+    concepts: dict[str, str] = {}
+    if isinstance(parted, Labels) and labelled is not None:
+        (category,) = (each for each in labelled.categories if each.name == parted.category)
+        concepts = {str(number): name for number, name in zip(category.numbers, category.concepts, strict=True)}
+    return {
+        "settings": parted.model_dump(),
+        "dataset": job.dataset,
+        "network": job.network,
+        "experiment": job.experiment,
+        "split": job.settings.split,
+        "image_size": list(job.images.size),
+        "features": parted.features,
+        "concepts": concepts,
+    }
+
+
+def note_of(job: Job[Settings], options: Options, found: Explainable) -> str:
     """Return what a reader has to know of a method's maps."""
+    if (link := link_of(options, job.settings.score)) != job.settings.score:
+        return f"explains the {link.replace('_', '-')}, not the {job.settings.score}"
     attends = METHODS[options.kind].maps == "attention" and found.attention is not None
     return found.attention.note if attends and found.attention is not None else ""
 
@@ -389,19 +542,20 @@ def numbers_of(store: StoreRef, layout: results.Layout, shards: Mapping[str, Sha
 LARGE = ("attribution", "channel_attribution", "image_id")
 
 
-def tolerance_of(options: Options) -> float:
-    return getattr(options, "tolerance", results.ROUNDING)
+def bound_of(options: Options) -> float:
+    """Return the tolerance of a method's residual."""
+    return tolerance_of(options) or results.ROUNDING
 
 
 def row_of(
     options: Options, name: str, law: str, numbers: Mapping[str, np.ndarray], size: tuple[int, int]
 ) -> list[Any]:
     """Return a method's row of the table."""
-    return results.row(name, options.kind, law, tolerance_of(options), forwards_of(options, size, numbers), numbers)
+    return results.row(name, options.kind, law, bound_of(options), forwards_of(options, size, numbers), numbers)
 
 
 def facts_of(
-    options: Options, name: str, law: str, numbers: Mapping[str, np.ndarray], work: tasks.Work
+    job: Job[Settings], options: Options, name: str, law: str, numbers: Mapping[str, np.ndarray], work: tasks.Work
 ) -> results.Explained:
     """Return what the manifest says of a method."""
     layer = work.layer_of(name)
@@ -410,10 +564,10 @@ def facts_of(
         method=options.kind,
         law=law,
         images=len(numbers["target"]),
-        beyond=int((numbers["residual"] > tolerance_of(options)).sum()),
+        beyond=int((numbers["residual"] > bound_of(options)).sum()),
         size=work.layouts[name].size,
         layer=layer.name if layer is not None else None,
-        note=note_of(options, work.explainable),
+        note=note_of(job, options, work.explainable),
     )
 
 
@@ -424,6 +578,13 @@ def warn(job: Job[Settings], name: str, numbers: Mapping[str, np.ndarray], class
         inspected.say(
             f"{job.name}: {name}: the network gives the target a probability of {likely.mean():.2f} for the baseline, "
             f"on average: it is no image without information; try another `baseline`"
+        )
+    players = numbers.get("players", np.zeros(0))
+    few, count = int((players <= 1).sum()), int((~np.isnan(players)).sum())
+    if few:
+        inspected.say(
+            f"{job.name}: {name}: {few} of {count} explanations have at most one segment that differs from the "
+            f"baseline, which takes the whole score: try other `segments`, or another `baseline`"
         )
 
 
@@ -450,6 +611,8 @@ def check(job: Job[Settings]) -> Iterator[str]:
         count = getattr(options, "references", 0)
         if isinstance(options, OfSplit) and (there := job.splits[options.split]) < count:
             yield f"{where}.methods.{name}.references: {lacks_references(options.split, count, there)}"
+        if isinstance(options, Segmented) and (why := segments.lacking(options.segments, size)):
+            yield f"{where}.methods.{name}.segments.{why}"
     file = getattr(job.section[job.experiment].baseline, "file", None)
     if file is not None:
         try:
@@ -470,6 +633,14 @@ def objections(job: Job[Settings], methods: Mapping[str, Options], found: Explai
         if options.kind in ("cam", "linear_shap") and settings.score != "logit":
             title = METHODS[options.kind].title
             yield f"{where}.methods.{name}: {title} explains logits, and `score` is {settings.score!r}"
+        if isinstance(options, Segmented) and isinstance(options.segments, Patches) and found.classes:
+            if found.attention is None:
+                yield (
+                    f"{where}.methods.{name}.segments: network {job.network!r} has no patches: "
+                    f"{found.why_not(['attention'], None)}; use `slic` or `grid`"
+                )
+            elif why := options.why_not(segments_of(options, found)):
+                yield f"{where}.methods.{name}.{why}"
     if not found.classes:
         return
     targets = targets_of(settings)
@@ -504,6 +675,9 @@ def forwards_of(options: Options, size: tuple[int, int], numbers: Mapping[str, n
     """Return the passes of an image that a method takes alone, in forwards; with its numbers, those that it took."""
     kind = METHODS[options.kind]
     steps = numbers.get("steps") if numbers is not None else None
+    copies = numbers.get("samples") if numbers is not None else None
+    if copies is not None and not np.isnan(copies).all():
+        return float(np.nanmean(copies)) + (BACKWARD if kind.shares else 1.0)
     if isinstance(options, IntegratedGradients) and steps is not None and steps.size:
         options = options.model_copy(
             update={"steps": float(np.mean([options.taken(int(each)) for each in steps.flat]))}
@@ -532,14 +706,21 @@ def cost(job: Job[Settings], done: bool) -> Cost:
     methods, ranks = methods_of(settings), targets_of(settings).ranks
     inspection = inspected.found(job)
     found = Explainable.read(inspection.explainable)
-    passes = ranks * (BACKWARD + sum(METHODS[each.kind].forwards(each, size) for each in methods.values()))
+    passes = ranks * (BACKWARD + sum(METHODS[each.kind].forwards(each, size) for each in unshared(methods)))
     stores, layouts = [], []
     for name, options in methods.items():
         height, width = map_size(options, found, size)
         kept = channels_of(job, options)
-        facts = METHODS[options.kind].facts
+        kind, count = METHODS[options.kind], segments_of(options, found) if isinstance(options, Segmented) else 0
         layout = results.Layout(
-            images, dataset.shard_images, ranks, (height, width), (kept, *size) if kept else None, facts
+            images,
+            dataset.shard_images,
+            ranks,
+            (height, width),
+            (kept, *size) if kept else None,
+            kind.facts,
+            kind.by_segment,
+            count,
         )
         layouts.append(layout)
         raw = 4.0 * images * ranks * (height * width + kept * size[0] * size[1])
@@ -554,6 +735,15 @@ def cost(job: Job[Settings], done: bool) -> Cost:
         memory=results.memory_need(inspection.parameters, found.values, spec, shard, size, layouts, methods.values()),
         rate=f"{rate / passes:.3g}" if rate else "",
     )
+
+
+def unshared(methods: Mapping[str, Options]) -> list[Options]:
+    """Return the methods without those that only read the copies of another: of equal segments and samples."""
+    found: dict[Any, Options] = {}
+    for name, options in methods.items():
+        shares = isinstance(options, Segmented) and getattr(options, "estimator", "regression") == "regression"
+        found.setdefault((options.segments.key, options.samples) if shares else name, options)  # type: ignore[attr-defined]
+    return list(found.values())
 
 
 def pending(job: Job[Settings]) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -31,7 +31,8 @@ class Attribution:
     map : (image, y, x), of the inputs' size or the layer's; None for inputs that are no images.
     residual : of the method's law, float64 (image,), NaN where it has none: |left - right| over the larger of the
         score's magnitude and that of its difference to the baseline's.
-    facts : further numbers of each image by name, (image,).
+    facts : further numbers by name, of each image, (image,), or of its segments, (image, segment); NaN where an image
+        has fewer segments.
     """
 
     values: torch.Tensor | None
@@ -70,6 +71,7 @@ class Subject:
     of_inputs : whether a method needs the shared pass's gradient of the inputs.
     seeds : of each image's noise; default: its place.
     one_baseline : whether the baseline of all images is the same.
+    segments : of images that are parted into segments, by the key of the setting, int64 (image, y, x) on the CPU.
     """
 
     network: nn.Module
@@ -82,6 +84,7 @@ class Subject:
     of_inputs: bool = True
     seeds: Sequence[int] = ()
     one_baseline: bool = False
+    segments: Mapping[str, torch.Tensor] = field(default_factory=dict)
     _kept: dict[Any, Any] = field(default_factory=dict)
 
     @cached_property

@@ -23,8 +23,9 @@ from pipeline.networks.layer import LayerInfo
 from pipeline.networks.prepare import survey_of
 from pipeline.stages.attribute.inputs import Shard
 from pipeline.stages.attribute.methods.registry import FUNCTIONS
-from pipeline.stages.attribute.options import METHODS, Options
-from pipeline.stages.attribute.results import Layout
+from pipeline.stages.attribute.options import METHODS, Labels, Options, Segmented, Segments
+from pipeline.stages.attribute.results import Layout, SegmentLayout
+from pipeline.stages.attribute.segments import name_of, part
 from pipeline.stages.attribute.settings import Targets
 from pipeline.stages.attribute.subject import Known, Subject
 from pipeline.storage.store import StoreRef, write
@@ -39,7 +40,9 @@ class Work:
     Attributes
     ----------
     baseline : its kind, or the image itself as pixels.
-    methods, stores, layouts : by name, a method's options, and its store.
+    methods : by name, a method's options. parted : by the name of their store, settings of segments.
+    stores : of both. layouts, segment_layouts : of each.
+    categories : by name, the place of a category of label maps on the store's axis.
     background : by name, what a method compares images with, see `inputs.background_of`.
     """
 
@@ -50,12 +53,24 @@ class Work:
     methods: Mapping[str, Options]
     stores: Mapping[str, Path]
     layouts: Mapping[str, Layout]
+    parted: Mapping[str, Segments] = field(default_factory=dict)
+    segment_layouts: Mapping[str, SegmentLayout] = field(default_factory=dict)
+    categories: Mapping[str, int] = field(default_factory=dict)
     background: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def patches(self) -> tuple[int, int] | None:
+        """The rows and columns of the network's patches."""
+        return patches_of(self.explainable)
 
     def layer_of(self, name: str) -> LayerInfo | None:
         """Return the layer of a method that has one."""
         layer = self.methods[name].layer_name()
         return None if layer is None else self.explainable.layers[layer]
+
+    def layout(self, name: str) -> Layout | SegmentLayout:
+        """Return the layout of the store of a method, or of segments."""
+        return self.layouts[name] if name in self.layouts else self.segment_layouts[name]
 
     def known(self, name: str) -> Known:
         """Return what was found of the network for a method."""
@@ -63,6 +78,12 @@ class Work:
         if layer is None:
             return Known(homogeneous=found.homogeneous, attention=found.attention)
         return Known(layer, found.heads.get(layer.name), layer.name in found.linear)
+
+
+def patches_of(found: Explainable) -> tuple[int, int] | None:
+    """Return the rows and columns of a network's patches; None where no attention reaches over the image."""
+    shape = found.attention.layer.shape if found.attention is not None else None
+    return None if shape is None else (shape[1], shape[2])
 
 
 def target_of(targets: Targets, logits: torch.Tensor, labels: torch.Tensor, rank: int, probabilities: bool) -> Logit:
@@ -86,15 +107,21 @@ def examine_network(model: Model, size: tuple[int, int], layers: Sequence[str]) 
         return sum(each.numel() for each in network.parameters()), found
 
 
-def explain(work: Work, images: StoreRef, shard: Shard, names: Sequence[str]) -> Done:
-    """Explain the images of one shard, and write the shard of each of these methods. Runs on a worker."""
+def explain(work: Work, images: StoreRef, labels: StoreRef | None, shard: Shard, names: Sequence[str]) -> Done:
+    """Explain the images of one shard, and write the shard of each of these methods and segments. Runs on a worker.
+
+    `labels` is the store of the label maps, where segments are made of them.
+    """
     start, stop = shard.bounds
     pixels = torch.from_numpy(images.open()["image"][start:stop][list(shard.places)])
-    found = {name: _blank(work.layouts[name], stop - start) for name in names}
+    found = {name: _blank(work.layout(name), stop - start) for name in names}
     size = work.model.spec.numerics.micro_batch
     for at in range(0, len(pixels), size):
         some = slice(at, at + size)
-        _explain_batch(work, pixels[some], shard, some, found)
+        segments = _segments(work, pixels[some], labels, shard, some, found)
+        methods = {name: arrays for name, arrays in found.items() if name in work.methods}
+        if methods:
+            _explain_batch(work, pixels[some], shard, some, methods, segments)
     files = {}
     for name in names:
         # An image that is not explained has nothing to store, and the last shard may be shorter than a chunk.
@@ -123,7 +150,41 @@ def _background(work: Work, name: str) -> torch.Tensor | None:
     return normalise(values, work.model.spec) if values.dtype == torch.uint8 else values
 
 
-def _blank(layout: Layout, images: int) -> dict[str, np.ndarray]:
+def _segments(
+    work: Work,
+    pixels: torch.Tensor,
+    labels: StoreRef | None,
+    shard: Shard,
+    some: slice,
+    found: Mapping[str, dict[str, np.ndarray]],
+) -> dict[str, torch.Tensor]:
+    """Return the segments of some images by the key of their setting, and keep those that are asked for.
+
+    They are made again where only a method asks for them: their pixels and the setting decide them.
+    """
+    of_methods = [work.methods[name] for name in found if name in work.methods]
+    needed = {name_of(each.segments) for each in of_methods if isinstance(each, Segmented)} | (
+        found.keys() & work.parted
+    )
+    start, _ = shard.bounds
+    places = list(shard.places[some])
+    made = {}
+    for name in sorted(needed):
+        setting, maps = work.parted[name], None
+        if isinstance(setting, Labels):
+            assert labels is not None
+            first, last = start + places[0], start + places[-1] + 1
+            maps = labels.open()["label_map"][first:last, work.categories[setting.category]]
+            maps = maps[np.array(places) - places[0]]
+        index, feature = part(setting, pixels.numpy() / 255.0, maps, work.patches)
+        made[setting.key] = torch.from_numpy(index)
+        if name in found:
+            found[name]["segments"][places] = index
+            found[name]["feature"][places] = feature
+    return made
+
+
+def _blank(layout: Layout | SegmentLayout, images: int) -> dict[str, np.ndarray]:
     return {
         name: np.full((images, *array.shape[1:]), array.fill, array.dtype)
         for name, array in layout.arrays().items()
@@ -132,7 +193,12 @@ def _blank(layout: Layout, images: int) -> dict[str, np.ndarray]:
 
 
 def _explain_batch(
-    work: Work, pixels: torch.Tensor, shard: Shard, some: slice, found: Mapping[str, dict[str, np.ndarray]]
+    work: Work,
+    pixels: torch.Tensor,
+    shard: Shard,
+    some: slice,
+    found: Mapping[str, dict[str, np.ndarray]],
+    segments: Mapping[str, torch.Tensor],
 ) -> None:
     """Explain a micro-batch by every method, one rank at a time."""
     spec, count = work.model.spec, len(pixels)
@@ -162,6 +228,7 @@ def _explain_batch(
                 any(kind.shares == "inputs" for kind in kinds.values()),
                 seeds,
                 one_baseline=work.baseline in ("black", "white") if isinstance(work.baseline, str) else True,
+                segments={key: padded(each, size) for key, each in segments.items()},
             )
             target = subject.chosen
             assert isinstance(target, Logit)
@@ -176,14 +243,22 @@ def _explain_batch(
                 known = replace(work.known(name), background=background[name])
                 made = FUNCTIONS[work.methods[name].kind](subject, work.methods[name], known)
                 _refuse_non_finite(work, name, made.map, ids)
-                values = {"attribution": made.map, "residual": made.residual, **made.facts, **of_all}
+                values = {"attribution": made.map, "residual": made.residual, **of_all, **made.facts}
                 if "channel_attribution" in arrays:
                     values["channel_attribution"] = made.values
                 place: Any = places if work.layouts[name].ranks is None else (places, rank)
                 for array in arrays:
                     tensor = values[array]
                     assert tensor is not None
-                    arrays[array][place] = tensor[:count].detach().cpu().numpy()
+                    stored = tensor[:count].detach().cpu().numpy()
+                    if array in kinds[name].by_segment:
+                        stored = filled(stored, work.layouts[name].segments)
+                    arrays[array][place] = stored
+
+
+def filled(values: np.ndarray, width: int) -> np.ndarray:
+    """Return numbers (image, segment) with NaN behind them, up to a width."""
+    return np.pad(values, ((0, 0), (0, width - values.shape[1])), constant_values=np.nan)
 
 
 def _refuse_non_finite(work: Work, name: str, values: torch.Tensor | None, ids: Sequence[str]) -> None:

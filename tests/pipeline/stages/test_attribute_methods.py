@@ -281,7 +281,13 @@ def test_guided_grad_cam_is_the_product():
 
 
 OF_TRANSFORMERS = ("rollout", "attention_relevance")
-QUICK = {"integrated_gradients": {"steps": 4, "max_steps": 4}, "smooth_grad": {"draws": 3}, "var_grad": {"draws": 3}}
+CELLS = {"segments": {"kind": "grid", "cells": [2, 2]}, "samples": 16}
+QUICK = {
+    "integrated_gradients": {"steps": 4, "max_steps": 4},
+    "smooth_grad": {"draws": 3},
+    "var_grad": {"draws": 3},
+    **dict.fromkeys(["lime", "kernel_shap", "rise"], CELLS),
+}
 
 
 def explained(method, net, x, batch, seeds, **options):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from pipeline.stages.attribute.methods.attention import attention_relevance, rollout
+from pipeline.stages.attribute.methods.black_boxes import kernel_shap, lime, rise
 from pipeline.stages.attribute.methods.class_maps import cam, grad_cam, grad_cam_pp, hires_cam, layer_cam
 from pipeline.stages.attribute.methods.differences import deep_shap, deeplift, linear_shap
 from pipeline.stages.attribute.methods.integrated import integrated_gradients
@@ -33,4 +34,7 @@ FUNCTIONS: Mapping[str, Callable[..., Attribution]] = {
     "deeplift": deeplift,
     "deep_shap": deep_shap,
     "linear_shap": linear_shap,
+    "lime": lime,
+    "kernel_shap": kernel_shap,
+    "rise": rise,
 }
