@@ -13,8 +13,8 @@ from pipeline.stages.attribute.options import Grid, Labels, Options, Patches, Se
 from pipeline.storage.identity import digest
 
 MISSING = (
-    "kind: slic needs scikit-image, which is not installed: install the extra, `pip install '.[segments]'` in this "
-    "checkout, or use `grid`"
+    "kind: slic needs scikit-image, which is not installed: install the extra, `pip install '.[segments]'` in "
+    "Microtome's folder, or use `grid`"
 )
 
 

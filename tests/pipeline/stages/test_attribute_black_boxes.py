@@ -68,9 +68,9 @@ def test_kernel_shap_of_few_segments_is_the_mean_over_all_orders():
 def test_sampled_values_are_near_the_exact_ones_and_add_up(estimator):
     net, x = convolutional(), images(2)
     halves = {"kind": "grid", "cells": [3, 4]}
-    exact = attribute.kernel_shap(net, x, 1, segments=halves, samples="exact")
+    exact = attribute.kernel_shap(net, x, 1, segments=halves, samples="exact", batch=256)
     assert exact.facts["samples"].tolist() == [4096, 4096]
-    found = attribute.kernel_shap(net, x, 1, segments=halves, samples=600, estimator=estimator)
+    found = attribute.kernel_shap(net, x, 1, segments=halves, samples=600, estimator=estimator, batch=256)
     assert found.residual.max() < 1e-14 and exact.residual.max() < 1e-13
     apart = (found.facts["value"] - exact.facts["value"]).abs()
     assert (apart <= 4 * found.facts["standard_error"]).all()
@@ -79,7 +79,7 @@ def test_sampled_values_are_near_the_exact_ones_and_add_up(estimator):
 
 def test_sampling_goes_on_until_the_mean_error_is_within_the_tolerance():
     net, x = convolutional(), images(3)
-    how = {"segments": FINE, "samples": 128, "seeds": [5, 6, 7]}
+    how = {"segments": FINE, "samples": 128, "seeds": [5, 6, 7], "batch": 256}
     first = attribute.kernel_shap(net, x, 1, **how)
     found = attribute.kernel_shap(net, x, 1, tolerance=0.03, **how)
     share = found.facts["standard_error"].mean(1) / found.facts["value"].abs().amax(1)
@@ -87,7 +87,7 @@ def test_sampling_goes_on_until_the_mean_error_is_within_the_tolerance():
     assert found.residual.max() < 1e-13
     bounded = attribute.kernel_shap(net, x, 1, tolerance=1e-6, max_samples=400, **how)
     assert (bounded.facts["samples"] <= 400).all() and (bounded.facts["samples"] > 260).all()
-    alone = attribute.kernel_shap(net, x[1:2], 1, tolerance=0.03, segments=FINE, samples=128, seeds=[6])
+    alone = attribute.kernel_shap(net, x[1:2], 1, tolerance=0.03, segments=FINE, samples=128, seeds=[6], batch=256)
     torch.testing.assert_close(alone.facts["value"][0], found.facts["value"][1], atol=1e-13, rtol=0)
 
 
@@ -176,6 +176,12 @@ def test_lime_is_weighted_ridge_regression_over_all_copies(kernel):
     wanted = np.linalg.solve(gram, x1.T @ (weight * values))
     np.testing.assert_allclose(found.facts["value"][0], wanted[:6], atol=1e-11)
     assert float(found.facts["intercept"][0]) == pytest.approx(wanted[6], abs=1e-11)
+
+
+def test_a_kernel_so_narrow_that_the_image_alone_counts_has_no_stability():
+    found = attribute.lime(convolutional(), images(1), 2, segments=FINE, samples=100, width=1e-4)
+    assert found.facts["stability"].isnan().all() and found.facts["value"].abs().max() < 1e-9
+    assert float(found.facts["intercept"][0]) == pytest.approx(float(found.facts["score"][0]), abs=1e-9)
 
 
 def test_sparse_weights_and_trees():
@@ -347,8 +353,8 @@ def test_patches_of_a_transformer():
     net = VisionTransformer(16, 4, 1, 2, 8, 16, num_classes=3).double().eval()
     nn.init.normal_(net.heads.head.weight)
     x = images(1)
-    found = attribute.kernel_shap(net, x, 1, segments="patches", samples=100)
-    own = attribute.kernel_shap(net, x, 1, segments=torch.as_tensor(cells(4, 4)), samples=100)
+    found = attribute.kernel_shap(net, x, 1, segments="patches", samples=100, batch=64)
+    own = attribute.kernel_shap(net, x, 1, segments=torch.as_tensor(cells(4, 4)), samples=100, batch=64)
     assert found.facts["value"].shape == (1, 16) and found.residual[0] < 1e-13
     torch.testing.assert_close(found.map, own.map, atol=1e-14, rtol=0)
 

@@ -38,10 +38,13 @@ def lime(subject: Subject, options: Lime, known: Known) -> Attribution:
         values = own.scores[:, of]
         whole = _surrogate(own.masks, values, weight, options)
         order = np.random.default_rng([seed_of(subject, image), 1]).permutation(len(values))
-        halves = [
-            _surrogate(own.masks[rows], values[rows], weight[rows], options) for rows in (order[::2], order[1::2])
-        ]
-        stable = surrogate.stability(halves[0].weights, halves[1].weights)
+        stable = math.nan
+        if all(weight[rows].any() for rows in (order[::2], order[1::2])):
+            one, other = (
+                _surrogate(own.masks[rows], values[rows], weight[rows], options).weights
+                for rows in (order[::2], order[1::2])
+            )
+            stable = surrogate.stability(one, other)
         found.take(image, own.scores, len(own.masks), {"value": whole.weights})
         found.note(image, intercept=whole.intercept, r2=whole.fit, stability=stable)
     return found.attribution(subject.no_residual)
