@@ -179,7 +179,9 @@ def test_other_references_are_another_id(made):
     _, found = tasks.examine_network(one.model, one.images.size, [])
     pixels = np.zeros((3, 3, SIZE, SIZE), np.uint8)
     methods = methods_of(one.settings)
-    work = tasks.Work(one.model, found, targets_of(one.settings), "black", methods, {}, {}, {"deep_shap": pixels})
+    work = tasks.Work(
+        one.model, found, targets_of(one.settings), "black", methods, {}, {}, background={"deep_shap": pixels}
+    )
     shards = shards_of(one)
     same, other = (
         ids_of(one, replace(work, background={"deep_shap": each}), "deep_shap", shards) for each in (pixels, pixels + 1)
