@@ -66,6 +66,7 @@ CODE = (
     "pipeline/networks/graph/gradient_flow.py",
     "pipeline/networks/graph/operations.py",
     "pipeline/networks/graph/rectified.py",
+    "pipeline/networks/graph/taken_apart.py",
     "pipeline/networks/graph/trace.py",
     "pipeline/networks/layer_id.py",
     "pipeline/networks/layers.py",
