@@ -44,6 +44,14 @@ from pipeline.networks.graph.call_sites import (
 )
 from pipeline.networks.graph.ledger import Layout, Ledger, layout_of
 from pipeline.networks.graph.rectified import MAX_NODES, MAX_POOLS
+from pipeline.networks.graph.taken_apart import (
+    NORMS,
+    multi_head_attention_forward,
+    norm_of,
+    over_keys,
+    scaled_dot_product_attention,
+    softmax_of,
+)
 
 Preset = Literal["cp_lrp", "attn_lrp"]
 ELEMENTWISE = frozenset(
@@ -53,7 +61,6 @@ ELEMENTWISE = frozenset(
 )
 """Functions of each entry, which pass its relevance on."""
 CONVOLUTIONS = frozenset(f"conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3))
-NORMS = frozenset({"layer_norm", "group_norm", "rms_norm", "instance_norm"})
 EXTREMES = frozenset({"max", "min", "amax", "amin", "maximum", "minimum", "fmax", "fmin"})
 NONNEGATIVE = frozenset({"relu", "relu6", "sigmoid", "hardsigmoid", "exp", "abs", "square", "softmax", "softplus"})
 KEEP_NONNEGATIVE = (
@@ -418,10 +425,28 @@ class Expanded(Vouched):
     @staticmethod
     def backward(ctx: Any, *sent: torch.Tensor) -> Any:
         (x, y), (axis, site), (c,) = ctx.saved_tensors, ctx.rest, sent
-        r = c * y
-        slope = (r - y * r.sum(axis, keepdim=True)).to(x.dtype)
+        y = y.to(x.dtype)  # which may be wider
+        r = c.to(x.dtype) * y
+        slope = r - y * r.sum(axis, keepdim=True)
         site.book(leak=r - torch.where(y == 0, 0.0, x * slope))
         return torch.where(y == 0, 0.0, slope), None, None, None
+
+
+class Cast(Vouched):
+    """Change the type of values; what rounding takes of their relevance is lost."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, y: torch.Tensor, site: Site) -> torch.Tensor:
+        ctx.save_for_backward(x, y)
+        ctx.site = site
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, *sent: torch.Tensor) -> Any:
+        (x, y), (c,) = ctx.saved_tensors, sent
+        narrow = c.to(x.dtype)
+        ctx.site.book(leak=c.double() * y.double() - narrow.double() * x.double())
+        return narrow, None, None
 
 
 class Halved(Vouched):
@@ -787,18 +812,14 @@ class Propagated(CallSites):
         return made(Passed.apply(x, y, site))
 
     def _norm(self, call: Call) -> Any:
+        norm = norm_of(self, call)
         if self.plan.preset == "attn_lrp":
-            x = argument(call, 0, "input")
             site, made = self._site(call.name)
-            return made(Passed.apply(x, call.run().detach(), site))
-        x, axes, weight, bias, eps, centred, shape = _norm_of(self, call)
-        grouped = x if shape is None else x.reshape(shape)
-        centre = grouped - grouped.mean(axes, keepdim=True) if centred else grouped
-        deviation = (centre.detach().square().mean(axes, keepdim=True) + eps).rsqrt()
-        y = (centre * deviation).reshape(x.shape)
-        if weight is not None:
-            y = y * weight
-        return y if bias is None else self._plus(call.name, y, bias)
+            return made(Passed.apply(norm.x, call.run().detach(), site))
+        deviation = norm.deviation(norm.x)
+        y = (deviation * norm.inverse_root(deviation.detach())).reshape(norm.x.shape)
+        y = y if norm.weight is None else y * norm.weight
+        return y if norm.bias is None else self._plus(call.name, y, norm.bias)
 
     def _plus(self, name: str, x: torch.Tensor, constant: Any) -> torch.Tensor:
         """Add a constant."""
@@ -865,6 +886,13 @@ class Propagated(CallSites):
         product = self._matmul(Call("matmul", torch.matmul, (a, b), {})) if _of_input(a) or _of_input(b) else a @ b
         return self._sum(Call("add", torch.add, (added, product), {}))
 
+    def _addcmul(self, call: Call) -> Any:
+        added, a, b = (argument(call, at, key) for at, key in enumerate(("input", "tensor1", "tensor2")))
+        if argument(call, 3, "value", 1) != 1:
+            raise self.refusal(call.name, "scales what it adds, which has no rule")
+        product = self._product(Call("mul", torch.mul, (a, b), {}))
+        return self._sum(Call("add", torch.add, (added, product), {}))
+
     def _einsum(self, call: Call) -> Any:
         equation, *operands = call.args
         if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
@@ -885,10 +913,7 @@ class Propagated(CallSites):
         y = call.run().detach()
         site, made = self._site("softmax")
         if self.plan.preset == "attn_lrp":
-            axis = argument(call, 1, "dim")
-            if axis is None:
-                axis = nn.functional._get_softmax_dim("softmax", x.ndim, 5)
-            return made(Expanded.apply(x, y, axis, site))
+            return made(Expanded.apply(x, y, softmax_of(call).dim, site))
         output = made(Held.apply(x, y, site))
         self._held[output] = output._version
         return output
@@ -897,9 +922,20 @@ class Propagated(CallSites):
         x = argument(call, 0, "input")
         return self._plus("log_softmax", x, call.run().detach() - x.detach())
 
+    def _cast(self, call: Call) -> Any:
+        x, y = call.args[0], call.run()
+        if y.dtype == x.dtype or not _of_input(y):
+            return y
+        site, made = self._site(call.name)
+        return made(Cast.apply(x, y.detach(), site))
+
     def _attention(self, call: Call) -> Any:
         with self:
-            return _taken_apart(self, *call.args, **call.kwargs)
+            return scaled_dot_product_attention(self, over_keys, *call.args, **call.kwargs)
+
+    def _heads(self, call: Call) -> Any:
+        with self:
+            return multi_head_attention_forward(self, *call.args, **call.kwargs)
 
     def _joined(self, call: Call) -> Any:
         tensors = argument(call, 0, "tensors")
@@ -984,10 +1020,13 @@ _BY_NAME: Mapping[str, Callable[[Propagated, Call], Any]] = {
     "matmul": Propagated._matmul,
     "addmm": Propagated._addmm,
     "baddbmm": Propagated._addmm,
+    "addcmul": Propagated._addcmul,
     "einsum": Propagated._einsum,
     "softmax": Propagated._softmax,
     "log_softmax": Propagated._log_softmax,
     "scaled_dot_product_attention": Propagated._attention,
+    "multi_head_attention_forward": Propagated._heads,
+    **dict.fromkeys(("to", "type", "type_as", "float", "double"), Propagated._cast),
     **dict.fromkeys(("cat", "concat", "concatenate", "stack", "hstack", "vstack"), Propagated._joined),
     "pad": Propagated._padded,
     "where": Propagated._chosen,
@@ -996,31 +1035,6 @@ _BY_NAME: Mapping[str, Callable[[Propagated, Call], Any]] = {
     "copy": Propagated._written_into,
     "lerp": Propagated._lerped,
 }
-
-
-def _taken_apart(
-    sites: CallSites,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: torch.Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> torch.Tensor:
-    if dropout_p:
-        raise sites.refusal("scaled_dot_product_attention", "draws random numbers: call `eval()` first")
-    if enable_gqa and key.shape[-3] != query.shape[-3]:
-        heads = query.shape[-3] // key.shape[-3]
-        key, value = key.repeat_interleave(heads, -3), value.repeat_interleave(heads, -3)
-    scores = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
-    if is_causal:
-        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-    if attn_mask is not None:
-        masked = attn_mask.dtype == torch.bool
-        scores = scores.masked_fill(~attn_mask, -torch.inf) if masked else scores + attn_mask
-    return scores.softmax(-1) @ value
 
 
 # Arguments ------------------------------------------------------------------------------------------------------------
@@ -1067,32 +1081,6 @@ def _normalisation(call: Call) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
         scale = scale * weight
     shift = -mean * scale
     return argument(call, 0, "input"), scale, shift if bias is None else shift + bias
-
-
-def _norm_of(
-    sites: CallSites, call: Call
-) -> tuple[torch.Tensor, tuple[int, ...], Any, Any, float, bool, tuple[int, ...] | None]:
-    """Return of a norm its input, axes, weight and bias, epsilon, whether it subtracts a mean, and in which shape."""
-    x = argument(call, 0, "input")
-    if call.name in ("layer_norm", "rms_norm"):
-        shape = argument(call, 1, "normalized_shape")
-        axes = tuple(range(-len(shape), 0))
-        weight = argument(call, 2, "weight")
-        if call.name == "rms_norm":
-            eps = argument(call, 3, "eps")
-            return x, axes, weight, None, torch.finfo(x.dtype).eps if eps is None else eps, False, None
-        return x, axes, weight, argument(call, 3, "bias"), argument(call, 4, "eps", 1e-5), True, None
-    side = (1, -1, *[1] * (x.ndim - 2))
-    if call.name == "group_norm":
-        groups, first = argument(call, 1, "num_groups"), 2
-    else:
-        if argument(call, 5, "use_input_stats", True) is False:
-            raise sites.refusal("instance_norm", "with running statistics has no rule")
-        groups, first = x.shape[1], 3
-    weight, bias = argument(call, first, "weight"), argument(call, first + 1, "bias")
-    eps = argument(call, 4 if call.name == "group_norm" else 7, "eps", 1e-5)
-    weight, bias = (None if each is None else each.view(side) for each in (weight, bias))
-    return x, (-1,), weight, bias, eps, True, (x.shape[0], groups, -1)
 
 
 def _matches(pattern: str, module: str, depth: int) -> bool:
