@@ -114,10 +114,9 @@ def test_micro_batches_agree(name):
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("name", ["vgg16_bn", "resnet18", "resnet50"])
 def test_zennit_agrees_on_convolutional_networks(name, rule):
-    zennit = pytest.importorskip("zennit", reason="zennit is not installed: pip install zennit")
+    pytest.importorskip("zennit", reason="zennit is not installed")
     from zennit import canonizers, core, rules, torchvision, types
 
-    assert zennit
     network = made(name).double()
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -138,8 +137,6 @@ def test_zennit_agrees_on_convolutional_networks(name, rule):
     def chosen(context, name, module):
         if isinstance(module, types.Activation):
             return rules.Pass()
-        if isinstance(module, torchvision.ResNetCanonizer().__class__):
-            return None
         if type(module).__name__ == "Sum" or isinstance(module, types.AvgPool):
             return rules.Norm(stabilizer=least)
         return theirs() if isinstance(module, types.Linear) else None
