@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from pipeline.errors import MicrotomeError
+
 NEAR = 1e-3
 """Relative difference up to which outputs of an image alone and among others are the same."""
 
@@ -86,3 +88,35 @@ class Ledger:
     def book_leak(self, layout: Layout, values: torch.Tensor) -> None:
         """Add relevance that is lost, of the shape of a call's output."""
         self.leak = self.leak + layout.per_image(values, self.images)
+
+
+@dataclass
+class Site:
+    """A call that books relevance: its name, its number in the forward, and the layout of its output."""
+
+    ledger: Ledger
+    call: str
+    at: int
+    layout: Layout | None = None
+
+    def book(self, bias: torch.Tensor | None = None, leak: torch.Tensor | None = None) -> None:
+        """Add relevance of the output's entries that a bias or constant keeps, or that is lost."""
+        assert self.layout is not None
+        if bias is not None:
+            self.ledger.book_bias(self.layout, bias)
+        if leak is not None:
+            self.ledger.book_leak(self.layout, leak)
+
+
+@dataclass(frozen=True)
+class Studied:
+    """A call of a studied network: its name and module, its layout, and whether a BatchNorm alone reads its output."""
+
+    name: str
+    module: str
+    layout: Layout
+    folds: bool
+
+
+class OtherCallsError(MicrotomeError):
+    """The network calls other functions than when it was studied."""

@@ -17,18 +17,16 @@ import fnmatch
 import re
 import types
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from kernels.attribution.relevance import Rule, Shares, by_sign, parts, stabilised
+from kernels.attribution.relevance import Rule
 from pipeline.errors import MicrotomeError, nearest
-from pipeline.networks.gradients import Gradients, Target, gradients, output_of
 from pipeline.networks.graph.call_sites import (
     DROPOUTS,
     LINEAR_NODES,
@@ -37,13 +35,25 @@ from pipeline.networks.graph.call_sites import (
     Call,
     CallSites,
     UnsupportedError,
-    Vouched,
     argument,
     tensors_in,
     trains,
 )
-from pipeline.networks.graph.ledger import Layout, Ledger, layout_of
+from pipeline.networks.graph.ledger import Ledger, OtherCallsError, Site, Studied
 from pipeline.networks.graph.rectified import MAX_NODES, MAX_POOLS
+from pipeline.networks.graph.relevance_rules import (
+    AtInput,
+    Cast,
+    Constant,
+    Expanded,
+    Form,
+    Halved,
+    Held,
+    Linear,
+    Mixed,
+    Passed,
+    Unread,
+)
 from pipeline.networks.graph.taken_apart import (
     NORMS,
     multi_head_attention_forward,
@@ -54,25 +64,22 @@ from pipeline.networks.graph.taken_apart import (
 )
 
 Preset = Literal["cp_lrp", "attn_lrp"]
-ELEMENTWISE = frozenset(
-    "gelu silu hardswish mish tanh leaky_relu elu selu celu relu6 hardtanh threshold clamp clamp_min clamp_max prelu "
-    "sigmoid hardsigmoid exp expm1 log log1p sqrt rsqrt pow square abs reciprocal softplus erf logsigmoid sin cos "
-    "softsign tanhshrink hardshrink softshrink tan sinh cosh atan exp2 log2 special_expit special_erf swish".split()
-)
+ELEMENTWISE = frozenset({
+    "abs", "atan", "celu", "clamp", "clamp_max", "clamp_min", "cos", "cosh", "elu", "erf", "exp", "exp2", "expm1",
+    "gelu", "hardshrink", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "log", "log1p", "log2", "logsigmoid",
+    "mish", "pow", "prelu", "reciprocal", "relu6", "rsqrt", "selu", "sigmoid", "silu", "sin", "sinh", "softplus",
+    "softshrink", "softsign", "special_erf", "special_expit", "sqrt", "square", "swish", "tan", "tanh", "tanhshrink",
+    "threshold",
+})  # fmt: skip
 """Functions of each entry, which pass its relevance on."""
 CONVOLUTIONS = frozenset(f"conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3))
 EXTREMES = frozenset({"max", "min", "amax", "amin", "maximum", "minimum", "fmax", "fmin"})
 NONNEGATIVE = frozenset({"relu", "relu6", "sigmoid", "hardsigmoid", "exp", "abs", "square", "softmax", "softplus"})
-KEEP_NONNEGATIVE = (
-    MAX_POOLS
-    | EXTREMES
-    | frozenset(
-        "add mul mean sum avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d "
-        "adaptive_avg_pool3d upsample_nearest1d upsample_nearest2d upsample_bilinear2d sqrt".split()
-    )
-)
+POOLS = frozenset(f"{kind}avg_pool{n}d" for kind in ("", "adaptive_") for n in (1, 2, 3))
+KEEP_NONNEGATIVE = MAX_POOLS | EXTREMES | POOLS | {"add", "mul", "mean", "sum", "sqrt", "upsample_nearest2d"}
 ALL_OF = (slice(None), Ellipsis)
 DEPTH = re.compile(r"depth (\d+)(-(\d*))?")
+ALPHA_1 = Rule()
 
 
 @dataclass(frozen=True)
@@ -90,474 +97,12 @@ class Plan:
     signs : whether what positive and negative contributions bring to the input is kept apart.
     """
 
-    rule: Rule = Rule()
+    rule: Rule = ALPHA_1
     rules: tuple[tuple[str, Rule], ...] = ()
     preset: Preset = "cp_lrp"
     low: torch.Tensor | None = None
     high: torch.Tensor | None = None
     signs: bool = False
-
-
-@dataclass(frozen=True)
-class Relevance:
-    """Relevance of every input, and where the rest of the score is.
-
-    Attributes
-    ----------
-    values : like the inputs. score, bias, leak : of each image, (image,).
-    positive : with `signs`, the part of `values` that contributions above 0 bring.
-    layers : by name, the relevance of a layer's output, like the output.
-    """
-
-    values: torch.Tensor
-    score: torch.Tensor
-    bias: torch.Tensor
-    leak: torch.Tensor
-    positive: torch.Tensor | None
-    layers: dict[str, torch.Tensor]
-
-
-def relevance(
-    network: nn.Module, inputs: torch.Tensor, target: Target, plan: Plan, layers: Sequence[str] = ()
-) -> Relevance:
-    """Share the score of each image among its inputs, by one forward and one backward.
-
-    score = sum(values) + bias + leak holds but for rounding.
-
-    Raises
-    ------
-    MicrotomeError
-        A call has no rule, a pattern matches no module, the plan does not apply to the network, or a layer has no
-        relevance of its own.
-    """
-    sites = Propagated(network, plan, inputs)
-    sites.study = _study(network, plan, inputs, target.layer)
-    try:
-        found = _propagated(network, inputs, target, layers, sites)
-    except _OtherCallsError:
-        _STUDIES.pop(network, None)
-        sites = Propagated(network, plan, inputs)
-        sites.study = _study(network, plan, inputs, target.layer)
-        found = _propagated(network, inputs, target, layers, sites)
-    assert found.inputs is not None
-    values = found.inputs * inputs + sites.direct
-    positive = None
-    if plan.signs:
-        rest = values - sites.direct
-        positive = sites.positive + rest.clamp(min=0)
-    of_layers = {name: output * c for name, (output, c) in found.layers.items()}
-    return Relevance(values, found.score, sites.ledger.bias, sites.ledger.leak, positive, of_layers)
-
-
-def _propagated(
-    network: nn.Module, inputs: torch.Tensor, target: Target, layers: Sequence[str], sites: Propagated
-) -> Gradients:
-    try:
-        return gradients(network, inputs, _Scored(target, sites.ledger), layers, sites=sites)
-    except MicrotomeError as error:
-        for name in layers:
-            if name in sites.folded and str(error).startswith(f"layer {name!r}"):
-                raise MicrotomeError(
-                    f"layer {name!r} has no relevance of its own: it is folded into the BatchNorm after it, which has"
-                ) from None
-        raise
-
-
-# The study ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Studied:
-    """A call of a studied network: its name and module, its layout, and whether a BatchNorm alone reads its output."""
-
-    name: str
-    module: str
-    layout: Layout
-    folds: bool
-
-
-class _OtherCallsError(MicrotomeError):
-    """The network calls other functions than when it was studied."""
-
-
-_STUDIES: WeakKeyDictionary[nn.Module, dict[Any, list[Studied]]] = WeakKeyDictionary()
-
-
-def _study(network: nn.Module, plan: Plan, inputs: torch.Tensor, layer: str | None) -> list[Studied]:
-    """Return the calls of a network's forward that book something, from an image and two of which it is the first."""
-    known = _STUDIES.setdefault(network, {})
-    key = tuple(inputs.shape[1:]), inputs.dtype, inputs.device, layer, plan.preset, plan.signs, plan.rules, plan.rule
-    if key in known:
-        return known[key]
-    noise = torch.randn((2, *inputs.shape[1:]), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    found = []
-    for images in (noise[:1], noise):
-        given = images.to(inputs.device, inputs.dtype)
-        sites = Propagated(network, plan, given)
-        output_of(network, given, layer, sites)
-        found.append(sites.calls)
-    one, two = found
-    if [each[:2] for each in one] != [each[:2] for each in two]:
-        raise UnsupportedError(f"{Propagated.method}: the network calls other functions for two images than for one")
-    studied = []
-    for (name, module, alone, folds), (_, _, among, _) in zip(one, two, strict=True):
-        layout = layout_of(alone, among)
-        if layout is None:
-            raise UnsupportedError(
-                f"{Propagated.method}: operation {name!r} in module {module!r} mixes the images of a batch, or their "
-                f"values depend on it"
-            )
-        studied.append(Studied(name, module, layout, folds is not None and folds.foldable))
-    known[key] = studied
-    return studied
-
-
-# Rules as backward functions ------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Site:
-    """A call that books relevance: the ledger, and the layout of its output."""
-
-    ledger: Ledger
-    layout: Layout | None = None
-
-    def book(self, bias: torch.Tensor | None = None, leak: torch.Tensor | None = None) -> None:
-        assert self.layout is not None
-        if bias is not None:
-            self.ledger.book_bias(self.layout, bias)
-        if leak is not None:
-            self.ledger.book_leak(self.layout, leak)
-
-
-Form = Literal["z", "p", "pn", "zt", "zp", "single"]
-
-
-class Mixed(Vouched):
-    """Share the relevance of y = scale z + bias by a rule, given sums of contributions as parts of the graph.
-
-    Forms: `z`, the sum itself, for the epsilon rule; `p`, its value and P; `pn`, P and N, which are scaled; `zt`, z and
-    the sum of magnitudes; `zp`, z and P; `single`, one contribution to each entry.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, site: Site, rule: Rule, form: Form, scale: Any, bias: Any, *given: torch.Tensor) -> Any:
-        ctx.save_for_backward(scale, bias, *given)
-        ctx.rest = site, rule, form
-        y = _affine(form, scale, bias, given)
-        return y.clone() if y is given[0] else y
-
-    @staticmethod
-    def backward(ctx: Any, *sent: torch.Tensor) -> Any:
-        scale, bias, *given = ctx.saved_tensors
-        site, rule, form = ctx.rest
-        (c,) = sent
-        y = _affine(form, scale, bias, given)
-        if form == "z":
-            shares = stabilised(rule.epsilon, bias, y, c)
-        else:
-            shares = by_sign(rule, *_sums(form, scale, given), bias, y, c)
-        site.book(shares.bias, shares.leak)
-        return (None,) * 5 + _sent(form, scale, given, shares)
-
-
-def _affine(form: Form, scale: Any, bias: Any, given: Sequence[torch.Tensor]) -> torch.Tensor:
-    z = given[0] + given[1] if form == "pn" else given[0]
-    if form != "pn" and scale is not None:
-        z = z * scale
-    return z if bias is None else z + bias
-
-
-def _sums(form: Form, scale: Any, given: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return P and N without the bias."""
-    if form == "pn":
-        return given[0], given[1]
-    if form == "p":
-        return given[1], None
-    z = given[0] if scale is None else given[0] * scale
-    if form == "single":
-        return z.clamp(min=0), z.clamp(max=0)
-    if form == "zp":
-        return given[1], (z - given[1]).clamp(max=0)
-    return parts(z, given[1] if scale is None else given[1] * scale.abs())
-
-
-def _sent(form: Form, scale: Any, given: Sequence[torch.Tensor], shares: Shares) -> tuple[torch.Tensor | None, ...]:
-    """Return what each of the given sums gets."""
-    up, down = shares.positive, shares.negative
-
-    def scaled(values: torch.Tensor, by: Any) -> torch.Tensor:
-        return values if by is None else values * by
-
-    if form == "p":
-        return None, up
-    if form == "pn":
-        return up, down
-    if form == "z":
-        return (scaled(up, scale),)
-    if form == "single":
-        z = scaled(given[0], scale)
-        return (scaled(torch.where(z > 0, up, torch.zeros_like(up) if down is None else down), scale),)
-    if form == "zp":
-        assert down is not None
-        return scaled(down, scale), up - down
-    half = up / 2
-    if down is None:
-        return scaled(half, scale), half if scale is None else half * scale.abs()
-    other = down / 2
-    return scaled(half + other, scale), scaled(half - other, None if scale is None else scale.abs())
-
-
-class AtInput(Vouched):
-    """Share the relevance of the first linear map directly among the inputs, which may be 0 or have bounds."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, sites: Propagated, site: Site, rule: Rule, linear: Linear) -> torch.Tensor:
-        ctx.save_for_backward(x)
-        ctx.rest = sites, site, rule, linear
-        y = linear.function(x, linear.folded)
-        return y if linear.shift is None else y + linear.shift
-
-    @staticmethod
-    def backward(ctx: Any, *sent: torch.Tensor) -> Any:
-        (x,) = ctx.saved_tensors
-        sites, site, rule, linear = ctx.rest
-        (c,) = sent
-        f, w, bias = linear.function, linear.folded, linear.shift
-        with torch.enable_grad():
-            v = x.detach().requires_grad_()
-            z = f(v, w)
-            y = z.detach() if bias is None else z.detach() + bias
-            if rule.kind == "z_b":
-                positive = sites.of_bounds(v, z, linear, c * y, site)
-            elif rule.kind == "w_squared":
-                ones = torch.ones_like(v).requires_grad_()
-                total = f(ones, w * w)
-                some = total.detach() > 0
-                site.book(leak=torch.where(some, 0.0, c * y))
-                positive = torch.autograd.grad(total, ones, torch.where(some, c * y / total.detach(), 0.0))[0]
-            else:
-                magnitude = x.detach().abs().requires_grad_()
-                total = f(magnitude, w.abs())
-                zd, td = z.detach(), total.detach()
-                if rule.kind == "epsilon":
-                    shares = stabilised(rule.epsilon, bias, y, c)
-                else:
-                    shares = by_sign(rule, *parts(zd, td), bias, y, c)
-                site.book(shares.bias, shares.leak)
-                found = []
-                for s, sign in ((shares.positive, 1), (shares.negative, -1)):
-                    if s is not None:
-                        of_z, of_total = (
-                            torch.autograd.grad(each, at, s / 2, retain_graph=True)[0]
-                            for each, at in ((z, v), (total, magnitude))
-                        )
-                        found.append(x * of_z + sign * x.abs() * of_total)
-                positive = found[0]
-                if len(found) > 1:
-                    sites.direct = sites.direct + found[1].detach()
-        sites.direct = sites.direct + positive.detach()
-        sites.positive = sites.positive + positive.detach()
-        return torch.zeros_like(x), None, None, None, None
-
-
-class Constant(Vouched):
-    """A constant among values of the input; its relevance is booked as a bias."""
-
-    @staticmethod
-    def forward(ctx: Any, anchor: torch.Tensor, value: torch.Tensor, site: Site) -> torch.Tensor:
-        ctx.save_for_backward(value)
-        ctx.site = site
-        return value.view_as(value)
-
-    @staticmethod
-    def backward(ctx: Any, *sent: torch.Tensor) -> Any:
-        (value,), (c,) = ctx.saved_tensors, sent
-        ctx.site.book(bias=torch.where(c == 0, 0.0, c * value))  # infinite ones are masks
-        return None, None, None
-
-
-class Passed(Vouched):
-    """Pass relevance through a function of each entry; what arrives where the entry is 0 is lost."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, y: torch.Tensor, site: Site) -> torch.Tensor:
-        small = x.abs() <= torch.finfo(x.dtype).tiny ** 0.5
-        ctx.save_for_backward(torch.where(small, 0.0, y / x), torch.where(small, y, 0.0))
-        ctx.site = site
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx: Any, *sent: torch.Tensor) -> Any:
-        (ratio, lost), (c,) = ctx.saved_tensors, sent
-        ctx.site.book(leak=torch.where(lost == 0, 0.0, c * lost))
-        return c * ratio, None, None
-
-
-class Held(Vouched):
-    """Hold values of the input constant; relevance that reaches them is lost."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, y: torch.Tensor, site: Site) -> torch.Tensor:
-        ctx.save_for_backward(y)
-        ctx.site = site
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx: Any, *sent: torch.Tensor) -> Any:
-        (y,), (c,) = ctx.saved_tensors, sent
-        ctx.site.book(leak=torch.where(c == 0, 0.0, c * y))
-        return None, None, None
-
-
-class Expanded(Vouched):
-    """Expand a softmax p(x) by its gradient: an input gets x dp/dx; what that misses of p is lost.
-
-    Achtibat et al., "AttnLRP" (ICML 2024), proposition 3.1.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, y: torch.Tensor, axis: int, site: Site) -> torch.Tensor:
-        ctx.save_for_backward(x, y)
-        ctx.rest = axis, site
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx: Any, *sent: torch.Tensor) -> Any:
-        (x, y), (axis, site), (c,) = ctx.saved_tensors, ctx.rest, sent
-        y = y.to(x.dtype)  # which may be wider
-        r = c.to(x.dtype) * y
-        slope = r - y * r.sum(axis, keepdim=True)
-        site.book(leak=r - torch.where(y == 0, 0.0, x * slope))
-        return torch.where(y == 0, 0.0, slope), None, None, None
-
-
-class Cast(Vouched):
-    """Change the type of values; what rounding takes of their relevance is lost."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, y: torch.Tensor, site: Site) -> torch.Tensor:
-        ctx.save_for_backward(x, y)
-        ctx.site = site
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx: Any, *sent: torch.Tensor) -> Any:
-        (x, y), (c,) = ctx.saved_tensors, sent
-        narrow = c.to(x.dtype)
-        ctx.site.book(leak=c.double() * y.double() - narrow.double() * x.double())
-        return narrow, None, None
-
-
-class Halved(Vouched):
-    """Halve what is sent back: one of two factors."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *sent: torch.Tensor) -> Any:
-        return sent[0] / 2
-
-
-class Unread(Vouched):
-    """The output of a convolution that only a BatchNorm reads; relevance goes past it."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, y: torch.Tensor, refusal: UnsupportedError) -> torch.Tensor:
-        ctx.refusal = refusal
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx: Any, *sent: torch.Tensor) -> Any:
-        raise ctx.refusal
-
-
-class _Seed(torch.autograd.Function):
-    """A target's gradient with respect to the output, and what its product with the output misses of the score."""
-
-    @staticmethod
-    def forward(ctx: Any, output: torch.Tensor, target: Target, ledger: Ledger) -> torch.Tensor:
-        with torch.enable_grad():
-            given = output.detach().requires_grad_()
-            score = target(given)
-            (slope,) = torch.autograd.grad(score.sum(), given, allow_unused=True) if score.requires_grad else (None,)
-        slope = torch.zeros_like(given) if slope is None else slope
-        ctx.save_for_backward(slope)
-        product = (given.detach() * slope).flatten(1).sum(1, dtype=torch.float64)
-        ledger.leak = ledger.leak + score.detach().double() - product
-        return score.detach()
-
-    @staticmethod
-    def backward(ctx: Any, *sent: torch.Tensor) -> Any:
-        (slope,), (c,) = ctx.saved_tensors, sent
-        return slope * c.view(-1, *[1] * (slope.ndim - 1)), None, None
-
-
-@dataclass(frozen=True)
-class _Scored:
-    """A target whose score is expanded by its gradient; of a logit, or the difference of two, that is exact."""
-
-    target: Target
-    ledger: Ledger
-
-    @property
-    def layer(self) -> str | None:
-        return self.target.layer
-
-    def __call__(self, output: torch.Tensor) -> torch.Tensor:
-        return _Seed.apply(output, self.target, self.ledger)
-
-    def at(self, rows: torch.Tensor) -> Target:
-        return self.target.at(rows)
-
-
-# Call sites -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Linear:
-    """A linear call f(x, w) + b, in which x alone is of the input.
-
-    Attributes
-    ----------
-    side : the shape in which a number of each output unit is added to the output; None: `bias` has it already.
-    out : the axis of the weights that counts output units; None: unknown, so that no BatchNorm is folded into it.
-    z : f(x, w), computed. scale, shift : of a folded BatchNorm and the bias, in the shape of `side`.
-    norms, others : calls that read the output.
-    """
-
-    function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-    x: torch.Tensor
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-    rule: Rule
-    side: tuple[int, ...] | None = None
-    out: int | None = None
-    z: torch.Tensor | None = None
-    scale: torch.Tensor | None = None
-    shift: torch.Tensor | None = None
-    module: str = ""
-    norms: int = 0
-    others: int = 0
-
-    def __post_init__(self) -> None:
-        self.shift = self.bias if self.bias is None or self.side is None else self.bias.view(self.side)
-
-    @property
-    def foldable(self) -> bool:
-        return self.norms > 0 and not self.others
-
-    @property
-    def folded(self) -> torch.Tensor:
-        """The weights, times the scale of a folded BatchNorm."""
-        if self.scale is None:
-            return self.weight
-        assert self.out is not None
-        shape = [1] * self.weight.ndim
-        shape[self.out] = -1
-        return self.weight * self.scale.view(shape)
 
 
 class Propagated(CallSites):
@@ -603,8 +148,10 @@ class Propagated(CallSites):
                 linear.norms += name == "batch_norm" and each is given[0]
                 linear.others += name != "batch_norm" or each is not given[0]
         carried = []
+        numbers = name in ("add", "mul") and not all(isinstance(each, torch.Tensor) for each in _operands(call))
         copies = name in REARRANGEMENTS | DROPOUTS and name not in WRITERS
-        alike = len(of_input) == len(given) and not (name == "pad" and argument(call, 3, "value"))
+        alike = len(of_input) == len(given) and not numbers and not (name == "pad" and argument(call, 3, "value"))
+        alike = alike and call.kwargs.get("alpha", 1) == 1
         if name in NONNEGATIVE or (
             (copies or name in KEEP_NONNEGATIVE) and alike and all(self._is(self._nonnegative, x) for x in of_input)
         ):
@@ -623,26 +170,25 @@ class Propagated(CallSites):
                     self._linear[each] = linear
         return output
 
-    def _site(self, call: str) -> tuple[Site, Callable[[torch.Tensor, Linear | None], torch.Tensor]]:
-        """Return where a call books, and a function that tells of its output."""
-        site, at = Site(self.ledger), self._passed
+    def _site(self, call: str) -> Site:
+        """Return where a call books, once its output is placed."""
         self._passed += 1
+        return Site(self.ledger, call, self._passed - 1)
 
-        def made(output: torch.Tensor, linear: Linear | None = None) -> torch.Tensor:
-            if self.study is None:
-                self.calls.append((call, self.where, output.detach(), linear))
-                return output
-            found = self.study[at] if at < len(self.study) else None
-            if (
-                found is None
-                or (found.name, found.module) != (call, self.where)
-                or not found.layout.fits(output.shape, self.images)
-            ):
-                raise _OtherCallsError(f"{self.method}: {call!r} in module {self.where!r} was not met before")
-            site.layout = found.layout
+    def _placed(self, site: Site, output: torch.Tensor, linear: Linear | None = None) -> torch.Tensor:
+        """Tell a site of the call's output, whose layout was studied; return the output."""
+        if self.study is None:
+            self.calls.append((site.call, self.where, output.detach(), linear))
             return output
-
-        return site, made
+        found = self.study[site.at] if site.at < len(self.study) else None
+        if (
+            found is None
+            or (found.name, found.module) != (site.call, self.where)
+            or not found.layout.fits(output.shape, self.images)
+        ):
+            raise OtherCallsError(f"{self.method}: {site.call!r} in module {self.where!r} was not met before")
+        site.layout = found.layout
+        return output
 
     def _folds(self) -> bool:
         """Return whether the output of the call that comes next is read by a BatchNorm alone."""
@@ -698,15 +244,15 @@ class Propagated(CallSites):
         """Return f(x, w) + b, with the rule as backward; put it off if a BatchNorm follows."""
         linear.module = self.where
         folds = self._folds()
-        site, made = self._site(name)
+        site = self._site(name)
         if folds:
             self.folded.add(self.where)
             linear.z = self._value(linear)
             u = linear.z.detach() if linear.shift is None else linear.z.detach() + linear.shift
             refusal = self.refusal(name, "is folded into a BatchNorm, and its output has no relevance of its own")
-            output = made(Unread.apply(linear.x, u, refusal), linear)
+            output = self._placed(site, Unread.apply(linear.x, u, refusal), linear)
         else:
-            output = made(self._shared(linear, site), linear)
+            output = self._placed(site, self._shared(linear, site), linear)
         if linear.out is not None:
             self._linear[output] = linear
         return output
@@ -743,35 +289,18 @@ class Propagated(CallSites):
             return Mixed.apply(site, rule, "zp", linear.scale, linear.shift, z, p)
         return Mixed.apply(site, rule, "zt", linear.scale, linear.shift, z, f(x.abs(), linear.weight.abs()))
 
-    def of_bounds(
-        self, v: torch.Tensor, z: torch.Tensor, linear: Linear, r: torch.Tensor, site: Site
-    ) -> torch.Tensor:
-        """Return the relevance of the inputs by z^B: contributions x w - low w+ - high w-, which are never negative.
-
-        Montavon et al., "Explaining nonlinear classification decisions with deep Taylor decomposition" (2017), eq. 13.
-        """
+    def bounds(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the least and the greatest input."""
         if self.plan.low is None or self.plan.high is None:
             raise MicrotomeError(f"{self.method}: the rule z_b needs the bounds of the inputs")
-        f, w = linear.function, linear.folded
-        low, high = (
-            each.to(v.device, v.dtype).expand_as(v).clone().requires_grad_() for each in (self.plan.low, self.plan.high)
-        )
-        of_low, of_high = f(low, w.clamp(min=0)), f(high, w.clamp(max=0))
-        total = (z - of_low - of_high).detach()
-        some = total > 0
-        s = torch.where(some, r / total, 0.0)
-        site.book(leak=torch.where(some, 0.0, r))
-        of_x, of_low, of_high = (
-            torch.autograd.grad(each, at, s)[0] for each, at in ((z, v), (of_low, low), (of_high, high))
-        )
-        return v * of_x - low * of_low - high * of_high
+        return self.plan.low, self.plan.high
 
     def _batch_norm(self, call: Call) -> Any:
         if trains(call):
             raise self.refusal("batch_norm", "in training mode depends on the other images of the batch")
         x, scale, shift = _normalisation(call)
         linear = self._linear.get(x)
-        site, made = self._site("batch_norm")
+        site = self._site("batch_norm")
         if linear is not None and self._is_output(linear, x):
             assert linear.side is not None
             scale = scale.view(linear.side)
@@ -781,11 +310,11 @@ class Propagated(CallSites):
             )
             both.scale = scale
             both.shift = shift if linear.shift is None else shift + linear.shift * scale
-            return made(self._shared(both, site))
+            return self._placed(site, self._shared(both, site))
         side = (1, -1, *[1] * (x.ndim - 2))
         rule = self._rule_here()
         form: Form = "z" if rule.kind == "epsilon" else "single"
-        return made(Mixed.apply(site, rule, form, scale.view(side), shift.view(side), x))
+        return self._placed(site, Mixed.apply(site, rule, form, scale.view(side), shift.view(side), x))
 
     def _is_output(self, linear: Linear, x: torch.Tensor) -> bool:
         """Return whether a BatchNorm's axis of units is that of a linear map's output."""
@@ -808,14 +337,14 @@ class Propagated(CallSites):
             raise self.refusal(call.name, "gives another shape than its input's")
         if call.name in ("relu6", "hardtanh", "threshold", "clamp", "clamp_min") and bool(call.function is not None):
             self.rectifiers += _rectifies(call)
-        site, made = self._site(call.name)
-        return made(Passed.apply(x, y, site))
+        site = self._site(call.name)
+        return self._placed(site, Passed.apply(x, y, site))
 
     def _norm(self, call: Call) -> Any:
         norm = norm_of(self, call)
         if self.plan.preset == "attn_lrp":
-            site, made = self._site(call.name)
-            return made(Passed.apply(norm.x, call.run().detach(), site))
+            site = self._site(call.name)
+            return self._placed(site, Passed.apply(norm.x, call.run().detach(), site))
         deviation = norm.deviation(norm.x)
         y = (deviation * norm.inverse_root(deviation.detach())).reshape(norm.x.shape)
         y = y if norm.weight is None else y * norm.weight
@@ -828,8 +357,8 @@ class Propagated(CallSites):
     def _constant(self, name: str, x: torch.Tensor, value: Any, shape: Sequence[int]) -> torch.Tensor:
         """Return a constant as a part of the graph, expanded to a shape."""
         given = torch.as_tensor(value, dtype=x.dtype, device=x.device).expand(tuple(shape))
-        site, made = self._site(name)
-        return made(Constant.apply(x, given, site))
+        site = self._site(name)
+        return self._placed(site, Constant.apply(x, given, site))
 
     def _sum(self, call: Call) -> Any:
         a, b = _operands(call)
@@ -858,8 +387,8 @@ class Propagated(CallSites):
             y = call.run().detach()
             if y.shape != b.shape:
                 raise self.refusal("div", "gives another shape than its divisor's")
-            site, made = self._site("div")
-            return made(Passed.apply(b, y, site))
+            site = self._site("div")
+            return self._placed(site, Passed.apply(b, y, site))
         return call.run() if not (_of_input(a) and _of_input(b)) else torch.mul(*self._halves(a, b))
 
     def _halves(self, *factors: torch.Tensor) -> list[torch.Tensor]:
@@ -911,10 +440,10 @@ class Propagated(CallSites):
     def _softmax(self, call: Call) -> Any:
         x = argument(call, 0, "input")
         y = call.run().detach()
-        site, made = self._site("softmax")
+        site = self._site("softmax")
         if self.plan.preset == "attn_lrp":
-            return made(Expanded.apply(x, y, softmax_of(call).dim, site))
-        output = made(Held.apply(x, y, site))
+            return self._placed(site, Expanded.apply(x, y, softmax_of(call).dim, site))
+        output = self._placed(site, Held.apply(x, y, site))
         self._held[output] = output._version
         return output
 
@@ -926,8 +455,8 @@ class Propagated(CallSites):
         x, y = call.args[0], call.run()
         if y.dtype == x.dtype or not _of_input(y):
             return y
-        site, made = self._site(call.name)
-        return made(Cast.apply(x, y.detach(), site))
+        site = self._site(call.name)
+        return self._placed(site, Cast.apply(x, y.detach(), site))
 
     def _attention(self, call: Call) -> Any:
         with self:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from kernels.attribution.relevance import Rule, by_sign, parts, stabilised
 
 

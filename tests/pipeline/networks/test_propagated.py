@@ -4,16 +4,17 @@ import math
 
 import pytest
 import torch
-from kernels.attribution.relevance import Rule
 from torch import nn
 from torch.nn import functional as F
 
+from kernels.attribution.relevance import Rule
 from pipeline.errors import MicrotomeError
+from pipeline.networks import relevance as relevance_module
 from pipeline.networks.gradients import Logit, Scalar, Unit
-from pipeline.networks.graph import propagated
 from pipeline.networks.graph.call_sites import UnsupportedError
 from pipeline.networks.graph.ledger import Ledger, layout_of
-from pipeline.networks.graph.propagated import Plan, relevance
+from pipeline.networks.graph.propagated import Plan
+from pipeline.networks.relevance import relevance
 
 RULES = {
     "alpha 1": Rule(),
@@ -33,8 +34,8 @@ def classes(count, which=1):
     return Logit(torch.full((count,), which))
 
 
-def explained(network, x, plan=Plan(), target=None, layers=()):
-    return relevance(network, x, classes(len(x)) if target is None else target, plan, layers)
+def explained(network, x, plan=None, target=None, layers=()):
+    return relevance(network, x, classes(len(x)) if target is None else target, plan or Plan(), layers)
 
 
 def residual(found):
@@ -195,7 +196,9 @@ def test_a_booking_that_is_left_out_shows(rule, monkeypatch):
     for left_out in range(total):
         count.clear()
         monkeypatch.setattr(
-            Ledger, "book_bias", lambda *given, skip=left_out: count.append(1) or (len(count) - 1 == skip) or real(*given)
+            Ledger,
+            "book_bias",
+            lambda *given, skip=left_out: count.append(1) or (len(count) - 1 == skip) or real(*given),
         )
         assert residual(explained(net, x, Plan(RULES[rule]))) > 1e-6
 
@@ -276,6 +279,18 @@ SAME = {
     "a matrix": (
         lambda net, x: F.relu(torch.einsum("oi,bihw->bohw", net.second.weight[:, :, 1, 1], F.relu(net.first(x)))),
         lambda net, x: F.relu(F.conv2d(F.relu(net.first(x)), net.second.weight[:, :, 1:2, 1:2])),
+    ),
+    "a sign": (
+        lambda net, x: F.relu(net.second(-F.relu(net.first(x)))),
+        lambda net, x: F.relu(net.second(F.relu(net.first(x)) * -1)),
+    ),
+    "a shift": (
+        lambda net, x: F.relu(net.second(F.relu(net.first(x)).add(-0.5))),
+        lambda net, x: F.relu(net.second(F.relu(net.first(x)) - 0.5)),
+    ),
+    "magnitudes": (  # the sign of the input is known on one side alone
+        lambda net, x: F.relu(net.second(F.relu(net.first(x)))),
+        lambda net, x: F.relu(net.second(F.leaky_relu(net.first(x), 0.0))),
     ),
     "a product of matrices": (
         lambda net, x: F.relu((F.relu(net.first(x)).flatten(2).mT @ net.second.weight[:, :, 1, 1].T).mT),
@@ -387,12 +402,10 @@ def test_bounds_and_squares_at_the_input():
         assert residual(found) < 1e-14
         for at in range(2):
             with torch.no_grad():
-                one, side = x[at : at + 1], (1, -1, 1, 1)
-                m = matrix(lambda v: F.conv2d(v, net.first.weight, padding=1) * scale.view(side), one)
-                if kind == "z_b":
-                    z = m * one.flatten() - m.clamp(min=0) * -1 - m.clamp(max=0) * 2
-                else:
-                    z = m.square()
+                one = x[at : at + 1]
+                m = matrix(lambda v: F.conv2d(v, net.first.weight, padding=1) * scale.view(1, -1, 1, 1), one)
+                bounded = m * one.flatten() - m.clamp(min=0) * -1 - m.clamp(max=0) * 2
+                z = bounded if kind == "z_b" else m.square()
                 share = z / z.sum(1, keepdim=True)
                 wanted = (share * hidden[at].flatten()[:, None]).sum(0)
             torch.testing.assert_close(found.values[at].flatten(), wanted, atol=1e-13, rtol=1e-9)
@@ -508,7 +521,10 @@ HOSTILE = {
     "a detached factor": (lambda net, x: net.first(x) * net.first(x).detach(), "'mul' in module 'Function' depends on"),
     "a cumulative product": (lambda net, x: net.first(x).cumprod(1), "operation 'cumprod' in module 'Function' has no"),
     "sorted": (lambda net, x: net.first(x).sort(1).values, "operation 'sort' in module 'Function' has no rule"),
-    "a norm": (lambda net, x: net.first(x) + net.first(x).norm(), "operation 'linalg_vector_norm' in module 'Function' has"),
+    "a norm": (
+        lambda net, x: net.first(x) + net.first(x).norm(),
+        "operation 'linalg_vector_norm' in module 'Function' has",
+    ),
     "image by image": (
         lambda net, x: torch.cat([net.first(row[None]) for row in x]),
         "the network calls other functions for two images than for one",
@@ -583,4 +599,4 @@ def test_the_study_is_remembered():
     explained(net, x)
     handle.remove()
     assert calls == [2]
-    assert len(propagated._STUDIES[net]) == 1
+    assert len(relevance_module._STUDIES[net]) == 1

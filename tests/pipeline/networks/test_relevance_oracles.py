@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from kernels.attribution.relevance import Rule
 from torch import nn
 
+from kernels.attribution.relevance import Rule
 from pipeline.networks.gradients import Logit
-from pipeline.networks.graph.propagated import Plan, relevance
+from pipeline.networks.graph.propagated import Plan
+from pipeline.networks.relevance import relevance
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 RULES = {
