@@ -43,6 +43,7 @@ def explain(
     baseline: torch.Tensor | float = 0.0,
     batch: int | None = None,
     seeds: Sequence[int] = (),
+    bounds: tuple[float | torch.Tensor, float | torch.Tensor] | None = None,
     **options: Any,
 ) -> Attribution:
     """Explain a scalar of each input by a method.
@@ -56,6 +57,8 @@ def explain(
     batch : points on a line, noisy copies or windows that go through the network at a time; default: as many as there
         are inputs, which always go together.
     seeds : of each image's noise; default: its place.
+    bounds : the least and the greatest input that there may be, for the rule `z_b` of LRP: numbers, or tensors that are
+        broadcast to an input.
     options : of the method, as in the configuration, for example `steps` or `layer`.
 
     Raises
@@ -82,8 +85,9 @@ def explain(
         raise MicrotomeError(f"{method}: name a `layer` before {resolved.layer!r}: the default is that of the logits")
     known = Known()
     of_logits = method == "gradient_x_input" and isinstance(resolved, Logit)
-    if inputs.ndim == 4 and (kind.maps != "image" or "layer" in kind.needs or of_logits):
-        known = _known(network, inputs, chosen.layer_name(), kind.needs)
+    units = chosen.unit_layers()
+    if inputs.ndim == 4 and (kind.maps != "image" or "layer" in kind.needs or of_logits or units):
+        known = _known(network, inputs, chosen.layer_name(), kind.needs, units)
     reference = None
     if kind.baseline:
         reference = baseline if isinstance(baseline, torch.Tensor) else torch.full_like(inputs, baseline)
@@ -99,6 +103,7 @@ def explain(
         layers=[known.layer.name] if known.layer is not None else [],
         of_inputs=kind.shares == "inputs",
         seeds=seeds,
+        bounds=None if bounds is None else (_bound(bounds[0], inputs), _bound(bounds[1], inputs)),
     )
     return FUNCTIONS[method](subject, chosen, known)
 
@@ -134,14 +139,23 @@ def _target(network: nn.Module, inputs: torch.Tensor, target: Targets) -> Target
     return Logit(classes)
 
 
-def _known(network: nn.Module, inputs: torch.Tensor, layer: str | None, needs: Sequence[str]) -> Known:
+def _bound(value: float | torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+    """Return a bound of inputs, like one of them."""
+    return torch.as_tensor(value, dtype=inputs.dtype, device=inputs.device).expand_as(inputs[0])
+
+
+def _known(
+    network: nn.Module, inputs: torch.Tensor, layer: str | None, needs: Sequence[str], units: Sequence[str] = ()
+) -> Known:
     """Return what is found of a network for a method; refuse a network without what it needs."""
     plain = copy.deepcopy(network).float()  # the survey's images are float32
     _, *shape = inputs.shape
     surveyed = survey(plain, (shape[0], shape[1], shape[2]))
-    found = examine(network, surveyed, _two(inputs), [layer or ""], lambda: copy.deepcopy(plain))
-    asked = [need for need in needs if need not in ("gradient", "deconvnet", "guided_backprop")]  # the pass itself says
-    if why := found.why_not(asked, layer):
+    found = examine(network, surveyed, _two(inputs), [layer or ""], lambda: copy.deepcopy(plain), units)
+    said = ("gradient", "deconvnet", "guided_backprop", "lrp")  # by the pass itself
+    if why := found.why_not([need for need in needs if need not in said], layer):
+        raise MicrotomeError(why)
+    if why := next((found.refused[key] for each in units if (key := f"units:{each}") in found.refused), ""):
         raise MicrotomeError(why)
     info = found.layers[layer] if layer is not None else None
     return Known(
@@ -150,6 +164,7 @@ def _known(network: nn.Module, inputs: torch.Tensor, layer: str | None, needs: S
         info is not None and info.name in found.linear,
         found.homogeneous,
         found.attention,
+        tuple(found.units[each] for each in units),
     )
 
 

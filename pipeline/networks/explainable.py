@@ -7,7 +7,7 @@ the network's own weights, on which the laws of some methods depend.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from functools import partial
 from typing import Any
 
@@ -20,13 +20,15 @@ from pipeline.networks.gradients import Logit, gradients, of_tensors
 from pipeline.networks.graph import gradient_flow
 from pipeline.networks.graph.attended import Attended
 from pipeline.networks.graph.call_sites import frozen
+from pipeline.networks.graph.propagated import Plan, Preset
 from pipeline.networks.graph.rectified import Rectified, Rule
 from pipeline.networks.graph.trace import forward_with
 from pipeline.networks.layer import LayerInfo
 from pipeline.networks.layers import Survey, head_of, in_proportion, one_attention_path, to_maps
 from pipeline.networks.positions import place
+from pipeline.networks.relevance import no_relevance, studied
 
-NEEDS = ("gradient", "layer", "cam", "deconvnet", "guided_backprop", "attention")
+NEEDS = ("gradient", "layer", "cam", "deconvnet", "guided_backprop", "attention", "lrp", "attn_lrp")
 EXACT = 1e-4  # relative, of float32 sums in another order
 
 
@@ -36,6 +38,7 @@ def examine(
     images: torch.Tensor,
     layers: Sequence[str],
     made: Callable[[], nn.Module],
+    units: Sequence[str] = (),
 ) -> Explainable:
     """Find out what a network has of what explanations need.
 
@@ -44,6 +47,7 @@ def examine(
     images : (2, channel, y, x) different images, as the network takes them, on its device.
     layers : names of layers; "", the last one whose positions the logits depend on, is always examined.
     made : as in `positions.place`, which decides where the positions of these layers lie.
+    units : names of layers whose units' relevance is wanted.
     """
     with torch.no_grad(), one_attention_path():
         logits = head_of(network(images.clone()))
@@ -61,6 +65,16 @@ def examine(
             with _Refusals(refused, rule):
                 gradients(network, images, target, sites=Rectified(network, rule))
     found, heads, linear = {}, {}, []
+    rectified, folded = False, set[str]()
+    presets: tuple[tuple[str, Preset], ...] = (("lrp", "cp_lrp"), ("attn_lrp", "attn_lrp"))
+    for need, preset in presets:
+        if need not in refused:
+            with _Refusals(refused, need):
+                rectified, folded = studied(network, Plan(preset=preset), images)
+    of_units = {}
+    for name in units if "lrp" not in refused else ():
+        with _Refusals(refused, f"units:{name}"):
+            of_units[name] = _of_units(survey, name, folded)
     lively = _lively(network)
     for name in sorted({"", *layers}) if "layer" not in refused else ():
         with _Refusals(refused, f"layer:{name}"):
@@ -90,7 +104,21 @@ def examine(
         attention,
         logits.shape[1],
         sum(each.shape[0] * (each.special + each.shape[1] * each.shape[2]) for each in survey.layers),
+        of_units,
+        [name for name, _ in network.named_modules() if name],
+        rectified,
     )
+
+
+def _of_units(survey: Survey, name: str, folded: Set[str]) -> LayerInfo:
+    """Return a layer that has units, and a relevance of its own."""
+    known = {layer.name: layer for layer in survey.layers}
+    if name not in known:
+        reason = survey.refused.get(name)
+        raise MicrotomeError(f"layer {name!r} {reason}" if reason else f"no layer {name!r}{nearest(name, known)}")
+    if name in folded:
+        raise MicrotomeError(no_relevance(name))
+    return known[name]
 
 
 def normalised_by(logits: torch.Tensor) -> Normalised:

@@ -80,9 +80,7 @@ def _propagated(
     except MicrotomeError as error:
         for name in layers:
             if name in sites.folded and str(error).startswith(f"layer {name!r}"):
-                raise MicrotomeError(
-                    f"layer {name!r} has no relevance of its own: it is folded into the BatchNorm after it, which has"
-                ) from None
+                raise MicrotomeError(no_relevance(name)) from None
         raise
 
 
@@ -161,3 +159,24 @@ def _study(network: nn.Module, plan: Plan, inputs: torch.Tensor, layer: str | No
         studied.append(Studied(name, module, layout, folds is not None and folds.foldable))
     known[key] = studied
     return studied
+
+
+def studied(network: nn.Module, plan: Plan, inputs: torch.Tensor) -> tuple[bool, set[str]]:
+    """Find out whether a network can be propagated through, by forwards alone.
+
+    Return whether it calls ReLU, and the names of modules that are folded into a BatchNorm.
+
+    Raises
+    ------
+    MicrotomeError
+        A call has no rule, or what `relevance` refuses too.
+    """
+    sites = Propagated(network, plan, inputs)
+    sites.study = _study(network, plan, inputs, None)
+    sites.audit(output_of(network, inputs, None, sites))
+    return bool(sites.rectifiers), sites.folded
+
+
+def no_relevance(layer: str) -> str:
+    """Return why a layer that a BatchNorm follows is refused."""
+    return f"layer {layer!r} has no relevance of its own: it is folded into the BatchNorm after it, which has one"

@@ -14,7 +14,6 @@ elsewhere. A BatchNorm is folded into the convolution before it. Biases, constan
 from __future__ import annotations
 
 import fnmatch
-import re
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from kernels.attribution.relevance import Rule
 from pipeline.errors import MicrotomeError, nearest
+from pipeline.networks.fitness import DEPTH
 from pipeline.networks.graph.call_sites import (
     DROPOUTS,
     LINEAR_NODES,
@@ -78,7 +78,6 @@ NONNEGATIVE = frozenset({"relu", "relu6", "sigmoid", "hardsigmoid", "exp", "abs"
 POOLS = frozenset(f"{kind}avg_pool{n}d" for kind in ("", "adaptive_") for n in (1, 2, 3))
 KEEP_NONNEGATIVE = MAX_POOLS | EXTREMES | POOLS | {"add", "mul", "mean", "sum", "sqrt", "upsample_nearest2d"}
 ALL_OF = (slice(None), Ellipsis)
-DEPTH = re.compile(r"depth (\d+)(-(\d*))?")
 ALPHA_1 = Rule()
 
 
@@ -221,9 +220,9 @@ class Propagated(CallSites):
         args = call.args[3:]
         kwargs = {key: value for key, value in call.kwargs.items() if key not in ("input", "weight", "bias")}
         function = partial(_without_bias, call.function, args, kwargs)
-        if call.name == "linear":
-            side, out = (-1,), 0
-        else:
+        side: tuple[int, ...] = (-1,)
+        out: int | None = 0
+        if call.name != "linear":
             spatial = int(call.name[-2])
             side = (-1, *[1] * spatial) if x.ndim == spatial + 1 else (1, -1, *[1] * spatial)
             groups = argument(call, 6, "groups", 1)

@@ -13,7 +13,8 @@ from pipeline.config.networks import Numerics, Preprocessing, SpecialTokens
 from pipeline.config.section import Chosen, Section, Selection
 from pipeline.errors import nearest
 from pipeline.networks.fitness import Link
-from pipeline.stages.attribute.options import METHODS, AnyMethod, OfLayer
+from pipeline.stages.attribute.options import METHODS, AnyMethod, Lrp, OfLayer
+from pipeline.stages.attribute.results import method_of
 from pipeline.storage.record import Record
 
 if TYPE_CHECKING:
@@ -106,7 +107,14 @@ def check(core: Core, section: Experiments) -> None:
         Explanations.section(f"attribute.{name}", "").check(core, asked)
         known = core.with_controls()
         for method, options in asked.methods.items():
+            if method_of(method) != method and method_of(method) in asked.methods:
+                raise ValueError(
+                    f"attribute.{name}.methods.{method}: is called like the relevance of units of "
+                    f"{method_of(method)!r}: rename it"
+                )
             named = list(options.networks or ())
+            if isinstance(options, Lrp) and isinstance(options.layers, dict):
+                named += options.layers
             if isinstance(options, OfLayer) and isinstance(options.layer, dict):
                 named += options.layer
             for network in named:

@@ -31,24 +31,30 @@ class Attribution:
     map : (image, y, x), of the inputs' size or the layer's; None for inputs that are no images.
     residual : of the method's law, float64 (image,), NaN where it has none: |left - right| over the larger of the
         score's magnitude and that of its difference to the baseline's.
-    facts : further numbers of each image by name, (image,).
+    facts : further numbers of each image by name, (image,), or maps (image, y, x).
+    units : by layer, the relevance of its units, (image, unit).
     """
 
     values: torch.Tensor | None
     map: torch.Tensor | None
     residual: torch.Tensor
     facts: dict[str, torch.Tensor] = field(default_factory=dict)
+    units: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Known:
-    """What was found of the network for one method: its layer, the head after it, its attention, and two properties."""
+    """What was found of the network for one method: its layer, the head after it, its attention, and two properties.
+
+    `units` are the layers whose units' relevance is wanted.
+    """
 
     layer: LayerInfo | None = None
     head: Head | None = None
     linear: bool = False
     homogeneous: bool = False
     attention: Attention | None = None
+    units: tuple[LayerInfo, ...] = ()
 
 
 @dataclass
@@ -65,6 +71,7 @@ class Subject:
     layers : the names of layers whose output and gradient methods need.
     of_inputs : whether a method needs the shared pass's gradient of the inputs.
     seeds : of each image's noise; default: its place.
+    bounds : the least and the greatest input, like the input of one image; None: unknown.
     """
 
     network: nn.Module
@@ -76,6 +83,7 @@ class Subject:
     layers: Sequence[str] = ()
     of_inputs: bool = True
     seeds: Sequence[int] = ()
+    bounds: tuple[torch.Tensor, torch.Tensor] | None = None
     _kept: dict[Any, Any] = field(default_factory=dict)
 
     @cached_property

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from kernels.attribution import baselines
+from pipeline.config.networks import Network
 from pipeline.errors import MicrotomeError
 from pipeline.networks.build import build
 from pipeline.networks.explainable import examine
@@ -24,10 +25,11 @@ from pipeline.networks.prepare import survey_of
 from pipeline.stages.attribute.inputs import Shard
 from pipeline.stages.attribute.methods.registry import FUNCTIONS
 from pipeline.stages.attribute.options import METHODS, Options
-from pipeline.stages.attribute.results import Layout
+from pipeline.stages.attribute.results import Layout, group_of, method_of, unit_relevance
 from pipeline.stages.attribute.settings import Targets
 from pipeline.stages.attribute.subject import Known, Subject
-from pipeline.storage.store import StoreRef, write
+from pipeline.storage.manifest import Files, within
+from pipeline.storage.store import Array, StoreRef, write
 from pipeline.workers.resumable import Done
 from pipeline.workers.tasks import computing
 
@@ -55,11 +57,20 @@ class Work:
         layer = self.methods[name].layer_name()
         return None if layer is None else self.explainable.layers[layer]
 
+    def layers_of(self, store: str) -> list[str]:
+        """Return the layers of a store of the relevance of units."""
+        return self.methods[method_of(store)].unit_layers()
+
+    def relevance_of(self, store: str, layer: str) -> Array:
+        """Return the layout of the relevance of a layer's units."""
+        return self.layouts[method_of(store)].relevance(self.explainable.units[layer].shape[0])
+
     def known(self, name: str) -> Known:
         """Return what was found of the network for a method."""
         found, layer = self.explainable, self.layer_of(name)
         if layer is None:
-            return Known(homogeneous=found.homogeneous, attention=found.attention)
+            units = tuple(found.units[each] for each in self.methods[name].unit_layers())
+            return Known(homogeneous=found.homogeneous, attention=found.attention, units=units)
         return Known(layer, found.heads.get(layer.name), layer.name in found.linear)
 
 
@@ -74,41 +85,51 @@ def target_of(targets: Targets, logits: torch.Tensor, labels: torch.Tensor, rank
     return Logit(picked[0], picked[1] if len(picked) > 1 else None, targets.link, probabilities)
 
 
-def examine_network(model: Model, size: tuple[int, int], layers: Sequence[str]) -> tuple[int, Explainable]:
+def examine_network(
+    model: Model, size: tuple[int, int], layers: Sequence[str], units: Sequence[str] = ()
+) -> tuple[int, Explainable]:
     """Look at a network with its own weights, on a worker; return its number of parameters, too."""
     with computing:
         network = network_of(model)
         survey = survey_of(network, model, size)
         noise = torch.randint(256, (2, 3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-        found = examine(network, survey, normalise(noise, model.spec), layers, lambda: build(model.spec))
+        found = examine(network, survey, normalise(noise, model.spec), layers, lambda: build(model.spec), units)
         return sum(each.numel() for each in network.parameters()), found
 
 
 def explain(work: Work, images: StoreRef, shard: Shard, names: Sequence[str]) -> Done:
-    """Explain the images of one shard, and write the shard of each of these methods. Runs on a worker."""
+    """Explain the images of one shard, and write the shard of each of these stores. Runs on a worker.
+
+    A store is that of a method's maps, by the method's name, or that of the relevance of units, by `unit_relevance`.
+    """
     start, stop = shard.bounds
     pixels = torch.from_numpy(images.open()["image"][start:stop][list(shard.places)])
-    found = {name: _blank(work.layouts[name], stop - start) for name in names}
+    found = {name: _blank(work, name, stop - start) for name in names}
     size = work.model.spec.numerics.micro_batch
     for at in range(0, len(pixels), size):
         some = slice(at, at + size)
         _explain_batch(work, pixels[some], shard, some, found)
-    files = {}
-    for name in names:
-        # An image that is not explained has nothing to store, and the last shard may be shorter than a chunk.
-        files[name] = write(
-            work.stores[name],
-            {array: ((start, *[0] * (values.ndim - 1)), values) for array, values in found[name].items()},
-        )
+    # An image that is not explained has nothing to store, and the last shard may be shorter than a chunk.
+    files: dict[str, Files] = {}
+    for name, arrays in found.items():
+        blocks = {array: ((start, *[0] * (values.ndim - 1)), values) for array, values in arrays.items()}
+        if name in work.layouts:
+            files[name] = write(work.stores[name], blocks)
+            continue
+        files[name] = {}
+        for layer, block in blocks.items():
+            group = group_of(layer)
+            files[name] |= within(group, write(work.stores[name] / group, {"relevance": block}))
     return Done(shard.part, files)
 
 
-def _blank(layout: Layout, images: int) -> dict[str, np.ndarray]:
-    return {
-        name: np.full((images, *array.shape[1:]), array.fill, array.dtype)
-        for name, array in layout.arrays().items()
-        if name != "image_id"
-    }
+def _blank(work: Work, name: str, images: int) -> dict[str, np.ndarray]:
+    """Return the arrays of a store, without values: those of a method, or one for each layer with units."""
+    if name in work.layouts:
+        layouts = {key: array for key, array in work.layouts[name].arrays().items() if key != "image_id"}
+    else:
+        layouts = {layer: work.relevance_of(name, layer) for layer in work.layers_of(name)}
+    return {key: np.full((images, *array.shape[1:]), array.fill, array.dtype) for key, array in layouts.items()}
 
 
 def _explain_batch(
@@ -119,7 +140,8 @@ def _explain_batch(
     size = spec.numerics.micro_batch
     ids, places = shard.image_ids[some], list(shard.places[some])
     labels = padded(torch.tensor(shard.labels[some]), size)
-    kinds = {name: METHODS[work.methods[name].kind] for name in found}
+    methods = list(dict.fromkeys(map(method_of, found)))
+    kinds = {name: METHODS[work.methods[name].kind] for name in methods}
     probabilities = work.explainable.normalised == "softmax"
     with computing:
         network = network_of(work.model)
@@ -127,7 +149,7 @@ def _explain_batch(
         baseline = None
         if any(kind.baseline for kind in kinds.values()):
             baseline = normalise(padded(_baseline(work.baseline, pixels, ids), size), spec)
-        layers = sorted({info.name for name in found if (info := work.layer_of(name)) is not None})
+        layers = sorted({info.name for name in methods if (info := work.layer_of(name)) is not None})
         seeds = [seed_of(each) for each in ids]
         for rank in range(work.targets.ranks):
             subject = Subject(
@@ -140,6 +162,7 @@ def _explain_batch(
                 layers,
                 any(kind.shares == "inputs" for kind in kinds.values()),
                 seeds,
+                _bounds(spec, pixels),
             )
             target = subject.chosen
             assert isinstance(target, Logit)
@@ -150,17 +173,25 @@ def _explain_batch(
                     "baseline_score": subject.baseline_score,
                     "baseline_probability": scores(network, baseline, likely),
                 }
-            for name, arrays in found.items():
+            for name in methods:
                 made = FUNCTIONS[work.methods[name].kind](subject, work.methods[name], work.known(name))
                 _refuse_non_finite(work, name, made.map, ids)
                 values = {"attribution": made.map, "residual": made.residual, **made.facts, **of_all}
-                if "channel_attribution" in arrays:
-                    values["channel_attribution"] = made.values
+                values["channel_attribution"] = made.values
                 place: Any = places if work.layouts[name].ranks is None else (places, rank)
-                for array in arrays:
-                    tensor = values[array]
-                    assert tensor is not None
-                    arrays[array][place] = tensor[:count].detach().cpu().numpy()
+                for store, tensors in ((name, values), (unit_relevance(name), made.units)):
+                    for array, kept in found.get(store, {}).items():
+                        tensor = tensors[array]
+                        assert tensor is not None
+                        kept[place] = tensor[:count].detach().cpu().numpy()
+
+
+def _bounds(spec: Network, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Return the least and greatest input, of black and of white pixels; None where each image has its own scale."""
+    if spec.preprocessing.per_image:
+        return None
+    low, high = (normalise(torch.full_like(pixels[:1], each), spec)[0] for each in (0, 255))
+    return low, high
 
 
 def _refuse_non_finite(work: Work, name: str, values: torch.Tensor | None, ids: Sequence[str]) -> None:

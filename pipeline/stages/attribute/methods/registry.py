@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pipeline.stages.attribute.methods.attention import attention_relevance, rollout
 from pipeline.stages.attribute.methods.class_maps import cam, grad_cam, grad_cam_pp, hires_cam, layer_cam
 from pipeline.stages.attribute.methods.integrated import integrated_gradients
+from pipeline.stages.attribute.methods.lrp import lrp
 from pipeline.stages.attribute.methods.occlusion import occlusion
 from pipeline.stages.attribute.methods.plain import gradient_x_input, saliency, smooth_grad, var_grad
 from pipeline.stages.attribute.methods.rectified import deconvnet, guided_backprop, guided_grad_cam
@@ -29,4 +30,5 @@ FUNCTIONS: Mapping[str, Callable[..., Attribution]] = {
     "rollout": rollout,
     "attention_relevance": attention_relevance,
     "occlusion": occlusion,
+    "lrp": lrp,
 }
