@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from pipeline.networks.layer import LayerInfo
 
+DEPTH = re.compile(r"depth (\d+)(-(\d*))?")
+"""Names linear layers by their number in the forward, from 1 on: `depth 3`, `depth 1-4`, `depth 5-`."""
 Pooling = Literal["mean", "sum"]
 Link = Literal["logit", "probability", "log_probability"]
 Normalised = Literal["", "softmax", "log_softmax"]
@@ -51,6 +54,8 @@ class Explainable:
     normalised : whether the network ends in a softmax or its logarithm.
     attention : if there is attention over the whole image.
     classes : logits of an image. values : of all outputs of layers, for an image.
+    units : layers by name, for the relevance of their units. modules : names of all modules.
+    rectified : whether the network calls ReLU.
     """
 
     refused: dict[str, str] = field(default_factory=dict)
@@ -62,6 +67,9 @@ class Explainable:
     attention: Attention | None = None
     classes: int = 0
     values: int = 0
+    units: dict[str, LayerInfo] = field(default_factory=dict)
+    modules: list[str] = field(default_factory=list)
+    rectified: bool = False
 
     def why_not(self, needs: Sequence[str], layer: str | None) -> str:
         """Return why a method with these needs, and a layer of this name, does not apply; empty if it does."""
@@ -76,12 +84,13 @@ class Explainable:
         """Return what `json` gave; nothing was asked, or could be, where the answer is empty."""
         if not answer:
             return Explainable()
-        layers = {name: _layer(each) for name, each in answer["layers"].items()}
+        layers, units = ({name: _layer(each) for name, each in answer[key].items()} for key in ("layers", "units"))
         heads = {name: Head(**each) for name, each in answer["heads"].items()}
         attention = answer["attention"]
         if attention is not None:
             attention = Attention(_layer(attention["layer"]), tuple(attention["read"]))
-        return Explainable(**{**answer, "layers": layers, "heads": heads, "attention": attention})
+        read = {"layers": layers, "units": units, "heads": heads, "attention": attention}
+        return Explainable(**{**answer, **read})
 
 
 def _layer(told: Mapping[str, Any]) -> LayerInfo:

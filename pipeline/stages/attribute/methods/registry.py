@@ -9,6 +9,7 @@ from pipeline.stages.attribute.methods.black_boxes import kernel_shap, lime, ris
 from pipeline.stages.attribute.methods.class_maps import cam, grad_cam, grad_cam_pp, hires_cam, layer_cam
 from pipeline.stages.attribute.methods.differences import deep_shap, deeplift, linear_shap
 from pipeline.stages.attribute.methods.integrated import integrated_gradients
+from pipeline.stages.attribute.methods.lrp import lrp
 from pipeline.stages.attribute.methods.occlusion import occlusion
 from pipeline.stages.attribute.methods.plain import gradient_x_input, saliency, smooth_grad, var_grad
 from pipeline.stages.attribute.methods.rectified import deconvnet, guided_backprop, guided_grad_cam
@@ -37,4 +38,5 @@ FUNCTIONS: Mapping[str, Callable[..., Attribution]] = {
     "lime": lime,
     "kernel_shap": kernel_shap,
     "rise": rise,
+    "lrp": lrp,
 }
