@@ -557,8 +557,6 @@ def of_lrp(options: Lrp, found: Explainable) -> Iterator[tuple[str, str]]:
     """Yield keys of LRP's options, each with why its value does not apply to a network."""
     if not found.modules or found.why_not(("gradient", "lrp"), None):
         return
-    if options.preset == "attn_lrp" and (why := found.refused.get("attn_lrp")):
-        yield "preset", why
     if not found.rectified and any(each.alpha > 1 for each in options.every_rule):
         yield "alpha", "above 1, relevance grows from layer to layer where there is no ReLU: take alpha 1"
     for pattern in options.rules:

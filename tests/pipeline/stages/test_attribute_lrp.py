@@ -139,7 +139,7 @@ def test_results_open_by_method_and_layer(made):
 def test_other_layers_leave_the_maps_alone(made, tmp_path):
     raw = copied(made, made.config.model_dump(), tmp_path)
     again = planner.make(run_experiment.parse(raw))
-    raw["attribute"]["explained"]["methods"]["lrp"]["layers"] = ["a"]
+    raw["attribute"]["explained"]["methods"]["lrp"]["layers"]["cnn"] = ["a"]
     before = {path.name: lines(path) for path in folder_of(again).glob("*.ledger")}
     after = run(raw, "attribute")
     grown = {path.name for path in folder_of(after).glob("*.ledger") if lines(path) != before.get(path.name)}
