@@ -21,9 +21,10 @@ from torch import nn
 from pipeline.networks.gradients import Logit
 from pipeline.networks.graph.call_sites import frozen
 from pipeline.networks.layers import survey
+from pipeline.stages.attribute.methods.lrp import lrp
 from pipeline.stages.attribute.methods.registry import FUNCTIONS
-from pipeline.stages.attribute.options import METHODS, OPTIONS
-from pipeline.stages.attribute.subject import Subject
+from pipeline.stages.attribute.options import METHODS, OPTIONS, Lrp
+from pipeline.stages.attribute.subject import Known, Subject
 from tests.bench.timing import seconds
 
 ALLOWED = {
@@ -32,6 +33,16 @@ ALLOWED = {
     "guided_backprop": 1.3,
     "deconvnet": 1.3,
     "integrated_gradients": 33.0,
+}
+RULES = {
+    "alpha 1": {"alpha": 1},
+    "alpha 2": {"alpha": 2},
+    "epsilon": {"rule": "epsilon"},
+    "gamma": {"rule": "gamma"},
+}
+OF_RELEVANCE = {
+    "resnet18": {"alpha 1": 3.5, "alpha 2": 3.5, "epsilon": 2.5, "gamma": 3.5},
+    "vit_b_16": {"alpha 1": 4.0, "epsilon": 4.0, "gamma": 4.0},
 }
 SIZE = 224
 
@@ -47,6 +58,8 @@ def main() -> None:
     measure("resnet18", torchvision.models.resnet18().eval(), given.images, given.rounds)
     small = {"image_size": SIZE, "patch_size": 16, "num_layers": 4, "num_heads": 3, "hidden_dim": 192, "mlp_dim": 768}
     measure("a small ViT", torchvision.models.VisionTransformer(**small).eval(), given.images, given.rounds)
+    for name, allowed in OF_RELEVANCE.items():
+        measure_relevance(name, allowed, given.images, given.rounds)
 
 
 def measure(name: str, network: nn.Module, images: int, rounds: int) -> None:
@@ -92,7 +105,25 @@ def explained(network: nn.Module, inputs: torch.Tensor, target: Logit, method: s
         [info.name] if needs_layer else [],  # type: ignore[attr-defined]
         kind.shares and not needs_layer,
     )
-    FUNCTIONS[method](subject, options, **({"layer": info} if needs_layer else {}))
+    FUNCTIONS[method](subject, options, Known(info) if needs_layer else Known())  # type: ignore[arg-type]
+
+
+def measure_relevance(name: str, allowed: dict[str, float], images: int, rounds: int) -> None:
+    """Time LRP besides the pass that gives scores to all methods; the network was studied before."""
+    network = torchvision.models.get_model(name).eval()
+    for rule, bound in allowed.items():
+        options = Lrp(**RULES[rule])
+        of_relevance(network, options, 2)
+        ratios = [of_relevance(network, options, images) for _ in range(rounds)]
+        print(f"{name:13} {'lrp, ' + rule:34} {statistics.median(ratios):12.3f}   {bound:.2f}", flush=True)
+
+
+def of_relevance(network: nn.Module, options: Lrp, images: int) -> float:
+    inputs, target = torch.randn(images, 3, SIZE, SIZE), Logit(torch.arange(images))
+    plain = seconds(lambda: forward_and_backward(network, inputs, target))
+    subject = Subject(network, inputs, target, batch=images, of_inputs=False)
+    assert subject.score.shape == (images,)
+    return seconds(lambda: lrp(subject, options, Known())) / plain
 
 
 def of_package(network: nn.Module, inputs: torch.Tensor, target: Logit, layer: str) -> float | None:
