@@ -21,7 +21,7 @@ from pipeline.networks.gradients import Logit, gradients, of_tensors, scores_thr
 from pipeline.networks.graph import gradient_flow
 from pipeline.networks.graph.attended import Attended
 from pipeline.networks.graph.call_sites import frozen
-from pipeline.networks.graph.propagated import Plan, Preset
+from pipeline.networks.graph.propagated import Study
 from pipeline.networks.graph.rectified import Rectified, Rule
 from pipeline.networks.graph.rescale import Rescale
 from pipeline.networks.graph.reveal_cancel import RevealCancel
@@ -29,11 +29,11 @@ from pipeline.networks.graph.trace import forward_with
 from pipeline.networks.layer import LayerInfo
 from pipeline.networks.layers import Survey, head_of, in_proportion, one_attention_path, to_maps
 from pipeline.networks.positions import place
-from pipeline.networks.relevance import no_relevance, studied
+from pipeline.networks.relevance import no_relevance, study_of
 
 NEEDS = (
     *("gradient", "layer", "cam", "deconvnet", "guided_backprop", "attention"),
-    *("deeplift", "max_shapley", "reveal_cancel", "linear", "lrp", "attn_lrp"),
+    *("deeplift", "max_shapley", "reveal_cancel", "linear", "lrp"),
 )
 EXACT = 1e-4  # relative, of float32 sums in another order
 
@@ -72,16 +72,14 @@ def examine(
                 gradients(network, images, target, sites=Rectified(network, rule))
     _differences(network, images, target, refused)
     found, heads, linear = {}, {}, []
-    rectified, folded = False, set[str]()
-    presets: tuple[tuple[str, Preset], ...] = (("lrp", "cp_lrp"), ("attn_lrp", "attn_lrp"))
-    for need, preset in presets:
-        if need not in refused:
-            with _Refusals(refused, need):
-                rectified, folded = studied(network, Plan(preset=preset), images)
+    study = Study((), False)
+    if "lrp" not in refused:
+        with _Refusals(refused, "lrp"):
+            study = study_of(network, "cp_lrp", images)
     of_units = {}
-    for name in units if "lrp" not in refused else ():
+    for name in units:
         with _Refusals(refused, f"units:{name}"):
-            of_units[name] = _of_units(survey, name, folded)
+            of_units[name] = _of_units(survey, name, study.folded)
     lively = _lively(network)
     for name in sorted({"", *layers}) if "layer" not in refused else ():
         with _Refusals(refused, f"layer:{name}"):
@@ -113,7 +111,7 @@ def examine(
         sum(each.shape[0] * (each.special + each.shape[1] * each.shape[2]) for each in survey.layers),
         of_units,
         [name for name, _ in network.named_modules() if name],
-        rectified,
+        study.rectified,
     )
 
 

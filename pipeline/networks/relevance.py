@@ -16,9 +16,8 @@ from torch import nn
 
 from pipeline.errors import MicrotomeError
 from pipeline.networks.gradients import Gradients, Target, gradients, output_of
-from pipeline.networks.graph.call_sites import UnsupportedError
-from pipeline.networks.graph.ledger import Ledger, OtherCallsError, Studied, layout_of
-from pipeline.networks.graph.propagated import Plan, Propagated
+from pipeline.networks.graph.ledger import Ledger, OtherCallsError
+from pipeline.networks.graph.propagated import Plan, Preset, Propagated, Study
 
 
 @dataclass(frozen=True)
@@ -53,14 +52,12 @@ def relevance(
         A call has no rule, a pattern matches no module, the plan does not apply to the network, or a layer has no
         relevance of its own.
     """
-    sites = Propagated(network, plan, inputs)
-    sites.study = _study(network, plan, inputs, target.layer)
+    sites = Propagated(network, plan, inputs, study_of(network, plan.preset, inputs, target.layer))
     try:
         found = _propagated(network, inputs, target, layers, sites)
-    except OtherCallsError:
+    except OtherCallsError:  # of a network that was changed since
         _STUDIES.pop(network, None)
-        sites = Propagated(network, plan, inputs)
-        sites.study = _study(network, plan, inputs, target.layer)
+        sites = Propagated(network, plan, inputs, study_of(network, plan.preset, inputs, target.layer))
         found = _propagated(network, inputs, target, layers, sites)
     assert found.inputs is not None
     values = found.inputs * inputs + sites.direct
@@ -79,7 +76,7 @@ def _propagated(
         return gradients(network, inputs, _Scored(target, sites.ledger), layers, sites=sites)
     except MicrotomeError as error:
         for name in layers:
-            if name in sites.folded and str(error).startswith(f"layer {name!r}"):
+            if sites.study is not None and name in sites.study.folded and str(error).startswith(f"layer {name!r}"):
                 raise MicrotomeError(no_relevance(name)) from None
         raise
 
@@ -128,53 +125,34 @@ class _Scored:
 
 # The study ------------------------------------------------------------------------------------------------------------
 
-
-_STUDIES: WeakKeyDictionary[nn.Module, dict[Any, list[Studied]]] = WeakKeyDictionary()
-
-
-def _study(network: nn.Module, plan: Plan, inputs: torch.Tensor, layer: str | None) -> list[Studied]:
-    """Return the calls of a network's forward that book something, from an image and two of which it is the first."""
-    known = _STUDIES.setdefault(network, {})
-    key = tuple(inputs.shape[1:]), inputs.dtype, inputs.device, layer, plan.preset
-    if key in known:
-        return known[key]
-    noise = torch.randn((2, *inputs.shape[1:]), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    found = []
-    for images in (noise[:1], noise):
-        given = images.to(inputs.device, inputs.dtype)
-        sites = Propagated(network, plan, given)
-        output_of(network, given, layer, sites)
-        found.append(sites.calls)
-    one, two = found
-    if [each[:2] for each in one] != [each[:2] for each in two]:
-        raise UnsupportedError(f"{Propagated.method}: the network calls other functions for two images than for one")
-    studied = []
-    for (name, module, alone, folds), (_, _, among, _) in zip(one, two, strict=True):
-        layout = layout_of(alone, among)
-        if layout is None:
-            raise UnsupportedError(
-                f"{Propagated.method}: operation {name!r} in module {module!r} mixes the images of a batch, or their "
-                f"values depend on it"
-            )
-        studied.append(Studied(name, module, layout, folds is not None and folds.foldable))
-    known[key] = studied
-    return studied
+_STUDIES: WeakKeyDictionary[nn.Module, dict[Any, Study]] = WeakKeyDictionary()
 
 
-def studied(network: nn.Module, plan: Plan, inputs: torch.Tensor) -> tuple[bool, set[str]]:
-    """Find out whether a network can be propagated through, by forwards alone.
+def study_of(network: nn.Module, preset: Preset, inputs: torch.Tensor, layer: str | None = None) -> Study:
+    """Return what the calls of a network's forward are like, from an image and two of which it is the first.
 
-    Return whether it calls ReLU, and the names of modules that are folded into a BatchNorm.
+    Parameters
+    ----------
+    inputs : of which the shape of one, the type and the device count. layer : with whose output the forward ends.
 
     Raises
     ------
     MicrotomeError
-        A call has no rule, or what `relevance` refuses too.
+        A call has no rule, or mixes the images of a batch.
     """
-    sites = Propagated(network, plan, inputs)
-    sites.study = _study(network, plan, inputs, None)
-    sites.audit(output_of(network, inputs, None, sites))
-    return bool(sites.rectifiers), sites.folded
+    known = _STUDIES.setdefault(network, {})
+    key = tuple(inputs.shape[1:]), inputs.dtype, inputs.device, layer, preset
+    if key not in known:
+        noise = torch.randn((2, *inputs.shape[1:]), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        one, two = (_met(network, preset, each.to(inputs.device, inputs.dtype), layer) for each in (noise[:1], noise))
+        known[key] = Study.of(one.calls, two.calls, two.rectifiers > 0)
+    return known[key]
+
+
+def _met(network: nn.Module, preset: Preset, images: torch.Tensor, layer: str | None) -> Propagated:
+    sites = Propagated(network, Plan(preset=preset), images)
+    sites.audit(output_of(network, images, layer, sites))
+    return sites
 
 
 def no_relevance(layer: str) -> str:

@@ -108,15 +108,5 @@ class Site:
             self.ledger.book_leak(self.layout, leak)
 
 
-@dataclass(frozen=True)
-class Studied:
-    """A call of a studied network: its name and module, its layout, and whether a BatchNorm alone reads its output."""
-
-    name: str
-    module: str
-    layout: Layout
-    folds: bool
-
-
 class OtherCallsError(MicrotomeError):
     """The network calls other functions than when it was studied."""

@@ -39,7 +39,7 @@ from pipeline.networks.graph.call_sites import (
     tensors_in,
     trains,
 )
-from pipeline.networks.graph.ledger import Ledger, OtherCallsError, Site, Studied
+from pipeline.networks.graph.ledger import Layout, Ledger, OtherCallsError, Site, layout_of
 from pipeline.networks.graph.rectified import MAX_NODES, MAX_POOLS
 from pipeline.networks.graph.relevance_rules import (
     AtInput,
@@ -104,6 +104,50 @@ class Plan:
     signs: bool = False
 
 
+Met = tuple[str, str, torch.Tensor, Linear | None]
+"""A call that books something: its name, its module, its output, and what it computes if that is linear."""
+
+
+@dataclass(frozen=True)
+class Studied:
+    """A call of a studied network: its name and module, its layout, and whether a BatchNorm alone reads its output."""
+
+    name: str
+    module: str
+    layout: Layout
+    folds: bool
+
+
+@dataclass(frozen=True)
+class Study:
+    """The calls of a forward that book something, in their order, and whether any call is a ReLU."""
+
+    calls: tuple[Studied, ...]
+    rectified: bool
+
+    @property
+    def folded(self) -> set[str]:
+        """The modules whose output has no relevance of its own."""
+        return {each.module for each in self.calls if each.folds}
+
+    @staticmethod
+    def of(one: Sequence[Met], two: Sequence[Met], rectified: bool) -> Study:
+        """Compare the calls of a forward of one image with those of two."""
+        if [each[:2] for each in one] != [each[:2] for each in two]:
+            raise UnsupportedError(
+                f"{Propagated.method}: the network calls other functions for two images than for one"
+            )
+        calls = []
+        for (name, module, alone, linear), (_, _, among, _) in zip(one, two, strict=True):
+            if (layout := layout_of(alone, among)) is None:
+                raise UnsupportedError(
+                    f"{Propagated.method}: operation {name!r} in module {module!r} mixes the images of a batch, or "
+                    f"their values depend on it"
+                )
+            calls.append(Studied(name, module, layout, linear is not None and linear.foldable))
+        return Study(tuple(calls), rectified)
+
+
 class Propagated(CallSites):
     """Apply the rules of layer-wise relevance propagation; see the module."""
 
@@ -112,7 +156,7 @@ class Propagated(CallSites):
         LINEAR_NODES | MAX_NODES | frozenset({"Relu", "Abs", "Maximum", "Minimum", "Max", "Min", "Amax", "Amin"})
     )
 
-    def __init__(self, network: nn.Module, plan: Plan, inputs: torch.Tensor) -> None:
+    def __init__(self, network: nn.Module, plan: Plan, inputs: torch.Tensor, study: Study | None = None) -> None:
         super().__init__(network)
         _check_patterns(network, plan)
         self.plan = plan
@@ -120,9 +164,8 @@ class Propagated(CallSites):
         self.ledger = Ledger(len(inputs), inputs.device)
         self.direct = torch.zeros_like(inputs)
         self.positive = torch.zeros_like(inputs)
-        self.study: list[Studied] | None = None
-        self.calls: list[tuple[str, str, torch.Tensor, Linear | None]] = []
-        self.folded: set[str] = set()
+        self.study = study
+        self.calls: list[Met] = []  # without a study
         self.rectifiers = self.split = self.depth = 0
         self.amplified = ""
         self._passed = 0
@@ -179,7 +222,7 @@ class Propagated(CallSites):
         if self.study is None:
             self.calls.append((site.call, self.where, output.detach(), linear))
             return output
-        found = self.study[site.at] if site.at < len(self.study) else None
+        found = self.study.calls[site.at] if site.at < len(self.study.calls) else None
         if (
             found is None
             or (found.name, found.module) != (site.call, self.where)
@@ -191,7 +234,7 @@ class Propagated(CallSites):
 
     def _folds(self) -> bool:
         """Return whether the output of the call that comes next is read by a BatchNorm alone."""
-        return self.study is not None and self._passed < len(self.study) and self.study[self._passed].folds
+        return self.study is not None and self._passed < len(self.study.calls) and self.study.calls[self._passed].folds
 
     # Rules ------------------------------------------------------------------------------------------------------------
 
@@ -245,7 +288,6 @@ class Propagated(CallSites):
         folds = self._folds()
         site = self._site(name)
         if folds:
-            self.folded.add(self.where)
             linear.z = self._value(linear)
             u = linear.z.detach() if linear.shift is None else linear.z.detach() + linear.shift
             refusal = self.refusal(name, "is folded into a BatchNorm, and its output has no relevance of its own")

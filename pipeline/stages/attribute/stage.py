@@ -710,8 +710,8 @@ def objections(job: Job[Settings], methods: Mapping[str, Options], found: Explai
             others = f"; these apply: {', '.join(good)}" if good else ""
             yield f"{where}.methods.{name}: network {job.network!r}: {why}{others}"
         if isinstance(options, Lrp):
-            for why in of_lrp(options, found):
-                yield f"{where}.methods.{name}{why}, network {job.network!r}"
+            for key, why in of_lrp(options, found):
+                yield f"{where}.methods.{name}.{key}: network {job.network!r}: {why}"
         if options.kind in ("cam", "linear_shap") and settings.score != "logit":
             title = METHODS[options.kind].title
             yield f"{where}.methods.{name}: {title} explains logits, and `score` is {settings.score!r}"
@@ -745,20 +745,18 @@ def objections(job: Job[Settings], methods: Mapping[str, Options], found: Explai
         )
 
 
-def of_lrp(options: Lrp, found: Explainable) -> Iterator[str]:
-    """Yield a key of LRP's options and why it does not apply to a network."""
+def of_lrp(options: Lrp, found: Explainable) -> Iterator[tuple[str, str]]:
+    """Yield keys of LRP's options, each with why its value does not apply to a network."""
     if not found.modules or found.why_not(("gradient", "lrp"), None):
         return
-    if options.preset == "attn_lrp" and (why := found.refused.get("attn_lrp")):
-        yield f".preset: {why}"
     if not found.rectified and any(each.alpha > 1 for each in options.every_rule):
-        yield ".alpha: above 1, relevance grows from layer to layer where there is no ReLU: take alpha 1"
+        yield "alpha", "above 1, relevance grows from layer to layer where there is no ReLU: take alpha 1"
     for pattern in options.rules:
         if not DEPTH.fullmatch(pattern) and not fnmatch.filter(found.modules, pattern):
-            yield f".rules: {pattern!r} matches no module{nearest(pattern, found.modules)}"
+            yield "rules", f"{pattern!r} matches no module{nearest(pattern, found.modules)}"
     for layer in options.unit_layers():
         if why := found.refused.get(f"units:{layer}"):
-            yield f".layers: {why}"
+            yield "layers", why
 
 
 def named_classes(job: Job[Settings]) -> list[str]:

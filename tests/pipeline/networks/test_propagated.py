@@ -280,6 +280,10 @@ SAME = {
         lambda net, x: F.relu(torch.einsum("oi,bihw->bohw", net.second.weight[:, :, 1, 1], F.relu(net.first(x)))),
         lambda net, x: F.relu(F.conv2d(F.relu(net.first(x)), net.second.weight[:, :, 1:2, 1:2])),
     ),
+    "read twice": (  # by a norm, and by something else
+        lambda net, x: F.relu(net.norm(y := net.first(x)) + y),
+        lambda net, x: F.relu(net.norm(net.first(x)) + net.first(x)),
+    ),
     "a sign": (
         lambda net, x: F.relu(net.second(-F.relu(net.first(x)))),
         lambda net, x: F.relu(net.second(F.relu(net.first(x)) * -1)),

@@ -32,11 +32,11 @@ FUNCTIONS: Mapping[str, Callable[..., Attribution]] = {
     "rollout": rollout,
     "attention_relevance": attention_relevance,
     "occlusion": occlusion,
+    "lrp": lrp,
     "deeplift": deeplift,
     "deep_shap": deep_shap,
     "linear_shap": linear_shap,
     "lime": lime,
     "kernel_shap": kernel_shap,
     "rise": rise,
-    "lrp": lrp,
 }
