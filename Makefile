@@ -44,8 +44,8 @@ repair: $(VENV)/installed ## Recompute only the damaged files in RESULTS
 	@$(BIN)/python -m pipeline.upkeep repair $(RESULTS)
 	@$(BIN)/snakemake --configfile $(CONFIG) --quiet reason host
 
-gc: $(VENV)/installed ## List what no network in RESULTS refers to; YES=1 removes it
-	@$(BIN)/python -m pipeline.upkeep gc $(RESULTS) $(if $(YES),--yes)
+gc: $(VENV)/installed ## List what no network in RESULTS refers to, and experiments not in CONFIGS='...'; YES=1 removes it
+	@$(BIN)/python -m pipeline.upkeep gc $(RESULTS) $(if $(CONFIGS),--configs $(CONFIGS)) $(if $(YES),--yes)
 
 rescan: $(VENV)/installed ## List data sets again, to find files that were written in place
 	@$(BIN)/snakemake --configfile $(CONFIG) --config rescan=true

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from torch import nn
 
 from pipeline.config.messages import explain as explained
 from pipeline.errors import MicrotomeError, nearest
-from pipeline.networks.explainable import examine, normalised_by
+from pipeline.networks.explainable import examine, linear_in, normalised_by, placed
 from pipeline.networks.gradients import Logit, Scalar, Target, Unit, refuse_training
 from pipeline.networks.layers import head_of, one_attention_path, survey
 from pipeline.stages.attribute.methods.registry import FUNCTIONS
@@ -47,6 +48,7 @@ def explain(
     target: Targets = "predicted",
     *,
     baseline: torch.Tensor | float = 0.0,
+    background: torch.Tensor | None = None,
     batch: int | None = None,
     seeds: Sequence[int] = (),
     segments: torch.Tensor | Mapping[str, Any] | str | None = None,
@@ -61,6 +63,7 @@ def explain(
     inputs : floating-point, the first dimension that of the images.
     target : `"predicted"`, a class or one for each image, or a `Logit`, `Unit` or `Scalar`.
     baseline : the input without information, like the inputs, or one value for all of it, as the network takes it.
+    background : (reference, ...), inputs that `deep_shap` and `linear_shap` compare with, all of them.
     batch : points on a line, noisy copies or windows that go through the network at a time; default: as many as there
         are inputs, which always go together.
     seeds : of each image's noise and masked copies; default: its place.
@@ -97,13 +100,15 @@ def explain(
     known = Known()
     of_logits = method == "gradient_x_input" and isinstance(resolved, Logit)
     if inputs.ndim == 4 and (kind.maps != "image" or "layer" in kind.needs or of_logits):
-        known = _known(network, inputs, chosen.layer_name(), kind.needs)
+        known = _known(network, inputs, chosen.layer_name(), kind.needs, resolved)
     reference = None
     if kind.baseline:
         reference = baseline if isinstance(baseline, torch.Tensor) else torch.full_like(inputs, baseline)
         if reference.shape[-inputs.ndim + 1 :] != inputs.shape[1:]:
             raise MicrotomeError(f"a baseline of {tuple(reference.shape)} for inputs of {tuple(inputs.shape)}")
         reference = reference.to(inputs.device, inputs.dtype).expand_as(inputs)
+    if "linear" in kind.needs and not linear_in(network, _two(inputs)):
+        raise MicrotomeError(f"{method}: the logits are not linear in the input")
     parted: dict[str, torch.Tensor] = {}
     if isinstance(chosen, Segmented):
         own = segments if isinstance(segments, torch.Tensor) else None
@@ -119,16 +124,17 @@ def explain(
         layers=[known.layer.name] if known.layer is not None else [],
         of_inputs=kind.shares == "inputs",
         seeds=seeds,
+        one_baseline=not isinstance(baseline, torch.Tensor) or baseline.ndim < inputs.ndim or len(baseline) == 1,
         segments=parted,
     )
-    return FUNCTIONS[method](subject, chosen, known)
+    return FUNCTIONS[method](subject, chosen, replace(known, background=background))
 
 
 def _options(method: str, options: dict[str, Any]) -> Options:
     try:
         return OPTIONS[method](**options)
     except ValidationError as error:
-        raise MicrotomeError(f"{method}: {explained(error.errors(include_url=False)[0], OPTIONS[method])}") from None
+        raise MicrotomeError(f"{method}: {explained(error, OPTIONS[method])[0]}") from None
 
 
 def _target(network: nn.Module, inputs: torch.Tensor, target: Targets) -> Target:
@@ -206,13 +212,19 @@ def _segments(
     return {options.segments.key: torch.from_numpy(np.array(part(options.segments, scaled, None, patches)[0]))}
 
 
-def _known(network: nn.Module, inputs: torch.Tensor, layer: str | None, needs: Sequence[str]) -> Known:
+def _known(
+    network: nn.Module, inputs: torch.Tensor, layer: str | None, needs: Sequence[str], target: Target | None = None
+) -> Known:
     """Return what is found of a network for a method; refuse a network without what it needs."""
     plain = copy.deepcopy(network).float()  # the survey's images are float32
     _, *shape = inputs.shape
     surveyed = survey(plain, (shape[0], shape[1], shape[2]))
-    found = examine(network, surveyed, _two(inputs), [layer or ""], lambda: copy.deepcopy(plain))
     asked = [need for need in needs if need not in ("gradient", "deconvnet", "guided_backprop")]  # the pass itself says
+    if asked == ["layer"] and target is not None and not isinstance(target, Logit):
+        if not layer:
+            raise MicrotomeError("name a `layer`: the default is found from logits, and this target is none")
+        return Known(placed(network, surveyed, layer, _two(inputs), lambda: copy.deepcopy(plain)))
+    found = examine(network, surveyed, _two(inputs), [layer or ""], lambda: copy.deepcopy(plain))
     if why := found.why_not(asked, layer):
         raise MicrotomeError(why)
     info = found.layers[layer] if layer is not None else None

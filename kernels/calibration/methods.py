@@ -113,6 +113,19 @@ def _scaling(fit: Callable[[NDArray, Ints], Scaling], said: Predictions, labels:
     return Softmax(fit(said.logits, labels))
 
 
+def maps_of_confidence(bins: int = BINS) -> Mapping[str, FitMap]:
+    """Return the fit function of each method that needs no more than the confidence, by name.
+
+    It takes confidences (image) and whether the prediction is right (image), and returns a map of confidences.
+    """
+    return {
+        "histogram_top": partial(histogram_equal_width, bins=bins),
+        "histogram_mass_top": partial(histogram_equal_mass, bins=bins),
+        "isotonic_top": isotonic,
+        "bbq_top": bbq,
+    }
+
+
 def methods(bins: int = BINS, penalty: float | None = None) -> Mapping[str, Callable[[Predictions, Ints], Method]]:
     """Return each method's fit function by name; it takes predictions (image, class) and labels (image).
 
@@ -121,13 +134,13 @@ def methods(bins: int = BINS, penalty: float | None = None) -> Mapping[str, Call
     bins : number of bins of histogram binning.
     penalty : of the regularised matrix; None chooses it on some of the images.
     """
-    width, mass = partial(histogram_equal_width, bins=bins), partial(histogram_equal_mass, bins=bins)
+    maps = maps_of_confidence(bins)
     return {
         UNCALIBRATED: lambda said, labels: uncalibrated,
-        "histogram": partial(_one_versus_rest, width),
-        "histogram_mass": partial(_one_versus_rest, mass),
-        "histogram_top": partial(_top_label, width),
-        "histogram_mass_top": partial(_top_label, mass),
+        "histogram": partial(_one_versus_rest, maps["histogram_top"]),
+        "histogram_mass": partial(_one_versus_rest, maps["histogram_mass_top"]),
+        "histogram_top": partial(_top_label, maps["histogram_top"]),
+        "histogram_mass_top": partial(_top_label, maps["histogram_mass_top"]),
         "isotonic": partial(_one_versus_rest, isotonic),
         "isotonic_top": partial(_top_label, isotonic),
         "bbq": partial(_one_versus_rest, bbq),

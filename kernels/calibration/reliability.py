@@ -290,13 +290,9 @@ class Reliability:
         images, classes = probabilities.shape
         bins = len(self.count)
         row = np.arange(images)
-        at = equal_width(probabilities[row, predicted], bins)
+        self.update_confidences(probabilities[row, predicted], predicted == labels)
         cells = equal_width(probabilities.ravel(), bins).reshape(images, classes) + bins * np.arange(classes)
         probabilities = probabilities.astype(np.float64, copy=False)
-        confidence, right = probabilities[row, predicted], predicted == labels
-        self.count += np.bincount(at, minlength=bins)
-        self.correct += np.bincount(at[right], minlength=bins)
-        self.confidence += np.bincount(at, confidence, minlength=bins)
         gap = -probabilities
         gap[row, labels] += 1
         self.class_gap += np.bincount(cells.ravel(), gap.ravel(), minlength=bins * classes).reshape(classes, bins)
@@ -304,6 +300,14 @@ class Reliability:
         self.nll -= float(np.log(np.maximum(true, FLOOR)).sum())
         self.floored += int((true < FLOOR).sum())
         self.brier += float(np.square(gap).sum())
+
+    def update_confidences(self, confidence: NDArray, right: NDArray[np.bool_]) -> None:
+        """Add what is known of images without the probabilities of all classes, both (image)."""
+        bins = len(self.count)
+        at = equal_width(confidence, bins)
+        self.count += np.bincount(at, minlength=bins)
+        self.correct += np.bincount(at[right], minlength=bins)
+        self.confidence += np.bincount(at, confidence.astype(np.float64, copy=False), minlength=bins)
 
     def merge(self, other: Reliability) -> None:
         self.count += other.count

@@ -1,19 +1,54 @@
 """Error messages for a configuration that is refused."""
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, get_args
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from pipeline.config.base import Strict
 from pipeline.config.networks import NetworkSpec
 from pipeline.config.recipe import Recipe
 from pipeline.errors import nearest
 
+# How pydantic calls the members of a union in the location of an error, and a last part that is a plain type.
+_MEMBER = re.compile(r"(literal|function-\w+|nullable|list|tuple|dict)\[.*|constrained-\w+")
+_PLAIN_TYPES = ("str", "int", "float", "bool")
 
-def explain(item: Any, root: type[BaseModel]) -> str:
-    """Return a message for one pydantic error: which key of the model `root` it concerns, and what to do."""
-    location = [str(part) for part in item["loc"]]
+
+def explain(error: ValidationError, root: type[BaseModel]) -> list[str]:
+    """Return a message for each error: which key of the model `root` it concerns, and what to do.
+
+    Where a value may be of several kinds, pydantic gives an error of each kind; those of the kinds that the value is
+    plainly not of are left out.
+    """
+    items = error.errors(include_url=False)
+    places = [_place(item["loc"]) for item in items]
+    of_kinds = [len(place) < len(item["loc"]) for place, item in zip(places, items, strict=True)]
+    found = []
+    for at, (place, item) in enumerate(zip(places, items, strict=True)):
+        rest = [other for other in range(len(items)) if other != at and of_kinds[at] and of_kinds[other]]
+        here = [items[other] for other in rest if places[other] == place]
+        of_section = any(places[other][: len(place)] == place for other in rest)
+        if item["type"] == "literal_error" and isinstance(item["input"], dict) and of_section:
+            continue
+        if item["type"] == "model_type" and any(other["type"] == "literal_error" for other in here):
+            continue
+        if item["type"].endswith("_type") and any(not other["type"].endswith("_type") for other in here):
+            continue
+        section = " or a section of keys" if any(other["type"] == "model_type" for other in here) else ""
+        found.append(_explained(item, place, root, section if item["type"] == "literal_error" else ""))
+    return list(dict.fromkeys(found))
+
+
+def _place(location: Sequence[Any]) -> tuple[str, ...]:
+    """Return a location without the kinds of values that pydantic tried."""
+    parts = [str(part) for part in location]
+    own = [part for part in parts if not _MEMBER.fullmatch(part)]
+    return tuple(own[:-1] if len(own) > 1 and own[-1] in _PLAIN_TYPES else own)
+
+
+def _explained(item: Any, location: Sequence[str], root: type[BaseModel], section: str) -> str:
     where = ".".join(location) or "the top level"
     if item["type"] == "extra_forbidden":
         own = _keys_at(location, root)
@@ -28,9 +63,11 @@ def explain(item: Any, root: type[BaseModel]) -> str:
         known = tags.replace("'", "").split(", ")
         return f"{where}.{key.strip(chr(39))}: {tag!r} is not one of {', '.join(known)}{nearest(tag, known)}"
     found = "" if item["type"] == "value_error" else f" (found {item['input']!r})"
+    known = re.findall("'([^']*)'", item["ctx"]["expected"]) if item["type"] == "literal_error" else []
+    hint = nearest(item["input"], known) if isinstance(item["input"], str) else ""
     if item["type"] in ("model_type", "dict_type"):
         return f"{where}: Input should be a section of keys{found}"
-    return f"{where}: {item['msg'].removeprefix('Value error, ')}{found}"
+    return f"{where}: {item['msg'].removeprefix('Value error, ')}{section}{found}{hint}"
 
 
 def _list(names: Iterable[str]) -> str:

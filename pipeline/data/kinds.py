@@ -62,12 +62,13 @@ class Summary:
     names: list[str] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
 
-    def require(self, name: str, split: str) -> None:
-        """Raise `MicrotomeError` if the data set of this name has no image of a split."""
+    def require(self, name: str, split: str, key: str = "") -> None:
+        """Raise `MicrotomeError` if the data set of this name has no image of a split, which a key asks for."""
         if split not in self.splits:
             there = ", ".join(f"{known} ({count:,} images)" for known, count in self.splits.items())
+            asked = f"{key}: " if key else ""
             raise MicrotomeError(
-                f"data set {name!r} has no split {split!r}; it has {there}{nearest(split, self.splits)}"
+                f"{asked}data set {name!r} has no split {split!r}; it has {there}{nearest(split, self.splits)}"
             )
 
 

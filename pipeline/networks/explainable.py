@@ -15,18 +15,24 @@ import torch
 from torch import nn
 
 from pipeline.errors import MicrotomeError, nearest
+from pipeline.networks.contributions import contributions
 from pipeline.networks.fitness import Attention, Explainable, Head, Normalised, Pooling
-from pipeline.networks.gradients import Logit, gradients, of_tensors
+from pipeline.networks.gradients import Logit, gradients, of_tensors, scores_through
 from pipeline.networks.graph import gradient_flow
 from pipeline.networks.graph.attended import Attended
 from pipeline.networks.graph.call_sites import frozen
 from pipeline.networks.graph.rectified import Rectified, Rule
+from pipeline.networks.graph.rescale import Rescale
+from pipeline.networks.graph.reveal_cancel import RevealCancel
 from pipeline.networks.graph.trace import forward_with
 from pipeline.networks.layer import LayerInfo
 from pipeline.networks.layers import Survey, head_of, in_proportion, one_attention_path, to_maps
 from pipeline.networks.positions import place
 
-NEEDS = ("gradient", "layer", "cam", "deconvnet", "guided_backprop", "attention")
+NEEDS = (
+    *("gradient", "layer", "cam", "deconvnet", "guided_backprop", "attention"),
+    *("deeplift", "max_shapley", "reveal_cancel", "linear"),
+)
 EXACT = 1e-4  # relative, of float32 sums in another order
 
 
@@ -60,12 +66,13 @@ def examine(
         if rule not in refused:
             with _Refusals(refused, rule):
                 gradients(network, images, target, sites=Rectified(network, rule))
+    _differences(network, images, target, refused)
     found, heads, linear = {}, {}, []
     lively = _lively(network)
     for name in sorted({"", *layers}) if "layer" not in refused else ():
         with _Refusals(refused, f"layer:{name}"):
             own = name or _last(lively, survey, images, target, made)
-            found[name] = _placed(lively, survey, own, images, made)
+            found[name] = placed(lively, survey, own, images, made)
             if not _depends(lively, found[name], images, target):
                 del found[name]
                 raise MicrotomeError(f"layer {own!r}: the logits do not depend on its positions: name an earlier one")
@@ -91,6 +98,35 @@ def examine(
         logits.shape[1],
         sum(each.shape[0] * (each.special + each.shape[1] * each.shape[2]) for each in survey.layers),
     )
+
+
+def _differences(network: nn.Module, images: torch.Tensor, target: Logit, refused: dict[str, str]) -> None:
+    """Note why rules for differences from a reference do not hold for a network, or why it is not linear."""
+    reference = torch.zeros_like(images[:1])
+    if "deeplift" not in refused:
+        with _Refusals(refused, "deeplift"):
+            contributions(network, images, reference, target, partial(Rescale, network))
+    if "max_shapley" not in refused:
+        with _Refusals(refused, "max_shapley"):
+            scores_through(network, images, target, Rescale(network, len(images), "shapley"), len(images))
+    if "reveal_cancel" not in refused:
+        with _Refusals(refused, "reveal_cancel"):
+            contributions(network, images, reference, target, partial(RevealCancel, network, reference=reference))
+    if "linear" not in refused and not linear_in(network, images):
+        refused["linear"] = "the logits are not linear in the input"
+
+
+def linear_in(network: nn.Module, images: torch.Tensor) -> bool:
+    """Return whether the logits are linear in the input, but for a constant: judged by sums of two images."""
+    first, second = images[:1], images[1:2]
+    with torch.no_grad(), one_attention_path():
+        given = torch.cat([first, second, first + second, -2 * first, 0 * first])
+        made = head_of(network(given))
+    if made is None:
+        return False
+    a, b, both, turned, none = made.double()
+    scale = EXACT * made.double().abs().max()
+    return bool(max((a + b - both - none).abs().max(), (turned + 2 * a - 3 * none).abs().max()) <= scale)
 
 
 def normalised_by(logits: torch.Tensor) -> Normalised:
@@ -145,10 +181,13 @@ def _no_gradient(network: nn.Module, images: torch.Tensor) -> str:
     return notes.get("", "")
 
 
-def _placed(
+def placed(
     network: nn.Module, survey: Survey, name: str, images: torch.Tensor, made: Callable[[], nn.Module]
 ) -> LayerInfo:
-    """Return a layer once it is known where its positions lie; refuse one that has none, or in another order."""
+    """Return a layer once it is known where its positions lie; refuse one that has none, or in another order.
+
+    Arguments are those of `examine`.
+    """
 
     def known() -> dict[str, LayerInfo]:
         return {layer.name: layer for layer in survey.layers}
@@ -177,7 +216,7 @@ def _last(
         # Heads of attention apart, (head, token, unit), look like maps of another shape.
         if in_proportion(info.shape[1:], survey.image) and _depends(network, info, images, target):
             try:
-                _placed(network, survey, info.name, images, made)
+                placed(network, survey, info.name, images, made)
             except MicrotomeError:
                 continue
             return info.name
@@ -264,7 +303,7 @@ def _attention(
     layers = [each for each in survey.layers if each.spatial and _tokens(each) == tokens and each.layout != "map"]
     if not layers:
         raise MicrotomeError(f"attention: no layer says where its {tokens} tokens lie in the image")
-    info = _placed(network, survey, layers[-1].name, images, made)
+    info = placed(network, survey, layers[-1].name, images, made)
     slope = gradients(network, images, target, [info.name], of_inputs=False).layers[info.name][1]
     by_token = slope.reshape(len(slope), tokens, -1).abs().amax((0, 2))
     return Attention(info, tuple(by_token.nonzero()[:, 0].tolist()))

@@ -47,7 +47,7 @@ def parse(raw: Mapping[str, Any]) -> Core:
     try:
         config = Config.model_validate(raw)
     except ValidationError as error:
-        lines = [explain(item, Config) for item in error.errors(include_url=False)]
+        lines = explain(error, Config)
         raise MicrotomeError("the configuration is refused:\n  " + "\n  ".join(lines)) from None
     return select(config, only) if only is not None else config
 

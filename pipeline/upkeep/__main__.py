@@ -3,7 +3,8 @@
 python -m pipeline.upkeep verify RESULTS                          compare every chunk file with what was recorded
 python -m pipeline.upkeep repair RESULTS                          verify, then forget damaged files: the next run
                                                                   recomputes them
-python -m pipeline.upkeep gc RESULTS [--yes]                      list what no network refers to; --yes removes it
+python -m pipeline.upkeep gc RESULTS [--configs FILES] [--yes]    list what no network refers to, and experiments
+                                                                  that none of FILES names; --yes removes it
 python -m pipeline.upkeep why CONFIG [--only NAMES]               list what would run, why, and what it costs
 python -m pipeline.upkeep recompute CONFIG STAGE [--only NAMES]   delete a stage's outputs: the next run
                                                                   recomputes them
@@ -32,6 +33,9 @@ def main(arguments: list[str]) -> int:
         command.add_argument("results", type=Path)
         if name == "gc":
             command.add_argument("--yes", action="store_true", help="remove it")
+            command.add_argument(
+                "--configs", type=Path, nargs="+", default=[], help="all configurations that write to this folder"
+            )
     for name in ("why", "recompute"):
         command = commands.add_parser(name)
         command.add_argument("config", type=Path)
@@ -65,7 +69,10 @@ def repair(given: argparse.Namespace) -> int:
 def gc(given: argparse.Namespace) -> int:
     total = 0
     with RunLock(_results(given)):
-        for folder in unreferenced.folders(given.results):
+        configs = [experiment.load(path) for path in given.configs]
+        dropped = unreferenced.experiments(given.results, configs) if configs else []
+        folders = [each for each in unreferenced.folders(given.results) if not set(each.parents) & set(dropped)]
+        for folder in folders + dropped:
             if not folder.exists():
                 print(f"             {folder} is gone meanwhile")
                 continue

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
+from pipeline.config.core import Core
+from pipeline.errors import MicrotomeError
 from pipeline.plan.job import UNFINISHED, noted_in
-from pipeline.stages.registry import STAGES
+from pipeline.run import planner
+from pipeline.stages.registry import STAGES, jobs
 from pipeline.storage import SCRATCH, store
 from pipeline.storage.manifest import Manifest
 from pipeline.upkeep.damage import manifests
@@ -31,6 +35,35 @@ def folders(results: Path) -> list[Path]:
     found = [folder for folder in found if _ours(folder) and not _linked(folder, results)]
     lost = ["aside"] if list((results / SCRATCH / UNFINISHED).glob("*.json")) else ["aside", "blocks"]
     return found + [folder for name in lost if (folder := results / SCRATCH / name).is_dir()]
+
+
+def experiments(results: Path, configs: Sequence[Core]) -> list[Path]:
+    """Return the folders of experiments on networks, such as attributions, that none of these configurations names.
+
+    What an interrupted run has begun is spared. All configurations that share the folder have to be given.
+
+    Raises
+    ------
+    MicrotomeError
+        If a configuration has another results folder.
+    """
+    planned: set[Path] = set()
+    for config in configs:
+        if Path(config.results).resolve() != results.resolve():
+            raise MicrotomeError(
+                f"configuration {config.name!r} has the results folder {config.results}, not {results}"
+            )
+        planned |= {job.folder.resolve() for job in jobs(planner.make(config, dry=True))}
+    begun = {folder.resolve() for folder in _begun(results)}
+    found = []
+    for stage in STAGES.values():
+        if stage.place != "experiment":
+            continue
+        for folder in sorted(results.glob(f"*/*/{stage.folder}/*/")):
+            ours = next(folder.glob(f"done/{stage.name}.*.json"), None) or next(folder.glob("*.ledger"), None)
+            if ours and folder.resolve() not in planned | begun and not _linked(folder, results):
+                found.append(folder)
+    return found
 
 
 def _ours(folder: Path) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import zarr
 
-from pipeline.stages.attribute.options import METHODS
+from pipeline.stages.attribute.options import METHODS, OPTIONS
 from pipeline.stages.attribute.results import Attributed, Explained, Layout, store_of
 from pipeline.storage.manifest import Files, Manifest, within
 from pipeline.storage.store import create, metadata_files, write
@@ -62,7 +62,7 @@ def write_attributions(
             columns["baseline_score"] = scores - 1
         store = store_of(folder, name)
         attributes = {
-            "method": kind, "law": METHODS[kind].law, "settings": {"method": kind, **(settings or {}).get(name, {})},
+            "method": kind, "law": METHODS[kind].law, "settings": OPTIONS[kind]().model_dump() | (settings or {}).get(name, {}),
             "split": "validation", "targets": targets, "score": "logit", "baseline": "black",
             "image_size": [height, width], "classes": classes, "logits": len(classes) if logits is None else logits,
         }  # fmt: skip

@@ -114,3 +114,59 @@ return [...document.querySelectorAll(controls)].filter((element) =>
     || document.getElementById(element.getAttribute("aria-labelledby"))?.textContent || element.textContent.trim()))
   .map((element) => element.outerHTML.slice(0, 120));
 """
+CLIPPED = """
+// Text that is cut off without an ellipsis, lies beside the page where nothing scrolls to it, or lies on other text.
+// Of an open dialog alone, if there is one. The link that skips to the content waits outside the page;
+// accents of formulas lie on their letters.
+const root = document.querySelector("dialog[open]") || document.body;
+const found = [];
+const named = (node) => `${node.parentElement.outerHTML.slice(0, 80)} (${node.textContent.trim().slice(0, 40)})`;
+const forReaders = (style) => style.clip === "rect(0px, 0px, 0px, 0px)" || style.clipPath === "inset(50%)";
+const visible = (node, box) => {  // the part of a box that is not scrolled away; null if there is none
+  let [left, top, right, bottom] = [box.left, box.top, box.right, box.bottom], scrolled = false;
+  for (let at = node.parentElement; at && at !== document.body; at = at.parentElement) {
+    const style = getComputedStyle(at), own = at.getBoundingClientRect();
+    if (forReaders(style)) return null;
+    const overflow = style.overflowX + style.overflowY;
+    const shortened = style.textOverflow === "ellipsis" || style.webkitLineClamp !== "none";
+    if (/auto|scroll/.test(overflow) || (/hidden|clip/.test(overflow) && shortened)) {
+      scrolled = true;
+      [left, right] = [Math.max(left, own.left), Math.min(right, own.right)];
+      [top, bottom] = [Math.max(top, own.top), Math.min(bottom, own.bottom)];
+    } else if (/hidden|clip/.test(overflow)) {
+      const [x, y] = [Math.max(own.left - left, right - own.right), Math.max(own.top - top, bottom - own.bottom)];
+      if (x > 1 || y > .25 * box.height) found.push(`cut off: ${named(node)}`);
+    }
+    if (at === root) break;
+  }
+  if (!scrolled && (left < -1 || right > document.documentElement.clientWidth + 1)) {
+    found.push(`beside the page: ${named(node)}`);
+  }
+  return right - left > 1 && bottom - top > 1 ? {left, top, right, bottom} : null;
+};
+const boxes = [];
+const walker = document.createTreeWalker(root, NodeFilter.SHOW_TEXT);
+while (walker.nextNode()) {
+  const node = walker.currentNode, parent = node.parentElement;
+  if (!node.textContent.trim() || parent.closest("script, style, noscript, option, select, svg, math, .skip")) continue;
+  if (!parent.checkVisibility({opacityProperty: true, visibilityProperty: true, contentVisibilityAuto: true})) continue;
+  const range = document.createRange();
+  range.selectNodeContents(node);
+  for (const box of range.getClientRects()) {
+    const seen = box.width > 1 && box.height > 1 && visible(node, box);
+    if (seen) boxes.push([node, seen]);
+  }
+}
+boxes.sort((a, b) => a[1].top - b[1].top);
+for (let i = 0; i < boxes.length; i++) {
+  const [node, a] = boxes[i];
+  for (let j = i + 1; j < boxes.length && boxes[j][1].top < a.bottom; j++) {
+    const [other, b] = boxes[j];
+    const across = Math.min(a.right, b.right) - Math.max(a.left, b.left);
+    const down = Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top);
+    const most = .4 * Math.min(a.bottom - a.top, b.bottom - b.top);
+    if (other !== node && across > 2 && down > most) found.push(`on other text: ${named(node)}, ${named(other)}`);
+  }
+}
+return [...new Set(found)].slice(0, 20);
+"""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from pipeline.networks.graph.call_sites import (
     kind_of,
     tensors_in,
 )
+from pipeline.networks.graph.taken_apart import scaled_dot_product_attention
 
 PRODUCTS = frozenset({"matmul", "addmm", "baddbmm", "einsum"})  # in which weights meet values
 UNEQUAL = "is between different tokens, which cannot be followed through blocks"
@@ -43,7 +43,7 @@ class Attended(CallSites):
 
     def rule(self, call: Call) -> Any:
         if call.name == "scaled_dot_product_attention":
-            return self._taken_apart(*call.args, **call.kwargs)
+            return scaled_dot_product_attention(self, self._of_keys, *call.args, **call.kwargs)
         if call.name in PRODUCTS:
             for node in filter(None, (each.grad_fn for each in tensors_in(call.args, call.kwargs))):
                 if (refusal := self._others.get(_origin(node))) is not None:
@@ -70,29 +70,8 @@ class Attended(CallSites):
         self._others[output.grad_fn] = refusal
         return output
 
-    def _taken_apart(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attn_mask: torch.Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> torch.Tensor:
-        if dropout_p:
-            raise self.refusal("scaled_dot_product_attention", "draws random numbers: call `eval()` first")
-        if enable_gqa and key.shape[-3] != query.shape[-3]:
-            heads = query.shape[-3] // key.shape[-3]
-            key, value = key.repeat_interleave(heads, -3), value.repeat_interleave(heads, -3)
-        scores = query @ key.mT * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
-        if is_causal:
-            attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-        if attn_mask is not None:
-            masked = attn_mask.dtype == torch.bool
-            scores = scores.masked_fill(~attn_mask, -math.inf) if masked else scores + attn_mask
-        return self._kept(scores.softmax(-1)) @ value
+    def _of_keys(self, scores: torch.Tensor) -> torch.Tensor:
+        return self._kept(scores.softmax(-1))
 
     def _kept(self, weights: torch.Tensor) -> torch.Tensor:
         """Keep weights, and give what follows a copy, since it may write into them."""

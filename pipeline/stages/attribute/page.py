@@ -68,7 +68,7 @@ class Section:
     def notes(self) -> list[str]:
         """What a reader has to know of the numbers."""
         found = self.found
-        said = []
+        said = [baseline] if (baseline := sentences.of_baseline(found)) else []
         if len(found.slots) > SHOWN:
             said.append(f"The grid shows {plural(SHOWN, 'image')} of {plural(len(found.slots), 'image')}, by a hash.")
         if len(found.methods) > 1 or self.explanation.untrained is not None:

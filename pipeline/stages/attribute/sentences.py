@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from pipeline.report.words import decimal, number, plural
 from pipeline.stages.attribute.found import Attributions, MethodMaps
+from pipeline.stages.attribute.options import METHODS
 
 NORMAL = 1.96
 """Standard errors on each side of a 95 % interval."""
@@ -71,6 +73,21 @@ def what_was_explained(found: Attributions) -> str:
         f"Of each of {plural(len(found.slots), 'image')} of split {found.settings['split']}, {words[found.kind]} is "
         f"explained by {plural(len(found.methods), 'method')}."
     )
+
+
+def of_baseline(found: Attributions) -> str:
+    """Say what image the methods that compare with a baseline take; empty if none does."""
+    titles = zip(found.titles(), found.methods, strict=True)
+    compared = {title: method for title, method in titles if METHODS[method.facts.method].baseline}
+    if not compared:
+        return ""
+    told: Any = next(iter(compared.values())).store.open().attrs["baseline"]
+    words = {"blur": "the image, blurred", "uniform": "an image of uniform noise, by the image’s id"}
+    if isinstance(told, Mapping):
+        what = f"the mean of the images of split {told['mean']}" if "mean" in told else "an image file"
+    else:
+        what = words.get(str(told), f"a {told} image")
+    return f"The baseline of {named(list(compared))} is {what}."
 
 
 def of_laws(found: Attributions) -> Iterator[str]:

@@ -34,13 +34,23 @@ from pipeline.plan.job import Job
 from pipeline.plan.stage import Draft, PageModule, Stage, Wanted
 from pipeline.plan.step import Key
 from pipeline.stages.attribute import results, segments
-from pipeline.stages.attribute.inputs import Shard, baseline_of, by_shard, chosen, read_baseline, shards_of
+from pipeline.stages.attribute.inputs import (
+    Shard,
+    background_of,
+    baseline_of,
+    by_shard,
+    chosen,
+    lacks_references,
+    read_baseline,
+    shards_of,
+)
 from pipeline.stages.attribute.options import (
     BACKWARD,
     METHODS,
     AnyMethod,
     IntegratedGradients,
     Labels,
+    OfSplit,
     Options,
     Patches,
     Segmented,
@@ -69,8 +79,10 @@ CODE = (
     "kernels/attribution/cam.py",
     "kernels/attribution/lime.py",
     "kernels/attribution/masks.py",
+    "kernels/attribution/maxima.py",
     "kernels/attribution/paths.py",
     "kernels/attribution/rollout.py",
+    "kernels/attribution/secants.py",
     "kernels/attribution/segments.py",
     "kernels/attribution/shapley.py",
     "kernels/images/grey.py",
@@ -78,6 +90,7 @@ CODE = (
     "kernels/locality/attention.py",
     "pipeline/networks/build.py",
     "pipeline/networks/checkpoint.py",
+    "pipeline/networks/contributions.py",
     "pipeline/networks/explainable.py",
     "pipeline/networks/fitness.py",
     "pipeline/networks/forward.py",
@@ -89,6 +102,9 @@ CODE = (
     "pipeline/networks/graph/gradient_flow.py",
     "pipeline/networks/graph/operations.py",
     "pipeline/networks/graph/rectified.py",
+    "pipeline/networks/graph/rescale.py",
+    "pipeline/networks/graph/reveal_cancel.py",
+    "pipeline/networks/graph/taken_apart.py",
     "pipeline/networks/graph/trace.py",
     "pipeline/networks/layer_id.py",
     "pipeline/networks/layers.py",
@@ -127,7 +143,10 @@ def settings_of(draft: Draft, name: str, section: Explanations, dataset: str, ne
     where, summary, spec = f"attribute.{name}", draft.summaries[dataset], draft.networks[network]
     original = draft.originals.get(network, network)
     split = section.split or draft.config.datasets[dataset].examined_split
-    summary.require(dataset, split)
+    summary.require(dataset, split, f"{where}.split" if section.split else "")
+    for key, options in section.methods.items():
+        if isinstance(options, OfSplit):
+            summary.require(dataset, options.split, f"{where}.methods.{key}.split")
     limits = [section.images, draft.config.controls.images if network.endswith(UNTRAINED) else None]
     if section.targets == "label" and not summary.classes:
         raise MicrotomeError(f"{where}.targets: the images of data set {dataset!r} have no labels to explain")
@@ -179,7 +198,7 @@ def _baseline(draft: Draft, where: str, baseline: Any, dataset: str) -> str | di
         told = told.model_dump(exclude_none=True)
     if "file" in told:
         return {"file": _file_digest(draft, where, told["file"])}
-    draft.summaries[dataset].require(dataset, told["mean"])
+    draft.summaries[dataset].require(dataset, told["mean"], f"{where}.baseline, the mean of a split's images")
     return told
 
 
@@ -265,6 +284,7 @@ def run(job: Job[Settings]) -> None:
         stores = {name: results.store_of(job.folder, name) for name in methods}
         compares = any(METHODS[options.kind].baseline for options in methods.values())
         baseline = baseline_of(job, workers) if compares else "black"
+        background = background_of(job, workers, methods, tasks.sum_inputs)
         labelled = Labelled.of(job.parent("concepts")) if labels_of(methods) else None
         maps = _label_maps(job) if labelled is not None else None
         parted = segments.settings_of(methods)
@@ -274,10 +294,22 @@ def run(job: Job[Settings]) -> None:
         categories = {each.name: each.place for each in labelled.categories} if labelled is not None else {}
         targets = targets_of(job.settings)
         work = tasks.Work(
-            job.model, found, targets, baseline, methods, stores, layouts, parted, parted_layouts, categories
+            job.model,
+            found,
+            targets,
+            baseline,
+            methods,
+            stores,
+            layouts,
+            parted,
+            parted_layouts,
+            categories,
+            background,
         )
         spec, kept = job.network_spec, list(layouts.values())
-        need = results.memory_need(parameters, found.values, spec, images.shard_images, images.size, kept)
+        need = results.memory_need(
+            parameters, found.values, spec, images.shard_images, images.size, kept, methods.values()
+        )
         job.check_memory(need, REMEDY)
         parts = {}
         for name, store in stores.items():
@@ -429,6 +461,8 @@ def ids_of(
     if kind.baseline:
         of_image = isinstance(work.baseline, np.ndarray)
         made_of.append(hashlib.sha256(work.baseline.tobytes()).hexdigest() if of_image else work.baseline)  # type: ignore[union-attr]
+    if name in work.background:
+        made_of.append(hashlib.sha256(work.background[name].tobytes()).hexdigest())
     parted = segment_ids(job, work, options.segments, shards, labelled) if isinstance(options, Segmented) else {}
     of_labels = identity["targets"] == "label"
 
@@ -574,6 +608,9 @@ def check(job: Job[Settings]) -> Iterator[str]:
         window = getattr(options, "window", 0)
         if window > min(size):
             yield f"{where}.methods.{name}.window: {window} pixels, and images have {size[0]} x {size[1]}"
+        count = getattr(options, "references", 0)
+        if isinstance(options, OfSplit) and (there := job.splits[options.split]) < count:
+            yield f"{where}.methods.{name}.references: {lacks_references(options.split, count, there)}"
         if isinstance(options, Segmented) and (why := segments.lacking(options.segments, size)):
             yield f"{where}.methods.{name}.segments.{why}"
     file = getattr(job.section[job.experiment].baseline, "file", None)
@@ -589,10 +626,13 @@ def objections(job: Job[Settings], methods: Mapping[str, Options], found: Explai
     where, settings = f"attribute.{job.experiment}", job.settings
     for name, options in methods.items():
         layer = options.layer_name()
-        if why := found.why_not(METHODS[options.kind].needs, layer):
+        if why := found.why_not(options.needs, layer):
             good = [each for each, method in METHODS.items() if not found.why_not(method.needs, layer)]
             others = f"; these apply: {', '.join(good)}" if good else ""
             yield f"{where}.methods.{name}: network {job.network!r}: {why}{others}"
+        if options.kind in ("cam", "linear_shap") and settings.score != "logit":
+            title = METHODS[options.kind].title
+            yield f"{where}.methods.{name}: {title} explains logits, and `score` is {settings.score!r}"
         if isinstance(options, Segmented) and isinstance(options.segments, Patches) and found.classes:
             if found.attention is None:
                 yield (
@@ -601,8 +641,6 @@ def objections(job: Job[Settings], methods: Mapping[str, Options], found: Explai
                 )
             elif why := options.why_not(segments_of(options, found)):
                 yield f"{where}.methods.{name}.{why}"
-        if options.kind == "cam" and settings.score != "logit":
-            yield f"{where}.methods.{name}: CAM explains logits, and `score` is {settings.score!r}"
     if not found.classes:
         return
     targets = targets_of(settings)
@@ -694,7 +732,7 @@ def cost(job: Job[Settings], done: bool) -> Cost:
         images=images,
         tasks=-(-images // shard),
         seconds=images * passes / rate if rate else None,
-        memory=results.memory_need(inspection.parameters, found.values, spec, shard, size, layouts),
+        memory=results.memory_need(inspection.parameters, found.values, spec, shard, size, layouts, methods.values()),
         rate=f"{rate / passes:.3g}" if rate else "",
     )
 

@@ -43,13 +43,17 @@ class Attribution:
 
 @dataclass(frozen=True)
 class Known:
-    """What was found of the network for one method: its layer, the head after it, its attention, and two properties."""
+    """What was found of the network for one method: its layer, the head after it, its attention, and two properties.
+
+    `background` are inputs that those of the subject are compared with, (reference, ...), or their mean.
+    """
 
     layer: LayerInfo | None = None
     head: Head | None = None
     linear: bool = False
     homogeneous: bool = False
     attention: Attention | None = None
+    background: torch.Tensor | None = None
 
 
 @dataclass
@@ -66,6 +70,7 @@ class Subject:
     layers : the names of layers whose output and gradient methods need.
     of_inputs : whether a method needs the shared pass's gradient of the inputs.
     seeds : of each image's noise; default: its place.
+    one_baseline : whether the baseline of all images is the same.
     segments : of images that are parted into segments, by the key of the setting, int64 (image, y, x) on the CPU.
     """
 
@@ -78,6 +83,7 @@ class Subject:
     layers: Sequence[str] = ()
     of_inputs: bool = True
     seeds: Sequence[int] = ()
+    one_baseline: bool = False
     segments: Mapping[str, torch.Tensor] = field(default_factory=dict)
     _kept: dict[Any, Any] = field(default_factory=dict)
 
@@ -102,6 +108,8 @@ class Subject:
     @cached_property
     def baseline_score(self) -> torch.Tensor:
         """The score of each image's baseline, (image,)."""
+        if self.one_baseline:
+            return scores(self.network, self.reference[:1], self.chosen, len(self.inputs))
         return self.scores_at(self.reference, torch.arange(len(self.inputs)))
 
     @property

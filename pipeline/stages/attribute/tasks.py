@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ class Work:
     methods : by name, a method's options. parted : by the name of their store, settings of segments.
     stores : of both. layouts, segment_layouts : of each.
     categories : by name, the place of a category of label maps on the store's axis.
+    background : by name, what a method compares images with, see `inputs.background_of`.
     """
 
     model: Model
@@ -52,9 +53,10 @@ class Work:
     methods: Mapping[str, Options]
     stores: Mapping[str, Path]
     layouts: Mapping[str, Layout]
-    parted: Mapping[str, Segments]
-    segment_layouts: Mapping[str, SegmentLayout]
-    categories: Mapping[str, int]
+    parted: Mapping[str, Segments] = field(default_factory=dict)
+    segment_layouts: Mapping[str, SegmentLayout] = field(default_factory=dict)
+    categories: Mapping[str, int] = field(default_factory=dict)
+    background: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def patches(self) -> tuple[int, int] | None:
@@ -130,6 +132,24 @@ def explain(work: Work, images: StoreRef, labels: StoreRef | None, shard: Shard,
     return Done(shard.part, files)
 
 
+def sum_inputs(model: Model, images: StoreRef, bounds: tuple[int, int], places: Sequence[int]) -> np.ndarray:
+    """Add up images of one shard as the network takes them, float64 (1, channel, y, x). Runs on a worker."""
+    start, stop = bounds
+    pixels = torch.from_numpy(images.open()["image"][start:stop][list(places)])
+    with computing:
+        parts = [normalise(each, model.spec).double().sum(0, keepdim=True).cpu() for each in pixels.split(64)]
+        return torch.stack(parts).sum(0).numpy()
+
+
+def _background(work: Work, name: str) -> torch.Tensor | None:
+    """Return what a method compares images with, as the network takes it."""
+    found = work.background.get(name)
+    if found is None:
+        return None
+    values = torch.from_numpy(found)
+    return normalise(values, work.model.spec) if values.dtype == torch.uint8 else values
+
+
 def _segments(
     work: Work,
     pixels: torch.Tensor,
@@ -195,6 +215,7 @@ def _explain_batch(
             baseline = normalise(padded(_baseline(work.baseline, pixels, ids), size), spec)
         layers = sorted({info.name for name in found if (info := work.layer_of(name)) is not None})
         seeds = [seed_of(each) for each in ids]
+        background = {name: _background(work, name) for name in found}
         for rank in range(work.targets.ranks):
             subject = Subject(
                 network,
@@ -206,7 +227,8 @@ def _explain_batch(
                 layers,
                 any(kind.shares == "inputs" for kind in kinds.values()),
                 seeds,
-                {key: padded(each, size) for key, each in segments.items()},
+                one_baseline=work.baseline in ("black", "white") if isinstance(work.baseline, str) else True,
+                segments={key: padded(each, size) for key, each in segments.items()},
             )
             target = subject.chosen
             assert isinstance(target, Logit)
@@ -218,7 +240,8 @@ def _explain_batch(
                     "baseline_probability": scores(network, baseline, likely),
                 }
             for name, arrays in found.items():
-                made = FUNCTIONS[work.methods[name].kind](subject, work.methods[name], work.known(name))
+                known = replace(work.known(name), background=background[name])
+                made = FUNCTIONS[work.methods[name].kind](subject, work.methods[name], known)
                 _refuse_non_finite(work, name, made.map, ids)
                 values = {"attribution": made.map, "residual": made.residual, **of_all, **made.facts}
                 if "channel_attribution" in arrays:

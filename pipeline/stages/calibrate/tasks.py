@@ -12,7 +12,7 @@ import numpy as np
 
 from kernels.calibration.methods import NAMES, Method, facts, fit, judge, uncalibrated
 from kernels.calibration.reliability import BINS, BLOCK, Predictions, Reliability, ece_equal_mass
-from kernels.calibration.uncertainty import AT_ONCE, ClasswiseNoise, noise
+from kernels.calibration.uncertainty import AT_ONCE, ClasswiseNoise, Noise, noise
 from pipeline.errors import MicrotomeError
 from pipeline.stages.calibrate.scores import read_scores
 from pipeline.stages.calibrate.settings import Fitting
@@ -158,22 +158,33 @@ class Judged:
 
     def measures(self, draws: int, seed: int) -> dict[str, float]:
         """Return every measure, by name."""
-        sums, (classes, bins) = self.sums, self.sums.class_gap.shape
-        found = {
-            name: getattr(sums, name)
-            for name in ("accuracy", "mean_confidence", "ece", "ece_debiased", "mce", "classwise_ece")
-        }
-        found |= {
-            "ece_equal_mass": ece_equal_mass(self.confidence, self.right, bins),
+        sums, classes = self.sums, len(self.sums.class_gap)
+        return of_confidences(sums, self.confidence, self.right, draws, seed) | {
+            "classwise_ece": sums.classwise_ece,
             "nll": sums.nll / sums.images,
             "brier": sums.brier / sums.images,
             "floored": sums.floored / sums.images,
+            **_band("classwise_ece", self.classwise.noise(classes)),
         }
-        bands = noise(self.confidence, self.right, draws, seed, bins) | {"classwise_ece": self.classwise.noise(classes)}
-        for name, band in bands.items():
-            found |= {f"{name}_low": band.low, f"{name}_high": band.high}
-            found |= {f"{name}_null": band.null_mean, f"{name}_null_high": band.null_high}
-        return found
+
+
+def of_confidences(
+    sums: Reliability, confidence: np.ndarray, right: np.ndarray, draws: int, seed: int
+) -> dict[str, float]:
+    """Return the measures that need no more than (image) the confidence and whether the prediction is right."""
+    bins = len(sums.count)
+    found = {name: getattr(sums, name) for name in ("accuracy", "mean_confidence", "ece", "ece_debiased", "mce")}
+    found["ece_equal_mass"] = ece_equal_mass(confidence, right, bins)
+    for name, band in noise(confidence, right, draws, seed, bins).items():
+        found |= _band(name, band)
+    return found
+
+
+def _band(name: str, band: Noise) -> dict[str, float]:
+    return {
+        f"{name}_low": band.low, f"{name}_high": band.high,
+        f"{name}_null": band.null_mean, f"{name}_null_high": band.null_high,
+    }  # fmt: skip
 
 
 def measure(scores: Scores, at: int, part: slice, bins: int) -> tuple[int, tuple[Judged, list[str]]]:

@@ -266,6 +266,10 @@ def test_what_is_not_there_is_named(tmp_path, monkeypatch):
         planner.make(parse(raw))
 
 
+def explained(**keys):
+    return {"attribute": {"x": {"methods": {"saliency": {}}} | keys}}
+
+
 @pytest.mark.parametrize(
     ("section", "message"),
     [
@@ -277,6 +281,19 @@ def test_what_is_not_there_is_named(tmp_path, monkeypatch):
         ({"probes": {"penalties": [float("nan")]}}, r"probes.penalties.0: Input should be a finite number"),
         ({"calibrate": {"splits": 10**12}}, r"calibrate.splits: Input should be less than or equal to 100000"),
         ({"probes": []}, r"probes: Input should be a section of keys \(found \[\]\)"),
+        # A value of several kinds is told what its own kind lacks, once.
+        (
+            explained(targets="labels"),
+            r"x\.targets: Input should be 'predicted' or 'label' or a section of keys \(f.*; near",
+        ),
+        (explained(targets={"clas": 1}), r"\n  attribute\.x\.targets\.clas: unknown key; nearest: class, contrast$"),
+        (explained(targets={"top": 0}), r"\n  attribute\.x\.targets\.top: Input should be greater than 0 \(found 0\)$"),
+        (
+            explained(targets={"class": -1}),
+            r"\n  attribute\.x\.targets\.class: Input should be greater than or equal to 0",
+        ),
+        (explained(targets={}), r"\n  attribute\.x\.targets: give one of `class`, `top`, `contrast`$"),
+        (explained(baseline={"fil": "x"}), r"\n  attribute\.x\.baseline\.fil: unknown key; nearest: file$"),
     ],
 )
 def test_slips_in_sections_of_questions(tmp_path, section, message):

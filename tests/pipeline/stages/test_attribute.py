@@ -1,6 +1,8 @@
 """The stage of attribution: what it stores against its own library, what is made again, and what is refused."""
 
 import csv
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +21,8 @@ from pipeline.run import planner, preflight
 from pipeline.stages.attribute.inputs import chosen, read_baseline
 from pipeline.stages.attribute.options import METHODS
 from pipeline.stages.attribute.stage import warn
-from pipeline.upkeep import unreferenced
+from pipeline.upkeep import damage, unreferenced
+from pipeline.upkeep.__main__ import main as upkeep
 from pipeline.workers import client
 
 pytestmark = pytest.mark.usefixtures("workers")
@@ -197,6 +200,27 @@ def test_another_method_computes_that_alone_and_a_dropped_one_is_swept(made, tmp
     assert [path.name for path in unreferenced.folders(after.results) if "attributions" in path.parts] == [
         "occlusion.zarr"
     ]
+
+
+def test_an_experiment_that_no_configuration_names_is_swept(made, tmp_path, capsys):
+    raw = copied(made, made.config.model_dump(), tmp_path)
+    configs = []
+    for name in ("kept", "renamed"):
+        sections = raw["attribute"] if name == "kept" else {name: raw["attribute"]["explained"]}
+        (tmp_path / f"{name}.yaml").write_text(json.dumps(raw | {"attribute": sections}, default=str))
+        configs.append(str(tmp_path / f"{name}.yaml"))
+    results = str(raw["results"])
+    folders = sorted(Path(results).glob("*/*/attributions/explained"))
+    assert len(folders) > 1
+    for given, swept in (([], False), (configs, False), (configs[:1], False), (configs[1:], True)):
+        assert upkeep(["gc", results, *(["--configs", *given] if given else [])]) == 0
+        said = capsys.readouterr().out
+        assert {str(folder) in said for folder in folders} == {swept}
+    assert upkeep(["gc", results, "--configs", *configs[1:], "--yes"]) == 0
+    assert not any(folder.exists() for folder in folders) and damage.verify(Path(results)) == []
+    (tmp_path / "other.yaml").write_text(json.dumps(raw | {"results": str(tmp_path / "others")}, default=str))
+    with pytest.raises(MicrotomeError, match=r"has the results folder .*others, not "):
+        upkeep(["gc", results, "--configs", str(tmp_path / "other.yaml")])
 
 
 CHANGED = [

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from attribution_results import write_attributions
-from browsing import HOSTILE, NAMELESS, SIZES, UNREADABLE, Browser
+from browsing import CLIPPED, HOSTILE, NAMELESS, SIZES, UNREADABLE, Browser
 from PIL import Image
 from report_results import write_results
 from selenium.common.exceptions import NoAlertPresentException
@@ -241,6 +241,7 @@ def test_it_fits_and_can_be_read(browser: Browser, plain: Path, tmp_path: Path, 
         browser.run("document.querySelector('.card').scrollIntoView()")
         assert browser.run("return document.documentElement.scrollWidth <= innerWidth"), "it scrolls sideways"
         assert browser.run(UNREADABLE) == [] and browser.run(NAMELESS) == []
+        assert browser.run(CLIPPED) == []
         browser.wait(lambda: browser.run("return [...document.querySelectorAll('.card:first-child img')].every((i) => i.complete)"))  # fmt: skip # noqa: E501
         picture = browser.picture()
         Image.fromarray(picture).save(tmp_path / f"{size}-{'dark' if dark else 'light'}{address[1:6]}.png")

@@ -291,12 +291,19 @@ QUICK = {
 
 
 def explained(method, net, x, batch, seeds, **options):
-    return attribute.explain(method, net, x, "predicted", batch=batch, seeds=seeds, **QUICK.get(method, {}), **options)
+    options = QUICK.get(method, {}) | options
+    background = images(2, 9).to(x.dtype)
+    return attribute.explain(method, net, x, "predicted", background=background, batch=batch, seeds=seeds, **options)
+
+
+def linear():
+    torch.manual_seed(2)
+    return nn.Sequential(nn.Conv2d(3, 2, 3), nn.Flatten(), nn.LazyLinear(3)).double().eval()
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_batches_and_neighbours_change_nothing(method):
-    net = transformer() if method in OF_TRANSFORMERS else convolutional()
+    net = transformer() if method in OF_TRANSFORMERS else linear() if method == "linear_shap" else convolutional()
     x, seeds = images(8), list(range(8))
     whole = explained(method, net, x, 8, seeds).map
     largest = whole.abs().max()
@@ -457,6 +464,19 @@ def test_a_unit_and_a_distance_of_embeddings_are_explained():
     distance = attribute.integrated_gradients(net, x, attribute.Scalar(lambda y: (y - other).norm(dim=1)), steps=64)
     wanted = (net(x) - other).norm(dim=1) - (net(0 * x) - other).norm(dim=1)
     torch.testing.assert_close(distance.values.flatten(1).sum(1), wanted.detach(), atol=2e-2, rtol=2e-2)
+
+
+def test_a_network_without_logits_has_class_maps_of_any_scalar():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 2, 1)).double().eval()  # a segmenter
+    x = images()
+    target = attribute.Scalar(lambda y: y[:, 1, 4:8, 4:8].sum((1, 2)))
+    found = attribute.hires_cam(net, x, target, layer="1").map
+    activation = net[:2](x).detach()
+    wanted = torch.zeros(len(x), *x.shape[2:], dtype=x.dtype)
+    wanted[:, 4:8, 4:8] = (activation * net[2].weight[1]).sum(1)[:, 4:8, 4:8].detach()
+    torch.testing.assert_close(found, wanted)
+    with pytest.raises(MicrotomeError, match="name a `layer`: the default is found from logits, and this target is"):
+        attribute.grad_cam(net, x, target)
 
 
 def test_what_is_refused_says_what_to_do():

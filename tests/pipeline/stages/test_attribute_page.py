@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,7 @@ def test_the_page(results: Path) -> None:
     assert "the largest residual is 0.3." in said and "No residual is known of Gradient × input" in said
     html = (experiment.out / page.file).read_text()
     assert "1 of 5" in html and "features (a note)" in html and "95th percentile" not in html and "99.5th" in html
+    assert "The baseline of Integrated gradients is a black image." in html
     assert {figure.kind for figure in page.figures} == {
         "attributions", "attribution-residuals", "attribution-alike"
     }  # fmt: skip
@@ -280,3 +282,20 @@ def made_up(residuals: list[list[float]], kinds: list[str]) -> Attributions:
     shared = {"targets": "predicted", "score": "logit", "split": "a", "classes": ["x"], "image_size": [4, 4]}
     ids, scores = np.array(["a", "b", "c"]), np.zeros((3, 1))
     return Attributions("d", "n", "e", methods, shared, ids, target, scores, scores)
+
+
+def test_means_are_the_same_whichever_task_ends_first(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed runs showed it: the order of a sum is that of the tasks, not that of their ends."""
+    write_attributions(results, METHODS, residuals=RESIDUALS, settings=TOLERANCES)
+    made = []
+    for order in (1, -1):
+
+        def ended(_: object, function: Any, tasks: Any, *rest: object, order: int = order) -> Any:
+            return [function(*task) for task in tasks[::order]]
+
+        monkeypatch.setattr("pipeline.report.experiment.run_tasks", ended)
+        experiment = replace(experiment_of(results, ("cnn", "explained")), workers=object())
+        assert list(experiment.map(lambda at: at, [(at,) for at in range(5)], "")) == list(range(5))
+        (page,) = pages_of(experiment)
+        made.append([(experiment.out / file).read_bytes() for figure in page.figures for file in figure.written])
+    assert made[0] == made[1]

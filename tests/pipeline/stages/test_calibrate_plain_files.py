@@ -125,7 +125,7 @@ def test_bad_arrays_are_refused(tmp_path):
     with pytest.raises(MicrotomeError, match=r"cannot read .*absent\.npz: No such file"):
         read(tmp_path / "absent.npz")
     np.savez(tmp_path / "both.npz", logits=logits, probabilities=softmax(logits), labels=labels)
-    with pytest.raises(MicrotomeError, match=r"one of logits, probabilities$"):
+    with pytest.raises(MicrotomeError, match=r"one of logits, probabilities, or `predicted` and `confidence`$"):
         read(tmp_path / "both.npz")
     write_csv(tmp_path / "good.csv", logits.astype(float), labels)
     with pytest.raises(SystemExit, match="several files 'good'"):
@@ -414,3 +414,78 @@ def test_parts_of_a_whole_are_merged_in_order():
     for name, value in whole.measures.items():
         assert merged.measures[name] == pytest.approx(value, **({"rel": 0.1} if name in drawn else {"rel": 1e-12}))
     assert len(drawn) == 4
+
+
+# Confidences alone ----------------------------------------------------------------------------------------------------
+
+
+def write_stated(path, names, rows):
+    with path.open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(names)
+        table.writerows(rows)
+    return path
+
+
+def stated_of(logits, labels):
+    confidence, predicted = softmax(logits).max(1), logits.argmax(1)
+    return labels, predicted, confidence
+
+
+def test_confidences_alone_give_what_the_scores_give(tmp_path, capsys):
+    logits, labels = made()
+    methods = ["histogram_top", "histogram_mass_top", "isotonic_top", "bbq_top"]
+    np.savez(tmp_path / "scores.npz", logits=logits, labels=labels)
+    true, predicted, confidence = stated_of(logits, labels)
+    np.savez(tmp_path / "arrays.npz", labels=true, predicted=predicted, confidence=confidence)
+    names = np.array(["fox", "=cmd()", "Änderung", "owl"])
+    rows = zip(range(240), names[true], names[predicted], map(repr, confidence.tolist()), strict=True)
+    write_stated(tmp_path / "named.csv", ["image_id", "true", "Predicted", "conf"], rows)
+    files = [str(tmp_path / name) for name in ("scores.npz", "arrays.npz", "named.csv")]
+    main([*files, "--splits", "3", "--methods", *methods, "--out", str(tmp_path / "out")])
+    main([*files[1:], "--splits", "1"])
+    printed = capsys.readouterr().out
+    assert printed.count("240 images, confidences alone; accuracy") == 4 and printed.count("bbq_top") == 7
+    assert "named: columns that are not used: image_id" in printed
+    scores, *others = (rows_of(tmp_path / "out" / name / "calibration.csv") for name in ("scores", "arrays", "named"))
+    lacking = {"classwise", "nll", "brier", "floored", "converged", "accuracy_change"}
+    for other in others:
+        for one, two in zip(scores, other, strict=True):
+            for name, value in one.items():
+                if any(name.startswith(each) for each in lacking):
+                    assert two[name] in ("", "0"), name
+                else:
+                    assert value == two[name], name
+    bins = [(tmp_path / "out" / name / "calibration-bins.csv").read_text() for name in ("scores", "arrays", "named")]
+    assert bins[0] == bins[1] == bins[2]
+    whole = [rows_of(tmp_path / "out" / name / "calibration-all.csv")[0] for name in ("scores", "arrays")]
+    assert whole[1]["classes"] == whole[1]["nll"] == ""
+    assert all(whole[0][name] == whole[1][name] for name in whole[0].keys() - {"classes", "nll"})
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("label,predicted,confidence\n0,1,0.5\n1,1,1.5\n", r"row 1: confidence 1\.5 is not between 0 and 1: are they"),
+        ("label,predicted,confidence\n0,1,0.5\n1,1,-1\n", r"row 1: confidence -1 is not between 0 and 1$"),
+        ("label,predicted,confidence\n0,1,nan\n1,1,1\n", "row 0: confidence nan"),
+        ("label,predicted,confidence\n0,1,x\n1,1,1\n", "line 2 of .*: 'x' in column 'confidence'"),
+        ("label,predicted,confidence\nfox,1,1\nowl,0,1\n", r"no predicted class \(1.0, ...\) is a true one \(fox"),
+        ("label,predicted,confidence\n1,10,1\n2,20,1\n", "both must name classes alike"),
+        ("label,predicted,confidence\n1,1,1\n", "1 images: some to fit on"),
+        ("label,predicted,confidence,p0,p1\n0,1,.5,.5,.5\n1,1,.5,.5,.5\n", "column 'predicted' holds no scores"),
+        ("label,confidence\n0,.5\n1,.5\n", "column 'confidence' holds no scores"),
+    ],
+)
+def test_bad_confidences_are_refused_with_their_row(tmp_path, content, said):
+    (tmp_path / "bad.csv").write_text(content)
+    with pytest.raises(MicrotomeError, match=said):
+        read(tmp_path / "bad.csv")
+
+
+def test_a_method_that_needs_all_scores_is_refused_for_confidences(tmp_path):
+    logits, labels = made(images=20)
+    rows = zip(*(each.tolist() for each in stated_of(logits, labels)), strict=True)
+    file = write_stated(tmp_path / "some.csv", ["label", "predicted", "confidence"], rows)
+    with pytest.raises(SystemExit, match="some: temperature needs the scores of all classes; of confidences: histo"):
+        main([str(file), "--methods", "temperature"])

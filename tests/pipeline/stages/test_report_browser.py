@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from browsing import HOSTILE, NAMELESS, SIZES, UNREADABLE, Browser
+from browsing import CLIPPED, HOSTILE, NAMELESS, SIZES, UNREADABLE, Browser
 from PIL import Image
 from report_results import write_results
 from selenium.common.exceptions import NoAlertPresentException
@@ -245,6 +245,7 @@ def test_every_page_fits_and_can_be_read(browser: Browser, plain: Path, tmp_path
             assert browser.run("return document.documentElement.scrollWidth <= innerWidth"), f"{name} scrolls sideways"
             assert browser.run(UNREADABLE) == [], name
             assert browser.run(NAMELESS) == [], name
+            assert browser.run(CLIPPED) == [], name
             picture = browser.picture()
             Image.fromarray(picture).save(tmp_path / f"{name}-{size}-{'dark' if dark else 'light'}{address[1:5]}.png")
             ground = np.median(picture[:, :4], axis=(0, 1))
@@ -283,3 +284,27 @@ def test_without_scripts_there_is_a_table(browser: Browser, plain: Path) -> None
         assert len(browser.driver.find_elements(By.CSS_SELECTOR, "noscript tbody tr")) == 26
     finally:
         browser.driver.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_names_that_are_long_or_hostile_cut_nothing_off(browser: Browser, hostile: Path, size: str) -> None:
+    browser.show(size)
+    for name in names(hostile):
+        browser.open(hostile / name)
+        assert browser.run(CLIPPED) == [], name
+
+
+def test_text_that_is_cut_off_or_on_other_text_is_found(browser: Browser, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    page.write_text(
+        "<!doctype html><p>a plain line</p><p style='width:3em;overflow:hidden;white-space:nowrap'>cut through</p>"
+        "<p style='width:3em;overflow:hidden;white-space:nowrap;text-overflow:ellipsis'>ends in an ellipsis</p>"
+        "<p style='position:absolute;top:300px'>below</p><p style='position:absolute;top:302px'>above</p>"
+        "<p style='position:absolute;top:400px;left:-40px'>half outside the page</p>"
+        "<div style='overflow:auto;width:9em'><p style='width:99em'>this scrolls for a long way to the side</p></div>"
+        "<p style='position:absolute;clip-path:inset(50%)'>for readers</p>"
+    )
+    browser.show()
+    browser.open(page)
+    kinds = [said.split(":")[0] for said in browser.run(CLIPPED)]
+    assert sorted(kinds) == ["beside the page", "cut off", "on other text"]
