@@ -4,7 +4,8 @@
 
 Networks have random weights. A plain forward with its backward to the input and each method take turns, batch by batch,
 and the ratio is the median over the rounds, so that other work on the machine decides little. Where the package
-grad-cam is installed, its Grad-CAM of the same batch is timed too.
+grad-cam is installed, its Grad-CAM of the same batch is timed too. Black boxes are compared with bare forwards of as
+many copies, and Kernel SHAP, where the package shap is installed, with its squared error at equal forwards.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from pipeline.stages.attribute.methods.lrp import lrp
 from pipeline.stages.attribute.methods.registry import FUNCTIONS
 from pipeline.stages.attribute.options import METHODS, OPTIONS, DeepLift, Lrp
 from pipeline.stages.attribute.subject import Known, Subject
+from tests.bench.black_boxes import black_boxes, squared_errors
 from tests.bench.timing import seconds
 
 ALLOWED = {
@@ -64,6 +66,8 @@ def main() -> None:
         measure_differences(name, allowed, given.images, given.rounds)
     for name, allowed in OF_RELEVANCE.items():
         measure_relevance(name, allowed, given.images, given.rounds)
+    black_boxes(torchvision.models.resnet18().eval(), given.images, given.rounds)
+    squared_errors()
 
 
 def measure_differences(name: str, allowed: dict[str, float], images: int, rounds: int) -> None:

@@ -410,8 +410,9 @@ def _of_kind(segments: Any) -> Any:
     return {"kind": segments} if isinstance(segments, str) else segments
 
 
+_Parted = Annotated[Slic | Grid | Patches | Labels, Field(discriminator="kind")]
 AnySegments = Annotated[
-    Annotated[Slic | Grid | Patches | Labels, Field(discriminator="kind")], BeforeValidator(_of_kind)
+    _Parted, BeforeValidator(_of_kind, json_schema_input_type=Literal["slic", "grid", "patches"] | _Parted)
 ]
 
 
@@ -424,7 +425,7 @@ class Segmented(Options):
         f"segments where these are no more, M up to {EXACT}; `exact`: always",
     )
     segments: AnySegments = Field(
-        Slic(),
+        Slic(kind="slic"),
         description="what an image is parted into: `slic`, `grid`, `patches`, or a mapping with `kind` and its options",
     )
 

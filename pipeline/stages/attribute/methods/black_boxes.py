@@ -58,9 +58,9 @@ def _surrogate(shown: np.ndarray, values: np.ndarray, weight: np.ndarray, option
 
 def _distance(game: Game, options: Lime, image: int, shown: np.ndarray) -> np.ndarray:
     """Return the distance of each copy from the image, (copy,)."""
-    cosine: surrogate.Distance = "cosine" if options.kernel.endswith("cosine") else "l2"
+    distance: surrogate.Distance = "cosine" if options.kernel.endswith("cosine") else "l2"
     if options.kernel.startswith("masks"):
-        return surrogate.mask_distance(shown, cosine)
+        return surrogate.mask_distance(shown, distance)
     players = game.players(image)
     place = np.full(game.differ.shape[1], len(players))
     place[players] = np.arange(len(players))
@@ -70,7 +70,7 @@ def _distance(game: Game, options: Lime, image: int, shown: np.ndarray) -> np.nd
     for product in (x * x, x * x0, x0 * x0):
         at = product.sum(0) if x.ndim == 3 else product.sum(1) if len(segment) == len(x) and x.ndim == 2 else product
         sums.append(np.bincount(segment, at.ravel(), minlength=len(players) + 1))
-    return surrogate.input_distance(shown, np.stack(sums), cosine)
+    return surrogate.input_distance(shown, np.stack(sums), distance)
 
 
 def kernel_shap(subject: Subject, options: KernelShap, known: Known) -> Attribution:
