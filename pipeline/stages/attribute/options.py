@@ -201,7 +201,7 @@ class OfMaxima(Options):
 
     @property
     def kept(self) -> float:
-        return 6.0
+        return 5.0
 
 
 class DeepLift(OfMaxima):
@@ -224,7 +224,7 @@ class DeepLift(OfMaxima):
 
     @property
     def kept(self) -> float:
-        return 12.0 if self.rule == "reveal_cancel" else super().kept
+        return 8.0 if self.rule == "reveal_cancel" else super().kept
 
 
 class OfSplit(Options):
