@@ -27,7 +27,7 @@ from pipeline.networks.explainable import examine, linear_in, normalised_by
 from pipeline.networks.gradients import Logit, Scalar, Target, Unit, refuse_training
 from pipeline.networks.layers import head_of, one_attention_path, survey
 from pipeline.stages.attribute.methods.registry import FUNCTIONS
-from pipeline.stages.attribute.options import METHODS, OPTIONS, Options
+from pipeline.stages.attribute.options import METHODS, OPTIONS, OfSplit, Options
 from pipeline.stages.attribute.subject import Attribution, Known, Subject
 
 __all__ = ["Attribution", "Logit", "Scalar", "Unit", "explain", *FUNCTIONS]
@@ -69,6 +69,8 @@ def explain(
     if method not in FUNCTIONS:
         raise MicrotomeError(f"no method {method!r}{nearest(method, FUNCTIONS)}")
     kind, chosen = METHODS[method], _options(method, options)
+    if isinstance(chosen, OfSplit) and (given := sorted({"references", "split", "seed"} & set(options))):
+        raise MicrotomeError(f"{method}: {given[0]!r} is of the configuration: give the references as `background`")
     if inputs.ndim != 4 and (kind.maps != "image" or "layer" in kind.needs or method == "occlusion"):
         raise MicrotomeError(f"{method} explains images (image, channel, y, x), not inputs of {tuple(inputs.shape)}")
     if not inputs.is_floating_point() or not len(inputs) or not bool(inputs.isfinite().all()):

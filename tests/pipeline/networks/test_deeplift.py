@@ -309,6 +309,8 @@ COMPOSED = {
     "pads and slices": lambda x: F.pad(F.relu(x)[:, :, 1:5].roll(1, 2), (1, 1, 0, 2)),
     "joined": lambda x: torch.cat([F.relu(x), x.new_ones(len(x), 1, 8, 8), x.tanh()], 1),
     "into a buffer": lambda x: into(x.new_zeros(x.shape), x),
+    "normalised by torch": lambda x: F.normalize(x, dim=1) + x / torch.linalg.vector_norm(x, 2, (2, 3), True),
+    "variance": lambda x: x.var(1, keepdim=True) + x.std((2, 3), correction=0)[..., None, None] + x.var(2, False, True),
     "normalised": lambda x: x / x.pow(2).sum(1, keepdim=True).sqrt().clamp_min(1e-12),
     "written later": later(F.silu),
     "written later by a rectifier": later(F.relu),
@@ -424,6 +426,9 @@ REFUSED = {
     "a cumulated product": (lambda x: x.cumprod(1), "'cumprod' in module 'Spelled' has no rule"),
     "a product of all": (lambda x: x.prod(1), "'prod' in module 'Spelled' has no rule"),
     "a sort": (lambda x: x.sort(1).values, "'sort' in module 'Spelled' has no rule"),
+    "the norm of all": (lambda x: x / x.norm(), "'vector_norm' in module 'Spelled' is Euclidean over dimensions"),
+    "another norm": (lambda x: x / x.norm(1, 1, True), "'vector_norm' in module 'Spelled' is Euclidean"),
+    "the variance of all": (lambda x: x / x.var(), "'var' in module 'Spelled' over all values takes images"),
     "the maximum of all": (lambda x: x / x.max(), "'max' in module 'Spelled' over all values takes images"),
     "a live exponent": (lambda x: x.sigmoid() ** x, "'pow' in module 'Spelled' depends on the input in two ways"),
     "a live bound": (lambda x: x.clamp(max=x.mean(1, keepdim=True)), "'clamp' in module 'Spelled' depends on the"),
@@ -455,6 +460,14 @@ def test_calls_that_depend_on_the_call_are_refused(images):
     network, (x, reference) = Spelled(lambda x: x.relu() if next(count) % 2 else x.tanh()), images
     network(x)
     with pytest.raises(UnsupportedError, match="is not what the reference's forward calls here"):
+        explained(network, x, reference)
+
+
+def test_shapes_that_depend_on_the_call_are_refused(images):
+    count = itertools.count()
+    network, (x, reference) = Spelled(lambda x: x[:, next(count) % 2 :].relu()[:, :5]), images
+    network(x), network(x)
+    with pytest.raises(UnsupportedError, match="gets something of another shape than in the reference's forward"):
         explained(network, x, reference)
 
 
