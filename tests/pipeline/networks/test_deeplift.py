@@ -57,6 +57,12 @@ CLOSED = {
     "a quotient": (lambda x: x[:, :1] / x[:, 1:], [6, 2], [1, 1], [3.75, -1.75]),
     "a rectifier": (RELU_NET, [2, 1], [0, 0], [-23 / 7, -22.5 / 7]),
     "a minimum": (lambda x: x[:, :1] - torch.relu(x[:, :1] - x[:, 1:]), [3, 1], [0, 0], [0, 1]),
+    "a saturated rectifier": (lambda x: 1 - torch.relu(1 - x), [2], [0], [1]),
+    "a window": (lambda x: F.max_pool1d(x[:, None], 4)[:, 0], [1, 5, 2, 3], [4, 0, 0, 1], [0, 1, 0, 0]),
+    "a window that falls": (lambda x: F.max_pool1d(x[:, None], 3)[:, 0], [1, 2, 0], [4, 0, 3], [-2, 0, 0]),
+    # Equal functions, other rules: rescale is not invariant to how a function is written.
+    "rectifiers": (lambda x: F.relu(F.relu(x[:, :1]) - 1 - F.relu(x[:, 1:])), [3, 1], [0, 0], [1.5, -0.5]),
+    "the same rectifiers": (lambda x: F.relu(F.relu(x[:, :1] - 1) - F.relu(x[:, 1:])), [3, 1], [0, 0], [2, -1]),
     "torch's minimum": (lambda x: torch.minimum(x[:, 1:], x[:, :1]), [3, 1], [0, 0], [0, 1]),
 }
 
