@@ -2,7 +2,7 @@
 
     python -m tests.bench.log_odds_table split data/mnist/test10000.npz data/mnist/digits.npz
     snakemake network --configfile config/digits.yaml
-    python -m tests.bench.log_odds_table measure config/digits.yaml [--images 1000] [--figure log_odds.png]
+    python -m tests.bench.log_odds_table measure config/digits.yaml [--images 1000] [--figure log-odds.svg]
 
 `split` writes the digits with four of five images in the split `train`. `measure` takes the first validation images
 that the trained network gets right. For each, the pixels that speak for its digit and against the most probable other
@@ -122,12 +122,13 @@ def lines(changes: Mapping[str, np.ndarray]) -> list[str]:
 def draw(changes: Mapping[str, np.ndarray], to: Path) -> None:
     import matplotlib.pyplot as plt
 
+    plt.rcParams["svg.hashsalt"] = "log-odds"  # the same bytes each time
     ordered = sorted(changes, key=lambda name: changes[name].mean())
     figure, axes = plt.subplots(figsize=(7, 2.6), layout="constrained")
     axes.boxplot([changes[name] for name in ordered], orientation="horizontal", whis=(5, 95), showfliers=False)
     axes.set_yticks(range(1, len(ordered) + 1), ordered)
     axes.set_xlabel("fall of the log-odds")
-    figure.savefig(to, dpi=150)
+    figure.savefig(to, dpi=150, metadata={"Date": None} if to.suffix == ".svg" else None)
 
 
 if __name__ == "__main__":
