@@ -46,7 +46,8 @@ def split(source: Path, to: Path) -> None:
     print(f"{to}: {(parts == 'train').sum()} images to train on, {(parts == 'validation').sum()} others")
 
 
-def measure(config: Path, images: int, figure: Path | None) -> None:
+def measure(config: Path, images: int) -> tuple[float, dict[str, np.ndarray]]:
+    """Return the network's accuracy on the validation images, and the changes of the log-odds by method."""
     plan = planner.make(experiment.load(config))
     spec = plan.networks["strided"]
     network = load(spec, plan.results / "networks" / "strided" / "model.safetensors")
@@ -57,14 +58,11 @@ def measure(config: Path, images: int, figure: Path | None) -> None:
     with torch.no_grad():
         logits = network(inputs)
     right = logits.argmax(1) == labels
-    print(f"{int(right.sum())} of {len(labels)} validation images right: {100 * float(right.float().mean()):.2f} %")
     rows = right.nonzero()[:images, 0]
     inputs, labels, logits = inputs[rows], labels[rows], logits[rows]
     others = logits.scatter(1, labels[:, None], -torch.inf).argmax(1)
     changes = {name: changed(network, inputs, logits, labels, others, *METHODS[name]) for name in METHODS}
-    print("\n".join(lines(changes)))
-    if figure is not None:
-        draw(changes, figure)
+    return float(right.double().mean()), changes
 
 
 def changed(
@@ -146,4 +144,8 @@ if __name__ == "__main__":
         split(given.source, given.to)
     else:
         torch.set_num_threads(1)
-        measure(given.config, given.images, given.figure)
+        accuracy, found = measure(given.config, given.images)
+        print(f"{100 * accuracy:.2f} % of the validation images right")
+        print("\n".join(lines(found)))
+        if given.figure is not None:
+            draw(found, given.figure)
