@@ -32,7 +32,7 @@ from pipeline.networks.explainable import examine, linear_in, normalised_by, pla
 from pipeline.networks.gradients import Logit, Scalar, Target, Unit, refuse_training
 from pipeline.networks.layers import head_of, one_attention_path, survey
 from pipeline.stages.attribute.methods.registry import FUNCTIONS
-from pipeline.stages.attribute.options import METHODS, OPTIONS, Labels, Options, Patches, Segmented
+from pipeline.stages.attribute.options import METHODS, OPTIONS, Labels, OfSplit, Options, Patches, Segmented
 from pipeline.stages.attribute.segments import lacking, part
 from pipeline.stages.attribute.subject import Attribution, Known, Subject
 
@@ -85,6 +85,8 @@ def explain(
     if segments is not None and not isinstance(segments, torch.Tensor):
         options["segments"] = segments
     chosen = _options(method, options)
+    if isinstance(chosen, OfSplit) and (given := sorted({"references", "split", "seed"} & set(options))):
+        raise MicrotomeError(f"{method}: {given[0]!r} is of the configuration: give the references as `background`")
     network = _module(network, method)
     if inputs.ndim != 4 and (kind.maps != "image" or "layer" in kind.needs or method == "occlusion"):
         raise MicrotomeError(f"{method} explains images (image, channel, y, x), not inputs of {tuple(inputs.shape)}")

@@ -109,7 +109,7 @@ class Differences(CallSites):
         self._next += 1
         for mine, other in zip(found, like, strict=False):
             if other is not None and not self._fits(mine.shape, other.shape):
-                raise UnclearError
+                raise self._unlike(name, "gets something of another shape than in the reference's forward")
         return found
 
     def _fits(self, reference: torch.Size, given: torch.Size) -> bool:
@@ -366,11 +366,13 @@ class Rescale(Differences):
 
             slope = maxima.shapley_of_max(windows(given), windows(u0)).reshape(*rows, -1)
             place = within.reshape(-1).expand(slope.shape)
+        first = torch.arange(math.prod(rows), device=place.device)[:, None] * size
+        index = (place.reshape(len(first), -1) + first).flatten()  # of one dimension: so a GPU adds in the same order
 
         def back(sent: torch.Tensor) -> tuple[torch.Tensor]:
-            found = torch.zeros((*rows, size), dtype=sent.dtype, device=sent.device)
             own = sent.flatten(outer).repeat_interleave(each, -1) if each > 1 else sent.flatten(outer)
-            return (found.scatter_add_(-1, place, own * slope).reshape(u.shape),)
+            found = torch.zeros(u.numel(), dtype=sent.dtype, device=sent.device)
+            return (found.scatter_add_(0, index, (own * slope).flatten()).reshape(u.shape),)
 
         return self._sent(y, back, u), at
 
@@ -507,6 +509,28 @@ def _added_matrices(
     return input * beta + first @ second * alpha
 
 
+def _euclidean(
+    sites: CallSites, x: torch.Tensor, ord: Any = 2, dim: Any = None, keepdim: bool = False, **named: Any
+) -> torch.Tensor:
+    if ord != 2 or dim is None or named.get("dtype") is not None:
+        raise sites.refusal("vector_norm", "is Euclidean over dimensions, or has no rule")
+    return (x * x).sum(dim, keepdim=keepdim).sqrt()
+
+
+def _variance(sites: CallSites, input: torch.Tensor, dim: Any = None, *args: Any, **kwargs: Any) -> torch.Tensor:
+    if dim is None or isinstance(dim, bool):
+        raise sites.refusal("var", "over all values takes images together")
+    correction = kwargs.get("correction", kwargs.get("unbiased", args[0] if args else 1))
+    keepdim = kwargs.get("keepdim", args[1] if len(args) > 1 else False)
+    deviation = input - input.mean(dim, keepdim=True)
+    count = math.prod(input.shape[at] for at in _dims(dim))
+    return (deviation * deviation).sum(dim, keepdim=keepdim) / max(count - int(correction), 0)
+
+
+def _deviation(sites: CallSites, input: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    return _variance(sites, input, *args, **kwargs).sqrt()
+
+
 def _fused_attention(sites: CallSites, *args: Any, **kwargs: Any) -> torch.Tensor:
     return taken_apart.scaled_dot_product_attention(sites, taken_apart.over_keys, *args, **kwargs)
 
@@ -514,6 +538,10 @@ def _fused_attention(sites: CallSites, *args: Any, **kwargs: Any) -> torch.Tenso
 TAKEN_APART: dict[str, Callable[..., Any]] = {
     "scaled_dot_product_attention": _fused_attention,
     "multi_head_attention_forward": taken_apart.multi_head_attention_forward,
+    "linalg_vector_norm": _euclidean,
+    "vector_norm": _euclidean,
+    "var": _variance,
+    "std": _deviation,
     "glu": _glu,
     "addcmul": _added_product,
     "addmm": _added_matrices,

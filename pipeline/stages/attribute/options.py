@@ -298,7 +298,7 @@ class OfMaxima(Options):
 
     @property
     def kept(self) -> float:
-        return 6.0
+        return 5.0
 
 
 class DeepLift(OfMaxima):
@@ -321,7 +321,7 @@ class DeepLift(OfMaxima):
 
     @property
     def kept(self) -> float:
-        return 12.0 if self.rule == "reveal_cancel" else super().kept
+        return 8.0 if self.rule == "reveal_cancel" else super().kept
 
 
 class OfSplit(Options):
