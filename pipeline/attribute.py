@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,11 +23,11 @@ from torch import nn
 
 from pipeline.config.messages import explain as explained
 from pipeline.errors import MicrotomeError, nearest
-from pipeline.networks.explainable import examine, normalised_by
+from pipeline.networks.explainable import examine, linear_in, normalised_by
 from pipeline.networks.gradients import Logit, Scalar, Target, Unit, refuse_training
 from pipeline.networks.layers import head_of, one_attention_path, survey
 from pipeline.stages.attribute.methods.registry import FUNCTIONS
-from pipeline.stages.attribute.options import METHODS, OPTIONS, Options
+from pipeline.stages.attribute.options import METHODS, OPTIONS, OfSplit, Options
 from pipeline.stages.attribute.subject import Attribution, Known, Subject
 
 __all__ = ["Attribution", "Logit", "Scalar", "Unit", "explain", *FUNCTIONS]
@@ -41,6 +42,7 @@ def explain(
     target: Targets = "predicted",
     *,
     baseline: torch.Tensor | float = 0.0,
+    background: torch.Tensor | None = None,
     batch: int | None = None,
     seeds: Sequence[int] = (),
     bounds: tuple[float | torch.Tensor, float | torch.Tensor] | None = None,
@@ -54,6 +56,7 @@ def explain(
     inputs : floating-point, the first dimension that of the images.
     target : `"predicted"`, a class or one for each image, or a `Logit`, `Unit` or `Scalar`.
     baseline : the input without information, like the inputs, or one value for all of it, as the network takes it.
+    background : (reference, ...), inputs that `deep_shap` and `linear_shap` compare with, all of them.
     batch : points on a line, noisy copies or windows that go through the network at a time; default: as many as there
         are inputs, which always go together.
     seeds : of each image's noise; default: its place.
@@ -69,6 +72,8 @@ def explain(
     if method not in FUNCTIONS:
         raise MicrotomeError(f"no method {method!r}{nearest(method, FUNCTIONS)}")
     kind, chosen = METHODS[method], _options(method, options)
+    if isinstance(chosen, OfSplit) and (given := sorted({"references", "split", "seed"} & set(options))):
+        raise MicrotomeError(f"{method}: {given[0]!r} is of the configuration: give the references as `background`")
     if inputs.ndim != 4 and (kind.maps != "image" or "layer" in kind.needs or method == "occlusion"):
         raise MicrotomeError(f"{method} explains images (image, channel, y, x), not inputs of {tuple(inputs.shape)}")
     if not inputs.is_floating_point() or not len(inputs) or not bool(inputs.isfinite().all()):
@@ -94,6 +99,8 @@ def explain(
         if reference.shape[-inputs.ndim + 1 :] != inputs.shape[1:]:
             raise MicrotomeError(f"a baseline of {tuple(reference.shape)} for inputs of {tuple(inputs.shape)}")
         reference = reference.to(inputs.device, inputs.dtype).expand_as(inputs)
+    if "linear" in kind.needs and not linear_in(network, _two(inputs)):
+        raise MicrotomeError(f"{method}: the logits are not linear in the input")
     subject = Subject(
         network,
         inputs,
@@ -104,8 +111,9 @@ def explain(
         of_inputs=kind.shares == "inputs",
         seeds=seeds,
         bounds=None if bounds is None else (_bound(bounds[0], inputs), _bound(bounds[1], inputs)),
+        one_baseline=not isinstance(baseline, torch.Tensor) or baseline.ndim < inputs.ndim or len(baseline) == 1,
     )
-    return FUNCTIONS[method](subject, chosen, known)
+    return FUNCTIONS[method](subject, chosen, replace(known, background=background))
 
 
 def _options(method: str, options: dict[str, Any]) -> Options:

@@ -15,20 +15,26 @@ import torch
 from torch import nn
 
 from pipeline.errors import MicrotomeError, nearest
+from pipeline.networks.contributions import contributions
 from pipeline.networks.fitness import Attention, Explainable, Head, Normalised, Pooling
-from pipeline.networks.gradients import Logit, gradients, of_tensors
+from pipeline.networks.gradients import Logit, gradients, of_tensors, scores_through
 from pipeline.networks.graph import gradient_flow
 from pipeline.networks.graph.attended import Attended
 from pipeline.networks.graph.call_sites import frozen
 from pipeline.networks.graph.propagated import Study
 from pipeline.networks.graph.rectified import Rectified, Rule
+from pipeline.networks.graph.rescale import Rescale
+from pipeline.networks.graph.reveal_cancel import RevealCancel
 from pipeline.networks.graph.trace import forward_with
 from pipeline.networks.layer import LayerInfo
 from pipeline.networks.layers import Survey, head_of, in_proportion, one_attention_path, to_maps
 from pipeline.networks.positions import place
 from pipeline.networks.relevance import no_relevance, study_of
 
-NEEDS = ("gradient", "layer", "cam", "deconvnet", "guided_backprop", "attention", "lrp")
+NEEDS = (
+    *("gradient", "layer", "cam", "deconvnet", "guided_backprop", "attention"),
+    *("deeplift", "max_shapley", "reveal_cancel", "linear", "lrp"),
+)
 EXACT = 1e-4  # relative, of float32 sums in another order
 
 
@@ -64,6 +70,7 @@ def examine(
         if rule not in refused:
             with _Refusals(refused, rule):
                 gradients(network, images, target, sites=Rectified(network, rule))
+    _differences(network, images, target, refused)
     found, heads, linear = {}, {}, []
     study = Study((), False)
     if "lrp" not in refused:
@@ -117,6 +124,35 @@ def _of_units(survey: Survey, name: str, folded: Set[str]) -> LayerInfo:
     if name in folded:
         raise MicrotomeError(no_relevance(name))
     return known[name]
+
+
+def _differences(network: nn.Module, images: torch.Tensor, target: Logit, refused: dict[str, str]) -> None:
+    """Note why rules for differences from a reference do not hold for a network, or why it is not linear."""
+    reference = torch.zeros_like(images[:1])
+    if "deeplift" not in refused:
+        with _Refusals(refused, "deeplift"):
+            contributions(network, images, reference, target, partial(Rescale, network))
+    if "max_shapley" not in refused:
+        with _Refusals(refused, "max_shapley"):
+            scores_through(network, images, target, Rescale(network, len(images), "shapley"), len(images))
+    if "reveal_cancel" not in refused:
+        with _Refusals(refused, "reveal_cancel"):
+            contributions(network, images, reference, target, partial(RevealCancel, network, reference=reference))
+    if "linear" not in refused and not linear_in(network, images):
+        refused["linear"] = "the logits are not linear in the input"
+
+
+def linear_in(network: nn.Module, images: torch.Tensor) -> bool:
+    """Return whether the logits are linear in the input, but for a constant: judged by sums of two images."""
+    first, second = images[:1], images[1:2]
+    with torch.no_grad(), one_attention_path():
+        given = torch.cat([first, second, first + second, -2 * first, 0 * first])
+        made = head_of(network(given))
+    if made is None:
+        return False
+    a, b, both, turned, none = made.double()
+    scale = EXACT * made.double().abs().max()
+    return bool(max((a + b - both - none).abs().max(), (turned + 2 * a - 3 * none).abs().max()) <= scale)
 
 
 def normalised_by(logits: torch.Tensor) -> Normalised:

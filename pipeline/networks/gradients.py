@@ -158,11 +158,12 @@ def gradients(
         with sites if sites is not None else contextlib.nullcontext():
             output = _output(network, given.clone(), getattr(target, "layer", None))  # which may write into its input
         chosen: Any = target if hasattr(target, "layer") else target(output.detach())
-        score = chosen(output)
+        with sites if sites is not None and sites.of_score else contextlib.nullcontext():
+            score = chosen(output)
         if score.shape != (len(inputs),):
             raise MicrotomeError(f"the target gives {tuple(score.shape)} for {len(inputs)} images, expected one each")
         if sites is not None:
-            sites.audit(output)
+            sites.audit(score if sites.of_score else output)
         if missing := [name for name in layers if name not in kept]:
             raise MicrotomeError(f"layer {missing[0]!r} is not called in this forward")
         wanted = [*([given] if of_inputs else []), *(kept[name] for name in layers)]
@@ -198,11 +199,28 @@ def output_of(network: nn.Module, inputs: torch.Tensor, layer: str | None, sites
         return _output(network, inputs.detach().requires_grad_().clone(), layer)
 
 
-def scores(network: nn.Module, inputs: torch.Tensor, target: Target) -> torch.Tensor:
-    """Compute the score of each image, (image,), without gradients; refuse the same networks as `gradients`."""
+def scores(network: nn.Module, inputs: torch.Tensor, target: Target, rows: int = 0) -> torch.Tensor:
+    """Compute the score of each image, (image,), without gradients; refuse the same networks as `gradients`.
+
+    One image stands for `rows` that are the same.
+    """
     refuse_training(network)
     with torch.no_grad(), one_attention_path(), _repeatable(inputs):
-        return target(_output(network, inputs.clone(), target.layer))
+        return target(_repeated(_output(network, inputs.clone(), target.layer), rows))
+
+
+def scores_through(
+    network: nn.Module, inputs: torch.Tensor, target: Target, sites: CallSites, rows: int
+) -> torch.Tensor:
+    """Compute the score of each image, (image,), while rules meet every call; one image stands for all `rows`."""
+    refuse_training(network)
+    with frozen(network), torch.enable_grad(), one_attention_path(), _repeatable(inputs), sites:
+        output = _output(network, inputs.detach().requires_grad_().clone(), target.layer)
+        return target(_repeated(output, rows)).detach()
+
+
+def _repeated(output: torch.Tensor, rows: int) -> torch.Tensor:
+    return output.expand(rows, *output.shape[1:]) if len(output) == 1 < rows else output
 
 
 @contextlib.contextmanager

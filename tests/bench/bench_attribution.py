@@ -21,9 +21,10 @@ from torch import nn
 from pipeline.networks.gradients import Logit
 from pipeline.networks.graph.call_sites import frozen
 from pipeline.networks.layers import survey
+from pipeline.stages.attribute.methods.differences import deeplift
 from pipeline.stages.attribute.methods.lrp import lrp
 from pipeline.stages.attribute.methods.registry import FUNCTIONS
-from pipeline.stages.attribute.options import METHODS, OPTIONS, Lrp
+from pipeline.stages.attribute.options import METHODS, OPTIONS, DeepLift, Lrp
 from pipeline.stages.attribute.subject import Known, Subject
 from tests.bench.timing import seconds
 
@@ -44,6 +45,7 @@ OF_RELEVANCE = {
     "resnet18": {"alpha 1": 3.5, "alpha 2": 3.5, "epsilon": 2.5, "gamma": 3.5},
     "vit_b_16": {"alpha 1": 4.0, "epsilon": 4.0, "gamma": 4.0},
 }
+OF_DIFFERENCES = {"resnet18": {"deeplift": 1.6, "reveal_cancel": 6.0}, "vit_b_16": {"deeplift": 2.5}}
 SIZE = 224
 
 
@@ -60,6 +62,30 @@ def main() -> None:
     measure("a small ViT", torchvision.models.VisionTransformer(**small).eval(), given.images, given.rounds)
     for name, allowed in OF_RELEVANCE.items():
         measure_relevance(name, allowed, given.images, given.rounds)
+    for name, allowed in OF_DIFFERENCES.items():
+        measure_differences(name, allowed, given.images, given.rounds)
+
+
+def measure_differences(name: str, allowed: dict[str, float], images: int, rounds: int) -> None:
+    """Time DeepLIFT with one baseline for all images, besides the pass that gives scores to all methods.
+
+    RevealCancel has no rule for max pooling, so average pooling stands in.
+    """
+    for method, bound in allowed.items():
+        network = torchvision.models.get_model(name).eval()
+        if method == "reveal_cancel":
+            network.maxpool = nn.AvgPool2d(3, 2, 1)
+        ratios = [of_differences(network, method, images) for _ in range(rounds)]
+        print(f"{name:13} {method:34} {statistics.median(ratios):12.3f}   {bound:.2f}", flush=True)
+
+
+def of_differences(network: nn.Module, method: str, images: int) -> float:
+    options = DeepLift(rule="reveal_cancel" if method == "reveal_cancel" else "rescale")
+    inputs, target = torch.randn(images, 3, SIZE, SIZE), Logit(torch.arange(images))
+    plain = seconds(lambda: forward_and_backward(network, inputs, target))
+    subject = Subject(network, inputs, target, torch.zeros_like(inputs), images, of_inputs=False, one_baseline=True)
+    assert subject.score.shape == (images,)
+    return seconds(lambda: deeplift(subject, options, Known())) / plain
 
 
 def measure(name: str, network: nn.Module, images: int, rounds: int) -> None:

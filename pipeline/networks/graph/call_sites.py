@@ -123,12 +123,14 @@ class CallSites(TorchFunctionMode):
     nodes : names of autograd nodes, without `Backward0`, that its rules vouch for.
     linear : whether torch's own backward of linear calls is the method's.
     strict : whether a call that no rule knows is refused; otherwise it keeps torch's own gradient.
+    of_score : whether the rules also hold for what makes a score of the network's output.
     """
 
     method: str = ""
     nodes: ClassVar[frozenset[str]] = frozenset()
     linear: ClassVar[bool] = True
     strict: ClassVar[bool] = True
+    of_score: ClassVar[bool] = False
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -144,6 +146,10 @@ class CallSites(TorchFunctionMode):
     def rule(self, call: Call) -> Any:
         """Return the result of a call that gets something of the input, or `NotImplemented`."""
         return NotImplemented
+
+    def carried(self, source: torch.Tensor, to: torch.Tensor) -> torch.Tensor:
+        """Return a tensor that got the values of another: what a rule keeps beside one goes with them."""
+        return to
 
     # The module that calls --------------------------------------------------------------------------------------------
 
@@ -234,14 +240,14 @@ class CallSites(TorchFunctionMode):
         elif not _asks_in_place(call):
             return self._met(call)
         destination, at = _first(call), _place_of_inplace(call.function)
-        args = (destination.clone(), *call.args[1:])
+        args = (self.carried(destination, destination.clone()), *call.args[1:])
         kwargs = {name: value for name, value in call.kwargs.items() if name not in ("input", "inplace")}
         if at is not None and len(args) > at:
             args = (*args[:at], False, *args[at + 1 :])
         output = self._met(Call(call.name, function, args, kwargs))
         if not live(output):
             self._remember_written(destination, self._here(call))
-        return destination.copy_(output)
+        return self.carried(output, destination.copy_(output))
 
     def _met(self, call: Call) -> Any:
         known = True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import numpy as np
 from pipeline.data.images import Images
 from pipeline.errors import MicrotomeError
 from pipeline.plan.job import Job
+from pipeline.stages.attribute.options import DeepShap, LinearShap, Options
 from pipeline.stages.attribute.settings import Settings
 from pipeline.storage.store import StoreRef
 from pipeline.workers.tasks import run_tasks
@@ -64,6 +65,58 @@ def shards_of(job: Job[Settings]) -> dict[str, Shard]:
             tuple(map(str, ids[slots])),
         )
     return found
+
+
+def background_of(
+    job: Job[Settings], workers: Any, methods: Mapping[str, Options], summed: Callable[..., np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Return what methods compare images with, by name.
+
+    That is pixels uint8 (reference, channel, y, x) of a number of images of a split, or the mean of all of them as the
+    network takes it, float64 (1, channel, y, x). `summed` adds up inputs of one shard on a worker.
+    """
+    images, found = job.images, {}
+    for name, options in methods.items():
+        if not isinstance(options, (DeepShap, LinearShap)):
+            continue
+        slots = np.flatnonzero(images.counted(options.split))
+        count = options.references if isinstance(options, DeepShap) else 1
+        if len(slots) < count:
+            raise MicrotomeError(f"{job.name}: {name}: {lacks_references(options.split, count, len(slots))}")
+        if isinstance(options, DeepShap):
+            slots = _drawn(images, slots, count, options.seed)
+        tasks = []
+        for shard, own in by_shard(images, slots).items():
+            bounds = images.range(shard)
+            places = (own - bounds[0]).tolist()
+            tasks.append((StoreRef(images.store, images.files_of(shard)), bounds, places))
+        if isinstance(options, DeepShap):
+            made = list(run_tasks(workers, pick_pixels, tasks, len(tasks), f"{job.name}: references"))
+            found[name] = np.concatenate(made)
+        else:
+            own_tasks = [(job.model, *each) for each in tasks]
+            found[name] = sum(run_tasks(workers, summed, own_tasks, len(tasks), f"{job.name}: mean input")) / len(slots)
+    return found
+
+
+def lacks_references(split: str, count: int, there: int) -> str:
+    return f"{count} references of split {split!r}, which has {there} valid images"
+
+
+def _drawn(images: Images, slots: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Return so many of the slots, ascending: the first by a hash of the seed and their ids."""
+    ids = images.image_ids()
+
+    def place(slot: int) -> bytes:
+        return hashlib.sha256(f"{seed}:{ids[slot]}".encode("utf-8", "surrogateescape")).digest()
+
+    return np.sort(np.array(sorted(slots.tolist(), key=place)[:count], np.int64))
+
+
+def pick_pixels(images: StoreRef, bounds: tuple[int, int], places: Sequence[int]) -> np.ndarray:
+    """Return images of one shard, uint8 (image, channel, y, x). Runs on a worker."""
+    start, stop = bounds
+    return images.open()["image"][start:stop][list(places)]
 
 
 def baseline_of(job: Job[Settings], workers: Any) -> str | np.ndarray:

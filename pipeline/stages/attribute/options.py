@@ -34,6 +34,16 @@ class Options(Strict):
         """Return the layers of a network whose units' relevance is stored; a control has those of its network."""
         return []
 
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What a network must have for these options."""
+        return METHODS[self.kind].needs
+
+    @property
+    def kept(self) -> float:
+        """Values that the pass of the method keeps for each value that a layer of the network gives."""
+        return 3.0
+
 
 class Saliency(Options):
     """Magnitude of the gradient (Simonyan et al. 2014)."""
@@ -184,6 +194,61 @@ class Occlusion(Options):
         return self
 
 
+class OfMaxima(Options):
+    max: Literal["cross", "shapley"] = Field(
+        "cross", description="rule of max pooling: the cross-maximum, or the Shapley value of each window"
+    )
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return (*METHODS[self.kind].needs, *(["max_shapley"] if self.max == "shapley" else []))
+
+    @property
+    def kept(self) -> float:
+        return 5.0
+
+
+class DeepLift(OfMaxima):
+    """DeepLIFT (Shrikumar et al. 2017)."""
+
+    method: Literal["deeplift"] = Field("deeplift", description="this method")
+    rule: Literal["rescale", "reveal_cancel"] = Field(
+        "rescale", description="rule of nonlinearities; `reveal_cancel` keeps positive and negative parts apart"
+    )
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> DeepLift:
+        if self.rule == "reveal_cancel" and self.max == "shapley":
+            raise ValueError("max: `reveal_cancel` has no rule for max pooling, so `shapley` cannot be asked for")
+        return self
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return ("gradient", "reveal_cancel") if self.rule == "reveal_cancel" else super().needs
+
+    @property
+    def kept(self) -> float:
+        return 8.0 if self.rule == "reveal_cancel" else super().kept
+
+
+class OfSplit(Options):
+    split: str = Field("train", description="split of the images that explained ones are compared with")
+
+
+class DeepShap(OfMaxima, OfSplit):
+    """Deep SHAP (Lundberg and Lee 2017)."""
+
+    method: Literal["deep_shap"] = Field("deep_shap", description="this method")
+    references: PositiveInt = Field(10, description="images of the split that each image is compared with")
+    seed: Annotated[int, Field(ge=0)] = Field(0, description="of their choice, the same for all images")
+
+
+class LinearShap(OfSplit):
+    """Linear SHAP (Lundberg and Lee 2017)."""
+
+    method: Literal["linear_shap"] = Field("linear_shap", description="this method")
+
+
 RuleName = Literal["alpha_beta", "epsilon", "gamma", "z_plus"]
 InputRule = Literal["z_b", "w_squared"]
 
@@ -266,6 +331,10 @@ class Lrp(RuleOptions, Options):
         return [self, *self.rules.values()]
 
     @property
+    def kept(self) -> float:
+        return 6.0
+
+    @property
     def passes(self) -> float:
         """Forwards that take as long, measured on convolutional networks."""
         rules = {each.rule for each in self.every_rule}  # type: ignore[attr-defined]
@@ -291,6 +360,9 @@ AnyMethod = Annotated[
     | Rollout
     | AttentionRelevance
     | Occlusion
+    | DeepLift
+    | DeepShap
+    | LinearShap
     | Lrp,
     Field(discriminator="method"),
 ]
@@ -429,6 +501,32 @@ METHODS: dict[str, Method] = {
         baseline=True,
         channels=False,
         facts=OF_BASELINE,
+    ),
+    "deeplift": Method(
+        "DeepLIFT",
+        SHARE_OF_SCORE,
+        law=COMPLETENESS,
+        needs=("gradient", "deeplift"),
+        forwards=lambda options, size: 2 + BACKWARD * (2.5 if options.rule == "reveal_cancel" else 1),
+        baseline=True,
+        facts=OF_BASELINE,
+    ),
+    "deep_shap": Method(
+        "Deep SHAP",
+        SHARE_OF_SCORE,
+        law="the map adds up to the score less the mean score of the references",
+        needs=("gradient", "deeplift"),
+        forwards=lambda options, size: (BACKWARD + 1) * options.references,
+        facts=("phi0",),
+    ),
+    "linear_shap": Method(
+        "Linear SHAP",
+        SHARE_OF_SCORE,
+        law="the map adds up to the score less w E[x] + b, of networks that are linear in the input",
+        needs=("gradient", "linear"),
+        shares="inputs",
+        forwards=lambda options, size: 1.0,
+        facts=("phi0",),
     ),
     "lrp": Method(
         "LRP",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from urllib.parse import quote
 import numpy as np
 
 from pipeline.config.networks import Network
+from pipeline.stages.attribute.options import Options
 from pipeline.storage.record import Record
 from pipeline.storage.store import Array
 from pipeline.storage.tables import csv_bytes, number
@@ -167,14 +168,23 @@ def group_of(layer: str) -> str:
 
 
 def memory_need(
-    parameters: int, values: int, model: Network, images: int, size: tuple[int, int], layouts: Sequence[Layout]
+    parameters: int,
+    values: int,
+    model: Network,
+    images: int,
+    size: tuple[int, int],
+    layouts: Sequence[Layout],
+    methods: Collection[Options],
 ) -> int:
     """Estimate the bytes of a task.
 
-    Weights, a forward with all it keeps for its backward, points on a line in float64, and the maps of a shard.
+    Weights, a forward with all it keeps for its backward, points on a line in float64, references, and the maps of a
+    shard.
     """
     pixels = 3 * size[0] * size[1]
-    graph = 4 * model.numerics.micro_batch * (16 * pixels + 3 * values)
+    kept = max((each.kept for each in methods), default=0.0)
+    references = sum(getattr(each, "references", 1) for each in methods)
+    graph = int(4 * model.numerics.micro_batch * (16 * pixels + kept * values)) + 5 * references * pixels
     maps = sum(
         4 * math.prod(each.size) * (1 + len(each.maps) + (each.channels or (0,))[0]) * (each.ranks or 1)
         for each in layouts

@@ -31,13 +31,23 @@ from pipeline.plan.job import Job
 from pipeline.plan.stage import Draft, PageModule, Stage, Wanted
 from pipeline.plan.step import Key
 from pipeline.stages.attribute import results
-from pipeline.stages.attribute.inputs import Shard, baseline_of, by_shard, chosen, read_baseline, shards_of
+from pipeline.stages.attribute.inputs import (
+    Shard,
+    background_of,
+    baseline_of,
+    by_shard,
+    chosen,
+    lacks_references,
+    read_baseline,
+    shards_of,
+)
 from pipeline.stages.attribute.options import (
     BACKWARD,
     METHODS,
     AnyMethod,
     IntegratedGradients,
     Lrp,
+    OfSplit,
     Options,
 )
 from pipeline.stages.attribute.settings import SECTION, Explanations, Settings, Targets
@@ -57,14 +67,17 @@ FOLDER = "attributions"
 CODE = (
     "kernels/attribution/baselines.py",
     "kernels/attribution/cam.py",
+    "kernels/attribution/maxima.py",
     "kernels/attribution/paths.py",
     "kernels/attribution/relevance.py",
     "kernels/attribution/rollout.py",
+    "kernels/attribution/secants.py",
     "kernels/images/grey.py",
     "kernels/images/whiten.py",
     "kernels/locality/attention.py",
     "pipeline/networks/build.py",
     "pipeline/networks/checkpoint.py",
+    "pipeline/networks/contributions.py",
     "pipeline/networks/explainable.py",
     "pipeline/networks/fitness.py",
     "pipeline/networks/forward.py",
@@ -79,6 +92,8 @@ CODE = (
     "pipeline/networks/graph/propagated.py",
     "pipeline/networks/graph/rectified.py",
     "pipeline/networks/graph/relevance_rules.py",
+    "pipeline/networks/graph/rescale.py",
+    "pipeline/networks/graph/reveal_cancel.py",
     "pipeline/networks/graph/taken_apart.py",
     "pipeline/networks/graph/trace.py",
     "pipeline/networks/layer_id.py",
@@ -117,6 +132,9 @@ def settings_of(draft: Draft, name: str, section: Explanations, dataset: str, ne
     original = draft.originals.get(network, network)
     split = section.split or draft.config.datasets[dataset].examined_split
     summary.require(dataset, split)
+    for options in section.methods.values():
+        if isinstance(options, OfSplit):
+            summary.require(dataset, options.split)
     limits = [section.images, draft.config.controls.images if network.endswith(UNTRAINED) else None]
     if section.targets == "label" and not summary.classes:
         raise MicrotomeError(f"{where}.targets: the images of data set {dataset!r} have no labels to explain")
@@ -235,9 +253,12 @@ def run(job: Job[Settings]) -> None:
         stores = {name: results.store_of(job.folder, name) for name in (*methods, *of_units)}
         compares = any(METHODS[options.kind].baseline for options in methods.values())
         baseline = baseline_of(job, workers) if compares else "black"
-        work = tasks.Work(job.model, found, targets_of(job.settings), baseline, methods, stores, layouts)
+        background = background_of(job, workers, methods, tasks.sum_inputs)
+        work = tasks.Work(job.model, found, targets_of(job.settings), baseline, methods, stores, layouts, background)
         spec, kept = job.network_spec, list(layouts.values())
-        need = results.memory_need(parameters, found.values, spec, images.shard_images, images.size, kept)
+        need = results.memory_need(
+            parameters, found.values, spec, images.shard_images, images.size, kept, methods.values()
+        )
         job.check_memory(need, REMEDY)
         parts = {}
         for name, options in methods.items():
@@ -378,6 +399,8 @@ def ids_of(job: Job[Settings], work: tasks.Work, name: str, shards: Mapping[str,
     if kind.baseline:
         of_image = isinstance(work.baseline, np.ndarray)
         made_of.append(hashlib.sha256(work.baseline.tobytes()).hexdigest() if of_image else work.baseline)  # type: ignore[union-attr]
+    if name in work.background:
+        made_of.append(hashlib.sha256(work.background[name].tobytes()).hexdigest())
     labelled = identity["targets"] == "label"
 
     def of(shard: Shard) -> list[Any]:
@@ -509,6 +532,9 @@ def check(job: Job[Settings]) -> Iterator[str]:
         window = getattr(options, "window", 0)
         if window > min(size):
             yield f"{where}.methods.{name}.window: {window} pixels, and images have {size[0]} x {size[1]}"
+        count = getattr(options, "references", 0)
+        if isinstance(options, OfSplit) and (there := job.splits[options.split]) < count:
+            yield f"{where}.methods.{name}.references: {lacks_references(options.split, count, there)}"
     file = getattr(job.section[job.experiment].baseline, "file", None)
     if file is not None:
         try:
@@ -522,15 +548,16 @@ def objections(job: Job[Settings], methods: Mapping[str, Options], found: Explai
     where, settings = f"attribute.{job.experiment}", job.settings
     for name, options in methods.items():
         layer = options.layer_name()
-        if why := found.why_not(METHODS[options.kind].needs, layer):
+        if why := found.why_not(options.needs, layer):
             good = [each for each, method in METHODS.items() if not found.why_not(method.needs, layer)]
             others = f"; these apply: {', '.join(good)}" if good else ""
             yield f"{where}.methods.{name}: network {job.network!r}: {why}{others}"
         if isinstance(options, Lrp):
             for key, why in of_lrp(options, found):
                 yield f"{where}.methods.{name}.{key}: network {job.network!r}: {why}"
-        if options.kind == "cam" and settings.score != "logit":
-            yield f"{where}.methods.{name}: CAM explains logits, and `score` is {settings.score!r}"
+        if options.kind in ("cam", "linear_shap") and settings.score != "logit":
+            title = METHODS[options.kind].title
+            yield f"{where}.methods.{name}: {title} explains logits, and `score` is {settings.score!r}"
     if not found.classes:
         return
     targets = targets_of(settings)
@@ -632,7 +659,7 @@ def cost(job: Job[Settings], done: bool) -> Cost:
         images=images,
         tasks=-(-images // shard),
         seconds=images * passes / rate if rate else None,
-        memory=results.memory_need(inspection.parameters, found.values, spec, shard, size, layouts),
+        memory=results.memory_need(inspection.parameters, found.values, spec, shard, size, layouts, methods.values()),
         rate=f"{rate / passes:.3g}" if rate else "",
     )
 

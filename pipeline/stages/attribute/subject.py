@@ -47,6 +47,7 @@ class Known:
     """What was found of the network for one method: its layer, the head after it, its attention, and two properties.
 
     `units` are the layers whose units' relevance is wanted.
+    `background` are inputs that those of the subject are compared with, (reference, ...), or their mean.
     """
 
     layer: LayerInfo | None = None
@@ -55,6 +56,7 @@ class Known:
     homogeneous: bool = False
     attention: Attention | None = None
     units: tuple[LayerInfo, ...] = ()
+    background: torch.Tensor | None = None
 
 
 @dataclass
@@ -72,6 +74,7 @@ class Subject:
     of_inputs : whether a method needs the shared pass's gradient of the inputs.
     seeds : of each image's noise; default: its place.
     bounds : the least and the greatest input, like the input of one image; None: unknown.
+    one_baseline : whether the baseline of all images is the same.
     """
 
     network: nn.Module
@@ -84,6 +87,7 @@ class Subject:
     of_inputs: bool = True
     seeds: Sequence[int] = ()
     bounds: tuple[torch.Tensor, torch.Tensor] | None = None
+    one_baseline: bool = False
     _kept: dict[Any, Any] = field(default_factory=dict)
 
     @cached_property
@@ -107,6 +111,8 @@ class Subject:
     @cached_property
     def baseline_score(self) -> torch.Tensor:
         """The score of each image's baseline, (image,)."""
+        if self.one_baseline:
+            return scores(self.network, self.reference[:1], self.chosen, len(self.inputs))
         return self.scores_at(self.reference, torch.arange(len(self.inputs)))
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ class Work:
     ----------
     baseline : its kind, or the image itself as pixels.
     methods, stores, layouts : by name, a method's options, and its store.
+    background : by name, what a method compares images with, see `inputs.background_of`.
     """
 
     model: Model
@@ -51,6 +52,7 @@ class Work:
     methods: Mapping[str, Options]
     stores: Mapping[str, Path]
     layouts: Mapping[str, Layout]
+    background: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def layer_of(self, name: str) -> LayerInfo | None:
         """Return the layer of a method that has one."""
@@ -132,6 +134,24 @@ def _blank(work: Work, name: str, images: int) -> dict[str, np.ndarray]:
     return {key: np.full((images, *array.shape[1:]), array.fill, array.dtype) for key, array in layouts.items()}
 
 
+def sum_inputs(model: Model, images: StoreRef, bounds: tuple[int, int], places: Sequence[int]) -> np.ndarray:
+    """Add up images of one shard as the network takes them, float64 (1, channel, y, x). Runs on a worker."""
+    start, stop = bounds
+    pixels = torch.from_numpy(images.open()["image"][start:stop][list(places)])
+    with computing:
+        parts = [normalise(each, model.spec).double().sum(0, keepdim=True).cpu() for each in pixels.split(64)]
+        return torch.stack(parts).sum(0).numpy()
+
+
+def _background(work: Work, name: str) -> torch.Tensor | None:
+    """Return what a method compares images with, as the network takes it."""
+    found = work.background.get(name)
+    if found is None:
+        return None
+    values = torch.from_numpy(found)
+    return normalise(values, work.model.spec) if values.dtype == torch.uint8 else values
+
+
 def _explain_batch(
     work: Work, pixels: torch.Tensor, shard: Shard, some: slice, found: Mapping[str, dict[str, np.ndarray]]
 ) -> None:
@@ -151,6 +171,7 @@ def _explain_batch(
             baseline = normalise(padded(_baseline(work.baseline, pixels, ids), size), spec)
         layers = sorted({info.name for name in methods if (info := work.layer_of(name)) is not None})
         seeds = [seed_of(each) for each in ids]
+        background = {name: _background(work, name) for name in methods}
         for rank in range(work.targets.ranks):
             subject = Subject(
                 network,
@@ -162,7 +183,8 @@ def _explain_batch(
                 layers,
                 any(kind.shares == "inputs" for kind in kinds.values()),
                 seeds,
-                _bounds(spec, pixels),
+                bounds=_bounds(spec, pixels),
+                one_baseline=work.baseline in ("black", "white") if isinstance(work.baseline, str) else True,
             )
             target = subject.chosen
             assert isinstance(target, Logit)
@@ -174,7 +196,8 @@ def _explain_batch(
                     "baseline_probability": scores(network, baseline, likely),
                 }
             for name in methods:
-                made = FUNCTIONS[work.methods[name].kind](subject, work.methods[name], work.known(name))
+                known = replace(work.known(name), background=background[name])
+                made = FUNCTIONS[work.methods[name].kind](subject, work.methods[name], known)
                 _refuse_non_finite(work, name, made.map, ids)
                 values = {"attribution": made.map, "residual": made.residual, **made.facts, **of_all}
                 values["channel_attribution"] = made.values

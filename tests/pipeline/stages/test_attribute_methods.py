@@ -285,12 +285,19 @@ QUICK = {"integrated_gradients": {"steps": 4, "max_steps": 4}, "smooth_grad": {"
 
 
 def explained(method, net, x, batch, seeds, **options):
-    return attribute.explain(method, net, x, "predicted", batch=batch, seeds=seeds, **QUICK.get(method, {}), **options)
+    options = QUICK.get(method, {}) | options
+    background = images(2, 9).to(x.dtype)
+    return attribute.explain(method, net, x, "predicted", background=background, batch=batch, seeds=seeds, **options)
+
+
+def linear():
+    torch.manual_seed(2)
+    return nn.Sequential(nn.Conv2d(3, 2, 3), nn.Flatten(), nn.LazyLinear(3)).double().eval()
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_batches_and_neighbours_change_nothing(method):
-    net = transformer() if method in OF_TRANSFORMERS else convolutional()
+    net = transformer() if method in OF_TRANSFORMERS else linear() if method == "linear_shap" else convolutional()
     x, seeds = images(8), list(range(8))
     whole = explained(method, net, x, 8, seeds).map
     largest = whole.abs().max()
@@ -463,6 +470,12 @@ def test_what_is_refused_says_what_to_do():
         attribute.integrated_gradients(net, x, 0, steps=16, max_steps=8)
     with pytest.raises(Exception, match="pixels would be left out"):
         attribute.occlusion(net, x, 0, window=2, stride=4)
+    with pytest.raises(MicrotomeError, match="deep_shap: 'references' is of the configuration: give the references as"):
+        attribute.deep_shap(net, x, 0, references=3)
+    with pytest.raises(MicrotomeError, match=r"give a `background` of inputs like .*, not None"):
+        attribute.deep_shap(net, x, 0)
+    with pytest.raises(MicrotomeError, match="linear_shap: the logits are not linear in the input"):
+        attribute.linear_shap(net, x, 0, background=x)
     with pytest.raises(UnsupportedError):
         attribute.guided_backprop(nn.Sequential(nn.Flatten(), nn.Linear(768, 3)).double().eval(), x)
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 
 from pipeline.stages.attribute.methods.attention import attention_relevance, rollout
 from pipeline.stages.attribute.methods.class_maps import cam, grad_cam, grad_cam_pp, hires_cam, layer_cam
+from pipeline.stages.attribute.methods.differences import deep_shap, deeplift, linear_shap
 from pipeline.stages.attribute.methods.integrated import integrated_gradients
 from pipeline.stages.attribute.methods.lrp import lrp
 from pipeline.stages.attribute.methods.occlusion import occlusion
@@ -30,5 +31,8 @@ FUNCTIONS: Mapping[str, Callable[..., Attribution]] = {
     "rollout": rollout,
     "attention_relevance": attention_relevance,
     "occlusion": occlusion,
+    "deeplift": deeplift,
+    "deep_shap": deep_shap,
+    "linear_shap": linear_shap,
     "lrp": lrp,
 }
