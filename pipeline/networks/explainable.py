@@ -72,7 +72,7 @@ def examine(
                 gradients(network, images, target, sites=Rectified(network, rule))
     _differences(network, images, target, refused)
     found, heads, linear = {}, {}, []
-    study = Study((), False)
+    study = Study()
     if "lrp" not in refused:
         with _Refusals(refused, "lrp"):
             study = study_of(network, "cp_lrp", images)
@@ -111,6 +111,7 @@ def examine(
         sum(each.shape[0] * (each.special + each.shape[1] * each.shape[2]) for each in survey.layers),
         of_units,
         [name for name, _ in network.named_modules() if name],
+        list(study.linear),
         study.rectified,
     )
 

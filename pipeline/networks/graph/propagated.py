@@ -16,7 +16,7 @@ from __future__ import annotations
 import fnmatch
 import types
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -26,7 +26,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from kernels.attribution.relevance import Rule
 from pipeline.errors import MicrotomeError, nearest
-from pipeline.networks.fitness import DEPTH
+from pipeline.networks.fitness import DEPTH, matches
 from pipeline.networks.graph.call_sites import (
     DROPOUTS,
     LINEAR_NODES,
@@ -120,10 +120,14 @@ class Studied:
 
 @dataclass(frozen=True)
 class Study:
-    """The calls of a forward that book something, in their order, and whether any call is a ReLU."""
+    """The calls of a forward that book something, in their order, and whether any call is a ReLU.
 
-    calls: tuple[Studied, ...]
-    rectified: bool
+    `linear` are the modules of its linear maps, and whether each reads the input itself.
+    """
+
+    calls: tuple[Studied, ...] = ()
+    linear: tuple[tuple[str, bool], ...] = ()
+    rectified: bool = False
 
     @property
     def folded(self) -> set[str]:
@@ -145,7 +149,8 @@ class Study:
                     f"their values depend on it"
                 )
             calls.append(Studied(name, module, layout, linear is not None and linear.foldable))
-        return Study(tuple(calls), rectified)
+        maps = tuple((each.module, each.raw) for _, _, _, each in one if each is not None)
+        return Study(tuple(calls), maps, rectified)
 
 
 class Propagated(CallSites):
@@ -276,7 +281,7 @@ class Propagated(CallSites):
         """Return the rule of the linear map that is called."""
         self.depth += 1
         rule = next(
-            (rule for pattern, rule in self.plan.rules if _matches(pattern, self.where, self.depth)), self.plan.rule
+            (rule for pattern, rule in self.plan.rules if matches(pattern, self.where, self.depth)), self.plan.rule
         )
         if rule.kind == "alpha_beta" and rule.beta:
             self.amplified = self.where
@@ -284,7 +289,7 @@ class Propagated(CallSites):
 
     def _mix(self, name: str, linear: Linear) -> torch.Tensor:
         """Return f(x, w) + b, with the rule as backward; put it off if a BatchNorm follows."""
-        linear.module = self.where
+        linear.module, linear.raw = self.where, self._is(self._raw, linear.x)
         folds = self._folds()
         site = self._site(name)
         if folds:
@@ -299,10 +304,9 @@ class Propagated(CallSites):
         return output
 
     def _at_input(self, linear: Linear) -> bool:
-        raw = self._is(self._raw, linear.x)
-        if linear.rule.kind in ("z_b", "w_squared") and not raw:
+        if linear.rule.kind in ("z_b", "w_squared") and not linear.raw:
             raise self.refusal(linear.rule.kind, "is a rule of the layer that reads the input itself")
-        return raw and (self.plan.signs or linear.rule.kind in ("z_b", "w_squared"))
+        return linear.raw and (self.plan.signs or linear.rule.kind in ("z_b", "w_squared"))
 
     def _value(self, linear: Linear) -> torch.Tensor:
         """Return f(x, w), as a part of the graph where the rule sends something back through it."""
@@ -346,14 +350,14 @@ class Propagated(CallSites):
             assert linear.side is not None
             scale = scale.view(linear.side)
             shift = shift.view(linear.side)
-            both = Linear(
-                linear.function, linear.x, linear.weight, None, linear.rule, linear.side, linear.out, linear.z
-            )
-            both.scale = scale
-            both.shift = shift if linear.shift is None else shift + linear.shift * scale
+            shift = shift if linear.shift is None else shift + linear.shift * scale
+            both = replace(linear, bias=None)
+            both.scale, both.shift = scale, shift
             return self._placed(site, self._shared(both, site))
         side = (1, -1, *[1] * (x.ndim - 2))
         rule = self._rule_here()
+        if rule.kind == "alpha_beta":  # of the two contributions to an entry, the other sign is often missing
+            rule = ALPHA_1
         form: Form = "z" if rule.kind == "epsilon" else "single"
         return self._placed(site, Mixed.apply(site, rule, form, scale.view(side), shift.view(side), x))
 
@@ -364,7 +368,7 @@ class Propagated(CallSites):
     def _rule_here(self) -> Rule:
         """Return the rule of a module that is no linear map: a BatchNorm on its own."""
         return next(
-            (rule for pattern, rule in self.plan.rules if _matches(pattern, self.where, self.depth)), self.plan.rule
+            (rule for pattern, rule in self.plan.rules if matches(pattern, self.where, self.depth)), self.plan.rule
         )
 
     def _elementwise(self, call: Call) -> Any:
@@ -651,13 +655,6 @@ def _normalisation(call: Call) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
         scale = scale * weight
     shift = -mean * scale
     return argument(call, 0, "input"), scale, shift if bias is None else shift + bias
-
-
-def _matches(pattern: str, module: str, depth: int) -> bool:
-    if (found := DEPTH.fullmatch(pattern)) is None:
-        return fnmatch.fnmatchcase(module, pattern)
-    first, several, last = found.groups()
-    return int(first) <= depth and (depth <= int(last) if last else bool(several) or depth == int(first))
 
 
 def _check_patterns(network: nn.Module, plan: Plan) -> None:

@@ -24,7 +24,7 @@ class Linear:
     side : the shape in which a number of each output unit is added to the output; None: `bias` has it already.
     out : the axis of the weights that counts output units; None: unknown, so that no BatchNorm is folded into it.
     z : f(x, w), computed. scale, shift : of a folded BatchNorm and the bias, in the shape of `side`.
-    norms, others : calls that read the output.
+    module, raw : that calls it, and whether x is the network's input. norms, others : calls that read the output.
     """
 
     function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -38,6 +38,7 @@ class Linear:
     scale: torch.Tensor | None = None
     shift: torch.Tensor | None = None
     module: str = ""
+    raw: bool = False
     norms: int = 0
     others: int = 0
 

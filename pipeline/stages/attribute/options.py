@@ -279,6 +279,10 @@ class Lrp(RuleOptions, Options):
         return [self, *self.rules.values()]
 
     @property
+    def kept(self) -> float:
+        return 6.0
+
+    @property
     def passes(self) -> float:
         """Forwards that take as long, measured on convolutional networks."""
         rules = {each.rule for each in self.every_rule}  # type: ignore[attr-defined]

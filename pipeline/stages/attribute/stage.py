@@ -26,7 +26,7 @@ from pydantic import TypeAdapter
 
 from pipeline.config.base import UNTRAINED
 from pipeline.errors import MicrotomeError, nearest
-from pipeline.networks.fitness import DEPTH, Explainable
+from pipeline.networks.fitness import DEPTH, INPUT_RULES, Explainable, matches
 from pipeline.networks.forward import platform_numerics
 from pipeline.networks.segmenters import wanted_categories
 from pipeline.plan import inspected
@@ -710,7 +710,7 @@ def objections(job: Job[Settings], methods: Mapping[str, Options], found: Explai
             others = f"; these apply: {', '.join(good)}" if good else ""
             yield f"{where}.methods.{name}: network {job.network!r}: {why}{others}"
         if isinstance(options, Lrp):
-            for key, why in of_lrp(options, found):
+            for key, why in of_lrp(options, found, settings.preprocessing.per_image):
                 yield f"{where}.methods.{name}.{key}: network {job.network!r}: {why}"
         if options.kind in ("cam", "linear_shap") and settings.score != "logit":
             title = METHODS[options.kind].title
@@ -745,7 +745,7 @@ def objections(job: Job[Settings], methods: Mapping[str, Options], found: Explai
         )
 
 
-def of_lrp(options: Lrp, found: Explainable) -> Iterator[tuple[str, str]]:
+def of_lrp(options: Lrp, found: Explainable, own_scale: bool) -> Iterator[tuple[str, str]]:
     """Yield keys of LRP's options, each with why its value does not apply to a network."""
     if not found.modules or found.why_not(("gradient", "lrp"), None):
         return
@@ -754,6 +754,15 @@ def of_lrp(options: Lrp, found: Explainable) -> Iterator[tuple[str, str]]:
     for pattern in options.rules:
         if not DEPTH.fullmatch(pattern) and not fnmatch.filter(found.modules, pattern):
             yield "rules", f"{pattern!r} matches no module{nearest(pattern, found.modules)}"
+    for depth, (module, reads_input) in enumerate(found.linear_maps, 1):
+        rule = next((rule.rule for pattern, rule in options.rules.items() if matches(pattern, module, depth)), "")
+        if rule in INPUT_RULES and not reads_input:
+            yield "rules", f"`{rule}` is a rule of the layer that reads the input itself, not of {module!r}"
+            break
+    if any(rule.rule == "z_b" for rule in options.rules.values()) and own_scale:
+        yield "rules", "`z_b` needs bounds of the inputs, and `preprocessing.per_image` gives each image its own"
+    if options.keep and not any(reads_input for _, reads_input in found.linear_maps):
+        yield "keep", "`signs` needs a convolution or linear map of the input itself"
     for layer in options.unit_layers():
         if why := found.refused.get(f"units:{layer}"):
             yield "layers", why

@@ -180,6 +180,23 @@ def test_without_epsilon_it_is_gradient_times_input():
     assert found.leak.abs().max() < 1e-14
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_a_norm_on_its_own_is_a_map_of_one_entry(rule):
+    def by_hand(net, x):
+        scale = net.norm.weight / (net.norm.running_var + net.norm.eps).sqrt()
+        shift = net.norm.bias - net.norm.running_mean * scale
+        return F.relu(F.conv2d(F.relu(net.first(x)), scale.view(4, 1, 1, 1), shift, groups=4))
+
+    x, others = images(), (("head", Rule()), ("first", Rule()))
+    one = lively(Function(lambda net, x: F.relu(net.norm(F.relu(net.first(x))))))
+    found = explained(one, x, Plan(RULES[rule], others))
+    assert residual(found) < 1e-14
+    alone = Rule() if rule.startswith("alpha") else RULES[rule]
+    wanted = explained(lively(Function(by_hand)), x, Plan(alone, others))
+    torch.testing.assert_close(found.values, wanted.values, atol=1e-13, rtol=1e-10)
+    torch.testing.assert_close(found.bias, wanted.bias, atol=1e-13, rtol=1e-10)
+
+
 # The ledger -----------------------------------------------------------------------------------------------------------
 
 

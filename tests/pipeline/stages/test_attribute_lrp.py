@@ -200,6 +200,12 @@ INSPECTED = [
         "layers: network 'normed': layer 'c' has no relevance of its own: it is folded into the BatchNorm",
     ),
     ("vit", {"alpha": 2}, "alpha: network 'vit': above 1, relevance grows from layer to layer where there is no ReLU"),
+    (
+        "cnn",
+        {"rules": {"b.*": "z_b"}},
+        "rules: network 'cnn': `z_b` is a rule of the layer that reads the input itself",
+    ),
+    ("whitened", {"rules": {"a.*": "z_b"}}, "rules: network 'whitened': `z_b` needs bounds of the inputs"),
     ("odd", {}, "network 'odd': LRP: operation 'cumprod' in module 'Odd' has no rule; these apply: saliency"),
 ]
 
@@ -216,6 +222,7 @@ def test_what_a_network_does_not_have_is_refused_before_any_work(tmp_path):
     for name, layers in (("odd", ["net.a"]), ("normed", ["d"])):
         function = "Odd" if name == "odd" else name
         raw["networks"][name] = {"module": f"{tmp_path / 'more.py'}:{function}", "weights": "random", "layers": layers}
+    raw["networks"]["whitened"] = raw["networks"]["cnn"] | {"preprocessing": {"per_image": True}}
     raw["attribute"] = {
         f"case{at}": {"methods": {"lrp": options}, "networks": [network]}
         for at, (network, options, _) in enumerate(INSPECTED)
