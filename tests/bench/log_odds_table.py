@@ -1,8 +1,8 @@
 """Which method finds the strokes that make a digit? The log-odds of Shrikumar et al. (ICML 2017), section 4.1.
 
     python -m tests.bench.log_odds_table split data/mnist/test10000.npz data/mnist/digits.npz
-    snakemake network --configfile config/digits.yaml
-    python -m tests.bench.log_odds_table measure config/digits.yaml [--images 1000] [--figure log-odds.svg]
+    snakemake network --configfile config/explain-digits.yaml
+    python -m tests.bench.log_odds_table measure config/explain-digits.yaml [--images 1000] [--figure log-odds.svg]
 
 `split` writes the digits with four of five images in the split `train`. `measure` takes the first validation images
 that the trained network gets right. For each, the pixels that speak for its digit and against the most probable other

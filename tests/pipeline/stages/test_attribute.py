@@ -40,6 +40,9 @@ BOTH = {
     "occlusion": {"window": 8, "stride": 8, "networks": ["cnn"]},
     "rollout": {"networks": ["vit"]},
     "attention_relevance": {"networks": ["vit"]},
+    "lrp": {"rule": "epsilon"},
+    "deeplift": None,
+    "kernel_shap": {"segments": {"kind": "grid", "cells": [2, 2]}, "networks": ["cnn"]},
 }
 
 
@@ -96,6 +99,9 @@ def test_maps_are_those_of_the_library(made, network):
         "hires_cam": {"layer": "b"},
         "cam": {"layer": "b"},
         "occlusion": {"window": 8, "stride": 8, "baseline": black},
+        "lrp": {"rule": "epsilon"},
+        "deeplift": {"baseline": black},
+        "kernel_shap": {"segments": {"kind": "grid", "cells": [2, 2]}, "baseline": black},
     }
     checked = 0
     for method, how in BOTH.items():
