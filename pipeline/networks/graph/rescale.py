@@ -278,38 +278,48 @@ class Rescale(Differences):
             with self:
                 return argument(call, 0, "input").neg().softmax(taken_apart.softmax_of(call).dim)
         if call.name == "logsumexp":
-            u, dims, dtype = argument(call, 0, "input"), argument(call, 1, "dim"), None
+            u, dims = argument(call, 0, "input"), argument(call, 1, "dim")
         else:
             read = taken_apart.softmax_of(call)
-            u, dims, dtype = read.x, read.dim, read.dtype
+            u, dims = read.x, read.dim
+            if read.dtype not in (None, u.dtype):
+                return self._in_another_type(call, read)
         with torch.no_grad():
             y = call.run()
-        if dtype is not None and dtype != u.dtype:
-            if torch.finfo(dtype).bits > torch.finfo(u.dtype).bits:
-                with self:
-                    return call.function(u.to(dtype), dims)
-            y = y.to(u.dtype)  # rounded as the network does; what follows sends back in full precision
         if self.recording:
-            self.keep(call.name, u, y)
+            self.keep(call.name, u)
             return self._sent(y, None, u)
-        u0, y0 = self.kept(call.name, (u, y))
-        if call.name == "logsumexp":
-            inner, _, _ = secants.of_logsumexp(u.detach(), u0, dims)
-            keepdim = argument(call, 2, "keepdim", False)
-
-            def of_sum(sent: torch.Tensor) -> tuple[torch.Tensor]:
-                return (inner * (sent if keepdim else _unsqueezed(sent, dims, u.ndim)),)
-
-            return self._sent(y, of_sum, u)
+        (u0,) = self.kept(call.name, (u,))
+        given = u.detach()
+        if call.name == "softmax":
+            outer, inner = secants.of_softmax(given, u0, dims)
+            return self._sent(y, lambda sent: (secants.sent_through_softmax(sent, outer, inner, dims),), u)
+        inner, _, _ = secants.of_logsumexp(given, u0, dims)
         if call.name == "log_softmax":
-            inner, _, _ = secants.of_logsumexp(u.detach(), u0, dims)
             return self._sent(y, lambda sent: (sent - inner * sent.sum(dims, keepdim=True),), u)
-        outer, inner = secants.of_softmax(u.detach(), u0, dims)
-        if dtype is not None and dtype != u.dtype:
-            exact, exact0 = u.detach().softmax(dims), u0.softmax(dims)
-            same = exact == exact0
-            outer = outer * torch.where(same, 1.0, (y - y0) / (exact - exact0).masked_fill(same, 1.0))
-        return self._sent(y, lambda sent: (secants.sent_through_softmax(sent, outer, inner, dims),), u)
+        keepdim = argument(call, 2, "keepdim", False)
+        return self._sent(y, lambda sent: (inner * (sent if keepdim else _unsqueezed(sent, dims, u.ndim)),), u)
+
+    def _in_another_type(self, call: Call, read: taken_apart.Softmax) -> Any:
+        """Compute softmax in a wider type; or in its own, and then round it as the network does.
+
+        What is rounded keeps its own type: what follows sends back in full precision.
+        """
+        wide = torch.finfo(read.dtype).bits > torch.finfo(read.x.dtype).bits  # type: ignore[arg-type]
+        with self:
+            x = read.x.to(read.dtype) if wide else read.x
+            exact = x.log_softmax(read.dim) if call.name == "log_softmax" else x.softmax(read.dim)
+        if wide:
+            return exact
+        with torch.no_grad():
+            y = call.run().to(exact.dtype)
+        if self.recording:
+            self.keep("rounding", exact, y)
+            return self._sent(y, None, exact)
+        exact0, y0 = self.kept("rounding", (exact, y))
+        same = exact.detach() == exact0
+        slope = torch.where(same, 1.0, (y - y0) / (exact.detach() - exact0).masked_fill(same, 1.0))
+        return self._sent(y, lambda sent: (sent * slope,), exact)
 
     def _norm(self, call: Call) -> Any:
         norm = taken_apart.norm_of(self, call)

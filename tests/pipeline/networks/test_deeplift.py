@@ -284,6 +284,7 @@ COMPOSED = {
     "softmax of large values": lambda x: (x * 300).softmax(1),
     "softmin": lambda x: F.softmin(x, 1),
     "softmax in another type": lambda x: F.softmax(x, 1, dtype=torch.float32).double(),
+    "log_softmax in another type": lambda x: F.log_softmax(x, 1, dtype=torch.float32).double(),
     "log_softmax": lambda x: F.log_softmax(x, dim=1),
     "logsumexp": lambda x: torch.logsumexp(x, (2, 3)),
     "logsumexp with its dimension": lambda x: x.logsumexp(1, keepdim=True),
