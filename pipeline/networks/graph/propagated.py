@@ -74,7 +74,7 @@ ELEMENTWISE = frozenset({
 """Functions of each entry, which pass its relevance on."""
 CONVOLUTIONS = frozenset(f"conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3))
 EXTREMES = frozenset({"max", "min", "amax", "amin", "maximum", "minimum", "fmax", "fmin"})
-NONNEGATIVE = frozenset({"relu", "relu6", "sigmoid", "hardsigmoid", "exp", "abs", "square", "softmax", "softplus"})
+NONNEGATIVE = frozenset({"sigmoid", "hardsigmoid", "exp", "abs", "square", "softmax", "softplus"})
 POOLS = frozenset(f"{kind}avg_pool{n}d" for kind in ("", "adaptive_") for n in (1, 2, 3))
 KEEP_NONNEGATIVE = MAX_POOLS | EXTREMES | POOLS | {"add", "mul", "mean", "sum", "sqrt", "upsample_nearest2d"}
 ALL_OF = (slice(None), Ellipsis)
@@ -199,8 +199,12 @@ class Propagated(CallSites):
         copies = name in REARRANGEMENTS | DROPOUTS and name not in WRITERS
         alike = len(of_input) == len(given) and not numbers and not (name == "pad" and argument(call, 3, "value"))
         alike = alike and call.kwargs.get("alpha", 1) == 1
-        if name in NONNEGATIVE or (
-            (copies or name in KEEP_NONNEGATIVE) and alike and all(self._is(self._nonnegative, x) for x in of_input)
+        if (
+            name in NONNEGATIVE
+            or _rectifies(call)
+            or (
+                (copies or name in KEEP_NONNEGATIVE) and alike and all(self._is(self._nonnegative, x) for x in of_input)
+            )
         ):
             carried.append(self._nonnegative)
         if copies and alike and all(self._is(self._held, x) for x in of_input):
@@ -380,8 +384,7 @@ class Propagated(CallSites):
         y = call.run().detach()
         if y.shape != x.shape:
             raise self.refusal(call.name, "gives another shape than its input's")
-        if call.name in ("relu6", "hardtanh", "threshold", "clamp", "clamp_min") and bool(call.function is not None):
-            self.rectifiers += _rectifies(call)
+        self.rectifiers += _rectifies(call)
         site = self._site(call.name)
         return self._placed(site, Passed.apply(x, y, site))
 
@@ -639,9 +642,17 @@ def _operands(call: Call) -> tuple[Any, Any]:
 
 
 def _rectifies(call: Call) -> bool:
-    """Return whether a bounded function is a rectifier: 0 below 0."""
-    low = {"relu6": 0, "hardtanh": argument(call, 1, "min_val", -1.0), "clamp": argument(call, 1, "min")}
-    return low.get(call.name, argument(call, 1, "threshold", argument(call, 1, "min"))) == 0
+    """Return whether a function is a rectifier: 0 below 0, and nowhere else below that."""
+    if call.name == "threshold":
+        return (argument(call, 1, "threshold"), argument(call, 2, "value")) == (0, 0)
+    if call.name == "hardtanh":
+        return argument(call, 1, "min_val", -1.0) == 0
+    if call.name in ("clamp", "clamp_min"):
+        low, top = argument(call, 1, "min"), argument(call, 2, "max")
+        return (
+            isinstance(low, (int, float)) and low == 0 and (top is None or (isinstance(top, (int, float)) and top >= 0))
+        )
+    return call.name in ("relu", "relu6")
 
 
 def _normalisation(call: Call) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

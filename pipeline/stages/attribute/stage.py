@@ -64,7 +64,7 @@ from pipeline.stages.attribute.options import (
 from pipeline.stages.attribute.settings import SECTION, Explanations, Settings, Targets
 from pipeline.stages.concepts.results import Labelled
 from pipeline.storage.identity import digest
-from pipeline.storage.manifest import Files, Manifest, within, write_file
+from pipeline.storage.manifest import Files, Manifest, below, within, write_file
 from pipeline.storage.object_storage import size_of
 from pipeline.workers.resumable import Parts
 from pipeline.workers.tasks import run_tasks
@@ -364,7 +364,8 @@ def run(job: Job[Settings]) -> None:
         explained.append(facts_of(job, options, name, law, numbers, work))
         warn(job, name, numbers, found.classes)
     for name in of_units:
-        files |= within(stores[name].name, parts[name].files() | relevance_files(job, work, name))
+        own = parts[name].files()
+        files |= within(stores[name].name, own | relevance_files(job, work, name, own))
     table = results.table(rows)
     output = digest([files, table.decode()])
     files |= write_file(job.folder, "attributions.csv", table)
@@ -438,15 +439,16 @@ def relevance_ids(work: tasks.Work, name: str, ids: Mapping[str, str]) -> dict[s
     return {part: digest([id, layers]) for part, id in ids.items()}
 
 
-def relevance_files(job: Job[Settings], work: tasks.Work, name: str) -> Files:
+def relevance_files(job: Job[Settings], work: tasks.Work, name: str, shards: Files) -> Files:
     """Write the ids of the images beside the relevance of units; return all files but those of its shards."""
-    from pipeline.storage.store import metadata_files, write
+    from pipeline.storage.store import metadata_files, remove_unlisted, write
 
     store = work.stores[name]
     files: Files = {"zarr.json": metadata_files(store)["zarr.json"]}
     for layer in work.layers_of(name):
         group = results.group_of(layer)
         written = write(store / group, {"image_id": ((0,), job.images.image_ids())})
+        remove_unlisted(store / group, below(group, shards) | written)
         files |= within(group, written | metadata_files(store / group))
     return files
 

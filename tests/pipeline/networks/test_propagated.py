@@ -309,6 +309,14 @@ SAME = {
         lambda net, x: F.relu(net.second(F.relu(net.first(x)).add(-0.5))),
         lambda net, x: F.relu(net.second(F.relu(net.first(x)) - 0.5)),
     ),
+    "bounds": (
+        lambda net, x: F.relu(net.second(F.relu(net.first(x)).clamp(0, 9))),
+        lambda net, x: F.relu(net.second(F.threshold(F.hardtanh(net.first(x), -9, 9), 0, 0))),
+    ),
+    "another value below a threshold": (
+        lambda net, x: F.relu(net.second(F.threshold(net.first(x), 0, -0.5))),
+        lambda net, x: F.relu(net.second(F.threshold(net.first(x), 0, -0.5) * 1)),
+    ),
     "magnitudes": (  # the sign of the input is known on one side alone
         lambda net, x: F.relu(net.second(F.relu(net.first(x)))),
         lambda net, x: F.relu(net.second(F.leaky_relu(net.first(x), 0.0))),

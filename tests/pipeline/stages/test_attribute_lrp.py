@@ -151,6 +151,16 @@ def test_other_layers_leave_the_maps_alone(made, tmp_path):
     )
 
 
+def test_fewer_images_leave_no_relevance_of_the_others(made, tmp_path):
+    raw = copied(made, made.config.model_dump(), tmp_path)
+    raw["attribute"]["explained"] |= {"images": 2}
+    after = run(raw, "attribute")
+    slots = explained_slots(after)
+    for group in ("a", "b"):
+        found = opened(after, "lrp-relevance", group=group).relevance.values
+        assert np.flatnonzero(np.isfinite(found).any(1)).tolist() == slots.tolist() and len(slots) == 2
+
+
 def test_the_most_probable_classes_have_a_dimension(workers, tmp_path):
     raw = experiment(tmp_path, {"lrp": {"layers": ["b"]}}, ["cnn"], targets={"top": 2}, images=3)
     made = run(raw, *STAGES)
