@@ -62,15 +62,10 @@ def main() -> None:
     measure("resnet18", torchvision.models.resnet18().eval(), given.images, given.rounds)
     small = {"image_size": SIZE, "patch_size": 16, "num_layers": 4, "num_heads": 3, "hidden_dim": 192, "mlp_dim": 768}
     measure("a small ViT", torchvision.models.VisionTransformer(**small).eval(), given.images, given.rounds)
-<<<<<<< HEAD
-=======
     for name, allowed in OF_RELEVANCE.items():
         measure_relevance(name, allowed, 2 if name == "vit_b_16" else given.images, given.rounds)
->>>>>>> lrp
     for name, allowed in OF_DIFFERENCES.items():
         measure_differences(name, allowed, given.images, given.rounds)
-    for name, allowed in OF_RELEVANCE.items():
-        measure_relevance(name, allowed, given.images, given.rounds)
     black_boxes(torchvision.models.resnet18().eval(), given.images, given.rounds)
     squared_errors()
 
