@@ -183,6 +183,27 @@ def test_links_from_and_to_units(browser: Browser, plain: Path) -> None:
     browser.wait(lambda: browser.driver.current_url == (plain / "network-scenes-cnn.html").as_uri())
 
 
+def test_a_unit_shows_the_images_of_its_highest_relevance(browser: Browser, tmp_path: Path) -> None:
+    root = write_results(tmp_path, {"cnn": [("stem", 6)]})
+    relevance = np.arange(36).reshape(6, 6).astype(float)
+    relevance[:, 2] = -1
+    write_attributions(root, {"lrp": "lrp"}, slots=SLOTS, units={"lrp": {"stem": relevance}}, signs=["lrp"])
+    report = report_of(root, "explained")
+    for size in SIZES:
+        browser.show(size)
+        browser.open(report / "network-scenes-cnn.html", "#unit=stem/1")
+        assert "Relevance" in browser.texts("dialog h3")
+        picture = browser.find("dialog img[src$='-relevance.jpg']")
+        browser.wait(lambda picture=picture: browser.run("return arguments[0].naturalWidth", picture) == 5 * 112)
+        assert "speaks most for what the network says" in picture.get_attribute("alt")
+        ids = browser.texts("dialog .captions:last-of-type span")
+        assert ids == [f"{slot:06d}" for slot in SLOTS[::-1][:5]]
+        assert browser.run(CLIPPED) == [] and browser.run(NAMELESS) == [] and browser.run(UNREADABLE) == []
+    browser.open(report / "network-scenes-cnn.html", "#unit=stem/2")
+    assert "Relevance" not in browser.texts("dialog h3") and browser.said() == []
+    assert not (report / "units/scenes-cnn/00-0002-relevance.jpg").exists()
+
+
 def test_hostile_names_are_text(browser: Browser, hostile: Path) -> None:
     for address in ("", f"#image=2/{HOSTILE}"):
         browser.open(page_of(hostile), address)

@@ -24,7 +24,13 @@ from pipeline.report.experiment import Experiment, Made
 from pipeline.report.page import Page
 from pipeline.stages.attribute import page as of_page
 from pipeline.stages.attribute import pictures, sentences
-from pipeline.stages.attribute.found import Attributions, explained_images, page_of, read_attributions
+from pipeline.stages.attribute.found import (
+    Attributions,
+    explained_images,
+    page_of,
+    read_attributions,
+    unit_relevance_of,
+)
 from pipeline.stages.report.site import build
 
 METHODS = {
@@ -299,3 +305,37 @@ def test_means_are_the_same_whichever_task_ends_first(results: Path, monkeypatch
         (page,) = pages_of(experiment)
         made.append([(experiment.out / file).read_bytes() for figure in page.figures for file in figure.written])
     assert made[0] == made[1]
+
+
+def test_contributions_of_both_signs_are_columns_without_a_law(results: Path) -> None:
+    write_attributions(results, {"lrp": "lrp", "saliency": "saliency"}, residuals={"lrp": 0.5}, signs=["lrp"])
+    found = read_attributions(results, "scenes", "cnn", "explained")
+    assert [method.name for method in found.methods] == ["lrp", "lrp.relevance", "lrp.counter_relevance", "saliency"]
+    assert found.titles() == ["LRP", "LRP, positive contributions", "LRP, negative contributions", "Saliency"]
+    whole, positive, negative = (each.maps([2, 3]) for each in found.methods[:3])
+    np.testing.assert_allclose(positive + negative, whole)
+    assert [bool(each.facts.law) for each in found.methods[:3]] == [True, False, False]
+    assert found.methods[0].beyond.any() and not found.methods[1].known.size
+    experiment = experiment_of(results, ("cnn", "explained"))
+    (page,) = pages_of(experiment)
+    with Image.open(experiment.out / page.files[0]) as picture:
+        assert picture.size == (5 * 128, 128)
+    assert "No residual is known" not in "".join(page.findings)
+
+
+def test_images_of_the_highest_relevance_are_those_that_plain_sorting_gives(results: Path) -> None:
+    random = np.random.default_rng(1)
+    relevance = random.normal(size=(5, 7))
+    relevance[:, 3] = -1
+    relevance[2, 5] = np.nan
+    write_attributions(results, {"lrp": "lrp"}, units={"lrp": {"a/b": relevance}})
+    (layer,) = unit_relevance_of(experiment_of(results, ("cnn", "explained")), "scenes", "cnn").items()
+    assert layer[0] == "a/b" and layer[1].title == "LRP"
+    slots = np.array([2, 3, 5, 9, 10])
+    shown = np.ones(12, bool)
+    shown[9] = False
+    for unit, found in zip((6, 3, 5), layer[1].most_relevant([6, 3, 5], shown, 3), strict=True):
+        own = [
+            at for at in np.argsort(-relevance[:, unit], kind="stable") if relevance[at, unit] > 0 and shown[slots[at]]
+        ]
+        assert found == slots[own[:3]].tolist()
