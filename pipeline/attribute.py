@@ -32,7 +32,7 @@ from pipeline.networks.explainable import examine, linear_in, normalised_by, pla
 from pipeline.networks.gradients import Logit, Scalar, Target, Unit, refuse_training
 from pipeline.networks.layers import head_of, one_attention_path, survey
 from pipeline.stages.attribute.methods.registry import FUNCTIONS
-from pipeline.stages.attribute.options import METHODS, OPTIONS, Labels, Options, Patches, Segmented
+from pipeline.stages.attribute.options import METHODS, OPTIONS, Labels, OfSplit, Options, Patches, Segmented
 from pipeline.stages.attribute.segments import lacking, part
 from pipeline.stages.attribute.subject import Attribution, Known, Subject
 
@@ -52,6 +52,7 @@ def explain(
     batch: int | None = None,
     seeds: Sequence[int] = (),
     segments: torch.Tensor | Mapping[str, Any] | str | None = None,
+    bounds: tuple[float | torch.Tensor, float | torch.Tensor] | None = None,
     **options: Any,
 ) -> Attribution:
     """Explain a scalar of each input by a method.
@@ -69,6 +70,8 @@ def explain(
     seeds : of each image's noise and masked copies; default: its place.
     segments : as the option of a black box, or segments of your own from 0 on, integers (image, y, x). Superpixels are
         those of the inputs, each image scaled from 0 to 1.
+    bounds : the least and the greatest input that there may be, for the rule `z_b` of LRP: numbers, or tensors that are
+        broadcast to an input.
     options : of the method, as in the configuration, for example `steps` or `layer`.
 
     Raises
@@ -82,6 +85,8 @@ def explain(
     if segments is not None and not isinstance(segments, torch.Tensor):
         options["segments"] = segments
     chosen = _options(method, options)
+    if isinstance(chosen, OfSplit) and (given := sorted({"references", "split", "seed"} & set(options))):
+        raise MicrotomeError(f"{method}: {given[0]!r} is of the configuration: give the references as `background`")
     network = _module(network, method)
     if inputs.ndim != 4 and (kind.maps != "image" or "layer" in kind.needs or method == "occlusion"):
         raise MicrotomeError(f"{method} explains images (image, channel, y, x), not inputs of {tuple(inputs.shape)}")
@@ -99,8 +104,9 @@ def explain(
         raise MicrotomeError(f"{method}: name a `layer` before {resolved.layer!r}: the default is that of the logits")
     known = Known()
     of_logits = method == "gradient_x_input" and isinstance(resolved, Logit)
-    if inputs.ndim == 4 and (kind.maps != "image" or "layer" in kind.needs or of_logits):
-        known = _known(network, inputs, chosen.layer_name(), kind.needs, resolved)
+    units = chosen.unit_layers()
+    if inputs.ndim == 4 and (kind.maps != "image" or "layer" in kind.needs or of_logits or units):
+        known = _known(network, inputs, chosen.layer_name(), kind.needs, units, resolved)
     reference = None
     if kind.baseline:
         reference = baseline if isinstance(baseline, torch.Tensor) else torch.full_like(inputs, baseline)
@@ -126,6 +132,7 @@ def explain(
         seeds=seeds,
         one_baseline=not isinstance(baseline, torch.Tensor) or baseline.ndim < inputs.ndim or len(baseline) == 1,
         segments=parted,
+        bounds=None if bounds is None else (_bound(bounds[0], inputs), _bound(bounds[1], inputs)),
     )
     return FUNCTIONS[method](subject, chosen, replace(known, background=background))
 
@@ -159,6 +166,11 @@ def _target(network: nn.Module, inputs: torch.Tensor, target: Targets) -> Target
             f"probabilities={ends == 'softmax'})`, or `link='log_probability'`"
         )
     return Logit(classes)
+
+
+def _bound(value: float | torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+    """Return a bound of inputs, like one of them."""
+    return torch.as_tensor(value, dtype=inputs.dtype, device=inputs.device).expand_as(inputs[0])
 
 
 class _Function(nn.Module):
@@ -213,19 +225,27 @@ def _segments(
 
 
 def _known(
-    network: nn.Module, inputs: torch.Tensor, layer: str | None, needs: Sequence[str], target: Target | None = None
+    network: nn.Module,
+    inputs: torch.Tensor,
+    layer: str | None,
+    needs: Sequence[str],
+    units: Sequence[str] = (),
+    target: Target | None = None,
 ) -> Known:
     """Return what is found of a network for a method; refuse a network without what it needs."""
     plain = copy.deepcopy(network).float()  # the survey's images are float32
     _, *shape = inputs.shape
     surveyed = survey(plain, (shape[0], shape[1], shape[2]))
-    asked = [need for need in needs if need not in ("gradient", "deconvnet", "guided_backprop")]  # the pass itself says
+    passes = ("gradient", "deconvnet", "guided_backprop", "lrp")  # the pass itself says
+    asked = [need for need in needs if need not in passes]
     if asked == ["layer"] and target is not None and not isinstance(target, Logit):
         if not layer:
             raise MicrotomeError("name a `layer`: the default is found from logits, and this target is none")
         return Known(placed(network, surveyed, layer, _two(inputs), lambda: copy.deepcopy(plain)))
-    found = examine(network, surveyed, _two(inputs), [layer or ""], lambda: copy.deepcopy(plain))
+    found = examine(network, surveyed, _two(inputs), [layer or ""], lambda: copy.deepcopy(plain), units)
     if why := found.why_not(asked, layer):
+        raise MicrotomeError(why)
+    if why := next((found.refused[key] for each in units if (key := f"units:{each}") in found.refused), ""):
         raise MicrotomeError(why)
     info = found.layers[layer] if layer is not None else None
     return Known(
@@ -234,6 +254,7 @@ def _known(
         info is not None and info.name in found.linear,
         found.homogeneous,
         found.attention,
+        units=tuple(found.units[each] for each in units),
     )
 
 

@@ -41,6 +41,10 @@ SLOW = (
     "tests/pipeline/run/test_benches.py",
     "tests/pipeline/run/test_scale.py",
     "tests/pipeline/stages/test_attribute_browser.py",
+    # The stage with families of methods, of which test_attribute.py has one each.
+    "tests/pipeline/stages/test_attribute_differences.py",
+    "tests/pipeline/stages/test_attribute_lrp.py",
+    "tests/pipeline/stages/test_attribute_segments.py",
     "tests/pipeline/stages/test_report_browser.py",
     "tests/pipeline/workers/test_pool.py",
     "tests/pipeline/workers/test_processes.py",

@@ -32,25 +32,6 @@ def lenet5(classes: int = 10) -> nn.Module:
     )
 
 
-def strided(classes: int = 10) -> nn.Module:
-    """A convolutional network with strides in place of pooling: (batch, 1, 28, 28) -> (batch, classes).
-
-    Two convolutions and two linear maps with ReLU, as in Shrikumar et al. (ICML 2017), section 4.1.
-    """
-    return nn.Sequential(
-        OrderedDict(
-            conv1=nn.Conv2d(1, 32, 4, stride=2),
-            relu1=nn.ReLU(),
-            conv2=nn.Conv2d(32, 64, 4, stride=2),
-            relu2=nn.ReLU(),
-            flatten=nn.Flatten(),
-            fc1=nn.Linear(1600, 128),
-            relu3=nn.ReLU(),
-            fc2=nn.Linear(128, classes),
-        )
-    )
-
-
 def vit(classes: int = 10) -> nn.Module:
     """A vision transformer of six blocks, width 64, on patches of 4 x 4: (batch, 1, 28, 28) -> (batch, classes)."""
     return Vit(image_size=28, patch=4, width=64, depth=6, heads=4, head_width=64, hidden=128, classes=classes)

@@ -58,7 +58,7 @@ def shapley_of_max(x: torch.Tensor, x0: torch.Tensor) -> torch.Tensor:
         gain, loss = share[p, q], share[q, p]
         total += torch.where(open_, width * torch.where(up, gain, torch.where(down, -loss, 0.0)), 0.0)
     same = x == x0
-    if bool(same.any()):
+    if x.is_cuda or bool(same.any()):  # to ask a GPU would wait for it
         for player in range(count):
             at = x[:, player, None]
             others = torch.ones(count, dtype=torch.bool, device=x.device)

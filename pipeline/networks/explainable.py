@@ -7,7 +7,7 @@ the network's own weights, on which the laws of some methods depend.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from pipeline.networks.gradients import Logit, gradients, of_tensors, scores_thr
 from pipeline.networks.graph import gradient_flow
 from pipeline.networks.graph.attended import Attended
 from pipeline.networks.graph.call_sites import frozen
+from pipeline.networks.graph.propagated import Study
 from pipeline.networks.graph.rectified import Rectified, Rule
 from pipeline.networks.graph.rescale import Rescale
 from pipeline.networks.graph.reveal_cancel import RevealCancel
@@ -28,10 +29,11 @@ from pipeline.networks.graph.trace import forward_with
 from pipeline.networks.layer import LayerInfo
 from pipeline.networks.layers import Survey, head_of, in_proportion, one_attention_path, to_maps
 from pipeline.networks.positions import place
+from pipeline.networks.relevance import no_relevance, study_of
 
 NEEDS = (
     *("gradient", "layer", "cam", "deconvnet", "guided_backprop", "attention"),
-    *("deeplift", "max_shapley", "reveal_cancel", "linear"),
+    *("deeplift", "max_shapley", "reveal_cancel", "linear", "lrp"),
 )
 EXACT = 1e-4  # relative, of float32 sums in another order
 
@@ -42,6 +44,7 @@ def examine(
     images: torch.Tensor,
     layers: Sequence[str],
     made: Callable[[], nn.Module],
+    units: Sequence[str] = (),
 ) -> Explainable:
     """Find out what a network has of what explanations need.
 
@@ -50,6 +53,7 @@ def examine(
     images : (2, channel, y, x) different images, as the network takes them, on its device.
     layers : names of layers; "", the last one whose positions the logits depend on, is always examined.
     made : as in `positions.place`, which decides where the positions of these layers lie.
+    units : names of layers whose units' relevance is wanted.
     """
     with torch.no_grad(), one_attention_path():
         logits = head_of(network(images.clone()))
@@ -68,6 +72,14 @@ def examine(
                 gradients(network, images, target, sites=Rectified(network, rule))
     _differences(network, images, target, refused)
     found, heads, linear = {}, {}, []
+    study = Study()
+    if "lrp" not in refused:
+        with _Refusals(refused, "lrp"):
+            study = study_of(network, "cp_lrp", images)
+    of_units = {}
+    for name in units:
+        with _Refusals(refused, f"units:{name}"):
+            of_units[name] = _of_units(survey, name, study.folded)
     lively = _lively(network)
     for name in sorted({"", *layers}) if "layer" not in refused else ():
         with _Refusals(refused, f"layer:{name}"):
@@ -97,6 +109,10 @@ def examine(
         attention,
         logits.shape[1],
         sum(each.shape[0] * (each.special + each.shape[1] * each.shape[2]) for each in survey.layers),
+        of_units,
+        [name for name, _ in network.named_modules() if name],
+        list(study.linear),
+        study.rectified,
     )
 
 
@@ -127,6 +143,17 @@ def linear_in(network: nn.Module, images: torch.Tensor) -> bool:
     a, b, both, turned, none = made.double()
     scale = EXACT * made.double().abs().max()
     return bool(max((a + b - both - none).abs().max(), (turned + 2 * a - 3 * none).abs().max()) <= scale)
+
+
+def _of_units(survey: Survey, name: str, folded: Set[str]) -> LayerInfo:
+    """Return a layer that has units, and a relevance of its own."""
+    known = {layer.name: layer for layer in survey.layers}
+    if name not in known:
+        reason = survey.refused.get(name)
+        raise MicrotomeError(f"layer {name!r} {reason}" if reason else f"no layer {name!r}{nearest(name, known)}")
+    if name in folded:
+        raise MicrotomeError(no_relevance(name))
+    return known[name]
 
 
 def normalised_by(logits: torch.Tensor) -> Normalised:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import fnmatch
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from pipeline.networks.layer import LayerInfo
 
+DEPTH = re.compile(r"depth (\d+)(-(\d*))?")
+"""Names linear layers by their number in the forward, from 1 on: `depth 3`, `depth 1-4`, `depth 5-`."""
+INPUT_RULES = ("z_b", "w_squared")
+"""Rules of LRP for the linear map that reads the input itself."""
 Pooling = Literal["mean", "sum"]
 Link = Literal["logit", "probability", "log_probability"]
 Normalised = Literal["", "softmax", "log_softmax"]
@@ -51,6 +57,9 @@ class Explainable:
     normalised : whether the network ends in a softmax or its logarithm.
     attention : if there is attention over the whole image.
     classes : logits of an image. values : of all outputs of layers, for an image.
+    units : layers by name, for the relevance of their units. modules : names of all modules.
+    linear_maps : the modules that call convolutions and linear maps, in order, and whether each reads the input itself.
+    rectified : whether the network calls ReLU.
     """
 
     refused: dict[str, str] = field(default_factory=dict)
@@ -62,6 +71,10 @@ class Explainable:
     attention: Attention | None = None
     classes: int = 0
     values: int = 0
+    units: dict[str, LayerInfo] = field(default_factory=dict)
+    modules: list[str] = field(default_factory=list)
+    linear_maps: list[tuple[str, bool]] = field(default_factory=list)
+    rectified: bool = False
 
     def why_not(self, needs: Sequence[str], layer: str | None) -> str:
         """Return why a method with these needs, and a layer of this name, does not apply; empty if it does."""
@@ -76,13 +89,23 @@ class Explainable:
         """Return what `json` gave; nothing was asked, or could be, where the answer is empty."""
         if not answer:
             return Explainable()
-        layers = {name: _layer(each) for name, each in answer["layers"].items()}
+        layers, units = ({name: _layer(each) for name, each in answer[key].items()} for key in ("layers", "units"))
         heads = {name: Head(**each) for name, each in answer["heads"].items()}
         attention = answer["attention"]
         if attention is not None:
             attention = Attention(_layer(attention["layer"]), tuple(attention["read"]))
-        return Explainable(**{**answer, "layers": layers, "heads": heads, "attention": attention})
+        read = {"layers": layers, "units": units, "heads": heads, "attention": attention}
+        read["linear_maps"] = [(module, bool(raw)) for module, raw in answer["linear_maps"]]
+        return Explainable(**{**answer, **read})
 
 
 def _layer(told: Mapping[str, Any]) -> LayerInfo:
     return LayerInfo(**{**told, "shape": tuple(told["shape"])})
+
+
+def matches(pattern: str, module: str, depth: int) -> bool:
+    """Return whether a pattern names a linear map: by its module, or by its number in the forward, from 1 on."""
+    if (found := DEPTH.fullmatch(pattern)) is None:
+        return fnmatch.fnmatchcase(module, pattern)
+    first, several, last = found.groups()
+    return int(first) <= depth and (depth <= int(last) if last else bool(several) or depth == int(first))

@@ -192,6 +192,13 @@ def gradients(
     )
 
 
+def output_of(network: nn.Module, inputs: torch.Tensor, layer: str | None, sites: CallSites) -> torch.Tensor:
+    """Return the output of the network, or of a layer, from one forward through call sites."""
+    refuse_training(network)
+    with frozen(network), torch.enable_grad(), one_attention_path(), _repeatable(inputs), sites:
+        return _output(network, inputs.detach().requires_grad_().clone(), layer)
+
+
 def scores(network: nn.Module, inputs: torch.Tensor, target: Target, rows: int = 0) -> torch.Tensor:
     """Compute the score of each image, (image,), without gradients; refuse the same networks as `gradients`.
 

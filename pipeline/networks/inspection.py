@@ -48,11 +48,12 @@ class Ablation(BaseModel):
 
 
 class Explanation(BaseModel):
-    """The layers whose positions explanations name, "" for the default."""
+    """The layers whose positions explanations name, "" for the default, and those whose units they name."""
 
     model_config = ConfigDict(extra="forbid")
 
     layers: list[str]
+    units: list[str] = []
 
 
 class Request(BaseModel):
@@ -169,7 +170,7 @@ def _explainable(
     """Return what a network has of what explanations need, with random weights."""
     network = build(spec).eval()
     images = torch.randn((2, *input_shape), generator=torch.Generator().manual_seed(0))
-    return examine(network, surveyed, images, wanted.layers, lambda: build(spec))
+    return examine(network, surveyed, images, wanted.layers, lambda: build(spec), wanted.units)
 
 
 def _notices(spec: NetworkSpec, surveyed: Survey, classes: int | None) -> Iterator[str]:

@@ -208,9 +208,23 @@ class Network(_Folder["Layer"]):
     def attributions(self) -> dict[str, dict[str, xr.Dataset]]:
         """By experiment and method: attribution (image, y, x), target, score and residual (image)."""
         found: dict[str, dict[str, xr.Dataset]] = {}
-        for store in sorted(self.path.glob("attributions/*/*.zarr")):
+        for store in self._maps("attributions/*/*.zarr", relevance=False):
             found.setdefault(store.parent.name, {})[store.stem] = _open(store)
         return found
+
+    @cached_property
+    def relevance(self) -> dict[str, dict[str, dict[str, xr.Dataset]]]:
+        """By experiment, method and layer: relevance (image, unit) of the layers that LRP names."""
+        found: dict[str, dict[str, dict[str, xr.Dataset]]] = {}
+        for store in self._maps("attributions/*/*-relevance.zarr", relevance=True):
+            groups = _open(store).attrs["groups"]
+            of_layers = {layer: _open(store / group) for layer, group in groups.items()}
+            found.setdefault(store.parent.name, {})[store.stem.removesuffix("-relevance")] = of_layers
+        return found
+
+    def _maps(self, pattern: str, relevance: bool) -> list[Path]:
+        """Return the stores of attributions, those of the maps of methods or those of the relevance of units."""
+        return [each for each in sorted(self.path.glob(pattern)) if ("groups" in _open(each).attrs) == relevance]
 
     @property
     def units(self) -> list[dict[str, Any]]:

@@ -23,8 +23,9 @@ from pipeline.networks.gradients import Logit
 from pipeline.networks.graph.call_sites import frozen
 from pipeline.networks.layers import survey
 from pipeline.stages.attribute.methods.differences import deeplift
+from pipeline.stages.attribute.methods.lrp import lrp
 from pipeline.stages.attribute.methods.registry import FUNCTIONS
-from pipeline.stages.attribute.options import METHODS, OPTIONS, DeepLift
+from pipeline.stages.attribute.options import METHODS, OPTIONS, DeepLift, Lrp
 from pipeline.stages.attribute.subject import Known, Subject
 from tests.bench.black_boxes import black_boxes, squared_errors
 from tests.bench.timing import seconds
@@ -37,6 +38,16 @@ ALLOWED = {
     "integrated_gradients": 33.0,
 }
 OF_DIFFERENCES = {"resnet18": {"deeplift": 1.6, "reveal_cancel": 6.0}, "vit_b_16": {"deeplift": 2.5}}
+RULES = {
+    "alpha 1": {"alpha": 1},
+    "alpha 2": {"alpha": 2},
+    "epsilon": {"rule": "epsilon"},
+    "gamma": {"rule": "gamma"},
+}
+OF_RELEVANCE = {
+    "resnet18": {"alpha 1": 3.5, "alpha 2": 3.5, "epsilon": 2.5, "gamma": 3.5},
+    "vit_b_16": {"alpha 1": 4.0, "epsilon": 4.0, "gamma": 4.0},
+}
 SIZE = 224
 
 
@@ -51,6 +62,8 @@ def main() -> None:
     measure("resnet18", torchvision.models.resnet18().eval(), given.images, given.rounds)
     small = {"image_size": SIZE, "patch_size": 16, "num_layers": 4, "num_heads": 3, "hidden_dim": 192, "mlp_dim": 768}
     measure("a small ViT", torchvision.models.VisionTransformer(**small).eval(), given.images, given.rounds)
+    for name, allowed in OF_RELEVANCE.items():
+        measure_relevance(name, allowed, 2 if name == "vit_b_16" else given.images, given.rounds)
     for name, allowed in OF_DIFFERENCES.items():
         measure_differences(name, allowed, given.images, given.rounds)
     black_boxes(torchvision.models.resnet18().eval(), given.images, given.rounds)
@@ -122,7 +135,25 @@ def explained(network: nn.Module, inputs: torch.Tensor, target: Logit, method: s
         [info.name] if needs_layer else [],  # type: ignore[attr-defined]
         kind.shares and not needs_layer,
     )
-    FUNCTIONS[method](subject, options, **({"layer": info} if needs_layer else {}))
+    FUNCTIONS[method](subject, options, Known(info) if needs_layer else Known())  # type: ignore[arg-type]
+
+
+def measure_relevance(name: str, allowed: dict[str, float], images: int, rounds: int) -> None:
+    """Time LRP besides the pass that gives scores to all methods; the network was studied before."""
+    network = torchvision.models.get_model(name).eval()
+    for rule, bound in allowed.items():
+        options = Lrp(**RULES[rule])
+        of_relevance(network, options, 2)
+        ratios = [of_relevance(network, options, images) for _ in range(rounds)]
+        print(f"{name:13} {'lrp, ' + rule:34} {statistics.median(ratios):12.3f}   {bound:.2f}", flush=True)
+
+
+def of_relevance(network: nn.Module, options: Lrp, images: int) -> float:
+    inputs, target = torch.randn(images, 3, SIZE, SIZE), Logit(torch.arange(images))
+    plain = seconds(lambda: forward_and_backward(network, inputs, target))
+    subject = Subject(network, inputs, target, batch=images, of_inputs=False)
+    assert subject.score.shape == (images,)
+    return seconds(lambda: lrp(subject, options, Known())) / plain
 
 
 def of_package(network: nn.Module, inputs: torch.Tensor, target: Logit, layer: str) -> float | None:

@@ -1,8 +1,8 @@
 """Which method finds the strokes that make a digit? The log-odds of Shrikumar et al. (ICML 2017), section 4.1.
 
     python -m tests.bench.log_odds_table split data/mnist/test10000.npz data/mnist/digits.npz
-    snakemake network --configfile config/digits.yaml
-    python -m tests.bench.log_odds_table measure config/digits.yaml [--images 1000] [--figure log_odds.png]
+    snakemake network --configfile config/explain-digits.yaml
+    python -m tests.bench.log_odds_table measure config/explain-digits.yaml [--images 1000] [--figure log-odds.svg]
 
 `split` writes the digits with four of five images in the split `train`. `measure` takes the first validation images
 that the trained network gets right. For each, the pixels that speak for its digit and against the most probable other
@@ -46,7 +46,8 @@ def split(source: Path, to: Path) -> None:
     print(f"{to}: {(parts == 'train').sum()} images to train on, {(parts == 'validation').sum()} others")
 
 
-def measure(config: Path, images: int, figure: Path | None) -> None:
+def measure(config: Path, images: int) -> tuple[float, dict[str, np.ndarray]]:
+    """Return the network's accuracy on the validation images, and the changes of the log-odds by method."""
     plan = planner.make(experiment.load(config))
     spec = plan.networks["strided"]
     network = load(spec, plan.results / "networks" / "strided" / "model.safetensors")
@@ -57,14 +58,11 @@ def measure(config: Path, images: int, figure: Path | None) -> None:
     with torch.no_grad():
         logits = network(inputs)
     right = logits.argmax(1) == labels
-    print(f"{int(right.sum())} of {len(labels)} validation images right: {100 * float(right.float().mean()):.2f} %")
     rows = right.nonzero()[:images, 0]
     inputs, labels, logits = inputs[rows], labels[rows], logits[rows]
     others = logits.scatter(1, labels[:, None], -torch.inf).argmax(1)
     changes = {name: changed(network, inputs, logits, labels, others, *METHODS[name]) for name in METHODS}
-    print("\n".join(lines(changes)))
-    if figure is not None:
-        draw(changes, figure)
+    return float(right.double().mean()), changes
 
 
 def changed(
@@ -122,12 +120,13 @@ def lines(changes: Mapping[str, np.ndarray]) -> list[str]:
 def draw(changes: Mapping[str, np.ndarray], to: Path) -> None:
     import matplotlib.pyplot as plt
 
+    plt.rcParams["svg.hashsalt"] = "log-odds"  # the same bytes each time
     ordered = sorted(changes, key=lambda name: changes[name].mean())
     figure, axes = plt.subplots(figsize=(7, 2.6), layout="constrained")
     axes.boxplot([changes[name] for name in ordered], orientation="horizontal", whis=(5, 95), showfliers=False)
     axes.set_yticks(range(1, len(ordered) + 1), ordered)
     axes.set_xlabel("fall of the log-odds")
-    figure.savefig(to, dpi=150)
+    figure.savefig(to, dpi=150, metadata={"Date": None} if to.suffix == ".svg" else None)
 
 
 if __name__ == "__main__":
@@ -145,4 +144,8 @@ if __name__ == "__main__":
         split(given.source, given.to)
     else:
         torch.set_num_threads(1)
-        measure(given.config, given.images, given.figure)
+        accuracy, found = measure(given.config, given.images)
+        print(f"{100 * accuracy:.2f} % of the validation images right")
+        print("\n".join(lines(found)))
+        if given.figure is not None:
+            draw(found, given.figure)

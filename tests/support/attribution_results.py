@@ -61,8 +61,9 @@ def write_attributions(
         if METHODS[kind].baseline:
             columns["baseline_score"] = scores - 1
         store = store_of(folder, name)
+        options = OPTIONS[kind]().model_dump() | (settings or {}).get(name, {})
         attributes = {
-            "method": kind, "law": METHODS[kind].law, "settings": OPTIONS[kind]().model_dump() | (settings or {}).get(name, {}),
+            "method": kind, "law": METHODS[kind].law, "settings": options,
             "split": "validation", "targets": targets, "score": "logit", "baseline": "black",
             "image_size": [height, width], "classes": classes, "logits": len(classes) if logits is None else logits,
         }  # fmt: skip

@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,7 @@ def data(folder: Path) -> None:
     rows = "".join(f"{at}.bmp,{name}\n" for at, name in enumerate(("dog", "cat", "dog", "cat", "cow")))
     (root / "imagenet_samples/labels.csv").write_text("path,label\n" + rows)
     arrays(root / "mnist/test10000.npz")
+    arrays(root / "mnist/digits.npz", split=["train", "validation"] * 15)
     models = "cifar_resnet20 cifar_resnet56 cifar_vit_d4h4_torchvision mnist_lenet5 mnist_vit_d6"
     models += " imagenet_squeezenet1_0 imagenet_mobilenet_v2_plain imagenet_efficientnet_lite0"
     for name in models.split():
@@ -69,12 +70,12 @@ def data(folder: Path) -> None:
     miniatures.old(root)
 
 
-def arrays(path: Path) -> None:
-    """Write images of 28 x 28 and labels as an npz, uncompressed."""
+def arrays(path: Path, **more: Sequence[str]) -> None:
+    """Write images of 28 x 28 and labels as an npz, uncompressed, and more columns."""
     import numpy as np
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(path, x=np.zeros((30, 28, 28), np.uint8), y=np.arange(30) % 10)
+    np.savez(path, x=np.zeros((30, 28, 28), np.uint8), y=np.arange(30) % 10, **more)
 
 
 def ready_made() -> dict[str, dict[str, Any]]:

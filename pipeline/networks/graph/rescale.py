@@ -109,7 +109,7 @@ class Differences(CallSites):
         self._next += 1
         for mine, other in zip(found, like, strict=False):
             if other is not None and not self._fits(mine.shape, other.shape):
-                raise UnclearError
+                raise self._unlike(name, "gets something of another shape than in the reference's forward")
         return found
 
     def _fits(self, reference: torch.Size, given: torch.Size) -> bool:
@@ -278,38 +278,48 @@ class Rescale(Differences):
             with self:
                 return argument(call, 0, "input").neg().softmax(taken_apart.softmax_of(call).dim)
         if call.name == "logsumexp":
-            u, dims, dtype = argument(call, 0, "input"), argument(call, 1, "dim"), None
+            u, dims = argument(call, 0, "input"), argument(call, 1, "dim")
         else:
             read = taken_apart.softmax_of(call)
-            u, dims, dtype = read.x, read.dim, read.dtype
+            u, dims = read.x, read.dim
+            if read.dtype not in (None, u.dtype):
+                return self._in_another_type(call, read)
         with torch.no_grad():
             y = call.run()
-        if dtype is not None and dtype != u.dtype:
-            if torch.finfo(dtype).bits > torch.finfo(u.dtype).bits:
-                with self:
-                    return call.function(u.to(dtype), dims)
-            y = y.to(u.dtype)  # rounded as the network does; what follows sends back in full precision
         if self.recording:
-            self.keep(call.name, u, y)
+            self.keep(call.name, u)
             return self._sent(y, None, u)
-        u0, y0 = self.kept(call.name, (u, y))
-        if call.name == "logsumexp":
-            inner, _, _ = secants.of_logsumexp(u.detach(), u0, dims)
-            keepdim = argument(call, 2, "keepdim", False)
-
-            def of_sum(sent: torch.Tensor) -> tuple[torch.Tensor]:
-                return (inner * (sent if keepdim else _unsqueezed(sent, dims, u.ndim)),)
-
-            return self._sent(y, of_sum, u)
+        (u0,) = self.kept(call.name, (u,))
+        given = u.detach()
+        if call.name == "softmax":
+            outer, inner = secants.of_softmax(given, u0, dims)
+            return self._sent(y, lambda sent: (secants.sent_through_softmax(sent, outer, inner, dims),), u)
+        inner, _, _ = secants.of_logsumexp(given, u0, dims)
         if call.name == "log_softmax":
-            inner, _, _ = secants.of_logsumexp(u.detach(), u0, dims)
             return self._sent(y, lambda sent: (sent - inner * sent.sum(dims, keepdim=True),), u)
-        outer, inner = secants.of_softmax(u.detach(), u0, dims)
-        if dtype is not None and dtype != u.dtype:
-            exact, exact0 = u.detach().softmax(dims), u0.softmax(dims)
-            same = exact == exact0
-            outer = outer * torch.where(same, 1.0, (y - y0) / (exact - exact0).masked_fill(same, 1.0))
-        return self._sent(y, lambda sent: (secants.sent_through_softmax(sent, outer, inner, dims),), u)
+        keepdim = argument(call, 2, "keepdim", False)
+        return self._sent(y, lambda sent: (inner * (sent if keepdim else _unsqueezed(sent, dims, u.ndim)),), u)
+
+    def _in_another_type(self, call: Call, read: taken_apart.Softmax) -> Any:
+        """Compute softmax in a wider type; or in its own, and then round it as the network does.
+
+        What is rounded keeps its own type: what follows sends back in full precision.
+        """
+        wide = torch.finfo(read.dtype).bits > torch.finfo(read.x.dtype).bits  # type: ignore[arg-type]
+        with self:
+            x = read.x.to(read.dtype) if wide else read.x
+            exact = x.log_softmax(read.dim) if call.name == "log_softmax" else x.softmax(read.dim)
+        if wide:
+            return exact
+        with torch.no_grad():
+            y = call.run().to(exact.dtype)
+        if self.recording:
+            self.keep("rounding", exact, y)
+            return self._sent(y, None, exact)
+        exact0, y0 = self.kept("rounding", (exact, y))
+        same = exact.detach() == exact0
+        slope = torch.where(same, 1.0, (y - y0) / (exact.detach() - exact0).masked_fill(same, 1.0))
+        return self._sent(y, lambda sent: (sent * slope,), exact)
 
     def _norm(self, call: Call) -> Any:
         norm = taken_apart.norm_of(self, call)
@@ -366,11 +376,13 @@ class Rescale(Differences):
 
             slope = maxima.shapley_of_max(windows(given), windows(u0)).reshape(*rows, -1)
             place = within.reshape(-1).expand(slope.shape)
+        first = torch.arange(math.prod(rows), device=place.device)[:, None] * size
+        index = (place.reshape(len(first), -1) + first).flatten()  # of one dimension: so a GPU adds in the same order
 
         def back(sent: torch.Tensor) -> tuple[torch.Tensor]:
-            found = torch.zeros((*rows, size), dtype=sent.dtype, device=sent.device)
             own = sent.flatten(outer).repeat_interleave(each, -1) if each > 1 else sent.flatten(outer)
-            return (found.scatter_add_(-1, place, own * slope).reshape(u.shape),)
+            found = torch.zeros(u.numel(), dtype=sent.dtype, device=sent.device)
+            return (found.scatter_add_(0, index, (own * slope).flatten()).reshape(u.shape),)
 
         return self._sent(y, back, u), at
 
@@ -507,6 +519,28 @@ def _added_matrices(
     return input * beta + first @ second * alpha
 
 
+def _euclidean(
+    sites: CallSites, x: torch.Tensor, ord: Any = 2, dim: Any = None, keepdim: bool = False, **named: Any
+) -> torch.Tensor:
+    if ord != 2 or dim is None or named.get("dtype") is not None:
+        raise sites.refusal("vector_norm", "is Euclidean over dimensions, or has no rule")
+    return (x * x).sum(dim, keepdim=keepdim).sqrt()
+
+
+def _variance(sites: CallSites, input: torch.Tensor, dim: Any = None, *args: Any, **kwargs: Any) -> torch.Tensor:
+    if dim is None or isinstance(dim, bool):
+        raise sites.refusal("var", "over all values takes images together")
+    correction = kwargs.get("correction", kwargs.get("unbiased", args[0] if args else 1))
+    keepdim = kwargs.get("keepdim", args[1] if len(args) > 1 else False)
+    deviation = input - input.mean(dim, keepdim=True)
+    count = math.prod(input.shape[at] for at in _dims(dim))
+    return (deviation * deviation).sum(dim, keepdim=keepdim) / max(count - int(correction), 0)
+
+
+def _deviation(sites: CallSites, input: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    return _variance(sites, input, *args, **kwargs).sqrt()
+
+
 def _fused_attention(sites: CallSites, *args: Any, **kwargs: Any) -> torch.Tensor:
     return taken_apart.scaled_dot_product_attention(sites, taken_apart.over_keys, *args, **kwargs)
 
@@ -514,6 +548,10 @@ def _fused_attention(sites: CallSites, *args: Any, **kwargs: Any) -> torch.Tenso
 TAKEN_APART: dict[str, Callable[..., Any]] = {
     "scaled_dot_product_attention": _fused_attention,
     "multi_head_attention_forward": taken_apart.multi_head_attention_forward,
+    "linalg_vector_norm": _euclidean,
+    "vector_norm": _euclidean,
+    "var": _variance,
+    "std": _deviation,
     "glu": _glu,
     "addcmul": _added_product,
     "addmm": _added_matrices,

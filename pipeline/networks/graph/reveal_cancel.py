@@ -59,6 +59,9 @@ class RevealCancel(Differences):
 
     def rule(self, call: Call) -> Any:
         name = call.name
+        if not call.args:  # the input by its name
+            rest = dict(call.kwargs)
+            call = Call(name, call.function, (rest.pop("input"),), rest)
         if self.recording:
             return self._recorded(call)
         if name in WRITERS:
@@ -113,7 +116,7 @@ class RevealCancel(Differences):
         if call.name in WRITERS | CHOICES:
             return NotImplemented
         if call.name == "relu" or call.name in SMOOTH or call.name in KINKED:
-            u = call.args[0] if call.args else call.kwargs["input"]
+            u = call.args[0]
             with torch.no_grad():
                 y = call.run()
             self.keep(call.name, u, y)
@@ -168,13 +171,9 @@ class RevealCancel(Differences):
 
     def _elementwise(self, call: Call) -> Any:
         """Give both parts their Shapley values: half of what each adds alone, half of what it adds to the other."""
-        u = call.args[0] if call.args else call.kwargs["input"]
-        named = {name: value for name, value in call.kwargs.items() if name != "input"}
-        if live(call.args[1:], named) or not live(u):
+        u, function = call.args[0], self._of_first(call)
+        if live(call.args[1:], call.kwargs) or not live(u):
             raise self.refusal(call.name, "depends on the input in two ways, which has no rule")
-
-        def function(value: torch.Tensor) -> torch.Tensor:
-            return call.function(value, *call.args[1:], **named)
 
         with torch.no_grad():
             y = function(u)
@@ -224,7 +223,7 @@ class RevealCancel(Differences):
         weight, rest = argument(call, 1, "weight"), call.args[3:]
         if live(weight, argument(call, 2, "bias")):
             raise self.refusal(call.name, "of two factors that depend on the input has no rule")
-        named = {name: value for name, value in call.kwargs.items() if name not in ("input", "weight", "bias")}
+        named = {name: value for name, value in call.kwargs.items() if name not in ("weight", "bias")}
         return self._linear(
             call,
             argument(call, 0, "input"),

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,17 +15,21 @@ from pipeline.config.base import UNTRAINED
 from pipeline.errors import MicrotomeError
 from pipeline.report.experiment import Experiment, file_names
 from pipeline.stages.attribute.options import METHODS
-from pipeline.stages.attribute.results import ROUNDING, Attributed, Explained, store_of
+from pipeline.stages.attribute.results import ROUNDING, Attributed, Explained, group_of, store_of, unit_relevance
 from pipeline.storage.manifest import Manifest, latest
 from pipeline.storage.store import StoreRef
 
+MAIN = "attribution"
+"""The array of the maps that a method is about."""
+EXTRA = {"relevance": "positive contributions", "counter_relevance": "negative contributions"}
+"""Arrays of further maps, and what they are for readers."""
 SHOWN = 1000
 """Images of an experiment that its page shows."""
 
 
 @dataclass(frozen=True)
 class MethodMaps:
-    """The maps of one method.
+    """The maps of one method: those that it is about, or others that it keeps beside them.
 
     Attributes
     ----------
@@ -34,6 +38,8 @@ class MethodMaps:
     tolerance : of the residual of its law.
     target : (image, rank) class that is explained, -1 where none is.
     residual : (image, rank) of the law, NaN where it has none.
+    array : of the store that holds the maps.
+    relevance : the stores of the relevance of units, by layer.
     """
 
     facts: Explained
@@ -41,15 +47,18 @@ class MethodMaps:
     tolerance: float
     target: np.ndarray
     residual: np.ndarray
+    array: str = MAIN
+    relevance: Mapping[str, StoreRef] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
-        return self.facts.name
+        return self.facts.name if self.array == MAIN else f"{self.facts.name}.{self.array}"
 
     @property
     def title(self) -> str:
         """Its method's name for readers."""
-        return METHODS[self.facts.method].title
+        title = METHODS[self.facts.method].title
+        return title if self.array == MAIN else f"{title}, {EXTRA[self.array]}"
 
     @property
     def image_sized(self) -> bool:
@@ -77,7 +86,7 @@ class MethodMaps:
 
     def maps(self, slots: Sequence[int]) -> np.ndarray:
         """Return the maps of images (image, rank, y, x) float32; these may lie in one shard only, to read little."""
-        return read_maps(self.store, slots)
+        return read_maps(self.store, slots, self.array)
 
 
 @dataclass(frozen=True)
@@ -172,8 +181,7 @@ def read_attributions(results: Path, dataset: str, network: str, experiment: str
         if manifest is None:
             raise FileNotFoundError(f"no manifest in {done}")
         methods = [
-            _method(StoreRef.of_manifest(folder, store_of(folder, facts.name).name, manifest.files), facts)
-            for facts in Attributed.read(manifest.result).methods
+            each for facts in Attributed.read(manifest.result).methods for each in _methods(folder, manifest, facts)
         ]
         first = methods[0].store
         score = _by_rank(first, "score")
@@ -197,10 +205,24 @@ def read_attributions(results: Path, dataset: str, network: str, experiment: str
         ) from error
 
 
-def _method(store: StoreRef, facts: Explained) -> MethodMaps:
+def _methods(folder: Path, manifest: Manifest, facts: Explained) -> Iterator[MethodMaps]:
+    """Yield the maps that a method is about, and those that it keeps beside them, which have no law."""
+    store = StoreRef.of_manifest(folder, store_of(folder, facts.name).name, manifest.files)
     settings = store.open().attrs["settings"]
     tolerance = float(settings["tolerance"]) if METHODS[facts.method].own_tolerance else ROUNDING
-    return MethodMaps(facts, store, tolerance, _by_rank(store, "target"), _by_rank(store, "residual"))
+    target, residual = _by_rank(store, "target"), _by_rank(store, "residual")
+    relevance = {
+        layer: StoreRef.of_manifest(
+            folder, f"{store_of(folder, unit_relevance(facts.name)).name}/{group_of(layer)}", manifest.files
+        )
+        for layer in facts.units
+    }
+    main = MethodMaps(facts, store, tolerance, target, residual, relevance=relevance)
+    yield main
+    plain = facts.model_copy(update={"law": ""})
+    for array in EXTRA:
+        if f"{array}/zarr.json" in store.files:
+            yield replace(main, facts=plain, residual=np.full_like(residual, np.nan), array=array, relevance={})
 
 
 def _column(store: StoreRef, name: str, first: int = 0, last: int | None = None) -> np.ndarray:
@@ -225,11 +247,44 @@ def _hash(image_id: str) -> bytes:
     return hashlib.sha256(image_id.encode("utf-8", "surrogateescape")).digest()
 
 
-def read_maps(store: StoreRef, slots: Sequence[int]) -> np.ndarray:
+def read_maps(store: StoreRef, slots: Sequence[int], array: str = MAIN) -> np.ndarray:
     """Return the maps of images (image, rank, y, x) float32, NaN where there is none."""
     first = min(slots)
-    found = _column(store, "attribution", first, max(slots))[np.asarray(slots) - first]
+    found = _column(store, array, first, max(slots))[np.asarray(slots) - first]
     return found if found.ndim == 4 else found[:, None]
+
+
+@dataclass(frozen=True)
+class UnitRelevance:
+    """The relevance of the units of a layer, (image[, rank], unit): how much they speak for what is explained.
+
+    `title` is the method's, for readers.
+    """
+
+    title: str
+    store: StoreRef
+
+    def most_relevant(self, units: Sequence[int], shown: np.ndarray, count: int) -> list[list[int]]:
+        """Return the images with the highest relevance of each unit, if positive, of those that may be `shown`.
+
+        Of several classes of an image, the first counts. Ties by image number.
+        """
+        columns = np.asarray(units)
+        values = np.full((0, len(columns)), -np.inf, np.float32)
+        images = np.zeros((0, len(columns)), np.int64)
+        array = self.store.open()["relevance"]
+        for shard in self.store.shards("relevance"):
+            start = shard * array.chunks[0]
+            block = np.asarray(array[start : start + array.chunks[0]])
+            block = (block if block.ndim == 2 else block[:, 0])[:, columns]
+            rows = np.arange(start, start + len(block))
+            rows = rows[(rows < len(shown))]
+            rows = rows[shown[rows]]
+            values = np.concatenate([values, np.nan_to_num(block[rows - start], nan=-np.inf)])
+            images = np.concatenate([images, np.broadcast_to(rows[:, None], (len(rows), len(columns)))])
+            order = np.argsort(-values, axis=0, kind="stable")[:count]
+            values, images = np.take_along_axis(values, order, 0), np.take_along_axis(images, order, 0)
+        return [images[values[:, at] > 0, at].tolist() for at in range(len(columns))]
 
 
 # In a report ----------------------------------------------------------------------------------------------------------
@@ -269,3 +324,13 @@ def explained_images(experiment: Experiment, dataset: str, network: str) -> set[
     """Return the images whose explanation is on that page."""
     found = explanations(experiment).get((dataset, network), [])
     return {slot for one in found for slot in one.trained.slots[:SHOWN]}
+
+
+def unit_relevance_of(experiment: Experiment, dataset: str, network: str) -> dict[str, UnitRelevance]:
+    """Return the relevance of the units of a network's layers, by layer: that of the first method that has it."""
+    found: dict[str, UnitRelevance] = {}
+    for one in explanations(experiment).get((dataset, network), []):
+        for title, method in zip(one.trained.titles(), one.trained.methods, strict=True):
+            for layer, store in method.relevance.items():
+                found.setdefault(layer, UnitRelevance(title, store))
+    return found

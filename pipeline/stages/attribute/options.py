@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
@@ -42,6 +42,10 @@ class Options(Strict):
     def kept(self) -> float:
         """Values that the pass of the method keeps for each value that a layer of the network gives."""
         return 3.0
+
+    def unit_layers(self, network: str = "", original: str = "") -> list[str]:
+        """Return the layers of a network whose units' relevance is stored; a control has those of its network."""
+        return []
 
 
 class Saliency(Options):
@@ -193,6 +197,100 @@ class Occlusion(Options):
         return self
 
 
+RuleName = Literal["alpha_beta", "epsilon", "gamma", "z_plus"]
+InputRule = Literal["z_b", "w_squared"]
+
+
+class RuleOptions(Strict):
+    """A rule of LRP: which, and its numbers."""
+
+    alpha: Annotated[float, Field(ge=1, le=100)] = Field(
+        1.0, description="`alpha_beta`: weight of positive contributions; above 1, the network needs ReLU"
+    )
+    beta: Annotated[float, Field(ge=0, le=99)] | None = Field(
+        None, description="`alpha_beta`: weight of negative contributions; it is alpha - 1"
+    )
+    epsilon: Annotated[float, Field(ge=0, le=1000)] = Field(
+        1e-6, description="`epsilon`: is added to the magnitude of what is divided by; 0 gives gradient x input"
+    )
+    gamma: Annotated[float, Field(ge=0, le=1000)] = Field(
+        0.25, description="`gamma`: how much more contributions of the unit's own sign count"
+    )
+
+    @model_validator(mode="after")
+    def _difference(self) -> RuleOptions:
+        if self.beta is not None and abs(self.alpha - self.beta - 1) > 1e-9:
+            raise ValueError(
+                f"beta: alpha - beta is {self.alpha - self.beta:g}, expected 1: with alpha {self.alpha:g}, beta is "
+                f"{self.alpha - 1:g}"
+            )
+        rule = self.rule  # type: ignore[attr-defined]
+        wanted = {"alpha_beta": {"alpha", "beta"}, "epsilon": {"epsilon"}, "gamma": {"gamma"}}.get(rule, set())
+        for key in ("alpha", "beta", "epsilon", "gamma"):
+            if key not in wanted and getattr(self, key) not in (None, type(self).model_fields[key].default):
+                raise ValueError(f"{key}: the rule `{rule}` has none")
+        return self
+
+
+class OwnRule(RuleOptions):
+    """The rule of some layers."""
+
+    rule: RuleName | InputRule = Field(description="which rule; `z_b` and `w_squared` are for the layer of the input")
+
+
+def _spelled_out(rules: Any) -> Any:
+    """Return rules in which a bare name stands for a rule with its defaults."""
+    if not isinstance(rules, Mapping):
+        return rules
+    return {pattern: {"rule": each} if isinstance(each, str) else each for pattern, each in rules.items()}
+
+
+class Lrp(RuleOptions, Options):
+    """Layer-wise relevance propagation (Bach et al. 2015)."""
+
+    method: Literal["lrp"] = Field("lrp", description="this method")
+    rule: RuleName = Field(
+        "alpha_beta", description="how a unit shares its relevance; `z_plus` is alpha_beta with alpha 1"
+    )
+    rules: Annotated[dict[str, OwnRule], BeforeValidator(_spelled_out)] = Field(
+        {},
+        description="other rules, by a pattern of module names (`features.*`) or `depth A-B`, counted from the input; "
+        "the first that matches decides",
+    )
+    preset: Literal["cp_lrp", "attn_lrp"] = Field(
+        "cp_lrp",
+        description="transformers: `cp_lrp` holds attention weights and deviations constant, `attn_lrp` expands them",
+    )
+    layers: list[str] | dict[str, list[str]] = Field(
+        [], description="layers whose units' relevance is stored as well, or by network"
+    )
+    keep: list[Literal["signs"]] = Field(
+        [], description="`signs`: what positive and what negative contributions bring to each pixel, apart"
+    )
+
+    def unit_layers(self, network: str = "", original: str = "") -> list[str]:
+        """Return the layers of a network whose units' relevance is stored; a control has those of its network."""
+        if isinstance(self.layers, dict):
+            return self.layers.get(network, self.layers.get(original, []))
+        return self.layers
+
+    @property
+    def every_rule(self) -> list[RuleOptions]:
+        return [self, *self.rules.values()]
+
+    @property
+    def kept(self) -> float:
+        return 6.0
+
+    @property
+    def passes(self) -> float:
+        """Forwards that take as long, measured on convolutional networks."""
+        rules = {each.rule for each in self.every_rule}  # type: ignore[attr-defined]
+        if rules == {"epsilon"}:
+            return 4.0
+        return 9.0 if any(each.alpha > 1 for each in self.every_rule) or "gamma" in rules else 6.0
+
+
 class OfMaxima(Options):
     max: Literal["cross", "shapley"] = Field(
         "cross", description="rule of max pooling: the cross-maximum, or the Shapley value of each window"
@@ -204,7 +302,7 @@ class OfMaxima(Options):
 
     @property
     def kept(self) -> float:
-        return 6.0
+        return 5.0
 
 
 class DeepLift(OfMaxima):
@@ -227,7 +325,7 @@ class DeepLift(OfMaxima):
 
     @property
     def kept(self) -> float:
-        return 12.0 if self.rule == "reveal_cancel" else super().kept
+        return 8.0 if self.rule == "reveal_cancel" else super().kept
 
 
 class OfSplit(Options):
@@ -457,7 +555,8 @@ AnyMethod = Annotated[
     | LinearShap
     | Lime
     | KernelShap
-    | Rise,
+    | Rise
+    | Lrp,
     Field(discriminator="method"),
 ]
 
@@ -605,6 +704,14 @@ METHODS: dict[str, Method] = {
         baseline=True,
         channels=False,
         facts=OF_BASELINE,
+    ),
+    "lrp": Method(
+        "LRP",
+        SHARE_OF_SCORE,
+        law="the map, biases and what is lost add up to the score",
+        needs=("gradient", "lrp"),
+        forwards=lambda options, size: options.passes,
+        facts=("bias", "leak", "magnitude"),
     ),
     "deeplift": Method(
         "DeepLIFT",

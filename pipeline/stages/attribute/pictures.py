@@ -45,6 +45,7 @@ class Source:
 
     store: StoreRef
     signed: bool
+    array: str
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ def tasks_of(experiment: Experiment, one: Explanation, prefix: str, figured: Seq
 
 
 def _source(method: MethodMaps, shard: int) -> Source:
-    return Source(method.store.of(["attribution"], [shard]), method.signed)
+    return Source(method.store.of([method.array], [shard]), method.signed, method.array)
 
 
 def draw(task: Task) -> tuple[str, Drawn]:
@@ -138,8 +139,8 @@ def draw(task: Task) -> tuple[str, Drawn]:
     slots, drawn = list(task.numbers), Drawn()
     stored = open_store(task.images)["image"]
     pixels = np.asarray(stored[slots[0] : slots[-1] + 1])[np.array(slots) - slots[0]]
-    maps = [read_maps(source.store, slots) for source in task.methods]
-    untrained = [None if source is None else read_maps(source.store, slots) for source in task.untrained]
+    maps = [read_maps(source.store, slots, source.array) for source in task.methods]
+    untrained = [None if source is None else read_maps(source.store, slots, source.array) for source in task.untrained]
     signed = [source.signed for source in task.methods]
     size = tile_size(task.size)
     for at, slot in enumerate(slots):

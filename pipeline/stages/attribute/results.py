@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 
@@ -22,6 +23,8 @@ LIKELY = 0.05
 At least twice that of chance."""
 ROUNDING = 1e-3
 """Tolerance of laws that hold but for the rounding of float32."""
+CANCELS = 10
+"""Sum of magnitudes, in scores, beyond which most of the relevance cancels."""
 COLUMNS = (
     "name",
     "method",
@@ -52,7 +55,7 @@ class Explained(Record):
     law : what its numbers promise; empty: nothing.
     images : explained. beyond : of these, beyond the tolerance.
     layer : whose positions the map lies on. note : what a reader has to know of it.
-    size : (y, x) of the map.
+    size : (y, x) of the map. units : layers whose units' relevance is stored.
     """
 
     name: str
@@ -63,6 +66,7 @@ class Explained(Record):
     size: tuple[int, int]
     layer: str | None = None
     note: str = ""
+    units: tuple[str, ...] = ()
 
 
 class Attributed(Record):
@@ -88,7 +92,7 @@ class Layout:
     images : slots. shard : images of a shard. ranks : classes of an image; None: there is no such dimension.
     size : (y, x) of the map. channels : (channel, y, x) of channel maps; None: not kept.
     facts : names of further numbers of each image. by_segment : names of numbers of each segment.
-    segments : how many an image has at most.
+    segments : how many an image has at most. maps : names of further maps.
     """
 
     images: int
@@ -99,27 +103,34 @@ class Layout:
     facts: Sequence[str]
     by_segment: Sequence[str] = ()
     segments: int = 0
+    maps: Sequence[str] = ()
 
     def arrays(self) -> dict[str, Array]:
         """Return the arrays of the store; an image that is not explained has NaN, and the target -1."""
-        ranks, dims = ((), ()) if self.ranks is None else ((self.ranks,), ("rank",))
-
-        def array(dtype: Any, fill: Any, names: tuple[str, ...] = (), shape: tuple[int, ...] = ()) -> Array:
-            own = (*ranks, *shape)
-            return Array(("image", *dims, *names), (self.images, *own), dtype, (self.shard, *own), fill=fill)
-
         found = {
-            "attribution": array(np.float32, np.nan, ("y", "x"), self.size),
-            "target": array(np.int64, -1),
-        }
+            name: self._array(np.float32, np.nan, ("y", "x"), self.size) for name in ("attribution", *self.maps)
+        } | {"target": self._array(np.int64, -1)}
         if self.channels is not None:
-            found["channel_attribution"] = array(np.float32, np.nan, ("channel", "y", "x"), self.channels)
+            found["channel_attribution"] = self._array(np.float32, np.nan, ("channel", "y", "x"), self.channels)
         for name in ("score", "residual", *self.facts):
-            found[name] = array(np.float32, np.nan)
+            found[name] = self._array(np.float32, np.nan)
         for name in self.by_segment:
-            found[name] = array(np.float32, np.nan, ("segment",), (self.segments,))
-        found["image_id"] = Array(("image",), (self.images,), str, (self.images,), fill=None)
+            found[name] = self._array(np.float32, np.nan, ("segment",), (self.segments,))
+        found["image_id"] = self.image_id
         return found
+
+    @property
+    def image_id(self) -> Array:
+        return Array(("image",), (self.images,), str, (self.images,), fill=None)
+
+    def relevance(self, units: int) -> Array:
+        """Return the array of the relevance of so many units, (image[, rank], unit)."""
+        return self._array(np.float32, np.nan, ("unit",), (units,))
+
+    def _array(self, dtype: Any, fill: Any, names: tuple[str, ...] = (), shape: tuple[int, ...] = ()) -> Array:
+        ranks, dims = ((), ()) if self.ranks is None else ((self.ranks,), ("rank",))
+        own = (*ranks, *shape)
+        return Array(("image", *dims, *names), (self.images, *own), dtype, (self.shard, *own), fill=fill)
 
 
 @dataclass(frozen=True)
@@ -188,6 +199,24 @@ def store_of(folder: Path, name: str) -> Path:
     return folder / f"{name}.zarr"
 
 
+RELEVANCE = "-relevance"
+
+
+def unit_relevance(name: str) -> str:
+    """Return the name of the store with the relevance of units, of a method by its name."""
+    return f"{name}{RELEVANCE}"
+
+
+def method_of(store: str) -> str:
+    """Return the name of the method that a store is of."""
+    return store.removesuffix(RELEVANCE)
+
+
+def group_of(layer: str) -> str:
+    """Return the group of a layer in a store of the relevance of units: its name, quoted where no folder has it."""
+    return quote(layer, safe=" ") if layer.startswith("__") or "/" in layer else layer
+
+
 def memory_need(
     parameters: int,
     values: int,
@@ -206,5 +235,8 @@ def memory_need(
     kept = max((each.kept for each in methods), default=0.0)
     references = sum(getattr(each, "references", 1) for each in methods)
     graph = int(4 * model.numerics.micro_batch * (16 * pixels + kept * values)) + 5 * references * pixels
-    maps = sum(4 * math.prod(each.size) * (1 + (each.channels or (0,))[0]) * (each.ranks or 1) for each in layouts)
+    maps = sum(
+        4 * math.prod(each.size) * (1 + len(each.maps) + (each.channels or (0,))[0]) * (each.ranks or 1)
+        for each in layouts
+    )
     return 3 * 4 * parameters + graph + images * (pixels + maps)

@@ -13,7 +13,8 @@ from pipeline.config.networks import Numerics, Preprocessing, SpecialTokens
 from pipeline.config.section import Chosen, Section, Selection
 from pipeline.errors import nearest
 from pipeline.networks.fitness import Link
-from pipeline.stages.attribute.options import METHODS, AnyMethod, OfLayer, Segmented
+from pipeline.stages.attribute.options import METHODS, AnyMethod, Lrp, OfLayer, Segmented
+from pipeline.stages.attribute.results import method_of
 from pipeline.storage.record import Record
 
 if TYPE_CHECKING:
@@ -112,7 +113,11 @@ def check(core: Core, section: Experiments) -> None:
             most = options.segments.most() if isinstance(options, Segmented) else None
             if isinstance(options, Segmented) and most is not None and (why := options.why_not(most)):
                 raise ValueError(f"{where}.{why}")
+            if method_of(method) != method and method_of(method) in asked.methods:
+                raise ValueError(f"{where}: is called like the relevance of units of {method_of(method)!r}: rename it")
             named = list(options.networks or ())
+            if isinstance(options, Lrp) and isinstance(options.layers, dict):
+                named += options.layers
             if isinstance(options, OfLayer) and isinstance(options.layer, dict):
                 named += options.layer
             for network in named:

@@ -7,12 +7,14 @@ Writes, for an experiment on a network and a data set, into <network>/attributio
     segments-<kind>-<id>.zarr   segments (image, y, x) · feature (image, segment), once for all methods that part images
                        the same way. They lie here, and not beside the images of the data set: they cost nothing
                        beside the forwards, only explained images have any, and two jobs never fill one store
+    <method>-relevance.zarr/<layer>  relevance (image[, rank], unit) of the layers that LRP names
     attributions.csv   a row for each method: how well it keeps its law, and what it costs
 See docs/attribution.md.
 """
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -24,7 +26,7 @@ from pydantic import TypeAdapter
 
 from pipeline.config.base import UNTRAINED
 from pipeline.errors import MicrotomeError, nearest
-from pipeline.networks.fitness import Explainable
+from pipeline.networks.fitness import DEPTH, INPUT_RULES, Explainable, matches
 from pipeline.networks.forward import platform_numerics
 from pipeline.networks.segmenters import wanted_categories
 from pipeline.plan import inspected
@@ -50,6 +52,7 @@ from pipeline.stages.attribute.options import (
     AnyMethod,
     IntegratedGradients,
     Labels,
+    Lrp,
     OfSplit,
     Options,
     Patches,
@@ -61,7 +64,7 @@ from pipeline.stages.attribute.options import (
 from pipeline.stages.attribute.settings import SECTION, Explanations, Settings, Targets
 from pipeline.stages.concepts.results import Labelled
 from pipeline.storage.identity import digest
-from pipeline.storage.manifest import Files, Manifest, within, write_file
+from pipeline.storage.manifest import Files, Manifest, below, within, write_file
 from pipeline.storage.object_storage import size_of
 from pipeline.workers.resumable import Parts
 from pipeline.workers.tasks import run_tasks
@@ -81,6 +84,7 @@ CODE = (
     "kernels/attribution/masks.py",
     "kernels/attribution/maxima.py",
     "kernels/attribution/paths.py",
+    "kernels/attribution/relevance.py",
     "kernels/attribution/rollout.py",
     "kernels/attribution/secants.py",
     "kernels/attribution/segments.py",
@@ -100,8 +104,11 @@ CODE = (
     "pipeline/networks/graph/call_sites.py",
     "pipeline/networks/graph/channels.py",
     "pipeline/networks/graph/gradient_flow.py",
+    "pipeline/networks/graph/ledger.py",
     "pipeline/networks/graph/operations.py",
+    "pipeline/networks/graph/propagated.py",
     "pipeline/networks/graph/rectified.py",
+    "pipeline/networks/graph/relevance_rules.py",
     "pipeline/networks/graph/rescale.py",
     "pipeline/networks/graph/reveal_cancel.py",
     "pipeline/networks/graph/taken_apart.py",
@@ -111,6 +118,7 @@ CODE = (
     "pipeline/networks/libraries",
     "pipeline/networks/positions.py",
     "pipeline/networks/prepare.py",
+    "pipeline/networks/relevance.py",
     "pipeline/networks/returned.py",
     "pipeline/stages/attribute/inputs.py",
     "pipeline/stages/attribute/methods",
@@ -210,8 +218,9 @@ def _file_digest(draft: Draft, where: str, file: str) -> str:
 
 def _own(options: Options, network: str, original: str) -> dict[str, Any]:
     """Return the options that matter to a network: its own layer alone."""
-    told = options.model_dump(exclude={"networks", "layer"})
-    layer = options.layer_name(network, original)
+    told = options.model_dump(exclude={"networks", "layer", "layers"})
+    layer, units = options.layer_name(network, original), options.unit_layers(network, original)
+    told |= {"layers": units} if units else {}
     return told if layer is None else told | {"layer": layer or None}
 
 
@@ -260,6 +269,11 @@ def layer_names(methods: Mapping[str, Options]) -> list[str]:
     return sorted({layer for options in methods.values() if (layer := options.layer_name()) is not None})
 
 
+def unit_layers(methods: Mapping[str, Options]) -> list[str]:
+    """Return the layers whose units' relevance methods store."""
+    return sorted({layer for options in methods.values() for layer in options.unit_layers()})
+
+
 def run(job: Job[Settings]) -> None:
     from pipeline.stages.attribute import tasks
     from pipeline.storage.store import (
@@ -275,12 +289,13 @@ def run(job: Job[Settings]) -> None:
     job.begin()
     images, methods = job.images, methods_of(job.settings)
     with job.workers() as workers:
-        asked = job.model, images.size, layer_names(methods)
+        asked = job.model, images.size, layer_names(methods), unit_layers(methods)
         parameters, found = next(run_tasks(workers, tasks.examine_network, [asked], 1, f"{job.name}: network"))
         if said := list(objections(job, methods, found)):
             raise MicrotomeError("\n  ".join(said))
         shards = shards_of(job)
         layouts = {name: layout_of(job, options, found) for name, options in methods.items()}
+        of_units = [results.unit_relevance(name) for name, options in methods.items() if options.unit_layers()]
         stores = {name: results.store_of(job.folder, name) for name in methods}
         compares = any(METHODS[options.kind].baseline for options in methods.values())
         baseline = baseline_of(job, workers) if compares else "black"
@@ -290,7 +305,7 @@ def run(job: Job[Settings]) -> None:
         parted = segments.settings_of(methods)
         patches = tasks.patches_of(found)
         parted_layouts = {name: segment_layout(job, each, patches) for name, each in parted.items()}
-        stores |= {name: results.store_of(job.folder, name) for name in parted}
+        stores |= {name: results.store_of(job.folder, name) for name in (*parted, *of_units)}
         categories = {each.name: each.place for each in labelled.categories} if labelled is not None else {}
         targets = targets_of(job.settings)
         work = tasks.Work(
@@ -312,8 +327,8 @@ def run(job: Job[Settings]) -> None:
         )
         job.check_memory(need, REMEDY)
         parts = {}
-        for name, store in stores.items():
-            arrays = work.layout(name).arrays()
+        for name in (*methods, *parted):
+            store, arrays = stores[name], work.layout(name).arrays()
             remove_other_arrays(store, arrays)
             if name in parted:
                 create(store, arrays, segment_attributes(job, parted[name], labelled))
@@ -323,6 +338,9 @@ def run(job: Job[Settings]) -> None:
                 ids = ids_of(job, work, name, shards, labelled)
             remove_partials(store)
             parts[name] = Parts(store, ids)
+        for name in of_units:
+            create_relevance(job, work, name)
+            parts[name] = Parts(stores[name], relevance_ids(work, name, parts[results.method_of(name)].ids))
 
         def arguments(part: str, names: list[str]) -> tuple:
             own = maps.of(["label_map"], [int(part)]) if maps is not None else None
@@ -331,7 +349,8 @@ def run(job: Job[Settings]) -> None:
         made = job.resumed(workers, tasks.explain, parts, arguments, REMEDY)
     files: Files = {}
     explained, rows = [], []
-    for name, store in stores.items():
+    for name in (*methods, *parted):
+        store = stores[name]
         own = parts[name].files() | write(store, {"image_id": ((0,), images.image_ids())})
         remove_unlisted(store, own)
         own |= metadata_files(store)
@@ -344,6 +363,9 @@ def run(job: Job[Settings]) -> None:
         rows.append(row_of(options, name, law, numbers, images.size))
         explained.append(facts_of(job, options, name, law, numbers, work))
         warn(job, name, numbers, found.classes)
+    for name in of_units:
+        own = parts[name].files()
+        files |= within(stores[name].name, own | relevance_files(job, work, name, own))
     table = results.table(rows)
     output = digest([files, table.decode()])
     files |= write_file(job.folder, "attributions.csv", table)
@@ -366,6 +388,7 @@ def layout_of(job: Job[Settings], options: Options, found: Explainable) -> resul
         kind.facts,
         kind.by_segment,
         segments_of(options, found) if isinstance(options, Segmented) else 0,
+        signs_of(options),
     )
 
 
@@ -386,6 +409,48 @@ def _label_maps(job: Job[Settings]) -> StoreRef:
     from pipeline.storage.store import StoreRef
 
     return StoreRef.of_manifest(job.dataset_folder, "concepts.zarr", job.parent("concepts").files)
+
+
+def signs_of(options: Options) -> tuple[str, ...]:
+    """Return the names of further maps: of what positive and negative contributions bring."""
+    return ("relevance", "counter_relevance") if isinstance(options, Lrp) and options.keep else ()
+
+
+def create_relevance(job: Job[Settings], work: tasks.Work, name: str) -> None:
+    """Create the store of the relevance of a method's units, a group for each layer."""
+    from pipeline.storage.store import create, remove_other_arrays, remove_partials
+
+    store, layers = work.stores[name], work.layers_of(name)
+    method = results.method_of(name)
+    attrs = attributes(job, method, work.methods[method], work.explainable, work)
+    groups = {layer: results.group_of(layer) for layer in layers}
+    remove_other_arrays(store, groups.values())
+    create(store, {}, attrs | {"layers": layers, "groups": groups})
+    for layer, group in groups.items():
+        arrays = {"relevance": work.relevance_of(name, layer), "image_id": work.layouts[method].image_id}
+        create(store / group, arrays, attrs | {"layer": layer, "units": "score"})
+        remove_partials(store / group)
+    create(store, {}, attrs | {"layers": layers, "groups": groups})
+
+
+def relevance_ids(work: tasks.Work, name: str, ids: Mapping[str, str]) -> dict[str, str]:
+    """Return the id of each shard of a store of the relevance of units: that of the method's maps, and the layers."""
+    layers = [asdict(work.explainable.units[layer]) for layer in work.layers_of(name)]
+    return {part: digest([id, layers]) for part, id in ids.items()}
+
+
+def relevance_files(job: Job[Settings], work: tasks.Work, name: str, shards: Files) -> Files:
+    """Write the ids of the images beside the relevance of units; return all files but those of its shards."""
+    from pipeline.storage.store import metadata_files, remove_unlisted, write
+
+    store = work.stores[name]
+    files: Files = {"zarr.json": metadata_files(store)["zarr.json"]}
+    for layer in work.layers_of(name):
+        group = results.group_of(layer)
+        written = write(store / group, {"image_id": ((0,), job.images.image_ids())})
+        remove_unlisted(store / group, below(group, shards) | written)
+        files |= within(group, written | metadata_files(store / group))
+    return files
 
 
 def map_size(options: Options, found: Explainable, size: tuple[int, int]) -> tuple[int, int]:
@@ -450,7 +515,7 @@ def ids_of(
     made_of: list[Any] = [
         [VERSION, platform_numerics(VERSION), work.explainable.normalised],
         [model.sha256, model.architecture, identity["preprocessing"], identity["numerics"], list(images.size)],
-        [identity["methods"][name], identity["targets"], identity["score"], channels_of(job, options)],
+        [_own_maps(identity["methods"][name]), identity["targets"], identity["score"], channels_of(job, options)],
         [asdict(each) for each in (known.layer, known.head) if each is not None],
         known.linear,
     ]
@@ -472,6 +537,11 @@ def ids_of(
         return [images.contents[int(shard.part)], shard.places, shard.image_ids, labels, *own]
 
     return {part: digest([made_of, of(shard)]) for part, shard in shards.items()}
+
+
+def _own_maps(told: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a method's maps depend on among its options: not the layers whose units it stores as well."""
+    return {key: value for key, value in told.items() if key != "layers"}
 
 
 def attributes(job: Job[Settings], name: str, options: Options, found: Explainable, work: tasks.Work) -> dict[str, Any]:
@@ -539,7 +609,7 @@ def numbers_of(store: StoreRef, layout: results.Layout, shards: Mapping[str, Sha
     return found
 
 
-LARGE = ("attribution", "channel_attribution", "image_id")
+LARGE = ("attribution", "channel_attribution", "relevance", "counter_relevance", "image_id")
 
 
 def bound_of(options: Options) -> float:
@@ -568,11 +638,21 @@ def facts_of(
         size=work.layouts[name].size,
         layer=layer.name if layer is not None else None,
         note=note_of(job, options, work.explainable),
+        units=tuple(options.unit_layers()),
     )
 
 
 def warn(job: Job[Settings], name: str, numbers: Mapping[str, np.ndarray], classes: int) -> None:
-    """Say so if the network is sure of what it sees in the baseline."""
+    """Say so if the network is sure of what it sees in the baseline, and if relevance of both signs cancels."""
+    magnitude = numbers.get("magnitude")
+    if magnitude is not None and magnitude.size:
+        large = magnitude > results.CANCELS * np.abs(numbers["score"])
+        if large.any():
+            inspected.say(
+                f"{job.name}: {name}: for {large.mean():.0%} of the explanations, relevance adds up to more than "
+                f"{results.CANCELS} times the score in magnitude, so most of it cancels: try `rule: alpha_beta` with "
+                f"alpha 1, or `preset: cp_lrp`"
+            )
     likely = numbers.get("baseline_probability")
     if likely is not None and likely.size and float(likely.mean()) > max(results.LIKELY, 2 / classes):
         inspected.say(
@@ -593,11 +673,12 @@ def warn(job: Job[Settings], name: str, numbers: Mapping[str, np.ndarray], class
 
 def requests(job: Job[Settings]) -> dict[str, Any]:
     """Return the layers that the inspection has to examine, for all experiments of a network on a data set."""
-    layers: set[str] = set()
+    layers, units = set[str](), set[str]()
     for other in job.jobs("attribute"):
         if (other.dataset, other.original) == (job.dataset, job.original):
             layers |= set(layer_names(methods_of(other.settings)))
-    return {"explain": {"layers": sorted(layers)}}
+            units |= set(unit_layers(methods_of(other.settings)))
+    return {"explain": {"layers": sorted(layers), "units": sorted(units)}}
 
 
 def check(job: Job[Settings]) -> Iterator[str]:
@@ -630,6 +711,9 @@ def objections(job: Job[Settings], methods: Mapping[str, Options], found: Explai
             good = [each for each, method in METHODS.items() if not found.why_not(method.needs, layer)]
             others = f"; these apply: {', '.join(good)}" if good else ""
             yield f"{where}.methods.{name}: network {job.network!r}: {why}{others}"
+        if isinstance(options, Lrp):
+            for key, why in of_lrp(options, found, settings.preprocessing.per_image):
+                yield f"{where}.methods.{name}.{key}: network {job.network!r}: {why}"
         if options.kind in ("cam", "linear_shap") and settings.score != "logit":
             title = METHODS[options.kind].title
             yield f"{where}.methods.{name}: {title} explains logits, and `score` is {settings.score!r}"
@@ -661,6 +745,29 @@ def objections(job: Job[Settings], methods: Mapping[str, Options], found: Explai
             f"{where}.score: network {job.network!r} ends in {ends}, so it gives no logits: ask for `probability` or "
             f"`log_probability`"
         )
+
+
+def of_lrp(options: Lrp, found: Explainable, own_scale: bool) -> Iterator[tuple[str, str]]:
+    """Yield keys of LRP's options, each with why its value does not apply to a network."""
+    if not found.modules or found.why_not(("gradient", "lrp"), None):
+        return
+    if not found.rectified and any(each.alpha > 1 for each in options.every_rule):
+        yield "alpha", "above 1, relevance grows from layer to layer where there is no ReLU: take alpha 1"
+    for pattern in options.rules:
+        if not DEPTH.fullmatch(pattern) and not fnmatch.filter(found.modules, pattern):
+            yield "rules", f"{pattern!r} matches no module{nearest(pattern, found.modules)}"
+    for depth, (module, reads_input) in enumerate(found.linear_maps, 1):
+        rule = next((rule.rule for pattern, rule in options.rules.items() if matches(pattern, module, depth)), "")
+        if rule in INPUT_RULES and not reads_input:
+            yield "rules", f"`{rule}` is a rule of the layer that reads the input itself, not of {module!r}"
+            break
+    if any(rule.rule == "z_b" for rule in options.rules.values()) and own_scale:
+        yield "rules", "`z_b` needs bounds of the inputs, and `preprocessing.per_image` gives each image its own"
+    if options.keep and not any(reads_input for _, reads_input in found.linear_maps):
+        yield "keep", "`signs` needs a convolution or linear map of the input itself"
+    for layer in options.unit_layers():
+        if why := found.refused.get(f"units:{layer}"):
+            yield "layers", why
 
 
 def named_classes(job: Job[Settings]) -> list[str]:
@@ -721,9 +828,10 @@ def cost(job: Job[Settings], done: bool) -> Cost:
             kind.facts,
             kind.by_segment,
             count,
+            signs_of(options),
         )
         layouts.append(layout)
-        raw = 4.0 * images * ranks * (height * width + kept * size[0] * size[1])
+        raw = 4.0 * images * ranks * (height * width * (1 + len(layout.maps)) + kept * size[0] * size[1])
         stores.append(Store(name, raw, 0.9 * raw, 0.9 * raw if done else size_of(job.folder / f"{name}.zarr")))
     rate = inspected.speed(job).get("images_per_second")
     spec, shard = job.network_spec, dataset.shard_images

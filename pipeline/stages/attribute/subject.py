@@ -31,21 +31,24 @@ class Attribution:
     map : (image, y, x), of the inputs' size or the layer's; None for inputs that are no images.
     residual : of the method's law, float64 (image,), NaN where it has none: |left - right| over the larger of the
         score's magnitude and that of its difference to the baseline's.
-    facts : further numbers by name, of each image, (image,), or of its segments, (image, segment); NaN where an image
-        has fewer segments.
+    facts : further numbers by name, of each image, (image,), or of its segments, (image, segment), NaN where an image
+        has fewer segments; or maps (image, y, x).
+    units : by layer, the relevance of its units, (image, unit).
     """
 
     values: torch.Tensor | None
     map: torch.Tensor | None
     residual: torch.Tensor
     facts: dict[str, torch.Tensor] = field(default_factory=dict)
+    units: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Known:
     """What was found of the network for one method: its layer, the head after it, its attention, and two properties.
 
-    `background` are inputs that those of the subject are compared with, (reference, ...), or their mean.
+    `background` are inputs that those of the subject are compared with, (reference, ...), or their mean. `units` are
+    the layers whose units' relevance is wanted.
     """
 
     layer: LayerInfo | None = None
@@ -54,6 +57,7 @@ class Known:
     homogeneous: bool = False
     attention: Attention | None = None
     background: torch.Tensor | None = None
+    units: tuple[LayerInfo, ...] = ()
 
 
 @dataclass
@@ -72,6 +76,7 @@ class Subject:
     seeds : of each image's noise; default: its place.
     one_baseline : whether the baseline of all images is the same.
     segments : of images that are parted into segments, by the key of the setting, int64 (image, y, x) on the CPU.
+    bounds : the least and the greatest input, like the input of one image; None: unknown.
     """
 
     network: nn.Module
@@ -85,6 +90,7 @@ class Subject:
     seeds: Sequence[int] = ()
     one_baseline: bool = False
     segments: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    bounds: tuple[torch.Tensor, torch.Tensor] | None = None
     _kept: dict[Any, Any] = field(default_factory=dict)
 
     @cached_property

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from kernels.attribution import baselines
+from pipeline.config.networks import Network
 from pipeline.errors import MicrotomeError
 from pipeline.networks.build import build
 from pipeline.networks.explainable import examine
@@ -24,11 +25,12 @@ from pipeline.networks.prepare import survey_of
 from pipeline.stages.attribute.inputs import Shard
 from pipeline.stages.attribute.methods.registry import FUNCTIONS
 from pipeline.stages.attribute.options import METHODS, Labels, Options, Segmented, Segments
-from pipeline.stages.attribute.results import Layout, SegmentLayout
+from pipeline.stages.attribute.results import Layout, SegmentLayout, group_of, method_of, unit_relevance
 from pipeline.stages.attribute.segments import name_of, part
 from pipeline.stages.attribute.settings import Targets
 from pipeline.stages.attribute.subject import Known, Subject
-from pipeline.storage.store import StoreRef, write
+from pipeline.storage.manifest import Files, within
+from pipeline.storage.store import Array, StoreRef, write
 from pipeline.workers.resumable import Done
 from pipeline.workers.tasks import computing
 
@@ -72,11 +74,20 @@ class Work:
         """Return the layout of the store of a method, or of segments."""
         return self.layouts[name] if name in self.layouts else self.segment_layouts[name]
 
+    def layers_of(self, store: str) -> list[str]:
+        """Return the layers of a store of the relevance of units."""
+        return self.methods[method_of(store)].unit_layers()
+
+    def relevance_of(self, store: str, layer: str) -> Array:
+        """Return the layout of the relevance of a layer's units."""
+        return self.layouts[method_of(store)].relevance(self.explainable.units[layer].shape[0])
+
     def known(self, name: str) -> Known:
         """Return what was found of the network for a method."""
         found, layer = self.explainable, self.layer_of(name)
         if layer is None:
-            return Known(homogeneous=found.homogeneous, attention=found.attention)
+            units = tuple(found.units[each] for each in self.methods[name].unit_layers())
+            return Known(homogeneous=found.homogeneous, attention=found.attention, units=units)
         return Known(layer, found.heads.get(layer.name), layer.name in found.linear)
 
 
@@ -97,38 +108,45 @@ def target_of(targets: Targets, logits: torch.Tensor, labels: torch.Tensor, rank
     return Logit(picked[0], picked[1] if len(picked) > 1 else None, targets.link, probabilities)
 
 
-def examine_network(model: Model, size: tuple[int, int], layers: Sequence[str]) -> tuple[int, Explainable]:
+def examine_network(
+    model: Model, size: tuple[int, int], layers: Sequence[str], units: Sequence[str] = ()
+) -> tuple[int, Explainable]:
     """Look at a network with its own weights, on a worker; return its number of parameters, too."""
     with computing:
         network = network_of(model)
         survey = survey_of(network, model, size)
         noise = torch.randint(256, (2, 3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-        found = examine(network, survey, normalise(noise, model.spec), layers, lambda: build(model.spec))
+        found = examine(network, survey, normalise(noise, model.spec), layers, lambda: build(model.spec), units)
         return sum(each.numel() for each in network.parameters()), found
 
 
 def explain(work: Work, images: StoreRef, labels: StoreRef | None, shard: Shard, names: Sequence[str]) -> Done:
-    """Explain the images of one shard, and write the shard of each of these methods and segments. Runs on a worker.
+    """Explain the images of one shard, and write the shard of each of these stores. Runs on a worker.
 
-    `labels` is the store of the label maps, where segments are made of them.
+    A store is that of a method's maps, by its name, that of the relevance of units, by `unit_relevance`, or one
+    of segments. `labels` is the store of the label maps, where segments are made of them.
     """
     start, stop = shard.bounds
     pixels = torch.from_numpy(images.open()["image"][start:stop][list(shard.places)])
-    found = {name: _blank(work.layout(name), stop - start) for name in names}
+    found = {name: _blank(work, name, stop - start) for name in names}
     size = work.model.spec.numerics.micro_batch
     for at in range(0, len(pixels), size):
         some = slice(at, at + size)
         segments = _segments(work, pixels[some], labels, shard, some, found)
-        methods = {name: arrays for name, arrays in found.items() if name in work.methods}
+        methods = {name: arrays for name, arrays in found.items() if name not in work.parted}
         if methods:
             _explain_batch(work, pixels[some], shard, some, methods, segments)
-    files = {}
-    for name in names:
-        # An image that is not explained has nothing to store, and the last shard may be shorter than a chunk.
-        files[name] = write(
-            work.stores[name],
-            {array: ((start, *[0] * (values.ndim - 1)), values) for array, values in found[name].items()},
-        )
+    # An image that is not explained has nothing to store, and the last shard may be shorter than a chunk.
+    files: dict[str, Files] = {}
+    for name, arrays in found.items():
+        blocks = {array: ((start, *[0] * (values.ndim - 1)), values) for array, values in arrays.items()}
+        if name in work.layouts or name in work.parted:
+            files[name] = write(work.stores[name], blocks)
+            continue
+        files[name] = {}
+        for layer, block in blocks.items():
+            group = group_of(layer)
+            files[name] |= within(group, write(work.stores[name] / group, {"relevance": block}))
     return Done(shard.part, files)
 
 
@@ -184,12 +202,13 @@ def _segments(
     return made
 
 
-def _blank(layout: Layout | SegmentLayout, images: int) -> dict[str, np.ndarray]:
-    return {
-        name: np.full((images, *array.shape[1:]), array.fill, array.dtype)
-        for name, array in layout.arrays().items()
-        if name != "image_id"
-    }
+def _blank(work: Work, name: str, images: int) -> dict[str, np.ndarray]:
+    """Return the arrays of a store, without values: those of a method or of segments, or one a layer with units."""
+    if name in work.layouts or name in work.parted:
+        arrays = {key: array for key, array in work.layout(name).arrays().items() if key != "image_id"}
+    else:
+        arrays = {layer: work.relevance_of(name, layer) for layer in work.layers_of(name)}
+    return {key: np.full((images, *array.shape[1:]), array.fill, array.dtype) for key, array in arrays.items()}
 
 
 def _explain_batch(
@@ -205,7 +224,8 @@ def _explain_batch(
     size = spec.numerics.micro_batch
     ids, places = shard.image_ids[some], list(shard.places[some])
     labels = padded(torch.tensor(shard.labels[some]), size)
-    kinds = {name: METHODS[work.methods[name].kind] for name in found}
+    methods = list(dict.fromkeys(map(method_of, found)))
+    kinds = {name: METHODS[work.methods[name].kind] for name in methods}
     probabilities = work.explainable.normalised == "softmax"
     with computing:
         network = network_of(work.model)
@@ -213,9 +233,9 @@ def _explain_batch(
         baseline = None
         if any(kind.baseline for kind in kinds.values()):
             baseline = normalise(padded(_baseline(work.baseline, pixels, ids), size), spec)
-        layers = sorted({info.name for name in found if (info := work.layer_of(name)) is not None})
+        layers = sorted({info.name for name in methods if (info := work.layer_of(name)) is not None})
         seeds = [seed_of(each) for each in ids]
-        background = {name: _background(work, name) for name in found}
+        background = {name: _background(work, name) for name in methods}
         for rank in range(work.targets.ranks):
             subject = Subject(
                 network,
@@ -227,6 +247,7 @@ def _explain_batch(
                 layers,
                 any(kind.shares == "inputs" for kind in kinds.values()),
                 seeds,
+                bounds=_bounds(spec, pixels),
                 one_baseline=work.baseline in ("black", "white") if isinstance(work.baseline, str) else True,
                 segments={key: padded(each, size) for key, each in segments.items()},
             )
@@ -239,26 +260,34 @@ def _explain_batch(
                     "baseline_score": subject.baseline_score,
                     "baseline_probability": scores(network, baseline, likely),
                 }
-            for name, arrays in found.items():
+            for name in methods:
                 known = replace(work.known(name), background=background[name])
                 made = FUNCTIONS[work.methods[name].kind](subject, work.methods[name], known)
                 _refuse_non_finite(work, name, made.map, ids)
                 values = {"attribution": made.map, "residual": made.residual, **of_all, **made.facts}
-                if "channel_attribution" in arrays:
-                    values["channel_attribution"] = made.values
+                values["channel_attribution"] = made.values
                 place: Any = places if work.layouts[name].ranks is None else (places, rank)
-                for array in arrays:
-                    tensor = values[array]
-                    assert tensor is not None
-                    stored = tensor[:count].detach().cpu().numpy()
-                    if array in kinds[name].by_segment:
-                        stored = filled(stored, work.layouts[name].segments)
-                    arrays[array][place] = stored
+                for store, tensors in ((name, values), (unit_relevance(name), made.units)):
+                    for array, kept in found.get(store, {}).items():
+                        tensor = tensors[array]
+                        assert tensor is not None
+                        stored = tensor[:count].detach().cpu().numpy()
+                        if array in kinds[name].by_segment:
+                            stored = filled(stored, work.layouts[name].segments)
+                        kept[place] = stored
 
 
 def filled(values: np.ndarray, width: int) -> np.ndarray:
     """Return numbers (image, segment) with NaN behind them, up to a width."""
     return np.pad(values, ((0, 0), (0, width - values.shape[1])), constant_values=np.nan)
+
+
+def _bounds(spec: Network, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Return the least and greatest input, of black and of white pixels; None where each image has its own scale."""
+    if spec.preprocessing.per_image:
+        return None
+    low, high = (normalise(torch.full_like(pixels[:1], each), spec)[0] for each in (0, 255))
+    return low, high
 
 
 def _refuse_non_finite(work: Work, name: str, values: torch.Tensor | None, ids: Sequence[str]) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 
 from pipeline.report.experiment import Experiment
 from pipeline.report.pictures import Numbers, open_pictures, rounded
-from pipeline.stages.attribute.found import explained_images, page_of
+from pipeline.stages.attribute.found import explained_images, page_of, unit_relevance_of
 from pipeline.stages.dissect.cards import BINS, SAMPLE, Card
 from pipeline.stages.dissect.found import Network, short_names
 from pipeline.storage.read_back import open_store
@@ -17,7 +17,8 @@ def browser_data(experiment: Experiment, network: Network, cards: Mapping[tuple[
     """Return the data that the browser's script reads.
 
     `units` are rows: layer, unit, concept (-1: no label), IoU, ceiling, held-out IoU, ends of the interval, threshold,
-    activation rate; then, for units with pictures: images, best concepts as [concept, IoU], histogram, its two ends.
+    activation rate; then, for units with pictures: images, best concepts as [concept, IoU], histogram, its two
+    ends, images of the highest relevance; `relevance` is the method that knows it, by layer.
     `coarse`, if there are any, are the places of units of which fewer than 8 bits are stored.
     Layers, concepts, categories, images and classes are indices into their own lists. None: undefined. An image is its
     id, its class, and whether the page `explained` explains it.
@@ -46,6 +47,7 @@ def browser_data(experiment: Experiment, network: Network, cards: Mapping[tuple[
                 card.histogram,
                 rounded(card.low),
                 rounded(card.high),
+                [images.number(image) for image in card.relevant],
             ]
         rows.append(row)
     coarse = {(layer.name, unit) for layer in dissection.layers for unit in layer.coarse}
@@ -67,6 +69,11 @@ def browser_data(experiment: Experiment, network: Network, cards: Mapping[tuple[
             [str(pictures.ids[image]), classes.number(pictures.classes[image]), int(image in explained)]
             for image in images.items
         ],
+        "relevance": {
+            str(dissection.layer_names.index(layer)): of.title
+            for layer, of in unit_relevance_of(experiment, dissection.dataset, dissection.network).items()
+            if layer in dissection.layer_names
+        },
         "explained": page_of(experiment, dissection.dataset, dissection.network),
         "classes": classes.items,
         "bins": BINS,

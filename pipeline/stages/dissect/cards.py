@@ -15,6 +15,7 @@ from PIL import Image
 from kernels.dissection.iou import mask
 from pipeline.report.experiment import Experiment
 from pipeline.report.pictures import JPEG, Pictures, montage, open_pictures, picture
+from pipeline.stages.attribute.found import UnitRelevance, unit_relevance_of
 from pipeline.stages.dissect.found import DissectedLayer, Dissection, Unit
 from pipeline.stages.dissect.tables import by_iou
 from pipeline.stages.extract.pictures import BINS, KEPT, SAMPLE, bins_of, facts, top_images
@@ -39,6 +40,7 @@ class Card:
     file : its pictures side by side, relative to the report's folder.
     images : their numbers in `images.zarr`, highest maximum first.
     concepts : (column of the IoU store, IoU) of the best concepts, best first.
+    relevant : images on which the unit speaks most for what the network says, most first; none where that is unknown.
     histogram : positions of the maps in `BINS` equal bins from `low` to `high`, in units of the activation.
     """
 
@@ -48,6 +50,7 @@ class Card:
     histogram: list[int]
     low: float
     high: float
+    relevant: list[int]
 
 
 def draw_cards(experiment: Experiment, dissection: Dissection) -> dict[tuple[str, int], Card]:
@@ -56,8 +59,10 @@ def draw_cards(experiment: Experiment, dissection: Dissection) -> dict[tuple[str
     chosen = best_units(dissection.units, experiment.report.cards)
     (experiment.out / "units" / name).mkdir(exist_ok=True)
     images = experiment.results / dissection.dataset / "images.zarr"
+    relevance = unit_relevance_of(experiment, dissection.dataset, dissection.network)
+    top = experiment.report.top_images
     tasks = [
-        (experiment.out, f"units/{name}/{position:02d}", images, layer, part, experiment.report.top_images)
+        (experiment.out, f"units/{name}/{position:02d}", images, layer, part, top, relevance.get(layer.name))
         for position, layer in enumerate(dissection.layers)
         for part in parts(sorted(unit.unit for unit in chosen if unit.layer == layer.name))
     ]
@@ -83,7 +88,13 @@ def parts(units: Sequence[int]) -> Iterator[Sequence[int]]:
 
 
 def draw_units(
-    out: Path, prefix: str, images: Path, layer: DissectedLayer, units: Sequence[int], top: int
+    out: Path,
+    prefix: str,
+    images: Path,
+    layer: DissectedLayer,
+    units: Sequence[int],
+    top: int,
+    relevance: UnitRelevance | None = None,
 ) -> tuple[str, dict[int, Card]]:
     """Draw some units of one layer, on a worker; return the layer's name and the cards by unit."""
     pictures = open_pictures(images)
@@ -92,13 +103,15 @@ def draw_units(
     threshold = np.asarray(thresholds["threshold"][:]) / scale
     shown = pictures.shown(thresholds.attrs.get("split"))
     tops, highest = top_images(activations["maximum"], units, shown, top if layer.shown is None else min(top, KEPT))
+    relevant = relevance.most_relevant(units, shown, top) if relevance is not None else [[] for _ in units]
     border = thresholds.attrs.get("border", "edge")
     if layer.shown is None:
-        tiles = draw_tiles(pictures, activations, threshold, border, units, tops)
+        both = [list(dict.fromkeys([*most, *others])) for most, others in zip(tops, relevant, strict=True)]
+        tiles = draw_tiles(pictures, activations, threshold, border, units, both)
         histograms = histogram(activations, units, shown, highest / scale)
     else:
         kept = open_store(layer.shown)
-        tiles = draw_kept(pictures, kept, threshold, border, units, tops)
+        tiles = draw_plain(pictures, units, relevant) | draw_kept(pictures, kept, threshold, border, units, tops)
         stored = {name: np.asarray(kept[name][:]) for name in ("histogram", "low", "high")}
         histograms = [facts(stored, unit) for unit in units]
     iou = np.asarray(open_store(layer.iou)["iou"][:])
@@ -107,9 +120,29 @@ def draw_units(
         file = f"{prefix}-{unit:04d}.jpg"
         if tops[place]:
             montage([tiles[unit, image] for image in tops[place]]).save(out / file, **JPEG)
+        if relevant[place]:
+            montage([tiles[unit, image] for image in relevant[place]]).save(out / relevance_file(file), **JPEG)
         counts, low, high = histograms[place]
-        cards[unit] = Card(file, tops[place], best_concepts(iou[unit]), counts, low * float(scale), high * float(scale))
+        best, ends = best_concepts(iou[unit]), (low * float(scale), high * float(scale))
+        cards[unit] = Card(file, tops[place], best, counts, *ends, relevant[place])
     return layer.name, cards
+
+
+def relevance_file(file: str) -> str:
+    """Return the file beside a unit's pictures that shows the images of its highest relevance."""
+    return file.replace(".jpg", "-relevance.jpg")
+
+
+def draw_plain(
+    pictures: Pictures, units: Sequence[int], of_units: Sequence[Sequence[int]]
+) -> dict[tuple[int, int], Image.Image]:
+    """Draw whole images, where the maps of a streamed layer are not kept."""
+    whole = np.ones(pictures.pixels.shape[2:], bool)
+    drawn = {
+        image: tile(np.asarray(pictures.pixels[image]), whole)
+        for image in sorted({image for of in of_units for image in of})
+    }
+    return {(unit, image): drawn[image] for unit, of in zip(units, of_units, strict=True) for image in of}
 
 
 def draw_tiles(

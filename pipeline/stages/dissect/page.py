@@ -9,7 +9,7 @@ from pipeline.report.page import Figure, Page, Picture
 from pipeline.report.style import draw
 from pipeline.stages.dissect import figures, sentences
 from pipeline.stages.dissect.browser import browser_data
-from pipeline.stages.dissect.cards import Card, best_units, draw_cards
+from pipeline.stages.dissect.cards import Card, best_units, draw_cards, relevance_file
 from pipeline.stages.dissect.found import Network, networks
 from pipeline.stages.dissect.tables import DETECTOR_COLUMNS, by_iou, detector_rows, write_units
 
@@ -54,7 +54,11 @@ def page(
         findings=[*sentences.findings(network), *sentences.notices(experiment, network)],
         figures=drawn,
         pictures=list(best_pictures(experiment, network, cards)),
-        files=[table, *(card.file for card in cards.values() if card.images)],
+        files=[
+            table,
+            *(card.file for card in cards.values() if card.images),
+            *(relevance_file(card.file) for card in cards.values() if card.relevant),
+        ],
         methods="methods-dissect.html.j2",
         methods_values={"networks": networks(experiment)},
         scripts=("elements.js", "browser.js"),

@@ -40,6 +40,9 @@ BOTH = {
     "occlusion": {"window": 8, "stride": 8, "networks": ["cnn"]},
     "rollout": {"networks": ["vit"]},
     "attention_relevance": {"networks": ["vit"]},
+    "lrp": {"rule": "epsilon"},
+    "deeplift": None,
+    "kernel_shap": {"segments": {"kind": "grid", "cells": [2, 2]}, "networks": ["cnn"]},
 }
 
 
@@ -96,6 +99,9 @@ def test_maps_are_those_of_the_library(made, network):
         "hires_cam": {"layer": "b"},
         "cam": {"layer": "b"},
         "occlusion": {"window": 8, "stride": 8, "baseline": black},
+        "lrp": {"rule": "epsilon"},
+        "deeplift": {"baseline": black},
+        "kernel_shap": {"segments": {"kind": "grid", "cells": [2, 2]}, "baseline": black},
     }
     checked = 0
     for method, how in BOTH.items():
@@ -111,7 +117,7 @@ def test_maps_are_those_of_the_library(made, network):
             stored = store.channel_attribution.values[slots]
             np.testing.assert_allclose(stored, found.values, atol=2e-5 * float(found.values.abs().max()))
         checked += 1
-    assert checked == {"cnn": 9, "vit": 6}[network]
+    assert checked == {"cnn": 12, "vit": 8}[network]
 
 
 def test_images_that_are_not_explained_are_nan_without_a_target(made):

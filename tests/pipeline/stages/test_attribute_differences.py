@@ -52,6 +52,7 @@ AMONG = ("linear", "pooled", "plain")
 
 
 def experiment(folder, methods=METHODS, among=AMONG, **how):
+    folder.mkdir(exist_ok=True)
     (folder / "own.py").write_text(OWN)
     raw = scenes(folder)
     raw["datasets"]["scenes"] |= {"images": {"train": 21, "validation": 12}, "shard_images": 8}
@@ -147,6 +148,20 @@ def test_an_image_explained_alone_has_the_bits_that_it_has_among_others(made, tm
             alone, among = (opened(each, path.stem, network) for each in (few, made))
             for array in set(alone.data_vars) - {"image_id"}:
                 np.testing.assert_array_equal(alone[array].values[slot], among[array].values[slot], err_msg=path.stem)
+
+
+def test_a_baseline_of_each_image_is_that_of_the_image(tmp_path):
+    methods = {name: METHODS[name] for name in ("deeplift", "revealed")}
+    several, one = (
+        run(experiment(tmp_path / str(count), methods, ["plain"], baseline="uniform", images=count), *STAGES)
+        for count in (5, 1)
+    )
+    _, _, (slot,), _ = plain(one, "plain")
+    for method in methods:
+        alone, among = (opened(each, method, "plain") for each in (one, several))
+        assert np.nanmax(among.residual.values) < 1e-4 and len(np.unique(among.baseline_score.values)) > 3
+        for array in ("attribution", "baseline_score", "residual"):
+            np.testing.assert_array_equal(alone[array].values[slot], among[array].values[slot])
 
 
 CHANGED = [

@@ -489,6 +489,12 @@ def test_what_is_refused_says_what_to_do():
         attribute.integrated_gradients(net, x, 0, steps=16, max_steps=8)
     with pytest.raises(Exception, match="pixels would be left out"):
         attribute.occlusion(net, x, 0, window=2, stride=4)
+    with pytest.raises(MicrotomeError, match="deep_shap: 'references' is of the configuration: give the references as"):
+        attribute.deep_shap(net, x, 0, references=3)
+    with pytest.raises(MicrotomeError, match=r"give a `background` of inputs like .*, not None"):
+        attribute.deep_shap(net, x, 0)
+    with pytest.raises(MicrotomeError, match="linear_shap: the logits are not linear in the input"):
+        attribute.linear_shap(net, x, 0, background=x)
     with pytest.raises(UnsupportedError):
         attribute.guided_backprop(nn.Sequential(nn.Flatten(), nn.Linear(768, 3)).double().eval(), x)
 

@@ -9,6 +9,7 @@ from pipeline.stages.attribute.methods.black_boxes import kernel_shap, lime, ris
 from pipeline.stages.attribute.methods.class_maps import cam, grad_cam, grad_cam_pp, hires_cam, layer_cam
 from pipeline.stages.attribute.methods.differences import deep_shap, deeplift, linear_shap
 from pipeline.stages.attribute.methods.integrated import integrated_gradients
+from pipeline.stages.attribute.methods.lrp import lrp
 from pipeline.stages.attribute.methods.occlusion import occlusion
 from pipeline.stages.attribute.methods.plain import gradient_x_input, saliency, smooth_grad, var_grad
 from pipeline.stages.attribute.methods.rectified import deconvnet, guided_backprop, guided_grad_cam
@@ -31,6 +32,7 @@ FUNCTIONS: Mapping[str, Callable[..., Attribution]] = {
     "rollout": rollout,
     "attention_relevance": attention_relevance,
     "occlusion": occlusion,
+    "lrp": lrp,
     "deeplift": deeplift,
     "deep_shap": deep_shap,
     "linear_shap": linear_shap,

@@ -5,8 +5,8 @@
   const data = JSON.parse(document.getElementById("units-data").textContent);
   const units = data.units;
   // The columns of a row of `units`; see pipeline/stages/dissect/browser.py.
-  const [LAYER, UNIT, CONCEPT, IOU, CEILING, HELD, LOW, HIGH, THRESHOLD, RATE, IMAGES, BEST, HISTOGRAM, FROM, TO] =
-    Array(15).keys();
+  const [LAYER, UNIT, CONCEPT, IOU, CEILING, HELD, LOW, HIGH, THRESHOLD, RATE, IMAGES, BEST, HISTOGRAM, FROM, TO,
+    RELEVANT] = Array(16).keys();
 
   const find = (id) => document.getElementById(id);
   const form = find("browser"), list = find("cards"), more = find("more"), dialog = find("unit"), map = find("map");
@@ -40,13 +40,30 @@
 
   function pictures(row, loading) {
     if (row.length <= IMAGES || !row[IMAGES].length) return make("p", { class: "empty" }, "No pictures of this unit.");
-    const classes = row[IMAGES].map((image) => data.classes[data.images[image][1]]).filter(Boolean);
-    const what = `${counted(row[IMAGES].length, "image")} on which unit ${row[UNIT]} of ${data.layers[row[LAYER]]} responds most`;
-    const file = `${data.folder}/${String(row[LAYER]).padStart(2, "0")}-${String(row[UNIT]).padStart(4, "0")}.jpg`;
+    return framed(row, IMAGES, "", `responds most`, loading);
+  }
+
+  function framed(row, column, ending, does, loading) {
+    const classes = row[column].map((image) => data.classes[data.images[image][1]]).filter(Boolean);
+    const what = `${counted(row[column].length, "image")} on which unit ${row[UNIT]} of ${data.layers[row[LAYER]]} ${does}`;
+    const file = `${data.folder}/${String(row[LAYER]).padStart(2, "0")}-${String(row[UNIT]).padStart(4, "0")}${ending}.jpg`;
     const frame = make("span", { class: "pictures" },
       make("img", { src: file, alt: classes.length ? `${what}: ${classes.join(", ")}` : what, loading }));
-    frame.style.setProperty("--images", row[IMAGES].length);
+    frame.style.setProperty("--images", row[column].length);
     return frame;
+  }
+
+  function captions(row, column) {
+    const names = row[column].map((image) => {
+      const [id, label, explained] = data.images[image];
+      const said = [data.classes[label] ? make("b", {}, data.classes[label]) : "", make("span", {}, id)];
+      if (!explained) return make("li", {}, ...said);
+      return make("li", {}, make("a", { href: `${data.explained}#${new URLSearchParams({ image: id })}`,
+        title: "Which pixels make the network say so" }, ...said));
+    });
+    const made = make("ol", { class: "captions" }, ...names);
+    made.style.setProperty("--images", row[column].length);
+    return made;
   }
 
   function bar(row) {
@@ -210,16 +227,7 @@
       pictures(row, "eager"),
     ];
     if (row.length > IMAGES && row[IMAGES].length) {
-      const names = row[IMAGES].map((image) => {
-        const [id, label, explained] = data.images[image];
-        const said = [data.classes[label] ? make("b", {}, data.classes[label]) : "", make("span", {}, id)];
-        if (!explained) return make("li", {}, ...said);
-        return make("li", {}, make("a", { href: `${data.explained}#${new URLSearchParams({ image: id })}`,
-          title: "Which pixels make the network say so" }, ...said));
-      });
-      const captions = make("ol", { class: "captions" }, ...names);
-      captions.style.setProperty("--images", row[IMAGES].length);
-      parts.push(captions);
+      parts.push(captions(row, IMAGES));
     }
     parts.push(bar(row), make("dl", {}, fact("IoU", make("b", {}, number(row[IOU]))), fact("95 % interval", interval(row)),
       fact("held-out IoU", number(row[HELD])), fact("ceiling", number(row[CEILING])),
@@ -242,6 +250,11 @@
           make("span", {}, short(row[TO]))),
         make("p", { class: "note" }, `Positions of the map with this activation, over ${
           counted(data.sample, "image")} chosen at random; heights are logarithmic.`));
+    }
+    if (row.length > IMAGES && row[RELEVANT].length) {
+      parts.push(make("h3", {}, "Relevance"), framed(row, RELEVANT, "-relevance", "speaks most for what the network says", "eager"),
+        captions(row, RELEVANT), make("p", { class: "note" },
+          `The images on which the relevance of this unit by ${data.relevance[row[LAYER]]} is highest.`));
     }
     showDialog(dialog, parts);
   }
