@@ -52,6 +52,7 @@ from pipeline.networks.graph.relevance_rules import (
     Linear,
     Mixed,
     Passed,
+    Product,
     Unread,
 )
 from pipeline.networks.graph.taken_apart import (
@@ -186,32 +187,9 @@ class Propagated(CallSites):
 
     def _in_place(self, call: Call, in_place: bool) -> Any:
         given = tensors_in(call.args, call.kwargs)
-        of_input = [each for each in given if each.requires_grad]
-        name = call.name
-        for each in of_input:
-            if each.is_leaf and tuple(each.shape) == self.shape and not self._modules:
-                self._raw[each] = each._version
-            if (linear := self._linear.get(each)) is not None and name != "clone":
-                linear.norms += name == "batch_norm" and each is given[0]
-                linear.others += name != "batch_norm" or each is not given[0]
-        carried = []
-        numbers = name in ("add", "mul") and not all(isinstance(each, torch.Tensor) for each in _operands(call))
-        copies = name in REARRANGEMENTS | DROPOUTS and name not in WRITERS
-        alike = len(of_input) == len(given) and not numbers and not (name == "pad" and argument(call, 3, "value"))
-        alike = alike and call.kwargs.get("alpha", 1) == 1
-        if (
-            name in NONNEGATIVE
-            or _rectifies(call)
-            or (
-                (copies or name in KEEP_NONNEGATIVE) and alike and all(self._is(self._nonnegative, x) for x in of_input)
-            )
-        ):
-            carried.append(self._nonnegative)
-        if copies and alike and all(self._is(self._held, x) for x in of_input):
-            carried.append(self._held)
-        if name in ("clone", "contiguous", "to") and self._is(self._raw, of_input[0]):
-            carried.append(self._raw)
-        linear = self._linear.get(of_input[0]) if name == "clone" else None
+        self._read(call, given)
+        carried = self._carried(call, given)
+        linear = self._linear.get(given[0]) if call.name == "clone" else None
         output = super()._in_place(call, in_place)
         for each in tensors_in(output):
             if each.requires_grad:
@@ -220,6 +198,36 @@ class Propagated(CallSites):
                 if linear is not None:
                     self._linear[each] = linear
         return output
+
+    def _read(self, call: Call, given: Sequence[torch.Tensor]) -> None:
+        """Note what a call reads: the input itself, and outputs of linear maps."""
+        for each in given:
+            if each.is_leaf and each.requires_grad and tuple(each.shape) == self.shape and not self._modules:
+                self._raw[each] = each._version
+            if (linear := self._linear.get(each)) is not None and call.name != "clone":
+                normalises = call.name == "batch_norm" and each is given[0]
+                linear.norms += normalises
+                linear.others += not normalises
+
+    def _carried(self, call: Call, given: Sequence[torch.Tensor]) -> list[Any]:
+        """Return which properties the result of a call has: not negative, held constant, the input itself."""
+        name, of_input = call.name, [each for each in given if each.requires_grad]
+        found = []
+        copies = name in REARRANGEMENTS | DROPOUTS and name not in WRITERS
+        numbers = name in ("add", "mul") and not all(isinstance(each, torch.Tensor) for each in _operands(call))
+        filled = name == "pad" and argument(call, 3, "value")
+        alike = len(of_input) == len(given) and not numbers and not filled and call.kwargs.get("alpha", 1) == 1
+        keeps = alike and (copies or name in KEEP_NONNEGATIVE)
+        if name in NONNEGATIVE or _rectifies(call) or (keeps and self._all(self._nonnegative, of_input)):
+            found.append(self._nonnegative)
+        if copies and alike and self._all(self._held, of_input):
+            found.append(self._held)
+        if name in ("clone", "contiguous", "to") and self._all(self._raw, of_input):
+            found.append(self._raw)
+        return found
+
+    def _all(self, kind: Any, tensors: Sequence[torch.Tensor]) -> bool:
+        return all(self._is(kind, each) for each in tensors)
 
     def _site(self, call: str) -> Site:
         """Return where a call books, once its output is placed."""
@@ -449,7 +457,8 @@ class Propagated(CallSites):
     def _matmul(self, call: Call) -> Any:
         a, b = argument(call, 0, "input"), argument(call, 1, "other", argument(call, 1, "mat2", call.kwargs.get("vec")))
         if a.requires_grad and b.requires_grad:
-            return torch.matmul(*self._halves(a, b))
+            halved = not (self._is(self._held, a) or self._is(self._held, b)) and min(a.ndim, b.ndim) > 1
+            return Product.apply(a, b) if halved else torch.matmul(*self._halves(a, b))
         if a.requires_grad:
             return self._mix("matmul", Linear(torch.matmul, a, b, None, self._next_rule()))
         return self._mix("matmul", Linear(_from_left, b, a, None, self._next_rule()))

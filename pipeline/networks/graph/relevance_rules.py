@@ -313,6 +313,24 @@ class Halved(Vouched):
         return sent[0] / 2
 
 
+class Product(Vouched):
+    """Multiply matrices that are both of the input; each gets half.
+
+    Operands are copied so that none is transposed in memory: else the bits depend on an image's place in the batch.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(a, b)
+        return a @ b
+
+    @staticmethod
+    def backward(ctx: Any, *sent: torch.Tensor) -> Any:
+        (a, b), half = ctx.saved_tensors, sent[0] / 2
+        of_a, of_b = half @ b.mT.contiguous(), a.contiguous().mT @ half.contiguous()
+        return of_a.sum_to_size(a.shape), of_b.sum_to_size(b.shape)
+
+
 class Unread(Vouched):
     """The output of a convolution that only a BatchNorm reads; relevance goes past it."""
 

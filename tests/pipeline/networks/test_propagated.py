@@ -533,6 +533,21 @@ def test_neighbours_change_no_bit_and_the_batch_little():
         assert (alone - among.values).abs().max() <= 1e-12 * among.values.abs().max()
 
 
+@pytest.mark.parametrize("preset", ["cp_lrp", "attn_lrp"])
+def test_the_place_of_an_image_changes_no_bit_of_a_transformer(preset):
+    import torchvision
+
+    torch.manual_seed(0)
+    net = torchvision.models.VisionTransformer(16, 4, 2, 2, 12, 20, num_classes=3).eval()
+    for weight in net.parameters():
+        if weight.ndim > 1:
+            nn.init.normal_(weight, std=0.6)
+    x, plan = images(4, 16).float(), Plan(preset=preset)
+    found = explained(net, x, plan).values
+    for places in (1, 2, 3):
+        assert torch.equal(explained(net, x.roll(places, 0), plan).values.roll(-places, 0), found)
+
+
 def test_nothing_stays_on_the_network_and_a_changed_one_is_studied_again():
     net, x = small(), images()
     before = explained(net, x).values

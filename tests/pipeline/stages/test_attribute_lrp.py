@@ -112,6 +112,21 @@ def test_stores_hold_what_the_library_says(made, network):
     np.testing.assert_allclose(both[slots], signs.attribution.values[slots], atol=1e-5 * np.nanmax(abs(both)))
 
 
+def test_an_image_explained_alone_has_the_bits_that_it_has_among_others(workers, made, tmp_path):
+    few = run(experiment(tmp_path, images=1, keep=["channels"]), *STAGES)
+    for network in ("cnn", "vit"):
+        (slot,) = explained_slots(few, network)
+        for name, options in METHODS.items():
+            if options.get("networks", [network]) != [network]:
+                continue
+            alone, among = (opened(each, name, network) for each in (few, made))
+            for array in set(alone.data_vars) - {"image_id"}:
+                np.testing.assert_array_equal(alone[array].values[slot], among[array].values[slot], err_msg=array)
+    alone, among = (opened(each, "lrp-relevance", group="b").relevance.values for each in (few, made))
+    (slot,) = explained_slots(few)
+    np.testing.assert_array_equal(alone[slot], among[slot])
+
+
 def test_the_table_and_the_manifest_know_of_it(made):
     with (folder_of(made) / "attributions.csv").open() as stream:
         rows = {row["name"]: row for row in csv.DictReader(stream)}
