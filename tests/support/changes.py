@@ -266,14 +266,31 @@ def compared(raw: dict[str, Any]) -> dict[str, Any]:
     return changed(raw, "similarity", to=both)
 
 
-def explained(raw: dict[str, Any], *more: str) -> dict[str, Any]:
+def explained(raw: dict[str, Any], *more: str, **own: dict[str, Any]) -> dict[str, Any]:
     """Which pixels made the two networks say so."""
-    return changed(raw, "attribute", to={"mine": {"methods": dict.fromkeys(("saliency", "gradient_x_input", *more))}})
+    methods = dict.fromkeys(("saliency", "gradient_x_input", *more))
+    return changed(raw, "attribute", to={"mine": {"methods": methods | own}})
 
 
 def _explained_before(folder: Path, raw: dict[str, Any], after: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     run(explained(raw))
     return after()
+
+
+def black_boxes(raw: dict[str, Any], *names: str) -> dict[str, Any]:
+    """Saliency beside methods that show or cover the same cells of a grid."""
+    own = {name: {"samples": 16, "segments": {"kind": "grid", "cells": [2, 2]}} for name in names}
+    return explained(raw, **own)
+
+
+def _relevance(folder: Path, raw: dict[str, Any]) -> dict[str, Any]:
+    run(explained(raw, "lrp"))
+    return explained(raw, lrp={"layers": {"cnn": ["features.conv6"]}})
+
+
+def _black_boxes(folder: Path, raw: dict[str, Any]) -> dict[str, Any]:
+    run(black_boxes(raw, "lime"))
+    return black_boxes(raw, "lime", "kernel_shap")
 
 
 def _other_head(folder: Path, raw: dict[str, Any]) -> dict[str, Any]:
@@ -372,6 +389,12 @@ CHANGES = [
     Change(
         "one more method of attribution", "their shards, by that method",
         lambda folder, raw: _explained_before(folder, raw, lambda: explained(raw, "grad_cam")),
+    ),
+    Change(
+        "relevance of the units of a layer by LRP", "its shards, and no map again", _relevance,
+    ),
+    Change(
+        "Kernel SHAP beside LIME, of the same segments", "their shards, by that method", _black_boxes,
     ),
     Change(
         "head of the CNN trained again, where its images are explained", "its logits and explanations",

@@ -83,6 +83,8 @@ def expected(name: str, work: Work) -> dict:
         },
         "attribution of the two switched on, by two methods": {},
         "one more method of attribution": {},
+        "relevance of the units of a layer by LRP": {},
+        "Kernel SHAP beside LIME, of the same segments": {},
         "head of the CNN trained again, where its images are explained": {"forwards": {"cnn": SHARDS}},
         "text or code of the report": {},
     }[name]  # fmt: skip
@@ -121,6 +123,10 @@ def test_what_a_change_costs(tmp_path, base, change: Change):
             assert dict(sorted(work.explained.items())) == dict.fromkeys(both, SHARDS)
         case "one more method of attribution":
             assert work.explained == {"cnn grad_cam": SHARDS, "vit grad_cam": SHARDS}
+        case "relevance of the units of a layer by LRP":
+            assert work.explained == {"cnn lrp-relevance": SHARDS}
+        case "Kernel SHAP beside LIME, of the same segments":
+            assert work.explained == {"cnn kernel_shap": SHARDS, "vit kernel_shap": SHARDS}
         case "head of the CNN trained again, where its images are explained":
             assert work.explained == {"cnn gradient_x_input": SHARDS, "cnn saliency": SHARDS}
         case "text or code of the report":
