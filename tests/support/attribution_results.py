@@ -66,6 +66,8 @@ def write_attributions(
         columns = {"attribution": own, "target": target, "score": scores, "residual": residual}
         if name in signs:
             columns |= {"relevance": own.clip(0), "counter_relevance": own.clip(None, 0)}
+        if "bias" in METHODS[kind].facts:
+            columns["bias"] = scores / 4
         if METHODS[kind].baseline:
             columns["baseline_score"] = scores - 1
         store = store_of(folder, name)

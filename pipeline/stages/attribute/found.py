@@ -14,8 +14,9 @@ import numpy as np
 from pipeline.config.base import UNTRAINED
 from pipeline.errors import MicrotomeError
 from pipeline.report.experiment import Experiment, file_names
-from pipeline.stages.attribute.options import METHODS
+from pipeline.stages.attribute.options import METHODS, OPTIONS, OfProbability, Segmented
 from pipeline.stages.attribute.results import ROUNDING, Attributed, Explained, group_of, store_of, unit_relevance
+from pipeline.stages.attribute.segments import name_of
 from pipeline.storage.manifest import Manifest, latest
 from pipeline.storage.store import StoreRef
 
@@ -23,6 +24,8 @@ MAIN = "attribution"
 """The array of the maps that a method is about."""
 EXTRA = {"relevance": "positive contributions", "counter_relevance": "negative contributions"}
 """Arrays of further maps, and what they are for readers."""
+PICKED = 8
+"""Images that SP-LIME picks."""
 SHOWN = 1000
 """Images of an experiment that its page shows."""
 
@@ -40,6 +43,7 @@ class MethodMaps:
     residual : (image, rank) of the law, NaN where it has none.
     array : of the store that holds the maps.
     relevance : the stores of the relevance of units, by layer.
+    segments : that of the segments of images, for methods that part images into such.
     """
 
     facts: Explained
@@ -49,6 +53,7 @@ class MethodMaps:
     residual: np.ndarray
     array: str = MAIN
     relevance: Mapping[str, StoreRef] = field(default_factory=dict)
+    segments: StoreRef | None = None
 
     @property
     def name(self) -> str:
@@ -83,6 +88,12 @@ class MethodMaps:
     def beyond(self) -> np.ndarray:
         """(image, rank) bool: where the law is missed by more than the tolerance."""
         return self.explained & (self.residual > self.tolerance)
+
+    @property
+    def bias(self) -> np.ndarray | None:
+        """(image, rank) what biases and constants keep of the score; None for methods without such an account."""
+        accounts = self.array == MAIN and "bias" in METHODS[self.facts.method].facts
+        return _by_rank(self.store, "bias") if accounts else None
 
     def maps(self, slots: Sequence[int]) -> np.ndarray:
         """Return the maps of images (image, rank, y, x) float32; these may lie in one shard only, to read little."""
@@ -132,6 +143,25 @@ class Attributions:
     def slots(self) -> list[int]:
         """The images that are explained, by a hash of their ids: the first of them are a random sample."""
         return sorted(np.flatnonzero((self.target >= 0).any(1)).tolist(), key=lambda slot: _hash(str(self.ids[slot])))
+
+    @cached_property
+    def picked(self) -> list[int]:
+        """The images that SP-LIME picks: together they show what LIME finds important. None without LIME."""
+        method = next((each for each in self.methods if each.facts.method == "lime" and each.segments), None)
+        if method is None or method.segments is None or not method.segments.files:
+            return []
+        from kernels.attribution.lime import by_feature, pick
+
+        values = _column(method.store, "value")[self.slots]
+        values = values if values.ndim == 2 else values[:, 0]
+        features = _column(method.segments, "feature")[self.slots]
+        order = pick(by_feature(values, features, int(features.max(initial=0)) + 1), PICKED)
+        return [self.slots[at] for at in order]
+
+    @cached_property
+    def shown(self) -> list[int]:
+        """The images that a page shows, in its order: those that SP-LIME picks, then a random sample."""
+        return list(dict.fromkeys([*self.picked, *self.slots]))[:SHOWN]
 
     @property
     def classes(self) -> list[str]:
@@ -183,7 +213,7 @@ def read_attributions(results: Path, dataset: str, network: str, experiment: str
         methods = [
             each for facts in Attributed.read(manifest.result).methods for each in _methods(folder, manifest, facts)
         ]
-        first = methods[0].store
+        first = next((each for each in methods if not _of_probability(each)), methods[0]).store
         score = _by_rank(first, "score")
         baselines = [
             _by_rank(method.store, "baseline_score") for method in methods if METHODS[method.facts.method].baseline
@@ -205,6 +235,11 @@ def read_attributions(results: Path, dataset: str, network: str, experiment: str
         ) from error
 
 
+def _of_probability(method: MethodMaps) -> bool:
+    """Return whether a method may explain the probability where the others explain the logit."""
+    return issubclass(OPTIONS[method.facts.method], OfProbability)
+
+
 def _methods(folder: Path, manifest: Manifest, facts: Explained) -> Iterator[MethodMaps]:
     """Yield the maps that a method is about, and those that it keeps beside them, which have no law."""
     store = StoreRef.of_manifest(folder, store_of(folder, facts.name).name, manifest.files)
@@ -217,7 +252,11 @@ def _methods(folder: Path, manifest: Manifest, facts: Explained) -> Iterator[Met
         )
         for layer in facts.units
     }
-    main = MethodMaps(facts, store, tolerance, target, residual, relevance=relevance)
+    options = OPTIONS[facts.method].model_validate(settings)
+    parts = None
+    if isinstance(options, Segmented):
+        parts = StoreRef.of_manifest(folder, store_of(folder, name_of(options.segments)).name, manifest.files)
+    main = MethodMaps(facts, store, tolerance, target, residual, relevance=relevance, segments=parts)
     yield main
     plain = facts.model_copy(update={"law": ""})
     for array in EXTRA:
@@ -323,7 +362,7 @@ def page_of(experiment: Experiment, dataset: str, network: str) -> str:
 def explained_images(experiment: Experiment, dataset: str, network: str) -> set[int]:
     """Return the images whose explanation is on that page."""
     found = explanations(experiment).get((dataset, network), [])
-    return {slot for one in found for slot in one.trained.slots[:SHOWN]}
+    return {slot for one in found for slot in one.trained.shown}
 
 
 def unit_relevance_of(experiment: Experiment, dataset: str, network: str) -> dict[str, UnitRelevance]:

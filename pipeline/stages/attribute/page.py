@@ -52,7 +52,7 @@ class Section:
 
     @property
     def shown(self) -> list[int]:
-        return self.found.slots[:SHOWN]
+        return self.found.shown
 
     @property
     def findings(self) -> list[str]:
@@ -60,6 +60,7 @@ class Section:
         found = self.found
         return [
             *sentences.of_laws(found),
+            *sentences.of_biases(found),
             *sentences.of_likeness(found, self.alike),
             *sentences.of_training(found, self.trained),
         ]
@@ -71,6 +72,11 @@ class Section:
         said = [baseline] if (baseline := sentences.of_baseline(found)) else []
         if len(found.slots) > SHOWN:
             said.append(f"The grid shows {plural(SHOWN, 'image')} of {plural(len(found.slots), 'image')}, by a hash.")
+        if found.picked:
+            said.append(
+                f"The first {plural(len(found.picked), 'image')} are picked by SP-LIME: together they show what LIME "
+                f"finds important."
+            )
         if len(found.methods) > 1 or self.explanation.untrained is not None:
             count = min(COMPARED, len(found.slots))
             said.append(f"Maps are compared on {plural(count, 'image')}: {sentences.how_compared(found)}")

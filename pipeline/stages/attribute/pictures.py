@@ -11,7 +11,7 @@ from PIL import Image
 
 from pipeline.report.experiment import Experiment
 from pipeline.report.pictures import JPEG, montage, picture
-from pipeline.stages.attribute.found import SHOWN, Attributions, Explanation, MethodMaps, read_maps
+from pipeline.stages.attribute.found import Attributions, Explanation, MethodMaps, read_maps
 from pipeline.storage.read_back import open_store
 from pipeline.storage.store import StoreRef
 
@@ -101,7 +101,7 @@ class Drawn:
 
 def tasks_of(experiment: Experiment, one: Explanation, prefix: str, figured: Sequence[int]) -> Iterator[Task]:
     """Yield the tasks of one experiment; `prefix` is that of its files, relative to the report's folder."""
-    found, slots = one.trained, one.trained.slots[:SHOWN]
+    found, slots = one.trained, one.trained.shown
     shard = found.methods[0].store.open()["attribution"].chunks[0]
     control = {} if one.untrained is None else {method.name: method for method in one.untrained.methods}
     explained = set() if one.untrained is None else set(one.untrained.slots)
@@ -109,7 +109,7 @@ def tasks_of(experiment: Experiment, one: Explanation, prefix: str, figured: Seq
     for slot in sorted(slots):
         by_shard.setdefault(slot // shard, []).append(slot)
     numbers = {slot: number for number, slot in enumerate(slots)}
-    compared, shown = frozenset(slots[:COMPARED]), frozenset(figured)
+    compared, shown = frozenset(found.slots[:COMPARED]), frozenset(figured)
     for number, own in sorted(by_shard.items()):
         for at in range(0, len(own), IMAGES_AT_ONCE):
             some = own[at : at + IMAGES_AT_ONCE]
@@ -236,7 +236,7 @@ def first_images(found: Attributions, labels: np.ndarray, count: int) -> list[in
     seen: set[int] = set()
     first: list[int] = []
     others: list[int] = []
-    for slot in found.slots[:SHOWN]:
+    for slot in found.shown:
         (others if int(labels[slot]) in seen else first).append(slot)
         seen.add(int(labels[slot]))
     return (first + others)[:count]

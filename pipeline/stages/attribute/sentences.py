@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.report.words import decimal, number, plural
+from pipeline.report.words import decimal, number, percent, plural
 from pipeline.stages.attribute.found import Attributions, MethodMaps
 from pipeline.stages.attribute.options import METHODS
 
@@ -111,6 +111,21 @@ def of_laws(found: Attributions) -> Iterator[str]:
     unknown = [title for title, each in laws if not each.known.size]
     if unknown:
         yield f"No residual is known of {named(unknown)}: on this network the law is not measured."
+
+
+def of_biases(found: Attributions) -> Iterator[str]:
+    """Say how much of the score biases and constants keep, by methods that account for it."""
+    for title, method in zip(found.titles(), found.methods, strict=True):
+        if (bias := method.bias) is None:
+            continue
+        scores = np.abs(found.score[method.explained])
+        shares = np.abs(bias[method.explained])[scores > 0] / scores[scores > 0]
+        if shares.size:
+            noun = "images" if found.ranks == 1 else "explanations"
+            yield (
+                f"By {title}, biases and constants keep {percent(median(shares))} of the score in magnitude (median "
+                f"over {noun}), which the map does not show."
+            )
 
 
 def misses(title: str, method: MethodMaps, ranks: int) -> str:

@@ -320,7 +320,9 @@ def test_contributions_of_both_signs_are_columns_without_a_law(results: Path) ->
     (page,) = pages_of(experiment)
     with Image.open(experiment.out / page.files[0]) as picture:
         assert picture.size == (5 * 128, 128)
-    assert "No residual is known" not in "".join(page.findings)
+    said = "".join(page.findings)
+    assert "No residual is known" not in said
+    assert "By LRP, biases and constants keep 25\u00a0% of the score in magnitude (median over images)" in said
 
 
 def test_images_of_the_highest_relevance_are_those_that_plain_sorting_gives(results: Path) -> None:

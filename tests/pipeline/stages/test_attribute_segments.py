@@ -362,3 +362,23 @@ def test_images_of_one_segment_are_told(made, capsys):
     )
     warn(one, "lime", {"players": np.array([4.0, 5.0])}, 12)
     assert not capsys.readouterr().err
+
+
+def test_a_page_begins_with_what_sp_lime_picks(made):
+    from pipeline.stages.attribute.found import PICKED, read_attributions
+
+    found = read_attributions(made.results, "scenes", "cnn", "explained")
+    values = np.abs(opened(made, "lime").value.values[found.slots])
+    features = parted(made, "grid").feature.values[found.slots]
+    weights = np.zeros((len(values), features.max() + 1))
+    for image, row in enumerate(features):
+        for segment, feature in enumerate(row):
+            weights[image, feature] += values[image, segment]
+    importance, covered, best = np.sqrt(weights.sum(0)), np.zeros(weights.shape[1], bool), []
+    while len(best) < min(PICKED, len(values)):
+        gains = [-1 if at in best else importance[(weights[at] > 0) & ~covered].sum() for at in range(len(values))]
+        best.append(int(np.argmax(gains)))
+        covered |= weights[best[-1]] > 0
+    assert found.picked == [found.slots[at] for at in best]
+    assert found.shown[: len(best)] == found.picked and sorted(found.shown) == sorted(found.slots)
+    assert found.score[found.slots, 0] == pytest.approx(opened(made, "saliency").score.values[found.slots])
