@@ -66,6 +66,8 @@ def write_attributions(
         columns = {"attribution": own, "target": target, "score": scores, "residual": residual}
         if name in signs:
             columns |= {"relevance": own.clip(0), "counter_relevance": own.clip(None, 0)}
+        facts = {"r2": 0.8, "stability": 0.25} if "r2" in METHODS[kind].facts else {}
+        columns |= {fact: np.full(target.shape, value) for fact, value in facts.items()}
         if "bias" in METHODS[kind].facts:
             columns["bias"] = scores / 4
         if METHODS[kind].baseline:

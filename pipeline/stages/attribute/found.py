@@ -89,11 +89,10 @@ class MethodMaps:
         """(image, rank) bool: where the law is missed by more than the tolerance."""
         return self.explained & (self.residual > self.tolerance)
 
-    @property
-    def bias(self) -> np.ndarray | None:
-        """(image, rank) what biases and constants keep of the score; None for methods without such an account."""
-        accounts = self.array == MAIN and "bias" in METHODS[self.facts.method].facts
-        return _by_rank(self.store, "bias") if accounts else None
+    def fact(self, name: str) -> np.ndarray | None:
+        """Return a further number of each explanation, (explanation,), such as `bias`; None for methods without it."""
+        known = self.array == MAIN and name in METHODS[self.facts.method].facts
+        return _by_rank(self.store, name)[self.explained] if known else None
 
     def maps(self, slots: Sequence[int]) -> np.ndarray:
         """Return the maps of images (image, rank, y, x) float32; these may lie in one shard only, to read little."""

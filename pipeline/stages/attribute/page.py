@@ -61,6 +61,7 @@ class Section:
         return [
             *sentences.of_laws(found),
             *sentences.of_biases(found),
+            *sentences.of_fits(found),
             *sentences.of_likeness(found, self.alike),
             *sentences.of_training(found, self.trained),
         ]

@@ -13,6 +13,8 @@ from pipeline.report.words import decimal, number, percent, plural
 from pipeline.stages.attribute.found import Attributions, MethodMaps
 from pipeline.stages.attribute.options import METHODS
 
+STABLE = 0.9
+"""Rank correlation of two halves of the copies below which a local model depends on the draw."""
 NORMAL = 1.96
 """Standard errors on each side of a 95 % interval."""
 
@@ -116,16 +118,30 @@ def of_laws(found: Attributions) -> Iterator[str]:
 def of_biases(found: Attributions) -> Iterator[str]:
     """Say how much of the score biases and constants keep, by methods that account for it."""
     for title, method in zip(found.titles(), found.methods, strict=True):
-        if (bias := method.bias) is None:
+        if (bias := method.fact("bias")) is None:
             continue
         scores = np.abs(found.score[method.explained])
-        shares = np.abs(bias[method.explained])[scores > 0] / scores[scores > 0]
+        shares = np.abs(bias)[scores > 0] / scores[scores > 0]
         if shares.size:
             noun = "images" if found.ranks == 1 else "explanations"
             yield (
                 f"By {title}, biases and constants keep {percent(median(shares))} of the score in magnitude (median "
                 f"over {noun}), which the map does not show."
             )
+
+
+def of_fits(found: Attributions) -> Iterator[str]:
+    """Say how well surrogate models fit, and whether other copies would give other maps."""
+    for title, method in zip(found.titles(), found.methods, strict=True):
+        fit, stability = method.fact("r2"), method.fact("stability")
+        if fit is None or stability is None or np.isnan(fit).all() or np.isnan(stability).all():
+            continue
+        alike = float(np.nanmedian(stability))
+        yield (
+            f"The local models of {title} have a median R² of {decimal(float(np.nanmedian(fit)), 2)}, and the weights that "
+            f"two halves of the copies give a median rank correlation of {decimal(alike, 2)}"
+            + (": other copies would give other maps, so draw more samples." if alike < STABLE else ".")
+        )
 
 
 def misses(title: str, method: MethodMaps, ranks: int) -> str:

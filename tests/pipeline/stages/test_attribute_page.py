@@ -325,6 +325,13 @@ def test_contributions_of_both_signs_are_columns_without_a_law(results: Path) ->
     assert "By LRP, biases and constants keep 25\u00a0% of the score in magnitude (median over images)" in said
 
 
+def test_a_local_model_that_depends_on_the_draw_is_said(results: Path) -> None:
+    write_attributions(results, {"lime": "lime"})
+    (page,) = pages_of(experiment_of(results, ("cnn", "explained")))
+    said = "".join(page.findings)
+    assert "LIME have a median R² of 0.80" in said and "correlation of 0.25: other copies would give other maps" in said
+
+
 def test_images_of_the_highest_relevance_are_those_that_plain_sorting_gives(results: Path) -> None:
     random = np.random.default_rng(1)
     relevance = random.normal(size=(5, 7))
