@@ -222,6 +222,8 @@ def tree(masks: np.ndarray, values: np.ndarray, weight: np.ndarray, depth: int) 
 
 def _split(masks: np.ndarray, values: np.ndarray, weight: np.ndarray, least: float) -> int | None:
     """Return the feature that parts samples best; None where no one lowers the squared error by more than `least`."""
+    if not masks.shape[1]:
+        return None
     total, level = weight.sum(), _level(values, weight)
     inside = weight @ masks
     apart = (weight * (values - level)) @ masks

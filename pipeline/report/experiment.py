@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from operator import itemgetter
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
@@ -14,7 +13,7 @@ from pipeline.config.base import UNTRAINED
 from pipeline.config.report import Figures, Report
 from pipeline.plan import inspected
 from pipeline.plan.job import Job
-from pipeline.workers.tasks import run_tasks
+from pipeline.workers.tasks import run_in_order
 
 Result = TypeVar("Result")
 
@@ -161,16 +160,7 @@ class Experiment:
         return f"{self.page_of(dataset, network)}#unit={quote(layer, safe='')}/{unit}"
 
     def map(self, function: Callable[..., Result], tasks: Iterable[tuple], label: str) -> Iterator[Result]:
-        """Yield `function(*task)` for every task, on the workers if there are any, in the order of the tasks.
-
-        Whoever adds floats up gets the same bits, whichever task ends first.
-        """
+        """Yield `function(*task)` for every task, on the workers if there are any, in the order of the tasks."""
         if self.workers is None:
             return (function(*task) for task in tasks)
-        numbered = [(number, function, *task) for number, task in enumerate(tasks)]
-        made = sorted(run_tasks(self.workers, _numbered, numbered, len(numbered), label), key=itemgetter(0))
-        return (result for _, result in made)
-
-
-def _numbered(number: int, function: Callable[..., Result], *task: object) -> tuple[int, Result]:
-    return number, function(*task)
+        return iter(run_in_order(self.workers, function, tasks, label))

@@ -5,9 +5,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from operator import itemgetter
+from typing import Any, TypeVar
 
 from pipeline.errors import MicrotomeError
+
+Result = TypeVar("Result")
 
 REFRESH = 1.0  # seconds between two counts of the workers: the answer grows with their number
 
@@ -80,6 +83,20 @@ def run_tasks(
 
 computing = threading.RLock()
 """The lock of a worker's device: a thread holds it while it computes, since networks, with their hooks, are shared."""
+
+
+def run_in_order(client: Any, function: Callable[..., Result], tasks: Iterable[tuple], label: str) -> list[Result]:
+    """Run `function(*task)` for every task on the workers; return the results in the order of the tasks.
+
+    Whoever joins them, or adds up floats, gets the same bits whichever task ends first.
+    """
+    numbered = [(number, function, *task) for number, task in enumerate(tasks)]
+    made = sorted(run_tasks(client, _numbered, numbered, len(numbered), label), key=itemgetter(0))
+    return [result for _, result in made]
+
+
+def _numbered(number: int, function: Callable[..., Result], *task: object) -> tuple[int, Result]:
+    return number, function(*task)
 
 
 OVERLAPPING: set[Callable[..., Any]] = set()

@@ -215,7 +215,9 @@ def read_attributions(results: Path, dataset: str, network: str, experiment: str
         first = next((each for each in methods if not _of_probability(each)), methods[0]).store
         score = _by_rank(first, "score")
         baselines = [
-            _by_rank(method.store, "baseline_score") for method in methods if METHODS[method.facts.method].baseline
+            _by_rank(method.store, "baseline_score")
+            for method in sorted(methods, key=_of_probability)
+            if METHODS[method.facts.method].baseline
         ]
         return Attributions(
             dataset,

@@ -16,7 +16,7 @@ from pipeline.plan.job import Job
 from pipeline.stages.attribute.options import DeepShap, LinearShap, Options
 from pipeline.stages.attribute.settings import Settings
 from pipeline.storage.store import StoreRef
-from pipeline.workers.tasks import run_tasks
+from pipeline.workers.tasks import run_in_order, run_tasks
 
 
 @dataclass(frozen=True)
@@ -91,11 +91,11 @@ def background_of(
             places = (own - bounds[0]).tolist()
             tasks.append((StoreRef(images.store, images.files_of(shard)), bounds, places))
         if isinstance(options, DeepShap):
-            made = list(run_tasks(workers, pick_pixels, tasks, len(tasks), f"{job.name}: references"))
-            found[name] = np.concatenate(made)
+            found[name] = np.concatenate(run_in_order(workers, pick_pixels, tasks, f"{job.name}: references"))
         else:
             own_tasks = [(job.model, *each) for each in tasks]
-            found[name] = sum(run_tasks(workers, summed, own_tasks, len(tasks), f"{job.name}: mean input")) / len(slots)
+            sums = run_in_order(workers, summed, own_tasks, f"{job.name}: mean input")
+            found[name] = np.add.reduce(sums) / len(slots)
     return found
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveInt, field_serializer, model_validator
 
 from pipeline.config.base import Positive, Strict
 from pipeline.networks.fitness import Link
@@ -239,7 +239,9 @@ class OwnRule(RuleOptions):
 
 
 def _spelled_out(rules: Any) -> Any:
-    """Return rules in which a bare name stands for a rule with its defaults."""
+    """Return rules in which a bare name stands for a rule with its defaults; pairs are what `Lrp` writes."""
+    if isinstance(rules, (list, tuple)) and all(isinstance(each, (list, tuple)) and len(each) == 2 for each in rules):
+        rules = dict(rules)
     if not isinstance(rules, Mapping):
         return rules
     return {pattern: {"rule": each} if isinstance(each, str) else each for pattern, each in rules.items()}
@@ -273,6 +275,11 @@ class Lrp(RuleOptions, Options):
         if isinstance(self.layers, dict):
             return self.layers.get(network, self.layers.get(original, []))
         return self.layers
+
+    @field_serializer("rules")
+    def _in_order(self, rules: dict[str, OwnRule]) -> list[list[Any]]:
+        """Write pairs: the first rule that matches decides, and ids do not know the order of keys."""
+        return [[pattern, rule.model_dump()] for pattern, rule in rules.items()]
 
     @property
     def every_rule(self) -> list[RuleOptions]:
@@ -506,7 +513,10 @@ class KernelShap(Segmented):
         description="mean standard error, as a share of the largest value, beyond which as many samples are added; "
         "default: none are added",
     )
-    max_samples: PositiveInt = Field(8192, description="never more samples: an image that still misses is left so")
+    max_samples: PositiveInt = Field(
+        8192,
+        description="never more samples, besides the image and the baseline: an image that still misses is left so",
+    )
 
     @model_validator(mode="after")
     def _most(self) -> KernelShap:

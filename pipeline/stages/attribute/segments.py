@@ -30,8 +30,10 @@ def name_of(segments: Segments) -> str:
 
 
 def library(segments: Segments) -> str | None:
-    """Return the version of the library that the segments depend on, None without one."""
-    return metadata.version("scikit-image") if isinstance(segments, Slic) else None
+    """Return the versions of the libraries that the segments depend on, None without any."""
+    if not isinstance(segments, Slic):
+        return None
+    return f"{metadata.version('scikit-image')}, scipy {metadata.version('scipy')}"
 
 
 def lacking(segments: Segments, size: tuple[int, int]) -> str:

@@ -136,11 +136,13 @@ def of_fits(found: Attributions) -> Iterator[str]:
         fit, stability = method.fact("r2"), method.fact("stability")
         if fit is None or stability is None or np.isnan(fit).all() or np.isnan(stability).all():
             continue
+        players, samples = method.fact("players"), method.fact("samples")
+        drawn = players is None or samples is None or bool((np.exp2(players) > samples).any())
         good, alike = float(np.nanmedian(fit)), float(np.nanmedian(stability))
         yield (
             f"The local models of {title} have a median R² of {decimal(good, 2)}, and the weights that "
             f"two halves of the copies give a median rank correlation of {decimal(alike, 2)}"
-            + (": other copies would give other maps, so draw more samples." if alike < STABLE else ".")
+            + (": other copies would give other maps, so draw more samples." if alike < STABLE and drawn else ".")
         )
 
 

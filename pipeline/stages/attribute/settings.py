@@ -113,7 +113,7 @@ def check(core: Core, section: Experiments) -> None:
             most = options.segments.most() if isinstance(options, Segmented) else None
             if isinstance(options, Segmented) and most is not None and (why := options.why_not(most)):
                 raise ValueError(f"{where}.{why}")
-            if method_of(method) != method and method_of(method) in asked.methods:
+            if method_of(method) != method:
                 raise ValueError(f"{where}: is called like the relevance of units of {method_of(method)!r}: rename it")
             named = list(options.networks or ())
             if isinstance(options, Lrp) and isinstance(options.layers, dict):

@@ -526,6 +526,8 @@ def ids_of(
     if kind.baseline:
         of_image = isinstance(work.baseline, np.ndarray)
         made_of.append(hashlib.sha256(work.baseline.tobytes()).hexdigest() if of_image else work.baseline)  # type: ignore[union-attr]
+    if isinstance(options, Segmented):
+        made_of.append(np.__version__.split(".")[:2])  # whose random numbers other versions may draw otherwise
     if name in work.background:
         made_of.append(hashlib.sha256(work.background[name].tobytes()).hexdigest())
     parted = segment_ids(job, work, options.segments, shards, labelled) if isinstance(options, Segmented) else {}

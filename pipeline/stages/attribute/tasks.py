@@ -34,6 +34,9 @@ from pipeline.storage.store import Array, StoreRef, write
 from pipeline.workers.resumable import Done
 from pipeline.workers.tasks import computing
 
+ACCOUNTS = ("bias", "leak", "magnitude", "phi0")
+"""Facts that a law is about: they are numbers, or something went wrong."""
+
 
 @dataclass(frozen=True)
 class Work:
@@ -263,11 +266,12 @@ def _explain_batch(
             for name in methods:
                 known = replace(work.known(name), background=background[name])
                 made = FUNCTIONS[work.methods[name].kind](subject, work.methods[name], known)
-                _refuse_non_finite(work, name, made.map, ids)
-                values = {"attribution": made.map, "residual": made.residual, **of_all, **made.facts}
-                values["channel_attribution"] = made.values
+                for values in (made.map, *made.units.values(), *(made.facts.get(each) for each in ACCOUNTS)):
+                    _refuse_non_finite(work, name, values, ids)
+                arrays = {"attribution": made.map, "residual": made.residual, **of_all, **made.facts}
+                arrays["channel_attribution"] = made.values
                 place: Any = places if work.layouts[name].ranks is None else (places, rank)
-                for store, tensors in ((name, values), (unit_relevance(name), made.units)):
+                for store, tensors in ((name, arrays), (unit_relevance(name), made.units)):
                     for array, kept in found.get(store, {}).items():
                         tensor = tensors[array]
                         assert tensor is not None
@@ -297,7 +301,8 @@ def _refuse_non_finite(work: Work, name: str, values: torch.Tensor | None, ids: 
     if not bool(good.all()):
         image = ids[int((~good).nonzero()[0])]
         raise MicrotomeError(
-            f"network {work.model.name!r}, method {name!r}: the map of image {image!r} is not finite (NaN or infinity)"
+            f"network {work.model.name!r}, method {name!r}: the map of image {image!r}, or what the method knows besides, "
+            f"is not finite (NaN or infinity)"
         )
 
 

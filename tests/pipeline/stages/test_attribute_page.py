@@ -299,7 +299,7 @@ def test_means_are_the_same_whichever_task_ends_first(results: Path, monkeypatch
         def ended(_: object, function: Any, tasks: Any, *rest: object, order: int = order) -> Any:
             return [function(*task) for task in tasks[::order]]
 
-        monkeypatch.setattr("pipeline.report.experiment.run_tasks", ended)
+        monkeypatch.setattr("pipeline.workers.tasks.run_tasks", ended)
         experiment = replace(experiment_of(results, ("cnn", "explained")), workers=object())
         assert list(experiment.map(lambda at: at, [(at,) for at in range(5)], "")) == list(range(5))
         (page,) = pages_of(experiment)

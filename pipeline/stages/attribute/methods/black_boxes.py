@@ -86,6 +86,8 @@ def kernel_shap(subject: Subject, options: KernelShap, known: Known) -> Attribut
     left, turn = subject.counted.tolist(), 0
     estimates: dict[int, list[shapley.Estimate]] = {image: [] for image in left}
     used = dict.fromkeys(left, 0)
+    scores = subject.score.double().cpu()
+    differences = scores - subject.baseline_score.double().cpu()
     while left:
         goes_on = []
         for image, (estimate, values) in zip(left, _estimates(game, options, left, turn, of), strict=True):
@@ -93,7 +95,7 @@ def kernel_shap(subject: Subject, options: KernelShap, known: Known) -> Attribut
             used[image] += len(values)
             mean = _mean(estimates[image])
             found.take(image, values, used[image], {"value": mean.values, "standard_error": mean.error})
-            total, score = (torch.tensor([each]) for each in (values[-1, of] - values[0, of], values[-1, of]))
+            score, total = scores[image : image + 1], differences[image : image + 1]
             residual[image] = relative(mean.values.sum() - total, total, score)[0]
             if _is_rough(options, mean) and used[image] + len(values) <= options.max_samples:
                 goes_on.append(image)

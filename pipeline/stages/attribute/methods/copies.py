@@ -191,8 +191,15 @@ def with_ends(masks: np.ndarray) -> np.ndarray:
 
 
 def _weight(masks: np.ndarray, drawn: shapley.Coalitions | None) -> np.ndarray:
-    """Return the weight of each copy, so that sizes count as in the Shapley kernel; the ends like the mean copy."""
+    """Return the weight of each copy, so that sizes count as in the Shapley kernel, drawn or all there are.
+
+    The ends count like the mean copy.
+    """
     found = np.ones(len(masks))
     if drawn is not None:
         found[1:-1] = drawn.weight * len(drawn.weight)
+    elif len(masks) > 2:
+        inner = (size := masks.sum(1)) % masks.shape[1] > 0
+        own = shapley.kernel_weights(masks.shape[1])[size[inner] - 1]
+        found[inner] = own / own.mean()
     return found
