@@ -29,15 +29,17 @@ from torch import nn
 from pipeline.config.messages import explain as explained
 from pipeline.errors import MicrotomeError, nearest
 from pipeline.networks.explainable import examine, linear_in, normalised_by, placed
-from pipeline.networks.gradients import Logit, Scalar, Target, Unit, refuse_training
+from pipeline.networks.gradients import Logit, Scalar, Target, Unit, refuse_training, scores
 from pipeline.networks.layers import head_of, one_attention_path, survey
 from pipeline.stages.attribute.methods.registry import FUNCTIONS
-from pipeline.stages.attribute.options import METHODS, OPTIONS, Labels, OfSplit, Options, Patches, Segmented
+from pipeline.stages.attribute.options import METHODS, OPTIONS, Labels, Lrp, OfSplit, Options, Patches, Segmented
 from pipeline.stages.attribute.segments import lacking, part
 from pipeline.stages.attribute.subject import Attribution, Known, Subject
 
 __all__ = ["Attribution", "Logit", "Scalar", "Unit", "explain", *FUNCTIONS]
 
+ALIKE = {True: 1e-9, False: 1e-4}
+"""Relative difference of scores in float64 (True) and in other types that rounding makes beside other neighbours."""
 Targets = str | int | Sequence[int] | torch.Tensor | Logit | Unit | Scalar
 
 
@@ -47,7 +49,7 @@ def explain(
     inputs: torch.Tensor,
     target: Targets = "predicted",
     *,
-    baseline: torch.Tensor | float = 0.0,
+    baseline: torch.Tensor | float | None = None,
     background: torch.Tensor | None = None,
     batch: int | None = None,
     seeds: Sequence[int] = (),
@@ -63,7 +65,8 @@ def explain(
     network : a module, or, for methods that take no gradient, any function from inputs to scores (input, class).
     inputs : floating-point, the first dimension that of the images.
     target : `"predicted"`, a class or one for each image, or a `Logit`, `Unit` or `Scalar`.
-    baseline : the input without information, like the inputs, or one value for all of it, as the network takes it.
+    baseline : the input without information, like the inputs, or one value for all of it, as the network takes it;
+        default: 0.
     background : (reference, ...), inputs that `deep_shap` and `linear_shap` compare with, all of them.
     batch : points on a line, noisy copies or windows that go through the network at a time; default: as many as there
         are inputs, which always go together.
@@ -77,7 +80,8 @@ def explain(
     Raises
     ------
     MicrotomeError
-        For an unknown method or option, and for a network that the method refuses.
+        For an unknown method or option, an argument that the method does not use, a network that the method refuses or
+        that mixes the images of a batch, and scores that are not finite.
     """
     if method not in FUNCTIONS:
         raise MicrotomeError(f"no method {method!r}{nearest(method, FUNCTIONS)}")
@@ -94,10 +98,20 @@ def explain(
         raise MicrotomeError(
             f"inputs of {tuple(inputs.shape)}, {inputs.dtype}: at least one, of finite floating-point values"
         )
-    if batch is not None and batch < 1:
-        raise MicrotomeError(f"batch: {batch}, expected at least 1")
+    if batch is not None and (not isinstance(batch, int) or batch < 1):
+        raise MicrotomeError(f"batch: {batch}, expected a whole number from 1 on")
+    if len(seeds) not in (0, len(inputs)):
+        raise MicrotomeError(f"{len(seeds)} seeds for {len(inputs)} inputs, expected one each")
+    unused = {"baseline": baseline is not None and not kind.baseline, "background": background is not None}
+    unused["background"] &= not isinstance(chosen, OfSplit)
+    unused["bounds"] = bounds is not None and not (isinstance(chosen, Lrp) and chosen.bounded)
+    if lost := [name for name, given in unused.items() if given]:
+        raise MicrotomeError(f"{method} does not use `{lost[0]}`: leave it out")
     refuse_training(network)
     resolved = _target(network, inputs, target)
+    if "linear" in kind.needs and not (isinstance(resolved, Logit) and resolved.link == "logit"):
+        raise MicrotomeError(f"{method} explains logits, or the difference of two")
+    _check_scores(network, inputs, resolved)
     if resolved.layer is not None and kind.maps == "attention":
         raise MicrotomeError(f"{method} follows attention to the logits, not to a unit of layer {resolved.layer!r}")
     if resolved.layer is not None and chosen.layer_name() == "":
@@ -109,10 +123,15 @@ def explain(
         known = _known(network, inputs, chosen.layer_name(), kind.needs, units, resolved)
     reference = None
     if kind.baseline:
-        reference = baseline if isinstance(baseline, torch.Tensor) else torch.full_like(inputs, baseline)
-        if reference.shape[-inputs.ndim + 1 :] != inputs.shape[1:]:
+        reference = baseline if isinstance(baseline, torch.Tensor) else torch.full_like(inputs, baseline or 0.0)
+        if reference.shape[-inputs.ndim + 1 :] != inputs.shape[1:] or (
+            reference.ndim == inputs.ndim and len(reference) not in (1, len(inputs))
+        ):
             raise MicrotomeError(f"a baseline of {tuple(reference.shape)} for inputs of {tuple(inputs.shape)}")
         reference = reference.to(inputs.device, inputs.dtype).expand_as(inputs)
+    for name, values in (("baseline", reference), ("background", background)):
+        if values is not None and not bool(values.isfinite().all()):
+            raise MicrotomeError(f"{name}: its values are not all finite")
     if "linear" in kind.needs and not linear_in(network, _two(inputs)):
         raise MicrotomeError(f"{method}: the logits are not linear in the input")
     parted: dict[str, torch.Tensor] = {}
@@ -132,12 +151,14 @@ def explain(
         seeds=seeds,
         one_baseline=not isinstance(baseline, torch.Tensor) or baseline.ndim < inputs.ndim or len(baseline) == 1,
         segments=parted,
-        bounds=None if bounds is None else (_bound(bounds[0], inputs), _bound(bounds[1], inputs)),
+        bounds=None if bounds is None else _bounds(bounds, inputs),
     )
     return FUNCTIONS[method](subject, chosen, replace(known, background=background))
 
 
 def _options(method: str, options: dict[str, Any]) -> Options:
+    if "networks" in options or isinstance(options.get("layer"), dict) or isinstance(options.get("layers"), dict):
+        raise MicrotomeError(f"{method}: names of networks are of the configuration: give layers by their own names")
     try:
         return OPTIONS[method](**options)
     except ValidationError as error:
@@ -155,7 +176,10 @@ def _target(network: nn.Module, inputs: torch.Tensor, target: Targets) -> Target
     if output is None or output.ndim != 2:
         shape = None if output is None else tuple(output.shape)
         raise MicrotomeError(f"the network gives {shape}, expected logits (image, class): give a Unit or a Scalar")
-    given = output.argmax(1) if isinstance(target, str) else torch.as_tensor(target)
+    try:
+        given = output.argmax(1) if isinstance(target, str) else torch.as_tensor(target)
+    except (TypeError, ValueError, RuntimeError):
+        given = torch.tensor(0.5)
     if given.is_floating_point() or given.dtype == torch.bool:
         raise MicrotomeError(f"target {target!r}: classes are integers")
     classes = given.to(torch.int64)
@@ -168,9 +192,38 @@ def _target(network: nn.Module, inputs: torch.Tensor, target: Targets) -> Target
     return Logit(classes)
 
 
-def _bound(value: float | torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
-    """Return a bound of inputs, like one of them."""
-    return torch.as_tensor(value, dtype=inputs.dtype, device=inputs.device).expand_as(inputs[0])
+def _check_scores(network: nn.Module, inputs: torch.Tensor, target: Target) -> None:
+    """Refuse a network whose score of an input depends on the other inputs, or on earlier calls, or is not finite."""
+    rows = torch.zeros(max(len(inputs), 2), dtype=torch.int64)
+    beside = inputs if len(inputs) > 1 else torch.cat([inputs, inputs / 2])
+    among = scores(network, beside, target if len(inputs) > 1 else target.at(rows))
+    alone = scores(network, inputs[rows], target.at(rows))
+    if not bool(among[: len(inputs)].isfinite().all()):
+        raise MicrotomeError("the score that is explained is not finite (NaN or infinity): look at weights and targets")
+    allowed = ALIKE[inputs.dtype == torch.float64] * max(float(among.abs().max()), float(alone.abs().max()))
+    if abs(float(among[0]) - float(alone[0])) > allowed:
+        raise MicrotomeError(
+            "what is explained of an input depends on the other inputs of its batch, or on earlier calls, so it is no "
+            "property of the input: look for statistics of the batch, and for state"
+        )
+
+
+def _bounds(given: Any, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the bounds of inputs, like one of them; refuse bounds that the inputs do not keep."""
+    try:
+        low, high = (
+            torch.as_tensor(each, dtype=inputs.dtype, device=inputs.device).expand_as(inputs[0]) for each in given
+        )
+    except (TypeError, ValueError, RuntimeError):
+        raise MicrotomeError(
+            f"bounds: the least and the greatest input of {tuple(inputs.shape[1:])}, or numbers"
+        ) from None
+    if not bool((low < high).all()) or not bool(((inputs >= low) & (inputs <= high)).all()):
+        least, most = float(inputs.min()), float(inputs.max())
+        raise MicrotomeError(
+            f"bounds: inputs go from {least:g} to {most:g}: the first bound has to be below, the second above"
+        )
+    return low, high
 
 
 class _Function(nn.Module):
@@ -182,7 +235,11 @@ class _Function(nn.Module):
         self.eval()
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        return torch.as_tensor(self.function(inputs))
+        found = self.function(inputs)
+        if not isinstance(found, (torch.Tensor, np.ndarray)):
+            raise MicrotomeError(f"the function gives {type(found).__name__}, expected scores (input, class)")
+        made = torch.as_tensor(found)
+        return made if made.is_floating_point() else made.to(inputs.dtype)
 
 
 def _module(network: nn.Module | Callable[[torch.Tensor], Any], method: str) -> nn.Module:

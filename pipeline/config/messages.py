@@ -52,6 +52,8 @@ def _explained(item: Any, location: Sequence[str], root: type[BaseModel], sectio
     where = ".".join(location) or "the top level"
     if item["type"] == "extra_forbidden":
         own = _keys_at(location, root)
+        if location[-1] in own:  # of another kind of value at this place
+            return f"{where}: not a key of this one"
         hint = nearest(location[-1], own)
         if not hint:
             hint = nearest(location[-1], known_keys()) if location[-1] in known_keys() else f"; there are: {_list(own)}"

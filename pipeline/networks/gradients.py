@@ -9,7 +9,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 import torch
 from torch import nn
@@ -49,10 +49,20 @@ class Logit:
     probabilities: bool = False
     layer: str | None = None
 
+    def __post_init__(self) -> None:
+        if self.link not in get_args(Link):
+            raise MicrotomeError(f"link {self.link!r}: {', '.join(get_args(Link))}{nearest(self.link, get_args(Link))}")
+
     def __call__(self, output: torch.Tensor) -> torch.Tensor:
         if output.ndim != 2:
             raise MicrotomeError(f"the network gives {tuple(output.shape)}, expected logits (image, class)")
+        if self.link != "logit" and output.shape[1] == 1:
+            raise MicrotomeError(
+                f"the network gives one logit, whose softmax is always 1: explain it, not a {self.link}"
+            )
         if self.probabilities:
+            if not output.is_cuda and bool((output < 0).any()):
+                raise MicrotomeError("the network gives numbers below 0: they are no probabilities")
             output = output.log()
         if self.link == "probability":
             output = output.softmax(1)

@@ -282,6 +282,11 @@ class Lrp(RuleOptions, Options):
         return [[pattern, rule.model_dump()] for pattern, rule in rules.items()]
 
     @property
+    def bounded(self) -> bool:
+        """Whether a rule needs the bounds of inputs."""
+        return any(rule.rule == "z_b" for rule in self.rules.values())
+
+    @property
     def every_rule(self) -> list[RuleOptions]:
         return [self, *self.rules.values()]
 
@@ -493,6 +498,13 @@ class Lime(OfProbability):
     def _of_model(self) -> Lime:
         if self.model == "tree" and self.features is not None:
             raise ValueError("features: a tree has no such bound: give its `depth`")
+        fields = type(self).model_fields
+        lost = ("ridge", "selection") if self.model == "tree" else ("depth",)
+        for key in lost:
+            if getattr(self, key) != fields[key].default:
+                raise ValueError(f"{key}: a {self.model} model has none")
+        if self.features is None and self.selection != fields["selection"].default:
+            raise ValueError("selection: give `features`, how many are chosen")
         return self
 
     @property

@@ -716,6 +716,9 @@ def objections(job: Job[Settings], methods: Mapping[str, Options], found: Explai
         if isinstance(options, Lrp):
             for key, why in of_lrp(options, found, settings.preprocessing.per_image):
                 yield f"{where}.methods.{name}.{key}: network {job.network!r}: {why}"
+        if found.classes == 1 and (link := link_of(options, settings.score)) != "logit":
+            what = "`softmax: false`" if settings.score == "logit" else "`score: logit`"
+            yield f"{where}.methods.{name}: the {link} of one logit is always 1: give {what}"
         if options.kind in ("cam", "linear_shap") and settings.score != "logit":
             title = METHODS[options.kind].title
             yield f"{where}.methods.{name}: {title} explains logits, and `score` is {settings.score!r}"
@@ -758,12 +761,19 @@ def of_lrp(options: Lrp, found: Explainable, own_scale: bool) -> Iterator[tuple[
     for pattern in options.rules:
         if not DEPTH.fullmatch(pattern) and not fnmatch.filter(found.modules, pattern):
             yield "rules", f"{pattern!r} matches no module{nearest(pattern, found.modules)}"
+        if DEPTH.fullmatch(pattern) and not any(
+            matches(pattern, module, depth) for depth, (module, _) in enumerate(found.linear_maps, 1)
+        ):
+            yield (
+                "rules",
+                f"{pattern!r}: there are {len(found.linear_maps)} convolutions and linear maps, from depth 1 on",
+            )
     for depth, (module, reads_input) in enumerate(found.linear_maps, 1):
         rule = next((rule.rule for pattern, rule in options.rules.items() if matches(pattern, module, depth)), "")
         if rule in INPUT_RULES and not reads_input:
             yield "rules", f"`{rule}` is a rule of the layer that reads the input itself, not of {module!r}"
             break
-    if any(rule.rule == "z_b" for rule in options.rules.values()) and own_scale:
+    if options.bounded and own_scale:
         yield "rules", "`z_b` needs bounds of the inputs, and `preprocessing.per_image` gives each image its own"
     if options.keep and not any(reads_input for _, reads_input in found.linear_maps):
         yield "keep", "`signs` needs a convolution or linear map of the input itself"

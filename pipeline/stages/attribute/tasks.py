@@ -301,8 +301,8 @@ def _refuse_non_finite(work: Work, name: str, values: torch.Tensor | None, ids: 
     if not bool(good.all()):
         image = ids[int((~good).nonzero()[0])]
         raise MicrotomeError(
-            f"network {work.model.name!r}, method {name!r}: the map of image {image!r}, or what the method knows besides, "
-            f"is not finite (NaN or infinity)"
+            f"network {work.model.name!r}, method {name!r}: the map of image {image!r}, or what the method knows "
+            f"besides, is not finite (NaN or infinity)"
         )
 
 

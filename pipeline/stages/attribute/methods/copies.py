@@ -56,15 +56,19 @@ class _Several:
 
 def targets_of(subject: Subject) -> _Several:
     """Return the target, and after it the probability of the class where the target is its logit."""
-    target = subject.chosen
-    if isinstance(target, Logit) and target.link == "logit":
+    target, output = subject.chosen, subject.shared.output
+    several = output is None or output.ndim != 2 or output.shape[1] > 1  # the softmax of one logit is always 1
+    if isinstance(target, Logit) and target.link == "logit" and several:
         return _Several((target, replace(target, link="probability")))
     return _Several((target,))
 
 
 def target_of(subject: Subject, options: Options) -> int:
     """Return which of these targets a method explains."""
-    target = subject.chosen
+    target, output = subject.chosen, subject.shared.output
+    if isinstance(target, Logit) and link_of(options, target.link) != target.link:
+        if output is not None and output.ndim == 2 and output.shape[1] == 1:
+            raise MicrotomeError(f"{options.kind}: the softmax of one logit is always 1: give `softmax: false`")
     return int(isinstance(target, Logit) and link_of(options, target.link) != target.link)
 
 
