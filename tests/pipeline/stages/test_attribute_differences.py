@@ -172,7 +172,7 @@ CHANGED = [
 ]
 
 
-@pytest.mark.parametrize(("change", "grown"), CHANGED, ids=lambda each: str(each)[:70])
+@pytest.mark.parametrize(("change", "grown"), CHANGED, ids=[str(change)[:70] for change, _ in CHANGED])
 def test_what_a_change_computes_again(made, tmp_path, change, grown):
     raw = copied(made, made.config.model_dump(), tmp_path)
     again = planner.make(run_experiment.parse(raw))
