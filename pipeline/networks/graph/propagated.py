@@ -178,25 +178,30 @@ class Propagated(CallSites):
         self._nonnegative: Any = WeakIdKeyDictionary()  # tensors, and their versions
         self._held: Any = WeakIdKeyDictionary()
         self._raw: Any = WeakIdKeyDictionary()  # the input itself
-        self._linear: Any = WeakIdKeyDictionary()  # by its output
+        self._linear: Any = WeakIdKeyDictionary()  # outputs of linear maps: which map, and their versions
 
     # Properties of tensors --------------------------------------------------------------------------------------------
 
     def _is(self, kind: Any, tensor: torch.Tensor) -> bool:
         return kind.get(tensor, -1) == tensor._version
 
+    def _linear_of(self, output: torch.Tensor) -> Linear | None:
+        """Return the linear map that a tensor is the output of; None if there is none, or it was written into since."""
+        linear, version = self._linear.get(output, (None, -1))
+        return linear if version == output._version else None
+
     def _in_place(self, call: Call, in_place: bool) -> Any:
         given = tensors_in(call.args, call.kwargs)
         self._read(call, given)
         carried = self._carried(call, given)
-        linear = self._linear.get(given[0]) if call.name == "clone" else None
+        linear = self._linear_of(given[0]) if call.name == "clone" else None
         output = super()._in_place(call, in_place)
         for each in tensors_in(output):
             if each.requires_grad:
                 for kind in carried:
                     kind[each] = each._version
                 if linear is not None:
-                    self._linear[each] = linear
+                    self._linear[each] = linear, each._version
         return output
 
     def _read(self, call: Call, given: Sequence[torch.Tensor]) -> None:
@@ -204,7 +209,7 @@ class Propagated(CallSites):
         for each in given:
             if each.is_leaf and each.requires_grad and tuple(each.shape) == self.shape and not self._modules:
                 self._raw[each] = each._version
-            if (linear := self._linear.get(each)) is not None and call.name != "clone":
+            if (linear := self._linear_of(each)) is not None and call.name != "clone":
                 normalises = call.name == "batch_norm" and each is given[0]
                 linear.norms += normalises
                 linear.others += not normalises
@@ -312,7 +317,7 @@ class Propagated(CallSites):
         else:
             output = self._placed(site, self._shared(linear, site), linear)
         if linear.out is not None:
-            self._linear[output] = linear
+            self._linear[output] = linear, output._version
         return output
 
     def _at_input(self, linear: Linear) -> bool:
@@ -356,10 +361,12 @@ class Propagated(CallSites):
         if trains(call):
             raise self.refusal("batch_norm", "in training mode depends on the other images of the batch")
         x, scale, shift = _normalisation(call)
-        linear = self._linear.get(x)
+        linear = self._linear_of(x)
         site = self._site("batch_norm")
         if linear is not None and self._is_output(linear, x):
             assert linear.side is not None
+            if linear.x._version != linear.version:
+                raise self.refusal("batch_norm", "normalises a linear map whose input was written into since")
             scale = scale.view(linear.side)
             shift = shift.view(linear.side)
             shift = shift if linear.shift is None else shift + linear.shift * scale

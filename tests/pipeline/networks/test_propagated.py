@@ -1,6 +1,7 @@
 """Layer-wise relevance propagation at call sites, against dense matrices, gradients, and its own ledger."""
 
 import math
+import operator
 
 import pytest
 import torch
@@ -260,10 +261,40 @@ def reused(net, x):
     return F.relu(net.second(F.relu(net.second(F.relu(net.first(x))))))
 
 
+def skipped(net, x):
+    h = F.relu(net.first(x))
+    return F.relu(net.norm(net.second(h) + h))
+
+
+def partly(y):
+    y[:, :2].relu_()
+    return y
+
+
 SAME = {
     "in place": (
         lambda net, x: F.relu(net.first(x)) + F.relu(net.second(F.relu(net.first(x)))),
         lambda net, x: F.relu(net.second(F.relu_(y := net.first(x))), inplace=True).add_(y),
+    ),
+    "a norm after a rectifier in place": (
+        lambda net, x: F.relu(net.norm(F.relu(net.first(x)))),
+        lambda net, x: F.relu(net.norm(nn.ReLU(inplace=True)(net.first(x)))),
+    ),
+    "a norm after a functional rectifier in place": (
+        lambda net, x: F.relu(net.norm(F.relu(net.first(x)))),
+        lambda net, x: F.relu(net.norm(torch.relu_(net.first(x)))),
+    ),
+    "a norm after a sum in place": (
+        skipped,
+        lambda net, x: F.relu(net.norm(operator.iadd(net.second(h := F.relu(net.first(x))), h))),
+    ),
+    "a norm after a functional sum in place": (
+        skipped,
+        lambda net, x: F.relu(net.norm(net.second(h := F.relu(net.first(x))).clone().add_(h))),
+    ),
+    "a norm after a write into a part": (
+        lambda net, x: F.relu(net.norm(torch.cat([(y := net.first(x))[:, :2].relu(), y[:, 2:]], 1))),
+        lambda net, x: F.relu(net.norm(partly(net.first(x)))),
     ),
     "a buffer": (
         lambda net, x: F.relu(net.first(x)),
@@ -346,6 +377,49 @@ def test_spellings_of_the_same_network_have_the_same_relevance(case, rule):
     torch.testing.assert_close(one.values, other.values, atol=1e-13, rtol=1e-10)
     torch.testing.assert_close(one.bias, other.bias, atol=1e-12, rtol=1e-10)
     assert residual(one) < 1e-14 and residual(other) < 1e-14
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("case", ["a norm after a rectifier in place", "a norm after a sum in place"])
+def test_a_norm_of_what_was_written_into_agrees_with_matrices(case, rule):
+    net, x = lively(Function(SAME[case][1])), images()
+    rule = RULES[rule]
+    scale = net.norm.weight / (net.norm.running_var + net.norm.eps).sqrt()
+    shift = (net.norm.bias - net.norm.running_mean * scale).repeat_interleave(64)
+    diagonal = torch.diag(scale.repeat_interleave(64))
+    alone = Rule() if rule.kind == "alpha_beta" else rule
+
+    def convolved(conv, value):
+        return matrix(lambda v: F.conv2d(v, conv.weight, padding=1), value), conv.bias.repeat_interleave(64)
+
+    with torch.no_grad():
+        found = explained(net, x, Plan(rule))
+        for at, one in enumerate(x.split(1)):
+            m1, b1 = convolved(net.first, one)
+            u = hidden = (m1 @ one.flatten() + b1).relu()
+            if "sum" in case:
+                m2, b2 = convolved(net.second, hidden.view(1, 4, 8, 8))
+                u = m2 @ hidden + b2 + hidden
+            y = (diagonal @ u + shift).relu()
+            score = net.head.weight[1:2] @ y + net.head.bias[1:2]
+            torch.testing.assert_close(found.score[at : at + 1], score)
+            r = dense(rule, net.head.weight[1:2], y, net.head.bias[1:2], score)[0]
+            r = dense(alone, diagonal, u, shift, r)[0]
+            if "sum" in case:
+                share = r / torch.where(u == 0, 1.0, u)
+                r = share * hidden + dense(rule, m2, hidden, b2, share * (u - hidden))[0]
+            values = dense(rule, m1, one.flatten(), b1, r)[0]
+            torch.testing.assert_close(found.values[at].flatten(), values, atol=1e-12, rtol=1e-9)
+
+
+def test_a_norm_of_a_map_whose_input_was_written_into_since_is_refused():
+    def function(net, x):
+        y = net.second(h := F.relu(net.first(x)))
+        h += 1
+        return F.relu(net.norm(y) + h)
+
+    with pytest.raises(UnsupportedError, match="'batch_norm' in module 'norm' normalises a linear map whose input was"):
+        explained(lively(Function(function)), images())
 
 
 class Token(nn.Module):
