@@ -147,7 +147,7 @@ class Study:
             if (layout := layout_of(alone, among)) is None:
                 raise UnsupportedError(
                     f"{Propagated.method}: operation {name!r} in module {module!r} mixes the images of a batch, or "
-                    f"their values depend on it"
+                    f"their values depend on it, or nothing tells which values are whose"
                 )
             calls.append(Studied(name, module, layout, linear is not None and linear.foldable))
         maps = tuple((each.module, each.raw) for _, _, _, each in one if each is not None)
@@ -239,10 +239,15 @@ class Propagated(CallSites):
         self._passed += 1
         return Site(self.ledger, call, self._passed - 1)
 
-    def _placed(self, site: Site, output: torch.Tensor, linear: Linear | None = None) -> torch.Tensor:
-        """Tell a site of the call's output, whose layout was studied; return the output."""
+    def _placed(
+        self, site: Site, output: torch.Tensor, linear: Linear | None = None, like: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Tell a site of the call's output, whose layout was studied; return the output.
+
+        `like` is of the same layout where the output does not tell: a constant is the same for all images.
+        """
         if self.study is None:
-            self.calls.append((site.call, self.where, output.detach(), linear))
+            self.calls.append((site.call, self.where, (output if like is None else like).detach(), linear))
             return output
         found = self.study.calls[site.at] if site.at < len(self.study.calls) else None
         if (
@@ -415,13 +420,13 @@ class Propagated(CallSites):
 
     def _plus(self, name: str, x: torch.Tensor, constant: Any) -> torch.Tensor:
         """Add a constant."""
-        return x + self._constant(name, x, constant, torch.broadcast_shapes(x.shape, _shape(constant)))
+        return x + self._constant(name, x.expand(torch.broadcast_shapes(x.shape, _shape(constant))), constant)
 
-    def _constant(self, name: str, x: torch.Tensor, value: Any, shape: Sequence[int]) -> torch.Tensor:
-        """Return a constant as a part of the graph, expanded to a shape."""
-        given = torch.as_tensor(value, dtype=x.dtype, device=x.device).expand(tuple(shape))
+    def _constant(self, name: str, x: torch.Tensor, value: Any) -> torch.Tensor:
+        """Return a constant as a part of the graph, expanded to the shape of what it is added to or joined with."""
+        given = torch.as_tensor(value, dtype=x.dtype, device=x.device).expand(x.shape)
         site = self._site(name)
-        return self._placed(site, Constant.apply(x, given, site))
+        return self._placed(site, Constant.apply(x, given, site), like=x)
 
     def _sum(self, call: Call) -> Any:
         a, b = _operands(call)
@@ -512,8 +517,11 @@ class Propagated(CallSites):
         return output
 
     def _log_softmax(self, call: Call) -> Any:
-        x = argument(call, 0, "input")
-        return self._plus("log_softmax", x, call.run().detach() - x.detach())
+        x, y = argument(call, 0, "input"), call.run().detach()
+        if y.dtype != x.dtype:
+            x = self._cast(Call("to", torch.Tensor.to, (x, y.dtype), {}))
+        site = self._site("log_softmax")
+        return x + self._placed(site, Held.apply(x, y - x.detach(), site))
 
     def _cast(self, call: Call) -> Any:
         x, y = call.args[0], call.run()
@@ -533,7 +541,7 @@ class Propagated(CallSites):
     def _joined(self, call: Call) -> Any:
         tensors = argument(call, 0, "tensors")
         anchor = next(each for each in tensors if each.requires_grad)
-        met = [each if each.requires_grad else self._constant(call.name, anchor, each, each.shape) for each in tensors]
+        met = [each if each.requires_grad else self._constant(call.name, _beside(anchor, each), each) for each in tensors]
         rest = {key: value for key, value in call.kwargs.items() if key != "tensors"}
         return call.function(met, *call.args[1:], **rest)
 
@@ -548,11 +556,11 @@ class Propagated(CallSites):
     def _chosen(self, call: Call) -> Any:
         condition, a, b = (argument(call, at, key) for at, key in enumerate(("condition", "input", "other")))
         shape = torch.broadcast_shapes(*map(_shape, (condition, a, b)))
-        x = a if _of_input(a) else b
+        x = (a if _of_input(a) else b).expand(shape)
         a, b = (
             each
             if _of_input(each) or (not isinstance(each, torch.Tensor) and each == 0)
-            else self._constant("where", x, each, shape)
+            else self._constant("where", x, each)
             for each in (a, b)
         )
         return torch.where(condition, a, b)
@@ -569,8 +577,8 @@ class Propagated(CallSites):
             return call.run()
         a, b = _operands(call)
         shape = torch.broadcast_shapes(a.shape, b.shape)
-        x = a if a.requires_grad else b
-        a, b = (each if each.requires_grad else self._constant(call.name, x, each, shape) for each in (a, b))
+        x = (a if a.requires_grad else b).expand(shape)
+        a, b = (each if each.requires_grad else self._constant(call.name, x, each) for each in (a, b))
         return call.function(a, b)
 
     def _written_into(self, call: Call) -> Any:
@@ -643,6 +651,15 @@ def _from_left(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 def _einsum_from_left(equation: str, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return torch.einsum(equation, weight, x)
+
+
+def _beside(anchor: torch.Tensor, constant: torch.Tensor) -> torch.Tensor:
+    """Return entries of a tensor in the shape of a constant that is joined with it."""
+    same = anchor.ndim == constant.ndim
+    unlike = [at for at, (a, b) in enumerate(zip(anchor.shape, constant.shape, strict=False)) if a != b]
+    if not same or len(unlike) > 1 or not anchor.numel():
+        return constant
+    return anchor.narrow(unlike[0], 0, 1).expand(constant.shape) if unlike else anchor
 
 
 def _of_input(value: Any) -> bool:

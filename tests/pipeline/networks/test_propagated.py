@@ -240,6 +240,8 @@ def test_layouts_are_found_by_one_and_two_images():
     assert layout_of(one[0], both.transpose(0, 1)) is None
     assert layout_of(one, both + both.mean()) is None
     assert layout_of(one, both.mean(0, keepdim=True)) is None
+    assert layout_of(torch.ones(1, 3), torch.ones(2, 3)).axis == 0
+    assert layout_of(torch.ones(2, 3), torch.ones(4, 3)) is None  # which of the rows are of the first image?
 
 
 # Spellings ------------------------------------------------------------------------------------------------------------
@@ -441,7 +443,20 @@ class Token(nn.Module):
         return self.head(rows.view(5, -1, 6).mean(0))
 
 
+def of_rows(function):
+    """A function of rows (token, image), in which images alternate, given as (token, image, unit)."""
+    return lambda x: function(x.reshape(-1, 6)).view(x.shape)
+
+
 BOOKED = {
+    "rows and a number": of_rows(lambda rows: rows + 0.3),
+    "rows and a bias": of_rows(lambda rows: 2 - rows * torch.arange(6.0)),
+    "masked rows": of_rows(lambda rows: rows.masked_fill(torch.arange(6) == 2, 0.7)),
+    "chosen rows": of_rows(lambda rows: torch.where(torch.arange(6) < 3, rows, 0.3)),
+    "padded rows": of_rows(lambda rows: F.pad(rows, (1, 0), value=0.5)[:, :6]),
+    "larger rows": of_rows(lambda rows: torch.maximum(rows, torch.full((), 0.2))),
+    "joined rows": of_rows(lambda rows: torch.cat([rows[:, :5], torch.ones(1).expand(len(rows), 1)], -1)),
+    "broadcast rows": of_rows(lambda rows: rows.mean(1, keepdim=True) + torch.arange(6.0)),
     "plain": None,
     "masked": lambda x: x.masked_fill(torch.arange(6) == 2, 0.7),
     "chosen": lambda x: torch.where(torch.arange(6) < 3, x, 0.3),
@@ -489,6 +504,19 @@ def test_what_is_kept_and_lost_is_booked_by_image(case, rule, preset):
         torch.testing.assert_close(alone.values[0], found.values[at], atol=1e-12, rtol=1e-10)
         torch.testing.assert_close(alone.bias[0], found.bias[at], atol=1e-12, rtol=1e-10)
         torch.testing.assert_close(alone.leak[0], found.leak[at], atol=1e-12, rtol=1e-10)
+
+
+def test_what_a_logarithm_of_softmax_subtracts_is_no_bias():
+    net, x = lively(Function(lambda net, x: F.relu(net.first(x)))), images(3)
+    for module in (net.first, net.head):
+        nn.init.zeros_(module.bias)
+    logits = net.head
+    net.head = nn.Sequential(logits, nn.LogSoftmax(1))
+    found = explained(net, x, Plan(Rule("epsilon", epsilon=0.0)))
+    assert residual(found) < 1e-14
+    assert not found.bias.any()
+    with torch.no_grad():
+        torch.testing.assert_close(found.leak, -logits(F.relu(net.first(x)).flatten(1)).logsumexp(1))
 
 
 # At the input ---------------------------------------------------------------------------------------------------------
