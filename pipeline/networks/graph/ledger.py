@@ -110,4 +110,4 @@ class Site:
 
 
 class OtherCallsError(MicrotomeError):
-    """The network calls other functions than when it was studied."""
+    """The network was changed since it was studied: it calls other functions, or lacks what is asked for."""

@@ -132,8 +132,12 @@ class Study:
 
     @property
     def folded(self) -> set[str]:
-        """The modules whose output has no relevance of its own."""
-        return {each.module for each in self.calls if each.folds}
+        """The modules whose output has no relevance of its own: the last call in them is folded into a BatchNorm."""
+        last = {}
+        for each in self.calls:
+            parts = each.module.split(".")
+            last.update({".".join(parts[:end]): each.folds for end in range(1, len(parts) + 1)})
+        return {module for module, folds in last.items() if folds}
 
     @staticmethod
     def of(one: Sequence[Met], two: Sequence[Met], rectified: bool) -> Study:
@@ -541,7 +545,9 @@ class Propagated(CallSites):
     def _joined(self, call: Call) -> Any:
         tensors = argument(call, 0, "tensors")
         anchor = next(each for each in tensors if each.requires_grad)
-        met = [each if each.requires_grad else self._constant(call.name, _beside(anchor, each), each) for each in tensors]
+        met = [
+            each if each.requires_grad else self._constant(call.name, _beside(anchor, each), each) for each in tensors
+        ]
         rest = {key: value for key, value in call.kwargs.items() if key != "tensors"}
         return call.function(met, *call.args[1:], **rest)
 

@@ -609,6 +609,34 @@ def test_relevance_of_layers_is_that_of_the_rest_of_the_network(rule):
         explained(net, x, Plan(RULES[rule]), layers=["frist"])
 
 
+def test_only_what_ends_with_a_folded_map_has_no_relevance_of_its_own():
+    class Block(nn.Module):
+        """Calls the functions of a convolution and of a BatchNorm by itself."""
+
+        def __init__(self, first, norm):
+            super().__init__()
+            self.first, self.norm = first, norm
+
+        def forward(self, x):
+            y = F.conv2d(x, self.first.weight, self.first.bias, padding=1)
+            of_norm = self.norm.running_mean, self.norm.running_var, self.norm.weight, self.norm.bias
+            return F.batch_norm(y, *of_norm)
+
+    net, x = small(), images()
+    wanted = explained(net, x, layers=["norm"]).layers["norm"]
+    block = small()
+    block.first, block.norm = Block(block.first, block.norm), nn.Identity()
+    torch.testing.assert_close(explained(block, x, layers=["first"]).layers["first"], wanted)
+    net.first = nn.Sequential(nn.Sequential(net.first))
+    for name in ("first", "first.0", "first.0.0"):
+        with pytest.raises(MicrotomeError, match=f"layer '{name}' has no relevance of its own"):
+            explained(net, x, layers=["norm", name])
+    changed = small()
+    explained(changed, x, layers=["norm"])
+    changed.other = nn.Identity()  # after which nothing is folded into it
+    assert explained(changed, x, layers=["second"]).layers["second"].shape == (2, 4, 8, 8)
+
+
 def test_units_and_other_functions_are_targets():
     net, x = small(), images()
     found = explained(net, x, Plan(Rule()), Unit("other", (2,)))
