@@ -14,7 +14,6 @@ elsewhere. A BatchNorm is folded into the convolution before it. Biases, constan
 from __future__ import annotations
 
 import fnmatch
-import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,6 +28,7 @@ from pipeline.errors import MicrotomeError, nearest
 from pipeline.networks.fitness import DEPTH, matches
 from pipeline.networks.graph.call_sites import (
     DROPOUTS,
+    ELEMENTWISE,
     LINEAR_NODES,
     REARRANGEMENTS,
     WRITERS,
@@ -40,7 +40,7 @@ from pipeline.networks.graph.call_sites import (
     trains,
 )
 from pipeline.networks.graph.ledger import Layout, Ledger, OtherCallsError, Site, layout_of
-from pipeline.networks.graph.rectified import MAX_NODES, MAX_POOLS
+from pipeline.networks.graph.rectified import MAX_NODES, MAX_POOLS, ceiling_of
 from pipeline.networks.graph.relevance_rules import (
     AtInput,
     Cast,
@@ -59,25 +59,18 @@ from pipeline.networks.graph.taken_apart import (
     NORMS,
     multi_head_attention_forward,
     norm_of,
+    normalisation_of,
     over_keys,
     scaled_dot_product_attention,
     softmax_of,
 )
 
 Preset = Literal["cp_lrp", "attn_lrp"]
-ELEMENTWISE = frozenset({
-    "abs", "atan", "celu", "clamp", "clamp_max", "clamp_min", "cos", "cosh", "elu", "erf", "exp", "exp2", "expm1",
-    "gelu", "hardshrink", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "log", "log1p", "log2", "logsigmoid",
-    "mish", "pow", "prelu", "reciprocal", "relu6", "rsqrt", "selu", "sigmoid", "silu", "sin", "sinh", "softplus",
-    "softshrink", "softsign", "special_erf", "special_expit", "sqrt", "square", "swish", "tan", "tanh", "tanhshrink",
-    "threshold",
-})  # fmt: skip
-"""Functions of each entry, which pass its relevance on."""
 CONVOLUTIONS = frozenset(f"conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3))
 EXTREMES = frozenset({"max", "min", "amax", "amin", "maximum", "minimum", "fmax", "fmin"})
-NONNEGATIVE = frozenset({"sigmoid", "hardsigmoid", "exp", "abs", "square", "softmax", "softplus"})
+NONNEGATIVE = frozenset({"sigmoid", "hardsigmoid", "exp", "abs", "absolute", "square", "softmax", "softplus"})
 POOLS = frozenset(f"{kind}avg_pool{n}d" for kind in ("", "adaptive_") for n in (1, 2, 3))
-KEEP_NONNEGATIVE = MAX_POOLS | EXTREMES | POOLS | {"add", "mul", "mean", "sum", "sqrt", "upsample_nearest2d"}
+KEEP_NONNEGATIVE = MAX_POOLS | EXTREMES | POOLS | {"add", "mul", "mean", "sum", "sqrt"}
 ALL_OF = (slice(None), Ellipsis)
 ALPHA_1 = Rule()
 
@@ -227,7 +220,7 @@ class Propagated(CallSites):
         filled = name == "pad" and argument(call, 3, "value")
         alike = len(of_input) == len(given) and not numbers and not filled and call.kwargs.get("alpha", 1) == 1
         keeps = alike and (copies or name in KEEP_NONNEGATIVE)
-        if name in NONNEGATIVE or _rectifies(call) or (keeps and self._all(self._nonnegative, of_input)):
+        if name in NONNEGATIVE or ceiling_of(call) is not None or (keeps and self._all(self._nonnegative, of_input)):
             found.append(self._nonnegative)
         if copies and alike and self._all(self._held, of_input):
             found.append(self._held)
@@ -369,7 +362,7 @@ class Propagated(CallSites):
     def _batch_norm(self, call: Call) -> Any:
         if trains(call):
             raise self.refusal("batch_norm", "in training mode depends on the other images of the batch")
-        x, scale, shift = _normalisation(call)
+        x, scale, shift = normalisation_of(call)
         linear = self._linear_of(x)
         site = self._site("batch_norm")
         if linear is not None and self._is_output(linear, x):
@@ -408,7 +401,7 @@ class Propagated(CallSites):
         y = call.run().detach()
         if y.shape != x.shape:
             raise self.refusal(call.name, "gives another shape than its input's")
-        self.rectifiers += _rectifies(call)
+        self.rectifiers += ceiling_of(call) is not None
         site = self._site(call.name)
         return self._placed(site, Passed.apply(x, y, site))
 
@@ -678,33 +671,6 @@ def _shape(value: Any) -> tuple[int, ...]:
 
 def _operands(call: Call) -> tuple[Any, Any]:
     return argument(call, 0, "input"), argument(call, 1, "other")
-
-
-def _rectifies(call: Call) -> bool:
-    """Return whether a function is a rectifier: 0 below 0, and nowhere else below that."""
-    if call.name == "threshold":
-        return (argument(call, 1, "threshold"), argument(call, 2, "value")) == (0, 0)
-    if call.name == "hardtanh":
-        return argument(call, 1, "min_val", -1.0) == 0
-    if call.name in ("clamp", "clamp_min"):
-        low, top = argument(call, 1, "min"), argument(call, 2, "max")
-        return (
-            isinstance(low, (int, float)) and low == 0 and (top is None or (isinstance(top, (int, float)) and top >= 0))
-        )
-    return call.name in ("relu", "relu6")
-
-
-def _normalisation(call: Call) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the input of a call of batch_norm, and its scale and shift, (unit,)."""
-    of_network = isinstance(call.function, types.FunctionType)  # torch's own has weight and bias before the statistics
-    names = ("running_mean", "running_var", "weight", "bias")
-    places = (1, 2, 3, 4) if of_network else (3, 4, 1, 2)
-    mean, variance, weight, bias = (argument(call, at, name) for at, name in zip(places, names, strict=True))
-    scale = (variance + argument(call, 7, "eps", 1e-5)).rsqrt()
-    if weight is not None:
-        scale = scale * weight
-    shift = -mean * scale
-    return argument(call, 0, "input"), scale, shift if bias is None else shift + bias
 
 
 def _check_patterns(network: nn.Module, plan: Plan) -> None:
