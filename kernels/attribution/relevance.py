@@ -31,11 +31,6 @@ class Rule:
     def beta(self) -> float:
         return self.alpha - 1
 
-    @property
-    def signed(self) -> bool:
-        """Whether it treats contributions of either sign otherwise."""
-        return self.kind in ("alpha_beta", "gamma")
-
 
 @dataclass(frozen=True)
 class Shares:

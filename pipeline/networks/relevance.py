@@ -14,7 +14,6 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from pipeline.errors import MicrotomeError
 from pipeline.networks.gradients import Gradients, Target, gradients, output_of
 from pipeline.networks.graph.ledger import Ledger, OtherCallsError
 from pipeline.networks.graph.propagated import Plan, Preset, Propagated, Study
@@ -52,13 +51,11 @@ def relevance(
         A call has no rule, a pattern matches no module, the plan does not apply to the network, or a layer has no
         relevance of its own.
     """
-    sites = Propagated(network, plan, inputs, study_of(network, plan.preset, inputs, target.layer))
     try:
-        found = _propagated(network, inputs, target, layers, sites)
+        found, sites = _propagated(network, inputs, target, plan, layers)
     except OtherCallsError:  # of a network that was changed since
         _STUDIES.pop(network, None)
-        sites = Propagated(network, plan, inputs, study_of(network, plan.preset, inputs, target.layer))
-        found = _propagated(network, inputs, target, layers, sites)
+        found, sites = _propagated(network, inputs, target, plan, layers)
     assert found.inputs is not None
     values = found.inputs * inputs + sites.direct
     positive = None
@@ -70,15 +67,13 @@ def relevance(
 
 
 def _propagated(
-    network: nn.Module, inputs: torch.Tensor, target: Target, layers: Sequence[str], sites: Propagated
-) -> Gradients:
-    try:
-        return gradients(network, inputs, _Scored(target, sites.ledger), layers, sites=sites)
-    except MicrotomeError as error:
-        for name in layers:
-            if sites.study is not None and name in sites.study.folded and str(error).startswith(f"layer {name!r}"):
-                raise MicrotomeError(no_relevance(name)) from None
-        raise
+    network: nn.Module, inputs: torch.Tensor, target: Target, plan: Plan, layers: Sequence[str]
+) -> tuple[Gradients, Propagated]:
+    study = study_of(network, plan.preset, inputs, target.layer)
+    if folded := [name for name in layers if name in study.folded]:
+        raise OtherCallsError(no_relevance(folded[0]))  # unless the network was changed since
+    sites = Propagated(network, plan, inputs, study)
+    return gradients(network, inputs, _Scored(target, sites.ledger), layers, sites=sites), sites
 
 
 # The target -----------------------------------------------------------------------------------------------------------

@@ -64,6 +64,13 @@ LINEAR = _names(
     "adaptive_avg_pool2d adaptive_avg_pool3d batch_norm interpolate lerp where masked_fill cumsum diff"
 )
 JOINTLY_LINEAR = frozenset({"add", "sub", "rsub", "where", "lerp"})  # linear in all of their tensors together
+# Functions of each entry, but for the ReLU.
+ELEMENTWISE = _names(
+    "abs absolute atan celu clamp clamp_max clamp_min cos cosh elu erf erfc exp exp2 expm1 gelu hardshrink hardsigmoid "
+    "hardswish hardtanh leaky_relu log log10 log1p log2 log_sigmoid logsigmoid mish pow prelu reciprocal relu6 rpow "
+    "rrelu rsqrt selu sigmoid silu sin sinh softplus softshrink softsign special_erf special_expit sqrt square tan "
+    "tanh tanhshrink threshold"
+)
 DROPOUTS = _names(
     "dropout native_dropout feature_dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout"
 )
@@ -202,7 +209,7 @@ class CallSites(TorchFunctionMode):
         cut = self._cut_of(args[1:], kwargs) if name in WRITERS else self._cut_of(*values)
         if not live(*values):
             return self._without_gradient(call, cut, writes)
-        if name in DROPOUTS and _drops(call):
+        if (name in DROPOUTS and _drops(call)) or (name == "rrelu" and argument(call, 3, "training", False)):
             raise self.refusal(name, "draws random numbers: call `eval()` first")
         if cut is not None and self.strict:
             raise self.refusal(name, f"depends on the input in a way that has no gradient, through {cut}")

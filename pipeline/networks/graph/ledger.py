@@ -53,7 +53,8 @@ class Layout:
 def layout_of(one: torch.Tensor, two: torch.Tensor) -> Layout | None:
     """Return the layout of a call from its outputs for an image and for two of which it is the first.
 
-    None if they are no outputs of the same image: the call mixes the images of a batch.
+    None if they are no outputs of the same image (the call mixes the images of a batch), or if nothing tells which of
+    several entries are whose.
     """
     axes = [at for at, (a, b) in enumerate(zip(one.shape, two.shape, strict=False)) if a != b]
     if one.ndim != two.ndim or len(axes) != 1 or two.shape[axes[0]] != 2 * one.shape[axes[0]]:
@@ -61,7 +62,7 @@ def layout_of(one: torch.Tensor, two: torch.Tensor) -> Layout | None:
     (axis,), each = axes, one.shape[axes[0]]
     alone = two.unflatten(axis, (2, each)).select(axis, 0), two.unflatten(axis, (each, 2)).select(axis + 1, 0)
     near, alternating = (_distance(one, other) for other in alone)
-    if min(near, alternating) > NEAR:
+    if min(near, alternating) > NEAR or (each > 1 and near == alternating and bool(one.any())):
         return None
     return Layout(tuple(one.shape), axis, near <= alternating)
 
@@ -109,4 +110,4 @@ class Site:
 
 
 class OtherCallsError(MicrotomeError):
-    """The network calls other functions than when it was studied."""
+    """The network was changed since it was studied: it calls other functions, or lacks what is asked for."""

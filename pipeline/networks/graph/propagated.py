@@ -14,7 +14,6 @@ elsewhere. A BatchNorm is folded into the convolution before it. Biases, constan
 from __future__ import annotations
 
 import fnmatch
-import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,6 +28,7 @@ from pipeline.errors import MicrotomeError, nearest
 from pipeline.networks.fitness import DEPTH, matches
 from pipeline.networks.graph.call_sites import (
     DROPOUTS,
+    ELEMENTWISE,
     LINEAR_NODES,
     REARRANGEMENTS,
     WRITERS,
@@ -40,7 +40,7 @@ from pipeline.networks.graph.call_sites import (
     trains,
 )
 from pipeline.networks.graph.ledger import Layout, Ledger, OtherCallsError, Site, layout_of
-from pipeline.networks.graph.rectified import MAX_NODES, MAX_POOLS
+from pipeline.networks.graph.rectified import MAX_NODES, MAX_POOLS, ceiling_of
 from pipeline.networks.graph.relevance_rules import (
     AtInput,
     Cast,
@@ -59,25 +59,18 @@ from pipeline.networks.graph.taken_apart import (
     NORMS,
     multi_head_attention_forward,
     norm_of,
+    normalisation_of,
     over_keys,
     scaled_dot_product_attention,
     softmax_of,
 )
 
 Preset = Literal["cp_lrp", "attn_lrp"]
-ELEMENTWISE = frozenset({
-    "abs", "atan", "celu", "clamp", "clamp_max", "clamp_min", "cos", "cosh", "elu", "erf", "exp", "exp2", "expm1",
-    "gelu", "hardshrink", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "log", "log1p", "log2", "logsigmoid",
-    "mish", "pow", "prelu", "reciprocal", "relu6", "rsqrt", "selu", "sigmoid", "silu", "sin", "sinh", "softplus",
-    "softshrink", "softsign", "special_erf", "special_expit", "sqrt", "square", "swish", "tan", "tanh", "tanhshrink",
-    "threshold",
-})  # fmt: skip
-"""Functions of each entry, which pass its relevance on."""
 CONVOLUTIONS = frozenset(f"conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3))
 EXTREMES = frozenset({"max", "min", "amax", "amin", "maximum", "minimum", "fmax", "fmin"})
-NONNEGATIVE = frozenset({"sigmoid", "hardsigmoid", "exp", "abs", "square", "softmax", "softplus"})
+NONNEGATIVE = frozenset({"sigmoid", "hardsigmoid", "exp", "abs", "absolute", "square", "softmax", "softplus"})
 POOLS = frozenset(f"{kind}avg_pool{n}d" for kind in ("", "adaptive_") for n in (1, 2, 3))
-KEEP_NONNEGATIVE = MAX_POOLS | EXTREMES | POOLS | {"add", "mul", "mean", "sum", "sqrt", "upsample_nearest2d"}
+KEEP_NONNEGATIVE = MAX_POOLS | EXTREMES | POOLS | {"add", "mul", "mean", "sum", "sqrt"}
 ALL_OF = (slice(None), Ellipsis)
 ALPHA_1 = Rule()
 
@@ -132,8 +125,12 @@ class Study:
 
     @property
     def folded(self) -> set[str]:
-        """The modules whose output has no relevance of its own."""
-        return {each.module for each in self.calls if each.folds}
+        """The modules whose output has no relevance of its own: the last call in them is folded into a BatchNorm."""
+        last = {}
+        for each in self.calls:
+            parts = each.module.split(".")
+            last.update({".".join(parts[:end]): each.folds for end in range(1, len(parts) + 1)})
+        return {module for module, folds in last.items() if folds}
 
     @staticmethod
     def of(one: Sequence[Met], two: Sequence[Met], rectified: bool) -> Study:
@@ -147,7 +144,7 @@ class Study:
             if (layout := layout_of(alone, among)) is None:
                 raise UnsupportedError(
                     f"{Propagated.method}: operation {name!r} in module {module!r} mixes the images of a batch, or "
-                    f"their values depend on it"
+                    f"their values depend on it, or nothing tells which values are whose"
                 )
             calls.append(Studied(name, module, layout, linear is not None and linear.foldable))
         maps = tuple((each.module, each.raw) for _, _, _, each in one if each is not None)
@@ -178,25 +175,30 @@ class Propagated(CallSites):
         self._nonnegative: Any = WeakIdKeyDictionary()  # tensors, and their versions
         self._held: Any = WeakIdKeyDictionary()
         self._raw: Any = WeakIdKeyDictionary()  # the input itself
-        self._linear: Any = WeakIdKeyDictionary()  # by its output
+        self._linear: Any = WeakIdKeyDictionary()  # outputs of linear maps: which map, and their versions
 
     # Properties of tensors --------------------------------------------------------------------------------------------
 
     def _is(self, kind: Any, tensor: torch.Tensor) -> bool:
         return kind.get(tensor, -1) == tensor._version
 
+    def _linear_of(self, output: torch.Tensor) -> Linear | None:
+        """Return the linear map that a tensor is the output of; None if there is none, or it was written into since."""
+        linear, version = self._linear.get(output, (None, -1))
+        return linear if version == output._version else None
+
     def _in_place(self, call: Call, in_place: bool) -> Any:
         given = tensors_in(call.args, call.kwargs)
         self._read(call, given)
         carried = self._carried(call, given)
-        linear = self._linear.get(given[0]) if call.name == "clone" else None
+        linear = self._linear_of(given[0]) if call.name == "clone" else None
         output = super()._in_place(call, in_place)
         for each in tensors_in(output):
             if each.requires_grad:
                 for kind in carried:
                     kind[each] = each._version
                 if linear is not None:
-                    self._linear[each] = linear
+                    self._linear[each] = linear, each._version
         return output
 
     def _read(self, call: Call, given: Sequence[torch.Tensor]) -> None:
@@ -204,7 +206,7 @@ class Propagated(CallSites):
         for each in given:
             if each.is_leaf and each.requires_grad and tuple(each.shape) == self.shape and not self._modules:
                 self._raw[each] = each._version
-            if (linear := self._linear.get(each)) is not None and call.name != "clone":
+            if (linear := self._linear_of(each)) is not None and call.name != "clone":
                 normalises = call.name == "batch_norm" and each is given[0]
                 linear.norms += normalises
                 linear.others += not normalises
@@ -218,7 +220,7 @@ class Propagated(CallSites):
         filled = name == "pad" and argument(call, 3, "value")
         alike = len(of_input) == len(given) and not numbers and not filled and call.kwargs.get("alpha", 1) == 1
         keeps = alike and (copies or name in KEEP_NONNEGATIVE)
-        if name in NONNEGATIVE or _rectifies(call) or (keeps and self._all(self._nonnegative, of_input)):
+        if name in NONNEGATIVE or ceiling_of(call) is not None or (keeps and self._all(self._nonnegative, of_input)):
             found.append(self._nonnegative)
         if copies and alike and self._all(self._held, of_input):
             found.append(self._held)
@@ -234,10 +236,15 @@ class Propagated(CallSites):
         self._passed += 1
         return Site(self.ledger, call, self._passed - 1)
 
-    def _placed(self, site: Site, output: torch.Tensor, linear: Linear | None = None) -> torch.Tensor:
-        """Tell a site of the call's output, whose layout was studied; return the output."""
+    def _placed(
+        self, site: Site, output: torch.Tensor, linear: Linear | None = None, like: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Tell a site of the call's output, whose layout was studied; return the output.
+
+        `like` is of the same layout where the output does not tell: a constant is the same for all images.
+        """
         if self.study is None:
-            self.calls.append((site.call, self.where, output.detach(), linear))
+            self.calls.append((site.call, self.where, (output if like is None else like).detach(), linear))
             return output
         found = self.study.calls[site.at] if site.at < len(self.study.calls) else None
         if (
@@ -312,7 +319,7 @@ class Propagated(CallSites):
         else:
             output = self._placed(site, self._shared(linear, site), linear)
         if linear.out is not None:
-            self._linear[output] = linear
+            self._linear[output] = linear, output._version
         return output
 
     def _at_input(self, linear: Linear) -> bool:
@@ -355,11 +362,13 @@ class Propagated(CallSites):
     def _batch_norm(self, call: Call) -> Any:
         if trains(call):
             raise self.refusal("batch_norm", "in training mode depends on the other images of the batch")
-        x, scale, shift = _normalisation(call)
-        linear = self._linear.get(x)
+        x, scale, shift = normalisation_of(call)
+        linear = self._linear_of(x)
         site = self._site("batch_norm")
         if linear is not None and self._is_output(linear, x):
             assert linear.side is not None
+            if linear.x._version != linear.version:
+                raise self.refusal("batch_norm", "normalises a linear map whose input was written into since")
             scale = scale.view(linear.side)
             shift = shift.view(linear.side)
             shift = shift if linear.shift is None else shift + linear.shift * scale
@@ -392,7 +401,7 @@ class Propagated(CallSites):
         y = call.run().detach()
         if y.shape != x.shape:
             raise self.refusal(call.name, "gives another shape than its input's")
-        self.rectifiers += _rectifies(call)
+        self.rectifiers += ceiling_of(call) is not None
         site = self._site(call.name)
         return self._placed(site, Passed.apply(x, y, site))
 
@@ -408,13 +417,13 @@ class Propagated(CallSites):
 
     def _plus(self, name: str, x: torch.Tensor, constant: Any) -> torch.Tensor:
         """Add a constant."""
-        return x + self._constant(name, x, constant, torch.broadcast_shapes(x.shape, _shape(constant)))
+        return x + self._constant(name, x.expand(torch.broadcast_shapes(x.shape, _shape(constant))), constant)
 
-    def _constant(self, name: str, x: torch.Tensor, value: Any, shape: Sequence[int]) -> torch.Tensor:
-        """Return a constant as a part of the graph, expanded to a shape."""
-        given = torch.as_tensor(value, dtype=x.dtype, device=x.device).expand(tuple(shape))
+    def _constant(self, name: str, x: torch.Tensor, value: Any) -> torch.Tensor:
+        """Return a constant as a part of the graph, expanded to the shape of what it is added to or joined with."""
+        given = torch.as_tensor(value, dtype=x.dtype, device=x.device).expand(x.shape)
         site = self._site(name)
-        return self._placed(site, Constant.apply(x, given, site))
+        return self._placed(site, Constant.apply(x, given, site), like=x)
 
     def _sum(self, call: Call) -> Any:
         a, b = _operands(call)
@@ -505,8 +514,11 @@ class Propagated(CallSites):
         return output
 
     def _log_softmax(self, call: Call) -> Any:
-        x = argument(call, 0, "input")
-        return self._plus("log_softmax", x, call.run().detach() - x.detach())
+        x, y = argument(call, 0, "input"), call.run().detach()
+        if y.dtype != x.dtype:
+            x = self._cast(Call("to", torch.Tensor.to, (x, y.dtype), {}))
+        site = self._site("log_softmax")
+        return x + self._placed(site, Held.apply(x, y - x.detach(), site))
 
     def _cast(self, call: Call) -> Any:
         x, y = call.args[0], call.run()
@@ -526,7 +538,9 @@ class Propagated(CallSites):
     def _joined(self, call: Call) -> Any:
         tensors = argument(call, 0, "tensors")
         anchor = next(each for each in tensors if each.requires_grad)
-        met = [each if each.requires_grad else self._constant(call.name, anchor, each, each.shape) for each in tensors]
+        met = [
+            each if each.requires_grad else self._constant(call.name, _beside(anchor, each), each) for each in tensors
+        ]
         rest = {key: value for key, value in call.kwargs.items() if key != "tensors"}
         return call.function(met, *call.args[1:], **rest)
 
@@ -541,11 +555,11 @@ class Propagated(CallSites):
     def _chosen(self, call: Call) -> Any:
         condition, a, b = (argument(call, at, key) for at, key in enumerate(("condition", "input", "other")))
         shape = torch.broadcast_shapes(*map(_shape, (condition, a, b)))
-        x = a if _of_input(a) else b
+        x = (a if _of_input(a) else b).expand(shape)
         a, b = (
             each
             if _of_input(each) or (not isinstance(each, torch.Tensor) and each == 0)
-            else self._constant("where", x, each, shape)
+            else self._constant("where", x, each)
             for each in (a, b)
         )
         return torch.where(condition, a, b)
@@ -562,8 +576,8 @@ class Propagated(CallSites):
             return call.run()
         a, b = _operands(call)
         shape = torch.broadcast_shapes(a.shape, b.shape)
-        x = a if a.requires_grad else b
-        a, b = (each if each.requires_grad else self._constant(call.name, x, each, shape) for each in (a, b))
+        x = (a if a.requires_grad else b).expand(shape)
+        a, b = (each if each.requires_grad else self._constant(call.name, x, each) for each in (a, b))
         return call.function(a, b)
 
     def _written_into(self, call: Call) -> Any:
@@ -638,6 +652,15 @@ def _einsum_from_left(equation: str, x: torch.Tensor, weight: torch.Tensor) -> t
     return torch.einsum(equation, weight, x)
 
 
+def _beside(anchor: torch.Tensor, constant: torch.Tensor) -> torch.Tensor:
+    """Return entries of a tensor in the shape of a constant that is joined with it."""
+    same = anchor.ndim == constant.ndim
+    unlike = [at for at, (a, b) in enumerate(zip(anchor.shape, constant.shape, strict=False)) if a != b]
+    if not same or len(unlike) > 1 or not anchor.numel():
+        return constant
+    return anchor.narrow(unlike[0], 0, 1).expand(constant.shape) if unlike else anchor
+
+
 def _of_input(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.requires_grad
 
@@ -648,33 +671,6 @@ def _shape(value: Any) -> tuple[int, ...]:
 
 def _operands(call: Call) -> tuple[Any, Any]:
     return argument(call, 0, "input"), argument(call, 1, "other")
-
-
-def _rectifies(call: Call) -> bool:
-    """Return whether a function is a rectifier: 0 below 0, and nowhere else below that."""
-    if call.name == "threshold":
-        return (argument(call, 1, "threshold"), argument(call, 2, "value")) == (0, 0)
-    if call.name == "hardtanh":
-        return argument(call, 1, "min_val", -1.0) == 0
-    if call.name in ("clamp", "clamp_min"):
-        low, top = argument(call, 1, "min"), argument(call, 2, "max")
-        return (
-            isinstance(low, (int, float)) and low == 0 and (top is None or (isinstance(top, (int, float)) and top >= 0))
-        )
-    return call.name in ("relu", "relu6")
-
-
-def _normalisation(call: Call) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the input of a call of batch_norm, and its scale and shift, (unit,)."""
-    of_network = isinstance(call.function, types.FunctionType)  # torch's own has weight and bias before the statistics
-    names = ("running_mean", "running_var", "weight", "bias")
-    places = (1, 2, 3, 4) if of_network else (3, 4, 1, 2)
-    mean, variance, weight, bias = (argument(call, at, name) for at, name in zip(places, names, strict=True))
-    scale = (variance + argument(call, 7, "eps", 1e-5)).rsqrt()
-    if weight is not None:
-        scale = scale * weight
-    shift = -mean * scale
-    return argument(call, 0, "input"), scale, shift if bias is None else shift + bias
 
 
 def _check_patterns(network: nn.Module, plan: Plan) -> None:

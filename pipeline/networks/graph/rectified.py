@@ -20,6 +20,25 @@ MAX_NODES = frozenset(
 )
 
 
+def ceiling_of(call: Call) -> float | None:
+    """Return the upper bound of a rectifier, which is 0 below 0 and x between; None for any other call."""
+    if call.name == "relu":
+        return math.inf
+    if call.name == "relu6":
+        return 6.0
+    if call.name == "threshold":
+        return math.inf if (argument(call, 1, "threshold"), argument(call, 2, "value")) == (0, 0) else None
+    if call.name in ("clamp", "clamp_min", "hardtanh"):
+        names = ("min_val", "max_val") if call.name == "hardtanh" else ("min", "max")
+        default = (-1.0, 1.0) if call.name == "hardtanh" else (None, None)
+        low, top = (argument(call, 1 + at, names[at], default[at]) for at in (0, 1))
+        if isinstance(low, (int, float)) and low == 0:
+            if top is None:
+                return math.inf
+            return float(top) if isinstance(top, (int, float)) and top >= 0 else None
+    return None
+
+
 class Rectify(Vouched):
     """Compute min(max(x, 0), top), and send R back where R > 0 and x < top, with `guided` only where 0 < x too.
 
@@ -62,26 +81,10 @@ class Rectified(CallSites):
     def rule(self, call: Call) -> Any:
         if call.name in MAX_POOLS:
             return call.run()
-        if (top := self._top(call)) is not None:
+        if (top := ceiling_of(call)) is not None:
             self.rectifiers += 1
             return Rectify.apply(call.args[0] if call.args else call.kwargs["input"], self.guided, top)
         return NotImplemented
-
-    def _top(self, call: Call) -> float | None:
-        """Return the upper bound of a rectifier; None for any other call."""
-        if call.name == "relu":
-            return math.inf
-        if call.name == "relu6":
-            return 6.0
-        if call.name == "threshold":
-            return math.inf if (argument(call, 1, "threshold"), argument(call, 2, "value")) == (0, 0) else None
-        if call.name in ("clamp", "clamp_min", "hardtanh"):
-            names = ("min_val", "max_val") if call.name == "hardtanh" else ("min", "max")
-            default = (-1.0, 1.0) if call.name == "hardtanh" else (None, None)
-            low, top = (argument(call, 1 + at, names[at], default[at]) for at in (0, 1))
-            if isinstance(low, (int, float)) and low == 0 and (top is None or isinstance(top, (int, float))):
-                return math.inf if top is None else float(top)
-        return None
 
     def audit(self, output: torch.Tensor) -> None:
         if not self.rectifiers:

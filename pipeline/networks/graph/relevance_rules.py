@@ -25,6 +25,7 @@ class Linear:
     out : the axis of the weights that counts output units; None: unknown, so that no BatchNorm is folded into it.
     z : f(x, w), computed. scale, shift : of a folded BatchNorm and the bias, in the shape of `side`.
     module, raw : that calls it, and whether x is the network's input. norms, others : calls that read the output.
+    version : of x, when it was called.
     """
 
     function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -41,8 +42,11 @@ class Linear:
     raw: bool = False
     norms: int = 0
     others: int = 0
+    version: int = -1
 
     def __post_init__(self) -> None:
+        if self.version < 0:
+            self.version = self.x._version
         self.shift = self.bias if self.bias is None or self.side is None else self.bias.view(self.side)
 
     @property

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from kernels.attribution import maxima, secants
 from pipeline.networks.graph import taken_apart
 from pipeline.networks.graph.call_sites import (
+    ELEMENTWISE,
     LINEAR_NODES,
     Call,
     CallSites,
@@ -29,25 +30,9 @@ from pipeline.networks.graph.call_sites import (
 from pipeline.networks.graph.rectified import MAX_POOLS
 
 MaxRule = Literal["cross", "shapley"]
-SMOOTH = {
-    *(
-        "gelu",
-        "silu",
-        "sigmoid",
-        "special_expit",
-        "tanh",
-        "softplus",
-        "mish",
-        "logsigmoid",
-        "log_sigmoid",
-        "tanhshrink",
-    ),
-    *("exp", "exp2", "expm1", "log", "log1p", "log2", "log10", "erf", "erfc", "sin", "cos", "sinh", "cosh", "atan"),
-    *("sqrt", "rsqrt", "pow", "rpow", "square", "reciprocal"),
-}
 KINKED = {
     *("leaky_relu", "prelu", "rrelu", "relu6", "hardtanh", "hardsigmoid", "hardswish", "elu", "selu", "celu"),
-    *("clamp", "clamp_min", "clamp_max", "threshold", "abs", "absolute", "softshrink", "softsign"),
+    *("clamp", "clamp_min", "clamp_max", "threshold", "abs", "absolute", "hardshrink", "softshrink", "softsign"),
 }
 LARGER = {"maximum", "minimum", "fmax", "fmin"}
 REDUCED = {"max", "min", "amax", "amin"}
@@ -147,7 +132,7 @@ class Rescale(Differences):
 
     def rule(self, call: Call) -> Any:
         name = call.name
-        if name == "relu" or name in SMOOTH or name in KINKED:
+        if name == "relu" or name in ELEMENTWISE:
             return self._elementwise(call)
         if name in ("mul", "div") and call.kwargs.get("rounding_mode") is None:
             return self._factors(call)
@@ -198,7 +183,7 @@ class Rescale(Differences):
         if name == "relu":
             slope = secants.of_relu(given, u0, y, y0)
         else:
-            slope = secants.secant(function, given, u0, y, y0, "smooth" if name in SMOOTH else "kinked")
+            slope = secants.secant(function, given, u0, y, y0, "kinked" if name in KINKED else "smooth")
         return self._sent(y, lambda sent: (sent * slope,), u)
 
     # Products of two factors ------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from kernels.attribution import secants
 from pipeline.networks.graph.call_sites import (
     DROPOUTS,
+    ELEMENTWISE,
     REARRANGEMENTS,
     WRITERS,
     Call,
@@ -26,7 +27,8 @@ from pipeline.networks.graph.call_sites import (
     tensors_in,
     trains,
 )
-from pipeline.networks.graph.rescale import KINKED, SMOOTH, Differences, Sent
+from pipeline.networks.graph.rescale import Differences, Sent
+from pipeline.networks.graph.taken_apart import normalisation_of
 
 Parts = tuple[torch.Tensor, torch.Tensor]
 Function = Callable[[torch.Tensor], torch.Tensor]
@@ -68,7 +70,7 @@ class RevealCancel(Differences):
             return self._write(call)
         if name in CHOICES:
             return self._chosen(call)
-        if name == "relu" or name in SMOOTH or name in KINKED:
+        if name == "relu" or name in ELEMENTWISE:
             return self._elementwise(call)
         if name in WEIGHTED | {"matmul"}:
             return self._weighted(call)
@@ -115,7 +117,7 @@ class RevealCancel(Differences):
             return call.run()
         if call.name in WRITERS | CHOICES:
             return NotImplemented
-        if call.name == "relu" or call.name in SMOOTH or call.name in KINKED:
+        if call.name == "relu" or call.name in ELEMENTWISE:
             u = call.args[0]
             with torch.no_grad():
                 y = call.run()
@@ -242,12 +244,8 @@ class RevealCancel(Differences):
         return self._with_parts(y, (torch.where(keeps, positive, negative), torch.where(keeps, negative, positive)))
 
     def _batch_norm(self, call: Call) -> Any:
-        u = argument(call, 0, "input")
-        zeros = torch.zeros((2, u.shape[1], *(1,) * (u.ndim - 2)), dtype=u.dtype, device=u.device)
-        zeros[1] = 1
-        with torch.no_grad():
-            low, high = call.function(zeros, *call.args[1:], **call.kwargs)
-        return self._scaled(call, u, high - low)
+        u, scale, _ = normalisation_of(call)
+        return self._scaled(call, u, scale.view(-1, *(1,) * (u.ndim - 2)))
 
     def _arithmetic(self, call: Call) -> Any:
         a, b = argument(call, 0, "input"), argument(call, 1, "other")

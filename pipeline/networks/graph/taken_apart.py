@@ -171,16 +171,6 @@ def softmax_of(call: Call) -> Softmax:
     return Softmax(x, dim % max(x.ndim, 1), call.kwargs.get("dtype", argument(call, 3 if of_network else 2, "dtype")))
 
 
-def log_softmax(x: torch.Tensor, dim: int) -> torch.Tensor:
-    """Compute x - logsumexp(x)."""
-    return x - x.logsumexp(dim, keepdim=True)
-
-
-def softmax(x: torch.Tensor, dim: int) -> torch.Tensor:
-    """Compute exp(x - logsumexp(x)): unlike a quotient, it loses no digits to large values."""
-    return log_softmax(x, dim).exp()
-
-
 # Norms ----------------------------------------------------------------------------------------------------------------
 
 
@@ -250,3 +240,16 @@ def norm_of(sites: CallSites, call: Call) -> Norm:
     by_channel = (-1, *(1,) * (x.ndim - 2))
     weight, bias = (None if each is None else each.reshape(by_channel) for each in (weight, bias))
     return Norm(x, (x.shape[0], groups, -1), (-1,), eps, True, weight, bias)
+
+
+def normalisation_of(call: Call) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the input of a call of batch_norm, and by its running statistics its scale and shift, (unit,)."""
+    of_network = isinstance(call.function, types.FunctionType)  # torch's own has weight and bias before the statistics
+    names = ("running_mean", "running_var", "weight", "bias")
+    places = (1, 2, 3, 4) if of_network else (3, 4, 1, 2)
+    mean, variance, weight, bias = (argument(call, at, name) for at, name in zip(places, names, strict=True))
+    scale = (variance + argument(call, 7, "eps", 1e-5)).rsqrt()
+    if weight is not None:
+        scale = scale * weight
+    shift = -mean * scale
+    return argument(call, 0, "input"), scale, shift if bias is None else shift + bias

@@ -1,6 +1,7 @@
 """Layer-wise relevance propagation at call sites, against dense matrices, gradients, and its own ledger."""
 
 import math
+import operator
 
 import pytest
 import torch
@@ -239,6 +240,8 @@ def test_layouts_are_found_by_one_and_two_images():
     assert layout_of(one[0], both.transpose(0, 1)) is None
     assert layout_of(one, both + both.mean()) is None
     assert layout_of(one, both.mean(0, keepdim=True)) is None
+    assert layout_of(torch.ones(1, 3), torch.ones(2, 3)).axis == 0
+    assert layout_of(torch.ones(2, 3), torch.ones(4, 3)) is None  # which of the rows are of the first image?
 
 
 # Spellings ------------------------------------------------------------------------------------------------------------
@@ -260,10 +263,40 @@ def reused(net, x):
     return F.relu(net.second(F.relu(net.second(F.relu(net.first(x))))))
 
 
+def skipped(net, x):
+    h = F.relu(net.first(x))
+    return F.relu(net.norm(net.second(h) + h))
+
+
+def partly(y):
+    y[:, :2].relu_()
+    return y
+
+
 SAME = {
     "in place": (
         lambda net, x: F.relu(net.first(x)) + F.relu(net.second(F.relu(net.first(x)))),
         lambda net, x: F.relu(net.second(F.relu_(y := net.first(x))), inplace=True).add_(y),
+    ),
+    "a norm after a rectifier in place": (
+        lambda net, x: F.relu(net.norm(F.relu(net.first(x)))),
+        lambda net, x: F.relu(net.norm(nn.ReLU(inplace=True)(net.first(x)))),
+    ),
+    "a norm after a functional rectifier in place": (
+        lambda net, x: F.relu(net.norm(F.relu(net.first(x)))),
+        lambda net, x: F.relu(net.norm(torch.relu_(net.first(x)))),
+    ),
+    "a norm after a sum in place": (
+        skipped,
+        lambda net, x: F.relu(net.norm(operator.iadd(net.second(h := F.relu(net.first(x))), h))),
+    ),
+    "a norm after a functional sum in place": (
+        skipped,
+        lambda net, x: F.relu(net.norm(net.second(h := F.relu(net.first(x))).clone().add_(h))),
+    ),
+    "a norm after a write into a part": (
+        lambda net, x: F.relu(net.norm(torch.cat([(y := net.first(x))[:, :2].relu(), y[:, 2:]], 1))),
+        lambda net, x: F.relu(net.norm(partly(net.first(x)))),
     ),
     "a buffer": (
         lambda net, x: F.relu(net.first(x)),
@@ -348,6 +381,49 @@ def test_spellings_of_the_same_network_have_the_same_relevance(case, rule):
     assert residual(one) < 1e-14 and residual(other) < 1e-14
 
 
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("case", ["a norm after a rectifier in place", "a norm after a sum in place"])
+def test_a_norm_of_what_was_written_into_agrees_with_matrices(case, rule):
+    net, x = lively(Function(SAME[case][1])), images()
+    rule = RULES[rule]
+    scale = net.norm.weight / (net.norm.running_var + net.norm.eps).sqrt()
+    shift = (net.norm.bias - net.norm.running_mean * scale).repeat_interleave(64)
+    diagonal = torch.diag(scale.repeat_interleave(64))
+    alone = Rule() if rule.kind == "alpha_beta" else rule
+
+    def convolved(conv, value):
+        return matrix(lambda v: F.conv2d(v, conv.weight, padding=1), value), conv.bias.repeat_interleave(64)
+
+    with torch.no_grad():
+        found = explained(net, x, Plan(rule))
+        for at, one in enumerate(x.split(1)):
+            m1, b1 = convolved(net.first, one)
+            u = hidden = (m1 @ one.flatten() + b1).relu()
+            if "sum" in case:
+                m2, b2 = convolved(net.second, hidden.view(1, 4, 8, 8))
+                u = m2 @ hidden + b2 + hidden
+            y = (diagonal @ u + shift).relu()
+            score = net.head.weight[1:2] @ y + net.head.bias[1:2]
+            torch.testing.assert_close(found.score[at : at + 1], score)
+            r = dense(rule, net.head.weight[1:2], y, net.head.bias[1:2], score)[0]
+            r = dense(alone, diagonal, u, shift, r)[0]
+            if "sum" in case:
+                share = r / torch.where(u == 0, 1.0, u)
+                r = share * hidden + dense(rule, m2, hidden, b2, share * (u - hidden))[0]
+            values = dense(rule, m1, one.flatten(), b1, r)[0]
+            torch.testing.assert_close(found.values[at].flatten(), values, atol=1e-12, rtol=1e-9)
+
+
+def test_a_norm_of_a_map_whose_input_was_written_into_since_is_refused():
+    def function(net, x):
+        y = net.second(h := F.relu(net.first(x)))
+        h += 1
+        return F.relu(net.norm(y) + h)
+
+    with pytest.raises(UnsupportedError, match="'batch_norm' in module 'norm' normalises a linear map whose input was"):
+        explained(lively(Function(function)), images())
+
+
 class Token(nn.Module):
     """Joined constants, images along another axis, and rows in which images alternate."""
 
@@ -367,7 +443,20 @@ class Token(nn.Module):
         return self.head(rows.view(5, -1, 6).mean(0))
 
 
+def of_rows(function):
+    """A function of rows (token, image), in which images alternate, given as (token, image, unit)."""
+    return lambda x: function(x.reshape(-1, 6)).view(x.shape)
+
+
 BOOKED = {
+    "rows and a number": of_rows(lambda rows: rows + 0.3),
+    "rows and a bias": of_rows(lambda rows: 2 - rows * torch.arange(6.0)),
+    "masked rows": of_rows(lambda rows: rows.masked_fill(torch.arange(6) == 2, 0.7)),
+    "chosen rows": of_rows(lambda rows: torch.where(torch.arange(6) < 3, rows, 0.3)),
+    "padded rows": of_rows(lambda rows: F.pad(rows, (1, 0), value=0.5)[:, :6]),
+    "larger rows": of_rows(lambda rows: torch.maximum(rows, torch.full((), 0.2))),
+    "joined rows": of_rows(lambda rows: torch.cat([rows[:, :5], torch.ones(1).expand(len(rows), 1)], -1)),
+    "broadcast rows": of_rows(lambda rows: rows.mean(1, keepdim=True) + torch.arange(6.0)),
     "plain": None,
     "masked": lambda x: x.masked_fill(torch.arange(6) == 2, 0.7),
     "chosen": lambda x: torch.where(torch.arange(6) < 3, x, 0.3),
@@ -415,6 +504,19 @@ def test_what_is_kept_and_lost_is_booked_by_image(case, rule, preset):
         torch.testing.assert_close(alone.values[0], found.values[at], atol=1e-12, rtol=1e-10)
         torch.testing.assert_close(alone.bias[0], found.bias[at], atol=1e-12, rtol=1e-10)
         torch.testing.assert_close(alone.leak[0], found.leak[at], atol=1e-12, rtol=1e-10)
+
+
+def test_what_a_logarithm_of_softmax_subtracts_is_no_bias():
+    net, x = lively(Function(lambda net, x: F.relu(net.first(x)))), images(3)
+    for module in (net.first, net.head):
+        nn.init.zeros_(module.bias)
+    logits = net.head
+    net.head = nn.Sequential(logits, nn.LogSoftmax(1))
+    found = explained(net, x, Plan(Rule("epsilon", epsilon=0.0)))
+    assert residual(found) < 1e-14
+    assert not found.bias.any()
+    with torch.no_grad():
+        torch.testing.assert_close(found.leak, -logits(F.relu(net.first(x)).flatten(1)).logsumexp(1))
 
 
 # At the input ---------------------------------------------------------------------------------------------------------
@@ -505,6 +607,34 @@ def test_relevance_of_layers_is_that_of_the_rest_of_the_network(rule):
         explained(net, x, Plan(RULES[rule]), layers=["first"])
     with pytest.raises(MicrotomeError, match="no layer 'frist'; nearest: first"):
         explained(net, x, Plan(RULES[rule]), layers=["frist"])
+
+
+def test_only_what_ends_with_a_folded_map_has_no_relevance_of_its_own():
+    class Block(nn.Module):
+        """Calls the functions of a convolution and of a BatchNorm by itself."""
+
+        def __init__(self, first, norm):
+            super().__init__()
+            self.first, self.norm = first, norm
+
+        def forward(self, x):
+            y = F.conv2d(x, self.first.weight, self.first.bias, padding=1)
+            of_norm = self.norm.running_mean, self.norm.running_var, self.norm.weight, self.norm.bias
+            return F.batch_norm(y, *of_norm)
+
+    net, x = small(), images()
+    wanted = explained(net, x, layers=["norm"]).layers["norm"]
+    block = small()
+    block.first, block.norm = Block(block.first, block.norm), nn.Identity()
+    torch.testing.assert_close(explained(block, x, layers=["first"]).layers["first"], wanted)
+    net.first = nn.Sequential(nn.Sequential(net.first))
+    for name in ("first", "first.0", "first.0.0"):
+        with pytest.raises(MicrotomeError, match=f"layer '{name}' has no relevance of its own"):
+            explained(net, x, layers=["norm", name])
+    changed = small()
+    explained(changed, x, layers=["norm"])
+    changed.other = nn.Identity()  # after which nothing is folded into it
+    assert explained(changed, x, layers=["second"]).layers["second"].shape == (2, 4, 8, 8)
 
 
 def test_units_and_other_functions_are_targets():
