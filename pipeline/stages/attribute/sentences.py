@@ -137,7 +137,7 @@ def of_fits(found: Attributions) -> Iterator[str]:
         if fit is None or stability is None or np.isnan(fit).all() or np.isnan(stability).all():
             continue
         players, samples = method.fact("players"), method.fact("samples")
-        drawn = players is None or samples is None or bool((np.exp2(players) > samples).any())
+        drawn = players is None or samples is None or not bool((samples >= np.exp2(players)).all())
         good, alike = float(np.nanmedian(fit)), float(np.nanmedian(stability))
         yield (
             f"The local models of {title} have a median R² of {decimal(good, 2)}, and the weights that "

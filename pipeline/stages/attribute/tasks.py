@@ -297,7 +297,7 @@ def _bounds(spec: Network, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Te
 def _refuse_non_finite(work: Work, name: str, values: torch.Tensor | None, ids: Sequence[str]) -> None:
     if values is None:
         return
-    good = values[: len(ids)].isfinite().flatten(1).all(1)
+    good = values[: len(ids)].isfinite().reshape(len(ids), -1).all(1)
     if not bool(good.all()):
         image = ids[int((~good).nonzero()[0])]
         raise MicrotomeError(

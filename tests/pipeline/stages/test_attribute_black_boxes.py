@@ -1,6 +1,7 @@
 """Black boxes on networks: against brute force over the network's own copies, and the laws that they promise."""
 
 import itertools
+import math
 from pathlib import Path
 
 import numpy as np
@@ -156,6 +157,13 @@ def test_lime_and_rise_explain_the_probability_and_kernel_shap_the_logit():
     assert link_of(OPTIONS["kernel_shap"](), "logit") == "logit" == link_of(OPTIONS["lime"](softmax=False), "logit")
 
 
+def of_sizes(masks):
+    """The weight of each copy by its size, as of drawn ones: the Shapley kernel's with mean 1, and 1 at both ends."""
+    players = masks.shape[1]
+    found = np.array([1 / (math.comb(players, s) * s * (players - s)) if s % players else 0 for s in masks.sum(1)])
+    return np.where(found > 0, found / found[found > 0].mean(), 1.0)
+
+
 @pytest.mark.parametrize("kernel", ["masks_cosine", "masks_l2", "pixels_cosine", "pixels_l2"])
 def test_lime_is_weighted_ridge_regression_over_all_copies(kernel):
     net, x = convolutional(), images(1)
@@ -170,7 +178,7 @@ def test_lime_is_weighted_ridge_regression_over_all_copies(kernel):
     lengths = np.linalg.norm(flat, axis=1) * np.linalg.norm(own)
     cosine = 1 - np.divide(flat @ own, lengths, out=np.zeros(64), where=lengths > 0)
     straight = np.linalg.norm(flat - own, axis=1) / np.linalg.norm(flat[0] - own)
-    weight = np.exp(-((cosine if kernel.endswith("cosine") else straight) ** 2) / 0.4**2)
+    weight = of_sizes(masks) * np.exp(-((cosine if kernel.endswith("cosine") else straight) ** 2) / 0.4**2)
     x1 = np.concatenate([masks, np.ones((64, 1))], 1)
     gram = (x1 * weight[:, None]).T @ x1 + np.diag([1.0] * 6 + [0])
     wanted = np.linalg.solve(gram, x1.T @ (weight * values))
@@ -199,7 +207,7 @@ def test_random_masks_are_the_mean_score_where_a_segment_is_shown():
     game = game_of(net, x[0], 0 * x[0], cells(2, 3), 2, 6)
     masks, values = np.array(list(game)), np.array(list(game.values()))
     for j in range(6):
-        wanted = values[masks[:, j]].mean()
+        wanted = np.average(values[masks[:, j]], weights=of_sizes(masks)[masks[:, j]])
         assert float(found.facts["value"][0, j] + found.facts["intercept"][0]) == pytest.approx(wanted, abs=1e-13)
 
 
@@ -249,7 +257,17 @@ def test_methods_share_their_copies():
         counts.append(sum(calls) - before)
         alone = attribute.explain(name, convolutional(), x, target, segments=GRID, samples=50)
         torch.testing.assert_close(shared.facts["value"], alone.facts["value"], atol=1e-15, rtol=0)
-    assert counts == [2 + 2 * 52, 0, 0]  # the shared pass, and the copies with both ends
+    assert counts == [2 + 2 * 52, 2, 0]  # the shared pass, the copies with both ends, and the baselines
+
+
+@pytest.mark.parametrize("method", ["lime", "rise"])
+def test_all_copies_and_a_large_sample_of_them_give_the_same(method):
+    """At the number of samples at which all copies are taken, nothing jumps."""
+    net, x, segments = convolutional(), images(1), {"kind": "grid", "cells": [2, 4]}
+    whole = attribute.explain(method, net, x, 2, segments=segments, samples=256).facts["value"]
+    subject = attribute.explain(method, net, x, 2, segments=segments, samples=254).facts
+    assert float(subject["samples"][0]) == 254 + 2 or float(subject["samples"][0]) == 256
+    torch.testing.assert_close(subject["value"], whole, atol=0.02 * float(whole.abs().max()), rtol=0)
 
 
 class Stepped(nn.Module):

@@ -18,6 +18,7 @@ from pipeline.networks.forward import normalise
 from pipeline.run import experiment as run_experiment
 from pipeline.run import planner, preflight
 from pipeline.stages.attribute.inputs import chosen
+from pipeline.stages.attribute.options import OPTIONS
 from pipeline.stages.attribute.stage import warn
 
 STAGES = ("ingest", "network", "attribute")
@@ -86,7 +87,8 @@ def test_stores_hold_what_the_library_says(made, network):
         options = {key: each for key, each in options.items() if key not in ("networks", "method")}
         if isinstance(options.get("layers"), dict):
             options["layers"] = options["layers"][network]
-        found = attribute.lrp(net, inputs[slots], bounds=(black, white), **options)
+        bounded = {"bounds": (black, white)} if OPTIONS["lrp"](**options).bounded else {}
+        found = attribute.lrp(net, inputs[slots], **bounded, **options)
         store = opened(made, name, network)
         scale = float(found.map.abs().max())
         np.testing.assert_allclose(store.attribution.values[slots], found.map, atol=2e-5 * scale)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from pipeline import attribute
 from pipeline.errors import MicrotomeError
 from pipeline.networks.graph.call_sites import UnsupportedError
-from pipeline.stages.attribute.options import METHODS, OPTIONS, starts
+from pipeline.stages.attribute.options import METHODS, OPTIONS, OfSplit, starts
 
 
 def double(values):
@@ -293,7 +293,8 @@ QUICK = {
 def explained(method, net, x, batch, seeds, **options):
     options = QUICK.get(method, {}) | options
     background = images(2, 9).to(x.dtype)
-    return attribute.explain(method, net, x, "predicted", background=background, batch=batch, seeds=seeds, **options)
+    options |= {"background": background} if issubclass(OPTIONS[method], OfSplit) else {}
+    return attribute.explain(method, net, x, "predicted", batch=batch, seeds=seeds, **options)
 
 
 def linear():
@@ -396,7 +397,7 @@ ATTENTION = {
     "windows in five axes": (windows, "is in windows"),
     "no dim": (
         lambda x: F.softmax(x @ x.mT) @ x,
-        "'softmax' in module 'Attends' has no `dim`, so it runs over axis 0, not over the keys: give `dim=-1`",
+        "depends on the other inputs of its batch",  # over axis 0, the images: without `dim`, as torch chooses
     ),
 }
 
@@ -574,7 +575,7 @@ ODD = [
     (lambda net, x: attribute.saliency(net, x.to(torch.uint8)), "finite floating-point values"),
     (lambda net, x: attribute.saliency(net, x[:0]), "at least one"),
     (lambda net, x: attribute.saliency(net, x * float("nan")), "finite floating-point values"),
-    (lambda net, x: attribute.smooth_grad(net, x, 0, batch=0), "batch: 0, expected at least 1"),
+    (lambda net, x: attribute.smooth_grad(net, x, 0, batch=0), "batch: 0, expected a whole number"),
 ]
 
 

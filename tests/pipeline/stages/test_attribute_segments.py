@@ -115,7 +115,7 @@ def test_values_are_those_of_the_library(made, network):
             store.baseline_score.values[slots], found.facts["baseline_score"], rtol=1e-4, atol=1e-5
         )
         np.testing.assert_array_equal(store.samples.values[slots], found.facts["samples"])
-        assert store.residual.values[slots].max() < 1e-12 if kind == "kernel_shap" else store.attrs["law"] == ""
+        assert store.residual.values[slots].max() < 1e-5 if kind == "kernel_shap" else store.attrs["law"] == ""
 
 
 def test_stores_say_what_they_explain(made):
