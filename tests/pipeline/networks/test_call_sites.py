@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from pipeline.networks.gradients import Logit, gradients
-from pipeline.networks.graph.call_sites import UnsupportedError
-from pipeline.networks.graph.rectified import Rectified
+from pipeline.networks.graph.call_sites import Call, UnsupportedError
+from pipeline.networks.graph.rectified import Rectified, ceiling_of
 
 W = torch.tensor([[1.0, -2], [3, 1], [-1, 1]], dtype=torch.float64)
 C = torch.tensor([1.0, -2, 0.5], dtype=torch.float64)
@@ -424,3 +424,27 @@ def test_layers_without_a_rectifier_keep_their_own_backward(case):
     given = x.clone().requires_grad_()
     (wanted,) = torch.autograd.grad(network(given).sum(), given)  # one rectifier, to which 1 comes back: the same
     torch.testing.assert_close(sent_back(network, "guided_backprop", x), wanted, atol=1e-12, rtol=1e-12)
+
+
+CEILINGS = {
+    "relu": ("relu", (), math.inf),
+    "relu6": ("relu6", (), 6.0),
+    "clamp": ("clamp", (0, 2), 2.0),
+    "clamp without a top": ("clamp", (0.0,), math.inf),
+    "clamp below 0": ("clamp", (0, -1), None),
+    "another clamp": ("clamp", (-1, 1), None),
+    "clamp by a tensor": ("clamp", (torch.zeros(1),), None),
+    "clamp to a tensor": ("clamp", (0, torch.ones(1)), None),
+    "clamp_min": ("clamp_min", (0,), math.inf),
+    "hardtanh": ("hardtanh", (), None),
+    "hardtanh from 0": ("hardtanh", (0.0,), 1.0),
+    "threshold": ("threshold", (0, 0), math.inf),
+    "another threshold": ("threshold", (0, -1), None),
+    "no rectifier": ("sigmoid", (), None),
+}
+
+
+@pytest.mark.parametrize("case", CEILINGS)
+def test_rectifiers_are_known_by_their_bounds(case):
+    name, bounds, top = CEILINGS[case]
+    assert ceiling_of(Call(name, F.relu, (X, *bounds), {})) == top

@@ -11,8 +11,9 @@ from torch.nn import functional as F
 
 from pipeline.networks.contributions import contributions
 from pipeline.networks.gradients import Logit, Scalar, Unit, scores
+from pipeline.networks.graph.call_sites import ELEMENTWISE as KNOWN
 from pipeline.networks.graph.call_sites import UnsupportedError
-from pipeline.networks.graph.rescale import Rescale
+from pipeline.networks.graph.rescale import KINKED, Rescale
 from pipeline.networks.graph.reveal_cancel import RevealCancel
 
 
@@ -261,7 +262,9 @@ ELEMENTWISE = {
     "roots": lambda x: (x.abs() + 0.1).sqrt() + (x.abs() + 0.1).rsqrt() + (x.abs() + 0.1) ** 0.5,
     "logarithms": lambda x: (x.abs() + 0.1).log() + x.abs().log1p() + x.exp() + x.expm1(),
     "sine": lambda x: x.sin() * x.cos(),
-    "erf": torch.erf,
+    "erf": torch.special.erf,
+    "tangent": lambda x: x.clamp(-1, 1).tan(),
+    "hardshrink": nn.Hardshrink(0.1),
 }
 WEIGHT = torch.arange(6.0, dtype=torch.float64)
 COMPOSED = {
@@ -488,6 +491,10 @@ def test_unequal_windows_have_no_shapley_value(images):
         explained(network, x, reference, max_rule="shapley")
 
 
+def test_kinked_functions_are_functions_of_each_entry():
+    assert KINKED <= KNOWN
+
+
 # RevealCancel ---------------------------------------------------------------------------------------------------------
 
 REVEALED = {
@@ -530,6 +537,18 @@ def test_parts_add_up(case, images):
     shared = explained(network, x, reference[:1], rule="reveal_cancel").values
     alone = torch.cat([explained(network, x[i : i + 1], reference[:1], rule="reveal_cancel").values for i in range(4)])
     assert (alone - shared).abs().max() <= 1e-12 * shared.abs().max()
+
+
+@torch.no_grad()
+def test_a_large_shift_of_a_norm_costs_no_digits():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Linear(6, 1, bias=False)).double().eval()
+    network[1].weight.uniform_(-1, 1)
+    network[1].bias.fill_(1e12)
+    x, reference = torch.randn(2, 3, 5).double()
+    found = explained(network, x, reference, rule="reveal_cancel").values
+    weights = network[2].weight * network[1].weight / (1 + network[1].eps) ** 0.5 @ network[0].weight
+    torch.testing.assert_close(found, weights * (x - reference), atol=1e-13, rtol=1e-10)
 
 
 UNREVEALED = {

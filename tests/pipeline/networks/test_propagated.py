@@ -468,6 +468,9 @@ BOOKED = {
     "an affine map": lambda x: torch.addcmul(torch.ones(6), torch.full((6,), 0.3), x),
     "a sigmoid": lambda x: x * torch.sigmoid(x.mean(-1, keepdim=True)),
     "exp": lambda x: torch.exp(-x) + F.silu(x),
+    "a sigmoid's logarithm": nn.LogSigmoid(),
+    "a power": lambda x: 2**x + torch.log10(x.absolute() + 1) + torch.erfc(x),
+    "leaks at random": lambda x: F.rrelu(x, training=False),
     "a quotient": lambda x: x / (1 + x.square().sum(-1, keepdim=True)),
     "a reciprocal": lambda x: 1 / (2 + x.sigmoid()),
     "softmax": lambda x: x * x.softmax(-1),
@@ -717,6 +720,7 @@ HOSTILE = {
     ),
     "written among constants": (lambda net, x: among(net.first(x)), "'setitem' in module 'Function' writes values of"),
     "training": (lambda net, x: F.dropout(net.first(x), 0.5, True), "'dropout' in module 'Function' draws random"),
+    "leaks in training": (lambda net, x: F.rrelu(net.first(x), training=True), "'rrelu' in module 'Function' draws"),
     "in training": (
         lambda net, x: F.batch_norm(net.first(x), None, None, training=True),
         "'batch_norm' in module 'Function' in training mode depends",
