@@ -66,9 +66,9 @@ def targets_of(subject: Subject) -> _Several:
 def target_of(subject: Subject, options: Options) -> int:
     """Return which of these targets a method explains."""
     target, output = subject.chosen, subject.shared.output
-    if isinstance(target, Logit) and link_of(options, target.link) != target.link:
-        if output is not None and output.ndim == 2 and output.shape[1] == 1:
-            raise MicrotomeError(f"{options.kind}: the softmax of one logit is always 1: give `softmax: false`")
+    one = output is not None and output.ndim == 2 and output.shape[1] == 1
+    if one and isinstance(target, Logit) and link_of(options, target.link) != target.link:
+        raise MicrotomeError(f"{options.kind}: the softmax of one logit is always 1: give `softmax: false`")
     return int(isinstance(target, Logit) and link_of(options, target.link) != target.link)
 
 
