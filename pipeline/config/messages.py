@@ -53,7 +53,7 @@ def _explained(item: Any, location: Sequence[str], root: type[BaseModel], sectio
     if item["type"] == "extra_forbidden":
         own = _keys_at(location, root)
         if location[-1] in own:  # of another kind of value at this place
-            return f"{where}: not a key of this one"
+            return f"{where}: unknown key of this kind: another kind has it"
         hint = nearest(location[-1], own)
         if not hint:
             hint = nearest(location[-1], known_keys()) if location[-1] in known_keys() else f"; there are: {_list(own)}"
