@@ -120,7 +120,6 @@ CODE = (
     "pipeline/networks/prepare.py",
     "pipeline/networks/relevance.py",
     "pipeline/networks/returned.py",
-    "pipeline/networks/segmenters.py",
     "pipeline/stages/attribute/inputs.py",
     "pipeline/stages/attribute/methods",
     "pipeline/stages/attribute/options.py",
@@ -130,7 +129,6 @@ CODE = (
     "pipeline/stages/attribute/stage.py",
     "pipeline/stages/attribute/subject.py",
     "pipeline/stages/attribute/tasks.py",
-    "pipeline/stages/concepts/results.py",
 )
 REMEDY = "lower `shard_images` of the data set or `numerics.micro_batch` of the network"
 

@@ -302,7 +302,8 @@ def test_data_of_the_browser_are_the_units(tmp_path: Path) -> None:
     drawn = [unit for unit in data["units"] if len(unit) > 10]
     assert len(drawn) == 2 == len(list((out / "units/scenes-cnn").iterdir()))
     for unit in drawn:
-        images, best, histogram, low, high = unit[10:]
+        images, best, histogram, low, high, relevant = unit[10:]
+        assert relevant == []
         assert len(images) == 3
         assert best[0][0] == unit[2] and best[0][1] == pytest.approx(unit[3], rel=1e-4)
         assert best[1][1] == pytest.approx(unit[3] / 2, rel=1e-4)

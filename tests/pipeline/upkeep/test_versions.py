@@ -63,6 +63,7 @@ ALONE = {
         *(f"kernels/dissection/{name}.py" for name in ("brackets", "half", "threshold")),
         "pipeline/stages/extract/pictures.py",
     },
+    "attribute": {"pipeline/networks/segmenters.py"},  # which categories label maps have: the parent's id knows
     "probes": {"pipeline/networks/layer_id.py"},  # the manifest of the extraction has the ids
     "layer_id": {"pipeline/networks/layers.py"},
 }
