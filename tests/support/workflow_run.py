@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import os
 import shutil
 import subprocess
@@ -107,7 +108,7 @@ def ledger_shards(ledger: Path) -> list[str]:
 
 def jobs_run(said: str) -> dict[str, int]:
     """How often each rule ran to its end, from what Snakemake printed."""
-    rules = [
-        line.partition("(Rule: ")[2].rstrip(")") for line in said.splitlines() if line.startswith("Finished jobid")
-    ]
+    rules = re.findall(
+        r"Finished jobid: \d+ \(Rule: (\w+)\)", said
+    )  # a progress line of a job may follow without a break
     return {rule: rules.count(rule) for rule in rules if rule.startswith("make_")}
