@@ -48,8 +48,8 @@ def relevance(
     Raises
     ------
     MicrotomeError
-        A call has no rule, a pattern matches no module, the plan does not apply to the network, or a layer has no
-        relevance of its own.
+        A call has no rule, a pattern matches no module or decides nothing, the plan does not apply to the network, or a
+        layer has no relevance of its own.
     """
     try:
         found, sites = _propagated(network, inputs, target, plan, layers)
@@ -73,7 +73,10 @@ def _propagated(
     if folded := [name for name in layers if name in study.folded]:
         raise OtherCallsError(no_relevance(folded[0]))  # unless the network was changed since
     sites = Propagated(network, plan, inputs, study)
-    return gradients(network, inputs, _Scored(target, sites.ledger), layers, sites=sites), sites
+    found = gradients(network, inputs, _Scored(target, sites.ledger), layers, sites=sites)
+    if target.layer is None:  # else the forward ended before rules that are meant for what follows
+        sites.check_rules()
+    return found, sites
 
 
 # The target -----------------------------------------------------------------------------------------------------------

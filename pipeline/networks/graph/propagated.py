@@ -171,6 +171,7 @@ class Propagated(CallSites):
         self.calls: list[Met] = []  # without a study
         self.rectifiers = self.split = self.depth = 0
         self.amplified = ""
+        self.decided: set[str] = set()  # the patterns whose rule was taken
         self._passed = 0
         self._nonnegative: Any = WeakIdKeyDictionary()  # tensors, and their versions
         self._held: Any = WeakIdKeyDictionary()
@@ -299,9 +300,7 @@ class Propagated(CallSites):
     def _next_rule(self) -> Rule:
         """Return the rule of the linear map that is called."""
         self.depth += 1
-        rule = next(
-            (rule for pattern, rule in self.plan.rules if matches(pattern, self.where, self.depth)), self.plan.rule
-        )
+        rule = self._rule_here()
         if rule.kind == "alpha_beta" and rule.beta:
             self.amplified = self.where
         return rule
@@ -387,10 +386,20 @@ class Propagated(CallSites):
         return linear.side is not None and len(linear.side) in (1, x.ndim) and (len(linear.side) > 1 or x.ndim == 2)
 
     def _rule_here(self) -> Rule:
-        """Return the rule of a module that is no linear map: a BatchNorm on its own."""
-        return next(
-            (rule for pattern, rule in self.plan.rules if matches(pattern, self.where, self.depth)), self.plan.rule
-        )
+        """Return the rule of the call: of a linear map, or of a BatchNorm on its own."""
+        for pattern, rule in self.plan.rules:
+            if matches(pattern, self.where, self.depth):
+                self.decided.add(pattern)
+                return rule
+        return self.plan.rule
+
+    def check_rules(self) -> None:
+        """Refuse rules that decided nothing in a forward: the map would be that of other rules."""
+        if idle := [pattern for pattern, _ in self.plan.rules if pattern not in self.decided]:
+            raise MicrotomeError(
+                f"rules: {idle[0]!r} applies to no convolution or linear map: a BatchNorm after a convolution goes by "
+                f"the convolution's name, an earlier pattern decides first, and depths count from 1 to {self.depth}"
+            )
 
     def _elementwise(self, call: Call) -> Any:
         given = tensors_in(call.args, call.kwargs)

@@ -105,6 +105,20 @@ ODD = {
         lambda: attribute.lrp(convolutional(), images(), 0, rules=rules("z_b"), bounds=4),
         "bounds: the least and the greatest",
     ),
+    "a rule of a ReLU": (
+        lambda: attribute.lrp(convolutional(), images(), 0, rules={"1": {"rule": "gamma"}}),
+        "rules: '1' applies to no convolution or linear map",
+    ),
+    "a rule beyond the last layer": (
+        lambda: attribute.lrp(convolutional(), images(), 0, rules={"depth 9-12": {"rule": "gamma"}}),
+        "applies to no convolution .* depths count from 1 to 2",
+    ),
+    "a rule behind another": (
+        lambda: attribute.lrp(
+            convolutional(), images(), 0, rules={"*": rules("gamma")["0"], "0": rules("epsilon")["0"]}
+        ),
+        "rules: '0' applies to no",
+    ),
     "baseline unused": (lambda: attribute.lrp(convolutional(), images(), 0, baseline=1.0), "does not use `baseline`"),
     "background unused": (
         lambda: attribute.saliency(convolutional(), images(), 0, background=images()),
