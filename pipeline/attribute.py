@@ -263,6 +263,10 @@ def _segments(
                 f"segments {tuple(given.shape)}, {given.dtype}: expected integers from 0 on {positions}"
             )
         return {options.segments.key: whole.to("cpu", torch.int64)}
+    if inputs.ndim not in (2, 3, 4):
+        raise MicrotomeError(
+            f"segments are of vectors (input, value), rows (input, row, value) or images, not of {tuple(inputs.shape)}"
+        )
     if inputs.ndim != 4:
         if not default:
             raise MicrotomeError(f"segments are of images (image, channel, y, x), not of inputs {tuple(inputs.shape)}")

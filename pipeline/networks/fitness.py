@@ -76,6 +76,11 @@ class Explainable:
     linear_maps: list[tuple[str, bool]] = field(default_factory=list)
     rectified: bool = False
 
+    @property
+    def patches(self) -> tuple[int, int] | None:
+        """The rows and columns of the network's patches; None where no attention reaches over the image."""
+        return None if self.attention is None else (self.attention.layer.shape[1], self.attention.layer.shape[2])
+
     def why_not(self, needs: Sequence[str], layer: str | None) -> str:
         """Return why a method with these needs, and a layer of this name, does not apply; empty if it does."""
         keys = ["", *needs, *(f"{need}:{layer or ''}" for need in needs)]

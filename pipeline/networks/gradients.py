@@ -88,6 +88,13 @@ class Unit:
     index: tuple[int | slice, ...]
 
     def __call__(self, output: torch.Tensor) -> torch.Tensor:
+        whole = tuple(output.shape[1:])
+        if len(self.index) > len(whole) or any(
+            not (-size <= each < size) if isinstance(each, int) else not range(*each.indices(size))
+            for each, size in zip(self.index, whole, strict=False)
+        ):
+            place = "the network" if self.layer is None else f"layer {self.layer!r}"
+            raise MicrotomeError(f"no unit {self.index} in the output of {place}, which is {whole} for an image")
         return output[(slice(None), *self.index)].reshape(len(output), -1).amax(1)
 
     def at(self, rows: torch.Tensor) -> Unit:
@@ -179,7 +186,7 @@ def gradients(
         wanted = [*([given] if of_inputs else []), *(kept[name] for name in layers)]
         found: Sequence[torch.Tensor | None] = [None] * len(wanted)
         if score.requires_grad and wanted:
-            found = torch.autograd.grad(score.sum(), wanted, allow_unused=True)
+            found = _differentiated(score, wanted)
     names = [*(["input"] if of_inputs else []), *(f"layer {name!r}" for name in layers)]
     for name, gradient in zip(names, found, strict=True):
         if gradient is None:
@@ -200,6 +207,24 @@ def gradients(
         of_layers,
         chosen,
     )
+
+
+def _differentiated(score: torch.Tensor, wanted: Sequence[torch.Tensor]) -> Sequence[torch.Tensor | None]:
+    """Return the gradient of the sum of scores, None where it does not depend; say what torch cannot differentiate."""
+    try:
+        return torch.autograd.grad(score.sum(), wanted, allow_unused=True)
+    except RuntimeError as error:
+        if "modified by an inplace operation" in str(error):
+            raise MicrotomeError(
+                "the network writes in place into values that its gradient needs, so torch cannot differentiate it: "
+                "let that operation make a new tensor"
+            ) from error
+        if "torch.utils.checkpoint" in str(error):
+            raise MicrotomeError(
+                "the network computes parts of its forward again (torch.utils.checkpoint), which the method cannot "
+                "follow: turn checkpointing off, which changes no number"
+            ) from error
+        raise
 
 
 def output_of(network: nn.Module, inputs: torch.Tensor, layer: str | None, sites: CallSites) -> torch.Tensor:
@@ -394,6 +419,6 @@ def of_tensors(
         if not wanted:
             return [each.detach() for each in found], []
         score = target(output)
-        made = torch.autograd.grad(score.sum(), found, allow_unused=True)
+        made = _differentiated(score, found)
     given = [torch.zeros_like(a) if g is None else g for a, g in zip(found, made, strict=True)]
     return [each.detach() for each in found], given

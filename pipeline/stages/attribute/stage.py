@@ -30,7 +30,7 @@ from pipeline.networks.fitness import DEPTH, INPUT_RULES, Explainable, matches
 from pipeline.networks.forward import platform_numerics
 from pipeline.networks.segmenters import wanted_categories
 from pipeline.plan import inspected
-from pipeline.plan.cost import Cost, Store
+from pipeline.plan.cost import SHRINKS, Cost, Store
 from pipeline.plan.counted import ingested
 from pipeline.plan.job import Job
 from pipeline.plan.stage import Draft, PageModule, Stage, Wanted
@@ -130,6 +130,8 @@ CODE = (
     "pipeline/stages/attribute/subject.py",
     "pipeline/stages/attribute/tasks.py",
 )
+FLOATS = 0.9
+"""Compression ratio of maps and of other numbers."""
 REMEDY = "lower `shard_images` of the data set or `numerics.micro_batch` of the network"
 
 
@@ -303,7 +305,7 @@ def run(job: Job[Settings]) -> None:
         labelled = Labelled.of(job.parent("concepts")) if labels_of(methods) else None
         maps = _label_maps(job) if labelled is not None else None
         parted = segments.settings_of(methods)
-        patches = tasks.patches_of(found)
+        patches = found.patches
         parted_layouts = {name: segment_layout(job, each, patches) for name, each in parted.items()}
         stores |= {name: results.store_of(job.folder, name) for name in (*parted, *of_units)}
         categories = {each.name: each.place for each in labelled.categories} if labelled is not None else {}
@@ -394,8 +396,7 @@ def layout_of(job: Job[Settings], options: Options, found: Explainable) -> resul
 
 def segments_of(options: Segmented, found: Explainable) -> int:
     """Return how many segments an image has at most."""
-    shape = found.attention.layer.shape if found.attention is not None else None
-    return options.segments.most(None if shape is None else (shape[1], shape[2])) or 0
+    return options.segments.most(found.patches) or 0
 
 
 def segment_layout(job: Job[Settings], parted: Segments, patches: tuple[int, int] | None) -> results.SegmentLayout:
@@ -489,7 +490,7 @@ def segment_ids(
 ) -> dict[str, str]:
     """Return the id of each shard of segments: what they are made from."""
     made_of = [VERSION, segments.library(parted), parted.key, job.images.size]
-    made_of.append(work.patches if isinstance(parted, Patches) else None)
+    made_of.append(work.explainable.patches if isinstance(parted, Patches) else None)
     contents = job.images.contents
     return {
         part: digest([made_of, contents[int(part)], shard.places, shard.image_ids, _labels(parted, labelled, part)])
@@ -843,8 +844,13 @@ def cost(job: Job[Settings], done: bool) -> Cost:
             signs_of(options),
         )
         layouts.append(layout)
-        raw = 4.0 * images * ranks * (height * width * (1 + len(layout.maps)) + kept * size[0] * size[1])
-        stores.append(Store(name, raw, 0.9 * raw, 0.9 * raw if done else size_of(job.folder / f"{name}.zarr")))
+        values = height * width * (1 + len(layout.maps)) + kept * size[0] * size[1] + len(kind.by_segment) * count
+        stores.append(foretold(job, name, 4.0 * images * ranks * values, FLOATS, done))
+        if units := sum(found.units[layer].shape[0] for layer in options.unit_layers()):
+            stores.append(foretold(job, results.unit_relevance(name), 4.0 * images * ranks * units, FLOATS, done))
+    for name, setting in segments.settings_of(methods).items():
+        most = setting.most(found.patches) or 0
+        stores.append(foretold(job, name, images * (2.0 * size[0] * size[1] + 4 * most), SHRINKS["labels"], done))
     rate = inspected.speed(job).get("images_per_second")
     spec, shard = job.network_spec, dataset.shard_images
     return Cost(
@@ -855,6 +861,12 @@ def cost(job: Job[Settings], done: bool) -> Cost:
         memory=results.memory_need(inspection.parameters, found.values, spec, shard, size, layouts, methods.values()),
         rate=f"{rate / passes:.3g}" if rate else "",
     )
+
+
+def foretold(job: Job[Settings], name: str, raw: float, shrinks: float, done: bool) -> Store:
+    """Return a store of so many bytes that shrink by so much, and what is there of it."""
+    expected = shrinks * raw
+    return Store(name, raw, expected, expected if done else size_of(results.store_of(job.folder, name)))
 
 
 def unshared(methods: Mapping[str, Options]) -> list[Options]:

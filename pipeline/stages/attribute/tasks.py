@@ -63,11 +63,6 @@ class Work:
     categories: Mapping[str, int] = field(default_factory=dict)
     background: Mapping[str, np.ndarray] = field(default_factory=dict)
 
-    @property
-    def patches(self) -> tuple[int, int] | None:
-        """The rows and columns of the network's patches."""
-        return patches_of(self.explainable)
-
     def layer_of(self, name: str) -> LayerInfo | None:
         """Return the layer of a method that has one."""
         layer = self.methods[name].layer_name()
@@ -92,12 +87,6 @@ class Work:
             units = tuple(found.units[each] for each in self.methods[name].unit_layers())
             return Known(homogeneous=found.homogeneous, attention=found.attention, units=units)
         return Known(layer, found.heads.get(layer.name), layer.name in found.linear)
-
-
-def patches_of(found: Explainable) -> tuple[int, int] | None:
-    """Return the rows and columns of a network's patches; None where no attention reaches over the image."""
-    shape = found.attention.layer.shape if found.attention is not None else None
-    return None if shape is None else (shape[1], shape[2])
 
 
 def target_of(targets: Targets, logits: torch.Tensor, labels: torch.Tensor, rank: int, probabilities: bool) -> Logit:
@@ -197,7 +186,7 @@ def _segments(
             first, last = start + places[0], start + places[-1] + 1
             maps = labels.open()["label_map"][first:last, work.categories[setting.category]]
             maps = maps[np.array(places) - places[0]]
-        index, feature = part(setting, pixels.numpy() / 255.0, maps, work.patches)
+        index, feature = part(setting, pixels.numpy() / 255.0, maps, work.explainable.patches)
         made[setting.key] = torch.from_numpy(index)
         if name in found:
             found[name]["segments"][places] = index

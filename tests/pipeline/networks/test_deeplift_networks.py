@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from stock_networks import NETWORKS, SIZE, stock
 from torch import nn
 
 from pipeline.networks.contributions import contributions
@@ -10,78 +11,6 @@ from pipeline.networks.graph.rescale import Rescale
 from pipeline.networks.graph.reveal_cancel import RevealCancel
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
-SIZE = 64
-
-
-class Logits(nn.Module):
-    def __init__(self, network):
-        super().__init__()
-        self.network = network
-
-    def forward(self, x):
-        return self.network(x).logits
-
-
-def torchvision(name, **options):
-    models = pytest.importorskip("torchvision.models")
-    return getattr(models, name)(num_classes=10, **options)
-
-
-def vit():
-    models = pytest.importorskip("torchvision.models")
-    return models.VisionTransformer(
-        image_size=SIZE, patch_size=16, num_layers=12, num_heads=12, hidden_dim=96, mlp_dim=192, num_classes=10
-    )
-
-
-def timm(name):
-    return pytest.importorskip("timm").create_model(name, pretrained=False, num_classes=10, img_size=SIZE)
-
-
-def transformers(kind, attention, **options):
-    library = pytest.importorskip("transformers")
-    sizes = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 3, "image_size": SIZE, "patch_size": 16}
-    config = getattr(library, f"{kind}Config")(num_labels=10, **sizes, **options)
-    config._attn_implementation = attention
-    return Logits(getattr(library, f"{kind}ForImageClassification")(config))
-
-
-NETWORKS = {
-    "vgg16_bn": lambda: torchvision("vgg16_bn"),
-    "resnet18": lambda: torchvision("resnet18"),
-    "resnet50": lambda: torchvision("resnet50"),
-    "densenet121": lambda: torchvision("densenet121"),
-    "googlenet": lambda: torchvision("googlenet", aux_logits=False, init_weights=False),
-    "mobilenet_v3_small": lambda: torchvision("mobilenet_v3_small"),
-    "efficientnet_b0": lambda: torchvision("efficientnet_b0"),
-    "convnext_tiny": lambda: torchvision("convnext_tiny"),
-    "swin_t": lambda: torchvision("swin_t"),
-    "vit_b_16": vit,
-    "deit of timm": lambda: timm("deit_tiny_distilled_patch16_224"),
-    "vit of transformers": lambda: transformers("ViT", "sdpa", intermediate_size=96),
-    "eager vit of transformers": lambda: transformers("ViT", "eager", intermediate_size=96),
-    "dinov2 of transformers": lambda: transformers("Dinov2", "sdpa", mlp_ratio=2),
-    "eager dinov2 of transformers": lambda: transformers("Dinov2", "eager", mlp_ratio=2),
-}
-
-
-def stock(name, dtype):
-    """A network of random weights, whose norms and scales do something, and which tells images apart."""
-    torch.manual_seed(0)
-    network = NETWORKS[name]().eval()
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.normal_(module.running_mean, std=0.1), nn.init.uniform_(module.running_var, 0.2, 0.8)
-        if isinstance(module, nn.BatchNorm2d | nn.LayerNorm):
-            nn.init.uniform_(module.weight, 0.8, 1.6), nn.init.normal_(module.bias, std=0.1)
-        elif isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
-            nn.init.normal_(module.bias, std=0.05)
-    for each, value in network.named_parameters():
-        if each.endswith(("layer_scale", "lambda1", "gamma")):
-            nn.init.uniform_(value, 0.5, 1.5)
-        if each.endswith("weight") and value.ndim == 2 and len(value) == 10:
-            nn.init.normal_(value, std=0.2)
-    return network.to(dtype)
 
 
 def missed(network, rules, dtype, reference):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from pipeline import attribute
 from pipeline.errors import MicrotomeError
@@ -178,3 +179,67 @@ def test_weights_that_are_no_numbers_are_refused():
     for method in (attribute.saliency, attribute.deeplift, attribute.lrp, attribute.kernel_shap):
         with pytest.raises(MicrotomeError, match="the score that is explained is not finite"):
             method(net, vectors(), 0)
+
+
+class Written(nn.Module):
+    """It writes into its input after a convolution has kept it."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 4, 3), nn.Linear(144, 2)
+
+    def forward(self, x):
+        y = self.conv(x)
+        x.mul_(0.5)
+        return self.head(y.relu().flatten(1)) + x.flatten(1)[:, :2]
+
+
+class Again(nn.Module):
+    """It keeps no values for its backward, and computes them again."""
+
+    def __init__(self, on=True):
+        super().__init__()
+        self.net, self.on = convolutional(), on
+
+    def forward(self, x):
+        return checkpoint(self.net, x, use_reentrant=False) if self.on else self.net(x)
+
+
+BACKWARDS = {
+    "written, saliency": (lambda: attribute.saliency(Written().double().eval(), images(), 0), "writes in place"),
+    "written, LRP": (lambda: attribute.lrp(Written().double().eval(), images(), 0), "writes in place"),
+    "written, DeepLIFT": (lambda: attribute.deeplift(Written().double().eval(), images(), 0), "writes in place"),
+    "checkpointed, LRP": (lambda: attribute.lrp(Again().eval(), images(), 0), "turn checkpointing off"),
+    "volumes": (
+        lambda: attribute.lime(nn.Flatten(), torch.randn(2, 3, 4, 4, 4), 0),
+        r"segments are of vectors .* not of \(2, 3, 4, 4, 4\)",
+    ),
+    "unit": (
+        lambda: attribute.saliency(convolutional(), images(), attribute.Unit("0", (4,))),
+        r"no unit \(4,\) in the output of layer '0', which is \(4, 6, 6\)",
+    ),
+    "axes": (
+        lambda: attribute.saliency(linear(), vectors(), attribute.Unit("0", (1, 2))),
+        r"no unit \(1, 2\) in the output of layer '0', which is \(9,\)",
+    ),
+    "nothing": (
+        lambda: attribute.saliency(linear(), vectors(), attribute.Unit("0", (slice(3, 3),))),
+        "no unit",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BACKWARDS)
+def test_what_torch_cannot_do_is_said_in_one_line(case):
+    function, message = BACKWARDS[case]
+    with pytest.raises(MicrotomeError, match=message):
+        function()
+
+
+@pytest.mark.parametrize("method", ["saliency", "guided_backprop", "deconvnet", "integrated_gradients"])
+def test_checkpointing_changes_no_number(method):
+    torch.manual_seed(0)
+    net = Again().eval()
+    with_it = getattr(attribute, method)(net, images(), 0).map
+    net.on = False
+    assert torch.equal(with_it, getattr(attribute, method)(net, images(), 0).map)

@@ -146,6 +146,14 @@ def test_the_table_and_the_manifest_know_of_it(made):
     }
 
 
+def test_the_plan_tells_every_store(made):
+    preflight.check(made)
+    one = job(made, "attribute", "scenes", "cnn", "explained")
+    foretold = {store.name: store.raw for store in one.stage.cost(one, False).stores}
+    assert foretold.keys() == {path.stem for path in folder_of(made).glob("*.zarr")}
+    assert all(raw > 0 for raw in foretold.values())
+
+
 def test_results_open_by_method_and_layer(made):
     found = pipeline.open_results(made.results)["scenes"]["cnn"]
     assert set(found.attributions["explained"]) == {"lrp", "strong", "mixed"}
