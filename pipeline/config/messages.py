@@ -2,7 +2,8 @@
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, get_args
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -25,6 +26,7 @@ def explain(error: ValidationError, root: type[BaseModel]) -> list[str]:
     items = error.errors(include_url=False)
     places = [_place(item["loc"]) for item in items]
     of_kinds = [len(place) < len(item["loc"]) for place, item in zip(places, items, strict=True)]
+    places = [_untagged(place, root) for place in places]
     found = []
     for at, (place, item) in enumerate(zip(places, items, strict=True)):
         rest = [other for other in range(len(items)) if other != at and of_kinds[at] and of_kinds[other]]
@@ -46,6 +48,48 @@ def _place(location: Sequence[Any]) -> tuple[str, ...]:
     parts = [str(part) for part in location]
     own = [part for part in parts if not _MEMBER.fullmatch(part)]
     return tuple(own[:-1] if len(own) > 1 and own[-1] in _PLAIN_TYPES else own)
+
+
+def _untagged(location: Sequence[str], root: type[BaseModel]) -> tuple[str, ...]:
+    """Return a location without the tags by which pydantic tells sections of several kinds apart."""
+    here: list[Any] = [root]
+    kept = []
+    for part in location:
+        sections = [section for each in here for section in _sections(each)]
+        tagged = [section for section in sections if part in _tags(section)]
+        if len(sections) > 1 and tagged:
+            here = tagged
+            continue
+        kept.append(part)
+        fields = [section.model_fields[part].annotation for section in sections if part in section.model_fields]
+        here = fields or [each for outer in here for each in _contents(outer)] or here
+    return tuple(kept)
+
+
+def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
+    """Yield the sections that a value may be, those that it may contain left out."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    elif get_origin(annotation) in (Annotated, Union, UnionType):
+        for part in get_args(annotation):
+            yield from _sections(part)
+
+
+def _contents(annotation: Any) -> Iterator[Any]:
+    """Yield the types of what a list or a mapping contains."""
+    if get_origin(annotation) in (Annotated, Union, UnionType):
+        for part in get_args(annotation):
+            yield from _contents(part)
+    else:
+        yield from get_args(annotation)[-1:]
+
+
+def _tags(section: type[BaseModel]) -> set[str]:
+    """Return the values that tell a section from those of other kinds."""
+    literals = (
+        get_args(field.annotation) for field in section.model_fields.values() if get_origin(field.annotation) is Literal
+    )
+    return {str(values[0]) for values in literals if len(values) == 1}
 
 
 def _explained(item: Any, location: Sequence[str], root: type[BaseModel], section: str) -> str:

@@ -294,6 +294,20 @@ def explained(**keys):
         ),
         (explained(targets={}), r"\n  attribute\.x\.targets: give one of `class`, `top`, `contrast`$"),
         (explained(baseline={"fil": "x"}), r"\n  attribute\.x\.baseline\.fil: unknown key; nearest: file$"),
+        # The kind of a section is no part of where it stands, whatever the entry is called.
+        (explained(methods={"lrp": {"alpha": 1, "beta": 1}}), r"\n  attribute\.x\.methods\.lrp: beta: alpha"),
+        (
+            explained(methods={"saliency": {"method": "integrated_gradients", "steps": 0}}),
+            r"x\.methods: saliency: its method is",
+        ),
+        (
+            explained(methods={"ig": {"method": "integrated_gradients", "steps": 0}}),
+            r"\n  attribute\.x\.methods\.ig\.steps: Input should be greater than 0",
+        ),
+        (
+            explained(methods={"lime": {"segments": {"kind": "labels", "categry": "x"}}}),
+            r"methods\.lime\.segments\.category: missing\n  attribute\.x\.methods\.lime\.segments\.categry: unknown key; ne",
+        ),
     ],
 )
 def test_slips_in_sections_of_questions(tmp_path, section, message):
