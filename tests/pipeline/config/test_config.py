@@ -306,7 +306,7 @@ def explained(**keys):
         ),
         (
             explained(methods={"lime": {"segments": {"kind": "labels", "categry": "x"}}}),
-            r"methods\.lime\.segments\.category: missing\n  attribute\.x\.methods\.lime\.segments\.categry: unknown key; ne",
+            r"lime\.segments\.category: missing\n  attribute\.x\.methods\.lime\.segments\.categry: unknown key",
         ),
     ],
 )
