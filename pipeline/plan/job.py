@@ -240,6 +240,19 @@ class Job(Generic[S]):
         label = f"{self.name}: {what}" if what else self.name
         return resumable.resumed(workers, task, stores, arguments, label, remedy)
 
+    def resumed_in_groups(
+        self,
+        workers: Any,
+        task: Callable[..., Sequence[Done]],
+        stores: Mapping[str, Parts],
+        arguments: Callable[[list[str], list[str]], tuple],
+        sizes: Mapping[str, int],
+        batch: int,
+        remedy: str,
+    ) -> set[str]:
+        """Do every part that some store lacks, parts of few images together; see `resumable.resumed_in_groups`."""
+        return resumable.resumed_in_groups(workers, task, stores, arguments, sizes, batch, self.name, remedy)
+
     # Doing it ---------------------------------------------------------------------------------------------------------
 
     def begin(self) -> None:

@@ -6,14 +6,16 @@ soon as its files are in place. An interrupted run resumes after the last record
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pipeline.storage.manifest import Files
 from pipeline.storage.store import Ledger
-from pipeline.workers.tasks import run_tasks
+from pipeline.workers.tasks import run_tasks, workers_of
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,53 @@ def resumed(
     remedy : what to lower if memory runs out.
     """
     left = lacking(stores)
-    tasks: Iterable[tuple] = (arguments(part, names) for part, names in left.items())
+    tasks = (arguments(part, names) for part, names in left.items())
     for done in run_tasks(client, task, tasks, len(left), label, remedy):
-        for name, files in done.files.items():
-            stores[name].record(done.part, files, **done.facts, **done.own.get(name, {}))
+        _record(done, stores)
     return set(left)
+
+
+def resumed_in_groups(
+    client: Any,
+    task: Callable[..., Sequence[Done]],
+    stores: Mapping[str, Parts],
+    arguments: Callable[[list[str], list[str]], tuple],
+    sizes: Mapping[str, int],
+    batch: int,
+    label: str,
+    remedy: str,
+) -> set[str]:
+    """Do the same with tasks of several parts, where parts of few images would leave batches almost empty.
+
+    Parameters
+    ----------
+    task : returns what became of each part. Which parts it gets together shows in no result.
+    sizes : images of each part. batch : images of a task, unless workers would be left without any.
+    """
+    left = lacking(stores)
+    full = min(batch, math.ceil(sum(sizes[part] for part in left) / workers_of(client)))
+    groups = list(grouped(left, sizes, full))
+    for several in run_tasks(client, task, (arguments(*group) for group in groups), len(groups), label, remedy):
+        for done in several:
+            _record(done, stores)
+    return set(left)
+
+
+def grouped(
+    left: Mapping[str, list[str]], sizes: Mapping[str, int], full: int
+) -> Iterator[tuple[list[str], list[str]]]:
+    """Yield parts in order, as many as make `full` images, with the stores that all of them lack."""
+    for names, alike in itertools.groupby(left, key=left.__getitem__):
+        group: list[str] = []
+        for part in alike:
+            group.append(part)
+            if sum(sizes[each] for each in group) >= full:
+                yield group, names
+                group = []
+        if group:
+            yield group, names
+
+
+def _record(done: Done, stores: Mapping[str, Parts]) -> None:
+    for name, files in done.files.items():
+        stores[name].record(done.part, files, **done.facts, **done.own.get(name, {}))

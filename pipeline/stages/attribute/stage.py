@@ -344,11 +344,17 @@ def run(job: Job[Settings]) -> None:
             create_relevance(job, work, name)
             parts[name] = Parts(stores[name], relevance_ids(work, name, parts[results.method_of(name)].ids))
 
-        def arguments(part: str, names: list[str]) -> tuple:
+        def given(part: str) -> tasks.Given:
             own = maps.of(["label_map"], [int(part)]) if maps is not None else None
-            return work, StoreRef(images.store, images.files_of(int(part))), own, shards[part], names
+            return tasks.Given(StoreRef(images.store, images.files_of(int(part))), own, shards[part])
 
-        made = job.resumed(workers, tasks.explain, parts, arguments, REMEDY)
+        def arguments(several: list[str], names: list[str]) -> tuple:
+            return work, [given(part) for part in several], names
+
+        counts = {part: len(shard.places) for part, shard in shards.items()}
+        made = job.resumed_in_groups(
+            workers, tasks.explain, parts, arguments, counts, spec.numerics.micro_batch, REMEDY
+        )
     files: Files = {}
     explained, rows = [], []
     for name in (*methods, *parted):

@@ -89,6 +89,27 @@ class Work:
         return Known(layer, found.heads.get(layer.name), layer.name in found.linear)
 
 
+@dataclass(frozen=True)
+class Given:
+    """What a task reads of one shard: its images, and their label maps where segments are made of them."""
+
+    images: StoreRef
+    labels: StoreRef | None
+    shard: Shard
+
+    def pixels(self) -> np.ndarray:
+        """Return the explained images, uint8 (image, channel, y, x)."""
+        start, stop = self.shard.bounds
+        return self.images.open()["image"][start:stop][list(self.shard.places)]
+
+    def label_maps(self, category: int) -> np.ndarray:
+        """Return the label maps of the explained images, (image, y, x), by the category's place on the store's axis."""
+        assert self.labels is not None
+        places = self.shard.places
+        first, last = self.shard.bounds[0] + places[0], self.shard.bounds[0] + places[-1] + 1
+        return self.labels.open()["label_map"][first:last, category][np.array(places) - places[0]]
+
+
 def target_of(targets: Targets, logits: torch.Tensor, labels: torch.Tensor, rank: int, probabilities: bool) -> Logit:
     """Return the target of each image, from its logits where they decide."""
     if targets.kind == "label":
@@ -112,26 +133,40 @@ def examine_network(
         return sum(each.numel() for each in network.parameters()), found
 
 
-def explain(work: Work, images: StoreRef, labels: StoreRef | None, shard: Shard, names: Sequence[str]) -> Done:
-    """Explain the images of one shard, and write the shard of each of these stores. Runs on a worker.
+def explain(work: Work, given: Sequence[Given], names: Sequence[str]) -> list[Done]:
+    """Explain the images of some shards, and write the shards of each of these stores. Runs on a worker.
 
     A store is that of a method's maps, by its name, that of the relevance of units, by `unit_relevance`, or one
-    of segments. `labels` is the store of the label maps, where segments are made of them.
+    of segments.
     """
-    start, stop = shard.bounds
-    pixels = torch.from_numpy(images.open()["image"][start:stop][list(shard.places)])
-    found = {name: _blank(work, name, stop - start) for name in names}
+    pixels = torch.cat([torch.from_numpy(each.pixels()) for each in given])
+    ids = [id for each in given for id in each.shard.image_ids]
+    classes = torch.tensor([label for each in given for label in each.shard.labels])
+    maps = _label_maps(work, given)
+    found = {name: _blank(work, name, len(pixels)) for name in names}
     size = work.model.spec.numerics.micro_batch
     for at in range(0, len(pixels), size):
-        some = slice(at, at + size)
-        segments = _segments(work, pixels[some], labels, shard, some, found)
+        some = slice(at, min(at + size, len(pixels)))
+        segments = _segments(work, pixels[some], maps, some, found)
         methods = {name: arrays for name, arrays in found.items() if name not in work.parted}
         if methods:
-            _explain_batch(work, pixels[some], shard, some, methods, segments)
-    # An image that is not explained has nothing to store, and the last shard may be shorter than a chunk.
+            _explain_batch(work, pixels[some], ids[some], classes[some], some, methods, segments)
+    done, at = [], 0
+    for each in given:
+        own = slice(at, at := at + len(each.shard.places))
+        done.append(Done(each.shard.part, _written(work, each.shard, found, own)))
+    return done
+
+
+def _written(work: Work, shard: Shard, found: Mapping[str, dict[str, np.ndarray]], own: slice) -> dict[str, Files]:
+    """Write a shard of each store, of which `own` are the explained images. The others have nothing to store."""
+    start, stop = shard.bounds
     files: dict[str, Files] = {}
     for name, arrays in found.items():
-        blocks = {array: ((start, *[0] * (values.ndim - 1)), values) for array, values in arrays.items()}
+        whole = _blank(work, name, stop - start)  # the last shard may be shorter than a chunk
+        for array, values in arrays.items():
+            whole[array][list(shard.places)] = values[own]
+        blocks = {array: ((start, *[0] * (values.ndim - 1)), values) for array, values in whole.items()}
         if name in work.layouts or name in work.parted:
             files[name] = write(work.stores[name], blocks)
             continue
@@ -139,7 +174,7 @@ def explain(work: Work, images: StoreRef, labels: StoreRef | None, shard: Shard,
         for layer, block in blocks.items():
             group = group_of(layer)
             files[name] |= within(group, write(work.stores[name] / group, {"relevance": block}))
-    return Done(shard.part, files)
+    return files
 
 
 def sum_inputs(model: Model, images: StoreRef, bounds: tuple[int, int], places: Sequence[int]) -> np.ndarray:
@@ -160,11 +195,19 @@ def _background(work: Work, name: str) -> torch.Tensor | None:
     return normalise(values, work.model.spec) if values.dtype == torch.uint8 else values
 
 
+def _label_maps(work: Work, given: Sequence[Given]) -> dict[str, np.ndarray]:
+    """Return the label maps (image, y, x) of each category that segments are made of."""
+    found = {}
+    for category, place in work.categories.items():
+        if category in {each.category for each in work.parted.values() if isinstance(each, Labels)}:
+            found[category] = np.concatenate([each.label_maps(place) for each in given])
+    return found
+
+
 def _segments(
     work: Work,
     pixels: torch.Tensor,
-    labels: StoreRef | None,
-    shard: Shard,
+    maps: Mapping[str, np.ndarray],
     some: slice,
     found: Mapping[str, dict[str, np.ndarray]],
 ) -> dict[str, torch.Tensor]:
@@ -176,21 +219,15 @@ def _segments(
     needed = {name_of(each.segments) for each in of_methods if isinstance(each, Segmented)} | (
         found.keys() & work.parted
     )
-    start, _ = shard.bounds
-    places = list(shard.places[some])
     made = {}
     for name in sorted(needed):
-        setting, maps = work.parted[name], None
-        if isinstance(setting, Labels):
-            assert labels is not None
-            first, last = start + places[0], start + places[-1] + 1
-            maps = labels.open()["label_map"][first:last, work.categories[setting.category]]
-            maps = maps[np.array(places) - places[0]]
-        index, feature = part(setting, pixels.numpy() / 255.0, maps, work.explainable.patches)
+        setting = work.parted[name]
+        own = maps[setting.category][some] if isinstance(setting, Labels) else None
+        index, feature = part(setting, pixels.numpy() / 255.0, own, work.explainable.patches)
         made[setting.key] = torch.from_numpy(index)
         if name in found:
-            found[name]["segments"][places] = index
-            found[name]["feature"][places] = feature
+            found[name]["segments"][some] = index
+            found[name]["feature"][some] = feature
     return made
 
 
@@ -206,16 +243,16 @@ def _blank(work: Work, name: str, images: int) -> dict[str, np.ndarray]:
 def _explain_batch(
     work: Work,
     pixels: torch.Tensor,
-    shard: Shard,
+    ids: Sequence[str],
+    classes: torch.Tensor,
     some: slice,
     found: Mapping[str, dict[str, np.ndarray]],
     segments: Mapping[str, torch.Tensor],
 ) -> None:
-    """Explain a micro-batch by every method, one rank at a time."""
+    """Explain a micro-batch by every method, one rank at a time, and keep the numbers of `some` images."""
     spec, count = work.model.spec, len(pixels)
     size = spec.numerics.micro_batch
-    ids, places = shard.image_ids[some], list(shard.places[some])
-    labels = padded(torch.tensor(shard.labels[some]), size)
+    labels = padded(classes, size)
     methods = list(dict.fromkeys(map(method_of, found)))
     kinds = {name: METHODS[work.methods[name].kind] for name in methods}
     probabilities = work.explainable.normalised == "softmax"
@@ -259,7 +296,7 @@ def _explain_batch(
                     _refuse_non_finite(work, name, values, ids)
                 arrays = {"attribution": made.map, "residual": made.residual, **of_all, **made.facts}
                 arrays["channel_attribution"] = made.values
-                place: Any = places if work.layouts[name].ranks is None else (places, rank)
+                place: Any = some if work.layouts[name].ranks is None else (some, rank)
                 for store, tensors in ((name, arrays), (unit_relevance(name), made.units)):
                     for array, kept in found.get(store, {}).items():
                         tensor = tensors[array]

@@ -14,7 +14,7 @@ from pipeline.storage.identity import crc32c
 from pipeline.storage.store import Ledger
 from pipeline.workers import client as workers_client
 from pipeline.workers import resumable
-from pipeline.workers.resumable import Done, Parts, lacking, resumed
+from pipeline.workers.resumable import Done, Parts, grouped, lacking, resumed, resumed_in_groups
 
 PARTS = ("0", "1", "10", "2")  # in the order that they are asked for, which is not that of their names
 
@@ -279,3 +279,48 @@ def test_memory_that_lacks_is_told_with_the_remedy(client, tmp_path):
 
 def hungry() -> Done:
     raise MemoryError("no more")
+
+
+# Parts of few images together -----------------------------------------------------------------------------------------
+
+
+@given(
+    lacked=st.dictionaries(
+        st.integers(0, 30).map(str),
+        st.tuples(st.integers(0, 9), st.sets(st.sampled_from("abc"), min_size=1).map(sorted)),
+        max_size=12,
+    ),
+    full=st.integers(1, 12),
+)
+@settings(max_examples=200, deadline=None)
+def test_groups_hold_every_part_once_and_are_full_but_for_the_last(lacked, full):
+    left = {part: list(names) for part, (_, names) in lacked.items()}
+    sizes = {part: size for part, (size, _) in lacked.items()}
+    groups = list(grouped(left, sizes, full))
+    assert [part for parts, _ in groups for part in parts] == list(left), "in order"
+    assert all(left[part] == names for parts, names in groups for part in parts)
+    for (parts, names), following in zip(groups, [*groups[1:], None], strict=True):
+        assert sum(sizes[part] for part in parts[:-1]) < full, "no more than it takes"
+        if following is not None and following[1] == names:
+            assert sum(sizes[part] for part in parts) >= full
+
+
+@pytest.mark.parametrize(("workers_there", "tasks"), [(1, 1), (2, 2), (4, 4), (40, 4)])
+def test_every_worker_has_a_task(tmp_path, monkeypatch, workers_there, tasks):
+    asked = []
+
+    def several(stores, parts, names):
+        asked.append(parts)
+        return [make(stores, part, names) for part in parts]
+
+    monkeypatch.setattr(resumable, "run_tasks", one_by_one)
+    monkeypatch.setattr(resumable, "workers_of", lambda client: workers_there)
+    stores = {name: of(tmp_path, name) for name in "xy"}
+    folders = {name: each.store for name, each in stores.items()}
+    sizes = dict.fromkeys(PARTS, 3)
+    made = resumed_in_groups(
+        None, several, stores, lambda parts, names: (folders, parts, names), sizes, 32, "together", "remedy"
+    )
+    assert made == set(PARTS) and len(asked) == tasks
+    assert all(not of(tmp_path, name).missing() for name in "xy")
+    assert not resumed_in_groups(None, several, stores, lambda *_: (), sizes, 32, "together", "remedy")
