@@ -1,5 +1,6 @@
 """What is left to do of stores that were begun: no part is made twice, and none is left out."""
 
+import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -299,10 +300,9 @@ def test_groups_hold_every_part_once_and_are_full_but_for_the_last(lacked, full)
     groups = list(grouped(left, sizes, full))
     assert [part for parts, _ in groups for part in parts] == list(left), "in order"
     assert all(left[part] == names for parts, names in groups for part in parts)
-    for (parts, names), following in zip(groups, [*groups[1:], None], strict=True):
-        assert sum(sizes[part] for part in parts[:-1]) < full, "no more than it takes"
-        if following is not None and following[1] == names:
-            assert sum(sizes[part] for part in parts) >= full
+    assert all(sum(sizes[part] for part in parts[:-1]) < full for parts, _ in groups), "no more than it takes"
+    for (parts, names), (_, following) in itertools.pairwise(groups):
+        assert following != names or sum(sizes[part] for part in parts) >= full
 
 
 @pytest.mark.parametrize(("workers_there", "tasks"), [(1, 1), (2, 2), (4, 4), (40, 4)])
