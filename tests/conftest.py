@@ -13,8 +13,8 @@ from pipeline.config.cluster import Cluster
 from pipeline.workers import client
 from pipeline.workers import pool as cluster
 
-# What tests compute themselves is compared to the bit with what workers computed: under the same limits of threads.
-os.environ |= cluster.THREADS
+# What tests compute themselves is compared to the bit with what workers computed: with the same threads and rounding.
+os.environ |= cluster.ARITHMETIC
 threadpoolctl.threadpool_limits(1)  # of what is there before the variables: zarr's plugin of pytest imports numpy
 
 

@@ -10,8 +10,11 @@ import torch
 
 
 def cam(activation: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Compute sum_k w_k A_k with the weights of a linear head, (image, unit): Zhou et al. (CVPR 2016), eq. 2."""
-    return torch.einsum("ik,ikyx->iyx", weight, activation)
+    """Compute sum_k w_k A_k with the weights of a linear head, (image, unit): Zhou et al. (CVPR 2016), eq. 2.
+
+    Products and a sum, no matrix product: that of a batch rounds differently at different places.
+    """
+    return (weight[:, :, None, None] * activation).sum(1)
 
 
 def grad_cam(activation: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:

@@ -33,12 +33,13 @@ def _identity(attention: torch.Tensor) -> torch.Tensor:
 def _product(steps: Sequence[torch.Tensor]) -> torch.Tensor:
     """Return the product of each image, the last block leftmost.
 
-    Images one by one: a product of batches rounds differently at different places.
+    Images one by one, each in memory of its own: products of batches, and of matrices that begin at another offset from
+    a cache line, round differently.
     """
     images = []
     for blocks in zip(*steps, strict=True):
-        found = blocks[0]
+        found = blocks[0].clone()
         for each in blocks[1:]:
-            found = each @ found
+            found = each.clone() @ found
         images.append(found)
     return torch.stack(images)

@@ -27,7 +27,7 @@ from typing import NoReturn
 
 from pipeline.run.job import run_job
 from pipeline.workers import processes
-from pipeline.workers.pool import THREADS
+from pipeline.workers.pool import ARITHMETIC
 
 SOCKET = "MICROTOME_JOBS"  # environment variable: the path of this process's socket
 PRELOADED = ("distributed", "zarr")
@@ -52,7 +52,7 @@ def start() -> subprocess.Popen | None:
                 processes.program("pipeline.run.forks", str(listener.fileno())),
                 stdin=subprocess.PIPE,
                 pass_fds=[listener.fileno()],
-                env=os.environ | THREADS | processes.SAFE_PATH,
+                env=os.environ | ARITHMETIC | processes.SAFE_PATH,
                 start_new_session=True,  # Ctrl-C in the terminal reaches the clients, which pass it on
             )
     except OSError as error:
@@ -92,7 +92,7 @@ def _run(connection: socket.socket) -> NoReturn:
         for number, stream in enumerate(streams):
             os.dup2(stream, number)
             os.close(stream)
-        os.environ.update(request["environment"] | THREADS)
+        os.environ.update(request["environment"] | ARITHMETIC)
         connection.send(BEGUN)
         threading.Thread(target=_listen, args=(connection, done), daemon=True, name="end with the client").start()
         status = run_job(request["manifest"], request["log"])

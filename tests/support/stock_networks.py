@@ -84,16 +84,21 @@ def stock(name, dtype):
     """A network of random weights, whose norms and scales do something, and which tells images apart."""
     torch.manual_seed(0)
     network = (NETWORKS | OTHERS)[name]().eval()
+    drawn = torch.Generator().manual_seed(1)
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
-            nn.init.normal_(module.running_mean, std=0.1), nn.init.uniform_(module.running_var, 0.5, 1.5)
-        if isinstance(module, nn.BatchNorm2d | nn.LayerNorm):
-            nn.init.uniform_(module.weight, 0.8, 1.6), nn.init.normal_(module.bias, std=0.1)
-        elif isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
-            nn.init.normal_(module.bias, std=0.05)
-    for each, value in network.named_parameters():
-        if each.endswith(("layer_scale", "lambda1", "gamma")):
-            nn.init.uniform_(value, 0.5, 1.5)
-        if each.endswith("weight") and value.ndim == 2 and len(value) == CLASSES:
-            nn.init.normal_(value, std=0.2)
+            for values, low, high in (
+                (module.running_mean, -0.2, 0.2),
+                (module.running_var, 0.5, 1.5),
+                (module.weight.data, 0.5, 1.5),
+                (module.bias.data, -0.2, 0.2),
+            ):
+                values.copy_(low + (high - low) * torch.rand(values.shape, generator=drawn))
+        elif isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:
+            module.bias.data.copy_(0.05 * torch.randn(module.bias.shape, generator=drawn))
+    for key, values in network.named_parameters():
+        if any(part in key for part in ("layer_scale", "gamma", "lambda1", "norm")) and values.ndim < 4:
+            values.data.add_(0.1 * torch.randn(values.shape, generator=drawn))
+        elif values.ndim == 2 and len(values) == CLASSES and not values.any():
+            values.data.normal_(std=0.2)
     return network.to(dtype)

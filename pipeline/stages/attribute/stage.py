@@ -74,7 +74,7 @@ if TYPE_CHECKING:
     from pipeline.stages.attribute.subject import Known
     from pipeline.storage.store import StoreRef
 
-VERSION = 1
+VERSION = 2
 FOLDER = "attributions"
 CODE = (
     "kernels/attribution/agreement.py",

@@ -68,6 +68,29 @@ def test_grad_cam_pp_does_not_vanish_where_powers_of_the_gradient_do():
     torch.testing.assert_close(small, wanted, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("function", ["grad_cam", "hires_cam", "layer_cam", "grad_cam_pp"])
+def test_an_image_has_the_same_bits_at_every_place_of_its_batch(function, dtype):
+    """Also where maps have odd sizes, so that those of most images begin between two cache lines."""
+    drawn = torch.Generator().manual_seed(0)
+    order = torch.randperm(16, generator=drawn)
+    for units, size in ((1, (1, 1)), (16, (5, 5)), (33, (7, 7)), (64, (3, 4)), (130, (13, 13))):
+        a, g = (torch.randn((16, units, *size), generator=drawn).to(dtype) for _ in range(2))
+        whole = getattr(cam, function)(a, g)
+        assert torch.equal(getattr(cam, function)(a[order], g[order]), whole[order]), (units, size)
+        assert torch.equal(getattr(cam, function)(a[5:6], g[5:6])[0], whole[5]), (units, size)
+
+
+@pytest.mark.parametrize("tokens", [5, 17, 50])
+def test_attention_that_is_followed_has_the_same_bits_at_every_place(tokens):
+    drawn = torch.Generator().manual_seed(0)
+    a = [torch.rand((16, 3, tokens, tokens), generator=drawn).softmax(-1) for _ in range(3)]
+    g = [torch.randn((16, 3, tokens, tokens), generator=drawn) for _ in range(3)]
+    a_turned, g_turned = ([each.flip(0) for each in them] for them in (a, g))
+    assert torch.equal(rollout.rollout(a_turned).flip(0), rollout.rollout(a))
+    assert torch.equal(rollout.relevance(a_turned, g_turned).flip(0), rollout.relevance(a, g))
+
+
 def test_rollout_follows_attention_through_blocks():
     generator = torch.Generator().manual_seed(0)
     blocks = [torch.rand((2, 3, 5, 5), generator=generator, dtype=torch.float64).softmax(-1) for _ in range(3)]

@@ -2,43 +2,24 @@
 
 import pytest
 import torch
-from stock_networks import CNNS, NETWORKS, stock
+from stock_networks import NETWORKS, stock
 from torch import nn
 
-from kernels.attribution.relevance import Rule
 from pipeline.networks.gradients import Logit
 from pipeline.networks.graph.propagated import Plan
 from pipeline.networks.relevance import relevance
+from tests.bench.residuals_table import RULES, images, of_lrp, plans
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
-RULES = {
-    "alpha_beta": Rule(),
-    "alpha 2": Rule(alpha=2.0),
-    "epsilon": Rule("epsilon"),
-    "gamma": Rule("gamma"),
-}
-
-
-def images(dtype, count=2):
-    return torch.randn((count, 3, 64, 64), generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(dtype)
-
-
-def residual(found):
-    values = found.values.double().flatten(1)
-    lacking = found.score.double() - values.sum(1) - found.bias - found.leak
-    return float((lacking.abs() / torch.maximum(found.score.double().abs(), values.abs().sum(1))).max())
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_ledger_of_every_network(name):
     network, exact = stock(name, torch.float32), stock(name, torch.float64)
     target = Logit(network(images(torch.float32)).argmax(1))
-    for preset in ("cp_lrp",) if name in CNNS else ("cp_lrp", "attn_lrp"):
-        for rule in ("alpha_beta", "epsilon", "gamma"):
-            plan = Plan(RULES[rule], preset=preset)
-            found = relevance(exact, images(torch.float64), target, plan)
-            assert residual(found) <= 1e-12, (preset, rule)
-            assert residual(relevance(network, images(torch.float32), target, plan)) <= 1e-5, (preset, rule)
+    for plan in plans(name):
+        assert of_lrp(relevance(exact, images(torch.float64), target, plan)) <= 1e-12, plan
+        assert of_lrp(relevance(network, images(torch.float32), target, plan)) <= 1e-5, plan
 
 
 @pytest.mark.parametrize("name", ["vgg16_bn", "resnet18", "googlenet"])

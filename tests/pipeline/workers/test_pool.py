@@ -83,7 +83,7 @@ def die():
 
 
 def environment():
-    return {name: os.environ.get(name) for name in (*cluster.THREADS, "CUDA_VISIBLE_DEVICES")}
+    return {name: os.environ.get(name) for name in (*cluster.ARITHMETIC, "CUDA_VISIBLE_DEVICES")}
 
 
 def test_results_of_all_tasks(client):
@@ -202,7 +202,7 @@ def test_tasks_are_drawn_a_few_at_a_time(client):
 
 def test_a_worker_has_one_thread_and_no_gpu(client):
     (found,) = workers_tasks.run_tasks(client, environment, [()], 1, "environment")
-    assert found == dict.fromkeys(cluster.THREADS, "1") | {"CUDA_VISIBLE_DEVICES": ""}
+    assert found == cluster.ARITHMETIC | {"CUDA_VISIBLE_DEVICES": ""}
     assert workers_tasks.workers_of(client) == 1
 
 
