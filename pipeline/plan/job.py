@@ -126,6 +126,10 @@ class Job(Generic[S]):
     def network_spec(self) -> Network:
         return self._plan.networks[self.network]
 
+    def spec_of(self, network: str) -> Network | None:
+        """Return the description of any network of the plan; None if there is none of this name."""
+        return self._plan.networks.get(network)
+
     @property
     def original(self) -> str:
         """The configured network that its network is a control or a copy of; otherwise its network itself."""

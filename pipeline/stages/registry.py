@@ -10,6 +10,7 @@ from pipeline.plan.stage import Stage
 from pipeline.plan.step import Plan
 from pipeline.stages.ablate.stage import STAGE as ABLATE
 from pipeline.stages.attribute.stage import STAGE as ATTRIBUTE
+from pipeline.stages.audit.stage import STAGE as AUDIT
 from pipeline.stages.calibrate.stage import STAGE as CALIBRATE
 from pipeline.stages.concepts.stage import STAGE as CONCEPTS
 from pipeline.stages.dissect.stage import STAGE as DISSECT
@@ -49,6 +50,7 @@ STAGES: dict[str, Stage] = {
         GRAMS,
         SIMILARITY,
         ATTRIBUTE,
+        AUDIT,
         *_added(),
         REPORT,
     )

@@ -27,8 +27,10 @@ SHOWN = ("results", "found", "settings")
 """What other stages may import of a stage."""
 ALSO = {
     ("dissect", "extract"): {"streaming", "pictures", "replaced"},
+    ("audit", "attribute"): {"options", "again", "inputs", "explaining", "segments", "subject", "tasks"},
 }
-"""What one stage may import of another beside that: dissect goes on with the layers that extract did not store."""
+"""What one stage may import of another beside that: dissect goes on with the layers that extract did not store, and
+audit explains changed images and networks as attribute does."""
 
 
 @cache

@@ -631,6 +631,12 @@ def _copies(options: Segmented, size: tuple[int, int]) -> float:
     return options.played(options.segments.most()) + 2
 
 
+def forwards_alone(options: Options, size: tuple[int, int]) -> float:
+    """Return the passes of an image (y, x) that a method takes alone, in forwards."""
+    kind = METHODS[options.kind]
+    return kind.forwards(options, size) + (BACKWARD if kind.shares else 1.0)
+
+
 def starts(side: int, window: int, stride: int) -> list[int]:
     """Return where windows start along a side; the last one ends with the image."""
     last = max(side - window, 0)

@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, PositiveInt, create_model, model_validator
+from pydantic import BeforeValidator, Field, PositiveInt, TypeAdapter, create_model, model_validator
 
 from pipeline.config.base import UNTRAINED, Name, PathName, Strict
 from pipeline.config.networks import Numerics, Preprocessing, SpecialTokens
 from pipeline.config.section import Chosen, Section, Selection
 from pipeline.errors import nearest
 from pipeline.networks.fitness import Link
-from pipeline.stages.attribute.options import METHODS, AnyMethod, Lrp, OfLayer, Segmented
+from pipeline.stages.attribute.options import METHODS, AnyMethod, Lrp, OfLayer, Options, Segmented
 from pipeline.stages.attribute.results import method_of
 from pipeline.storage.record import Record
 
@@ -183,6 +183,23 @@ class Settings(Record):
     special_tokens: int | SpecialTokens | None = None
     grid: tuple[int, int] | None = None
     layout: Any = None
+
+
+def methods_of(settings: Settings) -> dict[str, Options]:
+    """Return the options of each method by name."""
+    read = TypeAdapter(AnyMethod)
+    return {name: read.validate_python(told) for name, told in settings.methods.items()}
+
+
+def targets_of(settings: Settings) -> Targets:
+    """Return what is explained of each image."""
+    targets = settings.targets
+    if isinstance(targets, str):
+        return Targets(targets, (), 1, settings.score)
+    ((kind, value),) = targets.items()
+    if kind == "top":
+        return Targets(kind, (), int(value), settings.score)
+    return Targets(kind, tuple(value) if isinstance(value, (list, tuple)) else (value,), 1, settings.score)
 
 
 SECTION = Section(

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from pydantic import TypeAdapter
 
 from pipeline.config.base import UNTRAINED
 from pipeline.errors import MicrotomeError, nearest
@@ -36,10 +35,9 @@ from pipeline.plan.job import Job
 from pipeline.plan.stage import Draft, PageModule, Stage, Wanted
 from pipeline.plan.step import Key
 from pipeline.stages.attribute import results, segments
+from pipeline.stages.attribute.again import examined, labels_of, layer_names, unit_layers, work_of
 from pipeline.stages.attribute.inputs import (
     Shard,
-    background_of,
-    baseline_of,
     by_shard,
     chosen,
     lacks_references,
@@ -49,7 +47,6 @@ from pipeline.stages.attribute.inputs import (
 from pipeline.stages.attribute.options import (
     BACKWARD,
     METHODS,
-    AnyMethod,
     IntegratedGradients,
     Labels,
     Lrp,
@@ -58,16 +55,16 @@ from pipeline.stages.attribute.options import (
     Patches,
     Segmented,
     Segments,
+    forwards_alone,
     link_of,
     tolerance_of,
 )
-from pipeline.stages.attribute.settings import SECTION, Explanations, Settings, Targets
+from pipeline.stages.attribute.settings import SECTION, Explanations, Settings, methods_of, targets_of
 from pipeline.stages.concepts.results import Labelled
 from pipeline.storage.identity import digest
 from pipeline.storage.manifest import Files, Manifest, below, within, write_file
 from pipeline.storage.object_storage import size_of
 from pipeline.workers.resumable import Parts
-from pipeline.workers.tasks import run_tasks
 
 if TYPE_CHECKING:
     from pipeline.stages.attribute import tasks
@@ -120,6 +117,8 @@ CODE = (
     "pipeline/networks/prepare.py",
     "pipeline/networks/relevance.py",
     "pipeline/networks/returned.py",
+    "pipeline/stages/attribute/again.py",
+    "pipeline/stages/attribute/explaining.py",
     "pipeline/stages/attribute/inputs.py",
     "pipeline/stages/attribute/methods",
     "pipeline/stages/attribute/options.py",
@@ -254,28 +253,6 @@ def _class(draft: Draft, where: str, wanted: int | str, dataset: str) -> int:
 # The work -------------------------------------------------------------------------------------------------------------
 
 
-def methods_of(settings: Settings) -> dict[str, Options]:
-    """Return the options of each method by name."""
-    read = TypeAdapter(AnyMethod)
-    return {name: read.validate_python(told) for name, told in settings.methods.items()}
-
-
-def labels_of(methods: Mapping[str, Options]) -> list[str]:
-    """Return the categories of label maps that methods take segments from."""
-    parted = [each.segments for each in methods.values() if isinstance(each, Segmented)]
-    return sorted({each.category for each in parted if isinstance(each, Labels)})
-
-
-def layer_names(methods: Mapping[str, Options]) -> list[str]:
-    """Return the layers that methods name, "" for the default."""
-    return sorted({layer for options in methods.values() if (layer := options.layer_name()) is not None})
-
-
-def unit_layers(methods: Mapping[str, Options]) -> list[str]:
-    """Return the layers whose units' relevance methods store."""
-    return sorted({layer for options in methods.values() for layer in options.unit_layers()})
-
-
 def run(job: Job[Settings]) -> None:
     from pipeline.stages.attribute import tasks
     from pipeline.storage.store import (
@@ -291,38 +268,20 @@ def run(job: Job[Settings]) -> None:
     job.begin()
     images, methods = job.images, methods_of(job.settings)
     with job.workers() as workers:
-        asked = job.model, images.size, layer_names(methods), unit_layers(methods)
-        parameters, found = next(run_tasks(workers, tasks.examine_network, [asked], 1, f"{job.name}: network"))
+        parameters, found = examined(job, workers, methods)
         if said := list(objections(job, methods, found)):
             raise MicrotomeError("\n  ".join(said))
         shards = shards_of(job)
         layouts = {name: layout_of(job, options, found) for name, options in methods.items()}
         of_units = [results.unit_relevance(name) for name, options in methods.items() if options.unit_layers()]
         stores = {name: results.store_of(job.folder, name) for name in methods}
-        compares = any(METHODS[options.kind].baseline for options in methods.values())
-        baseline = baseline_of(job, workers) if compares else "black"
-        background = background_of(job, workers, methods, tasks.sum_inputs)
         labelled = Labelled.of(job.parent("concepts")) if labels_of(methods) else None
         maps = _label_maps(job) if labelled is not None else None
         parted = segments.settings_of(methods)
         patches = found.patches
         parted_layouts = {name: segment_layout(job, each, patches) for name, each in parted.items()}
         stores |= {name: results.store_of(job.folder, name) for name in (*parted, *of_units)}
-        categories = {each.name: each.place for each in labelled.categories} if labelled is not None else {}
-        targets = targets_of(job.settings)
-        work = tasks.Work(
-            job.model,
-            found,
-            targets,
-            baseline,
-            methods,
-            stores,
-            layouts,
-            parted,
-            parted_layouts,
-            categories,
-            background,
-        )
+        work = work_of(job, workers, methods, found, stores, layouts, parted_layouts)
         spec, kept = job.network_spec, list(layouts.values())
         need = results.memory_need(
             parameters, found.values, spec, images.shard_images, images.size, kept, methods.values()
@@ -474,17 +433,6 @@ def channels_of(job: Job[Settings], options: Options) -> int:
     kind = METHODS[options.kind]
     kept = job.settings.channels and kind.maps == "image" and kind.channels
     return job.network_spec.preprocessing.channels if kept else 0
-
-
-def targets_of(settings: Settings) -> Targets:
-    """Return what is explained of each image."""
-    targets = settings.targets
-    if isinstance(targets, str):
-        return Targets(targets, (), 1, settings.score)
-    ((kind, value),) = targets.items()
-    if kind == "top":
-        return Targets(kind, (), int(value), settings.score)
-    return Targets(kind, tuple(value) if isinstance(value, (list, tuple)) else (value,), 1, settings.score)
 
 
 def segment_ids(
@@ -808,7 +756,7 @@ def forwards_of(options: Options, size: tuple[int, int], numbers: Mapping[str, n
         options = options.model_copy(
             update={"steps": float(np.mean([options.taken(int(each)) for each in steps.flat]))}
         )
-    return kind.forwards(options, size) + (BACKWARD if kind.shares else 1.0)
+    return forwards_alone(options, size)
 
 
 def law_of(job: Job[Settings], options: Options, known: Known) -> str:

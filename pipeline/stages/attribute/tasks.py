@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -12,8 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from kernels.attribution import baselines
-from pipeline.config.networks import Network
 from pipeline.errors import MicrotomeError
 from pipeline.networks.build import build
 from pipeline.networks.explainable import examine
@@ -22,6 +19,7 @@ from pipeline.networks.forward import Model, network_of, normalise
 from pipeline.networks.gradients import Logit, padded, scores
 from pipeline.networks.layer import LayerInfo
 from pipeline.networks.prepare import survey_of
+from pipeline.stages.attribute.explaining import background_of, baseline_pixels, bounds_of, seed_of, target_of
 from pipeline.stages.attribute.inputs import Shard
 from pipeline.stages.attribute.methods.registry import FUNCTIONS
 from pipeline.stages.attribute.options import METHODS, Labels, Options, Segmented, Segments
@@ -110,17 +108,6 @@ class Given:
         return self.labels.open()["label_map"][first:last, category][np.array(places) - places[0]]
 
 
-def target_of(targets: Targets, logits: torch.Tensor, labels: torch.Tensor, rank: int, probabilities: bool) -> Logit:
-    """Return the target of each image, from its logits where they decide."""
-    if targets.kind == "label":
-        picked = [labels.to(logits.device)]
-    elif targets.kind in ("predicted", "top"):
-        picked = [logits.sort(stable=True, dim=1, descending=True).indices[:, rank]]
-    else:
-        picked = [torch.full((len(logits),), each, device=logits.device) for each in targets.classes]
-    return Logit(picked[0], picked[1] if len(picked) > 1 else None, targets.link, probabilities)
-
-
 def examine_network(
     model: Model, size: tuple[int, int], layers: Sequence[str], units: Sequence[str] = ()
 ) -> tuple[int, Explainable]:
@@ -184,15 +171,6 @@ def sum_inputs(model: Model, images: StoreRef, bounds: tuple[int, int], places: 
     with computing:
         parts = [normalise(each, model.spec).double().sum(0, keepdim=True).cpu() for each in pixels.split(64)]
         return torch.stack(parts).sum(0).numpy()
-
-
-def _background(work: Work, name: str) -> torch.Tensor | None:
-    """Return what a method compares images with, as the network takes it."""
-    found = work.background.get(name)
-    if found is None:
-        return None
-    values = torch.from_numpy(found)
-    return normalise(values, work.model.spec) if values.dtype == torch.uint8 else values
 
 
 def _label_maps(work: Work, given: Sequence[Given]) -> dict[str, np.ndarray]:
@@ -261,10 +239,10 @@ def _explain_batch(
         inputs = normalise(padded(pixels, size), spec)
         baseline = None
         if any(kind.baseline for kind in kinds.values()):
-            baseline = normalise(padded(_baseline(work.baseline, pixels, ids), size), spec)
+            baseline = normalise(padded(baseline_pixels(work.baseline, pixels, ids), size), spec)
         layers = sorted({info.name for name in methods if (info := work.layer_of(name)) is not None})
         seeds = [seed_of(each) for each in ids]
-        background = {name: _background(work, name) for name in methods}
+        background = {name: background_of(work, name) for name in methods}
         for rank in range(work.targets.ranks):
             subject = Subject(
                 network,
@@ -276,7 +254,7 @@ def _explain_batch(
                 layers,
                 any(kind.shares == "inputs" for kind in kinds.values()),
                 seeds,
-                bounds=_bounds(spec, pixels),
+                bounds=bounds_of(spec, pixels),
                 one_baseline=work.baseline in ("black", "white") if isinstance(work.baseline, str) else True,
                 segments={key: padded(each, size) for key, each in segments.items()},
             )
@@ -312,14 +290,6 @@ def filled(values: np.ndarray, width: int) -> np.ndarray:
     return np.pad(values, ((0, 0), (0, width - values.shape[1])), constant_values=np.nan)
 
 
-def _bounds(spec: Network, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Return the least and greatest input, of black and of white pixels; None where each image has its own scale."""
-    if spec.preprocessing.per_image:
-        return None
-    low, high = (normalise(torch.full_like(pixels[:1], each), spec)[0] for each in (0, 255))
-    return low, high
-
-
 def _refuse_non_finite(work: Work, name: str, values: torch.Tensor | None, ids: Sequence[str]) -> None:
     if values is None:
         return
@@ -330,19 +300,3 @@ def _refuse_non_finite(work: Work, name: str, values: torch.Tensor | None, ids: 
             f"network {work.model.name!r}, method {name!r}: the map of image {image!r}, or what the method knows "
             f"besides, is not finite (NaN or infinity)"
         )
-
-
-def _baseline(kind: str | np.ndarray, pixels: torch.Tensor, ids: Sequence[str]) -> torch.Tensor:
-    """Return the baseline of each image, uint8 like `pixels`."""
-    if isinstance(kind, np.ndarray):
-        return torch.from_numpy(kind).expand_as(pixels)
-    if kind == "blur":
-        return baselines.blurred(pixels)
-    if kind == "uniform":
-        return torch.stack([baselines.uniform(tuple(pixels.shape[1:]), seed_of(each)) for each in ids])
-    return torch.full_like(pixels, {"black": 0, "white": 255}[kind])
-
-
-def seed_of(image_id: str) -> int:
-    """Return the seed of what is drawn for an image, from its id."""
-    return int.from_bytes(hashlib.sha256(image_id.encode("utf-8", "surrogateescape")).digest()[:6])

@@ -75,7 +75,7 @@ def slots_of(made, network="cnn"):
 
 def plain(made, network, slots):
     """The network, these images as it takes them, their predicted classes, the baseline, and the seeds."""
-    from pipeline.stages.attribute.tasks import seed_of
+    from pipeline.stages.attribute.explaining import seed_of
 
     images = xr.open_zarr(made.results / "scenes/images.zarr")
     spec = made.networks[network]

@@ -1,0 +1,1 @@
+"""Measures of whether explanations are true: pure functions on arrays."""

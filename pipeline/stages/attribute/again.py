@@ -1,0 +1,73 @@
+"""What explanations of an experiment are made with: for the stage itself, and for those that explain other images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.networks.fitness import Explainable
+from pipeline.plan.job import Job
+from pipeline.stages.attribute import segments
+from pipeline.stages.attribute.inputs import background_of, baseline_of
+from pipeline.stages.attribute.options import METHODS, Labels, Options, Segmented
+from pipeline.stages.attribute.settings import Settings, targets_of
+from pipeline.stages.concepts.results import Labelled
+from pipeline.workers.tasks import run_tasks
+
+if TYPE_CHECKING:
+    from pipeline.stages.attribute.results import Layout, SegmentLayout
+    from pipeline.stages.attribute.tasks import Work
+
+
+def labels_of(methods: Mapping[str, Options]) -> list[str]:
+    """Return the categories of label maps that methods take segments from."""
+    parted = [each.segments for each in methods.values() if isinstance(each, Segmented)]
+    return sorted({each.category for each in parted if isinstance(each, Labels)})
+
+
+def layer_names(methods: Mapping[str, Options]) -> list[str]:
+    """Return the layers that methods name, "" for the default."""
+    return sorted({layer for options in methods.values() if (layer := options.layer_name()) is not None})
+
+
+def unit_layers(methods: Mapping[str, Options]) -> list[str]:
+    """Return the layers whose units' relevance methods store."""
+    return sorted({layer for options in methods.values() for layer in options.unit_layers()})
+
+
+def examined(job: Job[Settings], workers: Any, methods: Mapping[str, Options]) -> tuple[int, Explainable]:
+    """Look at the network of an experiment on a worker; return its number of parameters, too."""
+    from pipeline.stages.attribute.tasks import examine_network
+
+    asked = job.model, job.images.size, layer_names(methods), unit_layers(methods)
+    return next(run_tasks(workers, examine_network, [asked], 1, f"{job.name}: network"))
+
+
+def work_of(
+    job: Job[Settings],
+    workers: Any,
+    methods: Mapping[str, Options],
+    found: Explainable,
+    stores: Mapping[str, Path] | None = None,
+    layouts: Mapping[str, Layout] | None = None,
+    segment_layouts: Mapping[str, SegmentLayout] | None = None,
+) -> Work:
+    """Return what all images of an experiment have in common; without stores and layouts, to explain and not store."""
+    from pipeline.stages.attribute.tasks import Work, sum_inputs
+
+    labelled = Labelled.of(job.parent("concepts")) if labels_of(methods) else None
+    compares = any(METHODS[options.kind].baseline for options in methods.values())
+    return Work(
+        job.model,
+        found,
+        targets_of(job.settings),
+        baseline_of(job, workers) if compares else "black",
+        methods,
+        stores or {},
+        layouts or {},
+        segments.settings_of(methods),
+        segment_layouts or {},
+        {each.name: each.place for each in labelled.categories} if labelled is not None else {},
+        background_of(job, workers, methods, sum_inputs),
+    )

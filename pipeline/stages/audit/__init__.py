@@ -1,0 +1,1 @@
+"""Do explanations tell the truth."""

@@ -1,0 +1,185 @@
+"""What the stage `audit` writes: numbers of each image, `audit.zarr` and `audit.csv`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from pipeline.stages.audit.declared import Measure
+from pipeline.storage.record import Record
+from pipeline.storage.store import Array
+from pipeline.storage.tables import csv_bytes, number
+
+COLUMNS = (
+    "dataset",
+    "network",
+    "method",
+    "kind",
+    "test",
+    "measure",
+    "value",
+    "low",
+    "high",
+    "control",
+    "images",
+    "forwards",
+    "state",
+    "note",
+)
+CELLS = "cells"
+State = Literal["", "holds", "fails", "not defined", "refused"]
+
+
+@dataclass(frozen=True)
+class Name:
+    """A cell's row: a method of the experiment, or a control, which is none."""
+
+    name: str
+    control: bool = False
+
+    @property
+    def told(self) -> str:
+        """Its name in tables."""
+        return f"control:{self.name}" if self.control else self.name
+
+    def store(self, folder: Path, dataset: str, network: str, test: str) -> Path:
+        """Return the store of its cell of a test; the results of no control and no method share a name."""
+        inside = folder / CELLS / dataset / network / test
+        return (inside / "controls" if self.control else inside) / f"{self.name}.zarr"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The numbers of one method or control in one test. `name` is of the row, `store` where they are written."""
+
+    test: str
+    name: Name
+    store: Path
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One number of a cell.
+
+    Attributes
+    ----------
+    measure : its name. value, low, high : with its 95 % interval, NaN where unknown.
+    images : how many count. state : of a law. note : what a reader has to know of it.
+    """
+
+    measure: str
+    value: float
+    low: float = math.nan
+    high: float = math.nan
+    images: int = 0
+    state: State = ""
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """An outcome with what it is of. `kind` is the method of attribution, `control` the value of the test's control."""
+
+    dataset: str
+    network: str
+    method: str
+    kind: str
+    test: str
+    outcome: Outcome
+    control: float
+    forwards: float
+
+    @property
+    def cells(self) -> list[Any]:
+        """The cells of `COLUMNS`."""
+        found = self.outcome
+        numbers = [number(each) for each in (found.value, found.low, found.high, self.control)]
+        named = [self.dataset, self.network, self.method, self.kind, self.test, found.measure]
+        return [*named, *numbers, found.images, number(self.forwards), found.state, found.note]
+
+
+class Audited(Record):
+    """The result in the manifest of `audit`.
+
+    Attributes
+    ----------
+    attributions : the experiment. pairs : (data set, network). images : audited, by data set.
+    tests : in their order. methods : of attribution by name, in their order. controls : their names.
+    """
+
+    attributions: str
+    pairs: list[tuple[str, str]]
+    images: dict[str, int]
+    tests: list[str]
+    methods: dict[str, str]
+    controls: list[str]
+
+
+def arrays(measures: Mapping[str, Measure], images: int, shard: int) -> dict[str, Array]:
+    """Return the arrays of a cell's store, (image, ...) float64; an image that is not audited has NaN."""
+    return {
+        name: Array(
+            ("image", *measure.dims), (images, *measure.shape), np.float64, (shard, *measure.shape), fill=np.nan
+        )
+        for name, measure in measures.items()
+    }
+
+
+def table(rows: Sequence[Row]) -> bytes:
+    return csv_bytes(COLUMNS, [row.cells for row in rows])
+
+
+def cube(rows: Sequence[Row]) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
+    """Return the arrays of one data set's group of audit.zarr, over (network, method, measure).
+
+    `measure` is `<test>.<measure>`.
+    """
+    axes = ("network", "method", "measure")
+
+    def place(row: Row) -> tuple[str, str, str]:
+        return row.network, row.method, f"{row.test}.{row.outcome.measure}"
+
+    labels = [list(dict.fromkeys(place(row)[at] for row in rows)) for at in range(3)]
+    index = [{name: at for at, name in enumerate(each)} for each in labels]
+    shape = tuple(map(len, labels))
+    numbers = {name: np.full(shape, np.nan) for name in ("value", "low", "high", "control", "forwards")}
+    images, state = np.zeros(shape, np.int64), np.full(shape, "", object)
+    for row in rows:
+        at = tuple(own[name] for own, name in zip(index, place(row), strict=True))
+        for name in ("value", "low", "high"):
+            numbers[name][at] = getattr(row.outcome, name)
+        numbers["control"][at], numbers["forwards"][at] = row.control, row.forwards
+        images[at], state[at] = row.outcome.images, row.outcome.state
+    tests = np.array([name.partition(".")[0] for name in labels[2]], object)
+    return {
+        **{axis: ((axis,), np.array(own, object)) for axis, own in zip(axes, labels, strict=True)},
+        "test": (("measure",), tests),
+        **{name: (axes, values) for name, values in numbers.items()},
+        "images": (axes, images),
+        "state": (axes, state),
+    }
+
+
+def by_image(
+    cells: Mapping[tuple[str, str, str], np.ndarray], slots: np.ndarray, ids: np.ndarray
+) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
+    """Return the numbers of each image, from (image,) by (network, method, `<test>.<measure>`).
+
+    All have the same images: the slots of those that are audited.
+    """
+    labels = [list(dict.fromkeys(key[at] for key in cells)) for at in range(3)]
+    values = np.full((*map(len, labels), len(slots)), np.nan)
+    for key, own in cells.items():
+        values[tuple(each.index(name) for each, name in zip(labels, key, strict=True))] = own
+    axes = ("image_network", "image_method", "image_measure")
+    return {
+        **{axis: ((axis,), np.array(own, object)) for axis, own in zip(axes, labels, strict=True)},
+        "by_image": ((*axes, "image"), values),
+        "slot": (("image",), np.asarray(slots, np.int64)),
+        "image_id": (("image",), np.asarray(ids, object)),
+    }

@@ -1,0 +1,97 @@
+"""What becomes of the numbers of each image: the outcomes of a cell, one for each row of the table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from kernels.audit.intervals import mean_interval
+from pipeline.stages.attribute.options import Options, tolerance_of
+from pipeline.stages.audit.axioms import AXIOMS, Axioms
+from pipeline.stages.audit.declared import Measure
+from pipeline.stages.audit.results import Name, Outcome
+
+
+@dataclass(frozen=True)
+class Audited:
+    """The numbers of one method, or control, in one test, over all audited images.
+
+    Attributes
+    ----------
+    arrays : by measure, (image, ...). measures : what each of them is.
+    method : the options of the method of attribution; None for a control.
+    labels : int64 (image,), -1 where there is none. ids : of the images. class_names : of the data set.
+    refused : why the method refuses the test; empty if it does not.
+    """
+
+    dataset: str
+    network: str
+    test: str
+    name: Name
+    method: Options | None
+    measures: Mapping[str, Measure]
+    arrays: Mapping[str, np.ndarray]
+    labels: np.ndarray
+    ids: Sequence[str]
+    class_names: Sequence[str]
+    refused: str = ""
+
+
+Reduce = Callable[[Audited, Any], Iterator[Outcome]]
+
+
+def outcomes(cell: Audited, options: Any) -> list[Outcome]:
+    """Return the outcomes of a cell; one that says so where the method refuses the test."""
+    if cell.refused:
+        return [Outcome(name, np.nan, state="refused", note=cell.refused) for name in cell.measures]
+    return list(REDUCE.get(cell.test, means)(cell, options))
+
+
+def means(cell: Audited, options: Any) -> Iterator[Outcome]:
+    """Yield the mean of every number that each image has once, with its interval."""
+    for name, measure in cell.measures.items():
+        if not measure.dims:
+            value, low, high, count = mean_interval(cell.arrays[name])
+            yield Outcome(name, value, low, high, count, "" if count else "not defined")
+
+
+def laws(cell: Audited, options: Axioms) -> Iterator[Outcome]:
+    """Yield the worst residual of each law over the images, and whether it holds so."""
+    residual, refused = cell.arrays["residual"], cell.arrays["refused"]
+    for at, (name, axiom) in enumerate(AXIOMS.items()):
+        values = residual[:, at]
+        yield law(
+            name, values, bool((refused[:, at] == 1).any()), bound(name, cell.method, options.tolerance, axiom.exact)
+        )
+
+
+def law(name: str, values: np.ndarray, refused: bool, tolerance: float) -> Outcome:
+    """Return the outcome of a law from its residual on each image, NaN where it is not defined."""
+    known = values[~np.isnan(values)]
+    if refused:
+        return Outcome(name, np.nan, state="refused")
+    if not known.size:
+        return Outcome(name, np.nan, state="not defined")
+    worst = float(known.max())
+    return Outcome(name, worst, images=int(known.size), state="holds" if worst <= tolerance else "fails")
+
+
+SUMS = ("own_law", "completeness", "summation_to_delta", "local_accuracy")
+"""Laws whose tolerance a method may set itself."""
+
+
+def bound(axiom: str, method: Options | None, tolerance: float, exact: bool) -> float:
+    """Return the residual up to which a law holds."""
+    if exact:
+        return 0.0
+    own = tolerance_of(method) if method is not None and axiom in SUMS else None
+    return max(tolerance, own or 0.0)
+
+
+REDUCE: Mapping[str, Reduce] = {
+    "axioms": laws,
+}
+"""By test; the others have means."""

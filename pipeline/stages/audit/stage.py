@@ -1,0 +1,565 @@
+"""The stage `audit`: do explanations tell the truth.
+
+Writes, for each audit of the configuration, into audit/<name>/
+    cells/<dataset>/<network>/<test>/<method>.zarr            numbers of each image, (image, ...) float64
+    cells/<dataset>/<network>/<test>/controls/<name>.zarr     the same of a control
+    audit.zarr/<dataset>  value, low, high, control, forwards, images, state (network, method, measure) · by_image
+                          (image_network, image_method, image_measure, image)
+    audit.csv             a row for each data set, network, method, test and measure
+Stored maps are read; only those of changed networks or images are computed, by the functions of `attribute`. See
+docs/audit.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipeline.config.base import UNTRAINED
+from pipeline.errors import MicrotomeError
+from pipeline.networks.forward import platform_numerics
+from pipeline.plan import inspected
+from pipeline.plan.cost import Cost, Store
+from pipeline.plan.counted import ingested
+from pipeline.plan.job import Job
+from pipeline.plan.stage import Draft, Stage, Wanted
+from pipeline.plan.step import Key
+from pipeline.stages.attribute.again import examined, work_of
+from pipeline.stages.attribute.found import Attributions, read_attributions
+from pipeline.stages.attribute.inputs import Shard, by_shard, chosen, shards_of
+from pipeline.stages.attribute.options import METHODS, Options, forwards_alone
+from pipeline.stages.attribute.settings import Settings as Explained
+from pipeline.stages.attribute.settings import methods_of
+from pipeline.stages.audit import results
+from pipeline.stages.audit.declared import LEAST, Asked, TestOptions
+from pipeline.stages.audit.options import TESTS
+from pipeline.stages.audit.results import Cell, Name, Outcome, Row
+from pipeline.stages.audit.rows import Audited, outcomes
+from pipeline.stages.audit.settings import SECTION, Settings, tests_of
+from pipeline.stages.concepts.results import Labelled
+from pipeline.storage.identity import digest
+from pipeline.storage.manifest import Files, Manifest, within, write_file
+from pipeline.storage.object_storage import size_of
+from pipeline.workers.resumable import Parts, lacking
+
+if TYPE_CHECKING:
+    from pipeline.storage.store import StoreRef
+
+VERSION = 1
+FOLDER = "audit"
+CODE = (
+    "kernels/attribution/agreement.py",
+    "kernels/audit",
+    "pipeline/networks/forward.py",
+    "pipeline/networks/gradients.py",
+    "pipeline/stages/attribute/again.py",
+    "pipeline/stages/attribute/explaining.py",
+    "pipeline/stages/audit/axioms.py",
+    "pipeline/stages/audit/batch.py",
+    "pipeline/stages/audit/controls.py",
+    "pipeline/stages/audit/declared.py",
+    "pipeline/stages/audit/options.py",
+    "pipeline/stages/audit/results.py",
+    "pipeline/stages/audit/rows.py",
+    "pipeline/stages/audit/settings.py",
+    "pipeline/stages/audit/stage.py",
+    "pipeline/stages/audit/tasks.py",
+    "pipeline/stages/audit/trials",
+)
+REMEDY = "lower `shard_images` of the data set or `numerics.micro_batch` of the network"
+OF_DATASET = ("concepts",)
+"""Stages with one step a data set, among those that tests read."""
+
+
+def steps(draft: Draft) -> Iterator[Wanted]:
+    for name, section in draft.config.section(SECTION.key).items():
+        where, tests = f"audit.{name}", section.tests.options()
+        explained = [
+            step
+            for step in draft.of_stage("attribute")
+            if step.experiment == section.attributions and section.applies(step.network, step.dataset)
+        ]
+        if not explained:
+            raise MicrotomeError(
+                f"{where}: attribute.{section.attributions} explains none of its networks on none of its data sets: "
+                f"name some of that experiment"
+            )
+        parents = []
+        reads: dict[str, dict[str, Any]] = {}
+        for step in explained:
+            dataset, network = str(step.dataset), str(step.network)
+            settings = Explained.read(step.settings)
+            count = draft.summaries[dataset].splits[settings.split]
+            spec = draft.config.datasets[dataset]
+            for test, options in tests.items():
+                limit = min(count, settings.images or count)
+                asked = Asked(f"{where}.tests.{test}", dataset, spec, network, settings, limit, draft)
+                refuse(asked, options, test)
+                if (read := TESTS[test].reads) is not None:
+                    reads.setdefault(test, {})[dataset] = read(options, asked)
+            parents += [draft.step("ingest", dataset), draft.step("network", network=network), step]
+            for stage in dict.fromkeys(each for test, own in tests.items() for each in TESTS[test].stages(own)):
+                own = None if stage in OF_DATASET else network
+                parents.append(draft.step(stage, dataset, own))
+        settings = Settings(
+            attributions=section.attributions,
+            pairs=[(str(step.dataset), str(step.network)) for step in explained],
+            tests={test: options.model_dump() for test, options in tests.items()},
+            without=sorted(section.without),
+            **({"reads": reads} if reads else {}),
+        )
+        once = {step.manifest: step for step in parents}
+        yield Wanted(Key(experiment=name), settings, tuple(once.values()))
+
+
+def refuse(asked: Asked, options: TestOptions, test: str) -> None:
+    """Refuse a test that lacks images, stages, or what it says itself."""
+    declared = TESTS[test]
+    if options.images is not None and asked.images < options.images:
+        raise MicrotomeError(
+            f"{asked.where}.images: {options.images} images, and {asked.images} of {asked.dataset!r} are explained: "
+            f"lower it, or raise `images` of the experiment"
+        )
+    if asked.images < LEAST:
+        raise MicrotomeError(
+            f"{asked.where}: {asked.images} images of {asked.dataset!r} are explained, expected {LEAST} at least: "
+            f"raise `images` of the experiment"
+        )
+    for stage in declared.stages(options):
+        own = None if stage in OF_DATASET else asked.network
+        if not any((s.dataset, s.network) == (asked.dataset, own) for s in asked.draft.of_stage(stage)):
+            raise MicrotomeError(
+                f"{asked.where}: it reads what the stage `{stage}` makes of {own or asked.dataset!r}, and the "
+                f"configuration has no such step"
+            )
+    for why in declared.check(options, asked):
+        raise MicrotomeError(f"{asked.where}{why if why.startswith(('.', ':')) else ': ' + why}")
+
+
+# The work -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One network on one data set, as an audit sees it.
+
+    Attributes
+    ----------
+    job : of `attribute`. methods : the options of each method by name. maps : their stores.
+    shards : the explained images of each shard. chosen : by test and shard, which of them are audited.
+    cells : by key. undefined : why a test is not defined for a method, by test and method.
+    """
+
+    job: Job[Explained]
+    methods: Mapping[str, Options]
+    maps: Mapping[str, StoreRef]
+    shards: Mapping[str, Shard]
+    chosen: Mapping[str, Mapping[str, tuple[int, ...]]]
+    cells: Mapping[str, Cell]
+    undefined: Mapping[tuple[str, str], str]
+
+    @property
+    def names(self) -> tuple[str, str]:
+        return self.job.dataset, self.job.network
+
+    def slots(self, test: str) -> np.ndarray:
+        """Return the slots of the images that a test audits, ascending."""
+        found = [
+            self.shards[part].bounds[0] + self.shards[part].places[row]
+            for part, rows in self.chosen[test].items()
+            for row in rows
+        ]
+        return np.array(found, np.int64)
+
+
+def run(job: Job[Settings]) -> None:
+    job.begin()
+    tests = tests_of(job.settings)
+    pairs = [pair_of(job, explained, tests) for explained in explanations(job)]
+    parts = {pair.names: parts_of(job, pair, tests) for pair in pairs}
+    files: Files = {}
+    rows: list[Row] = []
+    single: dict[str, dict[tuple[str, str, str], np.ndarray]] = {}
+    made = 0
+    with job.workers() as workers:
+        for pair in pairs:
+            made += len(measure(job, workers, pair, pairs, tests, parts[pair.names]))
+    for pair in pairs:
+        found, own = read(job, pair, tests, parts[pair.names])
+        files |= own
+        rows += rows_of(pair, tests, found)
+        single.setdefault(pair.job.dataset, {}).update(numbers_of(found))
+    files |= write_store(job, pairs, rows, single)
+    table = results.table(rows)
+    output = digest([files, table.decode()])
+    files |= write_file(job.folder, "audit.csv", table)
+    facts = results.Audited(
+        attributions=job.settings.attributions,
+        pairs=[pair.names for pair in pairs],
+        images={pair.job.dataset: sum(len(each.places) for each in pair.shards.values()) for pair in pairs},
+        tests=list(tests),
+        methods={name: options.kind for pair in pairs for name, options in pair.methods.items()},
+        controls=sorted({cell.name.told for pair in pairs for cell in pair.cells.values() if cell.name.control}),
+    )
+    every = {part for own in parts.values() for each in own.values() for part in each.ids}
+    job.finish(output, files, facts, made=(made, len(every) * len(pairs)))
+
+
+def explanations(job: Job[Settings]) -> list[Job[Explained]]:
+    """Return the jobs of `attribute` that an audit reads, in their order."""
+    return [parent for parent in job.parents if parent.stage.name == "attribute"]
+
+
+def pair_of(job: Job[Settings], explained: Job[Explained], tests: Mapping[str, TestOptions]) -> Pair:
+    """Return a network on a data set, with its maps and the images of each test; refuse too few images."""
+    found = read_attributions(
+        job.results, explained.dataset, explained.network, job.settings.attributions, explained.id
+    )
+    methods, shards = methods_of(explained.settings), shards_of(explained)
+    cells, undefined = {}, {}
+    for test, options in tests.items():
+        names = []
+        for name, own in methods.items():
+            if why := TESTS[test].defined(options, METHODS[own.kind]):
+                undefined[test, name] = why
+            else:
+                names.append(Name(name))
+        names += [Name(each, True) for each in TESTS[test].controls if each not in job.settings.without]
+        for each in names:
+            store = each.store(job.folder, explained.dataset, explained.network, test)
+            cells[f"{test}/{each.told}"] = Cell(test, each, store)
+    return Pair(
+        explained,
+        methods,
+        {each.facts.name: each.store for each in found.methods if each.name == each.facts.name},
+        shards,
+        {test: chosen_of(job, found, shards, options, test) for test, options in tests.items()},
+        cells,
+        undefined,
+    )
+
+
+def chosen_of(
+    job: Job[Settings], found: Attributions, shards: Mapping[str, Shard], options: TestOptions, test: str
+) -> dict[str, tuple[int, ...]]:
+    """Return which of the explained images of each shard a test audits: the first by a hash of their ids."""
+    slots = found.slots[: options.images]
+    if len(slots) < (options.images or LEAST):
+        raise MicrotomeError(
+            f"{job.name}: {test}: {len(slots)} images of {found.dataset!r} are explained, expected "
+            f"{options.images or LEAST}: lower `images` of the test, or raise it for the experiment"
+        )
+    taken = set(slots)
+    rows = {
+        part: tuple(at for at, place in enumerate(shard.places) if shard.bounds[0] + place in taken)
+        for part, shard in shards.items()
+    }
+    return {part: own for part, own in rows.items() if own}
+
+
+def parts_of(job: Job[Settings], pair: Pair, tests: Mapping[str, TestOptions]) -> dict[str, Parts]:
+    """Return the shards of each cell, with their ids."""
+    return {key: Parts(cell.store, ids_of(job, pair, cell, tests[cell.test])) for key, cell in pair.cells.items()}
+
+
+def ids_of(job: Job[Settings], pair: Pair, cell: Cell, options: TestOptions) -> dict[str, str]:
+    """Return the id of each shard of a cell: what its numbers are made from."""
+    explained, images, identity = pair.job, pair.job.images, pair.job.identity
+    model, test, dataset = explained.model, cell.test, explained.dataset
+    declared, method = TESTS[test], None if cell.name.control else identity["methods"][cell.name.name]
+    made_of: list[Any] = [
+        [VERSION, platform_numerics(VERSION), test, options.model_dump(exclude={"images"})],
+        [cell.name.told, method, identity["targets"], identity["score"], identity["baseline"]],
+        [model.sha256, model.architecture, identity["preprocessing"], identity["numerics"], list(images.size)],
+        [images.classes, job.settings.reads.get(test, {}).get(dataset), np.__version__.split(".")[:2]],
+    ]
+    if isinstance(identity["baseline"], dict):
+        made_of.append(images.contents)  # of which the baseline may be the mean
+    if declared.compares:
+        made_of.append([each.model.sha256 for each in explanations(job) if each.dataset == dataset])
+    if declared.draws:
+        made_of.append(explained.parent_job("ingest").identity)
+    labelled = labels_of(job, explained, declared.stages(options))
+
+    def of(part: str) -> list[Any]:
+        shard, rows = pair.shards[part], pair.chosen[test][part]
+        stored = pair.maps.get(cell.name.name) if not cell.name.control else next(iter(pair.maps.values()))
+        assert stored is not None
+        read = ["attribution", "target", "score", "residual"] if not cell.name.control else ["target"]
+        places = [[shard.places[row], shard.labels[row], shard.image_ids[row]] for row in rows]
+        contents = [category.contents[labelled.shards.index(int(part))] for category in labelled.categories]
+        return [images.contents[int(part)], places, stored.of(read, [int(part)]).files, contents]
+
+    if labelled is None:
+        labelled = Labelled(shards=[], categories=[], refused=[], size=images.size)
+    return {part: digest([made_of, of(part)]) for part in pair.chosen[test]}
+
+
+def labels_of(job: Job[Settings], explained: Job[Explained], stages: tuple[str, ...]) -> Labelled | None:
+    """Return what is known of the label maps of a data set, where a test or a method reads them."""
+    own = [each for each in job.parents if each.stage.name == "concepts" and each.dataset == explained.dataset]
+    if "concepts" in stages and own:
+        return Labelled.of(own[0].read())
+    return None
+
+
+def measure(
+    job: Job[Settings],
+    workers: Any,
+    pair: Pair,
+    pairs: list[Pair],
+    tests: Mapping[str, TestOptions],
+    parts: Mapping[str, Parts],
+) -> set[str]:
+    """Measure what the cells of a network on a data set lack; return the shards that were measured."""
+    from pipeline.stages.audit.tasks import Auditing, audit_shard
+    from pipeline.storage.store import StoreRef, create, remove_other_arrays, remove_partials
+
+    explained, images = pair.job, pair.job.images
+    for key, cell in pair.cells.items():
+        arrays = results.arrays(TESTS[cell.test].measures(tests[cell.test]), images.count, images.shard_images)
+        remove_other_arrays(cell.store, arrays)
+        create(cell.store, arrays, attributes(pair, cell, tests[cell.test]))
+        remove_partials(cell.store)
+        assert key in parts
+    if not lacking(parts):
+        return set()
+    parameters, found = examined(explained, workers, pair.methods)
+    asked = [labels_of(job, explained, TESTS[test].stages(options)) for test, options in tests.items()]
+    labelled = next((each for each in asked if each is not None), None)
+    same = [each for each in pairs if each.job.dataset == explained.dataset]
+    auditing = Auditing(
+        work_of(explained, workers, pair.methods, found),
+        tests,
+        pair.cells,
+        pair.chosen,
+        explained.dataset_spec.model_dump(mode="json"),
+        explained.settings.split,
+        images.classes,
+        {each.job.network: each.job.model for each in same},
+        explained.spec_of(explained.original + UNTRAINED),
+        {each.name: each for each in labelled.categories} if labelled is not None else None,
+        {test: prepare(options, explained) for test, options in tests.items() if (prepare := TESTS[test].prepare)},
+    )
+    concepts = None
+    if labelled is not None:
+        own = next(each for each in job.parents if each.stage.name == "concepts" and each.dataset == explained.dataset)
+        concepts = StoreRef.of_manifest(own.folder, "concepts.zarr", own.read().files)
+    job.check_memory(memory_need(parameters, found.values, explained, images.size), REMEDY)
+
+    def arguments(part: str, keys: list[str]) -> tuple:
+        own = concepts.of(["label_map"], [int(part)]) if concepts is not None else None
+        maps = {name: narrowed(store, pair, name, int(part)) for name, store in pair.maps.items()}
+        return auditing, StoreRef(images.store, images.files_of(int(part))), own, maps, pair.shards[part], keys
+
+    return job.resumed(workers, audit_shard, parts, arguments, REMEDY, f"{explained.network} on {explained.dataset}")
+
+
+def narrowed(store: StoreRef, pair: Pair, name: str, shard: int) -> StoreRef:
+    """Return a method's store with the files of one shard that tests read."""
+    facts = METHODS[pair.methods[name].kind].facts
+    return store.of(["attribution", "target", "score", "residual", *facts], [shard])
+
+
+def memory_need(parameters: int, values: int, explained: Job[Explained], size: tuple[int, int]) -> int:
+    """Estimate the bytes of a task: two networks in float64, a pass with all it keeps, and maps of a shard."""
+    methods, pixels = methods_of(explained.settings), 3 * size[0] * size[1]
+    kept = max(options.kept for options in methods.values())
+    graph = int(8 * explained.network_spec.numerics.micro_batch * (16 * pixels + kept * values))
+    return 4 * 8 * parameters + graph + explained.dataset_spec.shard_images * pixels * (1 + 4 * len(methods))
+
+
+def attributes(pair: Pair, cell: Cell, options: TestOptions) -> dict[str, Any]:
+    """Return the attributes of a cell's store."""
+    measures = TESTS[cell.test].measures(options)
+    return {
+        "test": cell.test,
+        "settings": options.model_dump(mode="json"),
+        "method": cell.name.told,
+        "dataset": pair.job.dataset,
+        "network": pair.job.network,
+        "measures": {name: measure.title for name, measure in measures.items()},
+        "labels": {dim: list(labels) for each in measures.values() for dim, labels in each.labels.items()},
+    }
+
+
+# What comes out -------------------------------------------------------------------------------------------------------
+
+
+def read(
+    job: Job[Settings], pair: Pair, tests: Mapping[str, TestOptions], parts: Mapping[str, Parts]
+) -> tuple[dict[str, Audited], Files]:
+    """Return the numbers of every cell, and the files of their stores."""
+    from pipeline.storage.store import StoreRef, metadata_files, remove_unlisted
+
+    images, files = pair.job.images, Files()
+    labels, ids = np.asarray(images.reader()["label"][:]), images.image_ids()
+    found = {}
+    for key, cell in pair.cells.items():
+        measures = TESTS[cell.test].measures(tests[cell.test])
+        own = parts[key].files()
+        remove_unlisted(cell.store, own)
+        own |= metadata_files(cell.store)
+        files |= within(cell.store.relative_to(job.folder).as_posix(), own)
+        reader, slots = StoreRef(cell.store, own).open(), pair.slots(cell.test)
+        arrays = {}
+        for name in measures:
+            blocks = []
+            for part, rows in pair.chosen[cell.test].items():
+                shard = pair.shards[part]
+                places = [shard.places[row] for row in rows]
+                blocks.append(np.asarray(reader[name][slice(*shard.bounds)])[places])
+            arrays[name] = np.concatenate(blocks)
+        refused = [entry["refused"] for entry in parts[key].entries().values() if "refused" in entry]
+        found[key] = Audited(
+            pair.job.dataset,
+            pair.job.network,
+            cell.test,
+            cell.name,
+            None if cell.name.control else pair.methods[cell.name.name],
+            measures,
+            arrays,
+            labels[slots],
+            [str(each) for each in ids[slots]],
+            images.classes,
+            refused[0] if refused else "",
+        )
+    return found, files
+
+
+def rows_of(pair: Pair, tests: Mapping[str, TestOptions], found: Mapping[str, Audited]) -> list[Row]:
+    """Return the rows of a network on a data set, with the value of each test's control beside the others."""
+    told: dict[str, list[Outcome]] = {key: outcomes(cell, tests[cell.test]) for key, cell in found.items()}
+    size, rows = pair.job.images.size, []
+    for key, cell in found.items():
+        declared, options = TESTS[cell.test], cell.method
+        beside = told.get(f"{cell.test}/{Name(declared.control, True).told}", [])
+        control = {each.measure: each.value for each in beside}
+        alone = forwards_alone(options, size) if options is not None else 0.0
+        forwards = declared.cost(tests[cell.test], alone, size)
+        kind = options.kind if options is not None else ""
+        for one in told[key]:
+            named = cell.dataset, cell.network, cell.name.told, kind, cell.test
+            rows.append(Row(*named, one, control.get(one.measure, np.nan), forwards))
+    for (test, name), why in pair.undefined.items():
+        named = *pair.names, name, pair.methods[name].kind, test
+        rows.append(Row(*named, Outcome("", np.nan, state="not defined", note=why), np.nan, 0.0))
+    return rows
+
+
+def numbers_of(found: Mapping[str, Audited]) -> dict[tuple[str, str, str], tuple[str, np.ndarray]]:
+    """Return the numbers that each image has once, by network, method and measure, with the test they are of."""
+    return {
+        (cell.network, cell.name.told, f"{cell.test}.{name}"): (cell.test, cell.arrays[name])
+        for cell in found.values()
+        for name, measure in cell.measures.items()
+        if not measure.dims
+    }
+
+
+def write_store(
+    job: Job[Settings],
+    pairs: list[Pair],
+    rows: list[Row],
+    single: Mapping[str, Mapping[tuple[str, str, str], tuple[str, np.ndarray]]],
+) -> Files:
+    """Write audit.zarr, a group for each data set; return its files."""
+    from pipeline.storage.store import create, metadata_files, remove, write_whole
+
+    store, files = job.folder / "audit.zarr", Files()
+    attrs = {"attributions": job.settings.attributions, "tests": job.settings.tests}
+    remove(store)
+    create(store, {}, attrs)
+    for dataset in dict.fromkeys(pair.job.dataset for pair in pairs):
+        own = [row for row in rows if row.dataset == dataset and row.outcome.measure]
+        pair = next(each for each in pairs if each.job.dataset == dataset)
+        ids = pair.job.images.image_ids()
+        every = np.unique(np.concatenate([pair.slots(test) for test in pair.chosen]))
+        values = {}
+        for key, (test, numbers) in single[dataset].items():
+            values[key] = np.full(len(every), np.nan)
+            values[key][np.searchsorted(every, pair.slots(test))] = numbers
+        arrays = results.cube(own) | (results.by_image(values, every, ids[every]) if values else {})
+        files |= within(f"{store.name}/{dataset}", write_whole(store / dataset, arrays, attrs | {"dataset": dataset}))
+    create(store, {}, attrs)
+    return files | within(store.name, {"zarr.json": metadata_files(store)["zarr.json"]})
+
+
+# What others ask ------------------------------------------------------------------------------------------------------
+
+
+def cost(job: Job[Settings], done: bool) -> Cost:
+    """Estimate time, memory and bytes: the forwards of each method in each test, on each network."""
+    tests, seconds, images, tasks, memory, stores = tests_of(job.settings), 0.0, 0, 0, 0, []
+    known = True
+    for explained in explanations(job):
+        size, shard = ingested(explained), explained.dataset_spec.shard_images
+        limit = min(explained.splits[explained.settings.split], explained.settings.images or 2**62)
+        rate = inspected.speed(explained).get("images_per_second")
+        methods = methods_of(explained.settings)
+        inspection = inspected.found(explained)
+        values = (inspection.explainable or {}).get("values", inspection.largest)
+        memory = max(memory, memory_need(inspection.parameters, values, explained, size))
+        images, tasks = images + limit, tasks + -(-limit // shard)
+        for test, options in tests.items():
+            count, declared = min(limit, options.images or limit), TESTS[test]
+            own = [forwards_alone(each, size) for each in methods.values()]
+            forwards = sum(declared.cost(options, each, size) for each in (*own, *[0.0] * len(declared.controls)))
+            known = known and bool(rate)
+            seconds += count * forwards / rate if rate else 0.0
+            raw = 8.0 * limit * sum(int(np.prod(each.shape)) for each in declared.measures(options).values())
+            raw *= len(methods) + len(declared.controls)
+            there = size_of(job.folder / results.CELLS / explained.dataset / explained.network / test)
+            stores.append(Store(f"{explained.network}, {test}", raw, 0.9 * raw, 0.9 * raw if done else there))
+    return Cost(tuple(stores), images, tasks, seconds if known else None, memory)
+
+
+def pending(job: Job[Settings]) -> tuple[int, int]:
+    """Count the shards that would be audited, and all of them: those of every network on its data set."""
+    tests, missing, every = tests_of(job.settings), 0, 0
+    for explained in explanations(job):
+        if not explained.manifest.exists():
+            count = len(by_shard(explained.images, chosen(explained.images, explained.settings)))
+            missing, every = missing + count, every + count
+            continue
+        parts = parts_of(job, pair_of(job, explained, tests), tests)
+        missing += len(lacking(parts))
+        every += len({part for each in parts.values() for part in each.ids})
+    return missing, every
+
+
+def made(job: Job) -> list[Path]:
+    return [job.folder]
+
+
+def unreferenced(results: Path, used: set[Path]) -> Iterator[Path]:
+    """Find the cells that no finished audit has any more."""
+    for folder in sorted(results.glob(f"{FOLDER}/*/")):
+        finished = [Manifest.read(path) for path in (folder / "done").glob("audit.*.json")]
+        named = {name.partition(".zarr/")[0] for manifest in finished for name in manifest.files}
+        for store in sorted((folder / "cells").rglob("*.zarr")) if finished else ():
+            if store.relative_to(folder).as_posix().removesuffix(".zarr") not in named:
+                yield store
+
+
+STAGE = Stage(
+    name="audit",
+    version=VERSION,
+    says="Audit {wildcards.experiment}",
+    place="comparison",
+    folder=FOLDER,
+    steps=steps,
+    run=run,
+    settings=Settings,
+    code=CODE,
+    section=SECTION,
+    cost=cost,
+    pending=pending,
+    counts="shards to audit",
+    made=made,
+    unreferenced=unreferenced,
+)

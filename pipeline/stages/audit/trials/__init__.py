@@ -1,0 +1,1 @@
+"""The tests of explanations. A new one is a file here, a line in `registry.py`, and its options."""

@@ -1,0 +1,345 @@
+"""The laws of explanations, measured on networks in float64."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from pipeline.errors import MicrotomeError
+from pipeline.networks.gradients import Logit, relative, scores
+from pipeline.stages.attribute.options import METHODS, Method, Options, Segmented, link_of
+from pipeline.stages.attribute.subject import Attribution
+from pipeline.stages.audit.axioms import AXIOMS, Axioms
+from pipeline.stages.audit.batch import Batch
+from pipeline.stages.audit.trials.equivalent import VARIANTS, equivalent
+
+ROWS = 4  # that the function of sensitivity (b) does not read
+NOTHING = 1e-12  # share of a map's largest magnitude that counts as 0 in float64
+CHANGES = 1e-9  # share of a score's magnitude that counts as a change of it
+
+
+@dataclass(frozen=True)
+class Case:
+    """Images and a network in float64, and one method that explains them.
+
+    `features` is how many pixels sensitivity (a) changes.
+    """
+
+    batch: Batch
+    features: int
+
+    @property
+    def options(self) -> Options:
+        return self.batch.options_of_method
+
+    @property
+    def kind(self) -> Method:
+        return METHODS[self.options.kind]
+
+    @property
+    def on_pixels(self) -> bool:
+        """Whether the method's values are of the image's pixels: laws of inputs say nothing of those of layers."""
+        return self.kind.maps == "image"
+
+    @cached_property
+    def network(self) -> nn.Module:
+        return self.batch.memo("float64", lambda: copy.deepcopy(self.batch.network).double())
+
+    @cached_property
+    def inputs(self) -> torch.Tensor:
+        return self.batch.inputs.double()
+
+    @cached_property
+    def baseline(self) -> torch.Tensor:
+        return self.batch.baseline.double()
+
+    @cached_property
+    def target(self) -> Logit:
+        """What the method explains, which may be the probability where the experiment explains the logit."""
+        return replace(self.batch.target, link=link_of(self.options, self.batch.target.link))
+
+    @cached_property
+    def score(self) -> torch.Tensor:
+        return scores(self.network, self.inputs, self.target)
+
+    @cached_property
+    def baseline_score(self) -> torch.Tensor:
+        return scores(self.network, self.baseline, self.target)
+
+    @cached_property
+    def plain(self) -> Attribution:
+        """The explanation that the others are compared with."""
+        return self.explain()
+
+    @cached_property
+    def map(self) -> torch.Tensor:
+        return _map(self.plain)
+
+    def explain(
+        self,
+        network: nn.Module | None = None,
+        inputs: torch.Tensor | None = None,
+        target: Logit | None = None,
+        baseline: torch.Tensor | None = None,
+        segments: torch.Tensor | None = None,
+        rows: np.ndarray | None = None,
+    ) -> Attribution:
+        """Explain with some of these changed; `rows` are the images that inputs stand for, default all of them."""
+        inputs = self.inputs if inputs is None else inputs
+        return self.batch.attribution(
+            network or self.network,
+            inputs,
+            self.batch.target if target is None else target,
+            np.arange(len(inputs)) if rows is None else rows,
+            self.baseline if baseline is None else baseline,
+            segments,
+        )
+
+
+def axioms(batch: Batch, options: Axioms) -> dict[str, np.ndarray]:
+    """Measure how far a method misses each law on each image; see `pipeline.stages.audit.axioms.AXIOMS`.
+
+    Returns
+    -------
+    residual : float64 (image, axiom), NaN where a law is not defined for the method, or the method refuses the network
+        that it takes.
+    refused : 1 where it does, else 0.
+    """
+    case = Case(batch, options.features)
+    shape = len(batch.ids), len(AXIOMS)
+    found = {"residual": np.full(shape, np.nan), "refused": np.zeros(shape)}
+    for at, name in enumerate(AXIOMS):
+        try:
+            values = LAWS[name](case) if name in LAWS else None
+        except MicrotomeError:
+            found["refused"][:, at] = 1
+            continue
+        if values is not None:
+            found["residual"][:, at] = values.detach().double().cpu().numpy()
+    return found
+
+
+def _map(made: Attribution) -> torch.Tensor:
+    if made.map is None:
+        raise MicrotomeError("no map")
+    return made.map.double()
+
+
+def _total(made: Attribution) -> torch.Tensor:
+    """Return the sum of a method's values: of segments, or of the map."""
+    values = made.facts.get("value")
+    return _map(made).flatten(1).sum(1) if values is None else values.double().nansum(1)
+
+
+def _apart(a: torch.Tensor, b: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
+    """Return the distance of two maps over the norm of the second, or a scale; 0 where both are 0."""
+    distance, norm = (a - b).flatten(1).norm(dim=1), b.flatten(1).norm(dim=1) if scale is None else scale
+    return torch.where(distance == 0, 0.0, distance / norm)
+
+
+def _largest(values: torch.Tensor) -> torch.Tensor:
+    return values.abs().flatten(1).amax(1)
+
+
+def own_law(case: Case) -> torch.Tensor:
+    return torch.from_numpy(np.array(case.batch.stored["residual"], np.float64))
+
+
+def completeness(case: Case) -> torch.Tensor | None:
+    if not case.on_pixels:
+        return None
+    difference = case.score - case.baseline_score
+    return relative(_total(case.plain) - difference, difference, case.score)
+
+
+def _reference(case: Case) -> torch.Tensor | None:
+    """Return the score of the method's own reference; None for a method without."""
+    if "phi0" in case.plain.facts:
+        return case.plain.facts["phi0"].double()
+    return case.baseline_score if case.kind.baseline else None
+
+
+def summation_to_delta(case: Case) -> torch.Tensor | None:
+    reference = _reference(case) if case.on_pixels else None
+    if reference is None:
+        return None
+    difference = case.score - reference
+    return relative(_total(case.plain) - difference, difference, case.score)
+
+
+def conservation(case: Case) -> torch.Tensor | None:
+    if not case.on_pixels:
+        return None
+    kept = [case.plain.facts[name].double() for name in ("bias", "leak") if name in case.plain.facts]
+    return relative(sum(kept, _total(case.plain)) - case.score, case.score)
+
+
+def local_accuracy(case: Case) -> torch.Tensor | None:
+    own = case.plain.facts.get("intercept") if isinstance(case.options, Segmented) else None
+    constant = own.double() if own is not None else _reference(case)
+    if constant is None or not case.on_pixels:
+        return None
+    return relative(constant + _total(case.plain) - case.score, case.score)
+
+
+def sensitivity_a(case: Case) -> torch.Tensor | None:
+    """Return the share of changed pixels that get 0, of those whose change alone changes the score."""
+    if not case.on_pixels:
+        return None
+    count, (height, width) = len(case.inputs), case.batch.size
+    places = [np.random.default_rng([seed, 3]).permutation(height * width) for seed in case.batch.seeds]
+    missed, counted = torch.zeros(count), torch.zeros(count)
+    for number in range(min(case.features, height * width)):
+        pixel = torch.tensor([each[number] for each in places])
+        rows, y, x = torch.arange(count), pixel // width, pixel % width
+        other = case.inputs.clone()
+        value = case.baseline[rows, :, y, x]
+        same = (value == case.inputs[rows, :, y, x]).all(1, keepdim=True)
+        other[rows, :, y, x] = torch.where(same, value + 1.0, value)
+        changes = (case.score - scores(case.network, other, case.target)).abs() > CHANGES * case.score.abs()
+        found = _map(case.explain(baseline=other)) if case.kind.baseline else case.map
+        nothing = found[rows, y, x].abs() <= NOTHING * _largest(found)
+        counted += changes.cpu()
+        missed += (changes & nothing).cpu()
+    return torch.where(counted > 0, missed / counted, torch.nan)
+
+
+def sensitivity_b(case: Case) -> torch.Tensor | None:
+    """Return the largest value of rows that the function does not read, over the map's largest."""
+    if not case.on_pixels:
+        return None
+    shape = (*case.inputs.shape[:2], ROWS, case.inputs.shape[3])
+    noise = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(case.inputs.device)
+    longer, baseline = torch.cat([case.inputs, noise], 2), torch.cat([case.baseline, torch.zeros_like(noise)], 2)
+    segments = None
+    if isinstance(case.options, Segmented):
+        own = case.batch.segments(case.options)
+        rest = (own.flatten(1).amax(1) + 1)[:, None, None].expand(len(own), ROWS, own.shape[2])
+        segments = torch.cat([own, rest], 1)
+
+    def crop(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return (inputs[0][:, :, :-ROWS], *inputs[1:])
+
+    with _hooked(case.network.register_forward_pre_hook(crop)):
+        found = _map(case.explain(inputs=longer, baseline=baseline, segments=segments))
+    return _share(found[:, -ROWS:], found)
+
+
+def _share(part: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+    largest = _largest(whole)
+    return torch.where(largest > 0, _largest(part) / largest, 0.0)
+
+
+@contextlib.contextmanager
+def _hooked(handle: Any) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def missingness(case: Case) -> torch.Tensor | None:
+    """Return the largest value of pixels that are as in the baseline, over the map's largest."""
+    if not (case.on_pixels and case.kind.baseline):
+        return None
+    height, width = case.batch.size
+    absent = (torch.arange(height) < height // 2)[None, :, None].expand(len(case.inputs), height, width)
+    if isinstance(case.options, Segmented):  # whose features are segments
+        absent = case.batch.segments(case.options) % 2 == 0
+    absent = absent.to(case.inputs.device)
+    found = _map(case.explain(inputs=torch.where(absent[:, None], case.baseline, case.inputs)))
+    return _share(torch.where(absent, found, 0.0), found)
+
+
+def consistency(case: Case) -> torch.Tensor | None:
+    """Return by how much a block's value falls when the block adds more to the score, as a share of what it adds."""
+    if not (case.on_pixels and case.kind.baseline) or isinstance(case.options, Segmented):
+        return None
+    height, width = case.batch.size
+    block = (slice(None), slice(None), slice(height // 4, 3 * height // 4), slice(width // 4, 3 * width // 4))
+    rises = (case.inputs[block] - case.baseline[block]).mean((1, 2, 3))
+
+    def adds(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: Any) -> Any:
+        if not isinstance(output, torch.Tensor):
+            raise MicrotomeError("the network gives no tensor")
+        return output + inputs[0][block].mean((1, 2, 3))[:, None]
+
+    with _hooked(case.network.register_forward_hook(adds)):
+        more = _map(case.explain())
+    inside = (slice(None), *block[2:])
+    grows = (more[inside].flatten(1).sum(1) - case.map[inside].flatten(1).sum(1)) * rises.sign()
+    return torch.where(rises != 0, (-grows).clamp(min=0) / rises.abs(), 0.0)
+
+
+def linearity(case: Case) -> torch.Tensor | None:
+    """Return how far the explanation of one class less another is from the difference of theirs."""
+    target = case.batch.target
+    logits = case.batch.logits
+    if target.against is not None or logits.shape[1] < 2 or target.link == "log_probability":
+        return None
+    classes = target.classes.to(logits.device)
+    others = logits.scatter(1, classes[:, None], -torch.inf).argmax(1).to(target.classes.device)
+    f, g = case.map, _map(case.explain(target=replace(target, classes=others)))
+    both = _map(case.explain(target=replace(target, against=others)))
+    return _apart(both, f - g, f.flatten(1).norm(dim=1) + g.flatten(1).norm(dim=1))
+
+
+def invariance(variant: str) -> Callable[[Case], torch.Tensor | None]:
+    """Return the law that an equivalent network has the same map."""
+
+    def measured(case: Case) -> torch.Tensor | None:
+        kept = case.options.layer_name() is not None and case.batch.shared.work.layer_of(case.batch.method)
+        spared = kept.name if kept else ""
+        other = case.batch.memo(
+            (variant, spared), lambda: equivalent(case.network, VARIANTS[variant], case.inputs, spared)
+        )
+        return None if other is None else _apart(_map(case.explain(network=other)), case.map)
+
+    return measured
+
+
+def batch_apart(case: Case) -> torch.Tensor:
+    """Return how far the map of an image alone is from that among the others."""
+    alone = [
+        _map(
+            case.explain(
+                inputs=case.inputs[at : at + 1],
+                target=case.batch.target.at(torch.tensor([at])),
+                baseline=case.baseline[at : at + 1],
+                rows=np.array([at]),
+            )
+        )
+        for at in range(len(case.inputs))
+    ]
+    return _apart(torch.cat(alone), case.map)
+
+
+def determinism(case: Case) -> torch.Tensor:
+    """Return the largest difference to the same explanation, computed again."""
+    return _largest(_map(case.explain()) - case.map)
+
+
+LAWS: Mapping[str, Callable[[Case], torch.Tensor | None]] = {
+    "own_law": own_law,
+    "completeness": completeness,
+    "summation_to_delta": summation_to_delta,
+    "conservation": conservation,
+    "local_accuracy": local_accuracy,
+    "sensitivity_a": sensitivity_a,
+    "sensitivity_b": sensitivity_b,
+    "missingness": missingness,
+    "consistency": consistency,
+    "linearity": linearity,
+    **{name: invariance(name) for name in VARIANTS},
+    "batch": batch_apart,
+    "determinism": determinism,
+}
+"""The residual of each law on each image, float (image,); None where it is not defined for the method."""
