@@ -137,12 +137,6 @@ def pixel_ap(inside: np.ndarray, outside: np.ndarray, total: int) -> float:
     return float((precision * np.diff(recall, prepend=0.0)).sum())
 
 
-def pixel_f1(inside: np.ndarray, outside: np.ndarray, total: int) -> np.ndarray:
-    """Return the harmonic mean of pixel precision and recall by threshold, float64 (threshold,)."""
-    inside, outside = np.asarray(inside, np.float64), np.asarray(outside, np.float64)
-    return 2 * inside / (inside + outside + total)
-
-
 def share_box(values: np.ndarray, share: float) -> np.ndarray:
     """Return the box of the largest connected part of the pixels above a share of the map's maximum, float64 (4,).
 

@@ -374,6 +374,31 @@ def image_size(dataset: AnyDataset, listed: Listing) -> tuple[int, int]:
     raise MicrotomeError(f"{dataset.root}: not one of {len(listed)} images can be read; the last: {reason}")
 
 
+def source(dataset: AnyDataset, image_id: str, size: tuple[int, int]) -> tuple[tuple[int, int], Geometry]:
+    """Return (height, width) of an image before it is resized and cropped, and how it is; or raise `decode.Refused`.
+
+    size : (height, width) of every image after that.
+    """
+    from pipeline.data.decode import Geometry, size_of
+
+    match dataset:
+        case Scenes():
+            return size, Geometry()
+        case Npz():
+            from pipeline.data.arrays import image_size as size_in
+            from pipeline.data.arrays import member
+
+            path, name, _ = _npz_place(dataset, image_id)
+            return size_in(member(path, name)), geometry(dataset)
+        case Cifar10():
+            from pipeline.data.arrays import CIFAR10_SIZE
+
+            return CIFAR10_SIZE, geometry(dataset)
+        case _:
+            path = Path(dataset.root) / image_id
+            return size_of(path, dataset.max_pixels, reading(dataset)), geometry(dataset)
+
+
 def read_image(dataset: AnyDataset, image_id: str, size: tuple[int, int], listed: Stamp | None = None) -> np.ndarray:
     """Return one image as uint8 (3, height, width), or raise `decode.Refused`.
 

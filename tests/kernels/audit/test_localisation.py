@@ -132,7 +132,6 @@ def test_pixel_ap_of_a_perfect_map_and_of_none() -> None:
     thresholds = np.linspace(0, 1, 11)
     assert localisation.pixel_ap(*localisation.pixels_above(mask.astype(float), mask, thresholds), 1) == 1
     assert localisation.pixel_ap(*localisation.pixels_above(np.ones((2, 2)), mask, thresholds), 1) == 0.25
-    assert localisation.pixel_f1(np.array([1, 1]), np.array([3, 0]), 1).tolist() == [2 / 5, 1]
 
 
 def test_share_boxes_are_of_the_maximum_and_not_of_the_range() -> None:

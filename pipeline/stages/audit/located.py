@@ -1,0 +1,234 @@
+"""Tests of place: does the map lie where the object is?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import numpy as np
+from pydantic import Field, PositiveInt, model_validator
+
+from pipeline.config.base import PathName
+from pipeline.data import boxes, kinds
+from pipeline.errors import nearest
+from pipeline.networks.segmenters import wanted_categories
+from pipeline.stages.audit.declared import Asked, Measure, Test, TestOptions
+from pipeline.storage.identity import digest
+
+if TYPE_CHECKING:
+    from pipeline.plan.job import Job
+
+OTHERS = "*"
+Rule = Literal["cam", "grad_cam", "grab_cut"]
+RULES: Mapping[Rule, str] = {"cam": "20 % of the maximum", "grad_cam": "15 % of the maximum", "grab_cut": "GrabCut"}
+LEAST_IOU = (0.3, 0.5, 0.7)
+"""IoUs of MaxBoxAccV2; .5 is that of MaxBoxAcc and of the localisation error."""
+OPENCV = (
+    "rules: grab_cut needs OpenCV, which is not installed: install the extra, `pip install '.[boxes]'` in Microtome's "
+    "folder, or name other rules"
+)
+
+
+class Located(TestOptions):
+    boxes: PathName | None = Field(
+        None,
+        description="where objects are: a CSV (path, class, xmin, ymin, xmax, ymax, by edges of pixels), or a folder "
+        "of XML files as Pascal VOC and ImageNet have them",
+    )
+    class_of: dict[str, str] = Field(
+        {}, description="for `boxes`: the class of the data set of names that are written otherwise"
+    )
+    concept_of: dict[str, str | list[str] | None] = Field(
+        {},
+        description="in place of boxes: the concept, or concepts, of the label maps that show each class; null leaves "
+        "the images of a class out, and `*` is all other classes",
+    )
+    category: str | None = Field(
+        None, description="for `concept_of`: the category of label maps; default: the only one"
+    )
+
+    @model_validator(mode="after")
+    def _one(self) -> Located:
+        if (self.boxes is None) == (not self.concept_of):
+            raise ValueError("give `boxes`, or `concept_of` with label maps")
+        if self.boxes is None and self.class_of:
+            raise ValueError("class_of: is for `boxes`")
+        if self.boxes is not None and self.category is not None:
+            raise ValueError("category: is for `concept_of`")
+        return self
+
+
+class Localisation(Located):
+    """Draw boxes from maps, and compare them with the truth's."""
+
+    thresholds: Annotated[int, Field(ge=2, le=1000)] = Field(
+        100, description="so many thresholds between a map's least and greatest value are tried"
+    )
+    rules: Annotated[list[Rule], Field(min_length=1)] = Field(
+        ["cam", "grad_cam"],
+        description="of the box without a free threshold: `cam`, `grad_cam`, or `grab_cut` (Simonyan et al. 2014), "
+        "which needs OpenCV",
+    )
+
+    @property
+    def levels(self) -> np.ndarray:
+        """The thresholds, from 0 on, below 1."""
+        return np.arange(self.thresholds) / self.thresholds
+
+
+class Pointing(Located):
+    """Look where the largest value of the map lies, and how much of it lies inside the object."""
+
+    tolerance: PositiveInt = Field(15, description="pixels that the largest value may miss the object by, as published")
+
+
+# What they measure ----------------------------------------------------------------------------------------------------
+
+
+def _localisation(options: Localisation) -> Mapping[str, Measure]:
+    labels = {"threshold": tuple(f"{each:g}" for each in options.levels)}
+    found = {
+        "largest_iou": Measure("IoU of the largest part's box", ("threshold",), labels),
+        "any_iou": Measure("IoU of the best part's box", ("threshold",), labels),
+        "inside": Measure("Pixels inside at the threshold or above", ("threshold",), labels),
+        "outside": Measure("Pixels outside at the threshold or above", ("threshold",), labels),
+        "object": Measure("Pixels inside"),
+        "first": Measure("Whether the label is predicted"),
+        "fifth": Measure("Whether the label is among the five most probable classes"),
+    }
+    for rule in options.rules:
+        found[f"{rule}_iou"] = Measure(f"IoU, {RULES[rule]}", better="higher")
+    return found
+
+
+def _pointing(options: Pointing) -> Mapping[str, Measure]:
+    return {
+        "hit": Measure("Largest value inside", better="higher"),
+        "hit_tolerant": Measure(f"Largest value at most {options.tolerance} pixels off", better="higher"),
+        "energy": Measure("Share of the positive part inside", better="higher"),
+        "area": Measure("Share of the image inside"),
+    }
+
+
+# Where objects are ----------------------------------------------------------------------------------------------------
+
+
+def _check(options: Located, asked: Asked) -> Iterator[str]:
+    """Yield what of the truth is missing, while the plan is made."""
+    names = asked.draft.class_names(asked.dataset)
+    if not names:
+        yield f"{asked.where}: data set {asked.dataset!r} has no classes, so that no object is looked for"
+        return
+    if options.boxes is not None:
+        path = Path(options.boxes)
+        if not path.exists():
+            yield f"{asked.where}.boxes: no file or folder {path}"
+        for name, of in options.class_of.items():
+            if of not in names:
+                known = f"which is no class of {asked.dataset!r}{nearest(of, names)}"
+                yield f"{asked.where}.class_of: {name!r} is {of!r}, {known}"
+        return
+    known = _categories(asked)
+    if not known:
+        yield (
+            f"{asked.where}.concept_of: data set {asked.dataset!r} has no label maps, or no network is dissected on it: "
+            "give it `concepts`, or give `boxes`"
+        )
+    elif options.category is None and len(known) > 1:
+        yield f"{asked.where}.category: name one of {', '.join(known)}"
+    elif options.category is not None and options.category not in known:
+        close = nearest(options.category, known)
+        yield f"{asked.where}.category: no category {options.category!r} of {asked.dataset!r}{close}"
+    for name in options.concept_of:
+        if name not in (*names, OTHERS):
+            yield f"{asked.where}.concept_of: no class {name!r} of {asked.dataset!r}{nearest(name, names)}"
+    lacking = [name for name in names if name not in options.concept_of]
+    if lacking and OTHERS not in options.concept_of:
+        more = f", nor have {len(lacking) - 1} others" if len(lacking) > 1 else ""
+        yield (
+            f'{asked.where}.concept_of: class {lacking[0]!r} has no concept{more}: name it, or give `"*": null` to '
+            "leave such images out"
+        )
+
+
+def _check_rules(options: Localisation, asked: Asked) -> Iterator[str]:
+    from importlib import util
+
+    if "grab_cut" in options.rules and util.find_spec("cv2") is None:
+        yield f"{asked.where}.{OPENCV}"
+    yield from _check(options, asked)
+
+
+def _categories(asked: Asked) -> list[str]:
+    if not any(step.key.dataset == asked.dataset for step in asked.draft.of_stage("concepts")):
+        return []
+    return list(wanted_categories(asked.spec, asked.draft.config))
+
+
+def _reads(options: Located, asked: Asked) -> Any:
+    """Return what the ids depend on besides the options: the boxes themselves, wherever their file lies."""
+    if options.boxes is None:
+        return None
+    found = boxes.read_boxes(Path(options.boxes))
+    return digest([[each.image, each.name, list(each.edges), each.size] for each in found])
+
+
+def _prepare(options: Located, job: Job[Any]) -> dict[int, np.ndarray] | dict[int, tuple[str, ...]]:
+    """Return the boxes of each slot, float64 (box, 5) with the class before the edges; or the concepts of each class."""
+    images = job.images
+    if options.boxes is None:
+        return concepts_of(options, images.classes)
+    slot = {str(name): at for at, name in enumerate(images.image_ids())}
+    found = {}
+    valid = np.asarray(images.reader()["valid"][:])
+    own = boxes.by_image(boxes.read_boxes(Path(options.boxes)), list(slot), images.classes, options.class_of)
+    for image, named in own.items():
+        if not valid[slot[image]]:
+            continue
+        before, geometry = kinds.source(job.dataset_spec, image, images.size)
+        rows = [(of, *edges) for of, box in named if (edges := boxes.placed(box, before, geometry)) is not None]
+        found[slot[image]] = np.array(rows, np.float64).reshape(-1, 5)
+    return found
+
+
+def concepts_of(options: Located, classes: Sequence[str]) -> dict[int, tuple[str, ...]]:
+    """Return the concepts that show each class, by its number; no entry for one that is left out."""
+    found = {}
+    for at, name in enumerate(classes):
+        of = options.concept_of.get(name, options.concept_of.get(OTHERS))
+        if of is not None:
+            found[at] = (of,) if isinstance(of, str) else tuple(of)
+    return found
+
+
+MADE = ("random", "edges", "centre", "whole")
+"""Controls: the last two are the box in the centre, of half the image's area, and the whole image."""
+TESTS: dict[str, Test] = {
+    "localisation": Test(
+        "Localisation",
+        "Boxes drawn from maps are compared with the boxes of the objects, by the published measures.",
+        Localisation,
+        _localisation,
+        lambda options, own, size: 0.0,
+        controls=MADE,
+        control="centre",
+        parents=("concepts",),
+        check=_check_rules,
+        prepare=_prepare,
+        reads=_reads,
+    ),
+    "pointing": Test(
+        "Pointing game",
+        "The largest value of a map should lie on the object, and most of its positive part inside.",
+        Pointing,
+        _pointing,
+        lambda options, own, size: 0.0,
+        controls=MADE,
+        control="centre",
+        parents=("concepts",),
+        check=_check,
+        prepare=_prepare,
+        reads=_reads,
+    ),
+}

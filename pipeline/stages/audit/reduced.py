@@ -1,0 +1,109 @@
+"""Outcomes that are no mean of one number an image: values by label, and measures of all images together."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kernels.audit import localisation as kernels
+from kernels.audit.intervals import mean_interval, resampled
+from pipeline.stages.audit.located import LEAST_IOU, Localisation
+from pipeline.stages.audit.results import Outcome
+
+if TYPE_CHECKING:
+    from pipeline.stages.audit.rows import Audited
+
+HALF = 0.5
+"""The IoU of a box that counts, in MaxBoxAcc and in the localisation error."""
+
+
+def by_label(cell: Audited, options: Any) -> Iterator[Outcome]:
+    """Yield the mean of every number of an image, those of an array with labels as `measure.label`."""
+    for name, measure in cell.measures.items():
+        values = cell.arrays[name]
+        if not measure.dims:
+            yield _mean(name, values)
+        elif len(measure.dims) == 1:
+            for at, label in enumerate(measure.labels[measure.dims[0]]):
+                yield _mean(f"{name}.{label}", values[:, at])
+
+
+def _mean(name: str, values: np.ndarray) -> Outcome:
+    value, low, high, count = mean_interval(values)
+    return Outcome(name, value, low, high, count, "" if count else "not defined")
+
+
+def localisation(cell: Audited, options: Localisation) -> Iterator[Outcome]:
+    """Yield the published measures, of all images whose object's place is known."""
+    arrays = cell.arrays
+    known = ~np.isnan(arrays["object"])
+    largest, best = arrays["largest_iou"][known], arrays["any_iou"][known]
+    inside, outside, total = arrays["inside"][known], arrays["outside"][known], arrays["object"][known]
+    half = halves([each for each, there in zip(cell.ids, known, strict=True) if there])
+
+    def max_box_acc(rows: np.ndarray) -> float:
+        return float(kernels.box_accuracy(largest[rows], HALF).max())
+
+    def max_box_acc_v2(rows: np.ndarray) -> float:
+        return float(np.mean([kernels.box_accuracy(best[rows], least).max() for least in LEAST_IOU]))
+
+    def other_half(rows: np.ndarray) -> float:
+        return kernels.crossed(largest[rows], half[rows], HALF)
+
+    def other_half_v2(rows: np.ndarray) -> float:
+        return float(np.mean([kernels.crossed(best[rows], half[rows], least) for least in LEAST_IOU]))
+
+    def px_ap(rows: np.ndarray) -> float:
+        return kernels.pixel_ap(inside[rows].sum(0), outside[rows].sum(0), int(total[rows].sum()))
+
+    count = int(known.sum())
+    for name, statistic in (
+        ("max_box_acc", max_box_acc),
+        ("max_box_acc.other_half", other_half),
+        ("max_box_acc_v2", max_box_acc_v2),
+        ("max_box_acc_v2.other_half", other_half_v2),
+        ("px_ap", px_ap),
+    ):
+        yield _together(name, statistic, count)
+    for rule in options.rules:
+        fits = arrays[f"{rule}_iou"]
+        yield _mean(f"{rule}.iou", fits)
+        yield _mean(f"{rule}.accuracy", np.where(np.isnan(fits), np.nan, fits >= HALF))
+        yield from errors(rule, fits, arrays)
+
+
+def errors(rule: str, fits: np.ndarray, arrays: Mapping[str, np.ndarray]) -> Iterator[Outcome]:
+    """Yield the top-1 and top-5 localisation error: the share of images whose class or box is wrong."""
+    for name, right in (("top1_error", arrays["first"]), ("top5_error", arrays["fifth"])):
+        lacking = np.isnan(right) & ~np.isnan(arrays["first"])
+        if lacking.any():
+            note = "maps of other classes than the label are stored: explain `targets: label`"
+            yield Outcome(f"{rule}.{name}", np.nan, state="not defined", note=note)
+            continue
+        wrong = 1.0 - ((right == 1) & (np.nan_to_num(fits) >= HALF))
+        yield _mean(f"{rule}.{name}", np.where(np.isnan(right), np.nan, wrong))
+
+
+def _together(name: str, statistic: Callable[[np.ndarray], float], count: int) -> Outcome:
+    if not count:
+        return Outcome(name, np.nan, state="not defined", note="no object's place is known")
+    value, low, high = resampled(statistic, count)
+    return Outcome(name, value, low, high, count, "not defined" if np.isnan(value) else "")
+
+
+def halves(ids: Sequence[str]) -> np.ndarray:
+    """Return which images are of one half, bool (image,), by a hash of their ids."""
+    return np.array(
+        [hashlib.sha256(f"half:{each}".encode("utf-8", "surrogateescape")).digest()[0] < 128 for each in ids], bool
+    )
+
+
+REDUCE: Mapping[str, Callable[[Any, Any], Iterator[Outcome]]] = {
+    "sensitivity_n": by_label,
+    "linear_view": by_label,
+    "layer_randomisation": by_label,
+    "localisation": localisation,
+}

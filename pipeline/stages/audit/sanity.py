@@ -1,0 +1,96 @@
+"""Sanity checks: does a map change when the network forgets what it learnt?
+
+Adebayo et al., "Sanity checks for saliency maps" (NeurIPS 2018).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from pipeline.config.base import UNTRAINED
+from pipeline.errors import nearest
+from pipeline.stages.audit.declared import Asked, Measure, Test, TestOptions
+
+Order = Literal["cascading", "independent"]
+ALIKE = {
+    "rank": "Rank correlation",
+    "magnitude_rank": "Rank correlation of magnitudes",
+    "ssim": "Structural similarity of magnitudes",
+}
+"""How alike two maps are: ways, and their titles."""
+
+
+class LayerRandomisation(TestOptions):
+    """Give layers the weights of the untrained network, from the output to the input, and compare the maps."""
+
+    orders: Annotated[list[Order], Field(min_length=1, max_length=2)] = Field(
+        ["cascading", "independent"],
+        description="`cascading`: a layer and all behind it; `independent`: a layer alone",
+    )
+    groups: Annotated[int, Field(ge=1, le=100)] = Field(
+        6,
+        description="so many groups of consecutive layers with weights stand for the layers, where `layers` names none",
+    )
+    layers: Annotated[list[str], Field(min_length=1)] | None = Field(
+        None, description="modules in place of groups, from the output to the input; each with all inside it"
+    )
+
+    @property
+    def steps(self) -> tuple[str, ...]:
+        """The names of the steps, from the output to the input."""
+        if self.layers is not None:
+            return tuple(self.layers)
+        return tuple(f"{step + 1}/{self.groups}" for step in range(self.groups))
+
+
+class LabelRandomisation(TestOptions):
+    """Compare the maps with those of a network of the same architecture that was trained on random labels."""
+
+    network: str = Field(description="the network that was trained on random labels, one of the audit's")
+
+
+def _layers(options: LayerRandomisation) -> Mapping[str, Measure]:
+    labels = {"layer": options.steps}
+    return {
+        f"{order}_{way}": Measure(f"{title}, {order}", ("layer",), labels, "lower")
+        for order in options.orders
+        for way, title in ALIKE.items()
+    }
+
+
+def _labels(options: LabelRandomisation) -> Mapping[str, Measure]:
+    return {way: Measure(title, better="lower") for way, title in ALIKE.items()}
+
+
+def _check_layers(options: LayerRandomisation, asked: Asked) -> Iterator[str]:
+    if asked.draft.networks[asked.network].weights == "random" and not asked.network.endswith(UNTRAINED):
+        yield f"{asked.where}: network {asked.network!r} is not trained, so that there is nothing to forget"
+
+
+def _check_labels(options: LabelRandomisation, asked: Asked) -> Iterator[str]:
+    known = asked.draft.networks
+    if options.network not in known:
+        yield f"{asked.where}.network: no network {options.network!r}{nearest(options.network, known)}"
+
+
+TESTS: dict[str, Test] = {
+    "layer_randomisation": Test(
+        "Randomisation of layers",
+        "Layers forget what they learnt, from the output to the input: a map that stays the same does not explain it.",
+        LayerRandomisation,
+        _layers,
+        lambda options, own, size: own * len(options.orders) * len(options.steps),
+        check=_check_layers,
+    ),
+    "label_randomisation": Test(
+        "Randomisation of labels",
+        "The same maps of a network that was trained on random labels: they should differ.",
+        LabelRandomisation,
+        _labels,
+        lambda options, own, size: own,
+        check=_check_labels,
+    ),
+}
