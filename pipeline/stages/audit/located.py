@@ -11,7 +11,7 @@ from pydantic import Field, PositiveInt, model_validator
 
 from pipeline.config.base import PathName
 from pipeline.data import boxes, kinds
-from pipeline.errors import nearest
+from pipeline.errors import about, nearest
 from pipeline.networks.segmenters import wanted_categories
 from pipeline.stages.audit.declared import Asked, Measure, Test, TestOptions
 from pipeline.storage.identity import digest
@@ -118,36 +118,36 @@ def _check(options: Located, asked: Asked) -> Iterator[str]:
     """Yield what of the truth is missing, while the plan is made."""
     names = asked.draft.class_names(asked.dataset)
     if not names:
-        yield f"{asked.where}: data set {asked.dataset!r} has no classes, so that no object is looked for"
+        yield f": data set {asked.dataset!r} has no classes, so that no object is looked for"
         return
     if options.boxes is not None:
         path = Path(options.boxes)
         if not path.exists():
-            yield f"{asked.where}.boxes: no file or folder {path}"
+            yield f".boxes: no file or folder {path}"
         for name, of in options.class_of.items():
             if of not in names:
                 known = f"which is no class of {asked.dataset!r}{nearest(of, names)}"
-                yield f"{asked.where}.class_of: {name!r} is {of!r}, {known}"
+                yield f".class_of: {name!r} is {of!r}, {known}"
         return
     known = _categories(asked)
     if not known:
         yield (
-            f"{asked.where}.concept_of: data set {asked.dataset!r} has no label maps, or no network is dissected on it: "
+            f".concept_of: data set {asked.dataset!r} has no label maps, or no network is dissected on it: "
             "give it `concepts`, or give `boxes`"
         )
     elif options.category is None and len(known) > 1:
-        yield f"{asked.where}.category: name one of {', '.join(known)}"
+        yield f".category: name one of {', '.join(known)}"
     elif options.category is not None and options.category not in known:
         close = nearest(options.category, known)
-        yield f"{asked.where}.category: no category {options.category!r} of {asked.dataset!r}{close}"
+        yield f".category: no category {options.category!r} of {asked.dataset!r}{close}"
     for name in options.concept_of:
         if name not in (*names, OTHERS):
-            yield f"{asked.where}.concept_of: no class {name!r} of {asked.dataset!r}{nearest(name, names)}"
+            yield f".concept_of: no class {name!r} of {asked.dataset!r}{nearest(name, names)}"
     lacking = [name for name in names if name not in options.concept_of]
     if lacking and OTHERS not in options.concept_of:
         more = f", nor have {len(lacking) - 1} others" if len(lacking) > 1 else ""
         yield (
-            f'{asked.where}.concept_of: class {lacking[0]!r} has no concept{more}: name it, or give `"*": null` to '
+            f'.concept_of: class {lacking[0]!r} has no concept{more}: name it, or give `"*": null` to '
             "leave such images out"
         )
 
@@ -156,7 +156,7 @@ def _check_rules(options: Localisation, asked: Asked) -> Iterator[str]:
     from importlib import util
 
     if "grab_cut" in options.rules and util.find_spec("cv2") is None:
-        yield f"{asked.where}.{OPENCV}"
+        yield f".{OPENCV}"
     yield from _check(options, asked)
 
 
@@ -170,7 +170,8 @@ def _reads(options: Located, asked: Asked) -> Any:
     """Return what the ids depend on besides the options: the boxes themselves, wherever their file lies."""
     if options.boxes is None:
         return None
-    found = boxes.read_boxes(Path(options.boxes))
+    with about(f"{asked.where}.boxes"):
+        found = boxes.read_boxes(Path(options.boxes))
     return digest([[each.image, each.name, list(each.edges), each.size] for each in found])
 
 

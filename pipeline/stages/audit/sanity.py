@@ -67,13 +67,13 @@ def _labels(options: LabelRandomisation) -> Mapping[str, Measure]:
 
 def _check_layers(options: LayerRandomisation, asked: Asked) -> Iterator[str]:
     if asked.draft.networks[asked.network].weights == "random" and not asked.network.endswith(UNTRAINED):
-        yield f"{asked.where}: network {asked.network!r} is not trained, so that there is nothing to forget"
+        yield f": network {asked.network!r} is not trained, so that there is nothing to forget"
 
 
 def _check_labels(options: LabelRandomisation, asked: Asked) -> Iterator[str]:
     known = asked.draft.networks
     if options.network not in known:
-        yield f"{asked.where}.network: no network {options.network!r}{nearest(options.network, known)}"
+        yield f".network: no network {options.network!r}{nearest(options.network, known)}"
 
 
 TESTS: dict[str, Test] = {
