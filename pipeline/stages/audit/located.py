@@ -160,6 +160,10 @@ def _check_rules(options: Localisation, asked: Asked) -> Iterator[str]:
     yield from _check(options, asked)
 
 
+def _parents(options: Located) -> tuple[str, ...]:
+    return ("concepts",) if options.boxes is None else ()
+
+
 def _categories(asked: Asked) -> list[str]:
     if not any(step.key.dataset == asked.dataset for step in asked.draft.of_stage("concepts")):
         return []
@@ -214,7 +218,7 @@ TESTS: dict[str, Test] = {
         lambda options, own, size: 0.0,
         controls=MADE,
         control="centre",
-        parents=("concepts",),
+        parents=_parents,
         check=_check_rules,
         prepare=_prepare,
         reads=_reads,
@@ -227,7 +231,7 @@ TESTS: dict[str, Test] = {
         lambda options, own, size: 0.0,
         controls=MADE,
         control="centre",
-        parents=("concepts",),
+        parents=_parents,
         check=_check,
         prepare=_prepare,
         reads=_reads,

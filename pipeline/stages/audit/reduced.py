@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kernels.audit import localisation as kernels
+from kernels.audit.accuracy import box_accuracy, crossed, pixel_ap
 from kernels.audit.intervals import mean_interval, resampled
 from pipeline.stages.audit.located import LEAST_IOU, Localisation
 from pipeline.stages.audit.results import Outcome
@@ -45,19 +45,19 @@ def localisation(cell: Audited, options: Localisation) -> Iterator[Outcome]:
     half = halves([each for each, there in zip(cell.ids, known, strict=True) if there])
 
     def max_box_acc(rows: np.ndarray) -> float:
-        return float(kernels.box_accuracy(largest[rows], HALF).max())
+        return float(box_accuracy(largest[rows], HALF).max())
 
     def max_box_acc_v2(rows: np.ndarray) -> float:
-        return float(np.mean([kernels.box_accuracy(best[rows], least).max() for least in LEAST_IOU]))
+        return float(np.mean([box_accuracy(best[rows], least).max() for least in LEAST_IOU]))
 
     def other_half(rows: np.ndarray) -> float:
-        return kernels.crossed(largest[rows], half[rows], HALF)
+        return crossed(largest[rows], half[rows], HALF)
 
     def other_half_v2(rows: np.ndarray) -> float:
-        return float(np.mean([kernels.crossed(best[rows], half[rows], least) for least in LEAST_IOU]))
+        return float(np.mean([crossed(best[rows], half[rows], least) for least in LEAST_IOU]))
 
     def px_ap(rows: np.ndarray) -> float:
-        return kernels.pixel_ap(inside[rows].sum(0), outside[rows].sum(0), int(total[rows].sum()))
+        return pixel_ap(inside[rows].sum(0), outside[rows].sum(0), int(total[rows].sum()))
 
     count = int(known.sum())
     for name, statistic in (

@@ -10,6 +10,7 @@ import numpy as np
 
 from kernels.audit.intervals import mean_interval
 from pipeline.stages.attribute.options import Options, tolerance_of
+from pipeline.stages.audit import reduced
 from pipeline.stages.audit.axioms import AXIOMS, Axioms
 from pipeline.stages.audit.declared import Measure
 from pipeline.stages.audit.results import Name, Outcome
@@ -93,5 +94,6 @@ def bound(axiom: str, method: Options | None, tolerance: float, exact: bool) -> 
 
 REDUCE: Mapping[str, Reduce] = {
     "axioms": laws,
+    **reduced.REDUCE,
 }
 """By test; the others have means."""

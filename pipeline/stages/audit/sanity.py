@@ -91,6 +91,7 @@ TESTS: dict[str, Test] = {
         LabelRandomisation,
         _labels,
         lambda options, own, size: own,
+        compares=True,
         check=_check_labels,
     ),
 }

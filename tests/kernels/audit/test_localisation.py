@@ -7,7 +7,7 @@ from collections import deque
 import numpy as np
 import pytest
 
-from kernels.audit import localisation
+from kernels.audit import accuracy, localisation
 from kernels.audit.localisation import Truth
 
 DRAW = np.random.default_rng(11)
@@ -88,19 +88,19 @@ def test_a_sweep_is_that_of_each_threshold() -> None:
 
 def test_box_accuracy_is_at_the_best_threshold_of_all_images() -> None:
     fits = np.array([[0.1, 0.6, 0.9], [0.5, 0.2, 0.4], [0.1, 0.7, 0.2], [0.2, 0.5, 0.0]])
-    np.testing.assert_array_equal(localisation.box_accuracy(fits, 0.5), [0.25, 0.75, 0.25])
+    np.testing.assert_array_equal(accuracy.box_accuracy(fits, 0.5), [0.25, 0.75, 0.25])
     # No threshold serves all: each image at its own best would give 1.
-    assert localisation.box_accuracy(fits, 0.5).max() == 0.75
+    assert accuracy.box_accuracy(fits, 0.5).max() == 0.75
 
 
 def test_a_threshold_of_the_other_half_is_no_better_than_the_best_of_all() -> None:
     fits = np.array([[0.9, 0.1], [0.8, 0.1], [0.1, 0.9], [0.2, 0.7]])
     half = np.array([True, True, False, False])
     # Each half is best at the threshold at which the other is worst.
-    assert localisation.crossed(fits, half, 0.5) == 0
-    assert localisation.box_accuracy(fits, 0.5).max() == 0.5
-    assert localisation.crossed(fits, np.array([True, False, True, False]), 0.5) == 0.5
-    assert np.isnan(localisation.crossed(fits, np.ones(4, bool), 0.5))
+    assert accuracy.crossed(fits, half, 0.5) == 0
+    assert accuracy.box_accuracy(fits, 0.5).max() == 0.5
+    assert accuracy.crossed(fits, np.array([True, False, True, False]), 0.5) == 0.5
+    assert np.isnan(accuracy.crossed(fits, np.ones(4, bool), 0.5))
 
 
 def test_pixels_above_leave_out_what_nobody_knows() -> None:
@@ -124,14 +124,14 @@ def test_pixel_ap_is_the_sum_over_thresholds() -> None:
         every = sum(int((values >= threshold).sum()) for values, _ in pairs)
         twin += (right / every if every else 0) * (right / total - before)
         before = right / total
-    assert localisation.pixel_ap(inside, outside, total) == pytest.approx(twin)
+    assert accuracy.pixel_ap(inside, outside, total) == pytest.approx(twin)
 
 
 def test_pixel_ap_of_a_perfect_map_and_of_none() -> None:
     mask = np.array([[1, 0], [0, 0]], np.int8)
     thresholds = np.linspace(0, 1, 11)
-    assert localisation.pixel_ap(*localisation.pixels_above(mask.astype(float), mask, thresholds), 1) == 1
-    assert localisation.pixel_ap(*localisation.pixels_above(np.ones((2, 2)), mask, thresholds), 1) == 0.25
+    assert accuracy.pixel_ap(*localisation.pixels_above(mask.astype(float), mask, thresholds), 1) == 1
+    assert accuracy.pixel_ap(*localisation.pixels_above(np.ones((2, 2)), mask, thresholds), 1) == 0.25
 
 
 def test_share_boxes_are_of_the_maximum_and_not_of_the_range() -> None:

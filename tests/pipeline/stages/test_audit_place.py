@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
-from toy_batch import Toy, toy
 from torch import nn
+from toy_batch import Toy, toy
 
 from pipeline.errors import MicrotomeError
 from pipeline.stages.audit import located, reduced, sanity
 from pipeline.stages.audit.located import Localisation, Pointing
-from pipeline.stages.audit.rows import Audited
 from pipeline.stages.audit.results import Name
+from pipeline.stages.audit.rows import Audited
 from pipeline.stages.audit.sanity import LabelRandomisation, LayerRandomisation
 from pipeline.stages.audit.trials import place, randomised
 

@@ -8,9 +8,26 @@ from typing import Any
 import numpy as np
 
 from pipeline.stages.audit.trials.laws import axioms
+from pipeline.stages.audit.trials.noisy import linear_view, stability
+from pipeline.stages.audit.trials.place import localisation, pointing
+from pipeline.stages.audit.trials.randomised import label_randomisation, layer_randomisation
+from pipeline.stages.audit.trials.removal import deletion, insertion, log_odds, road
+from pipeline.stages.audit.trials.subsets import infidelity, sensitivity_n
 
 FUNCTIONS: Mapping[str, Callable[..., dict[str, np.ndarray]]] = {
     "axioms": axioms,
+    "deletion": deletion,
+    "insertion": insertion,
+    "road": road,
+    "sensitivity_n": sensitivity_n,
+    "infidelity": infidelity,
+    "log_odds": log_odds,
+    "stability": stability,
+    "linear_view": linear_view,
+    "layer_randomisation": layer_randomisation,
+    "label_randomisation": label_randomisation,
+    "localisation": localisation,
+    "pointing": pointing,
 }
 """Of tests that see a shard of images at a time: (batch, options) to the arrays of its measures, (image, ...)."""
 
