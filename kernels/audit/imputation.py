@@ -6,8 +6,6 @@ Rong et al., "A consistent and efficient evaluation strategy for attribution met
 from __future__ import annotations
 
 import numpy as np
-from scipy.sparse import csc_matrix
-from scipy.sparse.linalg import splu
 
 NEIGHBOURS = {(y, x): 1 / 6 if 0 in (y, x) else 1 / 12 for y in (-1, 0, 1) for x in (-1, 0, 1) if (y, x) != (0, 0)}
 """Weights of the eight neighbours: direct ones count twice as much as diagonal ones, and all add up to 1."""
@@ -28,6 +26,9 @@ def imputed(image: np.ndarray, gone: np.ndarray, noise: float = 0.0, seed: int |
     ValueError
         No pixel is left: nothing determines the others.
     """
+    from scipy.sparse import csc_matrix
+    from scipy.sparse.linalg import splu
+
     if gone.all():
         raise ValueError("all pixels are removed: none is left to fill them from")
     values = np.array(image, np.float64)

@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import ndimage
 
 CAM, GRAD_CAM = 0.2, 0.15
 """Shares of a map's maximum above which pixels make the box: Zhou et al. (CVPR 2016), Selvaraju et al. (ICCV 2017)."""
@@ -47,6 +46,8 @@ def components(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
     Pixels that touch at a corner are connected. Of parts of one size, the one that begins higher up comes first.
     """
+    from scipy import ndimage
+
     number, count = ndimage.label(mask, NEIGHBOURS)
     boxes = np.array([(x.start, y.start, x.stop, y.stop) for y, x in ndimage.find_objects(number)], np.int64)
     sizes = np.bincount(number.ravel(), minlength=count + 1)[1:]
@@ -153,12 +154,14 @@ def hit(values: np.ndarray, mask: np.ndarray, tolerance: float) -> float:
     Of equal largest values, the share of them that does; NaN where they all lie where nobody knows, or nothing is
     inside. Zhang et al., "Top-down neural attention by excitation backprop" (ECCV 2016), section 4.1, with 15 pixels.
     """
+    from scipy.ndimage import distance_transform_edt
+
     if not (mask == 1).any():
         return float("nan")
     largest = (values == values.max()) & (mask >= 0)
     if not largest.any():
         return float("nan")
-    distance = ndimage.distance_transform_edt(mask != 1)
+    distance = distance_transform_edt(mask != 1)
     return float((distance[largest] <= tolerance).mean())
 
 

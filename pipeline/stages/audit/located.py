@@ -180,7 +180,7 @@ def _reads(options: Located, asked: Asked) -> Any:
 
 
 def _prepare(options: Located, job: Job[Any]) -> dict[int, np.ndarray] | dict[int, tuple[str, ...]]:
-    """Return the boxes of each slot, float64 (box, 5) with the class before the edges; or the concepts of each class."""
+    """Return the boxes of each slot, float64 (box, 5) class and edges, or the concepts of each class."""
     images = job.images
     if options.boxes is None:
         return concepts_of(options, images.classes)
