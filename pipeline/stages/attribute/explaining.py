@@ -13,15 +13,20 @@ from torch import nn
 
 from kernels.attribution import baselines
 from pipeline.config.networks import Network
+from pipeline.errors import MicrotomeError
+from pipeline.networks.explainable import linear_in
 from pipeline.networks.forward import normalise
 from pipeline.networks.gradients import Logit
 from pipeline.stages.attribute.methods.registry import FUNCTIONS
-from pipeline.stages.attribute.options import METHODS, Options
+from pipeline.stages.attribute.options import METHODS, OfProbability, Options
 from pipeline.stages.attribute.settings import Targets
 from pipeline.stages.attribute.subject import Attribution, Known, Subject
 
 if TYPE_CHECKING:
     from pipeline.stages.attribute.tasks import Work
+
+
+POINTS = 64  # inputs of a small function that go through it together
 
 
 def explain_inputs(
@@ -71,6 +76,31 @@ def explain_inputs(
         segments={} if segments is None else {options.segments.key: segments},  # type: ignore[attr-defined]
     )
     return FUNCTIONS[options.kind](subject, options, known)
+
+
+def explain_function(network: nn.Module, inputs: torch.Tensor, baseline: torch.Tensor, options: Options) -> Attribution:
+    """Explain the first logit of inputs (input, feature) that are no images, each compared with a baseline like it.
+
+    Raises
+    ------
+    MicrotomeError
+        The method refuses the network, or inputs without positions.
+    """
+    if isinstance(options, OfProbability):
+        options = options.model_copy(update={"softmax": False})
+    if "linear" in METHODS[options.kind].needs and not linear_in(network, torch.cat([inputs, baseline])):
+        raise MicrotomeError(f"{options.kind}: the score is not linear in the input")
+    span = inputs - baseline
+    subject = Subject(
+        network,
+        inputs,
+        Logit(torch.zeros(len(inputs), dtype=torch.int64)),
+        baseline,
+        POINTS,
+        of_inputs=METHODS[options.kind].shares == "inputs",
+        bounds=((inputs - span.abs() - 1).amin(0), (inputs + span.abs() + 1).amax(0)),
+    )
+    return FUNCTIONS[options.kind](subject, options, Known(background=baseline[:1]))
 
 
 def _like(inputs: torch.Tensor, bounds: tuple[torch.Tensor, torch.Tensor] | None) -> tuple | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -72,12 +72,26 @@ def laws(cell: Audited, options: Axioms) -> Iterator[Outcome]:
 def law(name: str, values: np.ndarray, refused: bool, tolerance: float) -> Outcome:
     """Return the outcome of a law from its residual on each image, NaN where it is not defined."""
     known = values[~np.isnan(values)]
-    if refused:
-        return Outcome(name, np.nan, state="refused")
     if not known.size:
-        return Outcome(name, np.nan, state="not defined")
+        return Outcome(name, np.nan, state="refused" if refused else "not defined")
     worst = float(known.max())
     return Outcome(name, worst, images=int(known.size), state="holds" if worst <= tolerance else "fails")
+
+
+def laws_on_functions(found: Mapping[str, np.ndarray], method: Options, options: Axioms) -> Iterator[Outcome]:
+    """Yield the worst residual of each law over small functions, and on which of them it fails or is refused.
+
+    `found` has `residual` and `refused` (function, axiom), and the names, `function`.
+    """
+    for at, (name, axiom) in enumerate(AXIOMS.items()):
+        residual, refused = found["residual"][:, at], found["refused"][:, at] == 1
+        tolerance = bound(name, method, options.tolerance, axiom.exact)
+        made = law(name, residual, bool(refused.any()), tolerance)
+        fails = [str(each) for each in found["function"][np.nan_to_num(residual) > tolerance]]
+        said = [f"fails on {', '.join(fails)}"] if fails else []
+        if refused.any():
+            said.append(f"refused on {', '.join(map(str, found['function'][refused]))}")
+        yield replace(made, note="; ".join(said))
 
 
 SUMS = ("own_law", "completeness", "summation_to_delta", "local_accuracy")

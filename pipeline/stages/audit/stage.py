@@ -3,6 +3,7 @@
 Writes, for each audit of the configuration, into audit/<name>/
     cells/<dataset>/<network>/<test>/<method>.zarr            numbers of each image, (image, ...) float64
     cells/<dataset>/<network>/<test>/controls/<name>.zarr     the same of a control
+    cells/functions/<method>.zarr                             residual, refused (function, axiom)
     audit.zarr/<dataset>  value, low, high, control, forwards, images, state (network, method, measure) · by_image
                           (image_network, image_method, image_measure, image)
     audit.csv             a row for each data set, network, method, test and measure
@@ -35,10 +36,11 @@ from pipeline.stages.attribute.options import METHODS, Options, forwards_alone
 from pipeline.stages.attribute.settings import Settings as Explained
 from pipeline.stages.attribute.settings import methods_of
 from pipeline.stages.audit import results
+from pipeline.stages.audit.axioms import FUNCTIONS_ROW, Axioms
 from pipeline.stages.audit.declared import LEAST, Asked, TestOptions
 from pipeline.stages.audit.options import TESTS
 from pipeline.stages.audit.results import Cell, Name, Outcome, Row
-from pipeline.stages.audit.rows import Audited, outcomes
+from pipeline.stages.audit.rows import Audited, laws_on_functions, outcomes
 from pipeline.stages.audit.settings import SECTION, Settings, tests_of
 from pipeline.stages.concepts.results import Labelled
 from pipeline.storage.identity import digest
@@ -196,6 +198,10 @@ def run(job: Job[Settings]) -> None:
     with job.workers() as workers:
         for pair in pairs:
             made += len(measure(job, workers, pair, pairs, tests, parts[pair.names]))
+        if isinstance(laws := tests.get("axioms"), Axioms):
+            own, table_of_functions = on_functions(job, workers, pairs, laws)
+            files |= own
+            rows += table_of_functions
     for pair in pairs:
         found, own = read(job, pair, tests, parts[pair.names])
         files |= own
@@ -365,6 +371,33 @@ def measure(
         return auditing, StoreRef(images.store, images.files_of(int(part))), own, maps, pair.shards[part], keys
 
     return job.resumed(workers, audit_shard, parts, arguments, REMEDY, f"{explained.network} on {explained.dataset}")
+
+
+def on_functions(job: Job[Settings], workers: Any, pairs: list[Pair], options: Axioms) -> tuple[Files, list[Row]]:
+    """Measure the laws of every method on small functions; return files and rows."""
+    from pipeline.stages.audit.trials.functions import ALL, audit_functions
+    from pipeline.storage.store import StoreRef
+
+    methods = {name: own for pair in pairs for name, own in pair.methods.items()}
+    stores = {name: job.folder / results.CELLS / FUNCTIONS_ROW / f"{name}.zarr" for name in methods}
+    parts = {
+        name: Parts(stores[name], {ALL: digest([VERSION, platform_numerics(VERSION), own.model_dump()])})
+        for name, own in methods.items()
+    }
+
+    def arguments(part: str, names: list[str]) -> tuple:
+        return stores, methods, names
+
+    job.resumed(workers, audit_functions, parts, arguments, REMEDY, "functions")
+    files, rows = Files(), []
+    for name, own in methods.items():
+        listed = parts[name].files()
+        files |= within(stores[name].relative_to(job.folder).as_posix(), listed)
+        reader = StoreRef(stores[name], listed).open()
+        found = {key: np.asarray(reader[key][:]) for key in ("residual", "refused", "function")}
+        for one in laws_on_functions(found, own, options):
+            rows.append(Row("", FUNCTIONS_ROW, name, own.kind, "axioms", one, np.nan, np.nan))
+    return files, rows
 
 
 def narrowed(store: StoreRef, pair: Pair, name: str, shard: int) -> StoreRef:

@@ -15,7 +15,7 @@ from torch import nn
 
 from pipeline.errors import MicrotomeError
 from pipeline.networks.gradients import Logit, relative, scores
-from pipeline.stages.attribute.options import METHODS, Method, Options, Segmented, link_of
+from pipeline.stages.attribute.options import METHODS, Method, OfSplit, Options, Segmented, link_of
 from pipeline.stages.attribute.subject import Attribution
 from pipeline.stages.audit.axioms import AXIOMS, Axioms
 from pipeline.stages.audit.batch import Batch
@@ -192,7 +192,7 @@ def local_accuracy(case: Case) -> torch.Tensor | None:
 
 def sensitivity_a(case: Case) -> torch.Tensor | None:
     """Return the share of changed pixels that get 0, of those whose change alone changes the score."""
-    if not case.on_pixels:
+    if not case.on_pixels or isinstance(case.options, OfSplit):  # whose references are no image that differs in one
         return None
     count, (height, width) = len(case.inputs), case.batch.size
     places = [np.random.default_rng([seed, 3]).permutation(height * width) for seed in case.batch.seeds]
