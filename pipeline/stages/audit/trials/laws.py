@@ -214,7 +214,7 @@ def sensitivity_a(case: Case) -> torch.Tensor | None:
 
 def sensitivity_b(case: Case) -> torch.Tensor | None:
     """Return the largest value of rows that the function does not read, over the map's largest."""
-    if not case.on_pixels:
+    if not case.on_pixels or isinstance(case.options, OfSplit):  # whose references have no such rows
         return None
     shape = (*case.inputs.shape[:2], ROWS, case.inputs.shape[3])
     noise = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(case.inputs.device)
