@@ -62,6 +62,7 @@ class Dataset(Strict):
     """The keys that every kind of data set has."""
 
     has_truth: ClassVar[bool] = False  # whether it comes with label maps
+    redrawable: ClassVar[bool] = False  # whether images can be drawn again without some of their objects
 
     shard_images: PositiveInt = Field(64, description="images per shard, the unit of work")
     max_images: PositiveInt | None = Field(
@@ -92,6 +93,7 @@ class Scenes(Dataset):
     """The embedded procedural scenes: twelve classes, with label maps of objects, parts, materials and colours."""
 
     has_truth: ClassVar[bool] = True
+    redrawable: ClassVar[bool] = True
 
     kind: Literal["scenes"] = Field(description="this kind")
     concepts: list[Name] = Field([TRUTH], description=CONCEPTS)

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from pipeline.data.decode import Geometry, Reading, Stamp
     from pipeline.data.label_maps import ClassList
     from pipeline.data.listing import Listing, SplitRule
+    from pipeline.data.scenes import Scene
 
 
 SHOWN = 3  # classes that the plan names
@@ -535,6 +536,16 @@ def _scene(dataset: Scenes, image_id: str, image: bool) -> np.ndarray:
     split, _, index = image_id.partition("/")
     drawn = generate(dataset.seed, int(index), 1, dataset.size, split, image=image, label_map=not image)
     return drawn.image if image else drawn.label_map
+
+
+def draw_again(dataset: AnyDataset, image_id: str) -> Scene:
+    """Return an image with its objects, without any of which it can be drawn."""
+    from pipeline.data.scenes import draw_scene
+
+    if not isinstance(dataset, Scenes):
+        raise MicrotomeError(f"images of kind {dataset.kind} cannot be drawn again without one of their objects")
+    split, _, index = image_id.partition("/")
+    return draw_scene(dataset.seed, split, int(index), dataset.size)
 
 
 def _path(value: str | None) -> Path | None:

@@ -9,9 +9,9 @@ the same way.
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -79,13 +79,17 @@ class Canvas:
         self.haze = 0.0  # of the surfaces made from now on
         self.night = False
         self.winter = False
-        self._shadows: dict[int, int] = {}
+        self.shadows: dict[int, int] = {}  # by surface, the number of the same in a shadow
 
     def surface(self, object_: str, part: str, material: str, colour: Colour, glow: float = 0.0) -> int:
         """Register a surface and return its number."""
         numbers = OBJECT_NUMBER[object_], PART_NUMBER[part], MATERIAL_NUMBER[material]
         self.surfaces.append(Surface(*numbers, colour, 1.0, glow, self.haze))
         return len(self.surfaces) - 1
+
+    def put(self, painter: "Painter", x: float, y: float, h: float) -> None:
+        """Draw one object with its shadow, standing at (x, y) and `h` high. `layers.Recorder` knows it afterwards."""
+        painter(self, x, y, h)
 
     def stand_at(self, depth: float) -> None:
         """Set the depth of the surfaces made from now on: 0 is the horizon, 1 the lower edge of the picture."""
@@ -146,15 +150,20 @@ class Canvas:
     def shadow(self, x: float, y: float, rx: float, ry: float) -> None:
         """Darken an ellipse of whatever lies at (x, y), and nothing else. Labels and surface colour stay."""
         column, row = int(x * self.scale), int(y * self.scale)
-        if not (0 <= column < self.size and 0 <= row < self.size):
-            return
-        ground = int(self.map[row, column])
-        below = self.surfaces[ground]
         box = self.window(x - rx, y - ry, x + rx, y + ry)
-        if box is None or below.light != 1.0:
+        if box is not None and 0 <= column < self.size and 0 <= row < self.size:
+            self._lay_shadow((row, column), box, self._in_ellipse(box, x, y, rx, ry))
+
+    def _lay_shadow(self, foot: tuple[int, int], box: tuple[slice, slice], inside: NDArray[np.bool_]) -> None:
+        ground = int(self.map[foot])
+        below = self.surfaces[ground]
+        if below.light != 1.0:
             return
-        if ground not in self._shadows:
-            self._shadows[ground] = len(self.surfaces)
+        if ground not in self.shadows:
+            self.shadows[ground] = len(self.surfaces)
             self.surfaces.append(below._replace(light=SHADE))
         region = self.map[box]
-        region[self._in_ellipse(box, x, y, rx, ry) & (region == ground)] = self._shadows[ground]
+        region[inside & (region == ground)] = self.shadows[ground]
+
+
+Painter: TypeAlias = Callable[[Canvas, float, float, float], None]

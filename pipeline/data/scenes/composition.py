@@ -6,14 +6,11 @@ overlap between classes, so a mean colour, a histogram or a blurred thumbnail re
 unique to a class.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 from pipeline.data.scenes import objects
-from pipeline.data.scenes.canvas import UNITS, Canvas, Colour, Draw
+from pipeline.data.scenes.canvas import UNITS, Canvas, Colour, Draw, Painter
 from pipeline.data.scenes.vocabulary import CLASSES
-
-Painter = Callable[[Canvas, float, float, float], None]
 
 
 class Cast(NamedTuple):
@@ -133,6 +130,9 @@ RULES: dict[str, Rule] = {
 }  # fmt: skip
 assert tuple(RULES) == CLASSES
 
+DEFINING = {name: rule.cast[0].painter.__name__ for name, rule in RULES.items()}
+"""By class, the kind of object that no other class has as many of."""
+
 STRAYS = (
     Cast(objects.tree, (1,), 14, 24), Cast(objects.bush, (1,), 4, 8), Cast(objects.rock, (1,), 4, 8),
     Cast(objects.cactus, (1,), 14, 20), Cast(objects.house, (1,), 14, 20), Cast(objects.person, (1,), 12, 18),
@@ -177,10 +177,9 @@ HOURS = {
 HOUR_WEIGHTS = ("day",) * 8 + ("overcast",) * 3 + ("dusk",) * 4 + ("dawn",) * 2 + ("night",) * 3
 
 
-def paint_scene(draw: Draw, size: int, class_name: str) -> tuple[Canvas, Colour]:
-    """Draw one scene of a class; return its canvas and the colour of its light."""
-    rule = RULES[class_name]
-    canvas = Canvas(size, draw)
+def paint_scene(canvas: Canvas, class_name: str) -> Colour:
+    """Draw one scene of a class on an empty canvas; return the colour of its light."""
+    draw, rule = canvas.draw, RULES[class_name]
     hour = draw.pick(HOUR_WEIGHTS)
     canvas.night = hour == "night"
     ground = draw.pick(rule.grounds)
@@ -190,16 +189,16 @@ def paint_scene(draw: Draw, size: int, class_name: str) -> tuple[Canvas, Colour]
     _paint_horizon(canvas, rule, horizon)
     land = _Land(canvas, rule, ground, horizon)
     _place(canvas, land, rule)
-    return canvas, HOURS[hour].light
+    return HOURS[hour].light
 
 
 def _paint_sky(canvas: Canvas, skies: tuple[Colour, ...], horizon: float) -> None:
     draw = canvas.draw
     canvas.surface("sky", "", "air", draw.near(draw.pick(skies), 0.05))
     if draw.chance(0.4):
-        objects.sun(canvas, draw.between(4, 60), draw.between(9, max(horizon - 4, 10)), draw.between(6, 11))
+        canvas.put(objects.sun, draw.between(4, 60), draw.between(9, max(horizon - 4, 10)), draw.between(6, 11))
     for _ in range(draw.pick((0, 0, 1, 2, 3))):
-        objects.cloud(canvas, draw.between(0, 64), draw.between(6, horizon * 0.7), draw.between(3.5, 6.5))
+        canvas.put(objects.cloud, draw.between(0, 64), draw.between(6, horizon * 0.7), draw.between(3.5, 6.5))
 
 
 def _paint_horizon(canvas: Canvas, rule: Rule, horizon: float) -> None:
@@ -208,14 +207,14 @@ def _paint_horizon(canvas: Canvas, rule: Rule, horizon: float) -> None:
     canvas.stand_at(0.1)
     if draw.chance(rule.mountains):
         for _ in range(draw.pick((1, 2, 2))):
-            objects.mountain(canvas, draw.between(4, 60), horizon + 3, draw.between(10, horizon - 3))
+            canvas.put(objects.mountain, draw.between(4, 60), horizon + 3, draw.between(10, horizon - 3))
     backdrop = draw.random()
     if backdrop < 0.2:
         for _ in range(draw.pick((2, 3, 4))):
-            objects.tree(canvas, draw.between(2, 62), horizon + 2, draw.between(7, 11))
+            canvas.put(objects.tree, draw.between(2, 62), horizon + 2, draw.between(7, 11))
     elif backdrop < 0.32:
         for _ in range(draw.pick((1, 2, 3))):
-            objects.building(canvas, draw.between(2, 62), horizon + 2, draw.between(8, 15))
+            canvas.put(objects.building, draw.between(2, 62), horizon + 2, draw.between(8, 15))
 
 
 class _Land:
@@ -312,7 +311,7 @@ def _place(canvas: Canvas, land: _Land, rule: Rule) -> None:
             placed.append((depth, x, draw.between(member.low, member.high), member.painter))
     for depth, x, height, painter in sorted(placed, key=lambda one: one[0]):
         canvas.stand_at(depth)
-        painter(canvas, x, land.y(x, depth), height * (0.72 + 0.28 * depth))
+        canvas.put(painter, x, land.y(x, depth), height * (0.72 + 0.28 * depth))
 
 
 def _free_spot(draw: Draw, taken: list[float]) -> float:

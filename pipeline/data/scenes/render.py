@@ -1,5 +1,6 @@
 """Rendering of surface numbers to pictures and label maps."""
 
+from collections.abc import Sequence
 from functools import lru_cache
 from hashlib import blake2b
 from typing import NamedTuple
@@ -8,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kernels.images.colour_names import colour_names
-from pipeline.data.scenes.canvas import Canvas, Colour, Draw
+from pipeline.data.scenes.canvas import Canvas, Colour, Draw, Surface
 from pipeline.data.scenes.composition import paint_scene
+from pipeline.data.scenes.layers import Recorder
 from pipeline.data.scenes.textures import NOISE_PERIOD, PERIOD, noise_table, textures
 from pipeline.data.scenes.vocabulary import CATEGORIES, CLASSES
 from pipeline.errors import MicrotomeError
@@ -27,6 +29,7 @@ class Scenes(NamedTuple):
     label_map: NDArray[
         np.uint8
     ]  # (n, 4, size, size) concept numbers by category, 0 = nothing; n = 0 if it was not requested
+    instance_map: NDArray[np.uint8]  # (n, size, size) k + 1 where object k is seen, 0 elsewhere; n = 0 likewise
 
 
 def generate(
@@ -38,6 +41,7 @@ def generate(
     *,
     image: bool = True,
     label_map: bool = True,
+    instance_map: bool = False,
 ) -> Scenes:
     """Draw images `start` to `start + count` of a split.
 
@@ -54,27 +58,41 @@ def generate(
         The splits share no scene.
     image, label_map : bool
         Skip the half that is not needed.
+    instance_map : bool
+        Say of every pixel which object it shows: they are numbered from 1 in the order of painting, far ones first. A
+        shadow is not part of its object.
     """
-    if split not in SPLITS:
-        raise MicrotomeError(f"scenes have no split {split!r}; expected one of: {', '.join(SPLITS)}")
-    if not SMALLEST <= size <= LARGEST:
-        raise MicrotomeError(f"scenes are drawn {SMALLEST} to {LARGEST} pixels wide, found size {size}")
+    check(split, size)
     if start < 0 or count < 0:
         raise MicrotomeError(f"scenes are numbered from 0, found start {start} and count {count}")
     pictures = np.empty((count if image else 0, 3, size, size), np.uint8)
     maps = np.empty((count if label_map else 0, len(CATEGORIES), size, size), np.uint8)
+    instances = np.empty((count if instance_map else 0, size, size), np.uint8)
     label = np.arange(start, start + count, dtype=np.int64) % len(CLASSES)
     for i in range(count):
-        draw = Draw(_key(seed, split, start + i))
-        canvas, light = paint_scene(draw, size, CLASSES[label[i]])
+        draw = Draw(key(seed, split, start + i))
+        canvas = Recorder(size, draw) if instance_map else Canvas(size, draw)
+        light = paint_scene(canvas, CLASSES[label[i]])
         if image:
-            _shade(canvas, light, draw, pictures[i])
+            pictures[i] = (
+                film(canvas.surfaces, size, light, draw).exposed(canvas.map.reshape(-1)).reshape(3, size, size)
+            )
         if label_map:
             _label(canvas, maps[i])
-    return Scenes(pictures, label, maps)
+        if isinstance(canvas, Recorder):
+            instances[i] = canvas.instances()
+    return Scenes(pictures, label, maps, instances)
 
 
-def _key(seed: int, split: str, index: int) -> int:
+def check(split: str, size: int) -> None:
+    """Refuse a split that there is not, and a size that is not drawn."""
+    if split not in SPLITS:
+        raise MicrotomeError(f"scenes have no split {split!r}; expected one of: {', '.join(SPLITS)}")
+    if not SMALLEST <= size <= LARGEST:
+        raise MicrotomeError(f"scenes are drawn {SMALLEST} to {LARGEST} pixels wide, found size {size}")
+
+
+def key(seed: int, split: str, index: int) -> int:
     """Return the random key of one image."""
     return int.from_bytes(blake2b(f"scenes/{seed}/{split}/{index}".encode(), digest_size=16).digest(), "big")
 
@@ -89,34 +107,55 @@ def _label(canvas: Canvas, out: NDArray[np.uint8]) -> None:
     np.take(names, canvas.map, out=out[3], mode="clip")
 
 
-def _shade(canvas: Canvas, light: Colour, draw: Draw, out: NDArray[np.uint8]) -> None:
-    """Fill the picture (3, size, size): surface colour x light x texture x gradient + noise, as a camera sees it."""
-    size = canvas.size
+class Film(NamedTuple):
+    """How the surfaces of a scene look at every pixel: all that is drawn once they are painted."""
+
+    seen: NDArray[np.float32]  # (3, surface) colour with light and haze, 0 to 255
+    material: NDArray[np.int32]  # (surface,) where its texture begins in the table
+    tile: NDArray[np.int32]  # (pixel,) place in a texture
+    ramp: NDArray[np.float32]  # (pixel,) brightness across the picture
+    noise: NDArray[np.float32]  # (3, pixel)
+
+    def exposed(self, surfaces: NDArray[np.integer], at: NDArray[np.intp] | None = None) -> NDArray[np.uint8]:
+        """Return pixels (3, pixel) that show these surfaces (pixel,): surface colour x texture x ramp + noise.
+
+        `at` says which pixels of the picture they are; None: all.
+        """
+        tile, ramp, noise = self.tile, self.ramp, self.noise
+        if at is not None:
+            tile, ramp, noise = tile[at], ramp[at], noise[:, at]
+        grain = textures().reshape(-1).take(self.material.take(surfaces) + tile)
+        grain += 1
+        grain *= ramp
+        out = np.empty((3, len(surfaces)), np.uint8)
+        for channel in range(3):
+            plane = self.seen[channel].take(surfaces)
+            plane *= grain
+            plane += noise[channel]
+            np.clip(plane, 0, 255, out=plane)
+            out[channel] = plane
+        return out
+
+
+def film(surfaces: Sequence[Surface], size: int, light: Colour, draw: Draw) -> Film:
+    """Draw how surfaces look as a camera sees them."""
     exposure = draw.between(0.75, 1.15)
     camera = [exposure * draw.between(1 - WHITE_BALANCE, 1 + WHITE_BALANCE) for _ in range(3)]
-    seen = _lit(canvas, light) * np.array(camera, np.float32)[:, None]
-    material = np.array([surface.material * PERIOD * PERIOD for surface in canvas.surfaces], np.int32)
+    seen = _lit(surfaces, light) * np.array(camera, np.float32)[:, None]
+    material = np.array([surface.material * PERIOD * PERIOD for surface in surfaces], np.int32)
     down, across = int(draw.random() * PERIOD), int(draw.random() * PERIOD)
-    grain = (
-        textures().reshape(-1).take(material.take(canvas.map) + _tile(size)[down : down + size, across : across + size])
-    )
-    grain += 1
+    tile = _tile(size)[down : down + size, across : across + size].reshape(-1)
     ramp = _ramp(size)
-    grain *= (1 + draw.between(-0.1, 0.1) * ramp)[:, None] + draw.between(-0.12, 0.12) * ramp
+    ramp = (1 + draw.between(-0.1, 0.1) * ramp)[:, None] + draw.between(-0.12, 0.12) * ramp
     strength = np.float32(255 * draw.between(0.01, 0.035))
     top, left = int(draw.random() * NOISE_PERIOD), int(draw.random() * NOISE_PERIOD)
-    noise = noise_table(size)[:, top : top + size, left : left + size]
-    for channel in range(3):
-        plane = seen[channel].take(canvas.map)
-        plane *= grain
-        plane += strength * noise[channel]
-        np.clip(plane, 0, 255, out=plane)
-        out[channel] = plane
+    noise = strength * noise_table(size)[:, top : top + size, left : left + size]
+    return Film(seen, material, tile, ramp.reshape(-1), noise.reshape(3, -1))
 
 
-def _lit(canvas: Canvas, light: Colour) -> NDArray[np.float32]:
+def _lit(surfaces: Sequence[Surface], light: Colour) -> NDArray[np.float32]:
     """Return the visible colour of every surface, shape (3, surfaces), 0 to 255: lit, shaded, hazy in the distance."""
-    table = np.array([(*surface.colour, *surface[4:]) for surface in canvas.surfaces])
+    table = np.array([(*surface.colour, *surface[4:]) for surface in surfaces])
     colour, (lit, glow, haze) = table[:, :3], table[:, 3:, None].swapaxes(0, 1)
     shone = colour * (lit * np.array(light))
     sky = colour[0]  # already as seen: the sky's palette belongs to the hour

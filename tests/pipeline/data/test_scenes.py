@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.images.colour_names import COLOURS
-from pipeline.data.scenes import CATEGORIES, CLASSES, CONCEPTS, generate
+from pipeline.data.scenes import CATEGORIES, CLASSES, CONCEPTS, generate, render
 from pipeline.data.scenes.canvas import SHADE, Canvas, Draw
 from pipeline.data.scenes.composition import RULES, STRAYS, paint_scene
 from pipeline.data.scenes.textures import PERIOD, noise_table, textures
@@ -101,7 +101,8 @@ def test_label_maps_are_the_surfaces_of_the_map():
     """Against a slow twin: the surface of each pixel, looked up one by one."""
     for index in range(12):
         found = generate(0, index, 1, 32).label_map[0]
-        canvas, _ = paint_scene(_draw(index), 32, CLASSES[index % 12])
+        canvas = Canvas(32, _draw(index))
+        paint_scene(canvas, CLASSES[index % 12])
         for row in range(32):
             for column in range(0, 32, 5):
                 surface = canvas.surfaces[canvas.map[row, column]]
@@ -109,9 +110,7 @@ def test_label_maps_are_the_surfaces_of_the_map():
 
 
 def _draw(index):
-    from pipeline.data.scenes.render import _key
-
-    return Draw(_key(0, "train", index))
+    return Draw(render.key(0, "train", index))
 
 
 def test_parts_lie_on_their_objects(scenes):
@@ -123,15 +122,15 @@ def test_parts_lie_on_their_objects(scenes):
 
 def test_colour_is_that_of_the_surface_whatever_the_light():
     """At night pictures get dark, but the colour category does not."""
-    from pipeline.data.scenes import render
-
-    canvas, light = paint_scene(_draw(3), 64, "farm")
-    bright, dark, names = (np.empty((3, 64, 64), np.uint8), np.empty((3, 64, 64), np.uint8), [])
-    for out, factor in ((bright, 1.0), (dark, 0.3)):
-        render._shade(canvas, tuple(factor * channel for channel in light), Draw(1), out)
+    canvas = Canvas(64, _draw(3))
+    light, found, names = paint_scene(canvas, "farm"), [], []
+    for factor in (1.0, 0.3):
+        film = render.film(canvas.surfaces, 64, tuple(factor * channel for channel in light), Draw(1))
+        found.append(film.exposed(canvas.map.reshape(-1)))
         label_map = np.empty((4, 64, 64), np.uint8)
         render._label(canvas, label_map)
         names.append(label_map[3])
+    bright, dark = found
     assert dark.mean() < 0.8 * bright.mean()
     assert np.array_equal(names[0], names[1])
 
@@ -185,7 +184,11 @@ def test_every_concept_occurs():
 
 
 def test_a_scene_has_room_for_its_surfaces():
-    most = max(len(paint_scene(Draw(key), 16, CLASSES[key % 12])[0].surfaces) for key in range(600))
+    most = 0
+    for key in range(600):
+        canvas = Canvas(16, Draw(key))
+        paint_scene(canvas, CLASSES[key % 12])
+        most = max(most, len(canvas.surfaces))
     assert most < 200  # of the 256 that the map can number
 
 
