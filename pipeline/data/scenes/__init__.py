@@ -1,6 +1,6 @@
 """The embedded data set: procedural scenes whose objects, parts, materials and colours are known at every pixel."""
 
-from pipeline.data.scenes.composition import DEFINING
+from pipeline.data.scenes.composition import DEFINING, KINDS
 from pipeline.data.scenes.render import SPLITS, Scenes, generate
 from pipeline.data.scenes.scene import Scene, Thing, draw_scene
 from pipeline.data.scenes.vocabulary import CATEGORIES, CLASSES, CONCEPTS
@@ -12,6 +12,7 @@ __all__ = [
     "CLASSES",
     "CONCEPTS",
     "DEFINING",
+    "KINDS",
     "SPLITS",
     "VERSION",
     "Scene",

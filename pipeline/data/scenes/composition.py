@@ -143,6 +143,19 @@ STRAYS = (
 )  # fmt: skip
 """Things that stand in the wrong scene: one in STRAY of the pictures, never as many as their own class has."""
 STRAY = 0.3
+KINDS = tuple(
+    dict.fromkeys(
+        each.__name__
+        for each in (
+            objects.sun,
+            objects.cloud,
+            objects.mountain,
+            *(cast.painter for rule in RULES.values() for cast in rule.cast),
+            *(stray.painter for stray in STRAYS),
+        )
+    )
+)
+"""The kinds of objects. A skier is one kind, and a person another."""
 
 GROUND_LOOKS: dict[str, tuple[tuple[str, str], tuple[Colour, ...]]] = {
     "snow": (("snow", "snow"), ((0.92, 0.93, 0.97), (0.82, 0.86, 0.94))),
