@@ -5,8 +5,14 @@
 
 from __future__ import annotations
 
-from pipeline.stages.audit import axioms, faithful, located, sanity
+from pipeline.stages.audit import axioms, counterfactual, faithful, located, sanity
 from pipeline.stages.audit.declared import Test
 
-TESTS: dict[str, Test] = {**axioms.TESTS, **faithful.TESTS, **sanity.TESTS, **located.TESTS}
+TESTS: dict[str, Test] = {
+    **axioms.TESTS,
+    **counterfactual.TESTS,
+    **faithful.TESTS,
+    **sanity.TESTS,
+    **located.TESTS,
+}
 """By name, in the order in which they are measured and shown."""

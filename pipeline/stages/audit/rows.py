@@ -10,7 +10,7 @@ import numpy as np
 
 from kernels.audit.intervals import mean_interval
 from pipeline.stages.attribute.options import Options, tolerance_of
-from pipeline.stages.audit import reduced
+from pipeline.stages.audit import counterfactual, reduced
 from pipeline.stages.audit.axioms import AXIOMS, Axioms
 from pipeline.stages.audit.declared import Measure
 from pipeline.stages.audit.results import Name, Outcome
@@ -108,6 +108,7 @@ def bound(axiom: str, method: Options | None, tolerance: float, exact: bool) -> 
 
 REDUCE: Mapping[str, Reduce] = {
     "axioms": laws,
+    **counterfactual.REDUCE,
     **reduced.REDUCE,
 }
 """By test; the others have means."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.stages.audit.trials.counterfactual import counterfactual
 from pipeline.stages.audit.trials.laws import axioms
 from pipeline.stages.audit.trials.noisy import linear_view, stability
 from pipeline.stages.audit.trials.place import localisation, pointing
@@ -28,6 +29,7 @@ FUNCTIONS: Mapping[str, Callable[..., dict[str, np.ndarray]]] = {
     "label_randomisation": label_randomisation,
     "localisation": localisation,
     "pointing": pointing,
+    "counterfactual": counterfactual,
 }
 """Of tests that see a shard of images at a time: (batch, options) to the arrays of its measures, (image, ...)."""
 

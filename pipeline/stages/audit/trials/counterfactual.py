@@ -1,0 +1,324 @@
+"""Draw scenes again without some of their objects, and compare what the score loses with what a map says of each."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import nn
+
+from kernels.attribution.agreement import rank_correlation
+from kernels.audit import objects, ranks
+from kernels.audit.games import Game
+from pipeline.config.datasets import Scenes
+from pipeline.data.kinds import draw_again
+from pipeline.data.scenes import DEFINING, KINDS, Scene, generate
+from pipeline.errors import MicrotomeError
+from pipeline.networks.gradients import Logit
+from pipeline.stages.attribute.options import IntegratedGradients
+from pipeline.stages.audit.batch import Batch
+from pipeline.stages.audit.counterfactual import OBJECTS, OF, SUMS, TRUTHS, Counterfactual
+
+CALIBRATING = 128
+"""Training scenes from which the untrained network's BatchNorms take their statistics."""
+PICTURES = 64
+"""Pictures that are drawn at a time, in micro-batches of the network."""
+
+
+@dataclass(frozen=True)
+class Played:
+    """What is true of the objects of one image.
+
+    Attributes
+    ----------
+    scene : the image with its objects.
+    kinds, areas, counts : of each object, (object,): its kind's place in `KINDS`, the pixels in which it is seen, and
+        whether it counts.
+    truths : by name, (object,). error : of the Shapley values.
+    lone : an object that alone is of another class's kind, or None. wrong : its class, or any other.
+    drop_of_wrong : what the score of that class loses, (object,).
+    empty : the scene without any object.
+    """
+
+    scene: Scene
+    kinds: np.ndarray
+    areas: np.ndarray
+    counts: np.ndarray
+    truths: Mapping[str, np.ndarray]
+    error: np.ndarray
+    wrong: int
+    lone: int | None
+    drop_of_wrong: np.ndarray
+    empty: np.ndarray
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a map, or a truth, says of the objects of one image: sums over each, (object,), and the share outside."""
+
+    signed: np.ndarray
+    absolute: np.ndarray
+    outside: float = np.nan
+
+    @staticmethod
+    def of(values: np.ndarray, played: Played) -> Said:
+        """Return what a map (y, x) says."""
+        instances, count = played.scene.instance_map, len(played.kinds)
+        signed, absolute = (objects.sums(each, instances, count) for each in (values, np.abs(values)))
+        return Said(signed, absolute, objects.outside(values, instances))
+
+    @staticmethod
+    def values(values: np.ndarray) -> Said:
+        """Return what values of objects (object,) say themselves."""
+        return Said(values, np.abs(values))
+
+
+def counterfactual(batch: Batch, options: Counterfactual) -> dict[str, np.ndarray]:
+    """Compare what a method or a control says of the objects of each image with what the score loses without them.
+
+    Images that the network predicts wrong, or with too few objects, have NaN.
+    """
+    played = batch.memo(("counterfactual", options.model_dump_json()), lambda: _play_all(batch, options))
+    said = _said(batch, options, played)
+    found = _blank(len(batch.ids))
+    for row, own in played.items():
+        _of_objects(found, row, own, said["map"][row])
+        for at, of in enumerate(OF):
+            if of in said:
+                _compare(found, row, at, own, said[of][row])
+        if batch.control == "drop":
+            _of_truth(found, row, own, batch)
+        if "wrong_class" in said:
+            _of_lone(found, row, own, said["map"][row], said["wrong_class"][row])
+    return found
+
+
+def _blank(images: int) -> dict[str, np.ndarray]:
+    compared = (len(OF), len(TRUTHS), len(SUMS))
+    of_image = ("outside", "against", "lone_rank", "lone_top", "lone_negative", "own_kind", "lone_first")
+    of_object = ("kind", "area", "drop", "shapley", "shapley_error", "signed", "absolute")
+    return {
+        **{name: np.full((images, *compared), np.nan) for name in ("rank", "partial", "top")},
+        **{name: np.full(images, np.nan) for name in of_image},
+        **{name: np.full((images, OBJECTS), np.nan) for name in of_object},
+    }
+
+
+# Truths ---------------------------------------------------------------------------------------------------------------
+
+
+def _play_all(batch: Batch, options: Counterfactual) -> dict[int, Played]:
+    """Return what is true of the images that count, by their place."""
+    dataset = Scenes.model_validate(batch.dataset)
+    right = batch.logits.argmax(1).cpu().numpy() == batch.labels
+    found = {}
+    for row in np.flatnonzero(right):
+        scene = draw_again(dataset, batch.ids[row])
+        if not np.array_equal(scene.image, batch.pixels[row].numpy()):
+            raise MicrotomeError(
+                f"image {batch.ids[row]!r} has other pixels when it is drawn again: another version of Microtome drew it"
+            )
+        areas = objects.areas(scene.instance_map, len(scene.things))
+        if (areas >= options.pixels).sum() >= options.objects:
+            found[int(row)] = _play(batch, options, int(row), scene, areas)
+    return found
+
+
+def _play(batch: Batch, options: Counterfactual, row: int, scene: Scene, areas: np.ndarray) -> Played:
+    count = len(scene.things)
+    if count > OBJECTS:
+        raise MicrotomeError(f"image {batch.ids[row]!r} has {count} objects, expected at most {OBJECTS}")
+    kinds = np.array([KINDS.index(thing.kind) for thing in scene.things])
+    game = Game.of(count, options.exact, options.coalitions, batch.seeds[row])
+    logits = _logits(batch, scene, game.shown)
+    same = torch.full((len(logits),), row)
+    scores = batch.target.at(same)(logits).numpy()
+    shares = game.shares(scores)
+    lone = _lone(batch, kinds, areas, options, row)
+    wrong = _class_of(batch, kinds[lone]) if lone is not None else _drawn_class(batch, row)
+    of_wrong = _for_class(batch, torch.full((len(logits),), wrong))(logits).numpy()
+    return Played(
+        scene,
+        kinds,
+        areas,
+        areas >= options.pixels,
+        {"drop": game.drops(scores), "shapley": shares.values},
+        shares.error,
+        wrong,
+        lone,
+        game.drops(of_wrong),
+        scene.pictures(np.zeros((1, count), bool))[0],
+    )
+
+
+def _logits(batch: Batch, scene: Scene, shown: np.ndarray) -> torch.Tensor:
+    """Return the logits of pictures that show these objects, float64 (picture, class) on the CPU."""
+    found = []
+    for at in range(0, len(shown), PICTURES):
+        pictures = torch.from_numpy(scene.pictures(shown[at : at + PICTURES]))
+        found.append(batch.logits_at(batch.normalise(pictures)).double().cpu())
+    return torch.cat(found)
+
+
+def _for_class(batch: Batch, classes: torch.Tensor) -> Logit:
+    """Return what is explained, of these classes."""
+    return replace(batch.target, classes=classes, against=None)
+
+
+def _class_of(batch: Batch, kind: int) -> int:
+    """Return the class that a kind of objects defines."""
+    return next(list(batch.class_names).index(name) for name, own in DEFINING.items() if own == KINDS[kind])
+
+
+def _lone(batch: Batch, kinds: np.ndarray, areas: np.ndarray, options: Counterfactual, row: int) -> int | None:
+    """Return the largest object that counts and alone is of a kind that defines another class."""
+    own = DEFINING[batch.class_names[int(batch.classes[row])]]
+    defining = [KINDS.index(kind) for kind in DEFINING.values() if kind != own]
+    alone = (
+        np.isin(kinds, defining) & (areas >= options.pixels) & (np.bincount(kinds, minlength=len(KINDS))[kinds] == 1)
+    )
+    return int(np.argmax(np.where(alone, areas, -1))) if alone.any() else None
+
+
+def _drawn_class(batch: Batch, row: int) -> int:
+    """Draw a class other than the one that is explained."""
+    others = np.delete(np.arange(len(batch.class_names)), int(batch.classes[row]))
+    return int(np.random.default_rng([batch.seeds[row], 3]).choice(others))
+
+
+# What is said ---------------------------------------------------------------------------------------------------------
+
+
+def _said(batch: Batch, options: Counterfactual, played: Mapping[int, Played]) -> dict[str, dict[int, Said]]:
+    """Return what a method or a control says of the objects of each image, as it is and in the controls of `OF`."""
+    rows = list(played)
+    if batch.control in TRUTHS:
+        return {"map": {row: Said.values(own.truths[batch.control]) for row, own in played.items()}}
+    if batch.control == "ring":
+        return {"map": {row: Said.values(_filled(batch, options, row, own)) for row, own in played.items()}}
+    if batch.control == "area":
+        return {"map": {row: Said.of(np.ones(batch.size), own) for row, own in played.items()}}
+    if batch.control.startswith("ig_"):
+        return {"map": _of_maps(batch, _integrated(batch, options, played), played) if rows else {}}
+    maps = batch.at_image()
+    found = {"map": {row: Said.of(maps[row], own) for row, own in played.items()}}
+    if batch.control or not rows:
+        return found
+    wrong = _for_class(batch, torch.tensor([own.wrong for own in played.values()]))
+    inputs = batch.inputs[rows]
+    untrained = _calibrated(batch)
+    if untrained is not None:
+        found["untrained"] = _of_maps(batch, batch.explain(untrained, inputs, rows=rows), played)
+    found["wrong_class"] = _of_maps(batch, batch.explain(None, inputs, wrong, rows=rows), played)
+    return found
+
+
+def _of_maps(batch: Batch, maps: np.ndarray, played: Mapping[int, Played]) -> dict[int, Said]:
+    """Return what maps of the images that count say, by their place."""
+    return {row: Said.of(own, played[row]) for row, own in zip(played, batch.at_image(maps), strict=True)}
+
+
+def _filled(batch: Batch, options: Counterfactual, row: int, played: Played) -> np.ndarray:
+    """Return what the score loses where the mask of each object has the colour of its ring, (object,); NaN without."""
+    image, found = batch.pixels[row].numpy(), np.full(len(played.kinds), np.nan)
+    masks = [played.scene.instance_map == k + 1 for k in range(len(found))]
+    pictures = {k: objects.filled(image, mask, options.ring) for k, mask in enumerate(masks)}
+    there = {k: picture for k, picture in pictures.items() if picture is not None}
+    scores = batch.scores(torch.from_numpy(np.stack([image, *there.values()])), [row] * (1 + len(there)))
+    found[list(there)] = scores[0] - scores[1:]
+    return found
+
+
+def _integrated(batch: Batch, options: Counterfactual, played: Mapping[int, Played]) -> np.ndarray:
+    """Return integrated gradients from the baseline that the control names, (image, y, x) of the images that count."""
+    rows = list(played)
+    pixels = batch.pixels[rows]
+    if batch.control == "ig_empty":
+        baseline = torch.from_numpy(np.stack([own.empty for own in played.values()]))
+    elif batch.control == "ig_mean":
+        baseline = pixels.double().mean((2, 3), keepdim=True).round().to(torch.uint8).expand_as(pixels).contiguous()
+    else:
+        baseline = torch.zeros_like(pixels)
+    method = IntegratedGradients(method="integrated_gradients", steps=options.steps, max_steps=options.steps)
+    return batch.explain(None, batch.inputs[rows], baseline=batch.normalise(baseline), rows=rows, options=method)
+
+
+def _calibrated(batch: Batch) -> nn.Module | None:
+    """Return the untrained network whose BatchNorms have the statistics of training scenes; None without a control."""
+    if batch.untrained is None:
+        return None
+
+    def make() -> nn.Module:
+        network, dataset = copy.deepcopy(batch.untrained), Scenes.model_validate(batch.dataset)
+        assert network is not None
+        norms = [each for each in network.modules() if isinstance(each, nn.modules.batchnorm._BatchNorm)]
+        if not norms:
+            return network
+        scenes = generate(dataset.seed, 0, CALIBRATING, dataset.size, "train", label_map=False)
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # the mean of all batches
+            norm.train()
+        with torch.no_grad():
+            for some in torch.from_numpy(scenes.image).split(PICTURES):
+                network(batch.normalise(some))
+        return network.eval()
+
+    return batch.memo("untrained, calibrated", make)
+
+
+# Measures -------------------------------------------------------------------------------------------------------------
+
+
+def _of_objects(found: Mapping[str, np.ndarray], row: int, played: Played, said: Said) -> None:
+    """Note what is known of each object that counts."""
+    there = played.counts.nonzero()[0]
+    numbers = {
+        "kind": played.kinds,
+        "area": played.areas / played.scene.instance_map.size,
+        **played.truths,
+        "shapley_error": played.error,
+        "signed": said.signed,
+        "absolute": said.absolute,
+    }
+    for name, values in numbers.items():
+        found[name][row, : len(there)] = values[there]
+    found["outside"][row] = said.outside
+    negative = played.counts & (played.truths["drop"] < 0)
+    if negative.any():
+        found["against"][row] = np.mean(said.signed[negative] < 0)
+
+
+def _compare(found: Mapping[str, np.ndarray], row: int, at: int, played: Played, said: Said) -> None:
+    """Note how far the objects that count are in the order of the truths."""
+    for of, truth in enumerate(TRUTHS):
+        for place, values in enumerate((said.signed, said.absolute)):
+            own, true = values[played.counts], played.truths[truth][played.counts]
+            found["rank"][row, at, of, place] = rank_correlation(own[None], true[None])[0]
+            found["partial"][row, at, of, place] = ranks.partial_rank_correlation(
+                own, true, played.areas[played.counts]
+            )
+            found["top"][row, at, of, place] = ranks.found(own, true)
+
+
+def _of_truth(found: Mapping[str, np.ndarray], row: int, played: Played, batch: Batch) -> None:
+    """Note what the truth itself says of kinds: it may be any, and mostly is the one that defines the class."""
+    drop = np.where(played.counts, played.truths["drop"], -np.inf)
+    own = DEFINING[batch.class_names[int(batch.classes[row])]]
+    found["own_kind"][row] = KINDS[played.kinds[drop.argmax()]] == own
+    if played.lone is not None:
+        found["lone_first"][row] = np.where(played.counts, played.drop_of_wrong, -np.inf).argmax() == played.lone
+
+
+def _of_lone(found: Mapping[str, np.ndarray], row: int, played: Played, said: Said, wrong: Said) -> None:
+    """Note what the map of the class of a lone object of another kind says, and the sign of that object in the own."""
+    if played.lone is None:
+        return
+    own, true = wrong.signed[played.counts], played.drop_of_wrong[played.counts]
+    found["lone_rank"][row] = rank_correlation(own[None], true[None])[0]
+    found["lone_top"][row] = ranks.found(own, true)
+    if played.truths["drop"][played.lone] < 0:
+        found["lone_negative"][row] = said.signed[played.lone] < 0
