@@ -11,6 +11,7 @@ from pydantic import Field, PositiveInt
 
 from kernels.audit.intervals import mean_interval
 from pipeline.data.scenes import KINDS
+from pipeline.stages.attribute.settings import targets_of
 from pipeline.stages.audit.declared import LEAST, Asked, Measure, Test, TestOptions
 from pipeline.stages.audit.results import Outcome
 
@@ -84,7 +85,7 @@ def _check(options: Counterfactual, asked: Asked) -> Iterator[str]:
             f"data set {asked.dataset!r} of kind {asked.spec.kind} cannot be drawn again without an object: name data "
             f"sets of kind scenes in the audit's `datasets`"
         )
-    if asked.explained.targets.kind == "contrast":
+    if len(targets_of(asked.explained).classes) > 1:
         yield "a contrast of two classes has no wrong class: explain one class in `targets` of the experiment"
 
 
@@ -151,9 +152,7 @@ def _by_group(cell: Audited, options: Counterfactual) -> Iterator[Outcome]:
     arrays = cell.arrays
     partial_ = arrays["partial"][:, 0, 0, 0]
     for label, name in enumerate(cell.class_names):
-        yield from _mean(
-            f"partial.drop.signed.class.{name}", np.where(cell.labels == label, partial_, np.nan), cell.seed
-        )
+        yield from _mean(f"partial.drop.signed.class.{name}", np.where(cell.labels == label, partial_, np.nan))
     known = _Known(arrays["kind"], arrays["area"], arrays["drop"], arrays["signed"])
     top, over, first = arrays["top"][:, 0, 0, 0], known.overrated(), known.first()
     rows = np.arange(len(first))

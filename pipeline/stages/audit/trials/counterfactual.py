@@ -119,7 +119,8 @@ def _play_all(batch: Batch, options: Counterfactual) -> dict[int, Played]:
         scene = draw_again(dataset, batch.ids[row])
         if not np.array_equal(scene.image, batch.pixels[row].numpy()):
             raise MicrotomeError(
-                f"image {batch.ids[row]!r} has other pixels when it is drawn again: another version of Microtome drew it"
+                f"image {batch.ids[row]!r} has other pixels when it is drawn again: another version drew the stored "
+                f"ones, so remove the data set's results"
             )
         areas = objects.areas(scene.instance_map, len(scene.things))
         if (areas >= options.pixels).sum() >= options.objects:
