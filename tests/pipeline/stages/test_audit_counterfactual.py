@@ -26,7 +26,7 @@ from pipeline.stages.audit.counterfactual import CONTROLS, OBJECTS, SIZES, Count
 from pipeline.stages.audit.trials import counterfactual as trial
 from pipeline.workers.tasks import computing
 
-SIZE = 24
+SIZE, COUNT = 24, 24
 NETWORKS = """
 from collections import OrderedDict
 
@@ -59,7 +59,7 @@ class Blocks:
         self.image = np.zeros((3, size, size), np.uint8)
         self.instance_map = np.zeros((size, size), np.uint8)
         cell = size // 3
-        places = random.permutation(9)[: random.integers(5, 10)]
+        places = random.permutation(9)[: random.integers(5, 8)]
         self.things = [SimpleNamespace(kind=KINDS[number]) for number in random.integers(0, len(KINDS), len(places))]
         for k, place in enumerate(places.tolist()):
             y, x = cell * (place // 3), cell * (place % 3)
@@ -123,8 +123,8 @@ def measured(batch, name, options=None, maps=None):
 
 @pytest.fixture(scope="module")
 def blocks(tmp_path_factory):
-    """Forty scenes of blocks, seen by a linear network."""
-    hand_made, original = {f"blocks/{at}": Blocks(at) for at in range(40)}, trial.draw_again
+    """Scenes of blocks, seen by a linear network."""
+    hand_made, original = {f"blocks/{at}": Blocks(at) for at in range(COUNT)}, trial.draw_again
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trial, "draw_again", lambda dataset, name: hand_made.get(name) or original(dataset, name))
         images = np.stack([each.image for each in hand_made.values()])
@@ -161,7 +161,7 @@ def test_random_maps_are_at_chance(blocks):
     assert np.isnan(found["rank"][:, 1:]).all()  # a control has no untrained network
     # Their sum is the area, on average.
     raw = [rank_correlation(a[None, :5], b[None, :5])[0] for a, b in zip(found["signed"], found["area"], strict=True)]
-    assert np.mean(raw) > 0.9
+    assert np.mean(raw) > 0.85
 
 
 def test_area_alone_leaves_nothing(blocks):
@@ -176,8 +176,8 @@ def test_the_truth_as_a_map_scores_1(blocks):
     assert (truth["partial"][:, 0, 0, 0] > 1 - 1e-9).all()
     assert (truth["top"][:, 0, 0, 0] == 1).all()
     assert (measured(blocks, "shapley")["rank"][:, 0, 1, 0] > 1 - 1e-9).all()
-    maps = np.zeros((40, SIZE, SIZE), np.float32)
-    for row in range(40):
+    maps = np.zeros((COUNT, SIZE, SIZE), np.float32)
+    for row in range(COUNT):
         scene = Blocks(row)
         for k, drop in enumerate(truth["drop"][row][: len(scene.things)]):
             mask = scene.instance_map == k + 1
@@ -191,14 +191,14 @@ def test_a_mask_that_is_filled_with_the_ground_is_the_object_left_out(blocks):
     """All around the blocks of this scene is black, where no other block is near."""
     found = measured(blocks, "ring", Counterfactual(ring=1, coalitions=64, pixels=2))
     alone = []
-    for row in range(40):
+    for row in range(COUNT):
         instances = Blocks(row).instance_map
         for k in range(instances.max()):
             mask = instances == k + 1
             near = trial.objects.ring(mask, 1)
             if not instances[near].any():
                 alone.append((found["signed"][row, k], found["drop"][row, k]))
-    assert len(alone) > 20
+    assert len(alone) > 10
     np.testing.assert_allclose(*np.array(alone).T, atol=1e-5)
 
 
@@ -211,7 +211,7 @@ def test_pictures_are_seen_once_for_all_methods(blocks, monkeypatch):
     blocks.shared.kept.clear()
     measured(blocks, "drop")
     first = sum(seen)
-    assert first > 40 * 2**5
+    assert first > COUNT * 2**5
     measured(blocks, "deeplift")
     assert sum(seen) == first
 
