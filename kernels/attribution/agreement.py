@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 
 
 def rank_correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -43,5 +42,7 @@ def _ranks(values: np.ndarray) -> np.ndarray:
 
 def resized(maps: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Interpolate maps (image, y, x) bilinearly to a size, with cells as areas (corners not aligned), float32."""
+    import torch  # ranks are asked for where torch is not loaded
+
     values = torch.as_tensor(maps, dtype=torch.float32)[:, None]
     return torch.nn.functional.interpolate(values, size, mode="bilinear", align_corners=False)[:, 0].numpy()

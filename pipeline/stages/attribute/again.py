@@ -17,7 +17,7 @@ from pipeline.workers.tasks import run_tasks
 
 if TYPE_CHECKING:
     from pipeline.stages.attribute.results import Layout, SegmentLayout
-    from pipeline.stages.attribute.tasks import Work
+    from pipeline.stages.attribute.work import Work
 
 
 def labels_of(methods: Mapping[str, Options]) -> list[str]:
@@ -54,7 +54,8 @@ def work_of(
     segment_layouts: Mapping[str, SegmentLayout] | None = None,
 ) -> Work:
     """Return what all images of an experiment have in common; without stores and layouts, to explain and not store."""
-    from pipeline.stages.attribute.tasks import Work, sum_inputs
+    from pipeline.stages.attribute.tasks import sum_inputs
+    from pipeline.stages.attribute.work import Work
 
     labelled = Labelled.of(job.parent("concepts")) if labels_of(methods) else None
     compares = any(METHODS[options.kind].baseline for options in methods.values())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,10 +20,7 @@ from pipeline.stages.attribute.methods.registry import FUNCTIONS
 from pipeline.stages.attribute.options import METHODS, OfProbability, Options
 from pipeline.stages.attribute.settings import Targets
 from pipeline.stages.attribute.subject import Attribution, Known, Subject
-
-if TYPE_CHECKING:
-    from pipeline.stages.attribute.tasks import Work
-
+from pipeline.stages.attribute.work import Work
 
 POINTS = 64  # inputs of a small function that go through it together
 

@@ -67,8 +67,8 @@ from pipeline.storage.object_storage import size_of
 from pipeline.workers.resumable import Parts
 
 if TYPE_CHECKING:
-    from pipeline.stages.attribute import tasks
     from pipeline.stages.attribute.subject import Known
+    from pipeline.stages.attribute.work import Work
     from pipeline.storage.store import StoreRef
 
 VERSION = 2
@@ -128,6 +128,7 @@ CODE = (
     "pipeline/stages/attribute/stage.py",
     "pipeline/stages/attribute/subject.py",
     "pipeline/stages/attribute/tasks.py",
+    "pipeline/stages/attribute/work.py",
 )
 FLOATS = 0.9
 """Compression ratio of maps and of other numbers."""
@@ -382,7 +383,7 @@ def signs_of(options: Options) -> tuple[str, ...]:
     return ("relevance", "counter_relevance") if isinstance(options, Lrp) and options.keep else ()
 
 
-def create_relevance(job: Job[Settings], work: tasks.Work, name: str) -> None:
+def create_relevance(job: Job[Settings], work: Work, name: str) -> None:
     """Create the store of the relevance of a method's units, a group for each layer."""
     from pipeline.storage.store import create, remove_other_arrays, remove_partials
 
@@ -399,13 +400,13 @@ def create_relevance(job: Job[Settings], work: tasks.Work, name: str) -> None:
     create(store, {}, attrs | {"layers": layers, "groups": groups})
 
 
-def relevance_ids(work: tasks.Work, name: str, ids: Mapping[str, str]) -> dict[str, str]:
+def relevance_ids(work: Work, name: str, ids: Mapping[str, str]) -> dict[str, str]:
     """Return the id of each shard of a store of the relevance of units: that of the method's maps, and the layers."""
     layers = [asdict(work.explainable.units[layer]) for layer in work.layers_of(name)]
     return {part: digest([id, layers]) for part, id in ids.items()}
 
 
-def relevance_files(job: Job[Settings], work: tasks.Work, name: str, shards: Files) -> Files:
+def relevance_files(job: Job[Settings], work: Work, name: str, shards: Files) -> Files:
     """Write the ids of the images beside the relevance of units; return all files but those of its shards."""
     from pipeline.storage.store import metadata_files, remove_unlisted, write
 
@@ -437,7 +438,7 @@ def channels_of(job: Job[Settings], options: Options) -> int:
 
 def segment_ids(
     job: Job[Settings],
-    work: tasks.Work,
+    work: Work,
     parted: Segments,
     shards: Mapping[str, Shard],
     labelled: Labelled | None,
@@ -462,7 +463,7 @@ def _labels(parted: Segments, labelled: Labelled | None, part: str) -> str | Non
 
 
 def ids_of(
-    job: Job[Settings], work: tasks.Work, name: str, shards: Mapping[str, Shard], labelled: Labelled | None = None
+    job: Job[Settings], work: Work, name: str, shards: Mapping[str, Shard], labelled: Labelled | None = None
 ) -> dict[str, str]:
     """Return the id of each shard of a method: what its numbers are made from."""
     images, model, identity, options = job.images, job.model, job.identity, work.methods[name]
@@ -501,7 +502,7 @@ def _own_maps(told: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in told.items() if key != "layers"}
 
 
-def attributes(job: Job[Settings], name: str, options: Options, found: Explainable, work: tasks.Work) -> dict[str, Any]:
+def attributes(job: Job[Settings], name: str, options: Options, found: Explainable, work: Work) -> dict[str, Any]:
     """Return the attributes of a method's store."""
     kind, settings, layer = METHODS[options.kind], job.settings, options.layer_name()
     info = found.layers[layer] if layer is not None else None
@@ -582,7 +583,7 @@ def row_of(
 
 
 def facts_of(
-    job: Job[Settings], options: Options, name: str, law: str, numbers: Mapping[str, np.ndarray], work: tasks.Work
+    job: Job[Settings], options: Options, name: str, law: str, numbers: Mapping[str, np.ndarray], work: Work
 ) -> results.Explained:
     """Return what the manifest says of a method."""
     layer = work.layer_of(name)

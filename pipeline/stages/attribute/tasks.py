@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,74 +16,22 @@ from pipeline.networks.explainable import examine
 from pipeline.networks.fitness import Explainable
 from pipeline.networks.forward import Model, network_of, normalise
 from pipeline.networks.gradients import Logit, padded, scores
-from pipeline.networks.layer import LayerInfo
 from pipeline.networks.prepare import survey_of
 from pipeline.stages.attribute.explaining import background_of, baseline_pixels, bounds_of, seed_of, target_of
 from pipeline.stages.attribute.inputs import Shard
 from pipeline.stages.attribute.methods.registry import FUNCTIONS
-from pipeline.stages.attribute.options import METHODS, Labels, Options, Segmented, Segments
-from pipeline.stages.attribute.results import Layout, SegmentLayout, group_of, method_of, unit_relevance
+from pipeline.stages.attribute.options import METHODS, Labels, Segmented
+from pipeline.stages.attribute.results import group_of, method_of, unit_relevance
 from pipeline.stages.attribute.segments import name_of, part
-from pipeline.stages.attribute.settings import Targets
-from pipeline.stages.attribute.subject import Known, Subject
+from pipeline.stages.attribute.subject import Subject
+from pipeline.stages.attribute.work import Work
 from pipeline.storage.manifest import Files, within
-from pipeline.storage.store import Array, StoreRef, write
+from pipeline.storage.store import StoreRef, write
 from pipeline.workers.resumable import Done
 from pipeline.workers.tasks import computing
 
 ACCOUNTS = ("bias", "leak", "magnitude", "phi0")
 """Facts that a law is about: they are numbers, or something went wrong."""
-
-
-@dataclass(frozen=True)
-class Work:
-    """What all shards of a step have in common.
-
-    Attributes
-    ----------
-    baseline : its kind, or the image itself as pixels.
-    methods : by name, a method's options. parted : by the name of their store, settings of segments.
-    stores : of both. layouts, segment_layouts : of each.
-    categories : by name, the place of a category of label maps on the store's axis.
-    background : by name, what a method compares images with, see `inputs.background_of`.
-    """
-
-    model: Model
-    explainable: Explainable
-    targets: Targets
-    baseline: str | np.ndarray
-    methods: Mapping[str, Options]
-    stores: Mapping[str, Path]
-    layouts: Mapping[str, Layout]
-    parted: Mapping[str, Segments] = field(default_factory=dict)
-    segment_layouts: Mapping[str, SegmentLayout] = field(default_factory=dict)
-    categories: Mapping[str, int] = field(default_factory=dict)
-    background: Mapping[str, np.ndarray] = field(default_factory=dict)
-
-    def layer_of(self, name: str) -> LayerInfo | None:
-        """Return the layer of a method that has one."""
-        layer = self.methods[name].layer_name()
-        return None if layer is None else self.explainable.layers[layer]
-
-    def layout(self, name: str) -> Layout | SegmentLayout:
-        """Return the layout of the store of a method, or of segments."""
-        return self.layouts[name] if name in self.layouts else self.segment_layouts[name]
-
-    def layers_of(self, store: str) -> list[str]:
-        """Return the layers of a store of the relevance of units."""
-        return self.methods[method_of(store)].unit_layers()
-
-    def relevance_of(self, store: str, layer: str) -> Array:
-        """Return the layout of the relevance of a layer's units."""
-        return self.layouts[method_of(store)].relevance(self.explainable.units[layer].shape[0])
-
-    def known(self, name: str) -> Known:
-        """Return what was found of the network for a method."""
-        found, layer = self.explainable, self.layer_of(name)
-        if layer is None:
-            units = tuple(found.units[each] for each in self.methods[name].unit_layers())
-            return Known(homogeneous=found.homogeneous, attention=found.attention, units=units)
-        return Known(layer, found.heads.get(layer.name), layer.name in found.linear)
 
 
 @dataclass(frozen=True)

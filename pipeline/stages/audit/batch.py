@@ -22,7 +22,7 @@ from pipeline.stages.attribute.explaining import baseline_pixels, explain_inputs
 from pipeline.stages.attribute.options import METHODS, Labels, Method, Options, Segmented
 from pipeline.stages.attribute.segments import part
 from pipeline.stages.attribute.subject import Attribution
-from pipeline.stages.attribute.tasks import Work
+from pipeline.stages.attribute.work import Work
 from pipeline.stages.concepts.results import Category
 from pipeline.storage.store import StoreRef
 
@@ -235,7 +235,7 @@ class Batch:
 
         def make() -> torch.Tensor:
             maps = self.label_maps(setting.category) if isinstance(setting, Labels) else None
-            return torch.from_numpy(part(setting, self.pixels.numpy() / 255.0, maps, self.shared.work.patches)[0])
+            return torch.from_numpy(part(setting, self.pixels.numpy() / 255.0, maps, self.shared.work.explainable.patches)[0])
 
         return self.memo(("segments", setting.key), make)
 

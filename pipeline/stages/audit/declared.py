@@ -29,6 +29,11 @@ class TestOptions(Strict):
     images: Annotated[int, Field(ge=LEAST)] | None = Field(
         None, description="use only the first N of the explained images, ordered by a hash of their ids; default: all"
     )
+    networks: list[str] | None = Field(None, description="only for these networks; default: those of the audit")
+
+    def applies(self, network: str) -> bool:
+        """Return whether a network of the audit is put to the test."""
+        return self.networks is None or network in self.networks
 
 
 @dataclass(frozen=True)
@@ -88,10 +93,10 @@ class Test:
     ----------
     title : for readers. says : one sentence, for the page.
     options : its model. measures : the arrays of its cells, given (options).
+    shaped : the same of a network, given (options, job of `attribute`), where they depend on it; else None.
     cost : forwards an image, given (options, forwards that the method takes for a map, (height, width)).
     controls : names of controls that it measures as if they were methods. control : the one beside each method's value.
     parents : further stages that it reads, of the network on the data set, or of the data set; or given (options).
-    of_network : whether it is measured once a network, and not a shard of images at a time.
     compares : whether it runs other networks of the audit. draws : whether it draws images of the data set again.
     defined : why it is not defined for a method, given (options, method); empty where it is.
     check : sentences on what it lacks, each `key: what to do`, given (options, asked).
@@ -106,16 +111,20 @@ class Test:
     options: type[TestOptions]
     measures: Callable[[Any], Mapping[str, Measure]]
     cost: Callable[[Any, float, tuple[int, int]], float]
+    shaped: Callable[[Any, Job[Any]], Mapping[str, Measure]] | None = None
     controls: tuple[str, ...] = ()
     control: str = ""
     parents: tuple[str, ...] | Callable[[Any], tuple[str, ...]] = ()
-    of_network: bool = False
     compares: bool = False
     draws: bool = False
     defined: Callable[[Any, Method], str] = _everything
     check: Callable[[Any, Asked], Iterator[str]] = _no_objection
     prepare: Callable[[Any, Job[Any]], Any] | None = None
     reads: Callable[[Any, Asked], Any] | None = None
+
+    def arrays(self, options: TestOptions, job: Job[Any]) -> Mapping[str, Measure]:
+        """Return the arrays of its cells for a network on a data set."""
+        return self.measures(options) if self.shaped is None else self.shaped(options, job)
 
     def stages(self, options: TestOptions) -> tuple[str, ...]:
         """Return the further stages that it reads with these options."""

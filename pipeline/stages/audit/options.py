@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
-from pipeline.stages.audit import axioms, counterfactual, faithful, located, sanity
+from pipeline.stages.audit import axioms, counterfactual, faithful, located, removed, sanity
 from pipeline.stages.audit.declared import Test
 
 TESTS: dict[str, Test] = {
     **axioms.TESTS,
     **counterfactual.TESTS,
+    **removed.TESTS,
     **faithful.TESTS,
     **sanity.TESTS,
     **located.TESTS,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +31,7 @@ COLUMNS = (
     "state",
     "note",
 )
+CONCEPT_COLUMNS = ("dataset", "network", "method", "layer", "class", "concept", "relevance", "loss")
 CELLS = "cells"
 State = Literal["", "holds", "fails", "not defined", "refused"]
 
@@ -128,6 +129,15 @@ def arrays(measures: Mapping[str, Measure], images: int, shard: int) -> dict[str
         )
         for name, measure in measures.items()
     }
+
+
+def concept_table(rows: Iterable[tuple[str, str, str, str, str, Mapping[str, float], Mapping[str, float]]]) -> bytes:
+    """Return audit-concepts.csv: a row for each concept of (..., shares of relevance, shares of losses)."""
+    found = []
+    for *named, relevance, loss in rows:
+        for concept in dict.fromkeys([*relevance, *loss]):
+            found.append([*named, concept, number(relevance.get(concept, 0.0)), number(loss.get(concept, 0.0))])
+    return csv_bytes(CONCEPT_COLUMNS, found)
 
 
 def table(rows: Sequence[Row]) -> bytes:

@@ -10,7 +10,7 @@ import numpy as np
 
 from kernels.audit.intervals import mean_interval
 from pipeline.stages.attribute.options import Options, tolerance_of
-from pipeline.stages.audit import counterfactual, reduced
+from pipeline.stages.audit import counterfactual, reduced, removed
 from pipeline.stages.audit.axioms import AXIOMS, Axioms
 from pipeline.stages.audit.declared import Measure
 from pipeline.stages.audit.results import Name, Outcome
@@ -24,7 +24,8 @@ class Audited:
     ----------
     arrays : by measure, (image, ...). measures : what each of them is.
     method : the options of the method of attribution; None for a control.
-    labels : int64 (image,), -1 where there is none. ids : of the images. class_names : of the data set.
+    labels : int64 (image,), -1 where there is none. explained : the class that is explained of each image.
+    ids : of the images. class_names : of the data set. given : what `Test.prepare` made.
     refused : why the method refuses the test; empty if it does not.
     """
 
@@ -36,8 +37,10 @@ class Audited:
     measures: Mapping[str, Measure]
     arrays: Mapping[str, np.ndarray]
     labels: np.ndarray
+    explained: np.ndarray
     ids: Sequence[str]
     class_names: Sequence[str]
+    given: Any = None
     refused: str = ""
 
 
@@ -109,6 +112,7 @@ def bound(axiom: str, method: Options | None, tolerance: float, exact: bool) -> 
 REDUCE: Mapping[str, Reduce] = {
     "axioms": laws,
     **counterfactual.REDUCE,
+    **removed.REDUCE,
     **reduced.REDUCE,
 }
 """By test; the others have means."""

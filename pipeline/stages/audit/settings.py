@@ -90,6 +90,13 @@ def check(core: Core, section: Audits) -> None:
         for dataset in asked.datasets or ():
             if explained.datasets is not None and dataset not in explained.datasets:
                 raise ValueError(f"{where}.datasets: attribute.{asked.attributions} explains no images of {dataset!r}")
+        chosen = asked.networks if asked.networks is not None else core.with_controls()
+        for test, options in asked.tests.options().items():
+            for network in options.networks or ():
+                if network not in chosen:
+                    raise ValueError(
+                        f"{where}.tests.{test}.networks: no network {network!r} of the audit{nearest(network, chosen)}"
+                    )
         known = sorted({control for test in asked.tests.options() for control in TESTS[test].controls})
         for control in asked.without:
             if control not in known:

@@ -7,6 +7,7 @@ Writes, for each audit of the configuration, into audit/<name>/
     audit.zarr/<dataset>  value, low, high, control, forwards, images, state (network, method, measure) · by_image
                           (image_network, image_method, image_measure, image)
     audit.csv             a row for each data set, network, method, test and measure
+    audit-concepts.csv    with the test `ablation`: relevance and losses of each class by concept
 Stored maps are read; only those of changed networks or images are computed, by the functions of `attribute`. See
 docs/audit.md.
 """
@@ -37,8 +38,9 @@ from pipeline.stages.attribute.settings import Settings as Explained
 from pipeline.stages.attribute.settings import methods_of
 from pipeline.stages.audit import results
 from pipeline.stages.audit.axioms import FUNCTIONS_ROW, Axioms
-from pipeline.stages.audit.declared import LEAST, Asked, TestOptions
+from pipeline.stages.audit.declared import LEAST, Asked, Measure, TestOptions
 from pipeline.stages.audit.options import TESTS
+from pipeline.stages.audit.removed import concepts_of
 from pipeline.stages.audit.results import Cell, Name, Outcome, Row
 from pipeline.stages.audit.rows import Audited, laws_on_functions, outcomes
 from pipeline.stages.audit.settings import SECTION, Settings, tests_of
@@ -64,6 +66,7 @@ CODE = (
     "pipeline/data/scenes",
     "pipeline/networks/forward.py",
     "pipeline/networks/gradients.py",
+    "pipeline/stages/ablate/found.py",
     "pipeline/stages/attribute/again.py",
     "pipeline/stages/attribute/explaining.py",
     "pipeline/stages/audit/axioms.py",
@@ -75,6 +78,7 @@ CODE = (
     "pipeline/stages/audit/located.py",
     "pipeline/stages/audit/options.py",
     "pipeline/stages/audit/reduced.py",
+    "pipeline/stages/audit/removed.py",
     "pipeline/stages/audit/results.py",
     "pipeline/stages/audit/rows.py",
     "pipeline/stages/audit/sanity.py",
@@ -108,16 +112,16 @@ def steps(draft: Draft) -> Iterator[Wanted]:
             settings = Explained.read(step.settings)
             count = draft.summaries[dataset].splits[settings.split]
             spec = draft.config.datasets[dataset]
-            for test, options in tests.items():
+            own = {test: options for test, options in tests.items() if options.applies(network)}
+            for test, options in own.items():
                 limit = min(count, settings.images or count)
                 asked = Asked(f"{where}.tests.{test}", dataset, spec, network, settings, limit, draft)
                 refuse(asked, options, test)
                 if (read := TESTS[test].reads) is not None:
                     reads.setdefault(test, {})[dataset] = read(options, asked)
             parents += [draft.step("ingest", dataset), draft.step("network", network=network), step]
-            for stage in dict.fromkeys(each for test, own in tests.items() for each in TESTS[test].stages(own)):
-                own = None if stage in OF_DATASET else network
-                parents.append(draft.step(stage, dataset, own))
+            for stage in dict.fromkeys(each for test, options in own.items() for each in TESTS[test].stages(options)):
+                parents.append(draft.step(stage, dataset, None if stage in OF_DATASET else network))
         settings = Settings(
             attributions=section.attributions,
             pairs=[(str(step.dataset), str(step.network)) for step in explained],
@@ -165,6 +169,8 @@ class Pair:
     job : of `attribute`. methods : the options of each method by name. maps : their stores.
     shards : the explained images of each shard. chosen : by test and shard, which of them are audited.
     cells : by key. undefined : why a test is not defined for a method, by test and method.
+    measures : the arrays of cells, by test. explained : the class that is explained of each slot, -1 where none is.
+    units : the stores of the relevance of units, by method and layer.
     """
 
     job: Job[Explained]
@@ -174,6 +180,9 @@ class Pair:
     chosen: Mapping[str, Mapping[str, tuple[int, ...]]]
     cells: Mapping[str, Cell]
     undefined: Mapping[tuple[str, str], str]
+    measures: Mapping[str, Mapping[str, Measure]]
+    explained: np.ndarray
+    units: Mapping[str, Mapping[str, StoreRef]]
 
     @property
     def names(self) -> tuple[str, str]:
@@ -194,26 +203,32 @@ def run(job: Job[Settings]) -> None:
     tests = tests_of(job.settings)
     pairs = [pair_of(job, explained, tests) for explained in explanations(job)]
     parts = {pair.names: parts_of(job, pair, tests) for pair in pairs}
+    given = {pair.names: given_of(pair, tests) for pair in pairs}
     files: Files = {}
     rows: list[Row] = []
-    single: dict[str, dict[tuple[str, str, str], np.ndarray]] = {}
+    concepts: list[Any] = []
+    single: dict[str, dict[tuple[str, str, str], tuple[str, np.ndarray]]] = {}
     made = 0
     with job.workers() as workers:
         for pair in pairs:
-            made += len(measure(job, workers, pair, pairs, tests, parts[pair.names]))
+            made += len(measure(job, workers, pair, pairs, tests, parts[pair.names], given[pair.names]))
         if isinstance(laws := tests.get("axioms"), Axioms):
             own, table_of_functions = on_functions(job, workers, pairs, laws)
             files |= own
             rows += table_of_functions
     for pair in pairs:
-        found, own = read(job, pair, tests, parts[pair.names])
+        found, own = read(job, pair, parts[pair.names], given[pair.names])
         files |= own
         rows += rows_of(pair, tests, found)
         single.setdefault(pair.job.dataset, {}).update(numbers_of(found))
+        ablated = [cell for cell in found.values() if cell.test == "ablation" and not cell.refused]
+        concepts += [(*pair.names, cell.name.told, *each) for cell in ablated for each in concepts_of(cell)]
     files |= write_store(job, pairs, rows, single)
     table = results.table(rows)
     output = digest([files, table.decode()])
     files |= write_file(job.folder, "audit.csv", table)
+    if "ablation" in tests:
+        files |= write_file(job.folder, "audit-concepts.csv", results.concept_table(concepts))
     facts = results.Audited(
         attributions=job.settings.attributions,
         pairs=[pair.names for pair in pairs],
@@ -237,6 +252,7 @@ def pair_of(job: Job[Settings], explained: Job[Explained], tests: Mapping[str, T
         job.results, explained.dataset, explained.network, job.settings.attributions, explained.id
     )
     methods, shards = methods_of(explained.settings), shards_of(explained)
+    tests = {test: options for test, options in tests.items() if options.applies(explained.network)}
     cells, undefined = {}, {}
     for test, options in tests.items():
         names = []
@@ -257,6 +273,9 @@ def pair_of(job: Job[Settings], explained: Job[Explained], tests: Mapping[str, T
         {test: chosen_of(job, found, shards, options, test) for test, options in tests.items()},
         cells,
         undefined,
+        {test: TESTS[test].arrays(options, explained) for test, options in tests.items()},
+        found.target[:, 0],
+        {each.facts.name: each.relevance for each in found.methods if each.relevance},
     )
 
 
@@ -276,6 +295,12 @@ def chosen_of(
         for part, shard in shards.items()
     }
     return {part: own for part, own in rows.items() if own}
+
+
+def given_of(pair: Pair, tests: Mapping[str, TestOptions]) -> dict[str, Any]:
+    """Return what tests have made for all images of a network on a data set, by test."""
+    prepared = {test: TESTS[test].prepare for test in pair.measures}
+    return {test: make(tests[test], pair.job) for test, make in prepared.items() if make is not None}
 
 
 def parts_of(job: Job[Settings], pair: Pair, tests: Mapping[str, TestOptions]) -> dict[str, Parts]:
@@ -309,7 +334,9 @@ def ids_of(job: Job[Settings], pair: Pair, cell: Cell, options: TestOptions) -> 
         read = ["attribution", "target", "score", "residual"] if not cell.name.control else ["target"]
         places = [[shard.places[row], shard.labels[row], shard.image_ids[row]] for row in rows]
         contents = [category.contents[labelled.shards.index(int(part))] for category in labelled.categories]
-        return [images.contents[int(part)], places, stored.of(read, [int(part)]).files, contents]
+        units = [store.of(["relevance"], [int(part)]).files for store in pair.units.get(cell.name.name, {}).values()]
+        shape = [[name, list(measure.shape)] for name, measure in pair.measures[test].items()]
+        return [images.contents[int(part)], places, stored.of(read, [int(part)]).files, contents, units, shape]
 
     if labelled is None:
         labelled = Labelled(shards=[], categories=[], refused=[], size=images.size)
@@ -331,14 +358,15 @@ def measure(
     pairs: list[Pair],
     tests: Mapping[str, TestOptions],
     parts: Mapping[str, Parts],
+    given: Mapping[str, Any],
 ) -> set[str]:
     """Measure what the cells of a network on a data set lack; return the shards that were measured."""
-    from pipeline.stages.audit.tasks import Auditing, audit_shard
+    from pipeline.stages.audit.tasks import Auditing, Read, audit_shard
     from pipeline.storage.store import StoreRef, create, remove_other_arrays, remove_partials
 
     explained, images = pair.job, pair.job.images
     for key, cell in pair.cells.items():
-        arrays = results.arrays(TESTS[cell.test].measures(tests[cell.test]), images.count, images.shard_images)
+        arrays = results.arrays(pair.measures[cell.test], images.count, images.shard_images)
         remove_other_arrays(cell.store, arrays)
         create(cell.store, arrays, attributes(pair, cell, tests[cell.test]))
         remove_partials(cell.store)
@@ -346,7 +374,7 @@ def measure(
     if not lacking(parts):
         return set()
     parameters, found = examined(explained, workers, pair.methods)
-    asked = [labels_of(job, explained, TESTS[test].stages(options)) for test, options in tests.items()]
+    asked = [labels_of(job, explained, TESTS[test].stages(tests[test])) for test in pair.measures]
     labelled = next((each for each in asked if each is not None), None)
     same = [each for each in pairs if each.job.dataset == explained.dataset]
     auditing = Auditing(
@@ -360,7 +388,8 @@ def measure(
         {each.job.network: each.job.model for each in same},
         explained.spec_of(explained.original + UNTRAINED),
         {each.name: each for each in labelled.categories} if labelled is not None else None,
-        {test: prepare(options, explained) for test, options in tests.items() if (prepare := TESTS[test].prepare)},
+        given,
+        pair.measures,
     )
     concepts = None
     if labelled is not None:
@@ -371,7 +400,12 @@ def measure(
     def arguments(part: str, keys: list[str]) -> tuple:
         own = concepts.of(["label_map"], [int(part)]) if concepts is not None else None
         maps = {name: narrowed(store, pair, name, int(part)) for name, store in pair.maps.items()}
-        return auditing, StoreRef(images.store, images.files_of(int(part))), own, maps, pair.shards[part], keys
+        units = {
+            name: {layer: store.of(["relevance"], [int(part)]) for layer, store in layers.items()}
+            for name, layers in pair.units.items()
+        }
+        pixels = StoreRef(images.store, images.files_of(int(part)))
+        return auditing, Read(pixels, own, maps, units), pair.shards[part], keys
 
     return job.resumed(workers, audit_shard, parts, arguments, REMEDY, f"{explained.network} on {explained.dataset}")
 
@@ -419,7 +453,7 @@ def memory_need(parameters: int, values: int, explained: Job[Explained], size: t
 
 def attributes(pair: Pair, cell: Cell, options: TestOptions) -> dict[str, Any]:
     """Return the attributes of a cell's store."""
-    measures = TESTS[cell.test].measures(options)
+    measures = pair.measures[cell.test]
     return {
         "test": cell.test,
         "settings": options.model_dump(mode="json"),
@@ -435,7 +469,7 @@ def attributes(pair: Pair, cell: Cell, options: TestOptions) -> dict[str, Any]:
 
 
 def read(
-    job: Job[Settings], pair: Pair, tests: Mapping[str, TestOptions], parts: Mapping[str, Parts]
+    job: Job[Settings], pair: Pair, parts: Mapping[str, Parts], given: Mapping[str, Any]
 ) -> tuple[dict[str, Audited], Files]:
     """Return the numbers of every cell, and the files of their stores."""
     from pipeline.storage.store import StoreRef, metadata_files, remove_unlisted
@@ -444,7 +478,7 @@ def read(
     labels, ids = np.asarray(images.reader()["label"][:]), images.image_ids()
     found = {}
     for key, cell in pair.cells.items():
-        measures = TESTS[cell.test].measures(tests[cell.test])
+        measures = pair.measures[cell.test]
         own = parts[key].files()
         remove_unlisted(cell.store, own)
         own |= metadata_files(cell.store)
@@ -468,8 +502,10 @@ def read(
             measures,
             arrays,
             labels[slots],
+            pair.explained[slots],
             [str(each) for each in ids[slots]],
             images.classes,
+            given.get(cell.test),
             refused[0] if refused else "",
         )
     return found, files
@@ -550,6 +586,8 @@ def cost(job: Job[Settings], done: bool) -> Cost:
         memory = max(memory, memory_need(inspection.parameters, values, explained, size))
         images, tasks = images + limit, tasks + -(-limit // shard)
         for test, options in tests.items():
+            if not options.applies(explained.network):
+                continue
             count, declared = min(limit, options.images or limit), TESTS[test]
             own = [forwards_alone(each, size) for each in methods.values()]
             forwards = sum(declared.cost(options, each, size) for each in (*own, *[0.0] * len(declared.controls)))
@@ -566,7 +604,7 @@ def pending(job: Job[Settings]) -> tuple[int, int]:
     """Count the shards that would be audited, and all of them: those of every network on its data set."""
     tests, missing, every = tests_of(job.settings), 0, 0
     for explained in explanations(job):
-        if not explained.manifest.exists():
+        if not all(parent.manifest.exists() for parent in job.parents):
             count = len(by_shard(explained.images, chosen(explained.images, explained.settings)))
             missing, every = missing + count, every + count
             continue

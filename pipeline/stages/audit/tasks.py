@@ -16,11 +16,10 @@ from pipeline.networks.gradients import Logit
 from pipeline.stages.attribute.explaining import seed_of
 from pipeline.stages.attribute.inputs import Shard
 from pipeline.stages.attribute.options import METHODS
-from pipeline.stages.attribute.tasks import Work
+from pipeline.stages.attribute.work import Work
 from pipeline.stages.audit.batch import Batch, Shared
 from pipeline.stages.audit.controls import CONTROLS
-from pipeline.stages.audit.declared import TestOptions
-from pipeline.stages.audit.options import TESTS
+from pipeline.stages.audit.declared import Measure, TestOptions
 from pipeline.stages.audit.results import Cell, Name
 from pipeline.stages.audit.trials.registry import FUNCTIONS
 from pipeline.stages.concepts.results import Category
@@ -42,7 +41,7 @@ class Auditing:
     cells : by key. chosen : by test and shard, which of the shard's explained images are audited.
     dataset : the configuration of the data set, as JSON. models : the audit's networks on it, by name.
     untrained : the description of the untrained control. categories : of label maps, where a test reads them.
-    given : what `Test.prepare` made, by test.
+    given : what `Test.prepare` made, by test. measures : the arrays of its cells, by test.
     """
 
     work: Work
@@ -56,24 +55,28 @@ class Auditing:
     untrained: Network | None = None
     categories: Mapping[str, Category] | None = None
     given: Mapping[str, Any] = field(default_factory=dict)
+    measures: Mapping[str, Mapping[str, Measure]] = field(default_factory=dict)
 
 
-def audit_shard(
-    auditing: Auditing,
-    images: StoreRef,
-    concepts: StoreRef | None,
-    maps: Mapping[str, StoreRef],
-    shard: Shard,
-    keys: Sequence[str],
-) -> Done:
+@dataclass(frozen=True)
+class Read:
+    """The stores that a shard is read from: images, label maps, maps of methods, and by layer relevance of units."""
+
+    images: StoreRef
+    concepts: StoreRef | None
+    maps: Mapping[str, StoreRef]
+    units: Mapping[str, Mapping[str, StoreRef]]
+
+
+def audit_shard(auditing: Auditing, stores: Read, shard: Shard, keys: Sequence[str]) -> Done:
     """Audit the explanations of one shard, and write the shard of each of these cells. Runs on a worker.
 
-    `maps` are the stores of methods, by name. A method that refuses a test has a cell of NaN, and the entry of its
+    A method that refuses a test has a cell of NaN, and the entry of its
     ledger says why.
     """
     start, stop = shard.bounds
-    whole = torch.from_numpy(images.open()["image"][start:stop])
-    read = {name: _stored(auditing.work, name, store, shard) for name, store in maps.items()}
+    whole = torch.from_numpy(stores.images.open()["image"][start:stop])
+    read = {name: _stored(auditing.work, name, stores, shard) for name in stores.maps}
     shared: dict[tuple[int, ...], Shared] = {}
     files: dict[str, Files] = {}
     own: dict[str, dict[str, Any]] = {}
@@ -81,7 +84,7 @@ def audit_shard(
         cell = auditing.cells[key]
         rows = tuple(auditing.chosen[cell.test][shard.part])
         if rows not in shared:
-            shared[rows] = _shared(auditing, whole, concepts, shard, rows, read)
+            shared[rows] = _shared(auditing, whole, stores.concepts, shard, rows, read)
         options, arrays = auditing.tests[cell.test], _blank(auditing, cell.test, stop - start)
         places = [shard.places[row] for row in rows]
         try:
@@ -96,13 +99,19 @@ def audit_shard(
     return Done(shard.part, files, own=own)
 
 
-def _stored(work: Work, name: str, store: StoreRef, shard: Shard) -> dict[str, np.ndarray]:
-    """Return what a method's store has of a shard's explained images: of several classes, the first."""
-    reader, (start, stop) = store.open(), shard.bounds
-    facts = METHODS[work.methods[name].kind].facts
+def _stored(work: Work, name: str, stores: Read, shard: Shard) -> dict[str, np.ndarray]:
+    """Return what the stores of a method have of a shard's explained images: of several classes, the first.
+
+    The relevance of a layer's units, (image, unit), is called `relevance.<layer>`.
+    """
+    reader, (start, stop) = stores.maps[name].open(), shard.bounds
+    arrays = {array: reader[array] for array in (MAP, "target", "score", "residual")}
+    arrays |= {array: reader[array] for array in METHODS[work.methods[name].kind].facts}
+    for layer, store in stores.units.get(name, {}).items():
+        arrays[f"relevance.{layer}"] = store.open()["relevance"]
     found = {}
-    for array in (MAP, "target", "score", "residual", *facts):
-        values = np.asarray(reader[array][start:stop])[list(shard.places)]
+    for array, stored in arrays.items():
+        values = np.asarray(stored[start:stop])[list(shard.places)]
         found[array] = values[:, 0] if work.targets.kind == "top" else values
     return found
 
@@ -150,5 +159,4 @@ def _batch(shared: Shared, name: Name, read: Mapping[str, Mapping[str, np.ndarra
 
 
 def _blank(auditing: Auditing, test: str, images: int) -> dict[str, np.ndarray]:
-    measures = TESTS[test].measures(auditing.tests[test])
-    return {name: np.full((images, *measure.shape), np.nan) for name, measure in measures.items()}
+    return {name: np.full((images, *measure.shape), np.nan) for name, measure in auditing.measures[test].items()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import numpy as np
 
@@ -14,9 +13,11 @@ from pipeline.stages.audit.trials.place import localisation, pointing
 from pipeline.stages.audit.trials.randomised import label_randomisation, layer_randomisation
 from pipeline.stages.audit.trials.removal import deletion, insertion, log_odds, road
 from pipeline.stages.audit.trials.subsets import infidelity, sensitivity_n
+from pipeline.stages.audit.trials.units import ablation
 
 FUNCTIONS: Mapping[str, Callable[..., dict[str, np.ndarray]]] = {
     "axioms": axioms,
+    "ablation": ablation,
     "deletion": deletion,
     "insertion": insertion,
     "road": road,
@@ -31,11 +32,4 @@ FUNCTIONS: Mapping[str, Callable[..., dict[str, np.ndarray]]] = {
     "pointing": pointing,
     "counterfactual": counterfactual,
 }
-"""Of tests that see a shard of images at a time: (batch, options) to the arrays of its measures, (image, ...)."""
-
-OF_NETWORKS: Mapping[str, Callable[..., dict[str, np.ndarray]]] = {}
-"""Of tests that see a network at a time."""
-
-
-def function_of(test: str) -> Callable[[Any, Any], dict[str, np.ndarray]]:
-    return FUNCTIONS[test]
+"""Of each test: (batch, options) to the arrays of its measures, (image, ...)."""
