@@ -16,7 +16,7 @@ from pipeline.stages.audit.declared import LEAST, Asked, Measure, Test, TestOpti
 from pipeline.stages.audit.results import Outcome
 
 if TYPE_CHECKING:
-    from pipeline.stages.audit.rows import Audited
+    from pipeline.stages.audit.cell import Audited
 
 OBJECTS = 32
 """Objects of a scene at most, the length of arrays by object: behind those that it has, they hold NaN."""

@@ -14,7 +14,7 @@ from pipeline.stages.audit.located import LEAST_IOU, Localisation
 from pipeline.stages.audit.results import Outcome
 
 if TYPE_CHECKING:
-    from pipeline.stages.audit.rows import Audited
+    from pipeline.stages.audit.cell import Audited
 
 HALF = 0.5
 """The IoU of a box that counts, in MaxBoxAcc and in the localisation error."""

@@ -22,7 +22,7 @@ from pipeline.stages.dissect.found import read_dissection
 
 if TYPE_CHECKING:
     from pipeline.plan.job import Job
-    from pipeline.stages.audit.rows import Audited
+    from pipeline.stages.audit.cell import Audited
 
 KINDS = ("grad_cam", "hires_cam", "layer_cam", "gradient_x_input", "integrated_gradients", "deeplift", "lrp")
 """Methods that say something of the units of a layer, too."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,37 +12,8 @@ from kernels.audit.intervals import mean_interval
 from pipeline.stages.attribute.options import Options, tolerance_of
 from pipeline.stages.audit import counterfactual, reduced, removed
 from pipeline.stages.audit.axioms import AXIOMS, Axioms
-from pipeline.stages.audit.declared import Measure
-from pipeline.stages.audit.results import Name, Outcome
-
-
-@dataclass(frozen=True)
-class Audited:
-    """The numbers of one method, or control, in one test, over all audited images.
-
-    Attributes
-    ----------
-    arrays : by measure, (image, ...). measures : what each of them is.
-    method : the options of the method of attribution; None for a control.
-    labels : int64 (image,), -1 where there is none. explained : the class that is explained of each image.
-    ids : of the images. class_names : of the data set. given : what `Test.prepare` made.
-    refused : why the method refuses the test; empty if it does not.
-    """
-
-    dataset: str
-    network: str
-    test: str
-    name: Name
-    method: Options | None
-    measures: Mapping[str, Measure]
-    arrays: Mapping[str, np.ndarray]
-    labels: np.ndarray
-    explained: np.ndarray
-    ids: Sequence[str]
-    class_names: Sequence[str]
-    given: Any = None
-    refused: str = ""
-
+from pipeline.stages.audit.cell import Audited
+from pipeline.stages.audit.results import Outcome
 
 Reduce = Callable[[Audited, Any], Iterator[Outcome]]
 

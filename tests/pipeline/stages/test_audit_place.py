@@ -15,7 +15,7 @@ from pipeline.errors import MicrotomeError
 from pipeline.stages.audit import located, reduced, sanity
 from pipeline.stages.audit.located import Localisation, Pointing
 from pipeline.stages.audit.results import Name
-from pipeline.stages.audit.rows import Audited
+from pipeline.stages.audit.cell import Audited
 from pipeline.stages.audit.sanity import LabelRandomisation, LayerRandomisation
 from pipeline.stages.audit.trials import place, randomised
 
