@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from pydantic import BeforeValidator, Field, create_model, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    create_model,
+    model_serializer,
+    model_validator,
+)
 
 from pipeline.config.base import Name, Strict
 from pipeline.config.section import Chosen, Section, Selection
@@ -26,6 +33,11 @@ class _Tests(Strict):
         if not self.options():
             raise ValueError(f"name at least one of {', '.join(TESTS)}")
         return self
+
+    @model_serializer(mode="wrap")
+    def _named(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out the tests that are not asked for: written as null, they would be read as named."""
+        return {name: told for name, told in serialize(self).items() if told is not None}
 
     def options(self) -> dict[str, TestOptions]:
         """Return the options of the tests that are asked for, by name."""
