@@ -38,11 +38,12 @@ from pipeline.stages.attribute.settings import Settings as Explained
 from pipeline.stages.attribute.settings import methods_of
 from pipeline.stages.audit import results
 from pipeline.stages.audit.axioms import FUNCTIONS_ROW, Axioms
-from pipeline.stages.audit.cell import Audited, laws_on_functions, outcomes
+from pipeline.stages.audit.cell import Audited
 from pipeline.stages.audit.declared import LEAST, Asked, Measure, TestOptions
 from pipeline.stages.audit.options import TESTS
 from pipeline.stages.audit.removed import concepts_of
 from pipeline.stages.audit.results import Cell, Name, Outcome, Row
+from pipeline.stages.audit.rows import laws_on_functions, outcomes
 from pipeline.stages.audit.settings import SECTION, Settings, tests_of
 from pipeline.stages.concepts.results import Labelled
 from pipeline.storage.identity import digest
