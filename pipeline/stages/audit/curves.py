@@ -39,7 +39,7 @@ def curves(
     colours = dict(zip(names, (COLOURS[at % len(COLOURS)] for at in range(len(names))), strict=True))
     drawn = {}
     for at, (panel, (title, lines)) in enumerate(zip(panels, methods.items(), strict=False)):
-        for name, values in control.items():
+        for values in control.values():
             (line,) = panel.plot(where, values, color=MUTED, linewidth=0.9, linestyle=(0, (3, 2)))
             drawn[control_name or "control"] = line
         for name, values in lines.items():

@@ -28,7 +28,7 @@ from pipeline.plan import inspected
 from pipeline.plan.cost import Cost, Store
 from pipeline.plan.counted import ingested
 from pipeline.plan.job import Job
-from pipeline.plan.stage import Draft, Stage, Wanted
+from pipeline.plan.stage import Draft, PageModule, Stage, Wanted
 from pipeline.plan.step import Key
 from pipeline.stages.attribute.again import examined, work_of
 from pipeline.stages.attribute.found import Attributions, read_attributions
@@ -646,4 +646,5 @@ STAGE = Stage(
     counts="shards to audit",
     made=made,
     unreferenced=unreferenced,
+    pages=(PageModule("pipeline.stages.audit.page", 77),),
 )
