@@ -27,7 +27,7 @@ SHOWN = ("results", "found", "settings")
 """What other stages may import of a stage."""
 ALSO = {
     ("dissect", "extract"): {"streaming", "pictures", "replaced"},
-    ("audit", "attribute"): {"options", "again", "inputs", "explaining", "segments", "subject", "work"},
+    ("audit", "attribute"): {"options", "again", "inputs", "explaining", "segments", "subject", "tasks", "work"},
 }
 """What one stage may import of another beside that: dissect goes on with the layers that extract did not store, and
 audit explains changed images and networks as attribute does."""

@@ -24,9 +24,12 @@ from pipeline.stages.attribute.segments import part
 from pipeline.stages.attribute.subject import Attribution
 from pipeline.stages.attribute.work import Work
 from pipeline.stages.concepts.results import Category
-from pipeline.storage.store import StoreRef
 
 T = TypeVar("T")
+
+
+def _no_labels(place: int) -> np.ndarray:
+    raise MicrotomeError("no label maps: the test does not ask for the stage `concepts`")
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Shared:
     dataset : the configuration of the data set, as JSON. class_names : of its classes.
     models : the networks of the audit on this data set, by name.
     untrained_spec : of the untrained control; None if there is none.
-    concepts : the store of the label maps, and its categories by name; None where no test reads them.
+    categories : of the label maps, by name; none where no test reads them. read_labels : reads those of one category.
     given : what `Test.prepare` made, by test.
     """
 
@@ -58,9 +61,11 @@ class Shared:
     class_names: Sequence[str]
     models: Mapping[str, Model] = field(default_factory=dict)
     untrained_spec: Network | None = None
-    concepts: tuple[StoreRef, Mapping[str, Category]] | None = None
+    categories: Mapping[str, Category] = field(default_factory=dict)
+    read_labels: Callable[[int], np.ndarray] = _no_labels
     given: Mapping[str, Any] = field(default_factory=dict)
     kept: dict[Any, Any] = field(default_factory=dict)
+    of_network: dict[Any, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -170,6 +175,34 @@ class Batch:
             self.shared.kept[key] = make()
         return self.shared.kept[key]
 
+    def memo_of_network(self, key: Any, make: Callable[[], T]) -> T:
+        """Return what is kept under a key, made once for all images of a task."""
+        if key not in self.shared.of_network:
+            self.shared.of_network[key] = make()
+        return self.shared.of_network[key]
+
+    def picked(self, rows: np.ndarray) -> Batch:
+        """Return some of the images as a batch of their own, which may repeat."""
+
+        def make() -> Shared:
+            own = self.shared
+            at = torch.from_numpy(rows)
+            return replace(
+                own,
+                pixels=own.pixels[at],
+                labels=own.labels[rows],
+                slots=own.slots[rows],
+                ids=[own.ids[row] for row in rows],
+                seeds=[own.seeds[row] for row in rows],
+                target=own.target.at(at),
+                read_labels=lambda place: own.read_labels(place)[rows],
+                kept={},
+            )
+
+        shared = self.memo(("picked", *rows.tolist()), make)
+        maps = None if self.maps is None else self.maps[rows]
+        return replace(self, shared=shared, maps=maps, stored={name: own[rows] for name, own in self.stored.items()})
+
     # Scores -----------------------------------------------------------------------------------------------------------
 
     def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -235,7 +268,8 @@ class Batch:
 
         def make() -> torch.Tensor:
             maps = self.label_maps(setting.category) if isinstance(setting, Labels) else None
-            return torch.from_numpy(part(setting, self.pixels.numpy() / 255.0, maps, self.shared.work.explainable.patches)[0])
+            patches = self.shared.work.explainable.patches
+            return torch.from_numpy(part(setting, self.pixels.numpy() / 255.0, maps, patches)[0])
 
         return self.memo(("segments", setting.key), make)
 
@@ -324,7 +358,7 @@ class Batch:
     @property
     def categories(self) -> list[str]:
         """The categories of the label maps."""
-        return list(self.shared.concepts[1]) if self.shared.concepts is not None else []
+        return list(self.shared.categories)
 
     def concepts(self, category: str) -> dict[str, int]:
         """Return the number in label maps of each concept of a category."""
@@ -340,7 +374,7 @@ class Batch:
         return self.memo(("labels", category), lambda: store.open()["label_map"][first:last, place][self.slots - first])
 
     def _category(self, name: str) -> Category:
-        known = self.shared.concepts[1] if self.shared.concepts is not None else {}
+        known = self.shared.categories
         if name not in known:
             raise MicrotomeError(f"no label maps of {name!r}{nearest(name, known)}")
         return known[name]

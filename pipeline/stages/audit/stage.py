@@ -363,7 +363,8 @@ def measure(
     given: Mapping[str, Any],
 ) -> set[str]:
     """Measure what the cells of a network on a data set lack; return the shards that were measured."""
-    from pipeline.stages.audit.tasks import Auditing, Read, audit_shard
+    from pipeline.stages.attribute.tasks import Given
+    from pipeline.stages.audit.tasks import Auditing, Read, audit_shards
     from pipeline.storage.store import StoreRef, create, remove_other_arrays, remove_partials
 
     explained, images = pair.job, pair.job.images
@@ -383,13 +384,12 @@ def measure(
         work_of(explained, workers, pair.methods, found),
         tests,
         pair.cells,
-        pair.chosen,
         explained.dataset_spec.model_dump(mode="json"),
         explained.settings.split,
         images.classes,
         {each.job.network: each.job.model for each in same},
         explained.spec_of(explained.original + UNTRAINED),
-        {each.name: each for each in labelled.categories} if labelled is not None else None,
+        {each.name: each for each in labelled.categories} if labelled is not None else {},
         given,
         pair.measures,
     )
@@ -399,17 +399,25 @@ def measure(
         concepts = StoreRef.of_manifest(own.folder, "concepts.zarr", own.read().files)
     job.check_memory(memory_need(parameters, found.values, explained, images.size), REMEDY)
 
-    def arguments(part: str, keys: list[str]) -> tuple:
+    def read_of(part: str) -> Read:
         own = concepts.of(["label_map"], [int(part)]) if concepts is not None else None
-        maps = {name: narrowed(store, pair, name, int(part)) for name, store in pair.maps.items()}
-        units = {
-            name: {layer: store.of(["relevance"], [int(part)]) for layer, store in layers.items()}
-            for name, layers in pair.units.items()
-        }
-        pixels = StoreRef(images.store, images.files_of(int(part)))
-        return auditing, Read(pixels, own, maps, units), pair.shards[part], keys
+        return Read(
+            Given(StoreRef(images.store, images.files_of(int(part))), own, pair.shards[part]),
+            {name: narrowed(store, pair, name, int(part)) for name, store in pair.maps.items()},
+            {
+                name: {layer: store.of(["relevance"], [int(part)]) for layer, store in layers.items()}
+                for name, layers in pair.units.items()
+            },
+            {test: rows[part] for test, rows in pair.chosen.items() if part in rows},
+        )
 
-    return job.resumed(workers, audit_shard, parts, arguments, REMEDY, f"{explained.network} on {explained.dataset}")
+    def arguments(several: list[str], keys: list[str]) -> tuple:
+        return auditing, [read_of(part) for part in several], keys
+
+    counts = {part: max(len(rows.get(part, ())) for rows in pair.chosen.values()) for part in pair.shards}
+    return job.resumed_in_groups(
+        workers, audit_shards, parts, arguments, counts, explained.network_spec.numerics.micro_batch, REMEDY
+    )
 
 
 def on_functions(job: Job[Settings], workers: Any, pairs: list[Pair], options: Axioms) -> tuple[Files, list[Row]]:

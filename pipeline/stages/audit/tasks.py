@@ -1,4 +1,4 @@
-"""What workers do for the stage `audit`: put the explanations of one shard to every test that lacks them."""
+"""What workers do for the stage `audit`: put the explanations of some shards to every test that lacks them."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from pipeline.networks.gradients import Logit
 from pipeline.stages.attribute.explaining import seed_of
 from pipeline.stages.attribute.inputs import Shard
 from pipeline.stages.attribute.options import METHODS
+from pipeline.stages.attribute.tasks import Given
 from pipeline.stages.attribute.work import Work
 from pipeline.stages.audit.batch import Batch, Shared
 from pipeline.stages.audit.controls import CONTROLS
@@ -38,7 +39,7 @@ class Auditing:
     Attributes
     ----------
     work : of the explanations. tests : options by name.
-    cells : by key. chosen : by test and shard, which of the shard's explained images are audited.
+    cells : by key.
     dataset : the configuration of the data set, as JSON. models : the audit's networks on it, by name.
     untrained : the description of the untrained control. categories : of label maps, where a test reads them.
     given : what `Test.prepare` made, by test. measures : the arrays of its cells, by test.
@@ -47,94 +48,128 @@ class Auditing:
     work: Work
     tests: Mapping[str, TestOptions]
     cells: Mapping[str, Cell]
-    chosen: Mapping[str, Mapping[str, Sequence[int]]]
     dataset: Mapping[str, Any]
     split: str
     class_names: Sequence[str]
     models: Mapping[str, Model]
     untrained: Network | None = None
-    categories: Mapping[str, Category] | None = None
+    categories: Mapping[str, Category] = field(default_factory=dict)
     given: Mapping[str, Any] = field(default_factory=dict)
     measures: Mapping[str, Mapping[str, Measure]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Read:
-    """The stores that a shard is read from: images, label maps, maps of methods, and by layer relevance of units."""
+    """What a task reads of one shard: stores of images, label maps, maps, and relevance of units by layer.
 
-    images: StoreRef
-    concepts: StoreRef | None
+    `rows` are, by test, those of the shard's explained images that are audited.
+    """
+
+    given: Given
     maps: Mapping[str, StoreRef]
     units: Mapping[str, Mapping[str, StoreRef]]
+    rows: Mapping[str, Sequence[int]]
+
+    @property
+    def shard(self) -> Shard:
+        return self.given.shard
 
 
-def audit_shard(auditing: Auditing, stores: Read, shard: Shard, keys: Sequence[str]) -> Done:
-    """Audit the explanations of one shard, and write the shard of each of these cells. Runs on a worker.
+def audit_shards(auditing: Auditing, several: Sequence[Read], keys: Sequence[str]) -> list[Done]:
+    """Audit the explanations of some shards, and write the shards of each of these cells. Runs on a worker.
 
-    A method that refuses a test has a cell of NaN, and the entry of its
-    ledger says why.
+    A method that refuses a test has a cell of NaN, and the entry of its ledger says why.
     """
-    start, stop = shard.bounds
-    whole = torch.from_numpy(stores.images.open()["image"][start:stop])
-    read = {name: _stored(auditing.work, name, stores, shard) for name in stores.maps}
-    shared: dict[tuple[int, ...], Shared] = {}
-    files: dict[str, Files] = {}
+    shared: dict[tuple[tuple[int, ...], ...], Shared] = {}
+    files: dict[str, dict[str, Files]] = {each.shard.part: {} for each in several}
     own: dict[str, dict[str, Any]] = {}
+    stored = [{name: _stored(auditing.work, name, each) for name in each.maps} for each in several]
     for key in keys:
         cell = auditing.cells[key]
-        rows = tuple(auditing.chosen[cell.test][shard.part])
+        there = [(each, values) for each, values in zip(several, stored, strict=True) if cell.test in each.rows]
+        rows = tuple(tuple(each.rows[cell.test]) for each, _ in there)
+        chosen = [each for each, _ in there]
         if rows not in shared:
-            shared[rows] = _shared(auditing, whole, stores.concepts, shard, rows, read)
-        options, arrays = auditing.tests[cell.test], _blank(auditing, cell.test, stop - start)
-        places = [shard.places[row] for row in rows]
+            shared[rows] = _shared(auditing, chosen, rows, [values for _, values in there])
+        found: dict[str, np.ndarray] | None = None
         try:
             with computing:
-                found = FUNCTIONS[cell.test](_batch(shared[rows], cell.name, read, rows), options)
+                batch = _batch(shared[rows], cell.name, [values for _, values in there], rows)
+                found = FUNCTIONS[cell.test](batch, auditing.tests[cell.test])
         except MicrotomeError as error:
             own[key] = {"refused": str(error)}
-        else:
-            for name, values in arrays.items():
-                values[places] = found[name]
-        files[key] = write(cell.store, {name: ((start, *[0] * (v.ndim - 1)), v) for name, v in arrays.items()})
-    return Done(shard.part, files, own=own)
+        at = 0
+        for each, taken in zip(chosen, rows, strict=True):
+            some = slice(at, at := at + len(taken))
+            files[each.shard.part][key] = _written(auditing, cell, each, taken, found, some)
+    return [
+        Done(part, of_part, own={key: own[key] for key in of_part if key in own}) for part, of_part in files.items()
+    ]
 
 
-def _stored(work: Work, name: str, stores: Read, shard: Shard) -> dict[str, np.ndarray]:
+def _written(
+    auditing: Auditing,
+    cell: Cell,
+    read: Read,
+    rows: Sequence[int],
+    found: Mapping[str, np.ndarray] | None,
+    some: slice,
+) -> Files:
+    """Write a shard of a cell, of which `some` of what was found are the audited images."""
+    start, stop = read.shard.bounds
+    blocks = {}
+    for name, measure in auditing.measures[cell.test].items():
+        values = np.full((stop - start, *measure.shape), np.nan)
+        if found is not None:
+            values[[read.shard.places[row] for row in rows]] = found[name][some]
+        blocks[name] = ((start, *[0] * len(measure.shape)), values)
+    return write(cell.store, blocks)
+
+
+def _stored(work: Work, name: str, read: Read) -> dict[str, np.ndarray]:
     """Return what the stores of a method have of a shard's explained images: of several classes, the first.
 
     The relevance of a layer's units, (image, unit), is called `relevance.<layer>`.
     """
-    reader, (start, stop) = stores.maps[name].open(), shard.bounds
+    reader, (start, stop) = read.maps[name].open(), read.shard.bounds
     arrays = {array: reader[array] for array in (MAP, "target", "score", "residual")}
     arrays |= {array: reader[array] for array in METHODS[work.methods[name].kind].facts}
-    for layer, store in stores.units.get(name, {}).items():
+    for layer, store in read.units.get(name, {}).items():
         arrays[f"relevance.{layer}"] = store.open()["relevance"]
     found = {}
     for array, stored in arrays.items():
-        values = np.asarray(stored[start:stop])[list(shard.places)]
+        values = np.asarray(stored[start:stop])[list(read.shard.places)]
         found[array] = values[:, 0] if work.targets.kind == "top" else values
     return found
 
 
+def _joined(several: Sequence[np.ndarray], rows: Sequence[Sequence[int]]) -> np.ndarray:
+    return np.concatenate([values[list(own)] for values, own in zip(several, rows, strict=True)])
+
+
 def _shared(
     auditing: Auditing,
-    whole: torch.Tensor,
-    concepts: StoreRef | None,
-    shard: Shard,
-    rows: Sequence[int],
-    read: Mapping[str, Mapping[str, np.ndarray]],
+    several: Sequence[Read],
+    rows: Sequence[Sequence[int]],
+    stored: Sequence[Mapping[str, Mapping[str, np.ndarray]]],
 ) -> Shared:
-    work, places = auditing.work, [shard.places[row] for row in rows]
-    classes = torch.from_numpy(next(iter(read.values()))["target"][list(rows)])
+    """Return what all cells of these images have in common."""
+    work, shards = auditing.work, [each.shard for each in several]
+    classes = torch.from_numpy(_joined([next(iter(each.values()))["target"] for each in stored], rows))
     targets, against = work.targets, None
     if len(targets.classes) > 1:
         against = torch.full_like(classes, targets.classes[1])
-    ids = [shard.image_ids[row] for row in rows]
+    ids = [shard.image_ids[row] for shard, own in zip(shards, rows, strict=True) for row in own]
+    slots = [np.array(shard.places) + shard.bounds[0] for shard in shards]
+
+    def read_labels(place: int) -> np.ndarray:
+        return _joined([each.given.label_maps(place) for each in several], rows)
+
     return Shared(
         work,
-        whole[places],
-        np.array([shard.labels[row] for row in rows]),
-        np.array(places) + shard.bounds[0],
+        torch.from_numpy(_joined([each.given.pixels() for each in several], rows)),
+        _joined([np.array(shard.labels) for shard in shards], rows),
+        _joined(slots, rows),
         ids,
         [seed_of(each) for each in ids],
         Logit(classes, against, targets.link, work.explainable.normalised == "softmax"),
@@ -143,20 +178,22 @@ def _shared(
         auditing.class_names,
         auditing.models,
         auditing.untrained,
-        None if concepts is None or auditing.categories is None else (concepts, auditing.categories),
+        auditing.categories,
+        read_labels,
         auditing.given,
     )
 
 
-def _batch(shared: Shared, name: Name, read: Mapping[str, Mapping[str, np.ndarray]], rows: Sequence[int]) -> Batch:
+def _batch(
+    shared: Shared,
+    name: Name,
+    stored: Sequence[Mapping[str, Mapping[str, np.ndarray]]],
+    rows: Sequence[Sequence[int]],
+) -> Batch:
     if not name.control:
-        stored = {array: values[list(rows)] for array, values in read[name.name].items()}
-        return Batch(shared, name.name, "", stored.pop(MAP), stored)
+        arrays = {array: _joined([each[name.name][array] for each in stored], rows) for array in stored[0][name.name]}
+        return Batch(shared, name.name, "", arrays.pop(MAP), arrays)
     batch = Batch(shared, name.name, name.name)
     if name.name not in CONTROLS:
         return batch
     return batch.of(name.name, name.name, CONTROLS[name.name](batch), {})
-
-
-def _blank(auditing: Auditing, test: str, images: int) -> dict[str, np.ndarray]:
-    return {name: np.full((images, *measure.shape), np.nan) for name, measure in auditing.measures[test].items()}

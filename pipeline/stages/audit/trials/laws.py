@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from pipeline.errors import MicrotomeError
-from pipeline.networks.gradients import Logit, relative, scores
+from pipeline.networks.gradients import Logit, in_chunks, relative, scores
 from pipeline.stages.attribute.options import METHODS, Method, OfSplit, Options, Segmented, link_of
 from pipeline.stages.attribute.subject import Attribution
 from pipeline.stages.audit.axioms import AXIOMS, Axioms
@@ -22,6 +22,7 @@ from pipeline.stages.audit.batch import Batch
 from pipeline.stages.audit.trials.equivalent import VARIANTS, equivalent
 
 ROWS = 4  # that the function of sensitivity (b) does not read
+TOGETHER = 4  # images that go through the network together
 NOTHING = 1e-12  # share of a map's largest magnitude that counts as 0 in float64
 CHANGES = 1e-9  # share of a score's magnitude that counts as a change of it
 
@@ -51,7 +52,7 @@ class Case:
 
     @cached_property
     def network(self) -> nn.Module:
-        return self.batch.memo("float64", lambda: copy.deepcopy(self.batch.network).double())
+        return self.batch.memo_of_network("float64", lambda: copy.deepcopy(self.batch.network).double())
 
     @cached_property
     def inputs(self) -> torch.Tensor:
@@ -107,14 +108,26 @@ class Case:
 def axioms(batch: Batch, options: Axioms) -> dict[str, np.ndarray]:
     """Measure how far a method misses each law on each image; see `pipeline.stages.audit.axioms.AXIOMS`.
 
+    Images go through the network a few at a time, always as many, so that no others show in the bits of an image.
+
     Returns
     -------
     residual : float64 (image, axiom), NaN where a law is not defined for the method, or the method refuses the network
         that it takes.
     refused : 1 where it does, else 0.
     """
-    case = Case(batch, options.features)
-    shape = len(batch.ids), len(AXIOMS)
+    parts = [_of_some(Case(batch.picked(rows), options.features)) for rows in in_groups(len(batch.ids))]
+    return {name: np.concatenate([each[name] for each in parts])[: len(batch.ids)] for name in ("residual", "refused")}
+
+
+def in_groups(count: int) -> Iterator[np.ndarray]:
+    """Yield the indices of images, `TOGETHER` at a time; the last ones repeat the last image."""
+    for start, _ in in_chunks(count, TOGETHER):
+        yield np.minimum(np.arange(start, start + TOGETHER), count - 1)
+
+
+def _of_some(case: Case) -> dict[str, np.ndarray]:
+    shape = len(case.batch.ids), len(AXIOMS)
     found = {"residual": np.full(shape, np.nan), "refused": np.zeros(shape)}
     for at, name in enumerate(AXIOMS):
         try:
@@ -298,7 +311,7 @@ def invariance(variant: str) -> Callable[[Case], torch.Tensor | None]:
     def measured(case: Case) -> torch.Tensor | None:
         kept = case.options.layer_name() is not None and case.batch.shared.work.layer_of(case.batch.method)
         spared = kept.name if kept else ""
-        other = case.batch.memo(
+        other = case.batch.memo_of_network(
             (variant, spared), lambda: equivalent(case.network, VARIANTS[variant], case.inputs, spared)
         )
         return None if other is None else _apart(_map(case.explain(network=other)), case.map)
