@@ -1,8 +1,8 @@
-"""Figures of the test `counterfactual`: who knows what the score loses, of which classes, kinds and sizes."""
+"""Figures of the test `counterfactual`: who knows what the score loses, and of which classes, kinds and sizes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,143 +10,159 @@ from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 
 from pipeline.report.style import GRID, INK, MUTED, RUN_COLOURS, bare, shorten
-from pipeline.stages.audit.counterfactual import SIZES
+from pipeline.stages.audit.cell import Audited
+from pipeline.stages.audit.counterfactual import SIZES, Counterfactual, outcomes
 from pipeline.stages.audit.results import Outcome
 
-Told = Mapping[str, Mapping[str, Outcome]]
-"""Outcomes by the name of a method or control, as in the table, and by measure."""
 GROUPS = {
-    "what a baseline does": {
-        "control:ig_black": "IG from black",
-        "control:ig_mean": "IG from the mean colour",
-        "control:ig_empty": "IG from the scene without objects",
+    "baselines": {
+        "ig_empty": "IG from the scene without objects",
+        "ig_mean": "IG from the mean colour",
+        "ig_black": "IG from black",
     },
-    "what knows nothing": {
-        "control:random": "random map",
-        "control:edges": "edges",
-        "control:area": "visible area alone",
-    },
-    "what knows all": {
-        "control:drop": "the drop itself",
-        "control:shapley": "Shapley values of objects",
-        "control:ring": "mask filled with its ring’s colour",
+    "chance": {"random": "Random map", "edges": "Edges", "area": "Visible area alone"},
+    "ceilings": {
+        "drop": "The drop itself",
+        "shapley": "Shapley values of objects",
+        "ring": "Mask filled with its ring’s colour",
     },
 }
-"""Controls of the test by what they are for."""
-CONTROL_TITLES = {name: title for group in GROUPS.values() for name, title in group.items()}
+"""The controls by what they show: what a baseline does, what a map that knows nothing reaches, and what is best."""
 LOW_HIGH = LinearSegmentedColormap.from_list("low-high", [RUN_COLOURS["untrained"], "#ffffff", RUN_COLOURS["trained"]])
 LETTER = 0.068
 """Inches of a letter in a column of names, generously."""
+LINE = 0.17
+"""Inches of a line."""
+Numbers = Mapping[str, Outcome]
+"""By measure."""
 
 
-def order(told: Told, titles: Mapping[str, str]) -> list[tuple[str, list[str]]]:
-    """Return the methods, and then the controls by group, each in the order of the partial correlation."""
-
-    def height(name: str) -> float:
-        found = told[name].get("partial.drop.signed")
-        return found.value if found is not None and not np.isnan(found.value) else -2.0
-
-    groups = [("methods", [name for name in told if name in titles])]
-    groups += [(group, [name for name in names if name in told]) for group, names in GROUPS.items()]
-    return [(group, sorted(names, key=height, reverse=True)) for group, names in groups if names]
-
-
-def known(width: float, told: Told, titles: Mapping[str, str], truth: str) -> Figure:
-    """Draw each one's rank correlation with a truth, with and without the visible area, and the untrained network's."""
-    groups = order(told, titles)
-    names = [name for _, group in groups for name in group]
-    figure = Figure(figsize=(width, 0.17 * (len(names) + len(groups)) + 0.75), layout="constrained")
+def known(
+    width: float, cells: Mapping[str, Audited], controls: Mapping[str, Audited], options: Counterfactual
+) -> Figure | None:
+    """Draw the rank correlation with what the score loses: raw, without what the visible area explains, of controls."""
+    groups = _groups(cells, controls, options)
+    if not groups:
+        return None
+    names = [title for group in groups for title in group]
+    figure = Figure(figsize=(width, LINE * (len(names) + len(groups)) + 0.75), layout="constrained")
     panel = figure.subplots()
     at, ticks = 0.0, []
-    for number, (_, group) in enumerate(groups):
-        at += 0.6 * (number > 0)
-        for name in group:
-            _entry(panel, at, told[name], truth)
+    for number, group in enumerate(groups):
+        if number:
+            panel.axhline(at - 0.2, color=GRID, linewidth=0.8)
+            at += 0.6
+        for own in group.values():
+            _entry(panel, at, own)
             ticks.append(at)
             at += 1
-        if number < len(groups) - 1:
-            panel.axhline(at - 0.2, color=GRID, linewidth=0.8)
     panel.axvline(0, color=MUTED, linewidth=0.8)
     panel.set_ylim(at - 0.4, -0.6)
-    panel.set_xlim(-0.45, 1.03)
     panel.set_xlabel("rank correlation over the objects of an image")
     panel.grid(axis="x")
-    every = titles | CONTROL_TITLES
-    panel.set_yticks(ticks, [shorten(every[name], int(0.42 * width / LETTER)) for name in names], fontsize=7, color=INK)
+    panel.set_yticks(ticks, [shorten(name, int(0.42 * width / LETTER)) for name in names], fontsize=7, color=INK)
     bare(panel, "left")
     handles, labels = panel.get_legend_handles_labels()
     kept = dict(zip(labels, handles, strict=True))
-    figure.legend(kept.values(), kept.keys(), loc="outside upper center", ncols=4 if width > 5 else 2, fontsize=7)
+    columns = 4 if width > 5 else 2
+    figure.legend(kept.values(), kept.keys(), loc="outside upper left", ncols=columns, fontsize=7)
     return figure
 
 
-def _entry(panel: Any, at: float, own: Mapping[str, Outcome], truth: str) -> None:
-    partial, raw = own.get(f"partial.{truth}.signed"), own.get(f"rank.{truth}.signed")
+def _entry(panel: Any, at: float, own: Numbers) -> None:
+    raw, partial = own.get("rank.drop.signed"), own.get("partial.drop.signed")
     if raw is not None:
         panel.plot([raw.value], [at], "|", color=MUTED, ms=7, label="raw")
-    style: dict[str, Any] = {"linestyle": "", "linewidth": 1}
-    for measure, colour, marker, label in (
-        (f"partial.{truth}.signed.wrong_class", RUN_COLOURS["permuted"], "v", "map of a wrong class"),
-        (f"partial.{truth}.signed.untrained", RUN_COLOURS["untrained"], "s", "map of the untrained network"),
+    for of, colour, marker, label in (
+        ("wrong_class", RUN_COLOURS["permuted"], "v", "map of a wrong class"),
+        ("untrained", RUN_COLOURS["untrained"], "s", "untrained network"),
     ):
-        if (found := own.get(measure)) is not None:
+        if (found := own.get(f"partial.drop.signed.{of}")) is not None:
             panel.plot([found.value], [at], marker, color=colour, ms=3.5, mfc="none", label=label)
     if partial is not None and not np.isnan(partial.value):
         error = np.nan_to_num([[partial.value - partial.low], [partial.high - partial.value]])
-        colour = RUN_COLOURS["trained"]
-        panel.errorbar(
-            [partial.value], [at], xerr=error, color=colour, marker="o", ms=4, label="area partialled out", **style
-        )
+        style: dict[str, Any] = {"color": RUN_COLOURS["trained"], "marker": "o", "ms": 4, "linewidth": 1}
+        panel.errorbar([partial.value], [at], xerr=error, linestyle="", label="area partialled out", **style)
 
 
-def groups_of(told: Told, measure: str) -> list[str]:
-    """Return the classes, kinds or sizes that any has a number of, `<measure>.<group>`."""
-    found = {
-        name.removeprefix(f"{measure}.") for own in told.values() for name in own if name.startswith(f"{measure}.")
-    }
-    order_of = {size: at for at, size in enumerate(SIZES)}
-    return sorted(found, key=lambda name: (order_of.get(name, -1), name))
+def by_class(
+    width: float, cells: Mapping[str, Audited], controls: Mapping[str, Audited], options: Counterfactual
+) -> Figure | None:
+    """Draw the partial rank correlation by class."""
+    return _table(width, _groups(cells, controls, options), "partial.drop.signed.class", "rank correlation", (-1, 1))
 
 
-def table_of(
-    width: float, told: Told, titles: Mapping[str, str], measure: str, label: str, bounds: tuple[float, float] = (-1, 1)
-) -> Figure:
-    """Draw a number by group (column) and by method or control (row) as colours, those with few images too."""
-    groups = groups_of(told, measure)
-    names = [name for _, group in order(told, titles) for name in group if _has(told[name], measure)]
-    values = np.array([[_value(told[name], f"{measure}.{group}") for group in groups] for name in names])
-    every = titles | CONTROL_TITLES
-    shown = [shorten(every[name], int(0.34 * width / LETTER)) for name in names]
-    left, top = LETTER * max(map(len, shown)) + 0.1, LETTER * max(map(len, groups)) + 0.1
-    side = min(0.3, (width - left - 0.7) / len(groups))
-    height = 0.17 * len(names) + top + 0.1
+def overrated(
+    width: float, cells: Mapping[str, Audited], controls: Mapping[str, Audited], options: Counterfactual
+) -> Figure | None:
+    """Draw how much higher than by the truth objects stand by a map: by kind and size."""
+    groups = _groups(cells, controls, options)
+    return _table(width, groups, "overrated.drop.signed", "share of the order", (-0.5, 0.5))
+
+
+def _groups(
+    cells: Mapping[str, Audited], controls: Mapping[str, Audited], options: Counterfactual
+) -> list[dict[str, Numbers]]:
+    """Return the numbers of methods, and of controls by group, by title; the best first."""
+
+    def numbers(cell: Audited) -> Numbers:
+        return {each.measure: each for each in outcomes(cell, options)} if not cell.refused else {}
+
+    def height(entry: tuple[str, Numbers]) -> float:
+        found = entry[1].get("partial.drop.signed")
+        return found.value if found is not None and not np.isnan(found.value) else -2.0
+
+    groups = [{title: numbers(cell) for title, cell in cells.items()}]
+    for titles in GROUPS.values():
+        groups.append({title: numbers(controls[name]) for name, title in titles.items() if name in controls})
+    ordered = [dict(sorted(group.items(), key=height, reverse=True)) for group in groups]
+    return [group for group in ordered if any(group.values())]
+
+
+def _table(
+    width: float, groups: Sequence[Mapping[str, Numbers]], measure: str, label: str, bounds: tuple[float, float]
+) -> Figure | None:
+    """Draw numbers as colours, a line for each method or control and a column for each class, kind or size."""
+    start = f"{measure}."
+    lines = {title: own for group in groups for title, own in group.items() if any(n.startswith(start) for n in own)}
+    columns = _columns({name.removeprefix(start) for own in lines.values() for name in own if name.startswith(start)})
+    if not columns:
+        return None
+    values = np.array([[_value(own, start + column) for column in columns] for own in lines.values()])
+    names = [shorten(title, int(0.34 * width / LETTER)) for title in lines]
+    heads = [column.partition(".")[2] or column for column in columns]
+    left, top = LETTER * max(map(len, names)) + 0.1, LETTER * max(map(len, heads)) + 0.1
+    side = min(0.3, (width - left - 0.75) / len(columns))
+    across, tall = side * len(columns), LINE * len(names)
+    height = tall + top + 0.1
     figure = Figure(figsize=(width, height))
-    panel = figure.add_axes((left / width, 0.1 / height, side * len(groups) / width, 0.17 * len(names) / height))
+    panel = figure.add_axes((left / width, 0.1 / height, across / width, tall / height))
     panel.set_facecolor(GRID)
-    mesh = panel.imshow(
-        np.ma.masked_invalid(values), cmap=LOW_HIGH, norm=Normalize(*bounds), interpolation="none", aspect="auto"
-    )
+    shown = np.ma.masked_invalid(values)
+    mesh = panel.imshow(shown, cmap=LOW_HIGH, norm=Normalize(*bounds), interpolation="none", aspect="auto")
     if side > 0.24:
         for row, column in np.ndindex(values.shape):
             if not np.isnan(values[row, column]):
-                strong = abs(values[row, column]) > 0.6 * bounds[1]
+                ink = "#ffffff" if abs(values[row, column]) > 0.6 * bounds[1] else "#1b1f23"
                 text = f"{values[row, column]:.2f}".replace("0.", ".")
-                ink = "#ffffff" if strong else "#1b1f23"
                 panel.text(column, row, text, ha="center", va="center", fontsize=5.5, color=ink)
-    panel.set_yticks(range(len(names)), shown, fontsize=7, color=INK)
-    panel.set_xticks(range(len(groups)), groups, fontsize=7, color=INK, rotation=90)
+    panel.set_yticks(range(len(names)), names, fontsize=7, color=INK)
+    panel.set_xticks(range(len(heads)), heads, fontsize=7, color=INK, rotation=90)
     panel.xaxis.tick_top()
-    bare(panel, "left", "top")
-    beside = figure.add_axes(((left + side * len(groups) + 0.1) / width, 0.1 / height, 0.08 / width, 0.6))
-    bar = figure.colorbar(mesh, cax=beside, label=label)
+    bare(panel, "left", "top", "right", "bottom")
+    beside = figure.add_axes(((left + across + 0.1) / width, 0.1 / height, 0.08 / width, min(1.2, tall) / height))
+    bar = figure.colorbar(mesh, cax=beside)
+    bar.set_label(label, fontsize=7)
     bar.outline.set_visible(False)  # type: ignore[operator]
     return figure
 
 
-def _has(own: Mapping[str, Outcome], measure: str) -> bool:
-    return any(name.startswith(f"{measure}.") for name in own)
+def _columns(groups: set[str]) -> list[str]:
+    """Return groups in order: sizes, the small one first, then others by their names."""
+    sizes = [f"size.{size}" for size in SIZES]
+    return [size for size in sizes if size in groups] + sorted(groups.difference(sizes))
 
 
-def _value(own: Mapping[str, Outcome], measure: str) -> float:
+def _value(own: Numbers, measure: str) -> float:
     found = own.get(measure)
     return np.nan if found is None else found.value
