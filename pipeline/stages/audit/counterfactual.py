@@ -135,7 +135,7 @@ def outcomes(cell: Audited, options: Counterfactual) -> Iterator[Outcome]:
             note=f"{count} images are predicted right and show {options.objects} objects, expected {LEAST}",
         )
         return
-    for name in ("rank", "partial", "top"):
+    for name in ("partial", "rank", "top"):
         for at, of in enumerate(OF):
             for truth_at, truth in enumerate(TRUTHS):
                 for sum_at, each in enumerate(SUMS):

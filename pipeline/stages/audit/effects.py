@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,8 @@ from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 
 from pipeline.report.style import GRID, INK, MUTED, RUN_COLOURS, bare, shorten
-from pipeline.stages.audit.cell import Audited
-from pipeline.stages.audit.counterfactual import SIZES, Counterfactual, outcomes
+from pipeline.stages.audit.counterfactual import SIZES, Counterfactual
+from pipeline.stages.audit.drawing import Drawing, Told
 from pipeline.stages.audit.results import Outcome
 
 GROUPS = {
@@ -37,13 +38,45 @@ Numbers = Mapping[str, Outcome]
 """By measure."""
 
 
-def known(
-    width: float, cells: Mapping[str, Audited], controls: Mapping[str, Audited], options: Counterfactual
-) -> Figure | None:
-    """Draw the rank correlation with what the score loses: raw, without what the visible area explains, of controls."""
-    groups = _groups(cells, controls, options)
+def drawings(told: Told, titles: Mapping[str, str], options: Counterfactual) -> Iterator[Drawing]:
+    """Yield what each method knows of objects: as a whole, by class, and which kinds and sizes it overrates."""
+    groups = _groups(told, titles)
     if not groups:
-        return None
+        return
+    yield Drawing(
+        "",
+        "Points: rank correlation of each method’s sums over objects with what the score loses without them",
+        "Mean over images of the rank correlation between what a map says of each object and what the score loses "
+        "without it, with 95 % intervals: first the methods, then what a baseline does, what a map reaches that knows "
+        "nothing, and what is best. Large objects count more for any map: the line is the correlation as it is, the "
+        "point what is left of it without the visible area.",
+        partial(known, groups=groups),
+    )
+    for name, measure, label, alt, caption in (
+        (
+            "classes",
+            "partial.drop.signed.class",
+            "rank correlation",
+            "Matrix: rank correlation of each method by class",
+            "The same by class.",
+        ),
+        (
+            "overrated",
+            "overrated.drop.signed",
+            "share of the order",
+            "Matrix: how far each method puts objects of a kind or size too high",
+            "How much higher (blue) or lower (orange) objects stand by a map than by the truth, as a share of the "
+            "order of an image’s objects: by size and by kind.",
+        ),
+    ):
+        if columns := _columns(groups, measure):
+            bounds = (-1.0, 1.0) if name == "classes" else (-0.5, 0.5)
+            draw = partial(matrix, groups=groups, measure=measure, columns=columns, label=label, bounds=bounds)
+            yield Drawing(name, alt, caption, draw)
+
+
+def known(width: float, groups: Sequence[Mapping[str, Numbers]]) -> Figure:
+    """Draw the rank correlation with what the score loses: raw, without what the visible area explains, of controls."""
     names = [title for group in groups for title in group]
     figure = Figure(figsize=(width, LINE * (len(names) + len(groups)) + 0.75), layout="constrained")
     panel = figure.subplots()
@@ -70,7 +103,7 @@ def known(
 
 
 def _entry(panel: Any, at: float, own: Numbers) -> None:
-    raw, partial = own.get("rank.drop.signed"), own.get("partial.drop.signed")
+    raw, left = own.get("rank.drop.signed"), own.get("partial.drop.signed")
     if raw is not None:
         panel.plot([raw.value], [at], "|", color=MUTED, ms=7, label="raw")
     for of, colour, marker, label in (
@@ -79,55 +112,37 @@ def _entry(panel: Any, at: float, own: Numbers) -> None:
     ):
         if (found := own.get(f"partial.drop.signed.{of}")) is not None:
             panel.plot([found.value], [at], marker, color=colour, ms=3.5, mfc="none", label=label)
-    if partial is not None and not np.isnan(partial.value):
-        error = np.nan_to_num([[partial.value - partial.low], [partial.high - partial.value]])
+    if left is not None and not np.isnan(left.value):
+        error = np.nan_to_num([[left.value - left.low], [left.high - left.value]])
         style: dict[str, Any] = {"color": RUN_COLOURS["trained"], "marker": "o", "ms": 4, "linewidth": 1}
-        panel.errorbar([partial.value], [at], xerr=error, linestyle="", label="area partialled out", **style)
+        panel.errorbar([left.value], [at], xerr=error, linestyle="", label="area partialled out", **style)
 
 
-def by_class(
-    width: float, cells: Mapping[str, Audited], controls: Mapping[str, Audited], options: Counterfactual
-) -> Figure | None:
-    """Draw the partial rank correlation by class."""
-    return _table(width, _groups(cells, controls, options), "partial.drop.signed.class", "rank correlation", (-1, 1))
-
-
-def overrated(
-    width: float, cells: Mapping[str, Audited], controls: Mapping[str, Audited], options: Counterfactual
-) -> Figure | None:
-    """Draw how much higher than by the truth objects stand by a map: by kind and size."""
-    groups = _groups(cells, controls, options)
-    return _table(width, groups, "overrated.drop.signed", "share of the order", (-0.5, 0.5))
-
-
-def _groups(
-    cells: Mapping[str, Audited], controls: Mapping[str, Audited], options: Counterfactual
-) -> list[dict[str, Numbers]]:
+def _groups(told: Told, titles: Mapping[str, str]) -> list[dict[str, Numbers]]:
     """Return the numbers of methods, and of controls by group, by title; the best first."""
-
-    def numbers(cell: Audited) -> Numbers:
-        return {each.measure: each for each in outcomes(cell, options)} if not cell.refused else {}
 
     def height(entry: tuple[str, Numbers]) -> float:
         found = entry[1].get("partial.drop.signed")
         return found.value if found is not None and not np.isnan(found.value) else -2.0
 
-    groups = [{title: numbers(cell) for title, cell in cells.items()}]
-    for titles in GROUPS.values():
-        groups.append({title: numbers(controls[name]) for name, title in titles.items() if name in controls})
+    groups = [{titles[name]: own for name, own in told.items() if name in titles}]
+    for names in GROUPS.values():
+        groups.append({title: told[f"control:{n}"] for n, title in names.items() if f"control:{n}" in told})
     ordered = [dict(sorted(group.items(), key=height, reverse=True)) for group in groups]
-    return [group for group in ordered if any(group.values())]
+    return [group for group in ordered if any("rank.drop.signed" in own for own in group.values())]
 
 
-def _table(
-    width: float, groups: Sequence[Mapping[str, Numbers]], measure: str, label: str, bounds: tuple[float, float]
-) -> Figure | None:
+def matrix(
+    width: float,
+    groups: Sequence[Mapping[str, Numbers]],
+    measure: str,
+    columns: Sequence[str],
+    label: str,
+    bounds: tuple[float, float],
+) -> Figure:
     """Draw numbers as colours, a line for each method or control and a column for each class, kind or size."""
     start = f"{measure}."
     lines = {title: own for group in groups for title, own in group.items() if any(n.startswith(start) for n in own)}
-    columns = _columns({name.removeprefix(start) for own in lines.values() for name in own if name.startswith(start)})
-    if not columns:
-        return None
     values = np.array([[_value(own, start + column) for column in columns] for own in lines.values()])
     names = [shorten(title, int(0.34 * width / LETTER)) for title in lines]
     heads = [column.partition(".")[2] or column for column in columns]
@@ -157,12 +172,17 @@ def _table(
     return figure
 
 
-def _columns(groups: set[str]) -> list[str]:
-    """Return groups in order: sizes, the small one first, then others by their names."""
+def _columns(groups: Sequence[Mapping[str, Numbers]], measure: str) -> list[str]:
+    """Return the classes, kinds or sizes that there are numbers of: sizes first, the small one before others."""
+    every = [name for group in groups for own in group.values() for name in own]
+    found = {name.removeprefix(f"{measure}.") for name in every if name.startswith(f"{measure}.")}
     sizes = [f"size.{size}" for size in SIZES]
-    return [size for size in sizes if size in groups] + sorted(groups.difference(sizes))
+    return [size for size in sizes if size in found] + sorted(found.difference(sizes))
 
 
 def _value(own: Numbers, measure: str) -> float:
     found = own.get(measure)
     return np.nan if found is None else found.value
+
+
+FIGURES = {"counterfactual": drawings}
