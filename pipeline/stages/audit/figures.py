@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from pipeline.report.style import COLOURS, GRID, INK, MUTED, RUN_COLOURS, bare, shorten
+from pipeline.stages.audit import effects
 from pipeline.stages.audit.axioms import AXIOMS
 from pipeline.stages.audit.drawing import Drawing, Drawings, Told
 from pipeline.stages.audit.options import TESTS
@@ -112,7 +113,7 @@ def plain(test: str, told: Told, titles: Mapping[str, str]) -> Iterator[Drawing]
         )
 
 
-FIGURES: Mapping[str, Drawings] = {}
+FIGURES: Mapping[str, Drawings] = {**effects.FIGURES}
 """By test; the others have `plain`."""
 
 

@@ -20,9 +20,11 @@ from pipeline.networks.gradients import Logit
 from pipeline.run import experiment, planner
 from pipeline.stages.attribute.options import OPTIONS, IntegratedGradients
 from pipeline.stages.attribute.tasks import Work, examine_network
+from pipeline.stages.audit import effects
 from pipeline.stages.audit.batch import Batch, Shared
 from pipeline.stages.audit.controls import CONTROLS as MAPS
 from pipeline.stages.audit.counterfactual import CONTROLS, OBJECTS, SIZES, Counterfactual, outcomes
+from pipeline.stages.audit.results import Outcome
 from pipeline.stages.audit.trials import counterfactual as trial
 from pipeline.workers.tasks import computing
 
@@ -382,6 +384,31 @@ def test_outcomes_by_class_kind_and_size_against_loops():
     for group, values in over.items():
         assert found[f"overrated.drop.signed.{group}"].value == pytest.approx(np.mean(values))
     assert len([name for name in found if name.startswith("overrated.")]) == len(over)
+
+
+@pytest.mark.parametrize("width", [3.5, 7.0])
+def test_figures_show_methods_before_controls_and_the_best_first(width):
+    options = Counterfactual()
+    told = {
+        name: {each.measure: each for each in outcomes(cell_of(seed=at), options)}
+        for at, name in enumerate(["saliency", "ig", "control:random", "control:ig_black", "control:drop"])
+    }
+    told["refused"] = {"partial.drop.signed": Outcome("partial.drop.signed", np.nan, state="refused")}
+    titles = {"saliency": "Saliency", "ig": "Integrated gradients of a long name", "refused": "Refused"}
+    drawn = list(effects.drawings(told, titles, options))
+    assert [each.name for each in drawn] == ["", "classes", "overrated"]
+    panel = drawn[0].draw(width).axes[0]
+    shown = [label.get_text() for label in panel.get_yticklabels()]
+    best = max(("saliency", "ig"), key=lambda name: told[name]["partial.drop.signed"].value)
+    assert titles[best].startswith(shown[0].rstrip("…"))
+    assert shown[-1] == effects.GROUPS["ceilings"]["drop"][: len(shown[-1])]
+    assert not list(effects.drawings({"refused": told["refused"]}, titles, options))
+    matrix = drawn[1].draw(width).axes[0].images[0].get_array()
+    rows = [label.get_text() for label in drawn[1].draw(width).axes[0].get_yticklabels()]
+    assert matrix.shape == (5, 2)
+    assert matrix[rows.index("Saliency"), 0] == told["saliency"]["partial.drop.signed.class.one"].value
+    columns = [label.get_text() for label in drawn[2].draw(width).axes[0].get_xticklabels()]
+    assert columns[:3] == ["small", "medium", "large"]
 
 
 def test_too_few_images_are_refused():
