@@ -268,7 +268,7 @@ def _calibrated(batch: Batch) -> nn.Module | None:
                 network(batch.normalise(some))
         return network.eval()
 
-    return batch.memo("untrained, calibrated", make)
+    return batch.memo_of_network("untrained, calibrated", make)
 
 
 # Measures -------------------------------------------------------------------------------------------------------------
