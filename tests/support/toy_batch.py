@@ -60,7 +60,7 @@ def toy(
 ) -> Toy:
     """Return a batch of uint8 images (image, 3, y, x); the class that is explained is by default the predicted one."""
     spec = Network.model_validate(
-        {"builder": "m.py:f", "weights": "random", "preprocessing": PLAIN, "numerics": {"micro_batch": batch}}
+        {"module": "m.py:f", "weights": "random", "preprocessing": PLAIN, "numerics": {"micro_batch": batch}}
     )
     images = torch.from_numpy(pixels)
     network = network.eval()
@@ -70,7 +70,7 @@ def toy(
     shared = Shared(
         work,  # type: ignore[arg-type]
         images,
-        np.array(order if labels is None else labels, np.int64),
+        order.numpy() if labels is None else np.array(labels, np.int64),
         np.arange(len(images)),
         [f"image {at}" for at in range(len(images))],
         list(range(100, 100 + len(images))),

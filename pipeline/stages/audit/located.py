@@ -140,6 +140,10 @@ def _check(options: Located, asked: Asked) -> Iterator[str]:
     elif options.category is not None and options.category not in known:
         close = nearest(options.category, known)
         yield f".category: no category {options.category!r} of {asked.dataset!r}{close}"
+    else:
+        concepts = known[options.category or next(iter(known))]
+        for wanted in sorted({name for of in options.concept_of.values() for name in several(of)} - set(concepts)):
+            yield f".concept_of: no concept {wanted!r} of {asked.dataset!r}{nearest(wanted, concepts)}"
     for name in options.concept_of:
         if name not in (*names, OTHERS):
             yield f".concept_of: no class {name!r} of {asked.dataset!r}{nearest(name, names)}"
@@ -164,10 +168,11 @@ def _parents(options: Located) -> tuple[str, ...]:
     return ("concepts",) if options.boxes is None else ()
 
 
-def _categories(asked: Asked) -> list[str]:
+def _categories(asked: Asked) -> Mapping[str, Sequence[str]]:
+    """Return the concepts of each category of label maps."""
     if not any(step.key.dataset == asked.dataset for step in asked.draft.of_stage("concepts")):
-        return []
-    return list(wanted_categories(asked.spec, asked.draft.config))
+        return {}
+    return wanted_categories(asked.spec, asked.draft.config)
 
 
 def _reads(options: Located, asked: Asked) -> Any:
@@ -201,10 +206,15 @@ def concepts_of(options: Located, classes: Sequence[str]) -> dict[int, tuple[str
     """Return the concepts that show each class, by its number; no entry for one that is left out."""
     found = {}
     for at, name in enumerate(classes):
-        of = options.concept_of.get(name, options.concept_of.get(OTHERS))
-        if of is not None:
-            found[at] = (of,) if isinstance(of, str) else tuple(of)
+        of = several(options.concept_of.get(name, options.concept_of.get(OTHERS)))
+        if of:
+            found[at] = of
     return found
+
+
+def several(concepts: str | list[str] | None) -> tuple[str, ...]:
+    """Return concepts as they are written for a class; none where it is left out."""
+    return (concepts,) if isinstance(concepts, str) else tuple(concepts or ())
 
 
 MADE = ("random", "edges", "centre", "whole")

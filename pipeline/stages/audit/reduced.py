@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kernels.audit.accuracy import box_accuracy, crossed, pixel_ap
-from kernels.audit.intervals import mean_interval, resampled
+from kernels.audit.intervals import DRAWS, mean_interval
 from pipeline.stages.audit.located import LEAST_IOU, Localisation
 from pipeline.stages.audit.results import Outcome
 
@@ -44,20 +44,20 @@ def localisation(cell: Audited, options: Localisation) -> Iterator[Outcome]:
     inside, outside, total = arrays["inside"][known], arrays["outside"][known], arrays["object"][known]
     half = halves([each for each, there in zip(cell.ids, known, strict=True) if there])
 
-    def max_box_acc(rows: np.ndarray) -> float:
-        return float(box_accuracy(largest[rows], HALF).max())
+    def max_box_acc(weights: np.ndarray) -> np.ndarray:
+        return box_accuracy(largest, HALF, weights).max(1)
 
-    def max_box_acc_v2(rows: np.ndarray) -> float:
-        return float(np.mean([box_accuracy(best[rows], least).max() for least in LEAST_IOU]))
+    def max_box_acc_v2(weights: np.ndarray) -> np.ndarray:
+        return np.mean([box_accuracy(best, least, weights).max(1) for least in LEAST_IOU], 0)
 
-    def other_half(rows: np.ndarray) -> float:
-        return crossed(largest[rows], half[rows], HALF)
+    def other_half(weights: np.ndarray) -> np.ndarray:
+        return crossed(largest, half, HALF, weights)
 
-    def other_half_v2(rows: np.ndarray) -> float:
-        return float(np.mean([crossed(best[rows], half[rows], least) for least in LEAST_IOU]))
+    def other_half_v2(weights: np.ndarray) -> np.ndarray:
+        return np.mean([crossed(best, half, least, weights) for least in LEAST_IOU], 0)
 
-    def px_ap(rows: np.ndarray) -> float:
-        return pixel_ap(inside[rows].sum(0), outside[rows].sum(0), int(total[rows].sum()))
+    def px_ap(weights: np.ndarray) -> np.ndarray:
+        return pixel_ap(inside, outside, total, weights)
 
     count = int(known.sum())
     for name, statistic in (
@@ -87,11 +87,17 @@ def errors(rule: str, fits: np.ndarray, arrays: Mapping[str, np.ndarray]) -> Ite
         yield _mean(f"{rule}.{name}", np.where(np.isnan(right), np.nan, wrong))
 
 
-def _together(name: str, statistic: Callable[[np.ndarray], float], count: int) -> Outcome:
+def _together(name: str, statistic: Callable[[np.ndarray], np.ndarray], count: int) -> Outcome:
+    """Return a measure of all images together, with its interval over images that are drawn again."""
     if not count:
         return Outcome(name, np.nan, state="not defined", note="no object's place is known")
-    value, low, high = resampled(statistic, count)
-    return Outcome(name, value, low, high, count, "not defined" if np.isnan(value) else "")
+    value = float(statistic(np.ones((1, count)))[0])
+    draw, shares = np.random.default_rng(0), np.full(count, 1 / count)
+    drawn = [statistic(draw.multinomial(count, shares, size).astype(np.float64)) for size in [DRAWS // 10] * 10]
+    known = np.concatenate(drawn)
+    known = known[~np.isnan(known)]
+    low, high = np.quantile(known, [0.025, 0.975]) if count > 1 and known.size else (np.nan, np.nan)
+    return Outcome(name, value, float(low), float(high), count, "not defined" if np.isnan(value) else "")
 
 
 def halves(ids: Sequence[str]) -> np.ndarray:

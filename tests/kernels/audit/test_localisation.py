@@ -11,6 +11,7 @@ from kernels.audit import accuracy, localisation
 from kernels.audit.localisation import Truth
 
 DRAW = np.random.default_rng(11)
+ONCE = np.ones((1, 4))
 
 
 def flooded(mask: np.ndarray) -> list[set[tuple[int, int]]]:
@@ -88,19 +89,23 @@ def test_a_sweep_is_that_of_each_threshold() -> None:
 
 def test_box_accuracy_is_at_the_best_threshold_of_all_images() -> None:
     fits = np.array([[0.1, 0.6, 0.9], [0.5, 0.2, 0.4], [0.1, 0.7, 0.2], [0.2, 0.5, 0.0]])
-    np.testing.assert_array_equal(accuracy.box_accuracy(fits, 0.5), [0.25, 0.75, 0.25])
+    np.testing.assert_array_equal(accuracy.box_accuracy(fits, 0.5, ONCE), [[0.25, 0.75, 0.25]])
     # No threshold serves all: each image at its own best would give 1.
-    assert accuracy.box_accuracy(fits, 0.5).max() == 0.75
+    assert accuracy.box_accuracy(fits, 0.5, ONCE).max() == 0.75
+    drawn = np.array([[0.0, 2, 1, 1]])
+    np.testing.assert_array_equal(accuracy.box_accuracy(fits, 0.5, drawn), [fits[[1, 1, 2, 3]].__ge__(0.5).mean(0)])
+    assert np.isnan(accuracy.box_accuracy(fits, 0.5, 0 * ONCE)).all()
 
 
 def test_a_threshold_of_the_other_half_is_no_better_than_the_best_of_all() -> None:
     fits = np.array([[0.9, 0.1], [0.8, 0.1], [0.1, 0.9], [0.2, 0.7]])
     half = np.array([True, True, False, False])
     # Each half is best at the threshold at which the other is worst.
-    assert accuracy.crossed(fits, half, 0.5) == 0
-    assert accuracy.box_accuracy(fits, 0.5).max() == 0.5
-    assert accuracy.crossed(fits, np.array([True, False, True, False]), 0.5) == 0.5
-    assert np.isnan(accuracy.crossed(fits, np.ones(4, bool), 0.5))
+    assert accuracy.crossed(fits, half, 0.5, ONCE) == 0
+    assert accuracy.box_accuracy(fits, 0.5, ONCE).max() == 0.5
+    assert accuracy.crossed(fits, np.array([True, False, True, False]), 0.5, ONCE) == 0.5
+    assert np.isnan(accuracy.crossed(fits, np.ones(4, bool), 0.5, ONCE))
+    assert np.isnan(accuracy.crossed(fits, half, 0.5, np.array([[1.0, 3, 0, 0]])))
 
 
 def test_pixels_above_leave_out_what_nobody_knows() -> None:
@@ -115,23 +120,26 @@ def test_pixel_ap_is_the_sum_over_thresholds() -> None:
     """Of two images together: precision of each threshold times what its recall adds."""
     thresholds = np.linspace(0, 1, 12)
     pairs = [(DRAW.random((5, 6)), (DRAW.random((5, 6)) < 0.4).astype(np.int8)) for _ in range(2)]
-    inside = sum(localisation.pixels_above(*each, thresholds)[0] for each in pairs)
-    outside = sum(localisation.pixels_above(*each, thresholds)[1] for each in pairs)
-    total = sum(int(mask.sum()) for _, mask in pairs)
+    inside, outside = np.array([localisation.pixels_above(*each, thresholds) for each in pairs]).swapaxes(0, 1)
+    totals = np.array([mask.sum() for _, mask in pairs])
+    total = int(totals.sum())
     twin, before = 0.0, 0.0
     for threshold in thresholds[::-1]:
         right = sum(int(((values >= threshold) & (mask == 1)).sum()) for values, mask in pairs)
         every = sum(int((values >= threshold).sum()) for values, _ in pairs)
         twin += (right / every if every else 0) * (right / total - before)
         before = right / total
-    assert accuracy.pixel_ap(inside, outside, total) == pytest.approx(twin)
+    assert accuracy.pixel_ap(inside, outside, totals, np.ones((1, 2))) == pytest.approx(twin)
+    alone = accuracy.pixel_ap(inside[:1], outside[:1], totals[:1], np.ones((1, 1)))
+    assert accuracy.pixel_ap(inside, outside, totals, np.array([[2.0, 0]])) == pytest.approx(alone)
 
 
 def test_pixel_ap_of_a_perfect_map_and_of_none() -> None:
     mask = np.array([[1, 0], [0, 0]], np.int8)
     thresholds = np.linspace(0, 1, 11)
-    assert accuracy.pixel_ap(*localisation.pixels_above(mask.astype(float), mask, thresholds), 1) == 1
-    assert accuracy.pixel_ap(*localisation.pixels_above(np.ones((2, 2)), mask, thresholds), 1) == 0.25
+    for values, wanted in ((mask.astype(float), 1), (np.ones((2, 2)), 0.25)):
+        above = [each[None] for each in localisation.pixels_above(values, mask, thresholds)]
+        assert accuracy.pixel_ap(*above, np.ones(1), np.ones((1, 1))) == wanted
 
 
 def test_share_boxes_are_of_the_maximum_and_not_of_the_range() -> None:

@@ -31,7 +31,7 @@ FAITHFUL = {
     "layer_randomisation": {"groups": 3},
     "label_randomisation": {"network": "other"},
 }
-PLACE = {"concept_of": {"*": ["sky", "grass"]}, "category": "object"}
+PLACE = {"concept_of": {"*": ["sky", "grass"]}, "category": "truth/object"}
 
 
 def experiment(folder: Path, tests: Any, **how: Any) -> dict[str, Any]:
@@ -154,10 +154,14 @@ REFUSED = [
     ({"pointing": None}, "give `boxes`, or `concept_of`"),
     ({"pointing": {"boxes": "/no/such.csv"}}, "audit.honest.tests.pointing.boxes: no file or folder /no/such.csv"),
     ({"pointing": {"boxes": "BOXES", "class_of": {"x": "nothing"}}}, "class_of: 'x' is 'nothing', which is no class"),
-    ({"pointing": {"concept_of": {"nothing": "sky", "*": None}, "category": "object"}}, "no class 'nothing'"),
-    ({"pointing": {"concept_of": {"city street": "sky"}, "category": "object"}}, "has no concept, nor have"),
+    ({"pointing": {"concept_of": {"nothing": "sky", "*": None}, "category": "truth/object"}}, "no class 'nothing'"),
+    ({"pointing": {"concept_of": {"city street": "sky"}, "category": "truth/object"}}, "has no concept, nor have"),
     ({"pointing": {"concept_of": {"*": "sky"}, "category": "thing"}}, "category: no category 'thing'"),
     ({"pointing": {"concept_of": {"*": "sky"}}}, "category: name one of"),
+    (
+        {"pointing": {"concept_of": {"*": "skye"}, "category": "truth/object"}},
+        "no concept 'skye' of 'scenes'; nearest: sky",
+    ),
     ({"localisation": {"boxes": "BOXES", "rules": []}}, "rules"),
     ({"localisation": {"boxes": "BOXES", "rules": ["cams"]}}, "rules"),
     ({"localisation": {"boxes": "WRONG"}}, "tests.localisation.boxes: line 2"),
