@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from pipeline.report.style import COLOURS, GRID, MUTED, grid_of, shorten
+from pipeline.stages.audit.drawing import Drawing, Drawings, Told
+from pipeline.stages.audit.faithful import ORDERS
+from pipeline.stages.audit.results import Outcome
 
 Lines = Mapping[str, np.ndarray]
 """By series, the mean over images at each point, NaN where there is none."""
@@ -74,8 +79,102 @@ def places(points: Sequence[str]) -> tuple[np.ndarray, list[str] | None]:
     return where, None
 
 
-def means(values: np.ndarray) -> np.ndarray:
-    """Return the mean over images of (image, ...), NaN where no image has a number."""
-    known = ~np.isnan(values)
-    count = known.sum(0)
-    return np.where(count > 0, np.where(known, values, 0).sum(0) / np.maximum(count, 1), np.nan)
+@dataclass(frozen=True)
+class Said:
+    """The words of a figure: of its axes, and what they show."""
+
+    across: str
+    up: str
+    caption: str
+
+
+def line(told: Mapping[str, Outcome], prefix: str) -> dict[str, float]:
+    """Return the values of outcomes `prefix.label` by label."""
+    start = f"{prefix}."
+    return {name.removeprefix(start): one.value for name, one in told.items() if name.startswith(start)}
+
+
+def drawing(
+    told: Told, titles: Mapping[str, str], series: Mapping[str, str], control: str, said: Said
+) -> Iterator[Drawing]:
+    """Yield the curves of a test, from outcomes `prefix.label`.
+
+    Parameters
+    ----------
+    series : the prefix of each series, by its name. control : the control that is drawn beside each method.
+    """
+    methods = {titles[name]: own for name, own in told.items() if name in titles}
+    points = list(
+        dict.fromkeys(label for own in methods.values() for each in series.values() for label in line(own, each))
+    )
+
+    def lines(own: Mapping[str, Outcome]) -> Lines:
+        found = {name: line(own, prefix) for name, prefix in series.items()}
+        return {name: np.array([each.get(p, np.nan) for p in points]) for name, each in found.items() if each}
+
+    shown = {title: found for title, own in methods.items() if (found := lines(own))}
+    beside = lines(told.get(f"control:{control}", {}))
+    if shown and points:
+        caption = said.caption + (f" Grey: the control, {CONTROLS.get(control, control)}." if beside else "")
+        yield Drawing(
+            "curves",
+            f"Small multiples: {said.up} by {said.across}, a panel for each method",
+            caption,
+            lambda width: curves(width, points, shown, beside, (said.across, said.up), control if beside else ""),
+        )
+
+
+CONTROLS = {"random": "random maps"}
+
+
+def removal(caption: str) -> Drawings:
+    def made(told: Told, titles: Mapping[str, str], options: Any) -> Iterator[Drawing]:
+        series = {kind: f"probability_{kind}" for kind in options.fillers}
+        yield from drawing(told, titles, series, "random", Said("share of pixels", "probability", caption))
+
+    return made
+
+
+def _road(told: Told, titles: Mapping[str, str], options: Any) -> Iterator[Drawing]:
+    series = {order.replace("_", " relevant "): f"accuracy_{order}" for order in ORDERS}
+    words = Said(
+        "share of pixels removed",
+        "same prediction",
+        "Share of images whose prediction stays the explained class when pixels are filled from their neighbours.",
+    )
+    yield from drawing(told, titles, series, "random", words)
+
+
+def _sensitivity(told: Told, titles: Mapping[str, str], options: Any) -> Iterator[Drawing]:
+    caption = "Mean correlation, over random sets of n pixels, of the map’s sum with what removing them does."
+    yield from drawing(
+        told, titles, {"correlation": "correlation"}, "random", Said("n, as a share of pixels", "correlation", caption)
+    )
+
+
+def _layers(told: Told, titles: Mapping[str, str], options: Any) -> Iterator[Drawing]:
+    series = {
+        f"{words}, {order}": f"{order}_{way}"
+        for order in options.orders
+        for way, words in (("rank", "rank correlation"), ("ssim", "SSIM"))
+    }
+    caption = "How alike the maps are when layers forget what they learnt, from the output (left) to the input."
+    yield from drawing(told, titles, series, "", Said("layers that forget", "alike", caption))
+
+
+def _linear(told: Told, titles: Mapping[str, str], options: Any) -> Iterator[Drawing]:
+    caption = (
+        "Share of the variance of scores around an image that its gradient explains; below 0, their mean is better."
+    )
+    yield from drawing(told, titles, {"R²": "r2"}, "", Said("noise, in levels of 255", "R²", caption))
+
+
+FIGURES: Mapping[str, Drawings] = {
+    "deletion": removal("Mean probability of the explained class while the largest values are removed first."),
+    "insertion": removal("Mean probability of the explained class while the largest values are shown first."),
+    "road": _road,
+    "sensitivity_n": _sensitivity,
+    "layer_randomisation": _layers,
+    "linear_view": _linear,
+}
+"""Drawn beside the dots of the first measures."""

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 HALF = 0.5
 """The IoU of a box that counts, in MaxBoxAcc and in the localisation error."""
+POINTS = 9
+"""Points of a curve that the table has; the cells have all."""
 
 
 def by_label(cell: Audited, options: Any) -> Iterator[Outcome]:
@@ -29,6 +31,22 @@ def by_label(cell: Audited, options: Any) -> Iterator[Outcome]:
         elif len(measure.dims) == 1:
             for at, label in enumerate(measure.labels[measure.dims[0]]):
                 yield _mean(f"{name}.{label}", values[:, at])
+
+
+def curve(cell: Audited, options: Any) -> Iterator[Outcome]:
+    """Yield the means of the numbers of an image, and after them those of curves at up to `POINTS` of their points.
+
+    A point is called `<what>_<series>.<label>`, for example `probability_black.0.25`.
+    """
+    yield from by_label(cell, options)
+    for name, measure in cell.measures.items():
+        if len(measure.dims) != 2:
+            continue
+        series, points = (measure.labels[dim] for dim in measure.dims)
+        step = max(1, -(-(len(points) - 1) // (POINTS - 1)))
+        for row, own in enumerate(series):
+            for at in range(0, len(points), step):
+                yield _mean(f"{name.removesuffix('_curve')}_{own}.{points[at]}", cell.arrays[name][:, row, at])
 
 
 def _mean(name: str, values: np.ndarray) -> Outcome:
@@ -108,6 +126,9 @@ def halves(ids: Sequence[str]) -> np.ndarray:
 
 
 REDUCE: Mapping[str, Callable[[Any, Any], Iterator[Outcome]]] = {
+    "deletion": curve,
+    "insertion": curve,
+    "road": curve,
     "sensitivity_n": by_label,
     "linear_view": by_label,
     "layer_randomisation": by_label,
