@@ -13,6 +13,8 @@ from torch import nn
 from pipeline.config.networks import Network
 from pipeline.networks.gradients import Logit, gradients
 from pipeline.stages.audit.batch import Batch, Shared
+from pipeline.stages.audit.cell import Audited
+from pipeline.stages.audit.results import Name
 
 PLAIN = {"mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]}
 
@@ -85,3 +87,9 @@ def toy(
     made.__dict__ |= {"network": network, "untrained": untrained}
     made.__dict__["maps"] = maps(made) if callable(maps) else maps
     return made
+
+
+def audited(test: str, measures: Mapping[str, Any], arrays: Mapping[str, np.ndarray], ids: Sequence[str]) -> Audited:
+    """Return the numbers of one method in a test, of images without labels."""
+    unknown = np.full(len(ids), -1)
+    return Audited("data", "net", test, Name("m"), None, measures, arrays, unknown, unknown, ids, ["a"])

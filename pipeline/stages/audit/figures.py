@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from pipeline.report.style import COLOURS, GRID, INK, MUTED, RUN_COLOURS, bare, shorten
-from pipeline.stages.audit import effects
+from pipeline.stages.audit import curves, effects
 from pipeline.stages.audit.axioms import AXIOMS
 from pipeline.stages.audit.drawing import Drawing, Drawings, Told
 from pipeline.stages.audit.options import TESTS
@@ -102,7 +102,9 @@ def plain(test: str, told: Told, titles: Mapping[str, str]) -> Iterator[Drawing]
         measure
         for measure in dict.fromkeys(measure for own in told.values() for measure in own if measure)
         if any(not np.isnan(_value(told, name, measure)) for name in told if name in titles)
-    ][:PANELS]
+    ]
+    # Those of a label, such as a share, come where there are no others.
+    measures = ([each for each in measures if "." not in each] or measures)[:PANELS]
     if measures:
         control = TESTS[test].control
         yield Drawing(
@@ -123,3 +125,5 @@ def drawings(test: str, told: Told, titles: Mapping[str, str], options: Any) -> 
         yield from FIGURES[test](told, titles, options)
     elif test != "axioms":
         yield from plain(test, told, titles)
+    if test in curves.FIGURES:
+        yield from curves.FIGURES[test](told, titles, options)

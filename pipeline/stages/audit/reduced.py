@@ -25,12 +25,12 @@ POINTS = 9
 def by_label(cell: Audited, options: Any) -> Iterator[Outcome]:
     """Yield the mean of every number of an image, those of an array with labels as `measure.label`."""
     for name, measure in cell.measures.items():
-        values = cell.arrays[name]
         if not measure.dims:
-            yield _mean(name, values)
-        elif len(measure.dims) == 1:
+            yield _mean(name, cell.arrays[name])
+    for name, measure in cell.measures.items():
+        if len(measure.dims) == 1:
             for at, label in enumerate(measure.labels[measure.dims[0]]):
-                yield _mean(f"{name}.{label}", values[:, at])
+                yield _mean(f"{name}.{label}", cell.arrays[name][:, at])
 
 
 def curve(cell: Audited, options: Any) -> Iterator[Outcome]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from toy_batch import audited
 
 from pipeline.stages.audit import reduced
 from pipeline.stages.audit.curves import FIGURES, curves, places
 from pipeline.stages.audit.faithful import TESTS, Deletion, Road, SensitivityN
-from pipeline.stages.audit.results import Name, Outcome
-from pipeline.stages.audit.rows import Audited
+from pipeline.stages.audit.results import Outcome
 from pipeline.stages.audit.sanity import LayerRandomisation
 
 
@@ -20,7 +20,8 @@ def told(prefix: str, labels: list[str], values: list[float]) -> dict[str, Outco
 def test_a_panel_for_each_method_with_the_control_in_grey() -> None:
     labels = ["0", "0.5", "1"]
     found = {
-        "a": told("probability_black", labels, [1, 0.2, 0.1]) | {"probability_black": Outcome("probability_black", 0.4)},
+        "a": told("probability_black", labels, [1, 0.2, 0.1])
+        | {"probability_black": Outcome("probability_black", 0.4)},
         "b": told("probability_black", labels, [1, 0.7, 0.1]),
         "control:random": told("probability_black", labels, [1, 0.6, 0.1]),
     }
@@ -57,7 +58,7 @@ def test_every_series_has_a_line(test: str, options: object, prefixes: list[str]
 
 def test_points_lie_at_their_numbers_where_they_have_one() -> None:
     assert places(["0", "0.5", "1"])[0].tolist() == [0, 0.5, 1]
-    assert places(["1", "4", "64"]) [1] == ["1", "4", "64"]
+    assert places(["1", "4", "64"])[1] == ["1", "4", "64"]
     assert places(["1/6", "2/6"])[1] == ["1/6", "2/6"]
 
 
@@ -74,7 +75,7 @@ def test_the_table_has_some_points_of_a_curve_and_all_areas() -> None:
     measures = TESTS["deletion"].measures(options)
     draw = np.random.default_rng(0)
     arrays = {name: draw.random((5, *measure.shape)) for name, measure in measures.items()}
-    cell = Audited("d", "n", "deletion", Name("m"), None, measures, arrays, np.zeros(5), list("abcde"), ["x"])
+    cell = audited("deletion", measures, arrays, list("abcde"))
     found = {each.measure: each for each in reduced.curve(cell, options)}
     assert list(found)[:4] == ["probability_black", "score_black", "probability_blur", "score_blur"]
     labels = [name.removeprefix("probability_blur.") for name in found if name.startswith("probability_blur.")]

@@ -9,13 +9,11 @@ import pytest
 import torch
 from pydantic import ValidationError
 from torch import nn
-from toy_batch import Toy, toy
+from toy_batch import Toy, audited, toy
 
 from pipeline.errors import MicrotomeError
 from pipeline.stages.audit import located, reduced, sanity
 from pipeline.stages.audit.located import Localisation, Pointing
-from pipeline.stages.audit.results import Name
-from pipeline.stages.audit.cell import Audited
 from pipeline.stages.audit.sanity import LabelRandomisation, LayerRandomisation
 from pipeline.stages.audit.trials import place, randomised
 
@@ -137,9 +135,7 @@ def test_truth_is_given_once() -> None:
 
 
 def outcomes(arrays: dict[str, np.ndarray], options: Localisation) -> dict[str, object]:
-    cell = Audited(
-        "data", "net", "localisation", Name("m"), None, {}, arrays, np.zeros(4), [f"{at}" for at in range(4)], ["a"]
-    )
+    cell = audited("localisation", {}, arrays, [f"{at}" for at in range(4)])
     return {each.measure: each for each in reduced.localisation(cell, options)}
 
 
