@@ -109,6 +109,14 @@ class Results(_Folder["Dataset"]):
         return {file.parent.name: _open(file) for file in sorted(self.path.glob("randomization/*/curves.zarr"))}
 
     @property
+    def audit(self) -> dict[str, dict[str, xr.Dataset]]:
+        """value, low, high, control (network, method, measure) and others of every audit, by its name and data set."""
+        found: dict[str, dict[str, xr.Dataset]] = {}
+        for group in sorted(self.path.glob("audit/*/audit.zarr/*/zarr.json")):
+            found.setdefault(group.parents[2].name, {})[group.parent.name] = _open(group.parent)
+        return found
+
+    @property
     def reports(self) -> dict[str, Path]:
         """The report page of every configuration, by its name."""
         return {file.parent.name: file for file in sorted(self.path.glob("report/*/index.html"))}
