@@ -138,15 +138,15 @@ def steps(draft: Draft) -> Iterator[Wanted]:
 def refuse(asked: Asked, options: TestOptions, test: str) -> None:
     """Refuse a test that lacks images, stages, or what it says itself."""
     declared = TESTS[test]
-    if options.images is not None and asked.images < options.images:
-        raise MicrotomeError(
-            f"{asked.where}.images: {options.images} images, and {asked.images} of {asked.dataset!r} are explained: "
-            f"lower it, or raise `images` of the experiment"
-        )
     if asked.images < LEAST:
         raise MicrotomeError(
             f"{asked.where}: {asked.images} images of {asked.dataset!r} are explained, expected {LEAST} at least: "
             f"raise `images` of the experiment"
+        )
+    if options.images is not None and asked.images < options.images:
+        raise MicrotomeError(
+            f"{asked.where}.images: {options.images} images, and {asked.images} of {asked.dataset!r} are explained: "
+            f"lower it, or raise `images` of the experiment"
         )
     for stage in declared.stages(options):
         own = None if stage in OF_DATASET else asked.network
