@@ -83,6 +83,13 @@ class Pointing(Located):
     tolerance: PositiveInt = Field(15, description="pixels that the largest value may miss the object by, as published")
 
 
+class Mass(TestOptions):
+    """See how much of the positive part of a map lies in each concept of label maps, whatever is explained."""
+
+    category: str = Field(description="the category of label maps")
+    concepts: Annotated[list[str], Field(min_length=1)] = Field(description="concepts of it")
+
+
 # What they measure ----------------------------------------------------------------------------------------------------
 
 
@@ -108,6 +115,14 @@ def _pointing(options: Pointing) -> Mapping[str, Measure]:
         "hit_tolerant": Measure(f"Largest value at most {options.tolerance} pixels off", better="higher"),
         "energy": Measure("Share of the positive part inside", better="higher"),
         "area": Measure("Share of the image inside"),
+    }
+
+
+def _mass(options: Mass) -> Mapping[str, Measure]:
+    labels = {"concept": tuple(options.concepts)}
+    return {
+        "energy": Measure("Share of the positive part in the concept", ("concept",), labels),
+        "area": Measure("Share of the image in the concept", ("concept",), labels),
     }
 
 
@@ -162,6 +177,17 @@ def _check_rules(options: Localisation, asked: Asked) -> Iterator[str]:
     if "grab_cut" in options.rules and util.find_spec("cv2") is None:
         yield f".{OPENCV}"
     yield from _check(options, asked)
+
+
+def _check_mass(options: Mass, asked: Asked) -> Iterator[str]:
+    known = _categories(asked)
+    if options.category not in known:
+        yield f".category: no category {options.category!r} of {asked.dataset!r}{nearest(options.category, known)}"
+        return
+    for name in options.concepts:
+        if name not in known[options.category]:
+            close = nearest(name, known[options.category])
+            yield f".concepts: no concept {name!r} in {options.category} of {asked.dataset!r}{close}"
 
 
 def _parents(options: Located) -> tuple[str, ...]:
@@ -245,5 +271,16 @@ TESTS: dict[str, Test] = {
         check=_check,
         prepare=_prepare,
         reads=_reads,
+    ),
+    "mass": Test(
+        "Mass in concepts",
+        "How much of the positive part of a map lies in each concept, beside the concept's share of the image.",
+        Mass,
+        _mass,
+        lambda options, own, size: 0.0,
+        controls=("random", "edges"),
+        control="random",
+        parents=("concepts",),
+        check=_check_mass,
     ),
 }

@@ -133,4 +133,5 @@ REDUCE: Mapping[str, Callable[[Any, Any], Iterator[Outcome]]] = {
     "linear_view": by_label,
     "layer_randomisation": by_label,
     "localisation": localisation,
+    "mass": by_label,
 }

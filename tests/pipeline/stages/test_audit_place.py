@@ -13,7 +13,7 @@ from toy_batch import Toy, audited, toy
 
 from pipeline.errors import MicrotomeError
 from pipeline.stages.audit import located, reduced, sanity
-from pipeline.stages.audit.located import Localisation, Pointing
+from pipeline.stages.audit.located import Localisation, Mass, Pointing
 from pipeline.stages.audit.sanity import LabelRandomisation, LayerRandomisation
 from pipeline.stages.audit.trials import place, randomised
 
@@ -115,6 +115,16 @@ def test_label_maps_say_where_the_concept_of_the_class_is() -> None:
     batch.shared.kept["numbers"] = {"cat": 4}
     with pytest.raises(MicrotomeError, match="no concept 'dog'"):
         place.truth(batch, options, "pointing", batch.classes)
+
+
+def test_mass_in_concepts() -> None:
+    label_maps = np.zeros((3, *SIZE), np.uint16)
+    label_maps[:, :4], label_maps[0, 6:] = 4, 9
+    batch = toy(NETWORK, PIXELS, mapped(), numbers={"sky": 4, "road": 9})
+    batch.shared.kept["label maps"] = label_maps
+    found = place.mass(batch, Mass(category="object", concepts=["road", "sky"]))
+    np.testing.assert_allclose(found["energy"][:2], [[0, 0.5], [np.nan, 24 / 26]])
+    np.testing.assert_allclose(found["area"], [[0.25, 0.5], [np.nan, 0.5], [np.nan, 0.5]])
 
 
 def test_concepts_of_classes() -> None:

@@ -64,7 +64,11 @@ def table(made: Any) -> dict[tuple[str, str, str, str], dict[str, str]]:
 @pytest.mark.slow
 @pytest.mark.usefixtures("workers")
 def test_every_test_has_its_rows_and_its_controls(tmp_path: Path) -> None:
-    tests = FAITHFUL | {"localisation": PLACE | {"thresholds": 10}, "pointing": PLACE | {"tolerance": 2}}
+    tests = (
+        FAITHFUL
+        | {"mass": {"category": "truth/object", "concepts": ["sky", "road"]}}
+        | {"localisation": PLACE | {"thresholds": 10}, "pointing": PLACE | {"tolerance": 2}}
+    )
     made = run(experiment(tmp_path, tests), "ingest", "concepts", "network", "attribute", "audit")
     rows = table(made)
     assert {key[2] for key in rows} == set(tests)
@@ -77,6 +81,7 @@ def test_every_test_has_its_rows_and_its_controls(tmp_path: Path) -> None:
         ("log_odds", "change"),
         ("localisation", "max_box_acc"),
         ("pointing", "energy"),
+        ("mass", "energy.sky"),
     ):
         for method in (*METHODS, "control:random", "control:edges"):
             row = rows["cnn", method, test, measure]
@@ -167,6 +172,8 @@ REFUSED = [
     ({"localisation": {"boxes": "BOXES", "rules": []}}, "rules"),
     ({"localisation": {"boxes": "BOXES", "rules": ["cams"]}}, "rules"),
     ({"localisation": {"boxes": "WRONG"}}, "tests.localisation.boxes: line 2"),
+    ({"mass": {"category": "truth/object", "concepts": ["skies"]}}, "mass.concepts: no concept 'skies'"),
+    ({"mass": {"category": "truth", "concepts": ["sky"]}}, "mass.category: no category 'truth'"),
     ({"label_randomisation": None}, "network"),
     ({"label_randomisation": {"network": "nobody"}}, "label_randomisation.network: no network 'nobody'"),
     ({"deletion": {"fillers": ["grey"]}}, "fillers"),

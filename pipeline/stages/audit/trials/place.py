@@ -10,7 +10,7 @@ from kernels.audit.localisation import Truth
 from kernels.audit.structure import scaled
 from pipeline.errors import MicrotomeError, nearest
 from pipeline.stages.audit.batch import Batch
-from pipeline.stages.audit.located import Localisation, Located, Pointing, Rule
+from pipeline.stages.audit.located import Localisation, Located, Mass, Pointing, Rule
 
 FIRST, FIFTH = 1, 5
 
@@ -61,6 +61,24 @@ def pointing(batch: Batch, options: Pointing) -> dict[str, np.ndarray]:
         found["hit_tolerant"][at] = kernels.hit(values, own.mask, options.tolerance)
         found["energy"][at] = kernels.energy_inside(values, own.mask)
         found["area"][at] = (own.mask == 1).sum() / (own.mask >= 0).sum()
+    return found
+
+
+def mass(batch: Batch, options: Mass) -> dict[str, np.ndarray]:
+    """Return the share of each map's positive part, and of the image, in each concept; NaN in images without it.
+
+    Pixels without a label count as part of the image.
+    """
+    maps, numbers = batch.at_image(), batch.concepts(options.category)
+    wanted = [_number(numbers, name) for name in options.concepts]
+    found = {name: np.full((len(maps), len(wanted)), np.nan) for name in ("energy", "area")}
+    for at, label_map in enumerate(batch.label_maps(options.category)):
+        own = enlarged(label_map, batch.size)
+        for column, number in enumerate(wanted):
+            mask = (own == number).astype(np.int8)
+            if mask.any():
+                found["energy"][at, column] = kernels.energy_inside(maps[at], mask)
+                found["area"][at, column] = mask.mean()
     return found
 
 
@@ -121,5 +139,5 @@ def truth(batch: Batch, options: Located, test: str, classes: np.ndarray) -> lis
 
 def _number(numbers: dict[str, int], name: str) -> int:
     if name not in numbers:
-        raise MicrotomeError(f"concept_of: no concept {name!r} in the label maps{nearest(name, numbers)}")
+        raise MicrotomeError(f"no concept {name!r} in the label maps{nearest(name, numbers)}")
     return numbers[name]

@@ -9,7 +9,7 @@ import numpy as np
 from pipeline.stages.audit.trials.counterfactual import counterfactual
 from pipeline.stages.audit.trials.laws import axioms
 from pipeline.stages.audit.trials.noisy import linear_view, stability
-from pipeline.stages.audit.trials.place import localisation, pointing
+from pipeline.stages.audit.trials.place import localisation, mass, pointing
 from pipeline.stages.audit.trials.randomised import label_randomisation, layer_randomisation
 from pipeline.stages.audit.trials.removal import deletion, insertion, log_odds, road
 from pipeline.stages.audit.trials.subsets import infidelity, sensitivity_n
@@ -30,6 +30,7 @@ FUNCTIONS: Mapping[str, Callable[..., dict[str, np.ndarray]]] = {
     "label_randomisation": label_randomisation,
     "localisation": localisation,
     "pointing": pointing,
+    "mass": mass,
     "counterfactual": counterfactual,
 }
 """Of each test: (batch, options) to the arrays of its measures, (image, ...)."""

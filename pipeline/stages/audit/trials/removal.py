@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from kernels.attribution.log_odds import change_of_log_odds, erased
+from kernels.attribution.log_odds import erased
 from kernels.audit import faithfulness
 from kernels.audit.imputation import imputed
 from pipeline.stages.audit.batch import Batch
@@ -103,8 +103,9 @@ def log_odds(batch: Batch, options: LogOdds) -> dict[str, np.ndarray]:
         parts = [batch.explain(target=replace(target, classes=each)) for each in (of, against)]
         maps = batch.at_image(parts[0] - parts[1])
     less = erased(batch.pixels, filler(batch, options.filler), torch.from_numpy(maps), options.share)
-    after = batch.logits_at(batch.normalise(less.contiguous()))
-    return {"change": change_of_log_odds(batch.logits, after, of, against).double().cpu().numpy()}
+    odds = replace(target, against=against)
+    change = odds(batch.logits).double() - odds(batch.logits_at(batch.normalise(less.contiguous()))).double()
+    return {"change": change.cpu().numpy()}
 
 
 def pair(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
