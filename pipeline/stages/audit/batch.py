@@ -368,10 +368,7 @@ class Batch:
     def label_maps(self, category: str) -> np.ndarray:
         """Return the label maps of a category, uint16 (image, y, x), at their own size."""
         place = self._category(category).place
-        assert self.shared.concepts is not None
-        store, _ = self.shared.concepts
-        first, last = int(self.slots[0]), int(self.slots[-1]) + 1
-        return self.memo(("labels", category), lambda: store.open()["label_map"][first:last, place][self.slots - first])
+        return self.memo(("labels", category), lambda: self.shared.read_labels(place))
 
     def _category(self, name: str) -> Category:
         known = self.shared.categories
