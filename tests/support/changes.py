@@ -42,7 +42,8 @@ SHARDS = 3  # of 16 images each, that hold the validation images
 class Work:
     """What a run did. By network: shards put through it (`forwards`), layers written and layers counted, by name, and
     minibatches put through it, for the similarity of layers or for sight. Shards are `ablated` without units and
-    without sets; runs on corrupted data are `trained`; shards are `explained` by one method of attribution each."""
+    without sets; runs on corrupted data are `trained`; shards are `explained` by one method of attribution each, and
+    what it says is `audited` by one test each, on small functions or on shards of a network."""
 
     steps: list[str] = field(default_factory=list)
     decoded: int = 0
@@ -55,6 +56,7 @@ class Work:
     ablated: int = 0
     trained: int = 0
     explained: dict[str, int] = field(default_factory=dict)
+    audited: dict[str, int] = field(default_factory=dict)
     shard_writes: int = 0
 
     def stages(self, network: str | None = None) -> list[str]:
@@ -174,6 +176,10 @@ def run(raw: dict[str, Any]) -> Work:
         if path.name == "runs.ledger":
             work.trained += len(new)
             continue
+        if "cells" in path.parts:
+            name = f"{path.parent.name} {path.stem}"
+            work.audited |= {name: len(new)} if new else {}
+            continue
         if path.parent.parent.name == "attributions":
             name = f"{path.parents[2].name} {path.stem}"
             work.explained |= {name: len(new)} if new else {}
@@ -275,6 +281,17 @@ def explained(raw: dict[str, Any], *more: str, **own: dict[str, Any]) -> dict[st
 def _explained_before(folder: Path, raw: dict[str, Any], after: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     run(explained(raw))
     return after()
+
+
+def audited(raw: dict[str, Any], *more: str) -> dict[str, Any]:
+    """What the CNN's explanations say, put to the laws."""
+    asked = {"attributions": "mine", "tests": ["axioms"], "networks": ["cnn"]}
+    return changed(explained(raw, *more), "audit", to={"mine": asked})
+
+
+def _audited_before(folder: Path, raw: dict[str, Any]) -> dict[str, Any]:
+    run(audited(raw))
+    return audited(raw, "grad_cam")
 
 
 def black_boxes(raw: dict[str, Any], *names: str) -> dict[str, Any]:
@@ -400,6 +417,9 @@ CHANGES = [
         "head of the CNN trained again, where its images are explained", "its logits and explanations",
         lambda folder, raw: _explained_before(folder, raw, lambda: _other_head(folder, explained(raw))),
     ),
+    Change(
+        "one more method of attribution, where the CNN's are audited", "its shards, by that method", _audited_before,
+    ),
     Change("text or code of the report", "the report", lambda folder, raw: raw, report_changed),
 ]  # fmt: skip
 
@@ -427,9 +447,9 @@ def table(folder: Path) -> Iterator[str]:
     """The rows of the table in the docs."""
     yield (
         "| change | allowed | images decoded | label maps | forwards | layers written | layers counted | ablated | "
-        "minibatches | runs trained | explained | steps |"
+        "minibatches | runs trained | explained | audited | steps |"
     )
-    yield "|---|---|---|---|---|---|---|---|---|---|---|---|"
+    yield "|---|---|---|---|---|---|---|---|---|---|---|---|---|"
     base = folder / "base"
     base.mkdir()
     yield _row("(the first run)", "everything", run(experiment(base)))
@@ -462,7 +482,8 @@ def _row(name: str, allowed: str, work: Work) -> str:
     written, counted = (sum(map(len, each.values())) for each in (work.written, work.counted))
     minibatches = sum(work.minibatches.values())
     shards = (work.decoded, work.labelled, forwards, written, counted, work.ablated, minibatches)
-    made = (*shards, work.trained, sum(work.explained.values()), len(work.steps))
+    maps = sum(work.explained.values()), sum(work.audited.values())
+    made = (*shards, work.trained, *maps, len(work.steps))
     return "| " + " | ".join((name, allowed, *(str(count or "–") for count in made))) + " |"
 
 

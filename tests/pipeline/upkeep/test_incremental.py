@@ -86,6 +86,7 @@ def expected(name: str, work: Work) -> dict:
         "relevance of the units of a layer by LRP": {},
         "Kernel SHAP beside LIME, of the same segments": {},
         "head of the CNN trained again, where its images are explained": {"forwards": {"cnn": SHARDS}},
+        "one more method of attribution, where the CNN's are audited": {},
         "text or code of the report": {},
     }[name]  # fmt: skip
 
@@ -129,6 +130,9 @@ def test_what_a_change_costs(tmp_path, base, change: Change):
             assert work.explained == {"cnn kernel_shap": SHARDS, "vit kernel_shap": SHARDS}
         case "head of the CNN trained again, where its images are explained":
             assert work.explained == {"cnn gradient_x_input": SHARDS, "cnn saliency": SHARDS}
+        case "one more method of attribution, where the CNN's are audited":
+            assert work.explained == {"cnn grad_cam": SHARDS, "vit grad_cam": SHARDS}
+            assert set(work.audited) == {"axioms grad_cam", "functions grad_cam"}
         case "text or code of the report":
             assert work.steps == ["report"]
         case "one more source of concepts (colours of the pixels)":
