@@ -37,7 +37,7 @@ def curves(
     words : what the axes show, (across, up).
     """
     where, ticks = places(points)
-    rows, columns = grid_of(len(methods), width, 6)
+    rows, columns = grid_of(len(methods), width, 4)
     figure = Figure(figsize=(width, TALL * rows + 0.75), layout="constrained")
     panels = np.atleast_1d(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)).ravel()
     names = list(dict.fromkeys(name for lines in methods.values() for name in lines))
