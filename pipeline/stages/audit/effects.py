@@ -91,7 +91,7 @@ def known(width: float, groups: Sequence[Mapping[str, Numbers]]) -> Figure:
             at += 1
     panel.axvline(0, color=MUTED, linewidth=0.8)
     panel.set_ylim(at - 0.4, -0.6)
-    panel.set_xlabel("rank correlation over the objects of an image")
+    panel.set_xlabel("rank correlation over the objects of an image" if width > 5 else "rank correlation")
     panel.grid(axis="x")
     panel.set_yticks(ticks, [shorten(name, int(0.42 * width / LETTER)) for name in names], fontsize=7, color=INK)
     bare(panel, "left")
@@ -162,7 +162,7 @@ def matrix(
                 text = f"{values[row, column]:.2f}".replace("0.", ".")
                 panel.text(column, row, text, ha="center", va="center", fontsize=5.5, color=ink)
     panel.set_yticks(range(len(names)), names, fontsize=7, color=INK)
-    panel.set_xticks(range(len(heads)), heads, fontsize=7, color=INK, rotation=90)
+    panel.set_xticks(range(len(heads)), heads, fontsize=min(7, 68 * side), color=INK, rotation=90)
     panel.xaxis.tick_top()
     bare(panel, "left", "top", "right", "bottom")
     beside = figure.add_axes(((left + across + 0.1) / width, 0.1 / height, 0.08 / width, min(1.2, tall) / height))
