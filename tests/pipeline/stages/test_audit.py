@@ -213,7 +213,7 @@ def test_relevance_is_held_against_losses(made, rows):
 @pytest.mark.slow
 def test_results_open_as_arrays(made, rows):
     found = pipeline.open_results(made.results).audit["honest"]["scenes"]
-    one = found.sel(network="cnn", method="deeplift", measure="axioms.completeness")
+    one = found.sel({"network": "cnn", "method": "deeplift", "measure": "axioms.completeness"})
     assert str(one.state.values) == "holds" and float(one.value) == float(
         outcome(rows, "deeplift", "completeness")["value"]
     )
