@@ -50,7 +50,7 @@ def experiment(folder: Path, tests: Any, classes: int = 12) -> dict[str, Any]:
                 {key: each + 0.3 * torch.randn_like(each) for key, each in network.state_dict().items()},
                 folder / f"{name}.pt",
             )
-    raw["attribute"] = {"explained": {"images": 12, "networks": ["cnn", "other"], "methods": METHODS}}
+    raw["attribute"] = {"explained": {"images": 8, "networks": ["cnn", "other"], "methods": METHODS}}
     raw["audit"] = {"honest": {"attributions": "explained", "networks": ["cnn", "other"], "tests": tests}}
     return raw
 
