@@ -141,8 +141,8 @@ def _check(options: Located, asked: Asked) -> Iterator[str]:
             yield f".boxes: no file or folder {path}"
         for name, of in options.class_of.items():
             if of not in names:
-                known = f"which is no class of {asked.dataset!r}{nearest(of, names)}"
-                yield f".class_of: {name!r} is {of!r}, {known}"
+                lacking = f"which is no class of {asked.dataset!r}{nearest(of, names)}"
+                yield f".class_of: {name!r} is {of!r}, {lacking}"
         return
     known = _categories(asked)
     if not known:
@@ -162,11 +162,11 @@ def _check(options: Located, asked: Asked) -> Iterator[str]:
     for name in options.concept_of:
         if name not in (*names, OTHERS):
             yield f".concept_of: no class {name!r} of {asked.dataset!r}{nearest(name, names)}"
-    lacking = [name for name in names if name not in options.concept_of]
-    if lacking and OTHERS not in options.concept_of:
-        more = f", nor have {len(lacking) - 1} others" if len(lacking) > 1 else ""
+    without = [name for name in names if name not in options.concept_of]
+    if without and OTHERS not in options.concept_of:
+        more = f", nor have {len(without) - 1} others" if len(without) > 1 else ""
         yield (
-            f'.concept_of: class {lacking[0]!r} has no concept{more}: name it, or give `"*": null` to '
+            f'.concept_of: class {without[0]!r} has no concept{more}: name it, or give `"*": null` to '
             "leave such images out"
         )
 

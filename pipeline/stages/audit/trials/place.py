@@ -22,7 +22,10 @@ def localisation(batch: Batch, options: Localisation) -> dict[str, np.ndarray]:
     Selvaraju et al. (ICCV 2017); Simonyan et al. (2014).
     """
     images, levels = len(batch.pixels), options.levels
-    found = {name: np.full((images, len(levels)), np.nan) for name in ("largest_iou", "any_iou", "inside", "outside")}
+    shape = (images, len(levels))
+    found: dict[str, np.ndarray] = {
+        name: np.full(shape, np.nan) for name in ("largest_iou", "any_iou", "inside", "outside")
+    }
     found |= {name: np.full(images, np.nan) for name in ("object", *(f"{rule}_iou" for rule in options.rules))}
     truths, maps = truth(batch, options, "localisation", batch.classes), shown(batch)
     values = np.nan_to_num(scaled(maps))

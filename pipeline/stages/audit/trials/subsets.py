@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ def sensitivity_n(batch: Batch, options: SensitivityN) -> dict[str, np.ndarray]:
             return faithfulness.subsets(maps[0].size, count, options.sets, [seed, 4, at])
 
         drop = drops(batch, ("sets", count, at), options.sets, options.filler, draw)
-        found.append(_by_image(batch, maps, draw, lambda sums, own: faithfulness.correlation(sums, own), drop))
+        found.append(_by_image(batch, maps, draw, faithfulness.correlation, drop))
     values = np.stack(found, 1)
     known = ~np.isnan(values)
     mean = np.where(known.any(1), np.where(known, values, 0).sum(1) / known.sum(1).clip(1), np.nan)
@@ -49,7 +50,7 @@ def infidelity(batch: Batch, options: Infidelity) -> dict[str, np.ndarray]:
 
     drop = drops(batch, ("squares", side), options.sets, options.filler, draw)
     return {
-        name: _by_image(batch, maps, draw, lambda sums, own, s=scaled: faithfulness.infidelity(sums, own, s), drop)
+        name: _by_image(batch, maps, draw, partial(faithfulness.infidelity, scaled=scaled), drop)
         for name, scaled in (("infidelity", False), ("scaled_infidelity", True))
     }
 
