@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -25,7 +25,7 @@ from pipeline.stages.audit.counterfactual import OBJECTS, OF, SUMS, TRUTHS, Coun
 CALIBRATING = 128
 """Training scenes from which the untrained network's BatchNorms take their statistics."""
 PICTURES = 64
-"""Pictures that are drawn at a time, in micro-batches of the network."""
+"""Pictures that are drawn, and seen, at a time: at least a micro-batch of the network."""
 
 
 @dataclass(frozen=True)
@@ -110,33 +110,69 @@ def _blank(images: int) -> dict[str, np.ndarray]:
 # Truths ---------------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Stage:
+    """An image that counts: its scene, the pixels in which each object is seen, and which objects pictures show."""
+
+    scene: Scene
+    areas: np.ndarray
+    game: Game
+
+
 def _play_all(batch: Batch, options: Counterfactual) -> dict[int, Played]:
     """Return what is true of the images that count, by their place."""
     dataset = Scenes.model_validate(batch.dataset)
     right = batch.logits.argmax(1).cpu().numpy() == batch.labels
-    found = {}
-    for row in np.flatnonzero(right):
-        scene = draw_again(dataset, batch.ids[row])
-        if not np.array_equal(scene.image, batch.pixels[row].numpy()):
-            raise MicrotomeError(
-                f"image {batch.ids[row]!r} has other pixels when it is drawn again: another version drew the stored "
-                f"ones, so remove the data set's results"
-            )
-        areas = objects.areas(scene.instance_map, len(scene.things))
-        if (areas >= options.pixels).sum() >= options.objects:
-            found[int(row)] = _play(batch, options, int(row), scene, areas)
-    return found
+    stages = {}
+    for row in np.flatnonzero(right).tolist():
+        stage = _stage(batch, options, row, draw_again(dataset, batch.ids[row]))
+        if (stage.areas >= options.pixels).sum() >= options.objects:
+            stages[row] = stage
+    if not stages:
+        return {}
+    logits = _seen(batch, (block for each in stages.values() for block in _pictures(each)))
+    own = logits.split([len(each.game.shown) for each in stages.values()])
+    return {row: _play(batch, options, row, stages[row], seen) for row, seen in zip(stages, own, strict=True)}
 
 
-def _play(batch: Batch, options: Counterfactual, row: int, scene: Scene, areas: np.ndarray) -> Played:
+def _stage(batch: Batch, options: Counterfactual, row: int, scene: Scene) -> _Stage:
     count = len(scene.things)
+    if not np.array_equal(scene.image, batch.pixels[row].numpy()):
+        raise MicrotomeError(
+            f"image {batch.ids[row]!r} has other pixels when it is drawn again: another version drew the stored ones, "
+            f"so remove the data set's results"
+        )
     if count > OBJECTS:
         raise MicrotomeError(f"image {batch.ids[row]!r} has {count} objects, expected at most {OBJECTS}")
-    kinds = np.array([KINDS.index(thing.kind) for thing in scene.things])
     game = Game.of(count, options.exact, options.coalitions, batch.seeds[row])
-    logits = _logits(batch, scene, game.shown)
-    same = torch.full((len(logits),), row)
-    scores = batch.target.at(same)(logits).numpy()
+    return _Stage(scene, objects.areas(scene.instance_map, count), game)
+
+
+def _pictures(stage: _Stage) -> Iterator[np.ndarray]:
+    for at in range(0, len(stage.game.shown), PICTURES):
+        yield stage.scene.pictures(stage.game.shown[at : at + PICTURES])
+
+
+def _seen(batch: Batch, blocks: Iterable[np.ndarray]) -> torch.Tensor:
+    """Return the logits of uint8 pictures, float64 (picture, class) on the CPU; micro-batches are full but the last."""
+    size = batch.spec.numerics.micro_batch
+    step = -(-PICTURES // size) * size
+    found, kept = [], np.empty((0, 3, *batch.size), np.uint8)
+    for block in blocks:
+        kept = np.concatenate([kept, block])
+        while len(kept) >= step:
+            found.append(batch.logits_at(batch.normalise(torch.from_numpy(kept[:step]))).double().cpu())
+            kept = kept[step:]
+    if len(kept):
+        found.append(batch.logits_at(batch.normalise(torch.from_numpy(kept))).double().cpu())
+    return torch.cat(found)
+
+
+def _play(batch: Batch, options: Counterfactual, row: int, stage: _Stage, logits: torch.Tensor) -> Played:
+    """Return what is true of an image, from the logits of its pictures, (picture, class)."""
+    scene, areas, game = stage.scene, stage.areas, stage.game
+    kinds = np.array([KINDS.index(thing.kind) for thing in scene.things])
+    scores = batch.target.at(torch.full((len(logits),), row))(logits).numpy()
     shares = game.shares(scores)
     lone = _lone(batch, kinds, areas, options, row)
     wrong = _class_of(batch, kinds[lone]) if lone is not None else _drawn_class(batch, row)
@@ -151,17 +187,8 @@ def _play(batch: Batch, options: Counterfactual, row: int, scene: Scene, areas: 
         wrong,
         lone,
         game.drops(of_wrong),
-        scene.pictures(np.zeros((1, count), bool))[0],
+        scene.pictures(np.zeros((1, game.objects), bool))[0],
     )
-
-
-def _logits(batch: Batch, scene: Scene, shown: np.ndarray) -> torch.Tensor:
-    """Return the logits of pictures that show these objects, float64 (picture, class) on the CPU."""
-    found = []
-    for at in range(0, len(shown), PICTURES):
-        pictures = torch.from_numpy(scene.pictures(shown[at : at + PICTURES]))
-        found.append(batch.logits_at(batch.normalise(pictures)).double().cpu())
-    return torch.cat(found)
 
 
 def _for_class(batch: Batch, classes: torch.Tensor) -> Logit:
@@ -199,7 +226,7 @@ def _said(batch: Batch, options: Counterfactual, played: Mapping[int, Played]) -
     if batch.control in TRUTHS:
         return {"map": {row: Said.values(own.truths[batch.control]) for row, own in played.items()}}
     if batch.control == "ring":
-        return {"map": {row: Said.values(_filled(batch, options, row, own)) for row, own in played.items()}}
+        return {"map": {row: Said.values(own) for row, own in _filled(batch, options, played).items()}}
     if batch.control == "area":
         return {"map": {row: Said.of(np.ones(batch.size), own) for row, own in played.items()}}
     if batch.control.startswith("ig_"):
@@ -222,14 +249,21 @@ def _of_maps(batch: Batch, maps: np.ndarray, played: Mapping[int, Played]) -> di
     return {row: Said.of(own, played[row]) for row, own in zip(played, batch.at_image(maps), strict=True)}
 
 
-def _filled(batch: Batch, options: Counterfactual, row: int, played: Played) -> np.ndarray:
-    """Return what the score loses where the mask of each object has the colour of its ring, (object,); NaN without."""
-    image, found = batch.pixels[row].numpy(), np.full(len(played.kinds), np.nan)
-    masks = [played.scene.instance_map == k + 1 for k in range(len(found))]
-    pictures = {k: objects.filled(image, mask, options.ring) for k, mask in enumerate(masks)}
-    there = {k: picture for k, picture in pictures.items() if picture is not None}
-    scores = batch.scores(torch.from_numpy(np.stack([image, *there.values()])), [row] * (1 + len(there)))
-    found[list(there)] = scores[0] - scores[1:]
+def _filled(batch: Batch, options: Counterfactual, played: Mapping[int, Played]) -> dict[int, np.ndarray]:
+    """Return what the score loses where the mask of an object has the colour of its ring, (object,); NaN without."""
+    found = {row: np.full(len(own.kinds), np.nan) for row, own in played.items()}
+    pictures = {}
+    for row, own in played.items():
+        for k in range(len(own.kinds)):
+            picture = objects.filled(own.scene.image, own.scene.instance_map == k + 1, options.ring)
+            if picture is not None:
+                pictures[row, k] = picture
+    if pictures:
+        rows = torch.tensor([row for row, _ in pictures])
+        logits = _seen(batch, (each[None] for each in pictures.values()))
+        scores = batch.target.at(rows)(logits).numpy()
+        for (row, k), score in zip(pictures, scores, strict=True):
+            found[row][k] = batch.score[row] - score
     return found
 
 
