@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +12,12 @@ import torch
 from torch import nn
 
 from pipeline.errors import MicrotomeError
-from pipeline.networks.gradients import Logit, relative, scores
+from pipeline.networks.gradients import Logit, scores
 from pipeline.stages.attribute.explaining import explain_function
-from pipeline.stages.attribute.options import METHODS, OfSplit, Options, Segmented
+from pipeline.stages.attribute.options import METHODS, OfSplit, Options
 from pipeline.stages.attribute.subject import Attribution
 from pipeline.stages.audit.axioms import AXIOMS
+from pipeline.stages.audit.trials.sums import SUMS
 from pipeline.storage.manifest import Files
 from pipeline.storage.store import write_whole
 from pipeline.workers.resumable import Done
@@ -185,56 +186,39 @@ class Case:
         assert found is not None
         return (found if METHODS[self.options.kind].signed else found.abs()).double()
 
-    def score(self, inputs: torch.Tensor | None = None) -> torch.Tensor:
-        inputs = self.function.inputs if inputs is None else inputs
+    @cached_property
+    def plain(self) -> Attribution:
+        """The explanation of the input."""
+        return self.explain()
+
+    @property
+    def own(self) -> torch.Tensor:
+        """What the explanation says of each feature, (input, feature)."""
+        return self.of(self.plain)
+
+    @property
+    def total(self) -> torch.Tensor:
+        return self.own.sum(1)
+
+    @property
+    def score(self) -> torch.Tensor:
+        return self.score_at(self.function.inputs)
+
+    @property
+    def baseline_score(self) -> torch.Tensor:
+        return self.score_at(self.function.reference)
+
+    def score_at(self, inputs: torch.Tensor) -> torch.Tensor:
         return scores(self.function.network, inputs, Logit(torch.zeros(len(inputs), dtype=torch.int64)))
-
-
-def completeness(case: Case) -> torch.Tensor:
-    difference = case.score() - case.score(case.function.reference)
-    return relative(case.values().sum(1) - difference, difference, case.score())
-
-
-def _constant(case: Case, made: Attribution) -> torch.Tensor | None:
-    if isinstance(case.options, Segmented) and "intercept" in made.facts:
-        return made.facts["intercept"].double()
-    return _reference(case, made)
-
-
-def _reference(case: Case, made: Attribution) -> torch.Tensor | None:
-    if "phi0" in made.facts:
-        return made.facts["phi0"].double()
-    return case.score(case.function.reference) if METHODS[case.options.kind].baseline else None
-
-
-def summation_to_delta(case: Case) -> torch.Tensor | None:
-    made = case.explain()
-    reference = _reference(case, made)
-    if reference is None:
-        return None
-    difference = case.score() - reference
-    return relative(case.of(made).sum(1) - difference, difference, case.score())
-
-
-def conservation(case: Case) -> torch.Tensor:
-    made = case.explain()
-    kept = [made.facts[name].double() for name in ("bias", "leak") if name in made.facts]
-    return relative(sum(kept, case.of(made).sum(1)) - case.score(), case.score())
-
-
-def local_accuracy(case: Case) -> torch.Tensor | None:
-    made = case.explain()
-    constant = _constant(case, made)
-    return None if constant is None else relative(constant + case.of(made).sum(1) - case.score(), case.score())
 
 
 def sensitivity_a(case: Case) -> torch.Tensor:
     """Return the share of features that get 0, of those whose change to the baseline alone changes the score."""
-    plain, missed, counted = case.values(), 0, 0
+    plain, missed, counted = case.own, 0, 0
     for feature in range(case.function.inputs.shape[1]):
         other = case.function.inputs.clone()
         other[0, feature] = case.function.reference[0, feature]
-        if bool((case.score(other) == case.score()).all()):
+        if bool((case.score_at(other) == case.score).all()):
             continue
         counted += 1
         found = case.values(None, None, other) if case.compares else plain
@@ -270,7 +254,7 @@ def consistency(case: Case) -> torch.Tensor | None:
         return None
     rises = (case.function.inputs - case.function.reference)[:, 0]
     more = case.values(Formula(lambda x, network: network(x) + x[:, :1], case.function.network))
-    return (-(more - case.values())[:, 0] * rises.sign()).clamp(min=0) / rises.abs()
+    return (-(more - case.own)[:, 0] * rises.sign()).clamp(min=0) / rises.abs()
 
 
 def linearity(case: Case) -> torch.Tensor | None:
@@ -279,7 +263,7 @@ def linearity(case: Case) -> torch.Tensor | None:
         return None
     (a, b), other = WEIGHTS, FUNCTIONS[SUM_OF[1]].network
     both = case.values(Formula(lambda x: a * case.function.network(x) + b * other(x)))
-    f, g = a * case.values(), b * case.values(other)
+    f, g = a * case.own, b * case.values(other)
     return (both - f - g).norm(dim=1) / (f.norm(dim=1) + g.norm(dim=1)).clamp(min=NOTHING)
 
 
@@ -287,25 +271,22 @@ def invariance(law: str, case: Case) -> torch.Tensor | None:
     twin = case.function.twins.get(law)
     if twin is None:
         return None
-    plain = case.values()
+    plain = case.own
     return (case.values(twin) - plain).norm(dim=1) / plain.norm(dim=1).clamp(min=NOTHING)
 
 
 def batch_apart(case: Case) -> torch.Tensor:
     both = torch.cat([case.function.inputs, case.function.inputs / 2 + 0.1])
-    plain = case.values()
+    plain = case.own
     return (case.values(None, both)[:1] - plain).norm(dim=1) / plain.norm(dim=1).clamp(min=NOTHING)
 
 
 def determinism(case: Case) -> torch.Tensor:
-    return (case.values() - case.values()).abs().amax(1)
+    return (case.values() - case.own).abs().amax(1)
 
 
 LAWS: Mapping[str, Callable[[Case], torch.Tensor | None]] = {
-    "completeness": completeness,
-    "summation_to_delta": summation_to_delta,
-    "conservation": conservation,
-    "local_accuracy": local_accuracy,
+    **SUMS,
     "sensitivity_a": sensitivity_a,
     "sensitivity_b": sensitivity_b,
     "missingness": missingness,
@@ -331,11 +312,12 @@ def on_functions(options: Options) -> dict[str, np.ndarray]:
     if kind.maps != "image" or "layer" in kind.needs or options.kind == "occlusion":
         return found  # their values are of positions, which such functions do not have
     for row, function in enumerate(FUNCTIONS.values()):
+        case = Case(function, options)
         for column, name in enumerate(AXIOMS):
             if name not in LAWS:
                 continue
             try:
-                value = LAWS[name](Case(function, options))
+                value = LAWS[name](case)
             except MicrotomeError:
                 found["refused"][row, column] = 1
                 continue

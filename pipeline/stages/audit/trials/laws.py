@@ -14,12 +14,13 @@ import torch
 from torch import nn
 
 from pipeline.errors import MicrotomeError
-from pipeline.networks.gradients import Logit, in_chunks, relative, scores
+from pipeline.networks.gradients import Logit, in_chunks, scores
 from pipeline.stages.attribute.options import METHODS, Method, OfSplit, Options, Segmented, link_of
 from pipeline.stages.attribute.subject import Attribution
 from pipeline.stages.audit.axioms import AXIOMS, Axioms
 from pipeline.stages.audit.batch import Batch
 from pipeline.stages.audit.trials.equivalent import VARIANTS, equivalent
+from pipeline.stages.audit.trials.sums import SUMS
 
 ROWS = 4  # that the function of sensitivity (b) does not read
 TOGETHER = 4  # images that go through the network together
@@ -84,6 +85,12 @@ class Case:
     def map(self) -> torch.Tensor:
         return _map(self.plain)
 
+    @property
+    def total(self) -> torch.Tensor:
+        """The sum of the values of the plain explanation: of segments, or of the map."""
+        values = self.plain.facts.get("value")
+        return self.map.flatten(1).sum(1) if values is None else values.double().nansum(1)
+
     def explain(
         self,
         network: nn.Module | None = None,
@@ -146,12 +153,6 @@ def _map(made: Attribution) -> torch.Tensor:
     return made.map.double()
 
 
-def _total(made: Attribution) -> torch.Tensor:
-    """Return the sum of a method's values: of segments, or of the map."""
-    values = made.facts.get("value")
-    return _map(made).flatten(1).sum(1) if values is None else values.double().nansum(1)
-
-
 def _apart(a: torch.Tensor, b: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
     """Return the distance of two maps over the norm of the second, or a scale; 0 where both are 0."""
     distance, norm = (a - b).flatten(1).norm(dim=1), b.flatten(1).norm(dim=1) if scale is None else scale
@@ -166,41 +167,9 @@ def own_law(case: Case) -> torch.Tensor:
     return torch.from_numpy(np.array(case.batch.stored["residual"], np.float64))
 
 
-def completeness(case: Case) -> torch.Tensor | None:
-    if not case.on_pixels:
-        return None
-    difference = case.score - case.baseline_score
-    return relative(_total(case.plain) - difference, difference, case.score)
-
-
-def _reference(case: Case) -> torch.Tensor | None:
-    """Return the score of the method's own reference; None for a method without."""
-    if "phi0" in case.plain.facts:
-        return case.plain.facts["phi0"].double()
-    return case.baseline_score if case.kind.baseline else None
-
-
-def summation_to_delta(case: Case) -> torch.Tensor | None:
-    reference = _reference(case) if case.on_pixels else None
-    if reference is None:
-        return None
-    difference = case.score - reference
-    return relative(_total(case.plain) - difference, difference, case.score)
-
-
-def conservation(case: Case) -> torch.Tensor | None:
-    if not case.on_pixels:
-        return None
-    kept = [case.plain.facts[name].double() for name in ("bias", "leak") if name in case.plain.facts]
-    return relative(sum(kept, _total(case.plain)) - case.score, case.score)
-
-
-def local_accuracy(case: Case) -> torch.Tensor | None:
-    own = case.plain.facts.get("intercept") if isinstance(case.options, Segmented) else None
-    constant = own.double() if own is not None else _reference(case)
-    if constant is None or not case.on_pixels:
-        return None
-    return relative(constant + _total(case.plain) - case.score, case.score)
+def of_inputs(law: Callable[[Any], torch.Tensor | None]) -> Callable[[Case], torch.Tensor | None]:
+    """Return a law of sums that says nothing of values of a layer's positions."""
+    return lambda case: law(case) if case.on_pixels else None
 
 
 def sensitivity_a(case: Case) -> torch.Tensor | None:
@@ -342,10 +311,7 @@ def determinism(case: Case) -> torch.Tensor:
 
 LAWS: Mapping[str, Callable[[Case], torch.Tensor | None]] = {
     "own_law": own_law,
-    "completeness": completeness,
-    "summation_to_delta": summation_to_delta,
-    "conservation": conservation,
-    "local_accuracy": local_accuracy,
+    **{name: of_inputs(law) for name, law in SUMS.items()},
     "sensitivity_a": sensitivity_a,
     "sensitivity_b": sensitivity_b,
     "missingness": missingness,
