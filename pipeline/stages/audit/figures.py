@@ -65,7 +65,7 @@ def dots(width: float, told: Told, titles: Mapping[str, str], measures: Sequence
     names = [name for name in told if any(measure in told[name] for measure in measures)]
     methods = [name for name in names if name in titles]
     order = sorted(methods, key=lambda name: -_value(told, name, measures[0])) + [n for n in names if n not in titles]
-    words = titles | {name: name.removeprefix("control:") + " (control)" for name in names if name not in titles}
+    words = {**titles} | {name: name.removeprefix("control:") + " (control)" for name in names if name not in titles}
     columns = len(measures) if width > 5 else 1
     lines = -(-len(measures) // columns)
     high = 0.19 * len(order) + 0.7

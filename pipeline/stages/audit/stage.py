@@ -111,13 +111,13 @@ def steps(draft: Draft) -> Iterator[Wanted]:
         reads: dict[str, dict[str, Any]] = {}
         for step in explained:
             dataset, network = str(step.dataset), str(step.network)
-            settings = Explained.read(step.settings)
-            count = draft.summaries[dataset].splits[settings.split]
+            of = Explained.read(step.settings)
+            count = draft.summaries[dataset].splits[of.split]
             spec = draft.config.datasets[dataset]
             own = {test: options for test, options in tests.items() if options.applies(network)}
             for test, options in own.items():
-                limit = min(count, settings.images or count)
-                asked = Asked(f"{where}.tests.{test}", dataset, spec, network, settings, limit, draft)
+                limit = min(count, of.images or count)
+                asked = Asked(f"{where}.tests.{test}", dataset, spec, network, of, limit, draft)
                 refuse(asked, options, test)
                 if (read := TESTS[test].reads) is not None:
                     reads.setdefault(test, {})[dataset] = read(options, asked)
@@ -327,7 +327,9 @@ def ids_of(job: Job[Settings], pair: Pair, cell: Cell, options: TestOptions) -> 
         made_of.append([each.model.sha256 for each in explanations(job) if each.dataset == dataset])
     if declared.draws:
         made_of.append(explained.parent_job("ingest").identity)
-    labelled = labels_of(job, explained, declared.stages(options))
+    labelled = labels_of(job, explained, declared.stages(options)) or Labelled(
+        shards=[], categories=[], refused=[], size=images.size
+    )
 
     def of(part: str) -> list[Any]:
         shard, rows = pair.shards[part], pair.chosen[test][part]
@@ -340,8 +342,6 @@ def ids_of(job: Job[Settings], pair: Pair, cell: Cell, options: TestOptions) -> 
         shape = [[name, list(measure.shape)] for name, measure in pair.measures[test].items()]
         return [images.contents[int(part)], places, stored.of(read, [int(part)]).files, contents, units, shape]
 
-    if labelled is None:
-        labelled = Labelled(shards=[], categories=[], refused=[], size=images.size)
     return {part: digest([made_of, of(part)]) for part in pair.chosen[test]}
 
 

@@ -20,13 +20,8 @@ class Halves(nn.Module):
     def __init__(self, whole: nn.Conv2d) -> None:
         super().__init__()
         self.middle = whole.in_channels // 2
-        settings = {
-            name: getattr(whole, name) for name in ("kernel_size", "stride", "padding", "dilation", "padding_mode")
-        }
-        sizes = self.middle, whole.in_channels - self.middle
-        like = {"device": whole.weight.device, "dtype": whole.weight.dtype}
-        self.first = nn.Conv2d(sizes[0], whole.out_channels, bias=whole.bias is not None, **settings, **like)
-        self.second = nn.Conv2d(sizes[1], whole.out_channels, bias=False, **settings, **like)
+        self.first = _part(whole, self.middle, whole.bias is not None)
+        self.second = _part(whole, whole.in_channels - self.middle, False)
         with torch.no_grad():
             self.first.weight.copy_(whole.weight[:, : self.middle])
             self.second.weight.copy_(whole.weight[:, self.middle :])
@@ -35,6 +30,22 @@ class Halves(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.first(x[:, : self.middle]) + self.second(x[:, self.middle :])
+
+
+def _part(whole: nn.Conv2d, channels: int, bias: bool) -> nn.Conv2d:
+    """Return a convolution like another one, of so many channels of its input."""
+    return nn.Conv2d(
+        channels,
+        whole.out_channels,
+        whole.kernel_size,  # type: ignore[arg-type]
+        whole.stride,  # type: ignore[arg-type]
+        whole.padding,  # type: ignore[arg-type]
+        whole.dilation,  # type: ignore[arg-type]
+        bias=bias,
+        padding_mode=whole.padding_mode,  # type: ignore[arg-type]
+        device=whole.weight.device,
+        dtype=whole.weight.dtype,
+    )
 
 
 class Spelled(nn.Module):
@@ -78,7 +89,7 @@ def folded(network: nn.Module, inputs: torch.Tensor, spared: str) -> bool:
             each.remove()
     pairs = [pair for pair in pairs if spared not in pair]
     for convolution, norm in pairs:
-        fused = fuse_conv_bn_eval(network.get_submodule(convolution), network.get_submodule(norm))  # type: ignore[type-var]
+        fused = fuse_conv_bn_eval(network.get_submodule(convolution), network.get_submodule(norm))  # type: ignore[type-var, arg-type]
         network.set_submodule(convolution, fused)
         network.set_submodule(norm, nn.Identity())
     return bool(pairs)

@@ -331,7 +331,9 @@ def audit_functions(stores: Mapping[str, Path], methods: Mapping[str, Options], 
     files: dict[str, Files] = {}
     for name in names:
         found = on_functions(methods[name])
-        arrays = {key: (("function", "axiom"), values) for key, values in found.items()}
+        arrays: dict[str, tuple[tuple[str, ...], np.ndarray]] = {
+            key: (("function", "axiom"), values) for key, values in found.items()
+        }
         arrays["function"] = (("function",), np.array(list(FUNCTIONS), object))
         arrays["axiom"] = (("axiom",), np.array(list(AXIOMS), object))
         files[name] = write_whole(stores[name], arrays, {"method": name, "settings": methods[name].model_dump()})

@@ -107,7 +107,9 @@ def integrated_gradients(
         point = first + float(at) * (last - first)
 
         def put(module: object, given: object, output: object, point: torch.Tensor = point) -> object:
-            return replaced(output, first_tensor(output), point)
+            tensor = first_tensor(output)
+            assert tensor is not None
+            return replaced(output, tensor, point)
 
         handle = batch.network.get_submodule(info.name).register_forward_hook(put)
         try:
