@@ -15,7 +15,15 @@ from torch import nn
 
 from pipeline.errors import MicrotomeError
 from pipeline.networks.gradients import Logit, in_chunks, scores
-from pipeline.stages.attribute.options import METHODS, Method, OfSplit, Options, Segmented, link_of
+from pipeline.stages.attribute.options import (
+    METHODS,
+    IntegratedGradients,
+    Method,
+    OfSplit,
+    Options,
+    Segmented,
+    link_of,
+)
 from pipeline.stages.attribute.subject import Attribution
 from pipeline.stages.audit.axioms import AXIOMS, Axioms
 from pipeline.stages.audit.batch import Batch
@@ -78,18 +86,30 @@ class Case:
 
     @cached_property
     def plain(self) -> Attribution:
-        """The explanation that the others are compared with."""
-        return self.explain()
+        """The explanation by the method's own options."""
+        return self._explain(None, self.network, self.inputs, self.batch.target, self.baseline)
+
+    @cached_property
+    def quick(self) -> Options | None:
+        """Options with which laws of differences are measured where the method's own take longer; None: its own.
+
+        The first steps of integrated gradients are as linear, and as blind to the implementation, as more of them.
+        """
+        own = self.options
+        if isinstance(own, IntegratedGradients) and own.max_steps > own.steps:
+            return own.model_copy(update={"max_steps": own.steps})
+        return None
 
     @cached_property
     def map(self) -> torch.Tensor:
-        return _map(self.plain)
+        """The map that those of changed inputs and networks are compared with."""
+        return _map(self.plain if self.quick is None else self.explain())
 
     @property
     def total(self) -> torch.Tensor:
         """The sum of the values of the plain explanation: of segments, or of the map."""
         values = self.plain.facts.get("value")
-        return self.map.flatten(1).sum(1) if values is None else values.double().nansum(1)
+        return _map(self.plain).flatten(1).sum(1) if values is None else values.double().nansum(1)
 
     def explain(
         self,
@@ -101,15 +121,28 @@ class Case:
         rows: np.ndarray | None = None,
     ) -> Attribution:
         """Explain with some of these changed; `rows` are the images that inputs stand for, default all of them."""
-        inputs = self.inputs if inputs is None else inputs
-        return self.batch.attribution(
+        return self._explain(
+            self.quick,
             network or self.network,
-            inputs,
+            self.inputs if inputs is None else inputs,
             self.batch.target if target is None else target,
-            np.arange(len(inputs)) if rows is None else rows,
             self.baseline if baseline is None else baseline,
             segments,
+            rows,
         )
+
+    def _explain(
+        self,
+        options: Options | None,
+        network: nn.Module,
+        inputs: torch.Tensor,
+        target: Logit,
+        baseline: torch.Tensor,
+        segments: torch.Tensor | None = None,
+        rows: np.ndarray | None = None,
+    ) -> Attribution:
+        at = np.arange(len(inputs)) if rows is None else rows
+        return self.batch.attribution(network, inputs, target, at, baseline, segments, options=options)
 
 
 def axioms(batch: Batch, options: Axioms) -> dict[str, np.ndarray]:
