@@ -22,10 +22,29 @@ def agreement(relevance: np.ndarray, loss: np.ndarray, images: Sequence[np.ndarr
     images : of each class, int64 indices, over which its relevance is averaged; may repeat. NaN for a class without.
     """
     found = np.full(len(images), np.nan)
-    for c, rows in enumerate(images):
-        if len(rows):
-            found[c] = rank_correlation(relevance[rows].mean(0)[None], loss[None, :, c])[0]
+    there = [c for c, rows in enumerate(images) if len(rows)]
+    if there:
+        means = np.stack([relevance[images[c]].mean(0) for c in there])
+        found[there] = rank_correlation(means, loss.T[there])
     return found
+
+
+def spread(relevance: np.ndarray, loss: np.ndarray, draws: int, seed: int = 0) -> tuple[float, float]:
+    """Return the 95 % bootstrap interval, over images, of the rank correlation of mean relevance and loss.
+
+    `relevance` is (image, unit) of one class, `loss` (unit,). NaN with fewer than two images.
+    """
+    count = len(relevance)
+    if count < 2:
+        return math.nan, math.nan
+    rows = np.random.default_rng(seed).integers(0, count, (draws, count))
+    means = relevance[rows].mean(1)
+    found = rank_correlation(means, np.broadcast_to(loss, means.shape))
+    known = found[~np.isnan(found)]
+    if not known.size:
+        return math.nan, math.nan
+    low, high = np.quantile(known, [0.025, 0.975])
+    return float(low), float(high)
 
 
 def overlap(relevance: np.ndarray, loss: np.ndarray, top: int) -> float:

@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import Field, PositiveInt
 
 from kernels.audit.intervals import resampled
-from kernels.audit.units import agreement, chance, holm, overlap, shares
+from kernels.audit.units import agreement, chance, holm, overlap, shares, spread
 from pipeline.config.networks import Ablate
 from pipeline.errors import MicrotomeError, nearest
 from pipeline.stages.ablate.found import read_ablation
@@ -151,12 +151,7 @@ def outcomes(cell: Audited, options: Ablation) -> Iterator[Outcome]:
         for c, rows in enumerate(images):
             if not len(rows):
                 continue
-
-            def own(at: np.ndarray, rows: np.ndarray = rows, c: int = c, relevance: np.ndarray = relevance,
-                    loss: np.ndarray = loss) -> float:  # fmt: skip
-                return float(agreement(relevance, loss[:, [c]], [rows[at]])[0])
-
-            ends = resampled(own, len(rows), draws=DRAWS)[1:]
+            ends = spread(relevance[rows], loss[:, c], DRAWS)
             probable[layer, c] = chance(float(correlations[c]), known.units)
             name = f"rank.{layer}.{cell.class_names[c]}"
             single[layer, c] = Outcome(name, float(correlations[c]), *ends, len(rows))

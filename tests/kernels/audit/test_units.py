@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from kernels.audit.intervals import mean_interval, resampled
-from kernels.audit.units import agreement, chance, holm, overlap, shares
+from kernels.audit.units import agreement, chance, holm, overlap, shares, spread
 
 RANDOM = np.random.default_rng(0)
 
@@ -35,6 +35,14 @@ def test_random_relevance_is_at_chance():
     assert abs(found.mean()) < 4 / math.sqrt(200 * 29)
     assert found.std() == pytest.approx(1 / math.sqrt(29), rel=0.15)
     assert np.mean([chance(each, 30) < 0.05 for each in found]) < 0.1
+
+
+def test_spread_draws_images_again():
+    relevance, loss = RANDOM.normal(size=(6, 9)), RANDOM.normal(size=9)
+    drawn = np.random.default_rng(2).integers(0, 6, (50, 6))
+    found = [stats.spearmanr(relevance[rows].mean(0), loss).statistic for rows in drawn]
+    assert spread(relevance, loss, 50, seed=2) == pytest.approx(tuple(np.quantile(found, [0.025, 0.975])))
+    assert math.isnan(spread(relevance[:1], loss, 50)[0]) and math.isnan(spread(relevance, np.zeros(9), 50)[0])
 
 
 def test_overlap_of_the_greatest():
