@@ -31,6 +31,7 @@ from pipeline.stages.audit.trials.equivalent import VARIANTS, equivalent
 from pipeline.stages.audit.trials.sums import SUMS
 
 ROWS = 4  # that the function of sensitivity (b) does not read
+FEW = 8  # steps of integrated gradients for laws that do not depend on their number
 TOGETHER = 4  # images that go through the network together
 NOTHING = 1e-12  # share of a map's largest magnitude that counts as 0 in float64
 CHANGES = 1e-9  # share of a score's magnitude that counts as a change of it
@@ -93,11 +94,12 @@ class Case:
     def quick(self) -> Options | None:
         """Options with which laws of differences are measured where the method's own take longer; None: its own.
 
-        The first steps of integrated gradients are as linear, and as blind to the implementation, as more of them.
+        A few steps of integrated gradients are as linear, and as blind to the implementation, as many.
         """
         own = self.options
-        if isinstance(own, IntegratedGradients) and own.max_steps > own.steps:
-            return own.model_copy(update={"max_steps": own.steps})
+        if isinstance(own, IntegratedGradients) and own.max_steps > FEW:
+            few = min(own.steps, FEW)
+            return own.model_copy(update={"steps": few, "max_steps": few})
         return None
 
     @cached_property
