@@ -42,7 +42,11 @@ class Counterfactual(TestOptions):
         512, description="subsets that are drawn of a scene with more objects, in complementary pairs"
     )
     ring: PositiveInt = Field(2, description="width in pixels of the ring around an object whose colour fills its mask")
-    steps: PositiveInt = Field(32, description="of the integrated gradients from black, the mean and the empty scene")
+    steps: PositiveInt = Field(
+        32,
+        description="of integrated gradients from black, the mean and the empty scene; and at most of a method's own, "
+        "for the untrained network and a wrong class",
+    )
 
 
 def _measures(options: Counterfactual) -> dict[str, Measure]:

@@ -237,11 +237,20 @@ def _said(batch: Batch, options: Counterfactual, played: Mapping[int, Played]) -
         return found
     wrong = _for_class(batch, torch.tensor([own.wrong for own in played.values()]))
     inputs = batch.inputs[rows]
-    untrained = _calibrated(batch)
+    untrained, quick = _calibrated(batch), _quick(batch, options)
     if untrained is not None:
-        found["untrained"] = _of_maps(batch, batch.explain(untrained, inputs, rows=rows), played)
-    found["wrong_class"] = _of_maps(batch, batch.explain(None, inputs, wrong, rows=rows), played)
+        found["untrained"] = _of_maps(batch, batch.explain(untrained, inputs, rows=rows, options=quick), played)
+    found["wrong_class"] = _of_maps(batch, batch.explain(None, inputs, wrong, rows=rows, options=quick), played)
     return found
+
+
+def _quick(batch: Batch, options: Counterfactual) -> IntegratedGradients | None:
+    """Return integrated gradients of at most the test's steps, never doubled; None for other methods: their own."""
+    own = batch.options_of_method
+    if not isinstance(own, IntegratedGradients):
+        return None
+    steps = min(own.steps, options.steps)
+    return own.model_copy(update={"steps": steps, "max_steps": steps})
 
 
 def _of_maps(batch: Batch, maps: np.ndarray, played: Mapping[int, Played]) -> dict[int, Said]:
