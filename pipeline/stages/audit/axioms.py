@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field, PositiveInt
 
@@ -86,7 +86,7 @@ AXIOMS: dict[str, Axiom] = {
 class Axioms(TestOptions):
     """Laws of explanations, measured in float64."""
 
-    images: Annotated[int, Field(ge=LEAST)] | None = Field(
+    images: PositiveInt | None = Field(
         LEAST, description="use only the first N of the explained images, ordered by a hash of their ids"
     )
     tolerance: Positive = Field(

@@ -64,7 +64,7 @@ def planned(raw):
         ({"networks": ["cn"]}, "no network 'cn'; nearest: cnn"),
         ({"datasets": ["scene"]}, "no data set 'scene'; nearest: scenes"),
         ({"without": ["rando"]}, "no control 'rando'; nearest: random"),
-        ({"tests": {"axioms": {"images": 3}}}, "audit.honest.tests.axioms.images"),
+        ({"tests": {"ablation": {"images": 3}}}, "audit.honest.tests.ablation.images"),
         ({"tests": {"axioms": {"images": 14}}}, "14 images, and 13 of 'scenes' are explained"),
         ({"tests": {"axioms": {"networks": ["vit"]}}}, "audit.honest.tests.axioms.networks: no network 'vit'"),
         ({"tests": {"ablation": {"layers": ["c"]}}}, "ablation.layers: no unit of 'c' is removed from 'cnn'"),

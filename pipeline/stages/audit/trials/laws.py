@@ -32,7 +32,7 @@ from pipeline.stages.audit.trials.sums import SUMS
 
 ROWS = 4  # that the function of sensitivity (b) does not read
 FEW = 8  # steps of integrated gradients for laws that do not depend on their number
-TOGETHER = 4  # images that go through the network together
+TOGETHER = 2  # images that go through the network together
 NOTHING = 1e-12  # share of a map's largest magnitude that counts as 0 in float64
 CHANGES = 1e-9  # share of a score's magnitude that counts as a change of it
 
