@@ -48,7 +48,7 @@ def nearest(filters: NDArray) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
 
 
 def aliasing(filters: NDArray, stride: tuple[int, int]) -> NDArray[np.float64]:
-    """Return the share of each filter's energy above the Nyquist frequency of the stride, (filter,); NaN without energy.
+    """Return the share of each filter's energy above the Nyquist frequency of the stride, (filter,); NaN without any.
 
     A map sampled every s pixels along an axis can tell frequencies up to 1 / (2 s) of a cycle a pixel; what the filter
     passes above that along either axis appears as a lower one. The energy is that of the discrete Fourier transform on

@@ -28,14 +28,19 @@ from pipeline.networks.graph.call_sites import (
 )
 from pipeline.networks.layers import first_tensor, one_attention_path
 
-KEEPS = ELEMENTWISE | DROPOUTS | frozenset(
-    "relu batch_norm clone contiguous to type_as float double detach alpha_dropout normalize mul div add sub rsub neg "
-    "maximum minimum where copy requires_grad masked_fill cat concat concatenate channel_shuffle".split()
+KEEPS = (
+    ELEMENTWISE
+    | DROPOUTS
+    | {"relu", "batch_norm", "clone", "contiguous", "to", "type_as", "float", "double", "detach", "copy", "normalize"}
+    | {"mul", "div", "add", "sub", "rsub", "neg", "maximum", "minimum", "where", "masked_fill", "cat", "concat"}
+    | {"concatenate", "channel_shuffle"}
 )
 MIXES = frozenset(
-    "mean sum amax amin max min linear scaled_dot_product_attention multi_head_attention_forward group_norm "
-    "instance_norm softmax matmul einsum".split()
+    {"mean", "sum", "amax", "amin", "max", "min", "linear", "matmul", "einsum", "softmax", "group_norm"}
+    | {"instance_norm", "scaled_dot_product_attention", "multi_head_attention_forward"}
 )
+OF_TOKENS = frozenset({"linear", "matmul", "softmax"})
+"""Treat each token for itself, where they get one tensor that has tokens."""
 POOLS = {"max_pool2d": "max", "max_pool2d_with_indices": "max", "avg_pool2d": "mean"}
 
 
@@ -114,7 +119,8 @@ class _Windows(TorchFunctionMode):
         name, first = call.name, before[0]
         made = first_tensor(output)
         if name in MIXES and not _one_position(size) and not _along_others(call, size):
-            return "everything" if name not in ("linear", "matmul", "softmax") or len(before) > 1 or _whole(size) else "unknown"
+            by_token = name in OF_TOKENS and len(before) == 1 and not _whole(size)
+            return "unknown" if by_token else "everything"
         if not isinstance(first, Window) or made is None or len(size) != 4:
             return "unknown"
         if name in KEEPS and len(before) == 1:
@@ -134,7 +140,8 @@ class _Windows(TorchFunctionMode):
                 for at, key, default in ((3, "stride", 1), (4, "padding", 0), (5, "dilation", 1))
             )
             if isinstance(padding, str):
-                padding = 0 if padding == "valid" else [each * (k - 1) // 2 for each, k in zip(_pair(dilation), kernel, strict=True)]
+                spans = [each * (k - 1) // 2 for each, k in zip(_pair(dilation), kernel, strict=True)]
+                padding = 0 if padding == "valid" else spans
             steps = _pair(stride), _pair(padding), _pair(dilation)
             return window.both(lambda axis, at: axis.slid(kernel[at], steps[0][at], steps[1][at], steps[2][at]))
         if name in POOLS:
@@ -203,3 +210,39 @@ def _pair(value: Any) -> tuple[int, int]:
         return value, value
     values = list(value)
     return (values[0], values[0]) if len(values) == 1 else (values[0], values[1])
+
+
+def first_convolutions(network: nn.Module, images: torch.Tensor) -> list[str]:
+    """Return the convolutions that read the image itself, at most padded or normalised; else the first one of all."""
+    found: list[str] = []
+    called: list[str] = []
+    channels = images.shape[1]
+    with torch.no_grad(), one_attention_path(), _Windows() as windows:
+        given = images.clone()
+        windows.of[given] = Window(PIXELS, PIXELS)
+
+        def look(name: str) -> Any:
+            def hook(module: nn.Module, inputs: Any) -> None:
+                called.append(name)
+                reach = windows.of.get(inputs[0])
+                if isinstance(reach, Window) and inputs[0].shape[1] == channels and _is_raw(reach) and not done(name):
+                    found.append(name)
+
+            return hook
+
+        def done(name: str) -> bool:
+            return name in found
+
+        convolutions = [(name, each) for name, each in network.named_modules() if isinstance(each, nn.Conv2d)]
+        hooks = [each.register_forward_pre_hook(look(name)) for name, each in convolutions]
+        try:
+            network(given)
+        finally:
+            for hook in hooks:
+                hook.remove()
+    return found or called[:1]
+
+
+def _is_raw(window: Window) -> bool:
+    """Return whether a position depends on one pixel."""
+    return all(axis.step == 1 and axis.first == axis.last for axis in (window.y, window.x))

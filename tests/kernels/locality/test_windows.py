@@ -18,13 +18,11 @@ def test_windows_by_sets_of_pixels(seed):
         axis = axis.slid(kernel, stride, padding, dilation)
         count = (len(reached) + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
         taps = [[at * stride - padding + dilation * tap for tap in range(kernel)] for at in range(count)]
-        reached = [
-            set(itertools.chain(*(reached[tap] for tap in own if 0 <= tap < len(reached)))) for own in taps
-        ]
+        reached = [set(itertools.chain(*(reached[tap] for tap in own if 0 <= tap < len(reached)))) for own in taps]
     for at, pixels in enumerate(reached):
         first, stop = axis.clipped(at, length)
         assert (first <= min(pixels) and max(pixels) < stop) if pixels else True
-        inside = 30 < axis.step * at + axis.first and axis.step * at + axis.last < length - 30
+        inside = axis.step * at + axis.first > 30 and axis.step * at + axis.last < length - 30
         assert not inside or (first, stop) == (min(pixels), max(pixels) + 1)
 
 

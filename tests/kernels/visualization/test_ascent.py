@@ -63,7 +63,7 @@ def test_linear_score_and_the_gaussian_of_images():
 def circulant(images):
     """Return the mean over all shifts of the covariance of images, (pixel, pixel), by plain loops."""
     away = images - images.mean(0)
-    count, channels, height, width = away.shape
+    count, _channels, height, width = away.shape
     whole = np.zeros((SIZE, SIZE))
     for y in range(height):
         for x in range(width):

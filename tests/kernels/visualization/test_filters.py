@@ -21,7 +21,9 @@ def test_dead_and_near_duplicates():
     at, alike = filters.nearest(bank)
     assert at[:2].tolist() == [1, 0] and at[3] == -1 and math.isnan(alike[3])
     np.testing.assert_allclose(alike[:2], 1)
-    other = [abs((bank[4] * bank[k]).sum()) / np.sqrt((bank[4] ** 2).sum() * (bank[k] ** 2).sum()) for k in (0, 1, 2, 5)]
+    other = [
+        abs((bank[4] * bank[k]).sum()) / np.sqrt((bank[4] ** 2).sum() * (bank[k] ** 2).sum()) for k in (0, 1, 2, 5)
+    ]
     np.testing.assert_allclose(alike[4], max(other))
 
 
@@ -79,7 +81,7 @@ def test_p_norm_by_loops(p, window, stride, size):
 
 
 def test_p_norm_is_max_pooling_and_a_sum_at_its_ends():
-    """The lectures' remark: p = 1 is the depth-wise convolution of abs f with weights 1; p to infinity is its maximum."""
+    """The lectures' remark: p = 1 is the depth-wise convolution of abs f with weights 1; p = infinity its maximum."""
     values = torch.randn(2, 3, 7, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     ones = torch.ones(3, 1, 3, 3, dtype=torch.float64)
     summed = functional.conv2d(values.abs(), ones, stride=2, padding=1, groups=3)
