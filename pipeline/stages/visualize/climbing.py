@@ -25,8 +25,10 @@ from pipeline.networks.gradients import Target, gradients, scores
 from pipeline.stages.visualize.settings import Maximise
 from pipeline.stages.visualize.subject import Space
 
-NOISE = 0.05
+NOISE = 0.15
 """Deviation of the noise that an ascent starts from, as a share of the range from black to white."""
+STARTS = 8
+"""Starts of an ascent, of which it takes the one with the highest score."""
 RIDGE = 0.05
 """Share of the mean variance that is added to the covariance of the data set's Gaussian."""
 
@@ -97,11 +99,7 @@ class Climb:
 
     def _of_pixels(self) -> tuple[Ascent, Callable[[torch.Tensor], torch.Tensor]]:
         options, (_, height, width) = self.options, self.size
-        noise = np.stack(
-            [np.random.default_rng([*seed, 1]).standard_normal(self.size, np.float32) for seed in self.seeds]
-        )
-        centre = self.space.centre
-        self._start = self._bounded(centre + NOISE * torch.from_numpy(noise).to(centre.device))
+        self._start = self._lively(lambda number: self._bounded(self.space.centre + self._noise(number)))
         drawn = augment.draws([(*seed, 2) for seed in self.seeds], options.steps, 4)
         shift = options.shift * min(height, width)
         moves = bool(shift or options.turn or options.zoom > 1)
@@ -129,6 +127,29 @@ class Climb:
 
         made = ascend(self._start, gradient, value, options.steps, options.rate, self._bounded)
         return made, lambda place: place
+
+    def _noise(self, number: int) -> torch.Tensor:
+        """Return noise of each row with the amplitudes of natural images, which fall as one over the frequency."""
+        channels, height, width = self.size
+        frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
+        amplitude = 1 / np.maximum(frequency, 1 / max(height, width))
+        made = []
+        for seed in self.seeds:
+            plain = np.random.default_rng([*seed, 1, number]).standard_normal(self.size)
+            shaped = np.fft.irfft2(np.fft.rfft2(plain) * amplitude, s=(height, width))
+            made.append(NOISE * shaped / shaped.std())
+        return torch.from_numpy(np.stack(made).astype(np.float32)).to(self.space.centre.device)
+
+    def _lively(self, start: Callable[[int], torch.Tensor]) -> torch.Tensor:
+        """Return the best of some starts of each row: a unit that no start excites has no gradient to follow."""
+        best = start(0)
+        highest = scores(self.network, self.space.inputs(best), self.target)
+        for number in range(1, STARTS):
+            other = start(number)
+            score = scores(self.network, self.space.inputs(other), self.target)
+            higher = score > highest
+            best[higher], highest[higher] = other[higher], score[higher]
+        return best
 
     def _bounded(self, place: torch.Tensor) -> torch.Tensor:
         return place.clamp(0, 1) if self.options.bounded else place
