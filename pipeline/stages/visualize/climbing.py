@@ -130,7 +130,7 @@ class Climb:
 
     def _noise(self, number: int) -> torch.Tensor:
         """Return noise of each row with the amplitudes of natural images, which fall as one over the frequency."""
-        channels, height, width = self.size
+        _, height, width = self.size
         frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
         amplitude = 1 / np.maximum(frequency, 1 / max(height, width))
         made = []

@@ -25,7 +25,7 @@ from pipeline.plan import inspected
 from pipeline.plan.cost import Cost, Store
 from pipeline.plan.counted import ingested
 from pipeline.plan.job import Job
-from pipeline.plan.stage import Draft, Stage, Wanted
+from pipeline.plan.stage import Draft, PageModule, Stage, Wanted
 from pipeline.plan.step import Key
 from pipeline.stages.attribute.results import group_of
 from pipeline.stages.visualize import facts, results
@@ -687,4 +687,5 @@ STAGE = Stage(
     pending=pending,
     counts="parts to draw",
     made=made,
+    pages=(PageModule("pipeline.stages.visualize.page", 77, here=True),),
 )
