@@ -61,11 +61,11 @@ def ascend(
     looks = {round(steps * number / LOOKS) for number in range(1, LOOKS + 1)}
     for step in range(steps):
         given = gradient(place, step)
-        mean = FIRST * mean + (1 - FIRST) * given
-        square = SECOND * square + (1 - SECOND) * given.square()
+        mean.lerp_(given, 1 - FIRST)
+        square.mul_(SECOND).addcmul_(given, given, value=1 - SECOND)
         own = rate * 0.5 * (1 + math.cos(math.pi * (step + 1) / steps)) if steps > 1 else rate
-        root = (square / (1 - SECOND ** (step + 1))).sqrt() + TINY
-        place = place + own * (mean / (1 - FIRST ** (step + 1))) / root
+        root = square.sqrt().mul_((1 - SECOND ** (step + 1)) ** -0.5).add_(TINY)
+        place = torch.addcdiv(place, mean, root, value=own / (1 - FIRST ** (step + 1)))
         if bounded is not None:
             place = bounded(place)
         if step + 1 in looks:

@@ -132,13 +132,11 @@ class Climb:
         """Return noise of each row with the amplitudes of natural images, which fall as one over the frequency."""
         _, height, width = self.size
         frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
-        amplitude = 1 / np.maximum(frequency, 1 / max(height, width))
-        made = []
-        for seed in self.seeds:
-            plain = np.random.default_rng([*seed, 1, number]).standard_normal(self.size)
-            shaped = np.fft.irfft2(np.fft.rfft2(plain) * amplitude, s=(height, width))
-            made.append(NOISE * shaped / shaped.std())
-        return torch.from_numpy(np.stack(made).astype(np.float32)).to(self.space.centre.device)
+        amplitude = torch.from_numpy(1 / np.maximum(frequency, 1 / max(height, width))).float()
+        made = [np.random.default_rng([*seed, 1, number]).standard_normal(self.size, np.float32) for seed in self.seeds]
+        shaped = torch.fft.irfft2(torch.fft.rfft2(torch.from_numpy(np.stack(made))) * amplitude, s=(height, width))
+        deviation = shaped.flatten(1).std(1).view(-1, 1, 1, 1)
+        return (NOISE * shaped / deviation).to(self.space.centre.device)
 
     def _lively(self, start: Callable[[int], torch.Tensor]) -> torch.Tensor:
         """Return the best of some starts of each row: a unit that no start excites has no gradient to follow."""
