@@ -50,7 +50,7 @@ gc: $(VENV)/installed ## List what no network in RESULTS refers to, and experime
 rescan: $(VENV)/installed ## List data sets again, to find files that were written in place
 	@$(BIN)/snakemake --configfile $(CONFIG) --config rescan=true
 
-BENCHMARKS := "costs" "dissection --images 64" "ablation --images 8 --plain-units 1" "calibration" "similarity --images 128" "looking" "attribution" \
+BENCHMARKS := "costs" "dissection --images 64" "ablation --images 8 --plain-units 1" "calibration" "similarity --images 128" "looking" "attribution" "visualize" \
   "listing 100000" "scenes speed"
 bench: $(VENV)/installed ## Measure what the stages cost, as ratios: ONLY='costs similarity' measures these
 	@export OMP_NUM_THREADS=1; for name in $(ONLY); do case ' $(BENCHMARKS) ' in *"\"$$name"[\"\ ]*) ;; \

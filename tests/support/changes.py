@@ -42,7 +42,8 @@ SHARDS = 3  # of 16 images each, that hold the validation images
 class Work:
     """What a run did. By network: shards put through it (`forwards`), layers written and layers counted, by name, and
     minibatches put through it, for the similarity of layers or for sight. Shards are `ablated` without units and
-    without sets; runs on corrupted data are `trained`; shards are `explained` by one method of attribution each."""
+    without sets; runs on corrupted data are `trained`; shards are `explained` by one method of attribution each;
+    parts of a layer's units are `drawn`."""
 
     steps: list[str] = field(default_factory=list)
     decoded: int = 0
@@ -55,6 +56,7 @@ class Work:
     ablated: int = 0
     trained: int = 0
     explained: dict[str, int] = field(default_factory=dict)
+    drawn: dict[str, int] = field(default_factory=dict)
     shard_writes: int = 0
 
     def stages(self, network: str | None = None) -> list[str]:
@@ -178,6 +180,10 @@ def run(raw: dict[str, Any]) -> Work:
             name = f"{path.parents[2].name} {path.stem}"
             work.explained |= {name: len(new)} if new else {}
             continue
+        if path.parent.parent.name == "visualizations":
+            name = f"{path.parents[2].name} {path.stem}"
+            work.drawn |= {name: len(new)} if new else {}
+            continue
         work.shard_writes += len(new)
         if path.name == "images.ledger":
             work.decoded += len(new)
@@ -270,6 +276,18 @@ def explained(raw: dict[str, Any], *more: str, **own: dict[str, Any]) -> dict[st
     """Which pixels made the two networks say so."""
     methods = dict.fromkeys(("saliency", "gradient_x_input", *more))
     return changed(raw, "attribute", to={"mine": {"methods": methods | own}})
+
+
+def drawn(raw: dict[str, Any]) -> dict[str, Any]:
+    """What 16 units of the CNN want to see, in two parts, and projections of the first eight."""
+    wishes = {"networks": ["cnn"], "units": {"features.conv6": list(range(16))}}
+    wishes |= {"projections": {"images": 2, "units": 8}, "maximise": {"steps": 2, "restarts": 1}}
+    return changed(raw, "visualize", to={"mine": wishes})
+
+
+def _drawn_before(folder: Path, raw: dict[str, Any]) -> dict[str, Any]:
+    run(drawn(raw))
+    return _other_head(folder, drawn(raw))
 
 
 def _explained_before(folder: Path, raw: dict[str, Any], after: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -400,6 +418,8 @@ CHANGES = [
         "head of the CNN trained again, where its images are explained", "its logits and explanations",
         lambda folder, raw: _explained_before(folder, raw, lambda: _other_head(folder, explained(raw))),
     ),
+    Change("pictures of units of the CNN switched on", "their parts", lambda folder, raw: drawn(raw)),
+    Change("head of the CNN trained again, where its units are drawn", "its logits, and no unit again", _drawn_before),
     Change("text or code of the report", "the report", lambda folder, raw: raw, report_changed),
 ]  # fmt: skip
 
@@ -427,9 +447,9 @@ def table(folder: Path) -> Iterator[str]:
     """The rows of the table in the docs."""
     yield (
         "| change | allowed | images decoded | label maps | forwards | layers written | layers counted | ablated | "
-        "minibatches | runs trained | explained | steps |"
+        "minibatches | runs trained | explained | drawn | steps |"
     )
-    yield "|---|---|---|---|---|---|---|---|---|---|---|---|"
+    yield "|---|---|---|---|---|---|---|---|---|---|---|---|---|"
     base = folder / "base"
     base.mkdir()
     yield _row("(the first run)", "everything", run(experiment(base)))
@@ -462,7 +482,7 @@ def _row(name: str, allowed: str, work: Work) -> str:
     written, counted = (sum(map(len, each.values())) for each in (work.written, work.counted))
     minibatches = sum(work.minibatches.values())
     shards = (work.decoded, work.labelled, forwards, written, counted, work.ablated, minibatches)
-    made = (*shards, work.trained, sum(work.explained.values()), len(work.steps))
+    made = (*shards, work.trained, sum(work.explained.values()), sum(work.drawn.values()), len(work.steps))
     return "| " + " | ".join((name, allowed, *(str(count or "–") for count in made))) + " |"
 
 

@@ -21,7 +21,9 @@ from kernels.visualization.priors import Gaussian, Spectrum
 from kernels.visualization.spectrum import image_of
 from pipeline.config.networks import Network
 from pipeline.networks.forward import normalise
+from pipeline.networks.generators import Maker, drawn, generator_of, pixels_of
 from pipeline.networks.gradients import Target, gradients, scores
+from pipeline.networks.graph.call_sites import frozen
 from pipeline.stages.visualize.settings import Maximise
 from pipeline.stages.visualize.subject import Space
 
@@ -42,6 +44,7 @@ class Pictures:
     pixels : (row, channel, y, x) float32 from 0 to 1. rounded : the same as uint8.
     reached, started : (row,) the score of the rounded picture, and of the start.
     found : (row,) the step after which it was found. trajectory : (row, term, step).
+    latent : (row, value) what a generator made it of; without values for other ways.
     """
 
     pixels: np.ndarray
@@ -50,6 +53,7 @@ class Pictures:
     started: np.ndarray
     found: np.ndarray
     trajectory: np.ndarray
+    latent: np.ndarray
 
 
 @dataclass
@@ -60,6 +64,7 @@ class Climb:
     ----------
     target : what each row maximises. scale : (row,) what its score is divided by. seeds : of each row.
     size : (channel, y, x) of the pictures. spectrum : statistics of the data set, for the priors that need them.
+    maker : the generator whose latents are sought, if one is.
     """
 
     network: nn.Module
@@ -70,6 +75,7 @@ class Climb:
     size: tuple[int, int, int]
     options: Maximise
     spectrum: Spectrum | None = None
+    maker: Maker | None = None
 
     def __post_init__(self) -> None:
         self.space = Space(self.spec)
@@ -77,10 +83,11 @@ class Climb:
         self._terms: list[torch.Tensor] = []
 
     def run(self, way: str) -> Pictures:
-        """Make the pictures of one way: `pixels` or `maco`."""
-        made, pictures = (self._of_phases if way == "maco" else self._of_pixels)()
-        pixels = pictures(made.best).clamp(0, 1)
-        started = pictures(self._start)
+        """Make the pictures of one way: `pixels`, `maco`, or that of a generator."""
+        climb = self._of_latents if self.maker is not None else self._of_phases if way == "maco" else self._of_pixels
+        made, pictures = climb()
+        with torch.no_grad():
+            pixels, started = pictures(made.best).clamp(0, 1), pictures(self._start)
         rounded = (255 * pixels).round().to(torch.uint8)
         return Pictures(
             pixels.float().cpu().numpy(),
@@ -89,6 +96,7 @@ class Climb:
             self._scores((255 * started.clamp(0, 1)).round().to(torch.uint8)),
             made.step.cpu().numpy(),
             torch.stack(self._terms, 2).float().cpu().numpy(),
+            made.best.flatten(1).float().cpu().numpy() if self.maker is not None else np.zeros((len(pixels), 0)),
         )
 
     def _scores(self, rounded: torch.Tensor) -> np.ndarray:
@@ -138,13 +146,17 @@ class Climb:
         deviation = shaped.flatten(1).std(1).view(-1, 1, 1, 1)
         return (NOISE * shaped / deviation).to(self.space.centre.device)
 
-    def _lively(self, start: Callable[[int], torch.Tensor]) -> torch.Tensor:
+    def _lively(
+        self,
+        start: Callable[[int], torch.Tensor],
+        pictures: Callable[[torch.Tensor], torch.Tensor] = lambda place: place,
+    ) -> torch.Tensor:
         """Return the best of some starts of each row: a unit that no start excites has no gradient to follow."""
         best = start(0)
-        highest = scores(self.network, self.space.inputs(best), self.target)
+        highest = scores(self.network, self.space.inputs(pictures(best)), self.target)
         for number in range(1, STARTS):
             other = start(number)
-            score = scores(self.network, self.space.inputs(other), self.target)
+            score = scores(self.network, self.space.inputs(pictures(other)), self.target)
             higher = score > highest
             best[higher], highest[higher] = other[higher], score[higher]
         return best
@@ -205,6 +217,40 @@ class Climb:
             return scores(self.network, self.space.inputs(pictures(place).clamp(0, 1)), self.target) / self.scale
 
         return ascend(self._start, gradient, value, options.steps, options.phase_rate), pictures
+
+    # Latents ----------------------------------------------------------------------------------------------------------
+
+    def _of_latents(self) -> tuple[Ascent, Callable[[torch.Tensor], torch.Tensor]]:
+        """Seek latents z with a high score of g(z), less their squared norm."""
+        options, maker = self.options, self.maker
+        assert maker is not None
+        generator, network, where = maker.generator, generator_of(maker), self.space.centre.device
+        weight = -options.latent / math.prod(generator.latent.shape)
+
+        def pictures(place: torch.Tensor) -> torch.Tensor:
+            with frozen(network):
+                return pixels_of(network, generator, place, self.size[0])
+
+        def start(number: int) -> torch.Tensor:
+            made = [drawn(generator, [*seed, 5, number]) for seed in self.seeds]
+            return torch.from_numpy(np.stack(made)).to(where)
+
+        def gradient(place: torch.Tensor, step: int) -> torch.Tensor:
+            given = place.detach().requires_grad_()
+            with torch.enable_grad():
+                inputs = self.space.inputs(pictures(given))
+            score, climbed = self._climbed(inputs, given)
+            value, pull = priors.l2(place)
+            self._terms.append(torch.stack([score, value], 1))
+            return climbed.add_(pull, alpha=weight)
+
+        def value(place: torch.Tensor) -> torch.Tensor:
+            score = scores(self.network, self.space.inputs(pictures(place).clamp(0, 1)), self.target)
+            return score / self.scale + weight * priors.l2(place)[0]
+
+        with torch.no_grad():
+            self._start = self._lively(start, pictures)
+            return ascend(self._start, gradient, value, options.steps, options.latent_rate), pictures
 
     def _climbed(self, inputs: torch.Tensor, given: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the scores of inputs, and the gradient of score over scale with respect to what they are made of."""

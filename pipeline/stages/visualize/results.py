@@ -70,7 +70,7 @@ class PictureLayout:
     Attributes
     ----------
     rows : units or classes. each : of one part. size : (channel, y, x). dimension : `unit` or `class`.
-    terms : their number. keeps : whether floating-point pictures are stored.
+    terms : their number. keeps : whether floating-point pictures are stored. latent : values of one; 0: there is none.
     """
 
     rows: int
@@ -81,6 +81,7 @@ class PictureLayout:
     terms: int
     keeps: bool
     dimension: str
+    latent: int = 0
 
     def arrays(self) -> dict[str, Array]:
         """Return the arrays that tasks write, a part for each chunk."""
@@ -97,6 +98,8 @@ class PictureLayout:
             "found": array(np.int64, *restart, fill=-1),
             "trajectory": array(np.float32, ("restart", "term", "step"), (self.restarts, self.terms, self.steps)),
         }
+        if self.latent:
+            found["latent"] = array(np.float32, ("value",), (self.latent,))
         if self.keeps:
             found["input"] = array(np.float32, ("channel", "y", "x"), self.size)
         return found

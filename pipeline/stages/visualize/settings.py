@@ -9,6 +9,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model
 from pipeline.config.base import Name, Strict, _named_once
 from pipeline.config.networks import Numerics, Preprocessing, SpecialTokens
 from pipeline.config.section import Chosen, Section
+from pipeline.errors import nearest
 from pipeline.stages.attribute.settings import Class
 from pipeline.stages.attribute.settings import narrowed as narrowed
 from pipeline.storage.record import Record
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 Rule = Literal["deconvnet", "guided_backprop", "gradient"]
 Prior = Literal["l2", "tv", "gaussian"]
 Expert = Literal["l2", "tv", "gaussian", "maco"]
+OF_LATENT = "latent-"
+"""Prefix of the ways of generators."""
 UnitNumber = Annotated[int, Field(ge=0)]
 
 
@@ -64,12 +67,17 @@ class Maximise(Strict):
     noise: NonNegativeFloat = Field(0.02, description="maco: deviation of added noise, share of the range")
     phase_rate: Annotated[float, Field(gt=0, le=3)] = Field(0.3, description="maco: first step of a phase, in radians")
     bounded: bool = Field(True, description="keep pixels between black and white")
+    generators: list[Name] = Field(
+        [], description="of the section `generators`: for each, the picture among the images that it can make"
+    )
+    latent: NonNegativeFloat = Field(0.05, description="weight of the mean squared latent of a generator")
+    latent_rate: Annotated[float, Field(gt=0, le=10)] = Field(0.1, description="first step of a latent at most")
     keep: list[Literal["float"]] = Field([], description="also store pictures as floating-point inputs")
     seed: NonNegativeInt = Field(0, description="of starts and of what is drawn")
 
     @model_validator(mode="after")
     def _once(self) -> Maximise:
-        _named_once({"expert": self.expert, "keep": self.keep})
+        _named_once({"expert": self.expert, "keep": self.keep, "generators": self.generators})
         return self
 
     @property
@@ -83,9 +91,10 @@ class Maximise(Strict):
 
     @property
     def ways(self) -> list[str]:
-        """The pictures that each unit gets: `pixels`, `maco`."""
-        pixels = bool(self.priors) or not self.expert
-        return [*(["pixels"] if pixels else []), *(["maco"] if "maco" in self.expert else [])]
+        """The pictures that each unit gets: `pixels`, `maco`, and one of each generator."""
+        alone = not (self.expert or self.generators)
+        plain = (["pixels"] if self.priors or alone else []) + (["maco"] if "maco" in self.expert else [])
+        return [*plain, *(f"{OF_LATENT}{name}" for name in self.generators)]
 
 
 class Visualization(Chosen):
@@ -134,6 +143,10 @@ def check(core: Core, section: Visualizations) -> None:
     """Raise `ValueError` where an experiment names a network or data set that is not there."""
     for name, asked in section.items():
         Visualization.section(f"visualize.{name}", "").check(core, asked)
+        for generator in asked.maximise.generators if asked.maximise is not None else ():
+            if generator not in core.generators:
+                near = nearest(generator, core.generators)
+                raise ValueError(f"visualize.{name}.maximise.generators: no generator {generator!r}{near}")
 
 
 class Settings(Record):
@@ -143,7 +156,7 @@ class Settings(Record):
     ----------
     units : as configured, by layer. most : bound on `best`.
     classes : by index; None: all.
-    projections, maximise : as configured.
+    projections, maximise : as configured. generators : by name, what ids hold of those that are named.
     """
 
     split: str
@@ -153,6 +166,7 @@ class Settings(Record):
     projections: Projections | None
     maximise: Maximise | None
     first_layers: bool
+    generators: dict[str, Any]
     preprocessing: Preprocessing
     numerics: Numerics
     special_tokens: int | SpecialTokens | None = None

@@ -21,6 +21,8 @@ import numpy as np
 
 from pipeline.errors import MicrotomeError, nearest
 from pipeline.networks.forward import platform_numerics
+from pipeline.networks.generators import Maker
+from pipeline.networks.generators import settings_of as generator_settings
 from pipeline.plan import inspected
 from pipeline.plan.cost import Cost, Store
 from pipeline.plan.counted import ingested
@@ -30,7 +32,7 @@ from pipeline.plan.step import Key
 from pipeline.stages.attribute.results import group_of
 from pipeline.stages.visualize import facts, results
 from pipeline.stages.visualize.results import PictureLayout, ProjectionLayout
-from pipeline.stages.visualize.settings import SECTION, Maximise, Settings, Visualization
+from pipeline.stages.visualize.settings import OF_LATENT, SECTION, Maximise, Settings, Visualization
 from pipeline.storage.identity import digest
 from pipeline.storage.manifest import Files, below, within, write_file
 from pipeline.storage.object_storage import size_of
@@ -56,6 +58,7 @@ CODE = (
     "pipeline/networks/build.py",
     "pipeline/networks/checkpoint.py",
     "pipeline/networks/forward.py",
+    "pipeline/networks/generators.py",
     "pipeline/networks/gradients.py",
     "pipeline/networks/graph/call_sites.py",
     "pipeline/networks/graph/reach.py",
@@ -82,6 +85,7 @@ BACKWARD = 2.0
 """Forwards that a backward costs, about."""
 OF_PIXELS = ("l2", "tv", "gaussian", "rate", "shift", "turn", "zoom", "bounded")
 OF_PHASES = ("crop", "noise", "phase_rate")
+OF_LATENTS = ("latent", "latent_rate")
 """Settings that matter to one way alone."""
 
 
@@ -126,6 +130,10 @@ def settings_of(draft: Draft, name: str, section: Visualization, dataset: str, n
         projections=section.projections,
         maximise=section.maximise,
         first_layers=section.first_layers,
+        generators={
+            each: generator_settings(draft.config.generators[each], draft.digests)
+            for each in (section.maximise.generators if section.maximise is not None else ())
+        },
         preprocessing=spec.preprocessing,
         numerics=spec.numerics,
         **spec.reading.settings,
@@ -223,7 +231,11 @@ def way_of(job: Job[Settings], way: str, shown: np.ndarray) -> list[Any]:
     """Return what the pictures of a way depend on among the options, and on the data set."""
     options = job.settings.maximise
     assert options is not None
-    told = options.model_dump(exclude={"expert", *(OF_PIXELS if way == "maco" else OF_PHASES)})
+    latent = way.removeprefix(OF_LATENT) if way.startswith(OF_LATENT) else ""
+    others = {"maco": OF_PIXELS + OF_LATENTS, "pixels": OF_PHASES + OF_LATENTS}
+    told = options.model_dump(exclude={"expert", "generators", *others.get(way, OF_PIXELS + OF_PHASES)})
+    if latent:
+        told |= {"generator": job.settings.generators[latent]}
     if way == "pixels":
         told |= {name: None for name in ("l2", "tv", "gaussian") if name not in options.expert}
     of_data = [each for _, *each in statistics_of(job, shown)] if needs_spectrum(options, way) else []
@@ -288,13 +300,16 @@ def run(job: Job[Settings]) -> None:
     methods = settings.projections.methods if settings.projections is not None else []
     with job.workers() as workers:
         layers = list(dict.fromkeys(row.subject for row in rows if row.of_units))
-        asked = model, images.size, layers, methods, settings.first_layers
+        makers = makers_of(job)
+        asked = model, images.size, layers, methods, settings.first_layers, list(makers.values())
         seen: Seen = next(run_tasks(workers, tasks.look, [asked], 1, f"{job.name}: network"))
         if seen.refused:
-            rule, why = next(iter(seen.refused.items()))
+            name, why = next(iter(seen.refused.items()))
+            where = f"visualize.{job.experiment}"
+            if name in makers:
+                raise MicrotomeError(f"{where}.maximise.generators: {name!r}: {why}")
             raise MicrotomeError(
-                f"visualize.{job.experiment}.projections.methods: {rule!r} of network {job.network!r}: {why}; "
-                f"`gradient` needs no ReLU"
+                f"{where}.projections.methods: {name!r} of network {job.network!r}: {why}; `gradient` needs no ReLU"
             )
         job.check_memory(memory_need(job, seen.parameters, seen.values), REMEDY)
         spectrum = spectrum_of(job, workers, shown)
@@ -306,14 +321,16 @@ def run(job: Job[Settings]) -> None:
                 groups[row.store, row.group] = group_made(job, row, seen)
         create_stores(job, rows, groups, strips)
         parts = parts_of(job, rows)
+        ways = {row.store: row.way for row in rows}
 
         def picture(key: str, _: list[str]) -> tuple:
             store, group, part = key.split("|")
             own = groups[store, group]
-            way = store.rpartition("-")[2]
+            way = ways[store]
             assert settings.maximise is not None
             needed = spectrum if needs_spectrum(settings.maximise, way) else None
-            return model, own, way, part, settings.maximise, seen.normalised, needed, key
+            maker = makers.get(way.removeprefix(OF_LATENT)) if way.startswith(OF_LATENT) else None
+            return model, own, way, part, settings.maximise, seen.normalised, needed, maker, key
 
         def strip(key: str, _: list[str]) -> tuple:
             _, group, part = key.split("|")
@@ -338,6 +355,12 @@ def run(job: Job[Settings]) -> None:
     files |= write_file(job.folder, "visualizations.csv", table_of(job, rows))
     count = sum(len(own.ids) for own in parts.values())
     job.finish(digest(files), files, results.Visualized(drawn=drawn, notes=notes), made=(len(made), count))
+
+
+def makers_of(job: Job[Settings]) -> dict[str, Maker]:
+    """Return the generators that are named, as tasks name them."""
+    told = job.settings.generators
+    return {name: Maker.of(name, job.config.generators[name], each["weights"]) for name, each in told.items()}
 
 
 def spectrum_of(job: Job[Settings], workers: Any, shown: np.ndarray) -> Spectrum | None:
@@ -375,6 +398,7 @@ def group_made(job: Job[Settings], row: Row, seen: Seen) -> Group:
         len(terms),
         "float" in options.keep,
         "unit" if row.of_units else "class",
+        latent_of(job, row.way),
     )
     info = seen.layers[row.subject] if row.of_units else None
     score = "" if row.of_units else row.subject
@@ -382,8 +406,17 @@ def group_made(job: Job[Settings], row: Row, seen: Seen) -> Group:
     return Group(store, row.group, row.numbers, row.scales, layout, info, score)
 
 
+def latent_of(job: Job[Settings], way: str) -> int:
+    """Return how many values a generator's latent has; 0 for other ways."""
+    if not way.startswith(OF_LATENT):
+        return 0
+    return math.prod(job.config.generators[way.removeprefix(OF_LATENT)].latent.shape)
+
+
 def terms_of(options: Maximise, way: str) -> list[str]:
     """Return the names of the terms of a trajectory."""
+    if way.startswith(OF_LATENT):
+        return ["score", "latent"]
     return ["score", *(options.priors if way == "pixels" else ())]
 
 

@@ -14,9 +14,11 @@ from kernels.images.grey import grey
 from kernels.visualization.priors import Spectrum
 from pipeline.data.images import pixels as pixels_of
 from pipeline.errors import MicrotomeError
+from pipeline.networks import generators
 from pipeline.networks.explainable import normalised_by
 from pipeline.networks.fitness import Normalised
 from pipeline.networks.forward import Model, network_of, normalise
+from pipeline.networks.generators import Maker
 from pipeline.networks.gradients import Logit, Target, gradients
 from pipeline.networks.graph.reach import Reach, first_convolutions, reach_of
 from pipeline.networks.graph.rectified import Rectified
@@ -44,7 +46,7 @@ class Seen:
     normalised : whether its outputs are those of a softmax. classes : logits; 0: no head.
     parameters, largest : as in `networks.prepare.Prepared`. values : of all outputs of layers, for an image.
     filters : by module that reads the image itself, its weights (filter, channel, y, x) and stride.
-    refused : by method of projection, why the network does not allow it.
+    refused : by method of projection or name of a generator, why the network does not allow it.
     """
 
     layers: dict[str, LayerInfo]
@@ -95,7 +97,14 @@ class Strip:
     layout: ProjectionLayout
 
 
-def look(model: Model, size: tuple[int, int], layers: Sequence[str], methods: Sequence[Rule], filters: bool) -> Seen:
+def look(
+    model: Model,
+    size: tuple[int, int],
+    layers: Sequence[str],
+    methods: Sequence[Rule],
+    filters: bool,
+    makers: Sequence[Maker],
+) -> Seen:
     """Look at a network with its own weights. Runs on a worker."""
     with computing:
         network = network_of(model)
@@ -114,6 +123,9 @@ def look(model: Model, size: tuple[int, int], layers: Sequence[str], methods: Se
                 gradients(network, inputs, Logit(torch.zeros(2, dtype=torch.int64)), sites=Rectified(network, rule))
             except MicrotomeError as error:
                 refused[rule] = str(error)
+        for maker in makers:
+            if why := generators.why_not(maker, size, model.spec.preprocessing.channels):
+                refused[maker.name] = why
         modules = first_convolutions(network, inputs) if filters else []
         found = {name: network.get_submodule(name) for name in modules}
         return Seen(
@@ -144,6 +156,7 @@ def draw(
     options: Maximise,
     normalised: Normalised,
     spectrum: Spectrum | None,
+    maker: Maker | None,
     key: str,
 ) -> Done:
     """Make the pictures of one part of a group, and write them. Runs on a worker."""
@@ -163,6 +176,7 @@ def draw(
             group.layout.size,
             options,
             spectrum,
+            maker,
         )
         made = climb.run(way)
     if not np.isfinite(made.reached).all():
@@ -183,6 +197,8 @@ def draw(
         "found": made.found.reshape(shape),
         "trajectory": made.trajectory.reshape(*shape, *made.trajectory.shape[1:]),
     }
+    if group.layout.latent:
+        arrays["latent"] = made.latent[chosen]
     if group.layout.keeps:
         arrays["input"] = made.pixels[chosen]
     files = write(group.store, {name: ((first, *[0] * (values.ndim - 1)), values) for name, values in arrays.items()})

@@ -86,6 +86,8 @@ def expected(name: str, work: Work) -> dict:
         "relevance of the units of a layer by LRP": {},
         "Kernel SHAP beside LIME, of the same segments": {},
         "head of the CNN trained again, where its images are explained": {"forwards": {"cnn": SHARDS}},
+        "pictures of units of the CNN switched on": {},
+        "head of the CNN trained again, where its units are drawn": {"forwards": {"cnn": SHARDS}},
         "text or code of the report": {},
     }[name]  # fmt: skip
 
@@ -129,6 +131,10 @@ def test_what_a_change_costs(tmp_path, base, change: Change):
             assert work.explained == {"cnn kernel_shap": SHARDS, "vit kernel_shap": SHARDS}
         case "head of the CNN trained again, where its images are explained":
             assert work.explained == {"cnn gradient_x_input": SHARDS, "cnn saliency": SHARDS}
+        case "pictures of units of the CNN switched on":
+            assert work.drawn == {"cnn maximised-pixels": 2, "cnn projections": 1}
+        case "head of the CNN trained again, where its units are drawn":
+            assert work.drawn == {} and "visualize scenes cnn mine" in work.steps
         case "text or code of the report":
             assert work.steps == ["report"]
         case "one more source of concepts (colours of the pixels)":
