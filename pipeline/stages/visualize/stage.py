@@ -122,11 +122,14 @@ def settings_of(draft: Draft, name: str, section: Visualization, dataset: str, n
             f"{where}.split: activations of {dataset!r} are those of split {examined!r}, on which units are compared; "
             f"leave it out, or dissect split {split!r}"
         )
+    classes = [] if section.classes == "all" else [_class(draft, where, each, dataset) for each in section.classes]
+    if twice := [each for at, each in enumerate(classes) if each in classes[:at]]:
+        raise MicrotomeError(f"{where}.classes: class {twice[0]} is named twice, by name and by its index")
     return Settings(
         split=split,
         units=section.units,
         most=section.most,
-        classes=None if section.classes == "all" else [_class(draft, where, each, dataset) for each in section.classes],
+        classes=None if section.classes == "all" else classes,
         projections=section.projections,
         maximise=section.maximise,
         first_layers=section.first_layers,
