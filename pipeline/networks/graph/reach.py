@@ -78,8 +78,8 @@ def reach_of(network: nn.Module, images: torch.Tensor, layers: Sequence[str]) ->
         def keep(name: str) -> Any:
             def hook(module: nn.Module, inputs: object, output: object) -> None:
                 tensor = first_tensor(output)
-                known = windows.of.get(tensor, "unknown") if tensor is not None else "unknown"
-                found[name] = known
+                if tensor is not None:
+                    found[name] = windows.of.get(tensor, "unknown")
 
             return hook
 

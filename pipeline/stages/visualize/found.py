@@ -152,17 +152,19 @@ def read_visualizations(results: Path, dataset: str, network: str, experiment: s
             store = StoreRef.of_manifest(folder, f"{facts.store}.zarr/{facts.group}", manifest.files)
             reader = store.open()
             if facts.store == FILTERS:
-                named = ("filter", "dead", "similarity", "aliasing")
-                stride = tuple(reader.attrs["stride"])
-                first.append(FirstLayer(facts, *(np.asarray(reader[name][:]) for name in named), stride))
+                weights, dead, alike, share = (
+                    np.asarray(reader[name][:]) for name in ("filter", "dead", "similarity", "aliasing")
+                )
+                down, right = reader.attrs["stride"]
+                first.append(FirstLayer(facts, weights, dead, alike, share, (down, right)))
             elif facts.store == PROJECTIONS:
                 methods = [str(each) for each in reader["method"][:]]
                 numbers = np.asarray(reader["unit"][:])
                 projected.append(ProjectedLayer(facts, store, numbers, methods, str(reader.attrs["reach"])))
             else:
-                named = ("reached", "started", "best", "data_maximum", "threshold")
                 numbers = np.asarray(reader["class" if facts.store.startswith("class-models-") else "unit"][:])
-                values = [np.asarray(reader[name][:]) for name in named]
+                columns = ("reached", "started", "best", "data_maximum", "threshold")
+                values = [np.asarray(reader[name][:]) for name in columns]
                 pictured.append(Pictured(facts, store, str(reader.attrs["way"]), numbers, *values))
         return Visualizations(dataset, network, experiment, pictured, projected, first, made.notes)
     except (FileNotFoundError, KeyError, IndexError, ValueError) as error:

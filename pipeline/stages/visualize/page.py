@@ -190,8 +190,8 @@ def section_of(
         drawn = pictures.filters_mosaic(first)
         drawn.save(experiment.out / file)
         filters.append((first, file, drawn.size))
-    said = [f"{one.experiment}: {each}" if several else each for each in findings(experiment, one)]
-    return tasks, Section(one, said, mosaics, filters, list(draw_figures(experiment, one, folder)))
+    sentences = [f"{one.experiment}: {each}" if several else each for each in findings(experiment, one)]
+    return tasks, Section(one, sentences, mosaics, filters, list(draw_figures(experiment, one, folder)))
 
 
 def rows_of(numbers: np.ndarray) -> dict[int, int]:

@@ -292,6 +292,13 @@ def key_of(row: Row, part: int) -> str:
     return f"{row.store}|{row.group}|{part}"
 
 
+def parted(key: str) -> tuple[str, str, str]:
+    """Return the store, the group and the part that a key names."""
+    store, _, rest = key.partition("|")
+    group, _, part = rest.rpartition("|")
+    return store, group, part
+
+
 def run(job: Job[Settings]) -> None:
     from pipeline.stages.visualize import tasks
     from pipeline.storage.store import StoreRef
@@ -327,7 +334,7 @@ def run(job: Job[Settings]) -> None:
         ways = {row.store: row.way for row in rows}
 
         def picture(key: str, _: list[str]) -> tuple:
-            store, group, part = key.split("|")
+            store, group, part = parted(key)
             own = groups[store, group]
             way = ways[store]
             assert settings.maximise is not None
@@ -336,11 +343,11 @@ def run(job: Job[Settings]) -> None:
             return model, own, way, part, settings.maximise, seen.normalised, needed, maker, key
 
         def strip(key: str, _: list[str]) -> tuple:
-            _, group, part = key.split("|")
-            own = strips[group]
+            _, name, part = parted(key)
+            own = strips[name]
             slots = own.images[int(part) * own.layout.each :][: own.layout.each]
             shards = np.unique(slots[slots >= 0] // images.shard_images).tolist()
-            files = {name: each for shard in shards for name, each in images.files_of(shard).items()}
+            files = {file: each for shard in shards for file, each in images.files_of(shard).items()}
             return model, own, part, StoreRef(images.store, files), key
 
         projections = {name: own for name, own in parts.items() if name == results.PROJECTIONS}
@@ -592,7 +599,7 @@ def write_filters(job: Job[Settings], seen: Seen) -> tuple[Files, list[results.D
         at, alike = filters.nearest(weights)
         dead, share = filters.dead(weights), filters.aliasing(weights, stride)
         one = ("filter",)
-        arrays = {
+        arrays: dict[str, tuple[tuple[str, ...], np.ndarray]] = {
             "filter": (("filter", "channel", "y", "x"), weights.astype(np.float32)),
             "norm": (one, filters.norms(weights)),
             "dead": (one, dead),

@@ -127,7 +127,7 @@ def look(
             if why := generators.why_not(maker, size, model.spec.preprocessing.channels):
                 refused[maker.name] = why
         modules = first_convolutions(network, inputs) if filters else []
-        found = {name: network.get_submodule(name) for name in modules}
+        found: dict[str, Any] = {name: network.get_submodule(name) for name in modules}
         return Seen(
             {info.name: info for info in prepared.layers} if prepared is not None else {},
             reach_of(network, inputs, list(layers)),
@@ -136,7 +136,7 @@ def look(
             sum(each.numel() for each in network.parameters()),
             survey.largest,
             sum(each.shape[0] * (each.special + each.shape[1] * each.shape[2]) for each in survey.layers),
-            {name: (each.weight.detach().cpu().numpy(), tuple(each.stride)) for name, each in found.items()},  # type: ignore[misc]
+            {name: (each.weight.detach().cpu().numpy(), each.stride) for name, each in found.items()},
             refused,
         )
 
