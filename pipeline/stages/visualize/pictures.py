@@ -20,6 +20,8 @@ TILE, SMALL = 160, 72
 UNITS_AT_ONCE = 16
 """Units of one task."""
 GAP = 2
+QUANTILE = 0.99
+"""Quantile of the magnitudes of a projection that gets the full colour."""
 NOTHING = (160, 160, 160)
 
 
@@ -92,10 +94,17 @@ def strips_of(task: Task, number: int) -> Image.Image:
         top, left, bottom, right = fields[place].tolist()
         crop = np.full((pixels.shape[0], *maps.shape[-2:]), 128, np.uint8)
         crop[:, : bottom - top, : right - left] = pixels[:, top:bottom, left:right]
-        for at, each in enumerate([crop, *maps[place]]):
+        for at, each in enumerate([crop, *map(contrasted, maps[place])]):
             tile = picture(each).resize((width, height), Image.Resampling.BICUBIC)
             canvas.paste(tile, (place * (width + GAP), at * (height + GAP)))
     return canvas
+
+
+def contrasted(values: np.ndarray) -> np.ndarray:
+    """Return a stored projection (channel, y, x) uint8 with the 99th percentile of its magnitudes in full colour."""
+    away = values.astype(np.float32) - 128
+    full = float(np.quantile(np.abs(away), QUANTILE))
+    return np.rint(128 + 127 * (away / max(full, 1.0)).clip(-1, 1)).astype(np.uint8)
 
 
 def strips_size(crop: tuple[int, int], images: int, methods: int) -> tuple[int, int]:

@@ -343,8 +343,8 @@ def run(job: Job[Settings]) -> None:
             return model, own, way, part, settings.maximise, seen.normalised, needed, maker, key
 
         def strip(key: str, _: list[str]) -> tuple:
-            _, name, part = parted(key)
-            own = strips[name]
+            group, part = parted(key)[1:]
+            own = strips[group]
             slots = own.images[int(part) * own.layout.each :][: own.layout.each]
             shards = np.unique(slots[slots >= 0] // images.shard_images).tolist()
             files = {file: each for shard in shards for file, each in images.files_of(shard).items()}

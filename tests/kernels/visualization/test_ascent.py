@@ -168,3 +168,14 @@ def test_sums_of_spectra_are_those_of_all_images():
     slow = np.abs(np.stack([[np.fft.fft2(c) / 20**0.5 for c in each] for each in images]))[..., :3].mean(0)
     np.testing.assert_allclose(whole.mean_magnitude, slow, atol=1e-12)
     np.testing.assert_allclose(whole.covariance(0.0), parts.covariance(0.0), atol=1e-12)
+
+
+def test_linear_score_of_a_linear_generator():
+    """w G z - lambda |z|^2 is highest at G' w / (2 lambda), among all that the generator makes."""
+    weight, generator = drawn(0, 3, SIZE), drawn(2, 7, SIZE)
+
+    def score(z):
+        return ((z @ generator) * weight).sum(1), weight @ generator.T
+
+    found = climbed(drawn(1, 3, 7), plus(score, l2, -0.4), 2000)
+    torch.testing.assert_close(found.best, weight @ generator.T / 0.8, rtol=0, atol=1e-8)
