@@ -11,6 +11,7 @@ import xarray as xr
 from experiments import SIZE, VIT, copied, job, lines, run
 from visualizations import WISHES, experiment
 
+import pipeline
 from pipeline.config.report import Figures
 from pipeline.errors import MicrotomeError
 from pipeline.networks.build import load
@@ -153,6 +154,16 @@ def test_projections_by_hand(made, layer):
             expected = gradient[0, :, top:bottom, left:right].numpy()
             np.testing.assert_allclose(shown[:, : bottom - top, : right - left], expected, atol=scale / 250 + 1e-9)
             assert not shown[:, bottom - top :].any() and not shown[:, :, right - left :].any()
+
+
+def test_results_open_by_experiment_store_and_layer(made):
+    found = pipeline.open_results(made.results)["scenes"]["cnn"].visualizations["wishes"]
+    assert set(found) == {
+        *("projections", "filters", "maximised-pixels", "maximised-maco"),
+        *("class-models-pixels", "class-models-maco"),
+    }
+    assert found["maximised-maco"]["b"].picture.dims == ("unit", "channel", "y", "x")
+    assert set(found["class-models-pixels"]) == {"logit", "log_probability"} and set(found["filters"]) == {"a.0"}
 
 
 def test_first_layers(made):
