@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from pipeline.errors import MicrotomeError
 from pipeline.networks.gradients import Target, gradients, in_chunks, padded
 from pipeline.networks.graph.call_sites import CallSites
 from pipeline.networks.graph.reach import Reach, Window
@@ -22,6 +23,9 @@ from pipeline.networks.layer import LayerInfo
 from pipeline.networks.layers import Recorder, to_maps
 from pipeline.stages.visualize.settings import Rule
 from pipeline.stages.visualize.subject import Single
+
+OUTSIDE = 1e-3
+"""Share of a projection's magnitude that may lie beyond the receptive field: fast convolutions round so."""
 
 
 class Partly(Rectified):
@@ -87,17 +91,30 @@ def project(
     target = Single(info, units, torch.from_numpy(position))
     size = (int(inputs.shape[2]), int(inputs.shape[3]))
     found = {rule: back(network, inputs, target, rule, batch) for rule in methods}
-    support = None if reach != "unknown" else found.get("gradient", back(network, inputs, target, "gradient", batch))
+    support = found.get("gradient")
+    if reach == "unknown" and support is None:
+        support = back(network, inputs, target, "gradient", batch)
     field = np.zeros((len(inputs), 4), np.int64)
     for row in range(len(inputs)):
         if isinstance(reach, Window):
             field[row] = reach.box((int(position[row, 0]), int(position[row, 1])), size)
+        elif reach == "unknown":
+            assert support is not None
+            field[row] = box_of(support[row])
         else:
-            field[row] = (0, 0, *size) if support is None else box_of(support[row])
+            field[row] = (0, 0, *size)
     maps = np.zeros((len(inputs), len(methods), inputs.shape[1], *crop), np.float32)
     for at, rule in enumerate(methods):
         for row, (top, left, bottom, right) in enumerate(field):
-            maps[row, at, :, : bottom - top, : right - left] = found[rule][row, :, top:bottom, left:right]
+            inside = found[rule][row, :, top:bottom, left:right]
+            maps[row, at, :, : bottom - top, : right - left] = inside
+            largest, within = np.abs(found[rule][row]).max(), np.abs(inside).max(initial=0)
+            outside = np.abs(found[rule][row]).sum() - np.abs(inside).sum()
+            if isinstance(reach, Window) and (within < largest or outside > OUTSIDE * np.abs(inside).sum()):
+                raise MicrotomeError(
+                    f"layer {info.name!r}: a projection by {rule} reaches beyond the receptive field that follows from "
+                    f"the network's calls, rows {top} to {bottom} and columns {left} to {right}"
+                )
     return Projected(value, position, field, maps)
 
 

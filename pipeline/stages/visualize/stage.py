@@ -700,7 +700,8 @@ def memory_need(job: Job[Settings], parameters: int, values: int) -> int:
     restarts = settings.maximise.restarts if settings.maximise is not None else 1
     rows = max(spec.numerics.micro_batch, restarts)
     pixels = spec.preprocessing.channels * size[0] * size[1]
-    return 3 * 4 * parameters + 4 * rows * (24 * pixels + 2 * values)
+    spectra = 48 * job.dataset_spec.shard_images * pixels  # images in float64 and their transforms
+    return 3 * 4 * parameters + max(4 * rows * (24 * pixels + 2 * values), spectra)
 
 
 def pending(job: Job[Settings]) -> tuple[int, int]:
