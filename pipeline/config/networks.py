@@ -417,3 +417,43 @@ class Segmenter(NetworkSpec):
         if self.output is not None:
             raise ValueError("output: name the outputs of a segmenter under `categories`, as `output` of each")
         return self
+
+
+class Latent(Strict):
+    """What a generator makes images of."""
+
+    kind: Literal["normal", "uniform"] = Field(
+        "normal", description="how it is drawn: standard `normal`, or `uniform` from -1 to 1"
+    )
+    shape: Annotated[list[PositiveInt], Field(min_length=1, max_length=4)] = Field(
+        description="of one image's latent, without the batch"
+    )
+
+
+class Generator(Strict):
+    """A network that makes images: pictures of units may be sought among those that it can make."""
+
+    module: PathName = Field(description="`path.py:function`; the function returns the network")
+    weights: PathName = Field(description="a checkpoint of torch or safetensors")
+    arguments: dict[str, Any] = Field({}, description="keyword arguments of the builder")
+    files: Annotated[list[PathName], Field(min_length=1)] | None = Field(
+        None, description="the files that its code opens or imports; ids hold their digests"
+    )
+    prefix: str | None = Field(None, description="prefix of the network's keys in the checkpoint")
+    within: str | None = Field(None, min_length=1, description="entry of the checkpoint that holds the weights")
+    latent: Latent = Field(description="what it makes images of")
+    output: tuple[float, float] = Field((0.0, 1.0), description="what it gives for black and for white, often [-1, 1]")
+
+    @model_validator(mode="after")
+    def _builds(self) -> Generator:
+        if self.weights in (RANDOM, TRAINED_HERE) or self.spec.weights_file is None:
+            raise ValueError(f"weights: {self.weights!r}: a generator needs trained weights, as a file")
+        if self.output[0] >= self.output[1]:
+            raise ValueError(f"output: black, {self.output[0]:g}, has to lie below white, {self.output[1]:g}")
+        return self
+
+    @property
+    def spec(self) -> NetworkSpec:
+        """Return what builds the network."""
+        named = ("module", "weights", "arguments", "files", "prefix", "within")
+        return NetworkSpec(**{name: getattr(self, name) for name in named})

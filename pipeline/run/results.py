@@ -230,6 +230,17 @@ class Network(_Folder["Layer"]):
             found.setdefault(store.parent.name, {})[store.stem.removesuffix("-relevance")] = of_layers
         return found
 
+    @cached_property
+    def visualizations(self) -> dict[str, dict[str, dict[str, xr.Dataset]]]:
+        """By experiment, store and layer (or score, or module): what units and classes want to see."""
+        found: dict[str, dict[str, dict[str, xr.Dataset]]] = {}
+        for store in sorted(self.path.glob("visualizations/*/*.zarr")):
+            groups = _open(store).attrs["groups"]
+            found.setdefault(store.parent.name, {})[store.stem] = {
+                layer: _open(store / group) for layer, group in groups.items()
+            }
+        return found
+
     def _maps(self, pattern: str, relevance: bool) -> list[Path]:
         """Return the stores of attributions, those of the maps of methods or those of the relevance of units."""
         return [each for each in sorted(self.path.glob(pattern)) if ("groups" in _open(each).attrs) == relevance]

@@ -23,6 +23,7 @@ from pipeline.stages.randomize.stage import STAGE as RANDOMIZE
 from pipeline.stages.report.stage import STAGE as REPORT
 from pipeline.stages.sight.stage import STAGE as SIGHT
 from pipeline.stages.similarity.stage import STAGE as SIMILARITY
+from pipeline.stages.visualize.stage import STAGE as VISUALIZE
 
 ADDED = "MICROTOME_STAGES"
 """Environment variable, for tests: stages of other modules, `module:NAME` with commas between, before the report."""
@@ -51,6 +52,7 @@ STAGES: dict[str, Stage] = {
         SIMILARITY,
         ATTRIBUTE,
         AUDIT,
+        VISUALIZE,
         *_added(),
         REPORT,
     )

@@ -43,7 +43,8 @@ class Work:
     """What a run did. By network: shards put through it (`forwards`), layers written and layers counted, by name, and
     minibatches put through it, for the similarity of layers or for sight. Shards are `ablated` without units and
     without sets; runs on corrupted data are `trained`; shards are `explained` by one method of attribution each, and
-    what it says is `audited` by one test each, on small functions or on shards of a network."""
+    what it says is `audited` by one test each, on small functions or on shards of a network; parts of a layer's units
+    are `drawn`."""
 
     steps: list[str] = field(default_factory=list)
     decoded: int = 0
@@ -57,6 +58,7 @@ class Work:
     trained: int = 0
     explained: dict[str, int] = field(default_factory=dict)
     audited: dict[str, int] = field(default_factory=dict)
+    drawn: dict[str, int] = field(default_factory=dict)
     shard_writes: int = 0
 
     def stages(self, network: str | None = None) -> list[str]:
@@ -184,6 +186,10 @@ def run(raw: dict[str, Any]) -> Work:
             name = f"{path.parents[2].name} {path.stem}"
             work.explained |= {name: len(new)} if new else {}
             continue
+        if path.parent.parent.name == "visualizations":
+            name = f"{path.parents[2].name} {path.stem}"
+            work.drawn |= {name: len(new)} if new else {}
+            continue
         work.shard_writes += len(new)
         if path.name == "images.ledger":
             work.decoded += len(new)
@@ -276,6 +282,18 @@ def explained(raw: dict[str, Any], *more: str, **own: dict[str, Any]) -> dict[st
     """Which pixels made the two networks say so."""
     methods = dict.fromkeys(("saliency", "gradient_x_input", *more))
     return changed(raw, "attribute", to={"mine": {"methods": methods | own}})
+
+
+def drawn(raw: dict[str, Any]) -> dict[str, Any]:
+    """What 16 units of the CNN want to see, in two parts, and projections of the first eight."""
+    wishes = {"networks": ["cnn"], "units": {"features.conv6": list(range(16))}}
+    wishes |= {"projections": {"images": 2, "units": 8}, "maximise": {"steps": 2, "restarts": 1}}
+    return changed(raw, "visualize", to={"mine": wishes})
+
+
+def _drawn_before(folder: Path, raw: dict[str, Any]) -> dict[str, Any]:
+    run(drawn(raw))
+    return _other_head(folder, drawn(raw))
 
 
 def _explained_before(folder: Path, raw: dict[str, Any], after: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -420,6 +438,8 @@ CHANGES = [
     Change(
         "one more method of attribution, where the CNN's are audited", "its shards, by that method", _audited_before,
     ),
+    Change("pictures of units of the CNN switched on", "their parts", lambda folder, raw: drawn(raw)),
+    Change("head of the CNN trained again, where its units are drawn", "its logits, and no unit again", _drawn_before),
     Change("text or code of the report", "the report", lambda folder, raw: raw, report_changed),
 ]  # fmt: skip
 
@@ -447,9 +467,9 @@ def table(folder: Path) -> Iterator[str]:
     """The rows of the table in the docs."""
     yield (
         "| change | allowed | images decoded | label maps | forwards | layers written | layers counted | ablated | "
-        "minibatches | runs trained | explained | audited | steps |"
+        "minibatches | runs trained | explained | audited | drawn | steps |"
     )
-    yield "|---|---|---|---|---|---|---|---|---|---|---|---|---|"
+    yield "|" + "---|" * 14
     base = folder / "base"
     base.mkdir()
     yield _row("(the first run)", "everything", run(experiment(base)))
@@ -482,7 +502,7 @@ def _row(name: str, allowed: str, work: Work) -> str:
     written, counted = (sum(map(len, each.values())) for each in (work.written, work.counted))
     minibatches = sum(work.minibatches.values())
     shards = (work.decoded, work.labelled, forwards, written, counted, work.ablated, minibatches)
-    maps = sum(work.explained.values()), sum(work.audited.values())
+    maps = sum(work.explained.values()), sum(work.audited.values()), sum(work.drawn.values())
     made = (*shards, work.trained, *maps, len(work.steps))
     return "| " + " | ".join((name, allowed, *(str(count or "–") for count in made))) + " |"
 

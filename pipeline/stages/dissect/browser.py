@@ -10,6 +10,7 @@ from pipeline.report.pictures import Numbers, open_pictures, rounded
 from pipeline.stages.attribute.found import explained_images, page_of, unit_relevance_of
 from pipeline.stages.dissect.cards import BINS, SAMPLE, Card
 from pipeline.stages.dissect.found import Network, short_names
+from pipeline.stages.visualize.found import wanted_by
 from pipeline.storage.read_back import open_store
 
 
@@ -18,7 +19,8 @@ def browser_data(experiment: Experiment, network: Network, cards: Mapping[tuple[
 
     `units` are rows: layer, unit, concept (-1: no label), IoU, ceiling, held-out IoU, ends of the interval, threshold,
     activation rate; then, for units with pictures: images, best concepts as [concept, IoU], histogram, its two
-    ends, images of the highest relevance; `relevance` is the method that knows it, by layer.
+    ends, images of the highest relevance; `relevance` is the method that knows it, by layer. `wanted` holds, by layer
+    and unit, the file of the pictures that excite it, their number, and what they reach.
     `coarse`, if there are any, are the places of units of which fewer than 8 bits are stored.
     Layers, concepts, categories, images and classes are indices into their own lists. None: undefined. An image is its
     id, its class, and whether the page `explained` explains it.
@@ -72,6 +74,11 @@ def browser_data(experiment: Experiment, network: Network, cards: Mapping[tuple[
         "relevance": {
             str(dissection.layer_names.index(layer)): of.title
             for layer, of in unit_relevance_of(experiment, dissection.dataset, dissection.network).items()
+            if layer in dissection.layer_names
+        },
+        "wanted": {
+            str(dissection.layer_names.index(layer)): units
+            for layer, units in wanted_by(experiment, dissection.dataset, dissection.network).items()
             if layer in dissection.layer_names
         },
         "explained": page_of(experiment, dissection.dataset, dissection.network),

@@ -25,7 +25,7 @@ from pipeline.stages.report.overview import overview
 
 PACKAGE = Path(__file__).parents[2]
 FOLDERS_OF_TEMPLATES = (PACKAGE / "report/templates", *sorted(PACKAGE.glob("stages/*/templates")))
-FOLDERS = ("figures", "tables", "units", "attributions")
+FOLDERS = ("figures", "tables", "units", "attributions", "visualizations")
 """What a report owns besides its pages: a file in here that this report did not write is an earlier one's."""
 REORDERING = dict.fromkeys((*range(0x202A, 0x202F), *range(0x2066, 0x206A)), "\ufffd")
 """Characters that turn the text after them around, to the end of the paragraph: no name may do that to a sentence."""
@@ -139,7 +139,8 @@ def remove_others(out: Path, keep: set[str]) -> None:
         ours = path.suffix in (".html", ".svg", ".pdf", ".png", ".csv", ".jpg")
         if path.is_file() and ours and path.relative_to(out).as_posix() not in keep:
             path.unlink()
-    for folder in sorted((*(out / "units").glob("*/"), *(out / "attributions").glob("*/"))):
+    pictured = ("units", "attributions", "visualizations")
+    for folder in sorted(path for name in pictured for path in (out / name).glob("*/")):
         if not any(folder.iterdir()):
             folder.rmdir()
 

@@ -246,9 +246,9 @@ def test_files(tmp_path):
 
 
 def test_an_unknown_key_is_told_those_of_its_section():
-    network = {"torchvision": "resnet18", "weights": "random", "ablate": {"units": [1]}}
+    network = {"torchvision": "resnet18", "weights": "random", "ablate": {"nodes": [1]}}
     raw = {"name": "x", "datasets": {"d": {"kind": "scenes"}}, "networks": {"n": network}}
-    with pytest.raises(MicrotomeError, match=r"ablate\.units: unknown key; there are: datasets, draws, images, judge"):
+    with pytest.raises(MicrotomeError, match=r"ablate\.nodes: unknown key; there are: datasets, draws, images, judge"):
         parse(raw)
     network["ablate"] = {"layers": ["last"]}
     with pytest.raises(MicrotomeError, match=r"ablate\.layers: for the last layer write `layers: last`"):

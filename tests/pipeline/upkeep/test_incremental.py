@@ -87,6 +87,8 @@ def expected(name: str, work: Work) -> dict:
         "Kernel SHAP beside LIME, of the same segments": {},
         "head of the CNN trained again, where its images are explained": {"forwards": {"cnn": SHARDS}},
         "one more method of attribution, where the CNN's are audited": {},
+        "pictures of units of the CNN switched on": {},
+        "head of the CNN trained again, where its units are drawn": {"forwards": {"cnn": SHARDS}},
         "text or code of the report": {},
     }[name]  # fmt: skip
 
@@ -133,6 +135,10 @@ def test_what_a_change_costs(tmp_path, base, change: Change):
         case "one more method of attribution, where the CNN's are audited":
             assert work.explained == {"cnn grad_cam": SHARDS, "vit grad_cam": SHARDS}
             assert set(work.audited) == {"axioms grad_cam", "functions grad_cam"}
+        case "pictures of units of the CNN switched on":
+            assert work.drawn == {"cnn maximised-pixels": 2, "cnn projections": 1}
+        case "head of the CNN trained again, where its units are drawn":
+            assert work.drawn == {} and "visualize scenes cnn mine" in work.steps
         case "text or code of the report":
             assert work.steps == ["report"]
         case "one more source of concepts (colours of the pixels)":

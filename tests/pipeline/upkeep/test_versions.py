@@ -65,6 +65,16 @@ ALONE = {
     },
     "attribute": {"pipeline/networks/segmenters.py"},  # which categories label maps have: the parent's id knows
     "probes": {"pipeline/networks/layer_id.py"},  # the manifest of the extraction has the ids
+    "visualize": {
+        # Of these, the name of a group, the form of a class, whether outputs are those of a softmax, and its type.
+        "pipeline/stages/attribute/results.py",
+        "pipeline/stages/attribute/settings.py",
+        "pipeline/networks/explainable.py",
+        "pipeline/networks/fitness.py",
+        "pipeline/networks/layer_id.py",  # the manifest of the extraction has the ids
+        "pipeline/stages/dissect/found.py",  # readers of the parents' tables
+        "pipeline/stages/extract/found.py",
+    },
     "layer_id": {"pipeline/networks/layers.py"},
 }
 

@@ -256,6 +256,13 @@
         captions(row, RELEVANT), make("p", { class: "note" },
           `The images on which the relevance of this unit by ${data.relevance[row[LAYER]]} is highest.`));
     }
+    const wanted = data.wanted[row[LAYER]]?.[row[UNIT]];
+    if (wanted) {
+      const [file, count, said] = wanted;
+      parts.push(make("h3", {}, "What it wants to see"), make("div", { class: "drawn" },
+        make("img", { src: file, loading: "lazy", alt: `${counted(count, "picture")} that excite this unit` })),
+        make("p", { class: "note" }, said.join("; ")));
+    }
     showDialog(dialog, parts);
   }
 

@@ -1,0 +1,1 @@
+"""The stage `visualize`: what units and classes want to see."""
