@@ -38,7 +38,7 @@ def data(folder: Path) -> None:
     """Write what the ready-made configurations read, in miniature and with fixed times."""
     import miniatures
 
-    for name in ("config", "tests"):
+    for name in ("config", "kernels", "tests"):
         (folder / name).symlink_to(ROOT / name)
     root = folder / "data"
     for split, count in (("train", 6), ("test", 72)):
@@ -59,7 +59,7 @@ def data(folder: Path) -> None:
     arrays(root / "mnist/test10000.npz")
     arrays(root / "mnist/digits.npz", split=["train", "validation"] * 15)
     models = "cifar_resnet20 cifar_resnet56 cifar_vit_d4h4_torchvision mnist_lenet5 mnist_vit_d6"
-    models += " imagenet_squeezenet1_0 imagenet_mobilenet_v2_plain imagenet_efficientnet_lite0"
+    models += " seg_voc_deeplabv3_mobilenetv2_fp16 vgg16_hed_bsds500_fp16 imagenet_squeezenet1_0 imagenet_mobilenet_v2_plain imagenet_efficientnet_lite0"
     for name in models.split():
         (root / "models").mkdir(exist_ok=True)
         (root / "models" / f"{name}.pt").write_bytes(name.encode())
@@ -67,6 +67,7 @@ def data(folder: Path) -> None:
     segmenter.mkdir()
     (segmenter / "config.json").write_text("{}")
     (segmenter / "model.safetensors").write_bytes(b"")
+    (root / "modules.py").write_bytes(b"deeplab_voc = None\n")
     miniatures.old(root)
 
 
@@ -95,6 +96,13 @@ def ready_made() -> dict[str, dict[str, Any]]:
                 dataset["verify"] = False
         if raw["name"] == "calibration":
             raw["calibrate"]["datasets"] = ["mnist28"]
+        if raw["name"] == "audit-camvid":
+            raw["audit"]["things"]["tests"]["mass"]["concepts"] = ["sky", "road"]
+        if raw["name"] == "audit-imagenet-samples":
+            for test in ("localisation", "pointing"):
+                raw["audit"]["place"]["tests"][test]["concept_of"] = {"dog": "dog", "*": None}
+            for options in raw["audit"]["faithful"]["tests"].values():
+                options["images"] = 5
         found[file.stem] = raw
     raw = yaml.safe_load((ROOT / "tests/chaos/miniature.yaml").read_text())
     raw["networks"]["net"]["module"] = "tests/workflow/networks/tiny.py:tiny"
