@@ -59,7 +59,8 @@ def data(folder: Path) -> None:
     arrays(root / "mnist/test10000.npz")
     arrays(root / "mnist/digits.npz", split=["train", "validation"] * 15)
     models = "cifar_resnet20 cifar_resnet56 cifar_vit_d4h4_torchvision mnist_lenet5 mnist_vit_d6"
-    models += " seg_voc_deeplabv3_mobilenetv2_fp16 vgg16_hed_bsds500_fp16 imagenet_squeezenet1_0 imagenet_mobilenet_v2_plain imagenet_efficientnet_lite0"
+    models += " imagenet_squeezenet1_0 imagenet_mobilenet_v2_plain imagenet_efficientnet_lite0"
+    models += " seg_voc_deeplabv3_mobilenetv2_fp16 vgg16_hed_bsds500_fp16"
     for name in models.split():
         (root / "models").mkdir(exist_ok=True)
         (root / "models" / f"{name}.pt").write_bytes(name.encode())
