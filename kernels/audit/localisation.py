@@ -134,10 +134,10 @@ def grab_cut_box(saliency: np.ndarray, pixels: np.ndarray) -> np.ndarray:
     # OpenCV counts undecided pixels to the ground's colours: so these are learnt from the others alone, as one row.
     known = sure | ground
     row = np.where(sure[known], cv2.GC_FGD, cv2.GC_BGD).astype(np.uint8)[None]
-    cv2.grabCut(image[known][None], row, None, *models, 0, cv2.GC_INIT_WITH_MASK)
+    cv2.grabCut(image[known][None], row, None, *models, 0, cv2.GC_INIT_WITH_MASK)  # type: ignore[call-overload]
     states = np.full(saliency.shape, cv2.GC_PR_BGD, np.uint8)
     states[ground], states[sure] = cv2.GC_BGD, cv2.GC_FGD
-    cv2.grabCut(image, states, None, *models, 1, cv2.GC_EVAL_FREEZE_MODEL)
+    cv2.grabCut(image, states, None, *models, 1, cv2.GC_EVAL_FREEZE_MODEL)  # type: ignore[call-overload]
     return components((states == cv2.GC_FGD) | (states == cv2.GC_PR_FGD))[0][0].astype(np.float64)
 
 

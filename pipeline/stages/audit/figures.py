@@ -27,7 +27,8 @@ def laws(width: float, told: Told, titles: Mapping[str, str]) -> Figure:
     shown = [shorten(titles[name], int(0.25 * width / LETTER)) for name in names]
     left = LETTER * max(map(len, shown), default=1) + 0.1
     side = (width - left) / len(columns)
-    top = LETTER * max(len(axiom.title) for axiom in AXIOMS.values())
+    short = [axiom.title.removeprefix("Invariance: ") for axiom in AXIOMS.values()]
+    top = 0.058 * max(map(len, short)) + 0.1
     height = 0.21 * len(names) + top + 0.1
     figure = Figure(figsize=(width, height))
     panel = figure.add_axes((left / width, 0.05 / height, (width - left) / width, 0.21 * len(names) / height))
@@ -43,7 +44,7 @@ def laws(width: float, told: Told, titles: Mapping[str, str]) -> Figure:
                 panel.text(column + 0.5, row + 0.5, _short(found.value), ha="center", va="center", fontsize=size)
     panel.set(xlim=(0, len(columns)), ylim=(len(names), 0))
     panel.set_yticks(np.arange(len(names)) + 0.5, shown, fontsize=7, color=INK)
-    panel.set_xticks(np.arange(len(columns)) + 0.5, [AXIOMS[each].title for each in columns], rotation=90, fontsize=6.5)
+    panel.set_xticks(np.arange(len(columns)) + 0.5, short, rotation=90, fontsize=6.5)
     panel.xaxis.tick_top()
     panel.tick_params(length=0, labelcolor=INK)
     bare(panel, "left", "top")

@@ -153,7 +153,7 @@ def findings(found: Audit) -> Iterator[str]:
         every = [one for own in told.values() for one in own.values() if one.state in ("holds", "fails")]
         kept = sum(one.state == "holds" for one in every)
         where = "small functions with exact answers" if not dataset else f"{network} on {dataset}"
-        yield f"On {where}, {kept} of {words.plural(len(every), 'law of a method')} hold."
+        yield f"On {where}, {kept} of the {len(every)} laws that say something of a method hold."
         broken = invariance(found, told)
         if broken:
             yield f"Equivalent implementations have other maps there by {words_of(broken)}."

@@ -43,11 +43,12 @@ class Ablation(TestOptions):
 class Layer:
     """What removing the units of a layer does: losses of balanced accuracy (unit, class) on the split that judges.
 
-    `concepts` are the labels of the units.
+    `other` are those on the split that ranks, `concepts` the labels of the units.
     """
 
     units: int
     loss: np.ndarray
+    other: np.ndarray
     concepts: list[str]
 
 
@@ -87,7 +88,7 @@ def prepare(options: Ablation, job: Job[Any]) -> dict[str, Layer]:
     for layer, count in _ablated(options, job).items():
         ablation = read_ablation(job.results, job.dataset, job.network, layer, units)
         labels = [each.concept or NONE for each in ablation.units]
-        found[layer] = Layer(count, ablation.judge_loss, labels)
+        found[layer] = Layer(count, ablation.judge_loss, ablation.rank_loss, labels)
     return found
 
 
@@ -193,7 +194,7 @@ TESTS: dict[str, Test] = {
         measures,
         cost,
         shaped=shaped,
-        controls=("random", "activation"),
+        controls=("random", "activation", "other_split"),
         control="random",
         parents=("dissect", "ablate"),
         defined=defined,

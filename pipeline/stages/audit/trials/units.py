@@ -18,7 +18,7 @@ from pipeline.networks.layers import first_tensor, replaced
 from pipeline.networks.prepare import prepare, survey_of
 from pipeline.stages.attribute.options import DeepLift, IntegratedGradients
 from pipeline.stages.audit.batch import Batch
-from pipeline.stages.audit.removed import Ablation
+from pipeline.stages.audit.removed import Ablation, Layer
 
 
 def ablation(batch: Batch, options: Ablation) -> dict[str, np.ndarray]:
@@ -28,11 +28,14 @@ def ablation(batch: Batch, options: Ablation) -> dict[str, np.ndarray]:
     """
     found = {}
     for layer, known in batch.given("ablation").items():
-        found[f"relevance.{layer}"] = _relevance(batch, layer, known.units)
+        found[f"relevance.{layer}"] = _relevance(batch, layer, known)
     return found
 
 
-def _relevance(batch: Batch, layer: str, units: int) -> np.ndarray:
+def _relevance(batch: Batch, layer: str, known: Layer) -> np.ndarray:
+    units = known.units
+    if batch.control == "other_split":  # as well as it can be done with so many images: the losses, measured again
+        return known.other[:, batch.classes].T
     if batch.control == "random":
         return np.stack([np.random.default_rng([seed, 4]).standard_normal(units) for seed in batch.seeds])
     kind = batch.control or batch.options_of_method.kind
