@@ -54,7 +54,7 @@ def test_unknown_keys(tmp_path, experiment):
     experiment["dataset"] = {}
     said = snakemake(tmp_path, experiment, code=1)
     for expected in (
-        "datasets.scenes.scenes.dissect.quantle: unknown key; nearest: quantile",
+        "datasets.scenes.dissect.quantle: unknown key; nearest: quantile",
         "networks.tiny.layer: unknown key; nearest: layers",
         "dataset: unknown key; nearest: dataset",
     ):

@@ -35,7 +35,7 @@ from pipeline.plan.job import Job
 from pipeline.plan.stage import Draft, PageModule, Stage, Wanted
 from pipeline.plan.step import Key
 from pipeline.stages.attribute import results, segments
-from pipeline.stages.attribute.again import examined, labels_of, layer_names, unit_layers, work_of
+from pipeline.stages.attribute.again import EXPLAINS, examined, labels_of, layer_names, unit_layers, work_of
 from pipeline.stages.attribute.inputs import (
     Shard,
     by_shard,
@@ -73,63 +73,7 @@ if TYPE_CHECKING:
 
 VERSION = 2
 FOLDER = "attributions"
-CODE = (
-    "kernels/attribution/agreement.py",
-    "kernels/attribution/baselines.py",
-    "kernels/attribution/cam.py",
-    "kernels/attribution/lime.py",
-    "kernels/attribution/masks.py",
-    "kernels/attribution/maxima.py",
-    "kernels/attribution/paths.py",
-    "kernels/attribution/relevance.py",
-    "kernels/attribution/rollout.py",
-    "kernels/attribution/secants.py",
-    "kernels/attribution/segments.py",
-    "kernels/attribution/shapley.py",
-    "kernels/images/grey.py",
-    "kernels/images/whiten.py",
-    "kernels/locality/attention.py",
-    "pipeline/networks/build.py",
-    "pipeline/networks/checkpoint.py",
-    "pipeline/networks/contributions.py",
-    "pipeline/networks/explainable.py",
-    "pipeline/networks/fitness.py",
-    "pipeline/networks/forward.py",
-    "pipeline/networks/gradients.py",
-    "pipeline/networks/graph/attended.py",
-    "pipeline/networks/graph/arithmetic.py",
-    "pipeline/networks/graph/call_sites.py",
-    "pipeline/networks/graph/channels.py",
-    "pipeline/networks/graph/gradient_flow.py",
-    "pipeline/networks/graph/ledger.py",
-    "pipeline/networks/graph/operations.py",
-    "pipeline/networks/graph/propagated.py",
-    "pipeline/networks/graph/rectified.py",
-    "pipeline/networks/graph/relevance_rules.py",
-    "pipeline/networks/graph/rescale.py",
-    "pipeline/networks/graph/reveal_cancel.py",
-    "pipeline/networks/graph/taken_apart.py",
-    "pipeline/networks/graph/trace.py",
-    "pipeline/networks/layer_id.py",
-    "pipeline/networks/layers.py",
-    "pipeline/networks/libraries",
-    "pipeline/networks/positions.py",
-    "pipeline/networks/prepare.py",
-    "pipeline/networks/relevance.py",
-    "pipeline/networks/returned.py",
-    "pipeline/stages/attribute/again.py",
-    "pipeline/stages/attribute/explaining.py",
-    "pipeline/stages/attribute/inputs.py",
-    "pipeline/stages/attribute/methods",
-    "pipeline/stages/attribute/options.py",
-    "pipeline/stages/attribute/results.py",
-    "pipeline/stages/attribute/segments.py",
-    "pipeline/stages/attribute/settings.py",
-    "pipeline/stages/attribute/stage.py",
-    "pipeline/stages/attribute/subject.py",
-    "pipeline/stages/attribute/tasks.py",
-    "pipeline/stages/attribute/work.py",
-)
+CODE = (*EXPLAINS, "pipeline/stages/attribute/stage.py")
 FLOATS = 0.9
 """Compression ratio of maps and of other numbers."""
 REMEDY = "lower `shard_images` of the data set or `numerics.micro_batch` of the network"

@@ -30,7 +30,7 @@ from pipeline.plan.counted import ingested
 from pipeline.plan.job import Job
 from pipeline.plan.stage import Draft, PageModule, Stage, Wanted
 from pipeline.plan.step import Key
-from pipeline.stages.attribute.again import examined, work_of
+from pipeline.stages.attribute.again import EXPLAINS, examined, work_of
 from pipeline.stages.attribute.found import Attributions, read_attributions
 from pipeline.stages.attribute.inputs import Shard, by_shard, chosen, shards_of
 from pipeline.stages.attribute.options import METHODS, Options, forwards_alone
@@ -57,19 +57,13 @@ if TYPE_CHECKING:
 VERSION = 1
 FOLDER = "audit"
 CODE = (
-    "kernels/attribution/agreement.py",
-    "kernels/attribution/baselines.py",
+    *EXPLAINS,
+    "kernels/ablation.py",
     "kernels/attribution/log_odds.py",
-    "kernels/attribution/segments.py",
-    "kernels/attribution/shapley.py",
     "kernels/audit",
     "pipeline/data/boxes.py",
     "pipeline/data/scenes",
-    "pipeline/networks/forward.py",
-    "pipeline/networks/gradients.py",
     "pipeline/stages/ablate/found.py",
-    "pipeline/stages/attribute/again.py",
-    "pipeline/stages/attribute/explaining.py",
     "pipeline/stages/audit/axioms.py",
     "pipeline/stages/audit/batch.py",
     "pipeline/stages/audit/cell.py",

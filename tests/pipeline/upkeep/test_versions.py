@@ -64,6 +64,13 @@ ALONE = {
         "pipeline/stages/extract/pictures.py",
     },
     "attribute": {"pipeline/networks/segmenters.py"},  # which categories label maps have: the parent's id knows
+    "audit": {
+        "pipeline/networks/segmenters.py",  # which categories label maps have: the parent's id knows
+        "pipeline/stages/attribute/found.py",  # readers of the parents' tables
+        "pipeline/stages/dissect/found.py",
+        "kernels/images/colour_names.py",  # of label maps, by the scenes
+        *(f"pipeline/data/{name}.py" for name in ("csv_tables", "decode", "kinds")),  # boxes: their digest is in the id
+    },
     "probes": {"pipeline/networks/layer_id.py"},  # the manifest of the extraction has the ids
     "visualize": {
         # Of these, the name of a group, the form of a class, whether outputs are those of a softmax, and its type.
