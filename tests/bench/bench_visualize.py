@@ -1,6 +1,6 @@
 """CPU time of activation maximisation, one thread, against bare forwards and backwards of the same batch.
 
-    python -m tests.bench.bench_visualize [--images 8] [--steps 16] [--rounds 3]
+    python -m tests.bench.bench_visualize [--images 8] [--steps 8] [--rounds 3]
 
 Networks have random weights. The ascent of a layer's units and as many bare forwards and backwards to the input, ending
 at the same layer, take turns, and the ratio is the median over the rounds, so that other work on the machine decides
@@ -30,7 +30,7 @@ from pipeline.stages.visualize.settings import Maximise
 from pipeline.stages.visualize.subject import Strongest
 from tests.bench.timing import seconds
 
-SIZE = 224
+SIZE = 128
 ALLOWED = 0.9
 STILL = {"shift": 0.0, "turn": 0.0, "zoom": 1.0}
 WAYS = {
@@ -43,7 +43,7 @@ WAYS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
     torch.set_num_threads(1)
