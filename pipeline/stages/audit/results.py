@@ -176,20 +176,22 @@ def cube(rows: Sequence[Row]) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
 
 
 def by_image(
-    cells: Mapping[tuple[str, str, str], np.ndarray], slots: np.ndarray, ids: np.ndarray
+    cells: Mapping[tuple[str, str, str], tuple[np.ndarray, np.ndarray]], ids: np.ndarray
 ) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
-    """Return the numbers of each image, from (image,) by (network, method, `<test>.<measure>`).
+    """Return the numbers of each image, from (slots, numbers), (image,) each, by (network, method, `<test>.<measure>`).
 
-    All have the same images: the slots of those that are audited.
+    The images are all that some cell has, by slot: networks and tests may have different ones. `ids` are of all slots.
     """
     labels = [list(dict.fromkeys(key[at] for key in cells)) for at in range(3)]
-    values = np.full((*map(len, labels), len(slots)), np.nan)
-    for key, own in cells.items():
-        values[tuple(each.index(name) for each, name in zip(labels, key, strict=True))] = own
+    every = np.unique(np.concatenate([slots for slots, _ in cells.values()]))
+    values = np.full((*map(len, labels), len(every)), np.nan)
+    for key, (slots, numbers) in cells.items():
+        at = tuple(each.index(name) for each, name in zip(labels, key, strict=True))
+        values[at][np.searchsorted(every, slots)] = numbers
     axes = ("image_network", "image_method", "image_measure")
     return {
         **{axis: ((axis,), np.array(own, object)) for axis, own in zip(axes, labels, strict=True)},
         "by_image": ((*axes, "image"), values),
-        "slot": (("image",), np.asarray(slots, np.int64)),
-        "image_id": (("image",), np.asarray(ids, object)),
+        "slot": (("image",), np.asarray(every, np.int64)),
+        "image_id": (("image",), np.asarray(ids[every], object)),
     }

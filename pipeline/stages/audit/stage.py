@@ -209,7 +209,7 @@ def run(job: Job[Settings]) -> None:
     files: Files = {}
     rows: list[Row] = []
     concepts: list[Any] = []
-    single: dict[str, dict[tuple[str, str, str], tuple[str, np.ndarray]]] = {}
+    single: dict[str, dict[tuple[str, str, str], tuple[np.ndarray, np.ndarray]]] = {}
     made = 0
     with job.workers() as workers:
         for pair in pairs:
@@ -222,7 +222,7 @@ def run(job: Job[Settings]) -> None:
         found, own = read(job, pair, parts[pair.names], given[pair.names])
         files |= own
         rows += rows_of(pair, tests, found)
-        single.setdefault(pair.job.dataset, {}).update(numbers_of(found))
+        single.setdefault(pair.job.dataset, {}).update(numbers_of(pair, found))
         ablated = [cell for cell in found.values() if cell.test == "ablation" and not cell.refused]
         concepts += [(*pair.names, cell.name.told, *each) for cell in ablated for each in concepts_of(cell)]
     files |= write_store(job, pairs, rows, single)
@@ -234,7 +234,7 @@ def run(job: Job[Settings]) -> None:
     facts = results.Audited(
         attributions=job.settings.attributions,
         pairs=[pair.names for pair in pairs],
-        images={pair.job.dataset: sum(len(each.places) for each in pair.shards.values()) for pair in pairs},
+        images={dataset: audited_images(pairs, dataset) for dataset in dict.fromkeys(p.job.dataset for p in pairs)},
         tests=list(tests),
         methods={name: options.kind for pair in pairs for name, options in pair.methods.items()},
         controls=sorted({cell.name.told for pair in pairs for cell in pair.cells.values() if cell.name.control}),
@@ -521,6 +521,12 @@ def read(
     return found, files
 
 
+def audited_images(pairs: list[Pair], dataset: str) -> int:
+    """Return how many images of a data set are audited by any test on any network."""
+    own = [pair for pair in pairs if pair.job.dataset == dataset]
+    return len({slot for pair in own for test in pair.chosen for slot in pair.slots(test).tolist()})
+
+
 def rows_of(pair: Pair, tests: Mapping[str, TestOptions], found: Mapping[str, Audited]) -> list[Row]:
     """Return the rows of a network on a data set, with the value of each test's control beside the others."""
     told: dict[str, list[Outcome]] = {key: outcomes(cell, tests[cell.test]) for key, cell in found.items()}
@@ -541,10 +547,12 @@ def rows_of(pair: Pair, tests: Mapping[str, TestOptions], found: Mapping[str, Au
     return rows
 
 
-def numbers_of(found: Mapping[str, Audited]) -> dict[tuple[str, str, str], tuple[str, np.ndarray]]:
-    """Return the numbers that each image has once, by network, method and measure, with the test they are of."""
+def numbers_of(
+    pair: Pair, found: Mapping[str, Audited]
+) -> dict[tuple[str, str, str], tuple[np.ndarray, np.ndarray]]:
+    """Return the numbers that each image has once, by network, method and measure, with the images' slots before."""
     return {
-        (cell.network, cell.name.told, f"{cell.test}.{name}"): (cell.test, cell.arrays[name])
+        (cell.network, cell.name.told, f"{cell.test}.{name}"): (pair.slots(cell.test), cell.arrays[name])
         for cell in found.values()
         for name, measure in cell.measures.items()
         if not measure.dims
@@ -555,7 +563,7 @@ def write_store(
     job: Job[Settings],
     pairs: list[Pair],
     rows: list[Row],
-    single: Mapping[str, Mapping[tuple[str, str, str], tuple[str, np.ndarray]]],
+    single: Mapping[str, Mapping[tuple[str, str, str], tuple[np.ndarray, np.ndarray]]],
 ) -> Files:
     """Write audit.zarr, a group for each data set; return its files."""
     from pipeline.storage.store import create, metadata_files, remove, write_whole
@@ -567,13 +575,9 @@ def write_store(
     for dataset in dict.fromkeys(pair.job.dataset for pair in pairs):
         own = [row for row in rows if row.dataset == dataset and row.outcome.measure]
         pair = next(each for each in pairs if each.job.dataset == dataset)
-        ids = pair.job.images.image_ids()
-        every = np.unique(np.concatenate([pair.slots(test) for test in pair.chosen]))
-        values = {}
-        for key, (test, numbers) in single[dataset].items():
-            values[key] = np.full(len(every), np.nan)
-            values[key][np.searchsorted(every, pair.slots(test))] = numbers
-        arrays = results.cube(own) | (results.by_image(values, every, ids[every]) if values else {})
+        arrays = results.cube(own)
+        if single[dataset]:
+            arrays |= results.by_image(single[dataset], pair.job.images.image_ids())
         files |= within(f"{store.name}/{dataset}", write_whole(store / dataset, arrays, attrs | {"dataset": dataset}))
     create(store, {}, attrs)
     return files | within(store.name, {"zarr.json": metadata_files(store)["zarr.json"]})
