@@ -81,7 +81,7 @@ def _ablated(options: Ablation, job: Job[Any]) -> dict[str, int]:
     return {layer: units for layer, units in there.items() if options.layers is None or layer in options.layers}
 
 
-def prepare(options: Ablation, job: Job[Any]) -> dict[str, Layer]:
+def prepare(options: Ablation, job: Job[Any], read: Any) -> dict[str, Layer]:
     """Return what removing the units of each layer does."""
     units = read_dissection(job.results, job.dataset, job.network).units
     found = {}
@@ -196,6 +196,7 @@ TESTS: dict[str, Test] = {
         shaped=shaped,
         controls=("random", "activation", "other_split"),
         control="random",
+        copies={"other_split": "ablate"},
         parents=("dissect", "ablate"),
         defined=defined,
         check=check,

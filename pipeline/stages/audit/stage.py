@@ -23,14 +23,15 @@ import numpy as np
 
 from pipeline.config.base import UNTRAINED
 from pipeline.errors import MicrotomeError
-from pipeline.networks.forward import platform_numerics
+from pipeline.networks.forward import Model, platform_numerics
 from pipeline.plan import inspected
 from pipeline.plan.cost import Cost, Store
 from pipeline.plan.counted import ingested
-from pipeline.plan.job import Job
+from pipeline.plan.job import Job, model_of
 from pipeline.plan.stage import Draft, PageModule, Stage, Wanted
 from pipeline.plan.step import Key
 from pipeline.stages.attribute.again import examined, work_of
+from pipeline.stages.attribute.again import labels_of as categories_of
 from pipeline.stages.attribute.found import Attributions, read_attributions
 from pipeline.stages.attribute.inputs import Shard, by_shard, chosen, shards_of
 from pipeline.stages.attribute.options import METHODS, Options, forwards_alone
@@ -108,6 +109,7 @@ def steps(draft: Draft) -> Iterator[Wanted]:
                 f"name some of that experiment"
             )
         parents = []
+        put: set[str] = set()
         reads: dict[str, dict[str, Any]] = {}
         for step in explained:
             dataset, network = str(step.dataset), str(step.network)
@@ -117,13 +119,25 @@ def steps(draft: Draft) -> Iterator[Wanted]:
             own = {test: options for test, options in tests.items() if options.applies(network)}
             for test, options in own.items():
                 limit = min(count, of.images or count)
-                asked = Asked(f"{where}.tests.{test}", dataset, spec, network, of, limit, draft)
+                beside = [str(each.network) for each in explained if each.dataset == dataset]
+                asked = Asked(f"{where}.tests.{test}", dataset, spec, network, of, limit, beside, draft)
                 refuse(asked, options, test)
                 if (read := TESTS[test].reads) is not None:
                     reads.setdefault(test, {})[dataset] = read(options, asked)
             parents += [draft.step("ingest", dataset), draft.step("network", network=network), step]
-            for stage in dict.fromkeys(each for test, options in own.items() for each in TESTS[test].stages(options)):
+            twin = draft.originals.get(network, network) + UNTRAINED
+            if twin in draft.networks and any(TESTS[test].forgets for test in own):
+                parents.append(draft.step("network", network=twin))
+            read_by = [stage for test, options in own.items() for stage in TESTS[test].stages(options)]
+            read_by += ["concepts"] if own and categories_of(methods_of(of)) else []
+            for stage in dict.fromkeys(read_by):
                 parents.append(draft.step(stage, dataset, None if stage in OF_DATASET else network))
+            put |= own.keys()
+        for test in tests:
+            if test not in put:
+                raise MicrotomeError(
+                    f"{where}.tests.{test}: none of the audit's networks is put to it: name others in `networks`"
+                )
         settings = Settings(
             attributions=section.attributions,
             pairs=[(str(step.dataset), str(step.network)) for step in explained],
@@ -205,7 +219,7 @@ def run(job: Job[Settings]) -> None:
     tests = tests_of(job.settings)
     pairs = [pair_of(job, explained, tests) for explained in explanations(job)]
     parts = {pair.names: parts_of(job, pair, tests) for pair in pairs}
-    given = {pair.names: given_of(pair, tests) for pair in pairs}
+    given = {pair.names: given_of(job, pair, tests) for pair in pairs}
     files: Files = {}
     rows: list[Row] = []
     concepts: list[Any] = []
@@ -299,10 +313,19 @@ def chosen_of(
     return {part: own for part, own in rows.items() if own}
 
 
-def given_of(pair: Pair, tests: Mapping[str, TestOptions]) -> dict[str, Any]:
+def given_of(job: Job[Settings], pair: Pair, tests: Mapping[str, TestOptions]) -> dict[str, Any]:
     """Return what tests have made for all images of a network on a data set, by test."""
     prepared = {test: TESTS[test].prepare for test in pair.measures}
-    return {test: make(tests[test], pair.job) for test, make in prepared.items() if make is not None}
+    return {
+        test: make(tests[test], pair.job, read_of(job, pair.job.dataset, test))
+        for test, make in prepared.items()
+        if make is not None
+    }
+
+
+def read_of(job: Job[Settings], dataset: str, test: str) -> Any:
+    """Return what a test read, while the plan was made, of files that no stage ingests; None without any."""
+    return job.settings.reads.get(test, {}).get(dataset)
 
 
 def parts_of(job: Job[Settings], pair: Pair, tests: Mapping[str, TestOptions]) -> dict[str, Parts]:
@@ -319,15 +342,23 @@ def ids_of(job: Job[Settings], pair: Pair, cell: Cell, options: TestOptions) -> 
         [VERSION, platform_numerics(VERSION), test, options.model_dump(exclude={"images"})],
         [cell.name.told, method, identity["targets"], identity["score"], identity["baseline"]],
         [model.sha256, model.architecture, identity["preprocessing"], identity["numerics"], list(images.size)],
-        [images.classes, job.settings.reads.get(test, {}).get(dataset), np.__version__.split(".")[:2]],
+        [images.classes, read_of(job, dataset, test), np.__version__.split(".")[:2]],
     ]
     if isinstance(identity["baseline"], dict):
         made_of.append(images.contents)  # of which the baseline may be the mean
     if declared.compares:
-        made_of.append([each.model.sha256 for each in explanations(job) if each.dataset == dataset])
+        others = [each for each in explanations(job) if each.dataset == dataset]
+        made_of.append([[o.model.sha256, o.model.architecture, o.identity["preprocessing"]] for o in others])
+    if declared.forgets and (twin := twin_of(job, explained)) is not None:
+        made_of.append([twin.sha256, twin.architecture])
+    if cell.name.control and (copied := declared.copies.get(cell.name.name)) is not None:
+        there = explained.beside(copied)
+        assert there is not None
+        made_of.append(there.read().digest)
     if declared.draws:
         made_of.append(explained.parent_job("ingest").identity)
-    labelled = labels_of(job, explained, declared.stages(options)) or Labelled(
+    parted = {} if cell.name.control else {cell.name.name: pair.methods[cell.name.name]}
+    labelled = labels_of(job, explained, declared.stages(options), parted) or Labelled(
         shards=[], categories=[], refused=[], size=images.size
     )
 
@@ -345,12 +376,25 @@ def ids_of(job: Job[Settings], pair: Pair, cell: Cell, options: TestOptions) -> 
     return {part: digest([made_of, of(part)]) for part in pair.chosen[test]}
 
 
-def labels_of(job: Job[Settings], explained: Job[Explained], stages: tuple[str, ...]) -> Labelled | None:
-    """Return what is known of the label maps of a data set, where a test or a method reads them."""
-    own = [each for each in job.parents if each.stage.name == "concepts" and each.dataset == explained.dataset]
-    if "concepts" in stages and own:
-        return Labelled.of(own[0].read())
-    return None
+def twin_of(job: Job[Settings], explained: Job[Explained]) -> Model | None:
+    """Return the untrained control of a network, where a test runs it and there is one."""
+    name = explained.original + UNTRAINED
+    made = (each for each in job.parents if each.stage.name == "network" and each.network == name)
+    return next((model_of(each) for each in made), None)
+
+
+def labels_of(
+    job: Job[Settings], explained: Job[Explained], stages: Iterable[str], methods: Mapping[str, Options]
+) -> Labelled | None:
+    """Return what is known of the label maps of a data set, where tests with these stages, or methods, read them."""
+    if "concepts" not in stages and not categories_of(methods):
+        return None
+    return Labelled.of(concepts_job(job, explained).read())
+
+
+def concepts_job(job: Job[Settings], explained: Job[Explained]) -> Job[Any]:
+    """Return the job that made the label maps of a data set."""
+    return next(each for each in job.parents if each.stage.name == "concepts" and each.dataset == explained.dataset)
 
 
 def measure(
@@ -377,8 +421,8 @@ def measure(
     if not lacking(parts):
         return set()
     parameters, found = examined(explained, workers, pair.methods)
-    asked = [labels_of(job, explained, TESTS[test].stages(tests[test])) for test in pair.measures]
-    labelled = next((each for each in asked if each is not None), None)
+    read_by = {stage for test in pair.measures for stage in TESTS[test].stages(tests[test])}
+    labelled = labels_of(job, explained, read_by, pair.methods)
     same = [each for each in pairs if each.job.dataset == explained.dataset]
     auditing = Auditing(
         work_of(explained, workers, pair.methods, found),
@@ -388,14 +432,14 @@ def measure(
         explained.settings.split,
         images.classes,
         {each.job.network: each.job.model for each in same},
-        explained.spec_of(explained.original + UNTRAINED),
+        twin_of(job, explained),
         {each.name: each for each in labelled.categories} if labelled is not None else {},
         given,
         pair.measures,
     )
     concepts = None
     if labelled is not None:
-        own = next(each for each in job.parents if each.stage.name == "concepts" and each.dataset == explained.dataset)
+        own = concepts_job(job, explained)
         concepts = StoreRef.of_manifest(own.folder, "concepts.zarr", own.read().files)
     job.check_memory(memory_need(parameters, found.values, explained, images.size), REMEDY)
 

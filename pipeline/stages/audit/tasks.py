@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.config.networks import Network
 from pipeline.errors import MicrotomeError
 from pipeline.networks.forward import Model
 from pipeline.networks.gradients import Logit
@@ -41,7 +40,7 @@ class Auditing:
     work : of the explanations. tests : options by name.
     cells : by key.
     dataset : the configuration of the data set, as JSON. models : the audit's networks on it, by name.
-    untrained : the description of the untrained control. categories : of label maps, where a test reads them.
+    twin : the untrained control. categories : of label maps, where a test or a method reads them.
     given : what `Test.prepare` made, by test. measures : the arrays of its cells, by test.
     """
 
@@ -52,7 +51,7 @@ class Auditing:
     split: str
     class_names: Sequence[str]
     models: Mapping[str, Model]
-    untrained: Network | None = None
+    twin: Model | None = None
     categories: Mapping[str, Category] = field(default_factory=dict)
     given: Mapping[str, Any] = field(default_factory=dict)
     measures: Mapping[str, Mapping[str, Measure]] = field(default_factory=dict)
@@ -177,7 +176,7 @@ def _shared(
         auditing.split,
         auditing.class_names,
         auditing.models,
-        auditing.untrained,
+        auditing.twin,
         auditing.categories,
         read_labels,
         auditing.given,

@@ -98,7 +98,7 @@ def test_every_test_has_its_rows_and_its_controls(tmp_path: Path) -> None:
         assert len(set(last)) == 3, "each step changes the maps"
         row = rows["cnn", method, "stability", "rank_correlation"]
         assert 0.5 < float(row["value"]) <= 1
-    assert rows["other", "saliency", "label_randomisation", "rank"]["value"].startswith("1")
+    assert not any(key[0] == "other" for key in rows if key[2] == "label_randomisation"), "compared with itself"
     assert float(rows["cnn", "saliency", "label_randomisation", "rank"]["value"]) < 0.99
     view = [row for key, row in rows.items() if key[2] == "linear_view" and key[1] == "grad_cam"]
     assert {row["state"] for row in view} == {"not defined"}
@@ -176,6 +176,11 @@ REFUSED = [
     ({"mass": {"category": "truth", "concepts": ["sky"]}}, "mass.category: no category 'truth'"),
     ({"label_randomisation": None}, "network"),
     ({"label_randomisation": {"network": "nobody"}}, "label_randomisation.network: no network 'nobody'"),
+    ({"label_randomisation": {"network": "third"}}, "no network 'third' of the audit on 'scenes'"),
+    (
+        {"label_randomisation": {"network": "other", "networks": ["other"]}},
+        "tests.label_randomisation: none of the audit's networks is put to it",
+    ),
     ({"deletion": {"fillers": ["grey"]}}, "fillers"),
     ({"road": {"shares": [0.9, 0.1]}}, "ascending"),
 ]
@@ -191,7 +196,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def planned(folder: Path, tests: Any) -> None:
     text = json.dumps(tests).replace("BOXES", str(folder / "boxes.csv")).replace("WRONG", str(folder / "wrong.csv"))
-    planner.make(run_experiment.parse(experiment(folder, json.loads(text))))
+    raw = experiment(folder, json.loads(text))
+    raw["networks"]["third"] = tiny(folder)
+    planner.make(run_experiment.parse(raw))
 
 
 @pytest.mark.parametrize(("tests", "message"), REFUSED, ids=lambda each: str(each)[:60])
