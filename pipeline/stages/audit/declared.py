@@ -66,6 +66,7 @@ class Asked:
     ----------
     where : the key of the test. spec : the data set. explained : what its explanations are made of.
     images : that are explained at most, before any is refused. networks : those of the audit on the data set.
+    kept : what tests read once for the whole plan.
     """
 
     where: str
@@ -76,6 +77,7 @@ class Asked:
     images: int
     networks: Sequence[str]
     draft: Draft
+    kept: dict[Any, Any] = field(default_factory=dict)
 
 
 def _everything(options: Any, method: Method) -> str:

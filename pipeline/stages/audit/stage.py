@@ -14,7 +14,7 @@ docs/audit.md.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,11 +30,12 @@ from pipeline.plan.counted import ingested
 from pipeline.plan.job import Job, model_of
 from pipeline.plan.stage import Draft, PageModule, Stage, Wanted
 from pipeline.plan.step import Key
+from pipeline.stages.attribute import segments
 from pipeline.stages.attribute.again import examined, work_of
 from pipeline.stages.attribute.again import labels_of as categories_of
 from pipeline.stages.attribute.found import Attributions, read_attributions
 from pipeline.stages.attribute.inputs import Shard, by_shard, chosen, shards_of
-from pipeline.stages.attribute.options import METHODS, Options, forwards_alone
+from pipeline.stages.attribute.options import METHODS, Options, Segmented, forwards_alone
 from pipeline.stages.attribute.settings import Settings as Explained
 from pipeline.stages.attribute.settings import methods_of
 from pipeline.stages.audit import results
@@ -96,6 +97,7 @@ OF_DATASET = ("concepts",)
 
 
 def steps(draft: Draft) -> Iterator[Wanted]:
+    kept: dict[Any, Any] = {}
     for name, section in draft.config.section(SECTION.key).items():
         where, tests = f"audit.{name}", section.tests.options()
         explained = [
@@ -120,7 +122,7 @@ def steps(draft: Draft) -> Iterator[Wanted]:
             for test, options in own.items():
                 limit = min(count, of.images or count)
                 beside = [str(each.network) for each in explained if each.dataset == dataset]
-                asked = Asked(f"{where}.tests.{test}", dataset, spec, network, of, limit, beside, draft)
+                asked = Asked(f"{where}.tests.{test}", dataset, spec, network, of, limit, beside, draft, kept)
                 refuse(asked, options, test)
                 if (read := TESTS[test].reads) is not None:
                     reads.setdefault(test, {})[dataset] = read(options, asked)
@@ -222,7 +224,7 @@ def run(job: Job[Settings]) -> None:
     given = {pair.names: given_of(job, pair, tests) for pair in pairs}
     files: Files = {}
     rows: list[Row] = []
-    concepts: list[Any] = []
+    concepts: list[results.Shares] = []
     single: dict[str, dict[tuple[str, str, str], tuple[np.ndarray, np.ndarray]]] = {}
     made = 0
     with job.workers() as workers:
@@ -238,13 +240,14 @@ def run(job: Job[Settings]) -> None:
         rows += rows_of(pair, tests, found)
         single.setdefault(pair.job.dataset, {}).update(numbers_of(pair, found))
         ablated = [cell for cell in found.values() if cell.test == "ablation" and not cell.refused]
-        concepts += [(*pair.names, cell.name.told, *each) for cell in ablated for each in concepts_of(cell)]
+        concepts += [each for cell in ablated for each in concepts_of(cell)]
     files |= write_store(job, pairs, rows, single)
-    table = results.table(rows)
-    output = digest([files, table.decode()])
-    files |= write_file(job.folder, "audit.csv", table)
+    tables = {"audit.csv": results.table(rows)}
     if "ablation" in tests:
-        files |= write_file(job.folder, "audit-concepts.csv", results.concept_table(concepts))
+        tables[results.CONCEPTS] = results.concept_table(concepts)
+    output = digest([files, *[table.decode() for table in tables.values()]])
+    for name, table in tables.items():
+        files |= write_file(job.folder, name, table)
     facts = results.Audited(
         attributions=job.settings.attributions,
         pairs=[pair.names for pair in pairs],
@@ -346,6 +349,10 @@ def ids_of(job: Job[Settings], pair: Pair, cell: Cell, options: TestOptions) -> 
     ]
     if isinstance(identity["baseline"], dict):
         made_of.append(images.contents)  # of which the baseline may be the mean
+    libraries = [declared.library(options)] if declared.library is not None else []
+    if method is not None and isinstance(own := pair.methods[cell.name.name], Segmented):
+        libraries.append(segments.library(own.segments))
+    made_of += [each for each in libraries if each is not None]
     if declared.compares:
         others = [each for each in explanations(job) if each.dataset == dataset]
         made_of.append([[o.model.sha256, o.model.architecture, o.identity["preprocessing"]] for o in others])
@@ -591,9 +598,7 @@ def rows_of(pair: Pair, tests: Mapping[str, TestOptions], found: Mapping[str, Au
     return rows
 
 
-def numbers_of(
-    pair: Pair, found: Mapping[str, Audited]
-) -> dict[tuple[str, str, str], tuple[np.ndarray, np.ndarray]]:
+def numbers_of(pair: Pair, found: Mapping[str, Audited]) -> dict[tuple[str, str, str], tuple[np.ndarray, np.ndarray]]:
     """Return the numbers that each image has once, by network, method and measure, with the images' slots before."""
     return {
         (cell.network, cell.name.told, f"{cell.test}.{name}"): (pair.slots(cell.test), cell.arrays[name])
