@@ -20,6 +20,10 @@ class MicrotomeError(Exception):
     """An error whose message says what was found, what was expected, and what to do; it needs no traceback."""
 
 
+class DamagedError(MicrotomeError):
+    """Results on disk are not what was written, or not what they say they are: whatever reads them has to stop."""
+
+
 @contextlib.contextmanager
 def about(what: str) -> Iterator[None]:
     """Prefix errors raised inside the block with the part of the configuration that they concern."""

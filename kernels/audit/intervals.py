@@ -7,6 +7,8 @@ from collections.abc import Callable
 import numpy as np
 
 DRAWS = 1000
+BLOCK = 2**22
+"""Images that are drawn at a time, all draws together: as one array they would fill the memory."""
 
 
 def resampled(
@@ -52,6 +54,8 @@ def mean_interval(values: np.ndarray, seed: int = 0, draws: int = DRAWS) -> tupl
     random = np.random.default_rng(seed)
     if known.size < 2:
         return float(known.mean()), np.nan, np.nan, 1
-    means = known[random.integers(0, known.size, (draws, known.size))].mean(1)
+    block = max(1, BLOCK // known.size)
+    blocks = [min(block, draws - at) for at in range(0, draws, block)]
+    means = np.concatenate([known[random.integers(0, known.size, (rows, known.size))].mean(1) for rows in blocks])
     low, high = np.quantile(means, [0.025, 0.975])
     return float(known.mean()), float(low), float(high), int(known.size)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.config.networks import Network, Segmenter
-from pipeline.errors import MicrotomeError
+from pipeline.errors import DamagedError, MicrotomeError
 from pipeline.networks.layer import LayerInfo
 from pipeline.workers.devices import device
 from pipeline.workers.tasks import computing
@@ -51,7 +51,7 @@ def loaded(model: Model) -> torch.nn.Module:
     from pipeline.networks.checkpoint import sha256
 
     if sha256(model.weights) != model.sha256:
-        raise MicrotomeError(
+        raise DamagedError(
             f"{model.weights} is not what was written (another sha256): run `make repair` to recompute it"
         )
     return load(model.spec, model.weights)

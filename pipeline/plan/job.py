@@ -214,14 +214,7 @@ class Job(Generic[S]):
     @cached_property
     def model(self) -> Model:
         """The network of its parent `network`, as tasks name it."""
-        made = self.parent_job("network")
-        return Model(
-            made.network,
-            made.network_spec.model_dump_json(),
-            made.folder / "model.safetensors",
-            self.parent("network").result["weights_sha256"],
-            digest(made.identity["architecture"]),
-        )
+        return model_of(self.parent_job("network"))
 
     def read(self) -> Manifest:
         """Return its own manifest."""
@@ -348,6 +341,17 @@ class Job(Generic[S]):
 def jobs(plan: Plan, stages: Mapping[str, Any], stage: str | None = None) -> Iterator[Job[Any]]:
     """Yield all jobs of a plan, parents before children, or those of one stage."""
     return (Job(plan, step, stages) for step in plan.steps.values() if stage is None or step.stage == stage)
+
+
+def model_of(made: Job[Any]) -> Model:
+    """Return the network that a job of the stage `network` made, as tasks name it."""
+    return Model(
+        made.network,
+        made.network_spec.model_dump_json(),
+        made.folder / "model.safetensors",
+        made.read().result["weights_sha256"],
+        digest(made.identity["architecture"]),
+    )
 
 
 def noted_in(note: Path) -> list[str]:

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import MicrotomeError
+from pipeline.errors import DamagedError
 from pipeline.storage.identity import crc32c
 from pipeline.storage.manifest import Files
 from pipeline.storage.object_storage import chunks_of, objects_of
 
 
-class DamagedStoreError(MicrotomeError):
+class DamagedStoreError(DamagedError):
     """A chunk file that differs from what was written."""
 
 

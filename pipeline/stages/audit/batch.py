@@ -14,8 +14,7 @@ from torch import nn
 from kernels.attribution.agreement import resized
 from pipeline.config.networks import Network
 from pipeline.errors import MicrotomeError, nearest
-from pipeline.networks.build import build
-from pipeline.networks.forward import Model, network_of, normalise, placed
+from pipeline.networks.forward import Model, network_of, normalise
 from pipeline.networks.gradients import Logit, in_chunks, padded, refuse_training
 from pipeline.networks.layers import head_of, one_attention_path
 from pipeline.stages.attribute.explaining import baseline_pixels, explain_inputs
@@ -44,7 +43,7 @@ class Shared:
     classes : that is a class of, int64 (image,).
     dataset : the configuration of the data set, as JSON. class_names : of its classes.
     models : the networks of the audit on this data set, by name.
-    untrained_spec : of the untrained control; None if there is none.
+    twin : the untrained control; None if there is none, or no test runs it.
     categories : of the label maps, by name; none where no test reads them. read_labels : reads those of one category.
     given : what `Test.prepare` made, by test.
     """
@@ -60,7 +59,7 @@ class Shared:
     split: str
     class_names: Sequence[str]
     models: Mapping[str, Model] = field(default_factory=dict)
-    untrained_spec: Network | None = None
+    twin: Model | None = None
     categories: Mapping[str, Category] = field(default_factory=dict)
     read_labels: Callable[[int], np.ndarray] = _no_labels
     given: Mapping[str, Any] = field(default_factory=dict)
@@ -379,8 +378,8 @@ class Batch:
     @cached_property
     def untrained(self) -> nn.Module | None:
         """The untrained control of the network; None where the network is itself random."""
-        spec = self.shared.untrained_spec
-        return None if spec is None else self.memo("untrained", lambda: placed(build(spec), spec))
+        twin = self.shared.twin
+        return None if twin is None else network_of(twin)
 
     def network_of(self, name: str) -> nn.Module:
         """Return another network of the audit on this data set."""

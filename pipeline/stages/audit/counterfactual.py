@@ -200,6 +200,7 @@ TESTS: dict[str, Test] = {
         _cost,
         controls=CONTROLS,
         control="random",
+        forgets=True,
         draws=True,
         check=_check,
     ),

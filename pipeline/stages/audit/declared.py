@@ -65,7 +65,8 @@ class Asked:
     Attributes
     ----------
     where : the key of the test. spec : the data set. explained : what its explanations are made of.
-    images : that are explained at most, before any is refused.
+    images : that are explained at most, before any is refused. networks : those of the audit on the data set.
+    kept : what tests read once for the whole plan.
     """
 
     where: str
@@ -74,7 +75,9 @@ class Asked:
     network: str
     explained: Explained
     images: int
+    networks: Sequence[str]
     draft: Draft
+    kept: dict[Any, Any] = field(default_factory=dict)
 
 
 def _everything(options: Any, method: Method) -> str:
@@ -97,10 +100,14 @@ class Test:
     cost : forwards an image, given (options, forwards that the method takes for a map, (height, width)).
     controls : names of controls that it measures as if they were methods. control : the one beside each method's value.
     parents : further stages that it reads, of the network on the data set, or of the data set; or given (options).
-    compares : whether it runs other networks of the audit. draws : whether it draws images of the data set again.
+    copies : controls whose numbers are those of a further stage, by its name.
+    compares : whether it runs other networks of the audit. forgets : whether it runs the untrained control.
+    draws : whether it draws images of the data set again.
+    library : the version of a library that its numbers depend on, given (options); None without any.
     defined : why it is not defined for a method, given (options, method); empty where it is.
     check : sentences on what it lacks, each `key: what to do`, given (options, asked).
-    prepare : what the main process makes for all images of a data set, given (options, job of `attribute`).
+    prepare : what the main process makes for all images of a data set, given (options, job of `attribute`, what
+        `reads` said while the plan was made).
     reads : what of files that no stage ingests the ids of its cells are made of, as JSON, given (options, asked).
     """
 
@@ -115,11 +122,14 @@ class Test:
     controls: tuple[str, ...] = ()
     control: str = ""
     parents: tuple[str, ...] | Callable[[Any], tuple[str, ...]] = ()
+    copies: Mapping[str, str] = field(default_factory=dict)
     compares: bool = False
+    forgets: bool = False
     draws: bool = False
+    library: Callable[[Any], str | None] | None = None
     defined: Callable[[Any, Method], str] = _everything
     check: Callable[[Any, Asked], Iterator[str]] = _no_objection
-    prepare: Callable[[Any, Job[Any]], Any] | None = None
+    prepare: Callable[[Any, Job[Any], Any], Any] | None = None
     reads: Callable[[Any, Asked], Any] | None = None
 
     def arrays(self, options: TestOptions, job: Job[Any]) -> Mapping[str, Measure]:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from pipeline.stages.attribute.options import METHODS
 from pipeline.stages.audit.axioms import FUNCTIONS_ROW
 from pipeline.stages.audit.declared import TestOptions
 from pipeline.stages.audit.options import TESTS
-from pipeline.stages.audit.results import COLUMNS, Audited, Outcome, Row
+from pipeline.stages.audit.results import COLUMNS, CONCEPT_COLUMNS, CONCEPTS, Audited, Outcome, Row, Shares
 from pipeline.storage.read_back import read_text
 from pipeline.storage.tables import read_rows
 
@@ -26,12 +27,14 @@ class Audit:
     Attributes
     ----------
     facts : what the manifest says. tests : options of each test by name.
+    concepts : the rows of its table of concepts; none without the test `ablation`.
     """
 
     name: str
     facts: Audited
     tests: Mapping[str, TestOptions]
     rows: list[Row]
+    concepts: list[Shares]
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
@@ -64,7 +67,7 @@ class Audit:
 
 
 def read_audit(results: Path, name: str, told: Mapping[str, Any], settings: Mapping[str, Any]) -> Audit:
-    """Read the table of an audit, verified.
+    """Read the tables of an audit, verified.
 
     Parameters
     ----------
@@ -73,17 +76,22 @@ def read_audit(results: Path, name: str, told: Mapping[str, Any], settings: Mapp
     Raises
     ------
     MicrotomeError
-        The table is not what the stage writes.
+        A table is not what the stage writes.
     """
-    file = results / "audit" / name / "audit.csv"
+    folder = results / "audit" / name
+    file, concepts = folder / "audit.csv", list[Shares]()
     try:
         facts = Audited.read(told)
         tests = {test: TESTS[test].options.model_validate(settings[test]) for test in facts.tests}
         with read_text(file) as stream:
             rows = list(rows_of(read_rows(stream)))
+        if "ablation" in tests:
+            file = folder / CONCEPTS
+            with read_text(file) as stream:
+                concepts = list(shares_of(read_rows(stream)))
     except (KeyError, ValueError) as error:
         raise MicrotomeError(f"{file} is not what the stage `audit` writes ({error}): run `make verify`") from error
-    return Audit(name, facts, tests, rows)
+    return Audit(name, facts, tests, rows, concepts)
 
 
 def rows_of(lines: Iterable[Mapping[str, str]]) -> Iterable[Row]:
@@ -97,3 +105,15 @@ def rows_of(lines: Iterable[Mapping[str, str]]) -> Iterable[Row]:
         outcome = Outcome(line["measure"], value, low, high, int(line["images"]), line["state"], line["note"])  # type: ignore[arg-type]
         named = line["dataset"], line["network"], line["method"], line["kind"], line["test"]
         yield Row(*named, outcome, control, forwards)
+
+
+def shares_of(lines: Iterable[Mapping[str, str]]) -> Iterable[Shares]:
+    """Yield what audit-concepts.csv says of each class."""
+
+    def named(line: Mapping[str, str]) -> list[str]:
+        return [line[key] for key in CONCEPT_COLUMNS[:5]]
+
+    for (dataset, network, method, layer, of_class), several in groupby(lines, named):
+        told = {line["concept"]: (float(line["relevance"]), float(line["loss"])) for line in several}
+        relevance, loss = ({concept: each[at] for concept, each in told.items()} for at in range(2))
+        yield Shares(dataset, network, method, layer, of_class, relevance, loss)

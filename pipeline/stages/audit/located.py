@@ -11,7 +11,7 @@ from pydantic import Field, PositiveInt, model_validator
 
 from pipeline.config.base import PathName
 from pipeline.data import boxes, kinds
-from pipeline.errors import about, nearest
+from pipeline.errors import MicrotomeError, about, nearest
 from pipeline.networks.segmenters import wanted_categories
 from pipeline.stages.audit.declared import Asked, Measure, Test, TestOptions
 from pipeline.storage.identity import digest
@@ -103,6 +103,7 @@ def _localisation(options: Localisation) -> Mapping[str, Measure]:
         "object": Measure("Pixels inside"),
         "first": Measure("Whether the label is predicted"),
         "fifth": Measure("Whether the label is among the five most probable classes"),
+        "placed": Measure("Whether the place of the label's object is known"),
     }
     for rule in options.rules:
         found[f"{rule}_iou"] = Measure(f"IoU, {RULES[rule]}", better="higher")
@@ -179,6 +180,15 @@ def _check_rules(options: Localisation, asked: Asked) -> Iterator[str]:
     yield from _check(options, asked)
 
 
+def _library(options: Localisation) -> str | None:
+    """Return the version of OpenCV where a rule draws boxes with it."""
+    if "grab_cut" not in options.rules:
+        return None
+    import cv2
+
+    return f"opencv {cv2.__version__}"
+
+
 def _check_mass(options: Mass, asked: Asked) -> Iterator[str]:
     known = _categories(asked)
     if options.category not in known:
@@ -205,20 +215,33 @@ def _reads(options: Located, asked: Asked) -> Any:
     """Return what the ids depend on besides the options: the boxes themselves, wherever their file lies."""
     if options.boxes is None:
         return None
-    with about(f"{asked.where}.boxes"):
-        found = boxes.read_boxes(Path(options.boxes))
+    key = "boxes", options.boxes
+    if key not in asked.kept:
+        with about(f"{asked.where}.boxes"):
+            asked.kept[key] = digest_of(boxes.read_boxes(Path(options.boxes)))
+    return asked.kept[key]
+
+
+def digest_of(found: Sequence[boxes.Box]) -> str:
+    """Return the digest of what boxes say."""
     return digest([[each.image, each.name, list(each.edges), each.size] for each in found])
 
 
-def _prepare(options: Located, job: Job[Any]) -> dict[int, np.ndarray] | dict[int, tuple[str, ...]]:
-    """Return the boxes of each slot, float64 (box, 5) class and edges, or the concepts of each class."""
+def _prepare(options: Located, job: Job[Any], read: Any) -> dict[int, np.ndarray] | dict[int, tuple[str, ...]]:
+    """Return the boxes of each slot, float64 (box, 5) class and edges, or the concepts of each class.
+
+    Raises `MicrotomeError` if the boxes are no longer those of which the id is made.
+    """
     images = job.images
     if options.boxes is None:
         return concepts_of(options, images.classes)
     slot = {str(name): at for at, name in enumerate(images.image_ids())}
     found = {}
     valid = np.asarray(images.reader()["valid"][:])
-    own = boxes.by_image(boxes.read_boxes(Path(options.boxes)), list(slot), images.classes, options.class_of)
+    written = boxes.read_boxes(Path(options.boxes))
+    if digest_of(written) != read:
+        raise MicrotomeError(f"boxes: {options.boxes} has changed since the plan was made: run again")
+    own = boxes.by_image(written, list(slot), images.classes, options.class_of)
     for image, named in own.items():
         if not valid[slot[image]]:
             continue
@@ -258,6 +281,7 @@ TESTS: dict[str, Test] = {
         check=_check_rules,
         prepare=_prepare,
         reads=_reads,
+        library=_library,
     ),
     "pointing": Test(
         "Pointing game",

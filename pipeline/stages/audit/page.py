@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,10 +17,11 @@ from pipeline.stages.audit.axioms import AXIOMS, FUNCTIONS_ROW
 from pipeline.stages.audit.figures import drawings, laws
 from pipeline.stages.audit.found import Audit, read_audit
 from pipeline.stages.audit.options import TESTS
-from pipeline.stages.audit.results import COLUMNS, Outcome, Row
+from pipeline.stages.audit.results import COLUMNS, CONCEPT_COLUMNS, Outcome, Row, Shares, concept_rows
 from pipeline.storage.manifest import Manifest
 
 SHOWN = 4000  # rows of the sortable table, at most: the CSV has all
+TOP = 3  # concepts of a class that its row names
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,12 @@ class Section:
     tested: list[Tested]
     rows: list[Row]
     table: str
+    shares: list[Shares]
+    table_of_shares: str
+
+    @property
+    def tables(self) -> list[str]:
+        return [self.table, *([self.table_of_shares] if self.shares else [])]
 
 
 def pages(experiment: Experiment) -> list[Page]:
@@ -67,11 +74,11 @@ def pages(experiment: Experiment) -> list[Page]:
             file="audit.html",
             title="Audit",
             template="audit.html.j2",
-            values={"sections": sections, "axioms": AXIOMS, "tests": TESTS, "shown": SHOWN},
+            values={"sections": sections, "axioms": AXIOMS, "tests": TESTS, "shown": SHOWN, "most": most},
             summary="Whether explanations tell the truth: the laws that they keep, and what tests say of them.",
             findings=[sentence for one in sections for sentence in one.findings],
             figures=every,
-            files=[one.table for one in sections],
+            files=[file for one in sections for file in one.tables],
             methods="methods-audit.html.j2",
             methods_values={"axioms": AXIOMS, "tests": TESTS},
             scripts=("audit.js",),
@@ -88,7 +95,17 @@ def section(experiment: Experiment, made: Made) -> Section:
     of_laws = [laws_of(experiment, found, number, *pair) for number, pair in enumerate(found.laws())]
     tested = list(tests_of(experiment, found))
     summary = [row for row in found.rows if row.test != "axioms" and row.outcome.measure]
-    return Section(found, list(findings(found)), of_laws, tested, summary[:SHOWN], table)
+    shares = f"tables/audit-concepts-{found.name}.csv"
+    if found.concepts:
+        write_table(experiment.out / shares, CONCEPT_COLUMNS, concept_rows(found.concepts))
+    said = list(findings(found))
+    return Section(found, said, of_laws, tested, summary[:SHOWN], table, found.concepts[:SHOWN], shares)
+
+
+def most(shares: Mapping[str, float]) -> str:
+    """Name the concepts with the largest shares, for example `sky 62 %, tree 20 %`."""
+    first = sorted((name for name in shares if shares[name] > 0), key=lambda name: -shares[name])[:TOP]
+    return ", ".join(f"{name} {words.percent(shares[name])}" for name in first) or "–"
 
 
 def label_of(experiment: Experiment, dataset: str, network: str) -> str:

@@ -96,7 +96,7 @@ def localisation(cell: Audited, options: Localisation) -> Iterator[Outcome]:
 def errors(rule: str, fits: np.ndarray, arrays: Mapping[str, np.ndarray]) -> Iterator[Outcome]:
     """Yield the top-1 and top-5 localisation error: the share of images whose class or box is wrong."""
     for name, right in (("top1_error", arrays["first"]), ("top5_error", arrays["fifth"])):
-        lacking = np.isnan(right) & ~np.isnan(arrays["first"])
+        lacking = np.isnan(right) & (arrays["placed"] == 1)
         if lacking.any():
             note = "maps of other classes than the label are stored: explain `targets: label`"
             yield Outcome(f"{rule}.{name}", np.nan, state="not defined", note=note)

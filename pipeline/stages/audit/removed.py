@@ -17,7 +17,7 @@ from pipeline.stages.ablate.found import read_ablation
 from pipeline.stages.ablate.results import Ablated
 from pipeline.stages.attribute.options import METHODS, Method
 from pipeline.stages.audit.declared import Asked, Measure, Test, TestOptions
-from pipeline.stages.audit.results import Outcome
+from pipeline.stages.audit.results import Outcome, Shares
 from pipeline.stages.dissect.found import read_dissection
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def _ablated(options: Ablation, job: Job[Any]) -> dict[str, int]:
     return {layer: units for layer, units in there.items() if options.layers is None or layer in options.layers}
 
 
-def prepare(options: Ablation, job: Job[Any]) -> dict[str, Layer]:
+def prepare(options: Ablation, job: Job[Any], read: Any) -> dict[str, Layer]:
     """Return what removing the units of each layer does."""
     units = read_dissection(job.results, job.dataset, job.network).units
     found = {}
@@ -139,7 +139,7 @@ def outcomes(cell: Audited, options: Ablation) -> Iterator[Outcome]:
         loss = known.loss
 
         def mean(rows: np.ndarray, relevance: np.ndarray = relevance, loss: np.ndarray = loss) -> float:
-            own = agreement(relevance[rows], loss, members(cell, rows))
+            own = agreement(relevance, loss, [rows[each] for each in members(cell, rows)])
             return float(np.nanmean(own)) if not np.isnan(own).all() else np.nan
 
         value, low, high = resampled(mean, len(relevance), draws=DRAWS)
@@ -175,15 +175,16 @@ def members(cell: Audited, rows: np.ndarray | None = None) -> list[np.ndarray]:
     return [np.flatnonzero(good & (explained == c)) for c in range(len(cell.class_names))]
 
 
-def concepts_of(cell: Audited) -> Iterator[tuple[str, str, dict[str, float], dict[str, float]]]:
-    """Yield (layer, class, shares of the relevance by concept, shares of the losses by concept)."""
+def concepts_of(cell: Audited) -> Iterator[Shares]:
+    """Yield, by layer and class, the shares of the relevance and of the losses by concept."""
     layers: Mapping[str, Layer] = cell.given
     for layer, known in layers.items():
         relevance = cell.arrays[f"relevance.{layer}"]
         for c, rows in enumerate(members(cell)):
             if len(rows) and not np.isnan(relevance[rows]).any():
+                named = cell.dataset, cell.network, cell.name.told, layer, cell.class_names[c]
                 of_loss = shares(known.loss[:, c], known.concepts)
-                yield layer, cell.class_names[c], shares(relevance[rows].mean(0), known.concepts), of_loss
+                yield Shares(*named, shares(relevance[rows].mean(0), known.concepts), of_loss)
 
 
 TESTS: dict[str, Test] = {
@@ -196,6 +197,7 @@ TESTS: dict[str, Test] = {
         shaped=shaped,
         controls=("random", "activation", "other_split"),
         control="random",
+        copies={"other_split": "ablate"},
         parents=("dissect", "ablate"),
         defined=defined,
         check=check,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +32,7 @@ COLUMNS = (
     "note",
 )
 CONCEPT_COLUMNS = ("dataset", "network", "method", "layer", "class", "concept", "relevance", "loss")
+CONCEPTS = "audit-concepts.csv"
 CELLS = "cells"
 State = Literal["", "holds", "fails", "not defined", "refused"]
 
@@ -104,6 +105,19 @@ class Row:
         return [*named, *numbers, found.images, number(self.forwards), found.state, found.note]
 
 
+@dataclass(frozen=True)
+class Shares:
+    """What of the relevance of a layer's units for a class, and of its losses, is of units of each concept."""
+
+    dataset: str
+    network: str
+    method: str
+    layer: str
+    of_class: str
+    relevance: Mapping[str, float]
+    loss: Mapping[str, float]
+
+
 class Audited(Record):
     """The result in the manifest of `audit`.
 
@@ -131,13 +145,17 @@ def arrays(measures: Mapping[str, Measure], images: int, shard: int) -> dict[str
     }
 
 
-def concept_table(rows: Iterable[tuple[str, str, str, str, str, Mapping[str, float], Mapping[str, float]]]) -> bytes:
-    """Return audit-concepts.csv: a row for each concept of (..., shares of relevance, shares of losses)."""
-    found = []
-    for *named, relevance, loss in rows:
-        for concept in dict.fromkeys([*relevance, *loss]):
-            found.append([*named, concept, number(relevance.get(concept, 0.0)), number(loss.get(concept, 0.0))])
-    return csv_bytes(CONCEPT_COLUMNS, found)
+def concept_table(every: Iterable[Shares]) -> bytes:
+    """Return audit-concepts.csv: a row for each concept."""
+    return csv_bytes(CONCEPT_COLUMNS, concept_rows(every))
+
+
+def concept_rows(every: Iterable[Shares]) -> Iterator[list[str]]:
+    """Yield the cells of `CONCEPT_COLUMNS`."""
+    for own in every:
+        named = [own.dataset, own.network, own.method, own.layer, own.of_class]
+        for concept in dict.fromkeys([*own.relevance, *own.loss]):
+            yield [*named, concept, number(own.relevance.get(concept, 0.0)), number(own.loss.get(concept, 0.0))]
 
 
 def table(rows: Sequence[Row]) -> bytes:
@@ -176,20 +194,22 @@ def cube(rows: Sequence[Row]) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
 
 
 def by_image(
-    cells: Mapping[tuple[str, str, str], np.ndarray], slots: np.ndarray, ids: np.ndarray
+    cells: Mapping[tuple[str, str, str], tuple[np.ndarray, np.ndarray]], ids: np.ndarray
 ) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
-    """Return the numbers of each image, from (image,) by (network, method, `<test>.<measure>`).
+    """Return the numbers of each image, from (slots, numbers), (image,) each, by (network, method, `<test>.<measure>`).
 
-    All have the same images: the slots of those that are audited.
+    The images are all that some cell has, by slot: networks and tests may have different ones. `ids` are of all slots.
     """
     labels = [list(dict.fromkeys(key[at] for key in cells)) for at in range(3)]
-    values = np.full((*map(len, labels), len(slots)), np.nan)
-    for key, own in cells.items():
-        values[tuple(each.index(name) for each, name in zip(labels, key, strict=True))] = own
+    every = np.unique(np.concatenate([slots for slots, _ in cells.values()]))
+    values = np.full((*map(len, labels), len(every)), np.nan)
+    for key, (slots, numbers) in cells.items():
+        at = tuple(each.index(name) for each, name in zip(labels, key, strict=True))
+        values[at][np.searchsorted(every, slots)] = numbers
     axes = ("image_network", "image_method", "image_measure")
     return {
         **{axis: ((axis,), np.array(own, object)) for axis, own in zip(axes, labels, strict=True)},
         "by_image": ((*axes, "image"), values),
-        "slot": (("image",), np.asarray(slots, np.int64)),
-        "image_id": (("image",), np.asarray(ids, object)),
+        "slot": (("image",), np.asarray(every, np.int64)),
+        "image_id": (("image",), np.asarray(ids[every], object)),
     }

@@ -51,6 +51,10 @@ class LabelRandomisation(TestOptions):
 
     network: str = Field(description="the network that was trained on random labels, one of the audit's")
 
+    def applies(self, network: str) -> bool:
+        """Return whether a network is compared: the one that was trained on random labels is not, with itself."""
+        return super().applies(network) and network != self.network
+
 
 def _layers(options: LayerRandomisation) -> Mapping[str, Measure]:
     labels = {"layer": options.steps}
@@ -71,9 +75,11 @@ def _check_layers(options: LayerRandomisation, asked: Asked) -> Iterator[str]:
 
 
 def _check_labels(options: LabelRandomisation, asked: Asked) -> Iterator[str]:
-    known = asked.draft.networks
-    if options.network not in known:
-        yield f".network: no network {options.network!r}{nearest(options.network, known)}"
+    if options.network not in asked.networks:
+        yield (
+            f".network: no network {options.network!r} of the audit on {asked.dataset!r}"
+            f"{nearest(options.network, asked.networks)}"
+        )
 
 
 TESTS: dict[str, Test] = {
@@ -83,6 +89,7 @@ TESTS: dict[str, Test] = {
         LayerRandomisation,
         _layers,
         lambda options, own, size: own * len(options.orders) * len(options.steps),
+        forgets=True,
         check=_check_layers,
     ),
     "label_randomisation": Test(

@@ -14,7 +14,7 @@ docs/audit.md.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,17 +23,19 @@ import numpy as np
 
 from pipeline.config.base import UNTRAINED
 from pipeline.errors import MicrotomeError
-from pipeline.networks.forward import platform_numerics
+from pipeline.networks.forward import Model, platform_numerics
 from pipeline.plan import inspected
 from pipeline.plan.cost import Cost, Store
 from pipeline.plan.counted import ingested
-from pipeline.plan.job import Job
+from pipeline.plan.job import Job, model_of
 from pipeline.plan.stage import Draft, PageModule, Stage, Wanted
 from pipeline.plan.step import Key
+from pipeline.stages.attribute import segments
 from pipeline.stages.attribute.again import EXPLAINS, examined, work_of
+from pipeline.stages.attribute.again import labels_of as categories_of
 from pipeline.stages.attribute.found import Attributions, read_attributions
 from pipeline.stages.attribute.inputs import Shard, by_shard, chosen, shards_of
-from pipeline.stages.attribute.options import METHODS, Options, forwards_alone
+from pipeline.stages.attribute.options import METHODS, Options, Segmented, forwards_alone
 from pipeline.stages.attribute.settings import Settings as Explained
 from pipeline.stages.attribute.settings import methods_of
 from pipeline.stages.audit import results
@@ -89,6 +91,7 @@ OF_DATASET = ("concepts",)
 
 
 def steps(draft: Draft) -> Iterator[Wanted]:
+    kept: dict[Any, Any] = {}
     for name, section in draft.config.section(SECTION.key).items():
         where, tests = f"audit.{name}", section.tests.options()
         explained = [
@@ -102,6 +105,7 @@ def steps(draft: Draft) -> Iterator[Wanted]:
                 f"name some of that experiment"
             )
         parents = []
+        put: set[str] = set()
         reads: dict[str, dict[str, Any]] = {}
         for step in explained:
             dataset, network = str(step.dataset), str(step.network)
@@ -111,13 +115,25 @@ def steps(draft: Draft) -> Iterator[Wanted]:
             own = {test: options for test, options in tests.items() if options.applies(network)}
             for test, options in own.items():
                 limit = min(count, of.images or count)
-                asked = Asked(f"{where}.tests.{test}", dataset, spec, network, of, limit, draft)
+                beside = [str(each.network) for each in explained if each.dataset == dataset]
+                asked = Asked(f"{where}.tests.{test}", dataset, spec, network, of, limit, beside, draft, kept)
                 refuse(asked, options, test)
                 if (read := TESTS[test].reads) is not None:
                     reads.setdefault(test, {})[dataset] = read(options, asked)
             parents += [draft.step("ingest", dataset), draft.step("network", network=network), step]
-            for stage in dict.fromkeys(each for test, options in own.items() for each in TESTS[test].stages(options)):
+            twin = draft.originals.get(network, network) + UNTRAINED
+            if twin in draft.networks and any(TESTS[test].forgets for test in own):
+                parents.append(draft.step("network", network=twin))
+            read_by = [stage for test, options in own.items() for stage in TESTS[test].stages(options)]
+            read_by += ["concepts"] if own and categories_of(methods_of(of)) else []
+            for stage in dict.fromkeys(read_by):
                 parents.append(draft.step(stage, dataset, None if stage in OF_DATASET else network))
+            put |= own.keys()
+        for test in tests:
+            if test not in put:
+                raise MicrotomeError(
+                    f"{where}.tests.{test}: none of the audit's networks is put to it: name others in `networks`"
+                )
         settings = Settings(
             attributions=section.attributions,
             pairs=[(str(step.dataset), str(step.network)) for step in explained],
@@ -199,11 +215,11 @@ def run(job: Job[Settings]) -> None:
     tests = tests_of(job.settings)
     pairs = [pair_of(job, explained, tests) for explained in explanations(job)]
     parts = {pair.names: parts_of(job, pair, tests) for pair in pairs}
-    given = {pair.names: given_of(pair, tests) for pair in pairs}
+    given = {pair.names: given_of(job, pair, tests) for pair in pairs}
     files: Files = {}
     rows: list[Row] = []
-    concepts: list[Any] = []
-    single: dict[str, dict[tuple[str, str, str], tuple[str, np.ndarray]]] = {}
+    concepts: list[results.Shares] = []
+    single: dict[str, dict[tuple[str, str, str], tuple[np.ndarray, np.ndarray]]] = {}
     made = 0
     with job.workers() as workers:
         for pair in pairs:
@@ -216,19 +232,20 @@ def run(job: Job[Settings]) -> None:
         found, own = read(job, pair, parts[pair.names], given[pair.names])
         files |= own
         rows += rows_of(pair, tests, found)
-        single.setdefault(pair.job.dataset, {}).update(numbers_of(found))
+        single.setdefault(pair.job.dataset, {}).update(numbers_of(pair, found))
         ablated = [cell for cell in found.values() if cell.test == "ablation" and not cell.refused]
-        concepts += [(*pair.names, cell.name.told, *each) for cell in ablated for each in concepts_of(cell)]
+        concepts += [each for cell in ablated for each in concepts_of(cell)]
     files |= write_store(job, pairs, rows, single)
-    table = results.table(rows)
-    output = digest([files, table.decode()])
-    files |= write_file(job.folder, "audit.csv", table)
+    tables = {"audit.csv": results.table(rows)}
     if "ablation" in tests:
-        files |= write_file(job.folder, "audit-concepts.csv", results.concept_table(concepts))
+        tables[results.CONCEPTS] = results.concept_table(concepts)
+    output = digest([files, *[table.decode() for table in tables.values()]])
+    for name, table in tables.items():
+        files |= write_file(job.folder, name, table)
     facts = results.Audited(
         attributions=job.settings.attributions,
         pairs=[pair.names for pair in pairs],
-        images={pair.job.dataset: sum(len(each.places) for each in pair.shards.values()) for pair in pairs},
+        images={dataset: audited_images(pairs, dataset) for dataset in dict.fromkeys(p.job.dataset for p in pairs)},
         tests=list(tests),
         methods={name: options.kind for pair in pairs for name, options in pair.methods.items()},
         controls=sorted({cell.name.told for pair in pairs for cell in pair.cells.values() if cell.name.control}),
@@ -293,10 +310,19 @@ def chosen_of(
     return {part: own for part, own in rows.items() if own}
 
 
-def given_of(pair: Pair, tests: Mapping[str, TestOptions]) -> dict[str, Any]:
+def given_of(job: Job[Settings], pair: Pair, tests: Mapping[str, TestOptions]) -> dict[str, Any]:
     """Return what tests have made for all images of a network on a data set, by test."""
     prepared = {test: TESTS[test].prepare for test in pair.measures}
-    return {test: make(tests[test], pair.job) for test, make in prepared.items() if make is not None}
+    return {
+        test: make(tests[test], pair.job, read_of(job, pair.job.dataset, test))
+        for test, make in prepared.items()
+        if make is not None
+    }
+
+
+def read_of(job: Job[Settings], dataset: str, test: str) -> Any:
+    """Return what a test read, while the plan was made, of files that no stage ingests; None without any."""
+    return job.settings.reads.get(test, {}).get(dataset)
 
 
 def parts_of(job: Job[Settings], pair: Pair, tests: Mapping[str, TestOptions]) -> dict[str, Parts]:
@@ -313,15 +339,27 @@ def ids_of(job: Job[Settings], pair: Pair, cell: Cell, options: TestOptions) -> 
         [VERSION, platform_numerics(VERSION), test, options.model_dump(exclude={"images"})],
         [cell.name.told, method, identity["targets"], identity["score"], identity["baseline"]],
         [model.sha256, model.architecture, identity["preprocessing"], identity["numerics"], list(images.size)],
-        [images.classes, job.settings.reads.get(test, {}).get(dataset), np.__version__.split(".")[:2]],
+        [images.classes, read_of(job, dataset, test), np.__version__.split(".")[:2]],
     ]
     if isinstance(identity["baseline"], dict):
         made_of.append(images.contents)  # of which the baseline may be the mean
+    libraries = [declared.library(options)] if declared.library is not None else []
+    if method is not None and isinstance(own := pair.methods[cell.name.name], Segmented):
+        libraries.append(segments.library(own.segments))
+    made_of += [each for each in libraries if each is not None]
     if declared.compares:
-        made_of.append([each.model.sha256 for each in explanations(job) if each.dataset == dataset])
+        others = [each for each in explanations(job) if each.dataset == dataset]
+        made_of.append([[o.model.sha256, o.model.architecture, o.identity["preprocessing"]] for o in others])
+    if declared.forgets and (twin := twin_of(job, explained)) is not None:
+        made_of.append([twin.sha256, twin.architecture])
+    if cell.name.control and (copied := declared.copies.get(cell.name.name)) is not None:
+        there = explained.beside(copied)
+        assert there is not None
+        made_of.append(there.read().digest)
     if declared.draws:
         made_of.append(explained.parent_job("ingest").identity)
-    labelled = labels_of(job, explained, declared.stages(options)) or Labelled(
+    parted = {} if cell.name.control else {cell.name.name: pair.methods[cell.name.name]}
+    labelled = labels_of(job, explained, declared.stages(options), parted) or Labelled(
         shards=[], categories=[], refused=[], size=images.size
     )
 
@@ -339,12 +377,25 @@ def ids_of(job: Job[Settings], pair: Pair, cell: Cell, options: TestOptions) -> 
     return {part: digest([made_of, of(part)]) for part in pair.chosen[test]}
 
 
-def labels_of(job: Job[Settings], explained: Job[Explained], stages: tuple[str, ...]) -> Labelled | None:
-    """Return what is known of the label maps of a data set, where a test or a method reads them."""
-    own = [each for each in job.parents if each.stage.name == "concepts" and each.dataset == explained.dataset]
-    if "concepts" in stages and own:
-        return Labelled.of(own[0].read())
-    return None
+def twin_of(job: Job[Settings], explained: Job[Explained]) -> Model | None:
+    """Return the untrained control of a network, where a test runs it and there is one."""
+    name = explained.original + UNTRAINED
+    made = (each for each in job.parents if each.stage.name == "network" and each.network == name)
+    return next((model_of(each) for each in made), None)
+
+
+def labels_of(
+    job: Job[Settings], explained: Job[Explained], stages: Iterable[str], methods: Mapping[str, Options]
+) -> Labelled | None:
+    """Return what is known of the label maps of a data set, where tests with these stages, or methods, read them."""
+    if "concepts" not in stages and not categories_of(methods):
+        return None
+    return Labelled.of(concepts_job(job, explained).read())
+
+
+def concepts_job(job: Job[Settings], explained: Job[Explained]) -> Job[Any]:
+    """Return the job that made the label maps of a data set."""
+    return next(each for each in job.parents if each.stage.name == "concepts" and each.dataset == explained.dataset)
 
 
 def measure(
@@ -371,8 +422,8 @@ def measure(
     if not lacking(parts):
         return set()
     parameters, found = examined(explained, workers, pair.methods)
-    asked = [labels_of(job, explained, TESTS[test].stages(tests[test])) for test in pair.measures]
-    labelled = next((each for each in asked if each is not None), None)
+    read_by = {stage for test in pair.measures for stage in TESTS[test].stages(tests[test])}
+    labelled = labels_of(job, explained, read_by, pair.methods)
     same = [each for each in pairs if each.job.dataset == explained.dataset]
     auditing = Auditing(
         work_of(explained, workers, pair.methods, found),
@@ -382,14 +433,14 @@ def measure(
         explained.settings.split,
         images.classes,
         {each.job.network: each.job.model for each in same},
-        explained.spec_of(explained.original + UNTRAINED),
+        twin_of(job, explained),
         {each.name: each for each in labelled.categories} if labelled is not None else {},
         given,
         pair.measures,
     )
     concepts = None
     if labelled is not None:
-        own = next(each for each in job.parents if each.stage.name == "concepts" and each.dataset == explained.dataset)
+        own = concepts_job(job, explained)
         concepts = StoreRef.of_manifest(own.folder, "concepts.zarr", own.read().files)
     job.check_memory(memory_need(parameters, found.values, explained, images.size), REMEDY)
 
@@ -515,6 +566,12 @@ def read(
     return found, files
 
 
+def audited_images(pairs: list[Pair], dataset: str) -> int:
+    """Return how many images of a data set are audited by any test on any network."""
+    own = [pair for pair in pairs if pair.job.dataset == dataset]
+    return len({slot for pair in own for test in pair.chosen for slot in pair.slots(test).tolist()})
+
+
 def rows_of(pair: Pair, tests: Mapping[str, TestOptions], found: Mapping[str, Audited]) -> list[Row]:
     """Return the rows of a network on a data set, with the value of each test's control beside the others."""
     told: dict[str, list[Outcome]] = {key: outcomes(cell, tests[cell.test]) for key, cell in found.items()}
@@ -535,10 +592,10 @@ def rows_of(pair: Pair, tests: Mapping[str, TestOptions], found: Mapping[str, Au
     return rows
 
 
-def numbers_of(found: Mapping[str, Audited]) -> dict[tuple[str, str, str], tuple[str, np.ndarray]]:
-    """Return the numbers that each image has once, by network, method and measure, with the test they are of."""
+def numbers_of(pair: Pair, found: Mapping[str, Audited]) -> dict[tuple[str, str, str], tuple[np.ndarray, np.ndarray]]:
+    """Return the numbers that each image has once, by network, method and measure, with the images' slots before."""
     return {
-        (cell.network, cell.name.told, f"{cell.test}.{name}"): (cell.test, cell.arrays[name])
+        (cell.network, cell.name.told, f"{cell.test}.{name}"): (pair.slots(cell.test), cell.arrays[name])
         for cell in found.values()
         for name, measure in cell.measures.items()
         if not measure.dims
@@ -549,7 +606,7 @@ def write_store(
     job: Job[Settings],
     pairs: list[Pair],
     rows: list[Row],
-    single: Mapping[str, Mapping[tuple[str, str, str], tuple[str, np.ndarray]]],
+    single: Mapping[str, Mapping[tuple[str, str, str], tuple[np.ndarray, np.ndarray]]],
 ) -> Files:
     """Write audit.zarr, a group for each data set; return its files."""
     from pipeline.storage.store import create, metadata_files, remove, write_whole
@@ -561,13 +618,9 @@ def write_store(
     for dataset in dict.fromkeys(pair.job.dataset for pair in pairs):
         own = [row for row in rows if row.dataset == dataset and row.outcome.measure]
         pair = next(each for each in pairs if each.job.dataset == dataset)
-        ids = pair.job.images.image_ids()
-        every = np.unique(np.concatenate([pair.slots(test) for test in pair.chosen]))
-        values = {}
-        for key, (test, numbers) in single[dataset].items():
-            values[key] = np.full(len(every), np.nan)
-            values[key][np.searchsorted(every, pair.slots(test))] = numbers
-        arrays = results.cube(own) | (results.by_image(values, every, ids[every]) if values else {})
+        arrays = results.cube(own)
+        if single[dataset]:
+            arrays |= results.by_image(single[dataset], pair.job.images.image_ids())
         files |= within(f"{store.name}/{dataset}", write_whole(store / dataset, arrays, attrs | {"dataset": dataset}))
     create(store, {}, attrs)
     return files | within(store.name, {"zarr.json": metadata_files(store)["zarr.json"]})

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
-from pipeline.config.networks import Network
-from pipeline.errors import MicrotomeError
+from pipeline.errors import DamagedError, MicrotomeError
 from pipeline.networks.forward import Model
 from pipeline.networks.gradients import Logit
 from pipeline.stages.attribute.explaining import seed_of
@@ -41,7 +40,7 @@ class Auditing:
     work : of the explanations. tests : options by name.
     cells : by key.
     dataset : the configuration of the data set, as JSON. models : the audit's networks on it, by name.
-    untrained : the description of the untrained control. categories : of label maps, where a test reads them.
+    twin : the untrained control. categories : of label maps, where a test or a method reads them.
     given : what `Test.prepare` made, by test. measures : the arrays of its cells, by test.
     """
 
@@ -52,7 +51,7 @@ class Auditing:
     split: str
     class_names: Sequence[str]
     models: Mapping[str, Model]
-    untrained: Network | None = None
+    twin: Model | None = None
     categories: Mapping[str, Category] = field(default_factory=dict)
     given: Mapping[str, Any] = field(default_factory=dict)
     measures: Mapping[str, Mapping[str, Measure]] = field(default_factory=dict)
@@ -75,36 +74,62 @@ class Read:
         return self.given.shard
 
 
+Stored = Mapping[str, Mapping[str, np.ndarray]]
+"""What the stores of each method have of a shard's explained images."""
+Kept = dict[tuple[tuple[str, tuple[int, ...]], ...], Shared]
+"""What all cells of the same images have in common, by their shards and rows."""
+
+
 def audit_shards(auditing: Auditing, several: Sequence[Read], keys: Sequence[str]) -> list[Done]:
     """Audit the explanations of some shards, and write the shards of each of these cells. Runs on a worker.
 
-    A method that refuses a test has a cell of NaN, and the entry of its ledger says why.
+    A shard of a method that refuses a test has NaN, and its entry of the ledger says why.
     """
-    shared: dict[tuple[tuple[int, ...], ...], Shared] = {}
+    shared: Kept = {}
     files: dict[str, dict[str, Files]] = {each.shard.part: {} for each in several}
-    own: dict[str, dict[str, Any]] = {}
+    refused: dict[str, dict[str, Any]] = {each.shard.part: {} for each in several}
     stored = [{name: _stored(auditing.work, name, each) for name in each.maps} for each in several]
     for key in keys:
         cell = auditing.cells[key]
         there = [(each, values) for each, values in zip(several, stored, strict=True) if cell.test in each.rows]
-        rows = tuple(tuple(each.rows[cell.test]) for each, _ in there)
-        chosen = [each for each, _ in there]
-        if rows not in shared:
-            shared[rows] = _shared(auditing, chosen, rows, [values for _, values in there])
-        found: dict[str, np.ndarray] | None = None
-        try:
-            with computing:
-                batch = _batch(shared[rows], cell.name, [values for _, values in there], rows)
-                found = FUNCTIONS[cell.test](batch, auditing.tests[cell.test])
-        except MicrotomeError as error:
-            own[key] = {"refused": str(error)}
-        at = 0
-        for each, taken in zip(chosen, rows, strict=True):
-            some = slice(at, at := at + len(taken))
-            files[each.shard.part][key] = _written(auditing, cell, each, taken, found, some)
-    return [
-        Done(part, of_part, own={key: own[key] for key in of_part if key in own}) for part, of_part in files.items()
-    ]
+        for some, found in _measured(auditing, cell, there, shared):
+            at = 0
+            for each, _ in some:
+                taken, part = each.rows[cell.test], each.shard.part
+                own = slice(at, at := at + len(taken))
+                if isinstance(found, str):
+                    refused[part][key] = {"refused": found}
+                files[part][key] = _written(auditing, cell, each, taken, None if isinstance(found, str) else found, own)
+    return [Done(part, of_part, own=refused[part]) for part, of_part in files.items()]
+
+
+def _measured(
+    auditing: Auditing, cell: Cell, there: Sequence[tuple[Read, Stored]], shared: Kept
+) -> Iterator[tuple[Sequence[tuple[Read, Stored]], dict[str, np.ndarray] | str]]:
+    """Yield shards with the numbers of all their images, or with the reason why the test is refused.
+
+    Of shards that are refused together each is put to the test by itself: what is refused is the same however shards
+    are grouped. Damage is no refusal.
+    """
+    rows = [tuple(each.rows[cell.test]) for each, _ in there]
+    chosen, stored = [each for each, _ in there], [values for _, values in there]
+    same = tuple((each.shard.part, own) for each, own in zip(chosen, rows, strict=True))
+    if same not in shared:
+        shared[same] = _shared(auditing, chosen, rows, stored)
+    found: dict[str, np.ndarray] | str
+    try:
+        with computing:
+            batch = _batch(shared[same], cell.name, stored, rows)
+            found = FUNCTIONS[cell.test](batch, auditing.tests[cell.test])
+    except DamagedError:
+        raise
+    except MicrotomeError as error:
+        if len(there) > 1:
+            for each in there:
+                yield from _measured(auditing, cell, [each], shared)
+            return
+        found = str(error)
+    yield there, found
 
 
 def _written(
@@ -151,7 +176,7 @@ def _shared(
     auditing: Auditing,
     several: Sequence[Read],
     rows: Sequence[Sequence[int]],
-    stored: Sequence[Mapping[str, Mapping[str, np.ndarray]]],
+    stored: Sequence[Stored],
 ) -> Shared:
     """Return what all cells of these images have in common."""
     work, shards = auditing.work, [each.shard for each in several]
@@ -177,7 +202,7 @@ def _shared(
         auditing.split,
         auditing.class_names,
         auditing.models,
-        auditing.untrained,
+        auditing.twin,
         auditing.categories,
         read_labels,
         auditing.given,
@@ -187,7 +212,7 @@ def _shared(
 def _batch(
     shared: Shared,
     name: Name,
-    stored: Sequence[Mapping[str, Mapping[str, np.ndarray]]],
+    stored: Sequence[Stored],
     rows: Sequence[Sequence[int]],
 ) -> Batch:
     if not name.control:

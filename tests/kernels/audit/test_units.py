@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from kernels.audit import intervals
 from kernels.audit.intervals import mean_interval, resampled
 from kernels.audit.units import agreement, chance, holm, overlap, shares, spread
 
@@ -100,3 +101,12 @@ def test_too_few_images():
     value, low, _, count = mean_interval(np.array([2.0]))
     assert (value, count) == (2, 1) and math.isnan(low)
     assert math.isnan(resampled(lambda rows: 1.0, 0)[0]) and math.isnan(resampled(lambda rows: 1.0, 1)[1])
+
+
+def test_means_are_drawn_in_blocks_as_at_once(monkeypatch):
+    values = np.random.default_rng(4).random(37)
+    whole = mean_interval(values)
+    monkeypatch.setattr(intervals, "BLOCK", 100)
+    assert mean_interval(values) == whole
+    monkeypatch.setattr(intervals, "BLOCK", 1)
+    assert mean_interval(values) == whole

@@ -225,6 +225,8 @@ def test_the_page_shows_the_audit(made, tmp_path):
     assert [one.name for one in (each.found for each in page.values["sections"])] == ["honest"]
     assert any("small functions with exact answers" in each for each in page.findings)
     assert len(page.figures) == 3  # laws on functions and on the network, and the ablation
+    assert {each.method for each in page.values["sections"][0].shares} >= {"grad_cam", "lrp", "control:random"}
+    assert [(tmp_path / file).exists() for file in page.files] == [True, True]
     assert all((tmp_path / file).exists() for figure in page.figures for file in figure.written)
 
 
@@ -248,6 +250,17 @@ def test_what_a_change_measures_again(raw, made, tmp_path):
     done = run(own, *STAGES)
     gone = {path.parent.name for path in STAGE.unreferenced(done.results, set())}
     assert measured() == after and gone == {"ablation", "controls"}
+    own["audit"]["honest"]["tests"] = ["axioms", "ablation"]
+    own["networks"]["cnn"]["ablate"]["images"] = 12
+    run(own, *STAGES)
+    final = measured()
+    assert {name for name in final if final[name] != after[name]} == {"ablation/controls/other_split.ledger"}
+    losses = xr.open_zarr(tmp_path / "results/scenes/cnn/ablation.zarr", group="b").balanced_accuracy_loss
+    ranked = next(each for each in losses.split.values.tolist() if each != "validation")
+    copied_losses = xr.open_zarr(cells / "ablation/controls/other_split.zarr", consolidated=False)["relevance.b"].values
+    slots = np.flatnonzero(~np.isnan(copied_losses).any(1))
+    labels = xr.open_zarr(tmp_path / "results/scenes/images.zarr").label.values[slots]
+    np.testing.assert_array_equal(copied_losses[slots], losses.sel(split=ranked).values[:, labels].T)
 
 
 @pytest.mark.slow

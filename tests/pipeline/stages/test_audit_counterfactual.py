@@ -74,6 +74,12 @@ class Blocks:
         return np.where(covered[:, None], self.image, 0).astype(np.uint8)
 
 
+def stored(name, spec, weights):
+    """Return a network with the weights that it draws, as the stage `network` stores it."""
+    save_file({key: value.contiguous() for key, value in build(spec).state_dict().items()}, weights)
+    return Model(name, spec.model_dump_json(), weights, checkpoint.sha256(weights), "")
+
+
 def batch_of(folder, network, images, ids, methods=None, labels=None, size=SIZE):
     """What a worker sees of images: their labels are what the network predicts, unless given."""
     file, weights = folder / "audited.py", folder / f"{network}.safetensors"
@@ -85,8 +91,7 @@ def batch_of(folder, network, images, ids, methods=None, labels=None, size=SIZE)
         preprocessing={"mean": [0, 0, 0], "std": [1, 1, 1]},
         numerics={"micro_batch": 8},
     )
-    save_file({name: value.contiguous() for name, value in build(spec).state_dict().items()}, weights)
-    model = Model(network, spec.model_dump_json(), weights, checkpoint.sha256(weights), "")
+    model = stored(network, spec, weights)
     found = {name: OPTIONS[name].model_validate({"method": name} | how) for name, how in (methods or {}).items()}
     layers = [layer for each in found.values() if (layer := each.layer_name()) is not None]
     _, explainable = examine_network(model, (size, size), layers)
@@ -102,7 +107,7 @@ def batch_of(folder, network, images, ids, methods=None, labels=None, size=SIZE)
         Scenes(kind="scenes", size=size).model_dump(),
         "validation",
         list(CLASSES),
-        untrained_spec=spec.model_copy(update={"seed": 6}),
+        twin=stored("twin", spec.model_copy(update={"seed": 6}), weights.with_name("twin.safetensors")),
     )
     with computing:
         classes = Batch(shared, "", "area").logits.argmax(1)

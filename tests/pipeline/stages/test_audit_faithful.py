@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from toy_batch import Linear, Toy, toy
 
 from kernels.audit.imputation import imputed
+from pipeline.errors import MicrotomeError
 from pipeline.stages.audit.faithful import (
     TESTS,
     Deletion,
@@ -156,6 +157,11 @@ def test_log_odds_by_hand() -> None:
         assert found[image] == pytest.approx(erased[erased > 0].sum(), rel=1e-5)
     drawn = removal.log_odds(toy(NETWORK, PIXELS, MAPS, control="random"), LogOdds(share=0.3))["change"]
     assert (drawn < found).all()
+
+
+def test_log_odds_need_a_second_class() -> None:
+    with pytest.raises(MicrotomeError, match="has one logit"):
+        removal.log_odds(toy(Linear(SIZE, 1), PIXELS, exact), LogOdds(share=0.3))
 
 
 def test_the_linear_view_of_a_linear_network_is_right_at_every_radius() -> None:

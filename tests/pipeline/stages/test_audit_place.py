@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -162,6 +164,7 @@ def test_the_published_measures_of_all_images() -> None:
         "cam_iou": np.array([0.5, 0.49, 0.9, np.nan]),
         "first": np.array([1.0, 1, 0, np.nan]),
         "fifth": np.array([1.0, 1, 1, np.nan]),
+        "placed": np.array([1.0, 1, 1, 0]),
     }
     found = outcomes(arrays, options)
     assert found["max_box_acc"].value == pytest.approx(2 / 3)
@@ -187,6 +190,39 @@ def test_an_error_of_five_needs_maps_of_the_label() -> None:
     assert made["cam.top1_error"].value == pytest.approx(0.5)
     assert made["cam.top5_error"].state == "not defined"
     assert "targets: label" in made["cam.top5_error"].note
+
+
+def test_an_error_needs_maps_of_the_label_where_one_class_is_explained() -> None:
+    """Images whose label is predicted and not explained would be left out: only errors would count."""
+    options = Localisation(boxes="b.csv", thresholds=2, rules=["cam"])
+    found = measured(options, classes=[0, 0, 0], labels=[0, 1, 2])
+    assert found["placed"].tolist() == [1, 1, 0]
+    assert found["first"].tolist()[:1] == [1] and np.isnan(found["first"][1])
+    arrays = {name: np.concatenate([each, each[:1] * np.nan]) for name, each in found.items()}
+    assert outcomes(arrays, options)["cam.top1_error"].state == "not defined"
+
+
+def test_boxes_that_change_after_the_plan_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "boxes.csv"
+    file.write_text("path,class,xmin,ymin,xmax,ymax\ni,a,0,0,1,1\n")
+    options = Pointing(boxes=str(file))
+    asked = SimpleNamespace(where="audit.honest.tests.pointing", kept={})
+    read = located._reads(options, asked)
+    file.write_text("path,class,xmin,ymin,xmax,ymax\ni,a,0,0,1,2\n")
+    assert located._reads(options, asked) == read, "read once for a plan"
+    images = SimpleNamespace(
+        image_ids=lambda: np.array(["i"]), reader=lambda: {"valid": np.array([True])}, classes=["a"]
+    )
+    with pytest.raises(MicrotomeError, match="has changed since the plan was made"):
+        located._prepare(options, SimpleNamespace(images=images), read)
+
+
+def test_the_version_of_opencv_counts_where_a_rule_needs_it() -> None:
+    cv2 = pytest.importorskip("cv2")
+    known = located.TESTS["localisation"].library
+    assert known is not None
+    assert known(Localisation(boxes="b.csv", rules=["cam", "grab_cut"])) == f"opencv {cv2.__version__}"
+    assert known(Localisation(boxes="b.csv")) is None
 
 
 def test_without_any_truth_nothing_is_defined() -> None:

@@ -17,6 +17,7 @@ from pipeline.errors import MicrotomeError
 from pipeline.networks.build import build
 from pipeline.run import experiment as run_experiment
 from pipeline.run import planner
+from pipeline.stages.registry import jobs
 
 METHODS = {"saliency": None, "gradient_x_input": None, "grad_cam": {"layer": "a"}}
 FAITHFUL = {
@@ -98,7 +99,7 @@ def test_every_test_has_its_rows_and_its_controls(tmp_path: Path) -> None:
         assert len(set(last)) == 3, "each step changes the maps"
         row = rows["cnn", method, "stability", "rank_correlation"]
         assert 0.5 < float(row["value"]) <= 1
-    assert rows["other", "saliency", "label_randomisation", "rank"]["value"].startswith("1")
+    assert not any(key[0] == "other" for key in rows if key[2] == "label_randomisation"), "compared with itself"
     assert float(rows["cnn", "saliency", "label_randomisation", "rank"]["value"]) < 0.99
     view = [row for key, row in rows.items() if key[2] == "linear_view" and key[1] == "grad_cam"]
     assert {row["state"] for row in view} == {"not defined"}
@@ -157,6 +158,61 @@ def test_boxes_of_a_table_are_those_of_the_images_as_the_network_sees_them(tmp_p
     assert rows["cnn", "saliency", "localisation", "cam.top5_error"]["state"] == ""
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("workers")
+def test_networks_with_images_and_tests_of_their_own(tmp_path: Path) -> None:
+    """A control with fewer images, a first network without a test, segments of label maps, another untrained twin."""
+    parts = {
+        "method": "kernel_shap",
+        "samples": 8,
+        "segments": {"kind": "labels", "category": "truth/object", "count": 3},
+    }
+    tests = {
+        "stability": {"networks": ["other"], "draws": 1},
+        "log_odds": {"networks": ["other", "other-untrained"]},
+        "layer_randomisation": {"groups": 1, "networks": ["other"]},
+    }
+    raw = experiment(tmp_path, tests)
+    raw["controls"] = {"images": 5}
+    named = ["cnn", "other", "other-untrained"]
+    raw["attribute"]["explained"] |= {"networks": named, "methods": {"saliency": None, "parts": parts}}
+    raw["audit"]["honest"]["networks"] = named
+    stages = "ingest", "concepts", "network", "attribute", "audit"
+    made = run(raw, *stages)
+    (audit,) = (each for each in jobs(made) if each.stage.name == "audit")
+    assert audit.read().result["images"] == {"scenes": 8}
+    group = xr.open_zarr(made.results / "audit" / "honest" / "audit.zarr", group="scenes")
+    cells = made.results / "audit" / "honest" / "cells" / "scenes"
+    images = {}
+    for network, test, measure in (
+        ("other", "stability", "rank_correlation"),
+        ("other", "log_odds", "change"),
+        ("other-untrained", "log_odds", "change"),
+    ):
+        own = xr.open_zarr(cells / network / test / "parts.zarr", consolidated=False)[measure].values
+        known = np.flatnonzero(~np.isnan(own))
+        images[network, test] = len(known)
+        where = {"image_network": network, "image_method": "parts", "image_measure": f"{test}.{measure}"}
+        placed = group.by_image.sel(where)
+        np.testing.assert_array_equal(placed.values, own[group.slot.values])
+        assert set(known) <= set(group.slot.values.tolist())
+    assert list(images.values()) == [8, 8, 5]
+    rows = table(made)
+    assert {key[0] for key in rows} == {"other", "other-untrained"}
+    assert {row["state"] for row in rows.values()} == {""}, "segments of label maps are read for any test"
+
+    def written() -> dict[str, int]:
+        return {str(each.relative_to(cells)): len(each.read_text().splitlines()) for each in cells.rglob("*.ledger")}
+
+    before = written()
+    raw["networks"]["other"]["seed"] = 7  # of a checkpoint: only its untrained twin changes
+    run(raw, *stages)
+    again = {name for name, lines in written().items() if lines != before[name]}
+    assert {name for name in again if name.startswith("other/")} == {
+        f"other/layer_randomisation/{method}.ledger" for method in ("parts", "saliency")
+    }
+
+
 REFUSED = [
     ({"pointing": None}, "give `boxes`, or `concept_of`"),
     ({"pointing": {"boxes": "/no/such.csv"}}, "audit.honest.tests.pointing.boxes: no file or folder /no/such.csv"),
@@ -176,6 +232,11 @@ REFUSED = [
     ({"mass": {"category": "truth", "concepts": ["sky"]}}, "mass.category: no category 'truth'"),
     ({"label_randomisation": None}, "network"),
     ({"label_randomisation": {"network": "nobody"}}, "label_randomisation.network: no network 'nobody'"),
+    ({"label_randomisation": {"network": "third"}}, "no network 'third' of the audit on 'scenes'"),
+    (
+        {"label_randomisation": {"network": "other", "networks": ["other"]}},
+        "tests.label_randomisation: none of the audit's networks is put to it",
+    ),
     ({"deletion": {"fillers": ["grey"]}}, "fillers"),
     ({"road": {"shares": [0.9, 0.1]}}, "ascending"),
 ]
@@ -191,7 +252,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def planned(folder: Path, tests: Any) -> None:
     text = json.dumps(tests).replace("BOXES", str(folder / "boxes.csv")).replace("WRONG", str(folder / "wrong.csv"))
-    planner.make(run_experiment.parse(experiment(folder, json.loads(text))))
+    raw = experiment(folder, json.loads(text))
+    raw["networks"]["third"] = tiny(folder)
+    planner.make(run_experiment.parse(raw))
 
 
 @pytest.mark.parametrize(("tests", "message"), REFUSED, ids=lambda each: str(each)[:60])
@@ -228,3 +291,26 @@ def test_other_boxes_are_another_audit(folder: Path) -> None:
     first = step_id("a,b,0,0,1,1")
     assert step_id("a,b,0.0,0,1,1") == first
     assert step_id("a,b,0,0,1,2") != first
+
+
+def test_the_untrained_twin_is_part_of_the_id_where_a_test_runs_it(folder: Path) -> None:
+    def audit(tests: list[str], seed: int) -> Any:
+        raw = experiment(folder, tests)
+        raw["networks"]["cnn"]["seed"] = seed
+        return next(each for each in planner.make(run_experiment.parse(raw)).steps.values() if each.stage == "audit")
+
+    assert audit(["log_odds"], 1).id == audit(["log_odds"], 2).id
+    assert audit(["layer_randomisation"], 1).id != audit(["layer_randomisation"], 2).id
+
+
+def test_label_maps_that_a_method_reads_are_parents(folder: Path) -> None:
+    raw = experiment(folder, ["log_odds"])
+    plain = planner.make(run_experiment.parse(raw))
+    parted = {"method": "lime", "segments": {"kind": "labels", "category": "truth/object"}}
+    raw["attribute"]["explained"]["methods"] = {"lime": parted}
+    found = planner.make(run_experiment.parse(raw))
+    parents = [
+        {each.steps[path].stage for step in each.steps.values() if step.stage == "audit" for path in step.parents}
+        for each in (plain, found)
+    ]
+    assert [("concepts" in each) for each in parents] == [False, True]

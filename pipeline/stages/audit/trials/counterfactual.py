@@ -16,7 +16,7 @@ from kernels.audit.games import Game
 from pipeline.config.datasets import Scenes
 from pipeline.data.kinds import draw_again
 from pipeline.data.scenes import DEFINING, KINDS, Scene, generate
-from pipeline.errors import MicrotomeError
+from pipeline.errors import DamagedError, MicrotomeError
 from pipeline.networks.gradients import Logit
 from pipeline.stages.attribute.options import IntegratedGradients
 from pipeline.stages.audit.batch import Batch
@@ -138,7 +138,7 @@ def _play_all(batch: Batch, options: Counterfactual) -> dict[int, Played]:
 def _stage(batch: Batch, options: Counterfactual, row: int, scene: Scene) -> _Stage:
     count = len(scene.things)
     if not np.array_equal(scene.image, batch.pixels[row].numpy()):
-        raise MicrotomeError(
+        raise DamagedError(
             f"image {batch.ids[row]!r} has other pixels when it is drawn again: another version drew the stored ones, "
             f"so remove the data set's results"
         )

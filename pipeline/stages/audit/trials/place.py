@@ -109,12 +109,14 @@ def by_rule(rule: Rule, values: np.ndarray, pixels: np.ndarray) -> np.ndarray:
 def classified(batch: Batch, options: Localisation) -> dict[str, np.ndarray]:
     """Return whether the label is the most probable class, and among the five most, 1 or 0, (image,) by name.
 
+    `placed` says whether the place of the label's object is known.
+
     NaN where the label's object has no known place, and where the label counts but the map is of another class.
     """
     order = batch.logits.sort(dim=1, stable=True, descending=True).indices.cpu().numpy()
     labels, other = batch.labels, batch.classes != batch.labels
     there = np.array([own is not None for own in truth(batch, options, "localisation", labels)])
-    found = {}
+    found = {"placed": there.astype(np.float64)}
     for name, most in (("first", FIRST), ("fifth", FIFTH)):
         right = (order[:, :most] == labels[:, None]).any(1)
         found[name] = np.where(there & ~(right & other), right.astype(np.float64), np.nan)

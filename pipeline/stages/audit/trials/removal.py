@@ -10,6 +10,7 @@ import torch
 from kernels.attribution.log_odds import erased
 from kernels.audit import faithfulness
 from kernels.audit.imputation import imputed
+from pipeline.errors import MicrotomeError
 from pipeline.stages.audit.batch import Batch
 from pipeline.stages.audit.faithful import ORDERS, Deletion, Insertion, LogOdds, Removal, Road, shares_of
 from pipeline.stages.audit.trials.changed import filler, nothing_left, said, unchanged
@@ -109,9 +110,14 @@ def log_odds(batch: Batch, options: LogOdds) -> dict[str, np.ndarray]:
 
 
 def pair(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the explained class of each image, and the one that it is compared with, int64 (image,) each."""
+    """Return the explained class of each image, and the one that it is compared with, int64 (image,) each.
+
+    Raises `MicrotomeError` if there is no other class.
+    """
     of = batch.target.classes
     if batch.target.against is not None:
         return of, batch.target.against
+    if batch.logits.shape[1] < 2:
+        raise MicrotomeError(f"network {batch.model.name!r} has one logit, and log-odds are of two classes")
     others = batch.logits.scatter(1, of[:, None], -torch.inf)
     return of, others.argmax(1)

@@ -1,0 +1,100 @@
+"""How cells are measured and put together: whatever shards come together, and networks with images of their own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from pipeline.errors import DamagedError, MicrotomeError
+from pipeline.stages.audit import results, tasks
+from pipeline.stages.audit.found import shares_of
+from pipeline.stages.audit.page import most
+from pipeline.stages.audit.results import Cell, Name, Shares
+from pipeline.storage.tables import read_rows
+
+CELL = Cell("test", Name("method"), Path())
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Shards that are put to a test which refuses images 3 and 7, and stops at 9; a shard's image is its number."""
+    seen: list[str] = []
+
+    def test(batch: list[str], options: None) -> dict[str, np.ndarray]:
+        seen.append("".join(batch))
+        for each in batch:
+            if each in "37":
+                raise MicrotomeError(f"image {each} has no map")
+            if each == "9":
+                raise DamagedError("image 9 has other pixels")
+        return {"value": np.array(batch, float)}
+
+    monkeypatch.setattr(tasks, "_shared", lambda auditing, chosen, rows, stored: [each.shard.part for each in chosen])
+    monkeypatch.setattr(tasks, "_batch", lambda shared, name, stored, rows: shared)
+    monkeypatch.setattr(tasks, "FUNCTIONS", {"test": test})
+    return seen
+
+
+def measured(*groups: str) -> dict[str, list[float] | str]:
+    found: dict[str, list[float] | str] = {}
+    for group in groups:
+        there = [(SimpleNamespace(rows={"test": [0]}, shard=SimpleNamespace(part=part)), {}) for part in group]
+        auditing = SimpleNamespace(tests={"test": None})
+        for some, numbers in tasks._measured(auditing, CELL, there, {}):  # type: ignore[arg-type]
+            for at, (each, _) in enumerate(some):
+                found[each.shard.part] = numbers if isinstance(numbers, str) else numbers["value"][[at]].tolist()
+    return found
+
+
+def test_what_is_refused_does_not_depend_on_which_shards_come_together(asked: list[str]) -> None:
+    once = measured("1237")
+    assert once == {"1": [1], "2": [2], "3": "image 3 has no map", "7": "image 7 has no map"}
+    assert asked == ["1237", "1", "2", "3", "7"]
+    assert measured("13", "27") == measured("1", "2", "3", "7") == once
+    asked.clear()
+    assert measured("12") == {"1": [1], "2": [2]} and asked == ["12"]
+
+
+@pytest.mark.usefixtures("asked")
+def test_damage_stops_the_run(tmp_path: Path) -> None:
+    for group in ("9", "129"):
+        with pytest.raises(DamagedError):
+            measured(group)
+
+
+def test_numbers_are_placed_by_the_images_of_their_own_cell() -> None:
+    """One network is explained on fewer images than another, and is put to a test of its own."""
+    ids = np.array([f"i{slot}" for slot in range(9)], object)
+    found = results.by_image(
+        {
+            ("cnn", "saliency", "deletion.area"): (np.array([1, 4, 7]), np.array([0.1, 0.4, 0.7])),
+            ("cnn-untrained", "saliency", "deletion.area"): (np.array([4]), np.array([4.0])),
+            ("vit", "saliency", "stability.rank"): (np.array([2, 7]), np.array([20.0, 70.0])),
+        },
+        ids,
+    )
+    assert found["slot"][1].tolist() == [1, 2, 4, 7]
+    assert found["image_id"][1].tolist() == ["i1", "i2", "i4", "i7"]
+    nan = np.nan
+    np.testing.assert_array_equal(
+        found["by_image"][1][:, 0],
+        [
+            [[0.1, nan, 0.4, 0.7], [nan] * 4],
+            [[nan, nan, 4.0, nan], [nan] * 4],
+            [[nan] * 4, [nan, 20.0, nan, 70.0]],
+        ],
+    )
+
+
+def test_shares_of_concepts_are_read_back_and_named() -> None:
+    every = [
+        Shares("scenes", "cnn", "lrp", "b", "street", {"road": 0.5, "car": 0.25, "sky": 0.125, "sun": 0.125}, {}),
+        Shares("scenes", "cnn", "lrp", "b", "farm", {}, {"cow": 1.0}),
+    ]
+    first, second = shares_of(read_rows(results.concept_table(every).decode().splitlines(keepends=True)))
+    assert (first.of_class, first.relevance) == ("street", every[0].relevance)
+    assert most(first.relevance) == "road 50\u00a0%, car 25\u00a0%, sky 12\u00a0%"
+    assert most(first.loss) == "–" and most(second.loss) == "cow 100\u00a0%"
