@@ -38,10 +38,11 @@ class OfLayer:
 
 @dataclass(frozen=True)
 class OfClasses:
-    """The chosen classes: `maxima` by score, (class,) the highest on the images that count."""
+    """The chosen classes of so many logits: `maxima` by score, (class,) the highest on the images that count."""
 
     classes: tuple[int, ...]
     maxima: dict[str, np.ndarray]
+    logits: int
 
 
 def is_dissected(job: Job[Settings]) -> bool:
@@ -149,4 +150,4 @@ def classes_of(job: Job[Settings], shown: np.ndarray) -> OfClasses | None:
         likely = values - least - np.log(np.exp(values - least).sum(1, keepdims=True))
         for score, of in (("logit", values), ("log_probability", likely)):
             highest[score] = np.fmax(highest[score], np.nanmax(of[:, list(classes)], 0))
-    return OfClasses(classes, highest)
+    return OfClasses(classes, highest, array.shape[1])

@@ -163,7 +163,7 @@ class Row:
     ----------
     store : name of the store. subject : the layer, or what of classes. numbers : units or classes.
     maxima, thresholds : of each. made_of : what its parts' ids are made of, besides their own units.
-    images : (unit, place) of projections.
+    images : (unit, place) of projections. logits : of the network, where classes are drawn.
     """
 
     store: str
@@ -174,6 +174,7 @@ class Row:
     made_of: list[Any]
     way: str = ""
     images: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.int64))
+    logits: int = 0
 
     @property
     def group(self) -> str:
@@ -190,10 +191,8 @@ class Row:
         The log-probability is divided by that of chance.
         """
         if self.subject == "log_probability" and not self.of_units:
-            return tuple(math.log(max(self.classes, 2)) for _ in self.numbers)
+            return tuple(math.log(max(self.logits, 2)) for _ in self.numbers)
         return tuple(float(max(abs(each), 1e-12)) for each in self.maxima.tolist())
-
-    classes: int = 0
 
 
 def rows_of(job: Job[Settings], shown: np.ndarray) -> tuple[list[Row], list[str]]:
@@ -225,8 +224,8 @@ def rows_of(job: Job[Settings], shown: np.ndarray) -> tuple[list[Row], list[str]
                 maxima = classes.maxima[score]
                 empty = np.full(len(maxima), np.nan)
                 own = [*made_of, score, *way_of(job, way, shown)]
-                store, count = results.class_models(way), len(classes.classes)
-                found.append(Row(store, score, classes.classes, maxima, empty, own, way, classes=count))
+                store = results.class_models(way)
+                found.append(Row(store, score, classes.classes, maxima, empty, own, way, logits=classes.logits))
     return found, notes
 
 

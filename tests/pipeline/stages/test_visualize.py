@@ -3,6 +3,7 @@
 import csv
 import itertools
 import json
+import math
 
 import numpy as np
 import pytest
@@ -16,10 +17,12 @@ from pipeline.config.report import Figures
 from pipeline.errors import MicrotomeError
 from pipeline.networks.build import load
 from pipeline.networks.forward import normalise
+from pipeline.plan import settle
 from pipeline.report.experiment import Experiment, Made
 from pipeline.run import experiment as run_experiment
 from pipeline.run import planner
 from pipeline.stages.registry import jobs
+from pipeline.stages.visualize import facts, stage
 from pipeline.stages.visualize import page as of_page
 from pipeline.stages.visualize.found import page_of, wanted_by
 from pipeline.workers import client
@@ -211,6 +214,26 @@ def test_what_a_change_draws_again(made, tmp_path, change, grown):
     named = {name.partition(".zarr")[0] for name in job(after, "visualize", "scenes", "cnn", "wishes").read().files}
     there = {path.stem for path in folder_of(after).glob("*.zarr")}
     assert there == {name for name in named if not name.endswith(".csv")}
+
+
+def test_naming_one_more_class_draws_no_other_again(made, tmp_path):
+    """The log-probability is told beside that of chance among all classes of the network, whichever are chosen."""
+    assert opened(made, "class-models-pixels", "log_probability").attrs["scales"] == [math.log(12)] * 2
+    raw = copied(made, made.config.model_dump(), tmp_path)
+    before = planner.make(run_experiment.parse(raw))
+    ids = class_parts(before)
+    raw["visualize"]["wishes"]["classes"] = [*raw["visualize"]["wishes"]["classes"], 2]
+    after = planner.make(run_experiment.parse(raw))
+    settle.settle(after)
+    added = class_parts(after)
+    assert len(ids) == 4 and len(added) == 8 and ids.items() < added.items()
+
+
+def class_parts(made):
+    one = job(made, "visualize", "scenes", "cnn", "wishes")
+    rows, _ = stage.rows_of(one, facts.counted(one))
+    parts = stage.parts_of(one, [row for row in rows if not row.of_units])
+    return {key: id for own in parts.values() for key, id in own.ids.items()}
 
 
 def test_a_transformer_depends_on_everything(tmp_path):
