@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -55,6 +56,15 @@ def counted(job: Job[Settings]) -> np.ndarray:
     shown = job.images.counted(job.settings.split)
     shards = set(Extracted.of(job.parent("extract")).shards)
     return shown & np.isin(np.arange(len(shown)) // job.images.shard_images, list(shards))
+
+
+def first_by_hash(slots: np.ndarray, ids: np.ndarray, count: int) -> np.ndarray:
+    """Return so many of these images, ascending: the first by the hash of their ids, since listings go by class."""
+
+    def place(slot: int) -> bytes:
+        return hashlib.sha256(str(ids[slot]).encode("utf-8", "surrogateescape")).digest()
+
+    return np.array(sorted(sorted(slots.tolist(), key=place)[:count]), np.int64)
 
 
 def layers_of(job: Job[Settings], shown: np.ndarray) -> tuple[list[OfLayer], list[str]]:

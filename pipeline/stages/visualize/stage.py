@@ -201,6 +201,7 @@ def rows_of(job: Job[Settings], shown: np.ndarray) -> tuple[list[Row], list[str]
     layers, notes = facts.layers_of(job, shown)
     classes = facts.classes_of(job, shown)
     common = [VERSION, platform_numerics(VERSION), list(job.images.size)]
+    ways = {way: way_of(job, way, shown) for way in options.ways} if options is not None else {}
     found = []
     for layer in layers:
         name = layer.stored.name
@@ -213,17 +214,17 @@ def rows_of(job: Job[Settings], shown: np.ndarray) -> tuple[list[Row], list[str]
             own = [*made_of, settings.projections.methods, settings.projections.images]
             empty = np.full(len(units), np.nan)
             found.append(Row(results.PROJECTIONS, name, units, empty, empty, own, images=images))
-        for way in options.ways if options is not None else ():
-            store, own = results.maximised(way), [*made_of, *way_of(job, way, shown)]
+        for way, of_way in ways.items():
+            store, own = results.maximised(way), [*made_of, *of_way]
             found.append(Row(store, name, layer.units, layer.maxima, layer.thresholds, own, way))
-    if classes is not None and options is not None:
+    if classes is not None:
         model, identity = job.model, job.identity
         made_of = [*common, model.sha256, model.architecture, identity["preprocessing"], identity["numerics"]]
-        for way in options.ways:
+        for way, of_way in ways.items():
             for score in results.SCORES:
                 maxima = classes.maxima[score]
                 empty = np.full(len(maxima), np.nan)
-                own = [*made_of, score, *way_of(job, way, shown)]
+                own = [*made_of, score, *of_way]
                 store = results.class_models(way)
                 found.append(Row(store, score, classes.classes, maxima, empty, own, way, logits=classes.logits))
     return found, notes
@@ -250,8 +251,8 @@ def needs_spectrum(options: Maximise, way: str) -> bool:
 
 def statistics_of(job: Job[Settings], shown: np.ndarray) -> list[tuple[int, str | None, list[int]]]:
     """Return the images of the data set's statistics: by shard, the digest of its pixels and places in it."""
-    slots, images = np.flatnonzero(shown)[:STATISTICS], job.images
-    found = []
+    images = job.images
+    slots, found = facts.first_by_hash(np.flatnonzero(shown), images.image_ids(), STATISTICS), []
     for shard in np.unique(slots // images.shard_images).tolist():
         start, stop = images.range(shard)
         found.append((shard, images.contents[shard], (slots[(slots >= start) & (slots < stop)] - start).tolist()))

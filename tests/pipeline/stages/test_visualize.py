@@ -216,6 +216,16 @@ def test_what_a_change_draws_again(made, tmp_path, change, grown):
     assert there == {name for name in named if not name.endswith(".csv")}
 
 
+def test_statistics_take_images_of_all_shards(made, monkeypatch):
+    monkeypatch.setattr(stage, "STATISTICS", 9)
+    one = job(made, "visualize", "scenes", "cnn", "wishes")
+    shown, ids = facts.counted(one), one.images.image_ids()
+    found = stage.statistics_of(one, shown)
+    slots = [shard * one.images.shard_images + place for shard, _, places in found for place in places]
+    assert slots == facts.first_by_hash(np.flatnonzero(shown), ids, 9).tolist() != np.flatnonzero(shown)[:9].tolist()
+    assert [digest for _, digest, _ in found] == [one.images.contents[shard] for shard, _, _ in found]
+
+
 def test_naming_one_more_class_draws_no_other_again(made, tmp_path):
     """The log-probability is told beside that of chance among all classes of the network, whichever are chosen."""
     assert opened(made, "class-models-pixels", "log_probability").attrs["scales"] == [math.log(12)] * 2
