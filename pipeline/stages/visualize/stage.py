@@ -469,6 +469,7 @@ def create_stores(
             arrays = (strips[row.group] if is_strip else groups[name, row.group]).layout.arrays()
             arrays |= {key: results.column(*each) for key, each in columns_of(job, row).items()}
             attrs = attributes(job, row, strips[row.group] if is_strip else None)
+            remove_other_arrays(store / row.group, arrays)
             create(store / row.group, arrays, attrs, coordinates=coordinates_of(row))
             remove_partials(store / row.group)
         create(store, {}, group_attributes(job, own))

@@ -179,11 +179,11 @@ def draw(
             maker,
         )
         made = climb.run(way)
-    if not np.isfinite(made.reached).all():
-        row = int(np.flatnonzero(~np.isfinite(made.reached))[0])
+    if not (finite := made.finite & np.isfinite(made.reached)).all():
+        what = f"class {each[finite.argmin()]}" if group.info is None else f"unit {each[finite.argmin()]}"
         raise MicrotomeError(
-            f"network {model.name!r}, {group.within}: the score of {each[row]} is not finite (NaN or infinity) for "
-            f"the picture that maximises it"
+            f"network {model.name!r}, {group.within}: the score of {what} or its gradient is not finite (NaN, infinity "
+            f"or beyond what can be squared) on the way to a picture that maximises it, by {way}"
         )
     shape = len(numbers), restarts
     reached = made.reached.reshape(shape)

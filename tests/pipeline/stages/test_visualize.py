@@ -317,3 +317,44 @@ def tiny():
         network.a[0].bias[1] = -1
     return network
 """
+
+
+def test_a_gradient_that_is_not_a_number_is_refused_by_the_unit(made, tmp_path):
+    """Else the noise that an ascent starts from would stand for what unit 1 wants to see."""
+    raw = copied(made, made.config.model_dump(), tmp_path)
+    (tmp_path / "broken.py").write_text(BROKEN)
+    raw["networks"]["cnn"]["module"] = f"{tmp_path / 'broken.py'}:tiny"
+    raw["networks"]["cnn"]["arguments"] = {}
+    maximise = {"steps": 1, "expert": ["l2"], "restarts": 1}
+    raw["visualize"]["wishes"] |= {"classes": [], "projections": None, "units": {"a": [0, 1]}, "maximise": maximise}
+    with pytest.raises(MicrotomeError, match=r"network 'cnn', a: the score of unit 1 or its gradient is not finite"):
+        run(raw, *STAGES)
+    raw["visualize"]["wishes"]["units"] = {"a": [0]}
+    after = run(raw, *STAGES)
+    store = opened(after, "maximised-pixels", "a")
+    assert store.unit.values.tolist() == [0] and "input" not in store, "what `keep` left is gone"
+
+
+BROKEN = """
+from collections import OrderedDict
+
+import torch
+from torch import nn
+
+
+class Broken(nn.Module):
+    def forward(self, x):
+        x = 1 * x
+        if x.requires_grad:
+            x.register_hook(lambda gradient: torch.cat([
+                gradient[:, :1], torch.where(gradient[:, 1:] == 0, gradient[:, 1:], torch.nan),
+            ], 1))
+        return x
+
+
+def tiny():
+    return nn.Sequential(OrderedDict(
+        a=nn.Sequential(nn.Conv2d(3, 2, 3), Broken()), b=nn.Sequential(nn.Conv2d(2, 2, 3), nn.ReLU()),
+        pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(),
+    ))
+"""
