@@ -362,7 +362,7 @@ def run(job: Job[Settings]) -> None:
         own, filters, table = write_filters(job, seen)
         files |= own | write_file(job.folder, "first-layers.csv", table)
         drawn += filters
-    files |= write_file(job.folder, "visualizations.csv", table_of(job, rows))
+    files |= write_file(job.folder, "visualizations.csv", table_of(job, rows, parts))
     count = sum(len(own.ids) for own in parts.values())
     job.finish(digest(files), files, results.Visualized(drawn=drawn, notes=notes), made=(len(made), count))
 
@@ -432,11 +432,12 @@ def terms_of(options: Maximise, way: str) -> list[str]:
 
 def strip_of(job: Job[Settings], row: Row, seen: Seen) -> Strip:
     """Return a group of projections, as tasks name it."""
-    from pipeline.stages.visualize.tasks import Strip, crop_size
+    from pipeline.stages.visualize.projecting import crop_of
+    from pipeline.stages.visualize.tasks import Strip
 
     options, reach = job.settings.projections, seen.reach[row.subject]
     assert options is not None
-    crop = crop_size(reach, job.images.size)
+    crop = crop_of(reach, job.images.size)
     channels = job.network_spec.preprocessing.channels
     layout = ProjectionLayout(
         len(row.numbers), each_of(job, row), options.images, len(options.methods), (channels, *crop)
@@ -554,7 +555,7 @@ def finish_stores(
     return files, drawn
 
 
-def table_of(job: Job[Settings], rows: Sequence[Row]) -> bytes:
+def table_of(job: Job[Settings], rows: Sequence[Row], parts: Mapping[str, Parts]) -> bytes:
     """Return the table of the pictures."""
     from pipeline.storage.store import Reader
 
@@ -564,7 +565,7 @@ def table_of(job: Job[Settings], rows: Sequence[Row]) -> bytes:
         if row.store == results.PROJECTIONS:
             continue
         store = job.folder / f"{row.store}.zarr" / row.group
-        files = below(row.group, parts_of(job, [row])[row.store].files())
+        files = below(row.group, parts[row.store].files())
         reader = Reader(store, files)
         reached, started, best = (np.asarray(reader[name][:]) for name in ("reached", "started", "best"))
         for at, own in enumerate(row.numbers):

@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -167,6 +168,28 @@ def test_results_open_by_experiment_store_and_layer(made):
     }
     assert found["maximised-maco"]["b"].picture.dims == ("unit", "channel", "y", "x")
     assert set(found["class-models-pixels"]) == {"logit", "log_probability"} and set(found["filters"]) == {"a.0"}
+
+
+GROUPS = [
+    ("projections", "a", ["layer", "reach", "settings", "split", "image_size"]),
+    *(
+        (store, group, [own, "way", "settings", "split", "scales", "image_size", "statistics_images"])
+        for store, group, own in [("maximised-maco", "b", "layer"), ("class-models-pixels", "logit", "score")]
+    ),
+    ("filters", "a.0", ["module", "stride", "kernel"]),
+]
+
+
+@pytest.mark.parametrize(("store", "group", "names"), GROUPS, ids=lambda each: str(each)[:20])
+def test_groups_have_the_attributes_that_the_docs_list(made, store, group, names):
+    attrs = opened(made, store, group).attrs
+    assert set(attrs) == set(names)
+    _, _, section = (Path(__file__).parents[3] / "docs/results.md").read_text().partition("### Visualizations")
+    paragraphs = [each for each in section.partition("\n### ")[0].split("\n\n") if each.startswith("Attributes")]
+    assert any(all(f"`{name}`" in each for name in names) for each in paragraphs)
+    if "settings" in names:
+        asked = made.config.model_dump()["visualize"]["wishes"]
+        assert attrs["settings"] == asked["projections" if store == "projections" else "maximise"]
 
 
 def test_first_layers(made):
