@@ -27,12 +27,15 @@ class Ascent:
     best : like the start, the place with the highest value among the start and those that were looked at.
     value, start : (image,) its value, and that of the start: never above it.
     step : (image,) int64, the step after which it was found; 0: the start.
+    finite : (image,) bool, whether each gradient was, and small enough to be squared; NaN and infinity never leave the
+        moments, so the end of the path tells.
     """
 
     best: torch.Tensor
     value: torch.Tensor
     start: torch.Tensor
     step: torch.Tensor
+    finite: torch.Tensor
 
 
 def ascend(
@@ -72,4 +75,5 @@ def ascend(
             here = value(place)
             higher = here > highest
             best[higher], highest[higher], found[higher] = place[higher], here[higher], step + 1
-    return Ascent(best, highest, first, found)
+    finite = (place.isfinite() & square.isfinite()).flatten(1).all(1)
+    return Ascent(best, highest, first, found, finite)

@@ -45,6 +45,7 @@ class Pictures:
     reached, started : (row,) the score of the rounded picture, and of the start.
     found : (row,) the step after which it was found. trajectory : (row, term, step).
     latent : (row, value) what a generator made it of; without values for other ways.
+    finite : (row,) bool, whether every score, prior and gradient on the way was.
     """
 
     pixels: np.ndarray
@@ -54,6 +55,7 @@ class Pictures:
     found: np.ndarray
     trajectory: np.ndarray
     latent: np.ndarray
+    finite: np.ndarray
 
 
 @dataclass
@@ -89,14 +91,16 @@ class Climb:
         with torch.no_grad():
             pixels, started = pictures(made.best).clamp(0, 1), pictures(self._start)
         rounded = (255 * pixels).round().to(torch.uint8)
+        trajectory = torch.stack(self._terms, 2).float()
         return Pictures(
             pixels.float().cpu().numpy(),
             rounded.cpu().numpy(),
             self._scores(rounded),
             self._scores((255 * started.clamp(0, 1)).round().to(torch.uint8)),
             made.step.cpu().numpy(),
-            torch.stack(self._terms, 2).float().cpu().numpy(),
+            trajectory.cpu().numpy(),
             made.best.flatten(1).float().cpu().numpy() if self.maker is not None else np.zeros((len(pixels), 0)),
+            (made.finite & trajectory.isfinite().flatten(1).all(1)).cpu().numpy(),
         )
 
     def _scores(self, rounded: torch.Tensor) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -38,10 +39,11 @@ class OfLayer:
 
 @dataclass(frozen=True)
 class OfClasses:
-    """The chosen classes: `maxima` by score, (class,) the highest on the images that count."""
+    """The chosen classes of so many logits: `maxima` by score, (class,) the highest on the images that count."""
 
     classes: tuple[int, ...]
     maxima: dict[str, np.ndarray]
+    logits: int
 
 
 def is_dissected(job: Job[Settings]) -> bool:
@@ -54,6 +56,15 @@ def counted(job: Job[Settings]) -> np.ndarray:
     shown = job.images.counted(job.settings.split)
     shards = set(Extracted.of(job.parent("extract")).shards)
     return shown & np.isin(np.arange(len(shown)) // job.images.shard_images, list(shards))
+
+
+def first_by_hash(slots: np.ndarray, ids: np.ndarray, count: int) -> np.ndarray:
+    """Return so many of these images, ascending: the first by the hash of their ids, since listings go by class."""
+
+    def place(slot: int) -> bytes:
+        return hashlib.sha256(str(ids[slot]).encode("utf-8", "surrogateescape")).digest()
+
+    return np.array(sorted(sorted(slots.tolist(), key=place)[:count]), np.int64)
 
 
 def layers_of(job: Job[Settings], shown: np.ndarray) -> tuple[list[OfLayer], list[str]]:
@@ -149,4 +160,4 @@ def classes_of(job: Job[Settings], shown: np.ndarray) -> OfClasses | None:
         likely = values - least - np.log(np.exp(values - least).sum(1, keepdims=True))
         for score, of in (("logit", values), ("log_probability", likely)):
             highest[score] = np.fmax(highest[score], np.nanmax(of[:, list(classes)], 0))
-    return OfClasses(classes, highest)
+    return OfClasses(classes, highest, array.shape[1])

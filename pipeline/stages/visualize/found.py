@@ -98,7 +98,7 @@ class Visualizations:
     Attributes
     ----------
     pictured, projected, first : the groups of pictures, in the order of the configuration.
-    classes : names of the classes that the images are labelled with. size : (y, x) of the images.
+    notes : what was left out, and why.
     """
 
     dataset: str

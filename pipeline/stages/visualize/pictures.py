@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +41,7 @@ class Task:
     ----------
     out : the report's folder. prefix : of the files. images : the store of the data set's images.
     numbers : units or classes. ways : groups of pictures, one a way. projected : projections, if there are any.
-    methods : how many. size : (y, x) of the images.
+    size : (y, x) of the images.
     """
 
     out: Path
@@ -51,7 +51,6 @@ class Task:
     ways: tuple[Source, ...]
     projected: Source | None
     size: tuple[int, int]
-    figured: frozenset[int] = field(default_factory=frozenset)
 
 
 def draw(task: Task) -> tuple[str, list[str]]:

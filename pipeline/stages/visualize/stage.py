@@ -163,7 +163,7 @@ class Row:
     ----------
     store : name of the store. subject : the layer, or what of classes. numbers : units or classes.
     maxima, thresholds : of each. made_of : what its parts' ids are made of, besides their own units.
-    images : (unit, place) of projections.
+    images : (unit, place) of projections. logits : of the network, where classes are drawn.
     """
 
     store: str
@@ -174,6 +174,7 @@ class Row:
     made_of: list[Any]
     way: str = ""
     images: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.int64))
+    logits: int = 0
 
     @property
     def group(self) -> str:
@@ -190,10 +191,8 @@ class Row:
         The log-probability is divided by that of chance.
         """
         if self.subject == "log_probability" and not self.of_units:
-            return tuple(math.log(max(self.classes, 2)) for _ in self.numbers)
+            return tuple(math.log(max(self.logits, 2)) for _ in self.numbers)
         return tuple(float(max(abs(each), 1e-12)) for each in self.maxima.tolist())
-
-    classes: int = 0
 
 
 def rows_of(job: Job[Settings], shown: np.ndarray) -> tuple[list[Row], list[str]]:
@@ -202,6 +201,7 @@ def rows_of(job: Job[Settings], shown: np.ndarray) -> tuple[list[Row], list[str]
     layers, notes = facts.layers_of(job, shown)
     classes = facts.classes_of(job, shown)
     common = [VERSION, platform_numerics(VERSION), list(job.images.size)]
+    ways = {way: way_of(job, way, shown) for way in options.ways} if options is not None else {}
     found = []
     for layer in layers:
         name = layer.stored.name
@@ -214,19 +214,19 @@ def rows_of(job: Job[Settings], shown: np.ndarray) -> tuple[list[Row], list[str]
             own = [*made_of, settings.projections.methods, settings.projections.images]
             empty = np.full(len(units), np.nan)
             found.append(Row(results.PROJECTIONS, name, units, empty, empty, own, images=images))
-        for way in options.ways if options is not None else ():
-            store, own = results.maximised(way), [*made_of, *way_of(job, way, shown)]
+        for way, of_way in ways.items():
+            store, own = results.maximised(way), [*made_of, *of_way]
             found.append(Row(store, name, layer.units, layer.maxima, layer.thresholds, own, way))
-    if classes is not None and options is not None:
+    if classes is not None:
         model, identity = job.model, job.identity
         made_of = [*common, model.sha256, model.architecture, identity["preprocessing"], identity["numerics"]]
-        for way in options.ways:
+        for way, of_way in ways.items():
             for score in results.SCORES:
                 maxima = classes.maxima[score]
                 empty = np.full(len(maxima), np.nan)
-                own = [*made_of, score, *way_of(job, way, shown)]
-                store, count = results.class_models(way), len(classes.classes)
-                found.append(Row(store, score, classes.classes, maxima, empty, own, way, classes=count))
+                own = [*made_of, score, *of_way]
+                store = results.class_models(way)
+                found.append(Row(store, score, classes.classes, maxima, empty, own, way, logits=classes.logits))
     return found, notes
 
 
@@ -251,8 +251,8 @@ def needs_spectrum(options: Maximise, way: str) -> bool:
 
 def statistics_of(job: Job[Settings], shown: np.ndarray) -> list[tuple[int, str | None, list[int]]]:
     """Return the images of the data set's statistics: by shard, the digest of its pixels and places in it."""
-    slots, images = np.flatnonzero(shown)[:STATISTICS], job.images
-    found = []
+    images = job.images
+    slots, found = facts.first_by_hash(np.flatnonzero(shown), images.image_ids(), STATISTICS), []
     for shard in np.unique(slots // images.shard_images).tolist():
         start, stop = images.range(shard)
         found.append((shard, images.contents[shard], (slots[(slots >= start) & (slots < stop)] - start).tolist()))
@@ -362,7 +362,7 @@ def run(job: Job[Settings]) -> None:
         own, filters, table = write_filters(job, seen)
         files |= own | write_file(job.folder, "first-layers.csv", table)
         drawn += filters
-    files |= write_file(job.folder, "visualizations.csv", table_of(job, rows))
+    files |= write_file(job.folder, "visualizations.csv", table_of(job, rows, parts))
     count = sum(len(own.ids) for own in parts.values())
     job.finish(digest(files), files, results.Visualized(drawn=drawn, notes=notes), made=(len(made), count))
 
@@ -432,11 +432,12 @@ def terms_of(options: Maximise, way: str) -> list[str]:
 
 def strip_of(job: Job[Settings], row: Row, seen: Seen) -> Strip:
     """Return a group of projections, as tasks name it."""
-    from pipeline.stages.visualize.tasks import Strip, crop_size
+    from pipeline.stages.visualize.projecting import crop_of
+    from pipeline.stages.visualize.tasks import Strip
 
     options, reach = job.settings.projections, seen.reach[row.subject]
     assert options is not None
-    crop = crop_size(reach, job.images.size)
+    crop = crop_of(reach, job.images.size)
     channels = job.network_spec.preprocessing.channels
     layout = ProjectionLayout(
         len(row.numbers), each_of(job, row), options.images, len(options.methods), (channels, *crop)
@@ -469,6 +470,7 @@ def create_stores(
             arrays = (strips[row.group] if is_strip else groups[name, row.group]).layout.arrays()
             arrays |= {key: results.column(*each) for key, each in columns_of(job, row).items()}
             attrs = attributes(job, row, strips[row.group] if is_strip else None)
+            remove_other_arrays(store / row.group, arrays)
             create(store / row.group, arrays, attrs, coordinates=coordinates_of(row))
             remove_partials(store / row.group)
         create(store, {}, group_attributes(job, own))
@@ -553,7 +555,7 @@ def finish_stores(
     return files, drawn
 
 
-def table_of(job: Job[Settings], rows: Sequence[Row]) -> bytes:
+def table_of(job: Job[Settings], rows: Sequence[Row], parts: Mapping[str, Parts]) -> bytes:
     """Return the table of the pictures."""
     from pipeline.storage.store import Reader
 
@@ -563,7 +565,7 @@ def table_of(job: Job[Settings], rows: Sequence[Row]) -> bytes:
         if row.store == results.PROJECTIONS:
             continue
         store = job.folder / f"{row.store}.zarr" / row.group
-        files = below(row.group, parts_of(job, [row])[row.store].files())
+        files = below(row.group, parts[row.store].files())
         reader = Reader(store, files)
         reached, started, best = (np.asarray(reader[name][:]) for name in ("reached", "started", "best"))
         for at, own in enumerate(row.numbers):

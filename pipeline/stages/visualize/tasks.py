@@ -26,7 +26,7 @@ from pipeline.networks.layer import LayerInfo
 from pipeline.networks.layers import head_of, one_attention_path
 from pipeline.networks.prepare import prepare, survey_of
 from pipeline.stages.visualize.climbing import Climb
-from pipeline.stages.visualize.projecting import crop_of, project
+from pipeline.stages.visualize.projecting import project
 from pipeline.stages.visualize.results import PictureLayout, ProjectionLayout
 from pipeline.stages.visualize.settings import Maximise, Rule
 from pipeline.stages.visualize.subject import Strongest
@@ -43,8 +43,8 @@ class Seen:
     Attributes
     ----------
     layers : by name. reach : what a position of each depends on.
-    normalised : whether its outputs are those of a softmax. classes : logits; 0: no head.
-    parameters, largest : as in `networks.prepare.Prepared`. values : of all outputs of layers, for an image.
+    normalised : whether its outputs are those of a softmax.
+    parameters : how many values they have. values : of all outputs of layers, for an image.
     filters : by module that reads the image itself, its weights (filter, channel, y, x) and stride.
     refused : by method of projection or name of a generator, why the network does not allow it.
     """
@@ -52,9 +52,7 @@ class Seen:
     layers: dict[str, LayerInfo]
     reach: dict[str, Reach]
     normalised: Normalised
-    classes: int
     parameters: int
-    largest: int
     values: int
     filters: dict[str, tuple[np.ndarray, tuple[int, int]]] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
@@ -132,9 +130,7 @@ def look(
             {info.name: info for info in prepared.layers} if prepared is not None else {},
             reach_of(network, inputs, list(layers)),
             normalised_by(logits) if has_logits and logits is not None else "",
-            survey.classes or 0,
             sum(each.numel() for each in network.parameters()),
-            survey.largest,
             sum(each.shape[0] * (each.special + each.shape[1] * each.shape[2]) for each in survey.layers),
             {name: (each.weight.detach().cpu().numpy(), each.stride) for name, each in found.items()},
             refused,
@@ -179,11 +175,11 @@ def draw(
             maker,
         )
         made = climb.run(way)
-    if not np.isfinite(made.reached).all():
-        row = int(np.flatnonzero(~np.isfinite(made.reached))[0])
+    if not (finite := made.finite & np.isfinite(made.reached)).all():
+        what = f"class {each[finite.argmin()]}" if group.info is None else f"unit {each[finite.argmin()]}"
         raise MicrotomeError(
-            f"network {model.name!r}, {group.within}: the score of {each[row]} is not finite (NaN or infinity) for "
-            f"the picture that maximises it"
+            f"network {model.name!r}, {group.within}: the score of {what} or its gradient is not finite (NaN, infinity "
+            f"or beyond what can be squared) on the way to a picture that maximises it, by {way}"
         )
     shape = len(numbers), restarts
     reached = made.reached.reshape(shape)
@@ -258,8 +254,3 @@ def draw_strip(model: Model, strip: Strip, part: str, images: StoreRef, key: str
         arrays["field"][there] = found.field
     files = write(strip.store, {name: ((first, *[0] * (values.ndim - 1)), values) for name, values in arrays.items()})
     return Done(key, {strip.store.parent.stem: within(strip.within, files)})
-
-
-def crop_size(reach: Reach, size: tuple[int, int]) -> tuple[int, int]:
-    """Return (y, x) of the projections of a layer."""
-    return crop_of(reach, size)

@@ -129,6 +129,24 @@ def test_never_below_its_start():
     torch.testing.assert_close(found.best[0], start[0])
 
 
+@pytest.mark.parametrize(("bad", "last"), [(torch.nan, 19), (torch.inf, 0), (-torch.inf, 3), (1e200, 3)])
+def test_a_gradient_that_is_not_finite_is_told_of_its_image_alone(bad, last):
+    """Also of the last step, after which nothing moves; and one whose square overflows, which would stop the path."""
+    weight, start = drawn(0, *SHAPE), drawn(1, *SHAPE)
+
+    def gradient(place, step):
+        given = weight - 0.6 * place
+        if step == last:
+            given[1, 0, 2, 3] = bad
+        return given
+
+    def value(x):
+        return (weight * x).flatten(1).sum(1) - 0.3 * l2(x)[0]
+
+    found = ascend(start, gradient, value, 20, 0.1, lambda x: x.clamp(-1, 1))
+    assert found.finite.tolist() == [True, False, True]
+
+
 def test_other_images_of_the_batch_change_nothing():
     weight, start = drawn(0, *SHAPE), drawn(1, *SHAPE)
 

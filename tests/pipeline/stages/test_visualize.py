@@ -3,6 +3,8 @@
 import csv
 import itertools
 import json
+import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,10 +18,12 @@ from pipeline.config.report import Figures
 from pipeline.errors import MicrotomeError
 from pipeline.networks.build import load
 from pipeline.networks.forward import normalise
+from pipeline.plan import settle
 from pipeline.report.experiment import Experiment, Made
 from pipeline.run import experiment as run_experiment
 from pipeline.run import planner
 from pipeline.stages.registry import jobs
+from pipeline.stages.visualize import facts, stage
 from pipeline.stages.visualize import page as of_page
 from pipeline.stages.visualize.found import page_of, wanted_by
 from pipeline.workers import client
@@ -166,6 +170,28 @@ def test_results_open_by_experiment_store_and_layer(made):
     assert set(found["class-models-pixels"]) == {"logit", "log_probability"} and set(found["filters"]) == {"a.0"}
 
 
+GROUPS = [
+    ("projections", "a", ["layer", "reach", "settings", "split", "image_size"]),
+    *(
+        (store, group, [own, "way", "settings", "split", "scales", "image_size", "statistics_images"])
+        for store, group, own in [("maximised-maco", "b", "layer"), ("class-models-pixels", "logit", "score")]
+    ),
+    ("filters", "a.0", ["module", "stride", "kernel"]),
+]
+
+
+@pytest.mark.parametrize(("store", "group", "names"), GROUPS, ids=lambda each: str(each)[:20])
+def test_groups_have_the_attributes_that_the_docs_list(made, store, group, names):
+    attrs = opened(made, store, group).attrs
+    assert set(attrs) == set(names)
+    _, _, section = (Path(__file__).parents[3] / "docs/results.md").read_text().partition("### Visualizations")
+    paragraphs = [each for each in section.partition("\n### ")[0].split("\n\n") if each.startswith("Attributes")]
+    assert any(all(f"`{name}`" in each for name in names) for each in paragraphs)
+    if "settings" in names:
+        asked = made.config.model_dump()["visualize"]["wishes"]
+        assert attrs["settings"] == asked["projections" if store == "projections" else "maximise"]
+
+
 def test_first_layers(made):
     net, _ = plain(made)
     store, (row,) = opened(made, "filters", "a.0"), table(made, "first-layers")
@@ -211,6 +237,36 @@ def test_what_a_change_draws_again(made, tmp_path, change, grown):
     named = {name.partition(".zarr")[0] for name in job(after, "visualize", "scenes", "cnn", "wishes").read().files}
     there = {path.stem for path in folder_of(after).glob("*.zarr")}
     assert there == {name for name in named if not name.endswith(".csv")}
+
+
+def test_statistics_take_images_of_all_shards(made, monkeypatch):
+    monkeypatch.setattr(stage, "STATISTICS", 9)
+    one = job(made, "visualize", "scenes", "cnn", "wishes")
+    shown, ids = facts.counted(one), one.images.image_ids()
+    found = stage.statistics_of(one, shown)
+    slots = [shard * one.images.shard_images + place for shard, _, places in found for place in places]
+    assert slots == facts.first_by_hash(np.flatnonzero(shown), ids, 9).tolist() != np.flatnonzero(shown)[:9].tolist()
+    assert [digest for _, digest, _ in found] == [one.images.contents[shard] for shard, _, _ in found]
+
+
+def test_naming_one_more_class_draws_no_other_again(made, tmp_path):
+    """The log-probability is told beside that of chance among all classes of the network, whichever are chosen."""
+    assert opened(made, "class-models-pixels", "log_probability").attrs["scales"] == [math.log(12)] * 2
+    raw = copied(made, made.config.model_dump(), tmp_path)
+    before = planner.make(run_experiment.parse(raw))
+    ids = class_parts(before)
+    raw["visualize"]["wishes"]["classes"] = [*raw["visualize"]["wishes"]["classes"], 2]
+    after = planner.make(run_experiment.parse(raw))
+    settle.settle(after)
+    added = class_parts(after)
+    assert len(ids) == 4 and len(added) == 8 and ids.items() < added.items()
+
+
+def class_parts(made):
+    one = job(made, "visualize", "scenes", "cnn", "wishes")
+    rows, _ = stage.rows_of(one, facts.counted(one))
+    parts = stage.parts_of(one, [row for row in rows if not row.of_units])
+    return {key: id for own in parts.values() for key, id in own.ids.items()}
 
 
 def test_a_transformer_depends_on_everything(tmp_path):
@@ -283,4 +339,45 @@ def tiny():
         network.a[0].weight[1] = 0
         network.a[0].bias[1] = -1
     return network
+"""
+
+
+def test_a_gradient_that_is_not_a_number_is_refused_by_the_unit(made, tmp_path):
+    """Else the noise that an ascent starts from would stand for what unit 1 wants to see."""
+    raw = copied(made, made.config.model_dump(), tmp_path)
+    (tmp_path / "broken.py").write_text(BROKEN)
+    raw["networks"]["cnn"]["module"] = f"{tmp_path / 'broken.py'}:tiny"
+    raw["networks"]["cnn"]["arguments"] = {}
+    maximise = {"steps": 1, "expert": ["l2"], "restarts": 1}
+    raw["visualize"]["wishes"] |= {"classes": [], "projections": None, "units": {"a": [0, 1]}, "maximise": maximise}
+    with pytest.raises(MicrotomeError, match=r"network 'cnn', a: the score of unit 1 or its gradient is not finite"):
+        run(raw, *STAGES)
+    raw["visualize"]["wishes"]["units"] = {"a": [0]}
+    after = run(raw, *STAGES)
+    store = opened(after, "maximised-pixels", "a")
+    assert store.unit.values.tolist() == [0] and "input" not in store, "what `keep` left is gone"
+
+
+BROKEN = """
+from collections import OrderedDict
+
+import torch
+from torch import nn
+
+
+class Broken(nn.Module):
+    def forward(self, x):
+        x = 1 * x
+        if x.requires_grad:
+            x.register_hook(lambda gradient: torch.cat([
+                gradient[:, :1], torch.where(gradient[:, 1:] == 0, gradient[:, 1:], torch.nan),
+            ], 1))
+        return x
+
+
+def tiny():
+    return nn.Sequential(OrderedDict(
+        a=nn.Sequential(nn.Conv2d(3, 2, 3), Broken()), b=nn.Sequential(nn.Conv2d(2, 2, 3), nn.ReLU()),
+        pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(),
+    ))
 """
