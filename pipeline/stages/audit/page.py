@@ -52,7 +52,7 @@ class Section:
     tested: list[Tested]
     rows: list[Row]
     table: str
-    shares: list[Shares]
+    shares: list[tuple[Shares, str, str]]
     table_of_shares: str
 
     @property
@@ -74,7 +74,7 @@ def pages(experiment: Experiment) -> list[Page]:
             file="audit.html",
             title="Audit",
             template="audit.html.j2",
-            values={"sections": sections, "axioms": AXIOMS, "tests": TESTS, "shown": SHOWN, "most": most},
+            values={"sections": sections, "axioms": AXIOMS, "tests": TESTS, "shown": SHOWN},
             summary="Whether explanations tell the truth: the laws that they keep, and what tests say of them.",
             findings=[sentence for one in sections for sentence in one.findings],
             figures=every,
@@ -99,7 +99,8 @@ def section(experiment: Experiment, made: Made) -> Section:
     if found.concepts:
         write_table(experiment.out / shares, CONCEPT_COLUMNS, concept_rows(found.concepts))
     said = list(findings(found))
-    return Section(found, said, of_laws, tested, summary[:SHOWN], table, found.concepts[:SHOWN], shares)
+    told = [(each, most(each.relevance), most(each.loss)) for each in found.concepts[:SHOWN]]
+    return Section(found, said, of_laws, tested, summary[:SHOWN], table, told, shares)
 
 
 def most(shares: Mapping[str, float]) -> str:

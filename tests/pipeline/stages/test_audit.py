@@ -225,7 +225,7 @@ def test_the_page_shows_the_audit(made, tmp_path):
     assert [one.name for one in (each.found for each in page.values["sections"])] == ["honest"]
     assert any("small functions with exact answers" in each for each in page.findings)
     assert len(page.figures) == 3  # laws on functions and on the network, and the ablation
-    assert {each.method for each in page.values["sections"][0].shares} >= {"grad_cam", "lrp", "control:random"}
+    assert {each.method for each, *_ in page.values["sections"][0].shares} >= {"grad_cam", "lrp", "control:random"}
     assert [(tmp_path / file).exists() for file in page.files] == [True, True]
     assert all((tmp_path / file).exists() for figure in page.figures for file in figure.written)
 
