@@ -21,6 +21,7 @@ from pipeline.stages.audit.results import COLUMNS, CONCEPT_COLUMNS, Outcome, Row
 from pipeline.storage.manifest import Manifest
 
 SHOWN = 4000  # rows of the sortable table, at most: the CSV has all
+GROUPS = (".class.", ".kind.", ".size.")  # measures of parts of the images or objects
 TOP = 3  # concepts of a class that its row names
 
 
@@ -94,7 +95,11 @@ def section(experiment: Experiment, made: Made) -> Section:
     write_table(experiment.out / table, COLUMNS, (row.cells for row in found.rows))
     of_laws = [laws_of(experiment, found, number, *pair) for number, pair in enumerate(found.laws())]
     tested = list(tests_of(experiment, found))
-    summary = [row for row in found.rows if row.test != "axioms" and row.outcome.measure]
+    summary = [
+        row
+        for row in found.rows
+        if row.test != "axioms" and row.outcome.measure and not any(each in row.outcome.measure for each in GROUPS)
+    ]
     shares = f"tables/audit-concepts-{found.name}.csv"
     if found.concepts:
         write_table(experiment.out / shares, CONCEPT_COLUMNS, concept_rows(found.concepts))
