@@ -21,6 +21,10 @@ threadpoolctl.threadpool_limits(1)  # of what is there before the variables: zar
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What runs the whole workflow, file by file the longest, comes first: what is short fills the processes' ends."""
     items.sort(key=lambda item: item.path.parent.name not in ("chaos", "real", "workflow"))
+    for item in items:
+        values = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        if any(isinstance(value, set | frozenset) and len(value) > 1 for value in values):
+            raise pytest.UsageError(f"{item.nodeid}: a set has another order in every process: give a sorted list")
 
 
 NAMES_OF_OURS = ("pipeline", "kernels", "torch", "yaml", "numpy", "zarr", "dask", "distributed")
