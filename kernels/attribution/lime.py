@@ -64,11 +64,16 @@ class Local:
     ----------
     weights : of each feature, (feature,). intercept : of the model.
     fit : weighted R^2 on the samples, NaN where the function is constant.
+    split, mean : of a tree, (node,), 2^(depth + 1) - 1 of them: the feature that parts a node, -1 in a leaf, and the
+        weighted mean of its samples, NaN where there is no such node. Node k goes on at 2k + 1 where the feature is
+        absent, at 2k + 2 where it is present.
     """
 
     weights: np.ndarray
     intercept: float
     fit: float
+    split: np.ndarray | None = None
+    mean: np.ndarray | None = None
 
 
 def linear(
@@ -202,22 +207,25 @@ def tree(masks: np.ndarray, values: np.ndarray, weight: np.ndarray, depth: int) 
     model = np.empty(len(values))
     level = _level(values, weight)
     around = float(weight @ (values - level) ** 2)
+    splits, means = np.full(2 ** (depth + 1) - 1, -1), np.full(2 ** (depth + 1) - 1, math.nan)
 
-    def grow(rows: np.ndarray, level: float, depth: int, whole: bool) -> None:
+    def grow(rows: np.ndarray, level: float, depth: int, node: int, whole: bool) -> None:
+        means[node] = level
         split = _split(masks[rows], values[rows], weight[rows], TIE * around) if depth else None
         if split is None:
             model[rows] = level
             return
+        splits[node] = split
         for present in (True, False):
             own = rows[masks[rows, split] == present]
             below = _level(values[own], weight[own])
             if whole and present:
                 found[split] += below - level
-            grow(own, below, depth - 1, whole and present)
+            grow(own, below, depth - 1, 2 * node + 1 + present, whole and present)
 
-    grow(np.arange(len(values)), level, depth, True)
+    grow(np.arange(len(values)), level, depth, 0, True)
     fit = 1 - float(weight @ (values - model) ** 2) / around if around > 0 else math.nan
-    return Local(found, level, fit)
+    return Local(found, level, fit, splits, means)
 
 
 def _split(masks: np.ndarray, values: np.ndarray, weight: np.ndarray, least: float) -> int | None:

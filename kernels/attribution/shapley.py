@@ -197,9 +197,16 @@ def orders(players: int, samples: int, seed: int | list[int]) -> np.ndarray:
 
     An order costs M - 1 coalitions. Mitchell et al., "Sampling permutations for Shapley value estimation" (JMLR 2022),
     on antithetic orders.
+
+    Raises
+    ------
+    ValueError
+        With fewer than two players, or fewer samples than four orders cost.
     """
+    if players < 2 or samples < 4 * (players - 1):
+        raise ValueError(f"{samples} samples of {players} players, expected two players and 4 (players - 1) samples")
     random = np.random.default_rng(seed)
-    pairs = max(2, samples // (2 * max(1, players - 1)))
+    pairs = samples // (2 * (players - 1))
     found = np.stack([random.permutation(players) for _ in range(pairs)])
     return np.stack([found, found[:, ::-1]], 1).reshape(-1, players)
 

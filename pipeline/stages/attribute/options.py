@@ -454,9 +454,13 @@ class Segmented(Options):
                 if most > EXACT
                 else ""
             )
-        if self.samples < min(2 * most, 2**most):
-            return f"samples: {self.samples} of up to {most} segments, expected at least {min(2 * most, 2**most)}"
+        if self.samples < (least := min(self.least(most), 2**most)):
+            return f"samples: {self.samples} of up to {most} segments, expected at least {least}"
         return ""
+
+    def least(self, players: int) -> int:
+        """Return the fewest samples of so many segments from which there is an estimate."""
+        return 2 * players
 
     def plays_all(self, players: int) -> bool:
         """Return whether all coalitions of so many segments are played: there are no more of them than samples."""
@@ -508,6 +512,11 @@ class Lime(OfProbability):
         return self
 
     @property
+    def nodes(self) -> int:
+        """The nodes that a tree has at most; 0: a linear model has none."""
+        return 2 ** (self.depth + 1) - 1 if self.model == "tree" else 0
+
+    @property
     def sigma(self) -> float:
         """The width of the kernel."""
         return self.width if self.width is not None else 0.25 if self.kernel.endswith("cosine") else 0.75
@@ -529,6 +538,10 @@ class KernelShap(Segmented):
         8192,
         description="never more samples, besides the image and the baseline: an image that still misses is left so",
     )
+
+    def least(self, players: int) -> int:
+        """Return the fewest samples: of orders, two and their reverse, each of M - 1 coalitions."""
+        return 4 * (players - 1) if self.estimator == "permutation" else super().least(players)
 
     @model_validator(mode="after")
     def _most(self) -> KernelShap:

@@ -25,6 +25,8 @@ ROUNDING = 1e-3
 """Tolerance of laws that hold but for the rounding of float32."""
 CANCELS = 10
 """Sum of magnitudes, in scores, beyond which most of the relevance cancels."""
+BY_NODE = ("node_segment", "node_mean")
+"""Numbers of each node of a tree."""
 COLUMNS = (
     "name",
     "method",
@@ -93,6 +95,7 @@ class Layout:
     size : (y, x) of the map. channels : (channel, y, x) of channel maps; None: not kept.
     facts : names of further numbers of each image. by_segment : names of numbers of each segment.
     segments : how many an image has at most. maps : names of further maps.
+    nodes : how many a tree has at most; 0: there is no tree.
     """
 
     images: int
@@ -104,6 +107,7 @@ class Layout:
     by_segment: Sequence[str] = ()
     segments: int = 0
     maps: Sequence[str] = ()
+    nodes: int = 0
 
     def arrays(self) -> dict[str, Array]:
         """Return the arrays of the store; an image that is not explained has NaN, and the target -1."""
@@ -116,6 +120,8 @@ class Layout:
             found[name] = self._array(np.float32, np.nan)
         for name in self.by_segment:
             found[name] = self._array(np.float32, np.nan, ("segment",), (self.segments,))
+        for name in BY_NODE if self.nodes else ():
+            found[name] = self._array(np.float32, np.nan, ("node",), (self.nodes,))
         found["image_id"] = self.image_id
         return found
 

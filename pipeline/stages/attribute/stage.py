@@ -49,6 +49,7 @@ from pipeline.stages.attribute.options import (
     METHODS,
     IntegratedGradients,
     Labels,
+    Lime,
     Lrp,
     OfSplit,
     Options,
@@ -301,6 +302,7 @@ def layout_of(job: Job[Settings], options: Options, found: Explainable) -> resul
         kind.by_segment,
         segments_of(options, found) if isinstance(options, Segmented) else 0,
         signs_of(options),
+        options.nodes if isinstance(options, Lime) else 0,
     )
 
 

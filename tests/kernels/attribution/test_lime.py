@@ -133,6 +133,13 @@ def test_trees_are_those_of_scikit_learn(depth, seed):
     (leaf,) = other.predict(np.ones((1, 9)))
     assert found.intercept + found.weights.sum() == pytest.approx(leaf, abs=1e-12)
     assert np.count_nonzero(found.weights) <= depth
+    node = np.zeros(len(shown), int)
+    for _ in range(depth):
+        inside = found.split[node] >= 0
+        present = shown[np.arange(len(shown)), found.split[node]]
+        node = np.where(inside, 2 * node + 1 + present, node)
+    np.testing.assert_allclose(found.mean[node], other.predict(shown), atol=1e-12)
+    assert (found.split >= 0).sum() == other.get_n_leaves() - 1 == np.isfinite(found.mean).sum() // 2
 
 
 def test_the_pick_is_the_papers_example():

@@ -145,6 +145,12 @@ def test_too_few_samples_are_refused(players, samples):
         shapley.sample(players, samples, 0)
 
 
+@pytest.mark.parametrize(("players", "samples"), [(1, 10), (10, 35)])
+def test_fewer_samples_than_four_orders_cost_are_refused(players, samples):
+    with pytest.raises(ValueError, match="expected two players and 4"):
+        shapley.orders(players, samples, 0)
+
+
 @settings(max_examples=40, deadline=None)
 @given(players=st.integers(3, 20), extra=st.integers(0, 200), seed=st.integers(0, 10**6))
 def test_local_accuracy_of_estimates(players, extra, seed):
@@ -152,7 +158,8 @@ def test_local_accuracy_of_estimates(players, extra, seed):
     total = float(np.diff(game(np.stack([np.zeros(players), np.ones(players)])))[0])
     drawn = shapley.sample(players, 2 * players + extra, seed)
     found = shapley.regression(drawn, with_ends(game, drawn.masks))
-    orders = shapley.orders(players, 2 * players + extra, seed)
+    orders = shapley.orders(players, 4 * players + extra, seed)
+    assert orders.size - len(orders) <= 4 * players + extra
     other = shapley.by_orders(orders, with_ends(game, shapley.beginnings(orders)))
     for each in (found, other):
         assert np.isfinite(each.values).all() and np.isfinite(each.error).all()

@@ -199,6 +199,12 @@ def test_sparse_weights_and_trees():
         assert ((found.facts["value"] != 0).sum(1) <= 4).all() and (found.facts["value"] != 0).any()
     tree = attribute.lime(net, x, 2, segments=FINE, samples=200, model="tree", depth=2)
     assert ((tree.facts["value"] != 0).sum(1) <= 2).all() and (tree.facts["r2"] > 0).all()
+    assert tree.facts["node_segment"].shape == (2, 7) and tree.facts["node_segment"][:, 3:].isnan().all()
+    torch.testing.assert_close(tree.facts["node_mean"][:, 0], tree.facts["intercept"])
+    root = tree.facts["node_segment"][:, 0].long()
+    step = tree.facts["node_mean"][:, 2] - tree.facts["node_mean"][:, 0]
+    for image in range(2):  # what the first split changes; the second may part by the same segment no more
+        torch.testing.assert_close(tree.facts["value"][image, root[image]], step[image])
 
 
 def test_random_masks_are_the_mean_score_where_a_segment_is_shown():

@@ -226,6 +226,10 @@ def test_a_change_computes_its_method_alone_and_what_is_dropped_is_swept(made, t
     after = run(raw, "attribute")
     changed = {path.stem for path in folder_of(after).glob("*.ledger") if lines(path) != before[path.stem]}
     assert changed == {"lime"}
+    with xr.open_zarr(folder_of(after) / "lime.zarr") as tree:
+        explained = np.isfinite(tree.score.values)
+        assert tree.sizes["node"] == 15 and np.isfinite(tree.node_segment.values[explained, 0]).all()
+        np.testing.assert_array_equal(tree.node_mean.values[explained, 0], tree.intercept.values[explained])
     gone = [path.name for path in unreferenced.folders(after.results) if "cnn" in path.parts]
     assert sorted(name.partition("-")[0] for name in gone if "attributions" not in name) == ["objects.zarr", "segments"]
 

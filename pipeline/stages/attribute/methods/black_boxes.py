@@ -47,6 +47,8 @@ def lime(subject: Subject, options: Lime, known: Known) -> Attribution:
             stable = surrogate.stability(one, other)
         found.take(image, own.scores, len(own.masks), {"value": whole.weights})
         found.note(image, intercept=whole.intercept, r2=whole.fit, stability=stable)
+        if whole.split is not None and whole.mean is not None:
+            found.grow(image, whole.split, whole.mean)
     return found.attribution(subject.no_residual)
 
 
@@ -182,6 +184,7 @@ class _Found:
     def __init__(self, game: Game, options: Options) -> None:
         self.game, self.of = game, target_of(game.subject, options)
         self.by_segment: dict[str, np.ndarray] = {}
+        self.by_node: dict[str, np.ndarray] = {}
         self.by_image: dict[str, np.ndarray] = {}
 
     def take(self, image: int, scores: np.ndarray, samples: int, by_segment: Mapping[str, np.ndarray]) -> None:
@@ -200,10 +203,18 @@ class _Found:
         for name, value in numbers.items():
             self.by_image.setdefault(name, np.full(len(self.game.differ), math.nan))[image] = value
 
+    def grow(self, image: int, split: np.ndarray, mean: np.ndarray) -> None:
+        """Keep the nodes of a tree: the segment that parts each, NaN in a leaf, and its mean."""
+        segments = np.append(self.game.players(image), np.nan)  # -1 is the last
+        for name, values in (("node_segment", segments[split]), ("node_mean", mean)):
+            self.by_node.setdefault(name, np.full((len(self.game.differ), len(split)), np.nan))[image] = values
+
     def attribution(self, residual: torch.Tensor) -> Attribution:
         game, inputs, value = self.game, self.game.subject.inputs, self.by_segment["value"]
         at = torch.stack([game.spread(each, image) for image, each in enumerate(value)]).to(inputs.dtype)
-        facts = {name: torch.from_numpy(each) for name, each in (self.by_segment | self.by_image).items()}
+        facts = {
+            name: torch.from_numpy(each) for name, each in (self.by_segment | self.by_node | self.by_image).items()
+        }
         if inputs.ndim == 4:
             return Attribution(None, at, residual, facts)
         return Attribution(at if at.shape == inputs.shape else None, None, residual, facts)
