@@ -72,8 +72,13 @@ def files(code: tuple[str, ...]) -> list[str]:
     return found
 
 
-def imports(name: str) -> Iterator[str]:
+@functools.cache
+def imports(name: str) -> tuple[str, ...]:
     """The project's own modules that a file imports, wherever in it, as paths relative to the repository."""
+    return tuple(_imports(name))
+
+
+def _imports(name: str) -> Iterator[str]:
     for node in ast.walk(ast.parse((ROOT / name).read_text())):
         if (
             isinstance(node, ast.ImportFrom)
