@@ -14,7 +14,7 @@ from pydantic import Field, PositiveInt, field_validator, model_validator
 from pipeline.config.base import ENDINGS, PIXELS, RESERVED, TRUTH, UNTRAINED, Name, PathName, Strict
 from pipeline.config.cluster import Cluster
 from pipeline.config.datasets import AnyDataset
-from pipeline.config.networks import Generator, Network, Segmenter
+from pipeline.config.networks import Expert, Generator, Network, Segmenter
 from pipeline.config.report import Figures, Report
 from pipeline.config.section import Section
 from pipeline.errors import nearest
@@ -46,6 +46,7 @@ class Core(Strict):
     networks: Annotated[dict[Name, Network], Field(min_length=1)] = Field(description="by name")
     segmenters: dict[Name, Segmenter] = Field({}, description="by name")
     generators: dict[Name, Generator] = Field({}, description="by name")
+    experts: dict[Name, Expert] = Field({}, description="by name")
     controls: Controls = Field(Controls(), description="the controls of every network")
     cluster: Cluster = Field(Cluster(), description="the workers")
     report: Report = Field(Report(), description="the pages at the end of a run")

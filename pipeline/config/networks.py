@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    NonNegativeFloat,
     NonNegativeInt,
     PositiveInt,
     StrictInt,
@@ -430,8 +431,10 @@ class Latent(Strict):
     )
 
 
-class Generator(Strict):
-    """A network that makes images: pictures of units may be sought among those that it can make."""
+class Beside(Strict):
+    """A network of a Python file with trained weights, which is used beside those that are examined."""
+
+    what: ClassVar[str]
 
     module: PathName = Field(description="`path.py:function`; the function returns the network")
     weights: PathName = Field(description="a checkpoint of torch or safetensors")
@@ -441,15 +444,11 @@ class Generator(Strict):
     )
     prefix: str | None = Field(None, description="prefix of the network's keys in the checkpoint")
     within: str | None = Field(None, min_length=1, description="entry of the checkpoint that holds the weights")
-    latent: Latent = Field(description="what it makes images of")
-    output: tuple[float, float] = Field((0.0, 1.0), description="what it gives for black and for white, often [-1, 1]")
 
     @model_validator(mode="after")
-    def _builds(self) -> Generator:
+    def _builds(self) -> Beside:
         if self.weights in (RANDOM, TRAINED_HERE) or self.spec.weights_file is None:
-            raise ValueError(f"weights: {self.weights!r}: a generator needs trained weights, as a file")
-        if self.output[0] >= self.output[1]:
-            raise ValueError(f"output: black, {self.output[0]:g}, has to lie below white, {self.output[1]:g}")
+            raise ValueError(f"weights: {self.weights!r}: {self.what} needs trained weights, as a file")
         return self
 
     @property
@@ -457,3 +456,46 @@ class Generator(Strict):
         """Return what builds the network."""
         named = ("module", "weights", "arguments", "files", "prefix", "within")
         return NetworkSpec(**{name: getattr(self, name) for name in named})
+
+
+class Generator(Beside):
+    """A network that makes images: pictures of units may be sought among those that it can make."""
+
+    what: ClassVar[str] = "a generator"
+
+    latent: Latent = Field(description="what it makes images of")
+    output: tuple[float, float] = Field((0.0, 1.0), description="what it gives for black and for white, often [-1, 1]")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Generator:
+        if self.output[0] >= self.output[1]:
+            raise ValueError(f"output: black, {self.output[0]:g}, has to lie below white, {self.output[1]:g}")
+        return self
+
+
+class Expert(Beside):
+    """A network that knows what likely images are: log p(x), or what is left of an image without its noise."""
+
+    what: ClassVar[str] = "an expert"
+
+    kind: Literal["density", "denoiser"] = Field(
+        description="`density`: it gives log p(x) of each image up to a constant, (image,); `denoiser`: the image "
+        "without its noise, whose difference from the image over `noise` squared is the gradient of log p(x)"
+    )
+    weight: NonNegativeFloat = Field(0.1, description="weight of log p(x), per input")
+    input: tuple[float, float] = Field((0.0, 1.0), description="what it takes for black and for white, often [-1, 1]")
+    noise: Positive | None = Field(
+        None,
+        description="of a denoiser: the deviation of the noise that it was trained to take away, as a share of the "
+        "range from black to white",
+    )
+
+    @model_validator(mode="after")
+    def _kinds(self) -> Expert:
+        if self.input[0] >= self.input[1]:
+            raise ValueError(f"input: black, {self.input[0]:g}, has to lie below white, {self.input[1]:g}")
+        if self.kind == "denoiser" and self.noise is None:
+            raise ValueError("noise: give the deviation of the noise that the denoiser was trained to take away")
+        if self.kind == "density" and self.noise is not None:
+            raise ValueError("noise: is of a denoiser; a density has none: leave it out")
+        return self

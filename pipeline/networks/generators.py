@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config.networks import Generator
-from pipeline.errors import MicrotomeError
-from pipeline.networks import identity
+from pipeline.networks import beside
 from pipeline.storage.identity import FileDigests
 from pipeline.workers.devices import device
 
@@ -37,25 +35,13 @@ class Maker:
 
 def settings_of(generator: Generator, digests: FileDigests) -> dict[str, Any]:
     """Return what ids hold of a generator: what builds it, its weights, and how it is used."""
-    return {
-        "architecture": identity.architecture(generator.spec, digests),
-        "weights": identity.weights_digest(generator.spec, digests),
-        "latent": generator.latent.model_dump(),
-        "output": list(generator.output),
-    }
+    used = {"latent": generator.latent.model_dump(), "output": list(generator.output)}
+    return beside.made_of(generator.spec, digests) | used
 
 
-@functools.lru_cache(maxsize=2)
 def generator_of(maker: Maker) -> torch.nn.Module:
     """Return this worker's copy of a generator; refuse weights that changed since the run began."""
-    from pipeline.networks.build import load
-    from pipeline.networks.checkpoint import sha256
-
-    spec = maker.generator.spec
-    assert spec.weights_file is not None
-    if sha256(spec.weights_file) != maker.weights:
-        raise MicrotomeError(f"{spec.weights_file} changed since the run began: start it again")
-    return load(spec).to(device())
+    return beside.network(maker.generator.spec, maker.weights)
 
 
 def pixels_of(network: torch.nn.Module, generator: Generator, latents: torch.Tensor, channels: int) -> torch.Tensor:

@@ -20,6 +20,7 @@ from kernels.visualization.ascent import Ascent, ascend
 from kernels.visualization.priors import Gaussian, Spectrum
 from kernels.visualization.spectrum import image_of
 from pipeline.config.networks import Network
+from pipeline.networks.experts import Likelihood
 from pipeline.networks.forward import normalise
 from pipeline.networks.generators import Maker, drawn, generator_of, pixels_of
 from pipeline.networks.gradients import Target, gradients, scores
@@ -66,7 +67,7 @@ class Climb:
     ----------
     target : what each row maximises. scale : (row,) what its score is divided by. seeds : of each row.
     size : (channel, y, x) of the pictures. spectrum : statistics of the data set, for the priors that need them.
-    maker : the generator whose latents are sought, if one is.
+    maker : the generator whose latents are sought, if one is. judges : networks that know what likely pixels are.
     """
 
     network: nn.Module
@@ -78,6 +79,7 @@ class Climb:
     options: Maximise
     spectrum: Spectrum | None = None
     maker: Maker | None = None
+    judges: Sequence[Likelihood] = ()
 
     def __post_init__(self) -> None:
         self.space = Space(self.spec)
@@ -190,7 +192,7 @@ class Climb:
                 return value, pull / self.space.spread
 
             found.append((judge, -weight / values))
-        return found
+        return [*found, *((each, each.expert.weight / values) for each in self.judges)]
 
     # Phases -----------------------------------------------------------------------------------------------------------
 

@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from kernels.visualization.filters import ALIKE
 from pipeline.config.base import UNTRAINED
 from pipeline.errors import MicrotomeError
 from pipeline.report.experiment import Experiment, file_names
 from pipeline.stages.visualize.results import FILTERS, PROJECTIONS, Drawn, Visualized
+from pipeline.stages.visualize.settings import UNSWITCHED
 from pipeline.storage.manifest import Manifest, latest
 from pipeline.storage.store import StoreRef
 
@@ -89,6 +91,17 @@ class FirstLayer:
     @property
     def kernel(self) -> tuple[int, int]:
         return self.filters.shape[2], self.filters.shape[3]
+
+    @property
+    def alike(self) -> float:
+        """The share of near-duplicates."""
+        return float(np.mean(np.nan_to_num(self.similarity) > ALIKE))
+
+    @property
+    def alias(self) -> float:
+        """The mean share of a filter's energy above the Nyquist frequency of the stride; NaN without any energy."""
+        known = self.aliasing[~np.isnan(self.aliasing)]
+        return float(known.mean()) if known.size else float("nan")
 
 
 @dataclass(frozen=True)
@@ -177,6 +190,20 @@ def read_rows(store: StoreRef, name: str, rows: Sequence[int]) -> np.ndarray:
     """Return some rows of an array of a group."""
     array = store.open()[name]
     return np.asarray(array[min(rows) : max(rows) + 1])[np.asarray(rows) - min(rows)]
+
+
+def switches_cosine(projected: ProjectedLayer, rule: str) -> np.ndarray | None:
+    """Return the cosine of each projection by a rule with that without switches, (projection,); None without both."""
+    if not {rule, rule + UNSWITCHED} <= set(projected.methods):
+        return None
+    places = [projected.methods.index(each) for each in (rule, rule + UNSWITCHED)]
+    found = []
+    for row in range(len(projected.numbers)):
+        maps = read_rows(projected.store, "projection", [row])[0][:, places].astype(np.float64) - 128
+        one, other = maps.reshape(*maps.shape[:2], -1).transpose(1, 0, 2)
+        length = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
+        found.append(((one * other).sum(1) / np.where(length > 0, length, 1))[length > 0])
+    return np.concatenate([*found, np.zeros(0)])
 
 
 # In a report ----------------------------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from kernels.visualization.filters import ALIKE
 from pipeline.config.base import UNTRAINED
 from pipeline.report.experiment import Experiment
 from pipeline.report.page import Figure, Page
@@ -23,16 +22,20 @@ from pipeline.stages.visualize.found import (
     TITLES,
     FirstLayer,
     Pictured,
+    ProjectedLayer,
     Visualizations,
     control_of,
     folder_of,
     page_of,
     reached_by,
+    switches_cosine,
     visualizations,
 )
+from pipeline.stages.visualize.settings import UNSWITCHED
 
 REACHED_COLUMNS = ("subject", "number", "way", "reached", "data_maximum", "threshold", "ratio")
-RULES = {"deconvnet": "deconvnet", "guided_backprop": "guided backpropagation", "gradient": "gradient"}
+PLAIN = {"deconvnet": "deconvnet", "guided_backprop": "guided backpropagation", "gradient": "gradient"}
+RULES = PLAIN | {f"{rule}{UNSWITCHED}": f"{title} without switches" for rule, title in PLAIN.items()}
 
 
 @dataclass(frozen=True)
@@ -111,13 +114,22 @@ def page(experiment: Experiment, key: tuple[str, str], sections: Sequence[Sectio
         file=page_of(experiment, *key),
         title=f"Feature pictures, {label}",
         template="visualization.html.j2",
-        values={"sections": sections, "network": network},
+        values={"sections": sections, "network": network, "first_layers": first_layers(experiment)},
         summary=f"What units and classes of {label} want to see, beside the evidence of the data.",
         findings=[finding for one in sections for finding in one.findings],
         figures=[figure for one in sections for figure in one.figures],
         files=list(files),
         methods="methods-visualization.html.j2",
     )
+
+
+def first_layers(experiment: Experiment) -> list[tuple[str, FirstLayer]]:
+    """Return the first layers of all networks of the configuration, each once, with the network's name."""
+    found = {}
+    for (_, network), several in visualizations(experiment).items():
+        for one in several:
+            found |= {(network, first.facts.subject): (network, first) for first in one.first}
+    return list(found.values())
 
 
 def section_of(
@@ -265,21 +277,33 @@ def findings(experiment: Experiment, one: Visualizations) -> Iterator[str]:
             share = float(each.beats.mean()) if len(each.beats) else float("nan")
             said += f"; of the untrained network, {percent(share)} of its own do"
         yield said + "."
+    for projected in one.projected:
+        yield from switches_said(projected)
     for first in one.first:
         yield first_said(first)
     yield from (note[0].upper() + note[1:] + "." for note in one.notes)
 
 
+def switches_said(projected: ProjectedLayer) -> Iterator[str]:
+    """Say how far projections without the switches of max pooling are those with them."""
+    for rule, title in PLAIN.items():
+        if (cosine := switches_cosine(projected, rule)) is not None and cosine.size:
+            low, middle, high = np.quantile(cosine, [0.25, 0.5, 0.75])
+            yield (
+                f"{projected.facts.subject}: projections by {title} without the switches of max pooling have a cosine "
+                f"of {middle:.2f} in the median with those by the same rule with them (quartiles {low:.2f} and "
+                f"{high:.2f})."
+            )
+
+
 def first_said(first: FirstLayer) -> str:
     """Say what the filters of a first layer are worth."""
-    known = first.aliasing[~np.isnan(first.aliasing)]
-    energy = percent(float(known.mean())) if known.size else "–"
-    alike = float(np.mean(np.nan_to_num(first.similarity) > ALIKE))
+    energy = percent(first.alias) if not np.isnan(first.alias) else "–"
     (height, width), (down, right) = first.kernel, first.stride
     stride = f"{down}" if down == right else f"{down} and {right}"
     return (
         f"{first.facts.subject}: of its {plural(len(first.filters), 'filter')} of {height} × {width} at stride "
-        f"{stride}, {percent(float(first.dead.mean()))} are dead and {percent(alike)} near-duplicates; {energy} of "
+        f"{stride}, {percent(float(first.dead.mean()))} are dead and {percent(first.alike)} near-duplicates; {energy} of "
         f"their energy is above the Nyquist frequency of the stride."
     )
 

@@ -9,29 +9,90 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.nn import functional
 
 from pipeline.errors import MicrotomeError
 from pipeline.networks.gradients import Target, gradients, in_chunks, padded
-from pipeline.networks.graph.call_sites import CallSites
+from pipeline.networks.graph.call_sites import Call, CallSites, UnsupportedError, Vouched, argument
 from pipeline.networks.graph.reach import Reach, Window
-from pipeline.networks.graph.rectified import Rectified
+from pipeline.networks.graph.rectified import MAX_POOLS, Rectified
 from pipeline.networks.layer import LayerInfo
 from pipeline.networks.layers import Recorder, to_maps
-from pipeline.stages.visualize.settings import Rule
+from pipeline.stages.visualize.settings import UNSWITCHED, Rule
 from pipeline.stages.visualize.subject import Single
 
 OUTSIDE = 1e-3
 """Share of a projection's magnitude that may lie beyond the receptive field: fast convolutions round so."""
 
 
-class Partly(Rectified):
-    """The rules of deconvnet or guided backpropagation for a part of a network, before whose end there may be no ReLU.
+class Spread(Vouched):
+    """Compute the max pooling of x, and send each value back evenly over its window, within the image."""
 
-    Without one, they are the gradient.
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        kernel: Any,
+        stride: Any,
+        padding: Any,
+        ceil_mode: bool,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        ctx.pooling = kernel, stride, padding, ceil_mode
+        return functional.max_pool2d(x, kernel, stride, padding, ceil_mode=ceil_mode)
+
+    @staticmethod
+    def backward(ctx: Any, *relevance: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
+        (x,), (kernel, stride, padding, ceil_mode) = ctx.saved_tensors, ctx.pooling
+        with torch.enable_grad():
+            given = torch.zeros_like(x).requires_grad_()
+            mean = functional.avg_pool2d(given, kernel, stride, padding, ceil_mode, count_include_pad=False)
+        return *torch.autograd.grad(mean, given, relevance), None, None, None, None
+
+
+class Ruled(Rectified):
+    """The rules of deconvnet or guided backpropagation, with or without the switches of max pooling.
+
+    Without them, what max pooling gets is spread evenly over its windows: the image decides less of the projection.
+    """
+
+    def __init__(self, network: nn.Module, rule: Rule) -> None:
+        plain: Any = rule.removesuffix(UNSWITCHED)
+        super().__init__(network, plain)
+        self.switches = plain == rule
+        self.pools = 0
+
+    def rule(self, call: Call) -> Any:
+        if self.switches or call.name not in MAX_POOLS:
+            return super().rule(call)
+        names = "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices"
+        defaults = None, None, 0, 1, False, False
+        kernel, stride, padding, dilation, ceil_mode, indices = (
+            argument(call, 1 + at, *each) for at, each in enumerate(zip(names, defaults, strict=True))
+        )
+        if call.name != "max_pool2d" or dilation not in (1, (1, 1), [1, 1]) or indices:
+            raise self.refusal(call.name, "is no plain max_pool2d, and has no form without switches")
+        self.pools += 1
+        given = call.args[0] if call.args else call.kwargs["input"]
+        return Spread.apply(given, kernel, stride, padding, ceil_mode)
+
+    def audit(self, output: torch.Tensor) -> None:
+        super().audit(output)
+        if not self.switches and not self.pools:
+            raise UnsupportedError(
+                f"{self.method} without switches: the network calls no max pooling, so there are none to leave out"
+            )
+
+
+class Partly(Ruled):
+    """The same for a part of a network, before whose end there may be no ReLU or max pooling.
+
+    Without a ReLU, they are the gradient.
     """
 
     def audit(self, output: torch.Tensor) -> None:

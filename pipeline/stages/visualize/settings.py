@@ -17,9 +17,12 @@ from pipeline.storage.record import Record
 if TYPE_CHECKING:
     from pipeline.config.core import Core
 
-Rule = Literal["deconvnet", "guided_backprop", "gradient"]
+Rule = Literal["deconvnet", "guided_backprop", "gradient", "deconvnet_unswitched", "guided_backprop_unswitched"]
+UNSWITCHED = "_unswitched"
+"""Suffix of the rules whose max pooling sends back without its switches."""
 Prior = Literal["l2", "tv", "gaussian"]
-Expert = Literal["l2", "tv", "gaussian", "maco"]
+BUILT_IN = ("l2", "tv", "gaussian", "maco")
+"""The experts that are no networks."""
 OF_LATENT = "latent-"
 """Prefix of the ways of generators."""
 UnitNumber = Annotated[int, Field(ge=0)]
@@ -30,7 +33,8 @@ class Projections(Strict):
 
     images: Annotated[int, Field(ge=1, le=100)] = Field(9, description="images of each unit, highest activation first")
     methods: Annotated[list[Rule], Field(min_length=1)] = Field(
-        ["deconvnet", "guided_backprop", "gradient"], description="what ReLUs send back"
+        ["deconvnet", "guided_backprop", "gradient"],
+        description="what ReLUs send back; with `_unswitched`, max pooling spreads it evenly over its windows",
     )
     units: PositiveInt | None = Field(None, description="only for the first N units of each layer; default: for all")
 
@@ -44,10 +48,11 @@ class Maximise(Strict):
     """Images that are made to excite a unit or a class."""
 
     steps: Annotated[int, Field(ge=1, le=100_000)] = Field(256, description="steps of gradient ascent")
-    expert: list[Expert] = Field(
+    expert: list[Name] = Field(
         ["l2", "tv"],
-        description="what a likely image is: `l2`, `tv` (total variation) and `gaussian` (of the data set) are added "
-        "up for one picture; `maco`, whose magnitude spectrum is that of the data set, makes one of its own",
+        description="what a likely image is: `l2`, `tv` (total variation), `gaussian` (of the data set) and names of "
+        "the section `experts` are added up for one picture; `maco`, whose magnitude spectrum is that of the data set, "
+        "makes one of its own",
     )
     restarts: Annotated[int, Field(ge=1, le=64)] = Field(
         2, description="starts from different noise; the best is shown"
@@ -90,10 +95,15 @@ class Maximise(Strict):
         return found
 
     @property
+    def networks(self) -> list[str]:
+        """The experts that are networks, of the section `experts`, in a fixed order."""
+        return sorted(name for name in self.expert if name not in BUILT_IN)
+
+    @property
     def ways(self) -> list[str]:
         """The pictures that each unit gets: `pixels`, `maco`, and one of each generator."""
-        alone = not (self.expert or self.generators)
-        plain = (["pixels"] if self.priors or alone else []) + (["maco"] if "maco" in self.expert else [])
+        pixels = self.priors or self.networks or not (self.expert or self.generators)
+        plain = (["pixels"] if pixels else []) + (["maco"] if "maco" in self.expert else [])
         return [*plain, *(f"{OF_LATENT}{name}" for name in self.generators)]
 
 
@@ -141,12 +151,18 @@ Visualizations = dict[Name, Visualization]
 
 def check(core: Core, section: Visualizations) -> None:
     """Raise `ValueError` where an experiment names a network or data set that is not there."""
+    if taken := [name for name in BUILT_IN if name in core.experts]:
+        raise ValueError(f"experts.{taken[0]}: {taken[0]!r} is an expert without a network: give another name")
     for name, asked in section.items():
         Visualization.section(f"visualize.{name}", "").check(core, asked)
         for generator in asked.maximise.generators if asked.maximise is not None else ():
             if generator not in core.generators:
                 near = nearest(generator, core.generators)
                 raise ValueError(f"visualize.{name}.maximise.generators: no generator {generator!r}{near}")
+        for expert in asked.maximise.networks if asked.maximise is not None else ():
+            if expert not in core.experts:
+                near = nearest(expert, [*BUILT_IN, *core.experts])
+                raise ValueError(f"visualize.{name}.maximise.expert: no expert {expert!r}{near}")
 
 
 class Settings(Record):
@@ -156,7 +172,8 @@ class Settings(Record):
     ----------
     units : as configured, by layer. most : bound on `best`.
     classes : by index; None: all.
-    projections, maximise : as configured. generators : by name, what ids hold of those that are named.
+    projections, maximise : as configured.
+    generators, experts : by name, what ids hold of those that are named.
     """
 
     split: str
@@ -167,6 +184,7 @@ class Settings(Record):
     maximise: Maximise | None
     first_layers: bool
     generators: dict[str, Any]
+    experts: dict[str, Any] = Field({})
     preprocessing: Preprocessing
     numerics: Numerics
     special_tokens: int | SpecialTokens | None = None

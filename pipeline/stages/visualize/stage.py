@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.errors import MicrotomeError, nearest
+from pipeline.networks import experts
+from pipeline.networks.experts import Likelihood
 from pipeline.networks.forward import platform_numerics
 from pipeline.networks.generators import Maker
 from pipeline.networks.generators import settings_of as generator_settings
@@ -55,8 +57,10 @@ CODE = (
     "kernels/visualization/filters.py",
     "kernels/visualization/priors.py",
     "kernels/visualization/spectrum.py",
+    "pipeline/networks/beside.py",
     "pipeline/networks/build.py",
     "pipeline/networks/checkpoint.py",
+    "pipeline/networks/experts.py",
     "pipeline/networks/forward.py",
     "pipeline/networks/generators.py",
     "pipeline/networks/gradients.py",
@@ -125,6 +129,9 @@ def settings_of(draft: Draft, name: str, section: Visualization, dataset: str, n
     classes = [] if section.classes == "all" else [_class(draft, where, each, dataset) for each in section.classes]
     if twice := [each for at, each in enumerate(classes) if each in classes[:at]]:
         raise MicrotomeError(f"{where}.classes: class {twice[0]} is named twice, by name and by its index")
+    maximise = section.maximise
+    networks = maximise.networks if maximise is not None else []
+    judging = {each: experts.settings_of(draft.config.experts[each], draft.digests) for each in networks}
     return Settings(
         split=split,
         units=section.units,
@@ -135,8 +142,9 @@ def settings_of(draft: Draft, name: str, section: Visualization, dataset: str, n
         first_layers=section.first_layers,
         generators={
             each: generator_settings(draft.config.generators[each], draft.digests)
-            for each in (section.maximise.generators if section.maximise is not None else ())
+            for each in (maximise.generators if maximise is not None else ())
         },
+        **({"experts": judging} if judging else {}),  # without any, ids are those of before they existed
         preprocessing=spec.preprocessing,
         numerics=spec.numerics,
         **spec.reading.settings,
@@ -241,6 +249,7 @@ def way_of(job: Job[Settings], way: str, shown: np.ndarray) -> list[Any]:
         told |= {"generator": job.settings.generators[latent]}
     if way == "pixels":
         told |= {name: None for name in ("l2", "tv", "gaussian") if name not in options.expert}
+        told |= {"experts": job.settings.experts} if options.networks else {}
     of_data = [each for _, *each in statistics_of(job, shown)] if needs_spectrum(options, way) else []
     return [way, told, of_data]
 
@@ -310,14 +319,16 @@ def run(job: Job[Settings]) -> None:
     methods = settings.projections.methods if settings.projections is not None else []
     with job.workers() as workers:
         layers = list(dict.fromkeys(row.subject for row in rows if row.of_units))
-        makers = makers_of(job)
-        asked = model, images.size, layers, methods, settings.first_layers, list(makers.values())
+        makers, judges = makers_of(job), judges_of(job)
+        asked = model, images.size, layers, methods, settings.first_layers, list(makers.values()), judges
         seen: Seen = next(run_tasks(workers, tasks.look, [asked], 1, f"{job.name}: network"))
         if seen.refused:
             name, why = next(iter(seen.refused.items()))
             where = f"visualize.{job.experiment}"
             if name in makers:
                 raise MicrotomeError(f"{where}.maximise.generators: {name!r}: {why}")
+            if name in settings.experts:
+                raise MicrotomeError(f"{where}.maximise.expert: {name!r}: {why}")
             raise MicrotomeError(
                 f"{where}.projections.methods: {name!r} of network {job.network!r}: {why}; `gradient` needs no ReLU"
             )
@@ -340,7 +351,8 @@ def run(job: Job[Settings]) -> None:
             assert settings.maximise is not None
             needed = spectrum if needs_spectrum(settings.maximise, way) else None
             maker = makers.get(way.removeprefix(OF_LATENT)) if way.startswith(OF_LATENT) else None
-            return model, own, way, part, settings.maximise, seen.normalised, needed, maker, key
+            judging = judges if way == "pixels" else []
+            return model, own, way, part, settings.maximise, seen.normalised, needed, maker, judging, key
 
         def strip(key: str, _: list[str]) -> tuple:
             group, part = parted(key)[1:]
@@ -371,6 +383,12 @@ def makers_of(job: Job[Settings]) -> dict[str, Maker]:
     """Return the generators that are named, as tasks name them."""
     told = job.settings.generators
     return {name: Maker.of(name, job.config.generators[name], each["weights"]) for name, each in told.items()}
+
+
+def judges_of(job: Job[Settings]) -> list[Likelihood]:
+    """Return the networks among the experts, as tasks name them."""
+    told = job.settings.experts
+    return [Likelihood.of(name, job.config.experts[name], told[name]["weights"]) for name in sorted(told)]
 
 
 def spectrum_of(job: Job[Settings], workers: Any, shown: np.ndarray) -> Spectrum | None:
@@ -427,7 +445,7 @@ def terms_of(options: Maximise, way: str) -> list[str]:
     """Return the names of the terms of a trajectory."""
     if way.startswith(OF_LATENT):
         return ["score", "latent"]
-    return ["score", *(options.priors if way == "pixels" else ())]
+    return ["score", *((*options.priors, *options.networks) if way == "pixels" else ())]
 
 
 def strip_of(job: Job[Settings], row: Row, seen: Seen) -> Strip:

@@ -14,19 +14,19 @@ from kernels.images.grey import grey
 from kernels.visualization.priors import Spectrum
 from pipeline.data.images import pixels as pixels_of
 from pipeline.errors import MicrotomeError
-from pipeline.networks import generators
+from pipeline.networks import experts, generators
+from pipeline.networks.experts import Likelihood
 from pipeline.networks.explainable import normalised_by
 from pipeline.networks.fitness import Normalised
 from pipeline.networks.forward import Model, network_of, normalise
 from pipeline.networks.generators import Maker
 from pipeline.networks.gradients import Logit, Target, gradients
 from pipeline.networks.graph.reach import Reach, first_convolutions, reach_of
-from pipeline.networks.graph.rectified import Rectified
 from pipeline.networks.layer import LayerInfo
 from pipeline.networks.layers import head_of, one_attention_path
 from pipeline.networks.prepare import prepare, survey_of
 from pipeline.stages.visualize.climbing import Climb
-from pipeline.stages.visualize.projecting import project
+from pipeline.stages.visualize.projecting import Ruled, project
 from pipeline.stages.visualize.results import PictureLayout, ProjectionLayout
 from pipeline.stages.visualize.settings import Maximise, Rule
 from pipeline.stages.visualize.subject import Strongest
@@ -46,7 +46,7 @@ class Seen:
     normalised : whether its outputs are those of a softmax.
     parameters : how many values they have. values : of all outputs of layers, for an image.
     filters : by module that reads the image itself, its weights (filter, channel, y, x) and stride.
-    refused : by method of projection or name of a generator, why the network does not allow it.
+    refused : by method of projection or name of a generator or expert, why the network does not allow it.
     """
 
     layers: dict[str, LayerInfo]
@@ -102,6 +102,7 @@ def look(
     methods: Sequence[Rule],
     filters: bool,
     makers: Sequence[Maker],
+    judges: Sequence[Likelihood],
 ) -> Seen:
     """Look at a network with its own weights. Runs on a worker."""
     with computing:
@@ -118,12 +119,15 @@ def look(
             if rule == "gradient" or not has_logits:
                 continue
             try:
-                gradients(network, inputs, Logit(torch.zeros(2, dtype=torch.int64)), sites=Rectified(network, rule))
+                gradients(network, inputs, Logit(torch.zeros(2, dtype=torch.int64)), sites=Ruled(network, rule))
             except MicrotomeError as error:
                 refused[rule] = str(error)
         for maker in makers:
             if why := generators.why_not(maker, size, model.spec.preprocessing.channels):
                 refused[maker.name] = why
+        for judge in judges:
+            if why := experts.why_not(judge, size, model.spec.preprocessing.channels):
+                refused[judge.name] = why
         modules = first_convolutions(network, inputs) if filters else []
         found: dict[str, Any] = {name: network.get_submodule(name) for name in modules}
         return Seen(
@@ -153,6 +157,7 @@ def draw(
     normalised: Normalised,
     spectrum: Spectrum | None,
     maker: Maker | None,
+    judges: Sequence[Likelihood],
     key: str,
 ) -> Done:
     """Make the pictures of one part of a group, and write them. Runs on a worker."""
@@ -173,6 +178,7 @@ def draw(
             options,
             spectrum,
             maker,
+            judges,
         )
         made = climb.run(way)
     if not (finite := made.finite & np.isfinite(made.reached)).all():
