@@ -298,13 +298,12 @@ def switches_said(projected: ProjectedLayer) -> Iterator[str]:
 
 def first_said(first: FirstLayer) -> str:
     """Say what the filters of a first layer are worth."""
-    energy = percent(first.alias) if not np.isnan(first.alias) else "–"
     (height, width), (down, right) = first.kernel, first.stride
     stride = f"{down}" if down == right else f"{down} and {right}"
     return (
         f"{first.facts.subject}: of its {plural(len(first.filters), 'filter')} of {height} × {width} at stride "
-        f"{stride}, {percent(float(first.dead.mean()))} are dead and {percent(first.alike)} near-duplicates; {energy} of "
-        f"their energy is above the Nyquist frequency of the stride."
+        f"{stride}, {percent(float(first.dead.mean()))} are dead and {percent(first.alike)} near-duplicates; "
+        f"{percent(first.alias)} of their energy is above the Nyquist frequency of the stride."
     )
 
 
