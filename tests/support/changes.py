@@ -296,6 +296,17 @@ def _drawn_before(folder: Path, raw: dict[str, Any]) -> dict[str, Any]:
     return _other_head(folder, drawn(raw))
 
 
+def _maco_beside(folder: Path, raw: dict[str, Any]) -> dict[str, Any]:
+    run(drawn(raw))
+    return changed(drawn(raw), "visualize", "mine", "maximise", "expert", to=["l2", "tv", "maco"])
+
+
+def _projected_again(folder: Path, raw: dict[str, Any]) -> dict[str, Any]:
+    run(drawn(raw))
+    methods = ["guided_backprop", "guided_backprop_unswitched"]
+    return changed(drawn(raw), "visualize", "mine", "projections", "methods", to=methods)
+
+
 def _explained_before(folder: Path, raw: dict[str, Any], after: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     run(explained(raw))
     return after()
@@ -440,6 +451,8 @@ CHANGES = [
     ),
     Change("pictures of units of the CNN switched on", "their parts", lambda folder, raw: drawn(raw)),
     Change("head of the CNN trained again, where its units are drawn", "its logits, and no unit again", _drawn_before),
+    Change("pictures by MACO beside those of pixels", "the parts of MACO", _maco_beside),
+    Change("other rules of projection, where units are drawn", "projections, and no picture again", _projected_again),
     Change("text or code of the report", "the report", lambda folder, raw: raw, report_changed),
 ]  # fmt: skip
 

@@ -89,6 +89,8 @@ def expected(name: str, work: Work) -> dict:
         "one more method of attribution, where the CNN's are audited": {},
         "pictures of units of the CNN switched on": {},
         "head of the CNN trained again, where its units are drawn": {"forwards": {"cnn": SHARDS}},
+        "pictures by MACO beside those of pixels": {},
+        "other rules of projection, where units are drawn": {},
         "text or code of the report": {},
     }[name]  # fmt: skip
 
@@ -139,6 +141,10 @@ def test_what_a_change_costs(tmp_path, base, change: Change):
             assert work.drawn == {"cnn maximised-pixels": 2, "cnn projections": 1}
         case "head of the CNN trained again, where its units are drawn":
             assert work.drawn == {} and "visualize scenes cnn mine" in work.steps
+        case "pictures by MACO beside those of pixels":
+            assert work.drawn == {"cnn maximised-maco": 2}
+        case "other rules of projection, where units are drawn":
+            assert work.drawn == {"cnn projections": 1}
         case "text or code of the report":
             assert work.steps == ["report"]
         case "one more source of concepts (colours of the pixels)":
