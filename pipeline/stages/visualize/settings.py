@@ -151,8 +151,8 @@ Visualizations = dict[Name, Visualization]
 
 def check(core: Core, section: Visualizations) -> None:
     """Raise `ValueError` where an experiment names a network or data set that is not there."""
-    if taken := [name for name in BUILT_IN if name in core.experts]:
-        raise ValueError(f"experts.{taken[0]}: {taken[0]!r} is an expert without a network: give another name")
+    if taken := [name for name in (*BUILT_IN, "score") if name in core.experts]:
+        raise ValueError(f"experts.{taken[0]}: {taken[0]!r} is the name of another term: choose a different one")
     for name, asked in section.items():
         Visualization.section(f"visualize.{name}", "").check(core, asked)
         for generator in asked.maximise.generators if asked.maximise is not None else ():

@@ -184,7 +184,7 @@ def test_names_of_experts(tmp_path):
     with pytest.raises(MicrotomeError, match=r"visualize.wishes.maximise.expert: no expert 'nature'.*natures"):
         planner.make(run_experiment.parse(raw))
     raw["experts"] = {"tv": raw["experts"]["natures"]}
-    with pytest.raises(MicrotomeError, match=r"experts.tv: 'tv' is an expert without a network"):
+    with pytest.raises(MicrotomeError, match=r"experts.tv: 'tv' is the name of another term"):
         planner.make(run_experiment.parse(raw))
 
 
