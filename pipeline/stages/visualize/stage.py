@@ -34,7 +34,7 @@ from pipeline.plan.step import Key
 from pipeline.stages.attribute.results import group_of
 from pipeline.stages.visualize import facts, results
 from pipeline.stages.visualize.results import PictureLayout, ProjectionLayout
-from pipeline.stages.visualize.settings import OF_LATENT, SECTION, Maximise, Settings, Visualization
+from pipeline.stages.visualize.settings import OF_LATENT, SECTION, UNSWITCHED, Maximise, Settings, Visualization
 from pipeline.storage.identity import digest
 from pipeline.storage.manifest import Files, below, within, write_file
 from pipeline.storage.object_storage import size_of
@@ -329,9 +329,8 @@ def run(job: Job[Settings]) -> None:
                 raise MicrotomeError(f"{where}.maximise.generators: {name!r}: {why}")
             if name in settings.experts:
                 raise MicrotomeError(f"{where}.maximise.expert: {name!r}: {why}")
-            raise MicrotomeError(
-                f"{where}.projections.methods: {name!r} of network {job.network!r}: {why}; `gradient` needs no ReLU"
-            )
+            hint = "" if name.endswith(UNSWITCHED) else "; `gradient` needs no ReLU"
+            raise MicrotomeError(f"{where}.projections.methods: {name!r} of network {job.network!r}: {why}{hint}")
         job.check_memory(memory_need(job, seen.parameters, seen.values), REMEDY)
         spectrum = spectrum_of(job, workers, shown)
         groups, strips = {}, {}

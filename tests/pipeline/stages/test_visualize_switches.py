@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from experiments import run
 from torch import nn
 from torch.nn import functional
+from visualizations import experiment
 
+from pipeline.errors import MicrotomeError
 from pipeline.networks.gradients import Logit, Unit, gradients
 from pipeline.networks.graph.call_sites import UnsupportedError
 from pipeline.stages.visualize.projecting import Partly, Ruled, Spread
@@ -37,6 +40,7 @@ def test_spread_by_loops(kernel, stride, padding, ceil_mode):
 def network(pooling):
     torch.manual_seed(0)
     layers = nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), pooling, nn.Conv2d(4, 3, 3), nn.ReLU()
+    nn.init.ones_(layers[3].bias)  # so that each image excites each unit somewhere
     return nn.Sequential(nn.Sequential(*layers), nn.AdaptiveAvgPool2d(1), nn.Flatten()).double().eval()
 
 
@@ -51,6 +55,7 @@ def test_rules_with_and_without_switches_by_hand(rule):
         before = first(x)
         pooled, switches = functional.max_pool2d(before.relu(), 2, return_indices=True)
         after = second(pooled)
+        assert after[:, 1].flatten(1).amax(1).gt(0).all()
         single = torch.zeros_like(after)
         best = after[:, 1].relu().flatten(1).argmax(1)
         single[:, 1].flatten(1)[torch.arange(3), best] = 1.0
@@ -78,3 +83,15 @@ def test_networks_without_switches_to_leave_out_are_refused():
         gradients(net, x, target, sites=Ruled(net, "deconvnet_unswitched"))
     net = network(nn.MaxPool2d(2))
     gradients(net, x, target, sites=Ruled(net, "deconvnet_unswitched"))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("workers")
+def test_the_stage_refuses_them_by_key(tmp_path):
+    """The small network has no max pooling."""
+    projections = {"images": 1, "methods": ["guided_backprop", "guided_backprop_unswitched"]}
+    raw = experiment(tmp_path, units={"b": [0]}, classes=[], maximise=None, projections=projections)
+    raw["datasets"]["scenes"]["concepts"] = []
+    expected = r"visualize.wishes.projections.methods: 'guided_backprop_unswitched' of network 'cnn': .* no max pooling"
+    with pytest.raises(MicrotomeError, match=expected):
+        run(raw, "ingest", "network", "extract", "visualize")
