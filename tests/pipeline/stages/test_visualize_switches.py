@@ -1,5 +1,6 @@
 """Projections without the switches of max pooling, by hand in float64."""
 
+import numpy as np
 import pytest
 import torch
 from experiments import run
@@ -10,7 +11,11 @@ from visualizations import experiment
 from pipeline.errors import MicrotomeError
 from pipeline.networks.gradients import Logit, Unit, gradients
 from pipeline.networks.graph.call_sites import UnsupportedError
+from pipeline.stages.visualize import page
+from pipeline.stages.visualize.found import ProjectedLayer, switches_cosine
 from pipeline.stages.visualize.projecting import Partly, Ruled, Spread
+from pipeline.stages.visualize.results import Drawn
+from pipeline.storage.store import StoreRef, write_whole
 
 POOLS = [(2, 2, 0, False), (3, 2, 1, False), (3, 2, 0, True), ((2, 3), (1, 2), (0, 1), False)]
 
@@ -95,3 +100,22 @@ def test_the_stage_refuses_them_by_key(tmp_path):
     expected = r"visualize.wishes.projections.methods: 'guided_backprop_unswitched' of network 'cnn': .* no max pooling"
     with pytest.raises(MicrotomeError, match=expected):
         run(raw, "ingest", "network", "extract", "visualize")
+
+
+def test_cosines_of_projections_with_and_without_switches(tmp_path):
+    """Over the pairs of a store by loops; a projection of which nothing came back has none."""
+    methods = ["gradient", "guided_backprop_unswitched", "guided_backprop"]
+    maps = np.random.default_rng(0).integers(0, 256, (2, 3, 3, 3, 4, 5), np.uint8)
+    maps[1, 2, 1] = 128
+    names = "unit", "place", "method", "channel", "y", "x"
+    files = write_whole(tmp_path / "b", {"projection": (names, maps)}, {})
+    facts = Drawn(store="projections", subject="b", group="b", rows=2)
+    layer = ProjectedLayer(facts, StoreRef(tmp_path / "b", files), np.array([4, 7]), methods, "closed form")
+    away = maps.astype(float) - 128
+    pairs = [(away[u, p, 2].ravel(), away[u, p, 1].ravel()) for u in range(2) for p in range(3) if (u, p) != (1, 2)]
+    expected = [a @ b / (np.linalg.norm(a) * np.linalg.norm(b)) for a, b in pairs]
+    np.testing.assert_allclose(switches_cosine(layer, "guided_backprop"), expected, rtol=1e-12)
+    assert switches_cosine(layer, "deconvnet") is None
+    (said,) = page.switches_said(layer)
+    assert said.startswith("b: projections by guided backpropagation without the switches of max pooling have a cosine")
+    assert f"{np.median(expected):.2f} in the median" in said
