@@ -13,6 +13,9 @@ from pipeline.workers.devices import device
 if TYPE_CHECKING:
     import torch
 
+ALIKE = 1e-3
+"""By how much, relative to the largest number, an expert may judge an image differently beside another."""
+
 
 @dataclass(frozen=True)
 class Likelihood:
@@ -72,7 +75,7 @@ def why_not(likelihood: Likelihood, size: tuple[int, int], channels: int) -> str
     drawn = torch.rand((2, channels, *size), generator=torch.Generator().manual_seed(0)).to(device())
     try:
         with torch.no_grad():
-            made = network(low + (high - low) * drawn)
+            made, twice = (network(low + (high - low) * each) for each in (drawn, drawn[[0, 0]]))
     except Exception as error:  # shapes that do not fit fail in many ways
         return f"it cannot take images of shape {[channels, *size]}: {type(error).__name__}: {error}"
     shape = tuple(made.shape) if isinstance(made, torch.Tensor) else None
@@ -83,6 +86,8 @@ def why_not(likelihood: Likelihood, size: tuple[int, int], channels: int) -> str
     assert made is not None
     if not bool(made.isfinite().all()):
         return "it gives numbers that are not finite on noise"
+    if not torch.allclose(twice[0], made[0], rtol=ALIKE, atol=ALIKE * float(made.abs().max())):
+        return "what it says of an image depends on the others of its batch, or on chance"
     try:
         likelihood(drawn)
     except RuntimeError as error:

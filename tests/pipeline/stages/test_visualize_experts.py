@@ -66,6 +66,11 @@ class Pixels(Shrink):
         return x.sum(1)
 
 
+class Together(Shrink):
+    def forward(self, x):
+        return (x - x.mean(0)).square().sum((1, 2, 3))
+
+
 class Rounded(Shrink):
     def forward(self, x):
         return (x - self.colour).round().detach().sum((1, 2, 3))
@@ -133,6 +138,7 @@ def test_a_denoiser_is_the_density_of_noisy_images(tmp_path, climb):
 NOT_ONE = [
     ("Pixels", {"kind": "density"}, r"as a density it gives \(2, 16, 16\) for 2 images, expected one number each"),
     ("Distance", {"kind": "denoiser", "noise": 0.1}, r"as a denoiser it gives \(2,\) for images of shape"),
+    ("Together", {"kind": "density"}, r"what it says of an image depends on the others of its batch, or on chance"),
     ("Rounded", {"kind": "density"}, r"its log p\(x\) has no gradient with respect to the image"),
 ]
 
