@@ -18,7 +18,7 @@ from torch import nn
 def linear(size=16):
     return nn.Sequential(OrderedDict(a=nn.Conv2d(3, 2, size), flatten=nn.Flatten()))
 """
-L2 = 20.0
+L2 = 40.0
 
 
 def test_a_linear_network_less_its_squared_norm(tmp_path):
