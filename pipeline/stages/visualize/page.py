@@ -125,7 +125,7 @@ def page(experiment: Experiment, key: tuple[str, str], sections: Sequence[Sectio
 
 def first_layers(experiment: Experiment) -> list[tuple[str, FirstLayer]]:
     """Return the first layers of all networks of the configuration, each once, with the network's name."""
-    found = {}
+    found: dict[tuple[str, str], tuple[str, FirstLayer]] = {}
     for (_, network), several in visualizations(experiment).items():
         for one in several:
             found |= {(network, first.facts.subject): (network, first) for first in one.first}

@@ -52,7 +52,8 @@ class Spread(Vouched):
         with torch.enable_grad():
             given = torch.zeros_like(x).requires_grad_()
             mean = functional.avg_pool2d(given, kernel, stride, padding, ceil_mode, count_include_pad=False)
-        return *torch.autograd.grad(mean, given, relevance), None, None, None, None
+        (found,) = torch.autograd.grad(mean, given, relevance)
+        return found, None, None, None, None
 
 
 class Ruled(Rectified):
