@@ -94,7 +94,8 @@ def _sections(model: type[BaseModel], path: str) -> Iterator[tuple[type[BaseMode
             for inner, step in _models(field.annotation, name):
                 key = next((key for key in ("kind", "method") if key in inner.model_fields), "")
                 told = get_args(inner.model_fields[key].annotation) if key else ()
-                of = f" ({key}: {told[0]})" if len(told) == 1 or (told and step.endswith(">")) else ""
+                named = " or ".join(told) if key == "kind" else next(iter(told), "")
+                of = f" ({key}: {named})" if len(told) == 1 or (told and step.endswith(">")) else ""
                 yield from walk(inner, f"{path.partition(' (')[0]}.{step}".removeprefix(".") + of)
 
     yield from walk(model, path)
