@@ -10,12 +10,23 @@ import pytest
 
 from pipeline.errors import DamagedError, MicrotomeError
 from pipeline.stages.audit import results, tasks
+from pipeline.stages.audit.cell import Audited
+from pipeline.stages.audit.declared import Measure
 from pipeline.stages.audit.found import shares_of
 from pipeline.stages.audit.page import most
 from pipeline.stages.audit.results import Cell, Name, Shares
+from pipeline.stages.audit.rows import outcomes
 from pipeline.storage.tables import read_rows
 
 CELL = Cell("test", Name("method"), Path())
+MEASURES = {
+    "area": Measure("Area"),
+    "curve": Measure("Curve", ("step",), {"step": ("0", "1", "2")}),
+    "hit": Measure("Hit"),
+    "rank": Measure("Rank", ("of", "truth"), {"of": ("a", "b"), "truth": ("c",)}),
+    "top": Measure("Top", ("of", "truth"), {"of": ("a", "b"), "truth": ("c",)}),
+}
+"""A test's measures: of equal dimensions two, two, and one alone."""
 
 
 @pytest.fixture
@@ -33,7 +44,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return {"value": np.array(batch, float)}
 
     monkeypatch.setattr(tasks, "_shared", lambda auditing, chosen, rows, stored: [each.shard.part for each in chosen])
-    monkeypatch.setattr(tasks, "_batch", lambda shared, name, stored, rows: shared)
+    monkeypatch.setattr(tasks, "_batch", lambda shared, name, stored, rows, reasons: shared)
     monkeypatch.setattr(tasks, "FUNCTIONS", {"test": test})
     return seen
 
@@ -43,7 +54,7 @@ def measured(*groups: str) -> dict[str, list[float] | str]:
     for group in groups:
         there = [(SimpleNamespace(rows={"test": [0]}, shard=SimpleNamespace(part=part)), {}) for part in group]
         auditing = SimpleNamespace(tests={"test": None})
-        for some, numbers in tasks._measured(auditing, CELL, there, {}):  # type: ignore[arg-type]
+        for some, numbers, _ in tasks._measured(auditing, CELL, there, {}):  # type: ignore[arg-type]
             for at, (each, _) in enumerate(some):
                 found[each.shard.part] = numbers if isinstance(numbers, str) else numbers["value"][[at]].tolist()
     return found
@@ -98,3 +109,44 @@ def test_shares_of_concepts_are_read_back_and_named() -> None:
     assert (first.of_class, first.relevance) == ("street", every[0].relevance)
     assert most(first.relevance) == "road 50\u00a0%, car 25\u00a0%, sky 12\u00a0%"
     assert most(first.loss) == "–" and most(second.loss) == "cow 100\u00a0%"
+
+
+def test_measures_of_equal_dimensions_share_an_array() -> None:
+    assert results.together(MEASURES) == {
+        "by_image": ["area", "hit"],
+        "curve": ["curve"],
+        "by_of_truth": ["rank", "top"],
+    }
+    made = results.arrays(MEASURES, 9, 4)
+    assert {name: (each.dims, each.shape) for name, each in made.items()} == {
+        "by_image": (("image", "by_image_measure"), (9, 2)),
+        "curve": (("image", "step"), (9, 3)),
+        "by_of_truth": (("image", "by_of_truth_measure", "of", "truth"), (9, 2, 2, 1)),
+    }
+    drawn = np.random.default_rng(0)
+    numbers = {name: drawn.random((5, *each.shape)) for name, each in MEASURES.items()}
+    stored = results.joined(MEASURES, numbers)
+    assert {name: values.shape[1:] for name, values in stored.items()} == {
+        name: each.shape[1:] for name, each in made.items()
+    }
+    again = results.parted(MEASURES, stored)
+    assert list(again) == list(MEASURES)
+    for name, values in numbers.items():
+        np.testing.assert_array_equal(again[name], values)
+
+
+def audited(values: list[float], images: int, refused: str = "") -> Audited:
+    unknown, ids = np.full(len(values), -1), [str(at) for at in range(len(values))]
+    return Audited(
+        *("data", "net", "test", Name("m"), None, {"value": MEASURES["area"]}, {"value": np.array(values)}),
+        *(unknown, unknown, ids, ["a"], None, refused, images),
+    )
+
+
+def test_the_images_of_a_refused_shard_are_left_out_and_told() -> None:
+    (plain,) = outcomes(audited([1, 2, 6], 3), None)
+    (some,) = outcomes(audited([1, 2, 6], 8, "no map"), None)
+    assert (some.value, some.low, some.high, some.images, some.state) == (3, plain.low, plain.high, 3, "")
+    assert (plain.note, some.note) == ("", "5 of 8 images are refused with their shards: no map")
+    (none,) = outcomes(audited([], 8, "no map"), None)
+    assert np.isnan(none.value) and (none.state, none.note) == ("refused", "no map")
