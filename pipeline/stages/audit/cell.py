@@ -19,7 +19,7 @@ class Audited:
 
     Attributes
     ----------
-    arrays : by measure, (image, ...). measures : what each of them is. slots : of the images, ascending in each shard.
+    arrays : by measure, (image, ...). measures : what each of them is. slots : of the images.
     method : the options of the method of attribution; None for a control.
     labels : int64 (image,), -1 where there is none. explained : the class that is explained of each image.
     ids : of the images. class_names : of the data set. given : what `Test.prepare` made.
@@ -43,4 +43,4 @@ class Audited:
     refused: str = ""
     images: int = 0
     reasons: Mapping[str, str] = field(default_factory=dict)
-    slots: Sequence[int] = ()
+    slots: Sequence[int] | np.ndarray = ()

@@ -86,6 +86,7 @@ CODE = (
     "pipeline/stages/audit/trials",
 )
 REMEDY = "lower `shard_images` of the data set or `numerics.micro_batch` of the network"
+READ = 16  # shards of a cell that are read together
 REASONS = "reasons"  # that stores of functions hold, too: those without are written again
 OF_DATASET = ("concepts",)
 """Stages with one step a data set, among those that tests read."""
@@ -224,11 +225,21 @@ class Pair:
         return np.array(found, np.int64)
 
     def stored(self, array: Any, test: str, parts: Iterable[str]) -> np.ndarray:
-        """Return what an array of a cell's store (slot, ...) has of the images that a test audits, of these shards."""
-        blocks = [np.empty((0, *array.shape[1:]))]
+        """Return what an array of a cell's store (slot, ...) has of the images that a test audits, of these shards.
+
+        A few shards that follow each other are read together.
+        """
+        runs: list[list[str]] = []
         for part in parts:
-            places = [self.shards[part].places[row] for row in self.chosen[test][part]]
-            blocks.append(np.asarray(array[slice(*self.shards[part].bounds)])[places])
+            last = runs[-1] if runs else []
+            if last and len(last) < READ and self.shards[last[-1]].bounds[1] == self.shards[part].bounds[0]:
+                last.append(part)
+            else:
+                runs.append([part])
+        blocks = [np.empty((0, *array.shape[1:]))]
+        for run in runs:
+            start, stop = self.shards[run[0]].bounds[0], self.shards[run[-1]].bounds[1]
+            blocks.append(np.asarray(array[start:stop])[self.slots(test, run) - start])
         return np.concatenate(blocks)
 
 
@@ -255,7 +266,7 @@ def run(job: Job[Settings]) -> None:
         for key, cell, own in read(job, pair, parts[pair.names], given[pair.names]):
             files |= own
             told[key] = outcomes(cell, tests[cell.test])
-            single.setdefault(pair.job.dataset, {}).update(numbers_of(cell))
+            single.setdefault(pair.job.dataset, {}).update(numbers_of(pair, cell))
             if cell.test == "ablation":
                 concepts += concepts_of(cell)
         rows += rows_of(pair, tests, told)
@@ -588,7 +599,7 @@ def read(
                 next(iter(refused.values()), ""),
                 len(every),
                 {law: why for entry in reversed(entries.values()) for law, why in entry.get("reasons", {}).items()},
-                slots.tolist(),
+                slots,
             ),
             within(cell.store.relative_to(job.folder).as_posix(), own),
         )
@@ -619,13 +630,18 @@ def rows_of(pair: Pair, tests: Mapping[str, TestOptions], told: Mapping[str, lis
     return rows
 
 
-def numbers_of(cell: Audited) -> dict[tuple[str, str, str], tuple[np.ndarray, np.ndarray]]:
-    """Return the numbers that each image has once, by network, method and measure, with the images' slots before."""
-    return {
-        (cell.network, cell.name.told, f"{cell.test}.{name}"): (np.array(cell.slots, np.int64), cell.arrays[name])
-        for name, measure in cell.measures.items()
-        if not measure.dims
-    }
+def numbers_of(pair: Pair, cell: Audited) -> dict[tuple[str, str, str], tuple[np.ndarray, np.ndarray]]:
+    """Return the numbers that each image has once, by network, method and measure, with the images' slots before.
+
+    An image of a shard that is refused has NaN.
+    """
+    slots, found = pair.slots(cell.test), {}
+    for name, measure in cell.measures.items():
+        if not measure.dims:
+            values = np.full(len(slots), np.nan)
+            values[np.isin(slots, cell.slots)] = cell.arrays[name]
+            found[cell.network, cell.name.told, f"{cell.test}.{name}"] = slots, values
+    return found
 
 
 def write_store(

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from pipeline.errors import DamagedError, MicrotomeError
-from pipeline.stages.audit import results, tasks
+from pipeline.stages.audit import results, sanity, tasks
 from pipeline.stages.audit.cell import Audited
 from pipeline.stages.audit.declared import Measure
 from pipeline.stages.audit.found import shares_of
 from pipeline.stages.audit.page import most
 from pipeline.stages.audit.results import Cell, Name, Shares
 from pipeline.stages.audit.rows import outcomes
+from pipeline.stages.audit.stage import check
 from pipeline.storage.tables import read_rows
 
 CELL = Cell("test", Name("method"), Path())
@@ -150,3 +152,20 @@ def test_the_images_of_a_refused_shard_are_left_out_and_told() -> None:
     assert (plain.note, some.note) == ("", "5 of 8 images are refused with their shards: no map")
     (none,) = outcomes(audited([], 8, "no map"), None)
     assert np.isnan(none.value) and (none.state, none.note) == ("refused", "no map")
+
+
+def test_label_controls_of_another_architecture_are_refused_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = {"tiny": 1234, "random": 1234, "mlp": 5678}
+    monkeypatch.setattr(sanity.inspected, "found", lambda job: SimpleNamespace(parameters=weights[job.network]))
+
+    def said(options: dict[str, Any], datasets: str = "aaa") -> list[str]:
+        named = zip(weights, datasets, strict=True)
+        parents = [SimpleNamespace(stage=SimpleNamespace(name="attribute"), network=n, dataset=d) for n, d in named]
+        settings = SimpleNamespace(tests={"label_randomisation": options, "deletion": {}})
+        return list(check(SimpleNamespace(settings=settings, parents=parents, experiment="honest")))  # type: ignore[arg-type]
+
+    (why,) = said({"network": "random"})
+    assert why.startswith("audit.honest.tests.label_randomisation.network: 'random' has 1,234 weights and 'mlp' 5,678")
+    assert not said({"network": "random", "networks": ["tiny"]})
+    assert not said({"network": "random"}, "aab")  # the other is of another data set
+    assert len(said({"network": "mlp"})) == 2
