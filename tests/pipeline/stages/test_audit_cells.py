@@ -17,8 +17,10 @@ from pipeline.stages.audit.found import shares_of
 from pipeline.stages.audit.page import most
 from pipeline.stages.audit.results import Cell, Name, Shares
 from pipeline.stages.audit.rows import outcomes
-from pipeline.stages.audit.stage import check
+from pipeline.stages.audit.stage import Pair, check, numbers_of, read
+from pipeline.storage.store import create
 from pipeline.storage.tables import read_rows
+from pipeline.workers.resumable import Parts
 
 CELL = Cell("test", Name("method"), Path())
 MEASURES = {
@@ -169,3 +171,40 @@ def test_label_controls_of_another_architecture_are_refused_before_any_work(monk
     assert not said({"network": "random", "networks": ["tiny"]})
     assert not said({"network": "random"}, "aab")  # the other is of another data set
     assert len(said({"network": "mlp"})) == 2
+
+
+def test_a_cell_is_read_as_it_was_written_without_the_shards_that_are_refused(tmp_path: Path) -> None:
+    """Nine images in shards of four, four of them audited; the second shard is refused."""
+    cell = Cell("test", Name("noise", True), tmp_path / "cells" / "noise.zarr")
+    rows = {"0": (0, 2), "1": (1,), "2": (0,)}
+    shards = {
+        part: SimpleNamespace(bounds=bounds, places=places)
+        for part, bounds, places in (("0", (0, 4), (0, 1, 3)), ("1", (4, 8), (0, 2)), ("2", (8, 9), (0,)))
+    }
+    create(cell.store, results.arrays(MEASURES, 9, 4), {})
+    parts = Parts(cell.store, {part: f"made of {part}" for part in rows})
+    drawn = np.random.default_rng(1)
+    numbers = {name: drawn.random((3, *each.shape)) for name, each in MEASURES.items()}
+    at = 0
+    for part, own in rows.items():
+        found = None if part == "1" else numbers
+        some = slice(at, at + len(own)) if found else slice(0)
+        at += len(own) if found else 0
+        auditing, asked = SimpleNamespace(measures={"test": MEASURES}), SimpleNamespace(shard=shards[part])
+        written = tasks._written(auditing, cell, asked, own, found, some)  # type: ignore[arg-type]
+        parts.record(part, written, **({} if found else {"refused": "no map"}), reasons={"law": f"why {part}"})
+    labels, ids = np.arange(9), np.array([f"i{slot}" for slot in range(9)], object)
+    images = SimpleNamespace(reader=lambda: {"label": labels}, image_ids=lambda: ids, classes=["a"])
+    of = SimpleNamespace(images=images, dataset="data", network="net")
+    known = {"shards": shards, "chosen": {"test": rows}, "cells": {"key": cell}, "measures": {"test": MEASURES}}
+    pair = Pair(job=of, methods={}, maps={}, undefined={}, explained=labels, units={}, **known)  # type: ignore[arg-type]
+    ((key, one, files),) = read(SimpleNamespace(folder=tmp_path), pair, {"key": parts}, {})  # type: ignore[arg-type]
+    assert key == "key" and all(name.startswith("cells/noise.zarr/") for name in files)
+    assert (one.refused, one.images, one.reasons) == ("no map", 4, {"law": "why 0"})
+    assert (list(one.slots), list(one.ids)) == ([0, 3, 8], ["i0", "i3", "i8"])
+    assert list(one.labels) == list(one.explained) == [0, 3, 8]
+    for name, values in numbers.items():
+        np.testing.assert_array_equal(one.arrays[name], values)
+    slots, areas = numbers_of(pair, one)["net", "control:noise", "test.area"]
+    assert slots.tolist() == [0, 3, 6, 8]
+    np.testing.assert_array_equal(areas, [*numbers["area"][:2], np.nan, numbers["area"][2]])
