@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -9,6 +10,8 @@ import numpy as np
 DRAWS = 1000
 BLOCK = 2**22
 """Images that are drawn at a time, all draws together: as one array they would fill the memory."""
+KEPT = 2**17
+"""Images, all draws together, up to which draws are kept for the next measure of as many images."""
 
 
 def resampled(
@@ -42,6 +45,11 @@ def resampled(
     return value, float(low), float(high)
 
 
+@functools.lru_cache(maxsize=32)
+def _drawn(count: int, seed: int, draws: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, count, (draws, count))
+
+
 def mean_interval(values: np.ndarray, seed: int = 0, draws: int = DRAWS) -> tuple[float, float, float, int]:
     """Return the mean of the numbers that are known, its 95 % bootstrap interval, and how many are known.
 
@@ -51,11 +59,13 @@ def mean_interval(values: np.ndarray, seed: int = 0, draws: int = DRAWS) -> tupl
     known = known[~np.isnan(known)]
     if not known.size:
         return np.nan, np.nan, np.nan, 0
-    random = np.random.default_rng(seed)
     if known.size < 2:
         return float(known.mean()), np.nan, np.nan, 1
-    block = max(1, BLOCK // known.size)
-    blocks = [min(block, draws - at) for at in range(0, draws, block)]
-    means = np.concatenate([known[random.integers(0, known.size, (rows, known.size))].mean(1) for rows in blocks])
+    if known.size * draws <= KEPT:
+        means = known[_drawn(known.size, seed, draws)].mean(1)
+    else:
+        random, block = np.random.default_rng(seed), max(1, BLOCK // known.size)
+        blocks = [min(block, draws - at) for at in range(0, draws, block)]
+        means = np.concatenate([known[random.integers(0, known.size, (rows, known.size))].mean(1) for rows in blocks])
     low, high = np.quantile(means, [0.025, 0.975])
     return float(known.mean()), float(low), float(high), int(known.size)

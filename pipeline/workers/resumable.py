@@ -6,7 +6,6 @@ soon as its files are in place. An interrupted run resumes after the last record
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -102,12 +101,14 @@ def resumed_in_groups(
 
     Parameters
     ----------
-    task : returns what became of each part. Which parts it gets together shows in no result.
+    task : returns what became of each part, in the stores that have it. Which parts it gets together shows in no
+        result.
     sizes : images of each part. batch : images of a task, unless workers would be left without any.
     """
     left = lacking(stores)
     full = min(batch, math.ceil(sum(sizes[part] for part in left) / workers_of(client)))
-    groups = list(grouped(left, sizes, full))
+    having = {part: [name for name, parts in stores.items() if part in parts.ids] for part in left}
+    groups = list(grouped(left, sizes, full, having))
     for several in run_tasks(client, task, (arguments(*group) for group in groups), len(groups), label, remedy):
         for done in several:
             _record(done, stores)
@@ -115,18 +116,25 @@ def resumed_in_groups(
 
 
 def grouped(
-    left: Mapping[str, list[str]], sizes: Mapping[str, int], full: int
+    left: Mapping[str, list[str]], sizes: Mapping[str, int], full: int, having: Mapping[str, Sequence[str]]
 ) -> Iterator[tuple[list[str], list[str]]]:
-    """Yield parts in order, as many as make `full` images, with the stores that all of them lack."""
-    for names, alike in itertools.groupby(left, key=left.__getitem__):
-        group: list[str] = []
-        for part in alike:
-            group.append(part)
-            if sum(sizes[each] for each in group) >= full:
-                yield group, names
-                group = []
-        if group:
-            yield group, names
+    """Yield parts in order, as many as make `full` images, with the stores that lack them.
+
+    A store lacks all parts of a group that it has, or none of them. `having` are the stores that have each part.
+    """
+    group: list[str] = []
+    wanted: dict[str, None] = {}
+    done: set[str] = set()
+    for part, names in left.items():
+        there = set(having[part]).difference(names)
+        if group and (sum(sizes[each] for each in group) >= full or done.intersection(names) or there & wanted.keys()):
+            yield group, list(wanted)
+            group, wanted, done = [], {}, set()
+        group.append(part)
+        wanted |= dict.fromkeys(names)
+        done |= there
+    if group:
+        yield group, list(wanted)
 
 
 def _record(done: Done, stores: Mapping[str, Parts]) -> None:

@@ -207,3 +207,10 @@ def lines(ledger: Path) -> list[dict[str, Any]]:
     """The entries of a ledger file, one for each shard that was made, in the order in which they were."""
     entries = [json.loads(line.rpartition("\t")[0]) for line in ledger.read_text().splitlines()]
     return [entry for entry in entries if entry["files"]]
+
+
+def audited_numbers(cell: Any, measure: str) -> np.ndarray:
+    """Return a measure, (image, ...), of a cell of an audit, which may share its array with others."""
+    array, names = next(each for each in cell.attrs["arrays"].items() if measure in each[1])
+    values = cell[array].values
+    return values if len(names) == 1 else values[:, names.index(measure)]

@@ -77,6 +77,7 @@ class Batch:
     maps : (image, y, x) float32, raw and signed as stored, of the method's own size; None for a control that a test
         makes itself.
     stored : further numbers of each image that the method's store holds, (image, ...), such as `residual`.
+    reasons : why the method refuses a part of the test, by the part's name: the test writes them.
     """
 
     shared: Shared
@@ -84,6 +85,7 @@ class Batch:
     control: str = ""
     maps: np.ndarray | None = None
     stored: Mapping[str, np.ndarray] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
 
     # What it is -------------------------------------------------------------------------------------------------------
 

@@ -106,6 +106,8 @@ class Test:
     library : the version of a library that its numbers depend on, given (options); None without any.
     defined : why it is not defined for a method, given (options, method); empty where it is.
     check : sentences on what it lacks, each `key: what to do`, given (options, asked).
+    suits : sentences on networks that it cannot compare, like those of `check`, once networks are inspected, given
+        (options, job of `attribute`, those of the audit's networks on the data set, by name); None: it compares none.
     prepare : what the main process makes for all images of a data set, given (options, job of `attribute`, what
         `reads` said while the plan was made).
     reads : what of files that no stage ingests the ids of its cells are made of, as JSON, given (options, asked).
@@ -129,6 +131,7 @@ class Test:
     library: Callable[[Any], str | None] | None = None
     defined: Callable[[Any, Method], str] = _everything
     check: Callable[[Any, Asked], Iterator[str]] = _no_objection
+    suits: Callable[[Any, Job[Any], Mapping[str, Job[Any]]], Iterator[str]] | None = None
     prepare: Callable[[Any, Job[Any], Any], Any] | None = None
     reads: Callable[[Any, Asked], Any] | None = None
 

@@ -135,14 +135,50 @@ class Audited(Record):
     controls: list[str]
 
 
-def arrays(measures: Mapping[str, Measure], images: int, shard: int) -> dict[str, Array]:
-    """Return the arrays of a cell's store, (image, ...) float64; an image that is not audited has NaN."""
+def together(measures: Mapping[str, Measure]) -> dict[str, list[str]]:
+    """Return the measures that each array of a cell's store holds.
+
+    Those of equal dimensions share one, since every array of every shard is a file: `by_image` where an image has one
+    number of each, else `by_<dimensions>`. A measure that shares its dimensions with no other is an array itself.
+    """
+    found: dict[tuple[str, ...], list[str]] = {}
+    for name, measure in measures.items():
+        found.setdefault(measure.dims, []).append(name)
     return {
-        name: Array(
-            ("image", *measure.dims), (images, *measure.shape), np.float64, (shard, *measure.shape), fill=np.nan
-        )
-        for name, measure in measures.items()
+        names[0] if len(names) == 1 else "_".join(("by", *(dims or ("image",)))): names for dims, names in found.items()
     }
+
+
+def arrays(measures: Mapping[str, Measure], images: int, shard: int) -> dict[str, Array]:
+    """Return the arrays of a cell's store, (image, ...) float64; an image that is not audited has NaN.
+
+    The second dimension of an array of several measures is `<array>_measure`.
+    """
+    found = {}
+    for array, names in together(measures).items():
+        own = measures[names[0]]
+        dims, shape = own.dims, own.shape
+        if len(names) > 1:
+            dims, shape = (f"{array}_measure", *dims), (len(names), *shape)
+        found[array] = Array(("image", *dims), (images, *shape), np.float64, (shard, *shape), fill=np.nan)
+    return found
+
+
+def joined(measures: Mapping[str, Measure], numbers: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return the arrays of a cell's store from the numbers of each measure, (image, ...)."""
+    return {
+        array: numbers[names[0]] if len(names) == 1 else np.stack([numbers[name] for name in names], 1)
+        for array, names in together(measures).items()
+    }
+
+
+def parted(measures: Mapping[str, Measure], stored: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return the numbers of each measure, (image, ...), from the arrays of a cell's store."""
+    found = {}
+    for array, names in together(measures).items():
+        for at, name in enumerate(names):
+            found[name] = stored[array] if len(names) == 1 else stored[array][:, at]
+    return {name: found[name] for name in measures}
 
 
 def concept_table(every: Iterable[Shares]) -> bytes:

@@ -19,10 +19,18 @@ Reduce = Callable[[Audited, Any], Iterator[Outcome]]
 
 
 def outcomes(cell: Audited, options: Any) -> list[Outcome]:
-    """Return the outcomes of a cell; one that says so where the method refuses the test."""
-    if cell.refused:
+    """Return the outcomes of a cell.
+
+    Where the method refuses the test on all images, each says so; where it does on some, they are of the others, and
+    each says of how many.
+    """
+    if cell.refused and not len(cell.ids):
         return [Outcome(name, np.nan, state="refused", note=cell.refused) for name in cell.measures]
-    return list(REDUCE.get(cell.test, means)(cell, options))
+    found = list(REDUCE.get(cell.test, means)(cell, options))
+    if not cell.refused:
+        return found
+    lost = f"{cell.images - len(cell.ids)} of {cell.images} images are refused with their shards: {cell.refused}"
+    return [replace(one, note=f"{one.note}; {lost}" if one.note else lost) for one in found]
 
 
 def means(cell: Audited, options: Any) -> Iterator[Outcome]:
@@ -37,10 +45,9 @@ def laws(cell: Audited, options: Axioms) -> Iterator[Outcome]:
     """Yield the worst residual of each law over the images, and whether it holds so."""
     residual, refused = cell.arrays["residual"], cell.arrays["refused"]
     for at, (name, axiom) in enumerate(AXIOMS.items()):
-        values = residual[:, at]
-        yield law(
-            name, values, bool((refused[:, at] == 1).any()), bound(name, cell.method, options.tolerance, axiom.exact)
-        )
+        tolerance = bound(name, cell.method, options.tolerance, axiom.exact)
+        made = law(name, residual[:, at], bool((refused[:, at] == 1).any()), tolerance)
+        yield replace(made, note=cell.reasons.get(name, ""))
 
 
 def law(name: str, values: np.ndarray, refused: bool, tolerance: float) -> Outcome:
@@ -55,7 +62,7 @@ def law(name: str, values: np.ndarray, refused: bool, tolerance: float) -> Outco
 def laws_on_functions(found: Mapping[str, np.ndarray], method: Options, options: Axioms) -> Iterator[Outcome]:
     """Yield the worst residual of each law over small functions, and on which of them it fails or is refused.
 
-    `found` has `residual` and `refused` (function, axiom), and the names, `function`.
+    `found` has `residual`, `refused` and `reason` (function, axiom), and the names, `function`.
     """
     for at, (name, axiom) in enumerate(AXIOMS.items()):
         residual, refused = found["residual"][:, at], found["refused"][:, at] == 1
@@ -64,7 +71,8 @@ def laws_on_functions(found: Mapping[str, np.ndarray], method: Options, options:
         fails = [str(each) for each in found["function"][np.nan_to_num(residual) > tolerance]]
         said = [f"fails on {', '.join(fails)}"] if fails else []
         if refused.any():
-            said.append(f"refused on {', '.join(map(str, found['function'][refused]))}")
+            why = dict.fromkeys(map(str, found["reason"][:, at][refused]))
+            said.append(f"refused on {', '.join(map(str, found['function'][refused]))}: {'; '.join(why)}")
         yield replace(made, note="; ".join(said))
 
 

@@ -6,13 +6,17 @@ Adebayo et al., "Sanity checks for saliency maps" (NeurIPS 2018).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
 from pipeline.config.base import UNTRAINED
 from pipeline.errors import nearest
+from pipeline.plan import inspected
 from pipeline.stages.audit.declared import Asked, Measure, Test, TestOptions
+
+if TYPE_CHECKING:
+    from pipeline.plan.job import Job
 
 Order = Literal["cascading", "independent"]
 ALIKE = {
@@ -82,6 +86,19 @@ def _check_labels(options: LabelRandomisation, asked: Asked) -> Iterator[str]:
         )
 
 
+def _suits(options: LabelRandomisation, job: Job[Any], beside: Mapping[str, Job[Any]]) -> Iterator[str]:
+    """Yield which network is of another architecture; the same number of weights is compared by name when it runs."""
+    other = beside.get(options.network)
+    if other is None:
+        return
+    own, theirs = (inspected.found(each).parameters for each in (job, other))
+    if own != theirs:
+        yield (
+            f".network: {options.network!r} has {theirs:,} weights and {job.network!r} {own:,}, and the check compares "
+            f"networks of one architecture: name the networks to compare in the test's `networks`"
+        )
+
+
 TESTS: dict[str, Test] = {
     "layer_randomisation": Test(
         "Randomisation of layers",
@@ -100,5 +117,6 @@ TESTS: dict[str, Test] = {
         lambda options, own, size: own,
         compares=True,
         check=_check_labels,
+        suits=_suits,
     ),
 }

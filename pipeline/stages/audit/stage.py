@@ -3,7 +3,7 @@
 Writes, for each audit of the configuration, into audit/<name>/
     cells/<dataset>/<network>/<test>/<method>.zarr            numbers of each image, (image, ...) float64
     cells/<dataset>/<network>/<test>/controls/<name>.zarr     the same of a control
-    cells/functions/<method>.zarr                             residual, refused (function, axiom)
+    cells/functions/<method>.zarr                             residual, refused, reason (function, axiom)
     audit.zarr/<dataset>  value, low, high, control, forwards, images, state (network, method, measure) · by_image
                           (image_network, image_method, image_measure, image)
     audit.csv             a row for each data set, network, method, test and measure
@@ -86,6 +86,8 @@ CODE = (
     "pipeline/stages/audit/trials",
 )
 REMEDY = "lower `shard_images` of the data set or `numerics.micro_batch` of the network"
+READ = 16  # shards of a cell that are read together
+REASONS = "reasons"  # that stores of functions hold, too: those without are written again
 OF_DATASET = ("concepts",)
 """Stages with one step a data set, among those that tests read."""
 
@@ -169,6 +171,19 @@ def refuse(asked: Asked, options: TestOptions, test: str) -> None:
         raise MicrotomeError(f"{asked.where}{why if why.startswith(('.', ':')) else ': ' + why}")
 
 
+def check(job: Job[Settings]) -> Iterator[str]:
+    """Yield what a test misses in the networks that it runs, once they are inspected."""
+    for test, options in tests_of(job.settings).items():
+        compares = TESTS[test].suits
+        if compares is None:
+            continue
+        for explained in explanations(job):
+            beside = {each.network: each for each in explanations(job) if each.dataset == explained.dataset}
+            if options.applies(explained.network):
+                for why in compares(options, explained, beside):
+                    yield f"audit.{job.experiment}.tests.{test}{why}"
+
+
 # The work -------------------------------------------------------------------------------------------------------------
 
 
@@ -200,14 +215,32 @@ class Pair:
     def names(self) -> tuple[str, str]:
         return self.job.dataset, self.job.network
 
-    def slots(self, test: str) -> np.ndarray:
-        """Return the slots of the images that a test audits, ascending."""
+    def slots(self, test: str, parts: Iterable[str] | None = None) -> np.ndarray:
+        """Return the slots of the images that a test audits, ascending: of all shards, or of these."""
         found = [
             self.shards[part].bounds[0] + self.shards[part].places[row]
-            for part, rows in self.chosen[test].items()
-            for row in rows
+            for part in (self.chosen[test] if parts is None else parts)
+            for row in self.chosen[test][part]
         ]
         return np.array(found, np.int64)
+
+    def stored(self, array: Any, test: str, parts: Iterable[str]) -> np.ndarray:
+        """Return what an array of a cell's store (slot, ...) has of the images that a test audits, of these shards.
+
+        A few shards that follow each other are read together.
+        """
+        runs: list[list[str]] = []
+        for part in parts:
+            last = runs[-1] if runs else []
+            if last and len(last) < READ and self.shards[last[-1]].bounds[1] == self.shards[part].bounds[0]:
+                last.append(part)
+            else:
+                runs.append([part])
+        blocks = [np.empty((0, *array.shape[1:]))]
+        for run in runs:
+            start, stop = self.shards[run[0]].bounds[0], self.shards[run[-1]].bounds[1]
+            blocks.append(np.asarray(array[start:stop])[self.slots(test, run) - start])
+        return np.concatenate(blocks)
 
 
 def run(job: Job[Settings]) -> None:
@@ -229,12 +262,14 @@ def run(job: Job[Settings]) -> None:
             files |= own
             rows += table_of_functions
     for pair in pairs:
-        found, own = read(job, pair, parts[pair.names], given[pair.names])
-        files |= own
-        rows += rows_of(pair, tests, found)
-        single.setdefault(pair.job.dataset, {}).update(numbers_of(pair, found))
-        ablated = [cell for cell in found.values() if cell.test == "ablation" and not cell.refused]
-        concepts += [each for cell in ablated for each in concepts_of(cell)]
+        told: dict[str, list[Outcome]] = {}
+        for key, cell, own in read(job, pair, parts[pair.names], given[pair.names]):
+            files |= own
+            told[key] = outcomes(cell, tests[cell.test])
+            single.setdefault(pair.job.dataset, {}).update(numbers_of(pair, cell))
+            if cell.test == "ablation":
+                concepts += concepts_of(cell)
+        rows += rows_of(pair, tests, told)
     files |= write_store(job, pairs, rows, single)
     tables = {"audit.csv": results.table(rows)}
     if "ablation" in tests:
@@ -473,7 +508,7 @@ def on_functions(job: Job[Settings], workers: Any, pairs: list[Pair], options: A
     methods = {name: own for pair in pairs for name, own in pair.methods.items()}
     stores = {name: job.folder / results.CELLS / FUNCTIONS_ROW / f"{name}.zarr" for name in methods}
     parts = {
-        name: Parts(stores[name], {ALL: digest([VERSION, platform_numerics(VERSION), own.model_dump()])})
+        name: Parts(stores[name], {ALL: digest([VERSION, REASONS, platform_numerics(VERSION), own.model_dump()])})
         for name, own in methods.items()
     }
 
@@ -486,7 +521,7 @@ def on_functions(job: Job[Settings], workers: Any, pairs: list[Pair], options: A
         listed = parts[name].files()
         files |= within(stores[name].relative_to(job.folder).as_posix(), listed)
         reader = StoreRef(stores[name], listed).open()
-        found = {key: np.asarray(reader[key][:]) for key in ("residual", "refused", "function")}
+        found = {key: np.asarray(reader[key][:]) for key in ("residual", "refused", "reason", "function")}
         for one in laws_on_functions(found, own, options):
             rows.append(Row("", FUNCTIONS_ROW, name, own.kind, "axioms", one, np.nan, np.nan))
     return files, rows
@@ -515,6 +550,7 @@ def attributes(pair: Pair, cell: Cell, options: TestOptions) -> dict[str, Any]:
         "method": cell.name.told,
         "dataset": pair.job.dataset,
         "network": pair.job.network,
+        "arrays": results.together(measures),
         "measures": {name: measure.title for name, measure in measures.items()},
         "labels": {dim: list(labels) for each in measures.values() for dim, labels in each.labels.items()},
     }
@@ -525,45 +561,48 @@ def attributes(pair: Pair, cell: Cell, options: TestOptions) -> dict[str, Any]:
 
 def read(
     job: Job[Settings], pair: Pair, parts: Mapping[str, Parts], given: Mapping[str, Any]
-) -> tuple[dict[str, Audited], Files]:
-    """Return the numbers of every cell, and the files of their stores."""
+) -> Iterator[tuple[str, Audited, Files]]:
+    """Yield the numbers of every cell, one after the other, with its key and the files of its store.
+
+    The images of shards that are refused are left out.
+    """
     from pipeline.storage.store import StoreRef, metadata_files, remove_unlisted
 
-    images, files = pair.job.images, Files()
+    images = pair.job.images
     labels, ids = np.asarray(images.reader()["label"][:]), images.image_ids()
-    found = {}
     for key, cell in pair.cells.items():
         measures = pair.measures[cell.test]
-        own = parts[key].files()
+        own, entries = parts[key].files(), parts[key].entries()
         remove_unlisted(cell.store, own)
         own |= metadata_files(cell.store)
-        files |= within(cell.store.relative_to(job.folder).as_posix(), own)
-        reader, slots = StoreRef(cell.store, own).open(), pair.slots(cell.test)
-        arrays = {}
-        for name in measures:
-            blocks = []
-            for part, rows in pair.chosen[cell.test].items():
-                shard = pair.shards[part]
-                places = [shard.places[row] for row in rows]
-                blocks.append(np.asarray(reader[name][slice(*shard.bounds)])[places])
-            arrays[name] = np.concatenate(blocks)
-        refused = [entry["refused"] for entry in parts[key].entries().values() if "refused" in entry]
-        found[key] = Audited(
-            pair.job.dataset,
-            pair.job.network,
-            cell.test,
-            cell.name,
-            None if cell.name.control else pair.methods[cell.name.name],
-            measures,
-            arrays,
-            labels[slots],
-            pair.explained[slots],
-            [str(each) for each in ids[slots]],
-            images.classes,
-            given.get(cell.test),
-            refused[0] if refused else "",
+        refused = {part: entry["refused"] for part, entry in entries.items() if "refused" in entry}
+        reader, every = StoreRef(cell.store, own).open(), pair.slots(cell.test)
+        kept = [part for part in pair.chosen[cell.test] if part not in refused]
+        slots = pair.slots(cell.test, kept)
+        yield (
+            key,
+            Audited(
+                pair.job.dataset,
+                pair.job.network,
+                cell.test,
+                cell.name,
+                None if cell.name.control else pair.methods[cell.name.name],
+                measures,
+                results.parted(
+                    measures, {name: pair.stored(reader[name], cell.test, kept) for name in results.together(measures)}
+                ),
+                labels[slots],
+                pair.explained[slots],
+                [str(each) for each in ids[slots]],
+                images.classes,
+                given.get(cell.test),
+                next(iter(refused.values()), ""),
+                len(every),
+                {law: why for entry in reversed(entries.values()) for law, why in entry.get("reasons", {}).items()},
+                slots,
+            ),
+            within(cell.store.relative_to(job.folder).as_posix(), own),
         )
-    return found, files
 
 
 def audited_images(pairs: list[Pair], dataset: str) -> int:
@@ -572,19 +611,18 @@ def audited_images(pairs: list[Pair], dataset: str) -> int:
     return len({slot for pair in own for test in pair.chosen for slot in pair.slots(test).tolist()})
 
 
-def rows_of(pair: Pair, tests: Mapping[str, TestOptions], found: Mapping[str, Audited]) -> list[Row]:
+def rows_of(pair: Pair, tests: Mapping[str, TestOptions], told: Mapping[str, list[Outcome]]) -> list[Row]:
     """Return the rows of a network on a data set, with the value of each test's control beside the others."""
-    told: dict[str, list[Outcome]] = {key: outcomes(cell, tests[cell.test]) for key, cell in found.items()}
     size, rows = pair.job.images.size, []
-    for key, cell in found.items():
-        declared, options = TESTS[cell.test], cell.method
+    for key, cell in pair.cells.items():
+        declared, options = TESTS[cell.test], None if cell.name.control else pair.methods[cell.name.name]
         beside = told.get(f"{cell.test}/{Name(declared.control, True).told}", [])
         control = {each.measure: each.value for each in beside}
         alone = forwards_alone(options, size) if options is not None else 0.0
         forwards = declared.cost(tests[cell.test], alone, size)
         kind = options.kind if options is not None else ""
         for one in told[key]:
-            named = cell.dataset, cell.network, cell.name.told, kind, cell.test
+            named = *pair.names, cell.name.told, kind, cell.test
             rows.append(Row(*named, one, control.get(one.measure, np.nan), forwards))
     for (test, name), why in pair.undefined.items():
         named = *pair.names, name, pair.methods[name].kind, test
@@ -592,14 +630,18 @@ def rows_of(pair: Pair, tests: Mapping[str, TestOptions], found: Mapping[str, Au
     return rows
 
 
-def numbers_of(pair: Pair, found: Mapping[str, Audited]) -> dict[tuple[str, str, str], tuple[np.ndarray, np.ndarray]]:
-    """Return the numbers that each image has once, by network, method and measure, with the images' slots before."""
-    return {
-        (cell.network, cell.name.told, f"{cell.test}.{name}"): (pair.slots(cell.test), cell.arrays[name])
-        for cell in found.values()
-        for name, measure in cell.measures.items()
-        if not measure.dims
-    }
+def numbers_of(pair: Pair, cell: Audited) -> dict[tuple[str, str, str], tuple[np.ndarray, np.ndarray]]:
+    """Return the numbers that each image has once, by network, method and measure, with the images' slots before.
+
+    An image of a shard that is refused has NaN.
+    """
+    slots, found = pair.slots(cell.test), {}
+    for name, measure in cell.measures.items():
+        if not measure.dims:
+            values = np.full(len(slots), np.nan)
+            values[np.isin(slots, cell.slots)] = cell.arrays[name]
+            found[cell.network, cell.name.told, f"{cell.test}.{name}"] = slots, values
+    return found
 
 
 def write_store(
@@ -696,6 +738,7 @@ STAGE = Stage(
     settings=Settings,
     code=CODE,
     section=SECTION,
+    check=check,
     cost=cost,
     pending=pending,
     counts="shards to audit",

@@ -17,6 +17,7 @@ from pipeline.stages.attribute.inputs import Shard
 from pipeline.stages.attribute.options import METHODS
 from pipeline.stages.attribute.tasks import Given
 from pipeline.stages.attribute.work import Work
+from pipeline.stages.audit import results
 from pipeline.stages.audit.batch import Batch, Shared
 from pipeline.stages.audit.controls import CONTROLS
 from pipeline.stages.audit.declared import Measure, TestOptions
@@ -83,7 +84,8 @@ Kept = dict[tuple[tuple[str, tuple[int, ...]], ...], Shared]
 def audit_shards(auditing: Auditing, several: Sequence[Read], keys: Sequence[str]) -> list[Done]:
     """Audit the explanations of some shards, and write the shards of each of these cells. Runs on a worker.
 
-    A shard of a method that refuses a test has NaN, and its entry of the ledger says why.
+    A shard of a method that refuses a test has NaN, and its entry of the ledger says why; so it does of parts of a test
+    that the method refuses, by their names.
     """
     shared: Kept = {}
     files: dict[str, dict[str, Files]] = {each.shard.part: {} for each in several}
@@ -92,21 +94,25 @@ def audit_shards(auditing: Auditing, several: Sequence[Read], keys: Sequence[str
     for key in keys:
         cell = auditing.cells[key]
         there = [(each, values) for each, values in zip(several, stored, strict=True) if cell.test in each.rows]
-        for some, found in _measured(auditing, cell, there, shared):
+        for some, found, reasons in _measured(auditing, cell, there, shared):
             at = 0
             for each, _ in some:
                 taken, part = each.rows[cell.test], each.shard.part
                 own = slice(at, at := at + len(taken))
                 if isinstance(found, str):
                     refused[part][key] = {"refused": found}
+                elif reasons:
+                    refused[part][key] = {"reasons": reasons}
                 files[part][key] = _written(auditing, cell, each, taken, None if isinstance(found, str) else found, own)
     return [Done(part, of_part, own=refused[part]) for part, of_part in files.items()]
 
 
 def _measured(
     auditing: Auditing, cell: Cell, there: Sequence[tuple[Read, Stored]], shared: Kept
-) -> Iterator[tuple[Sequence[tuple[Read, Stored]], dict[str, np.ndarray] | str]]:
+) -> Iterator[tuple[Sequence[tuple[Read, Stored]], dict[str, np.ndarray] | str, dict[str, str]]]:
     """Yield shards with the numbers of all their images, or with the reason why the test is refused.
+
+    Behind them are the reasons why parts of the test are, by their names.
 
     Of shards that are refused together each is put to the test by itself: what is refused is the same however shards
     are grouped. Damage is no refusal.
@@ -117,9 +123,10 @@ def _measured(
     if same not in shared:
         shared[same] = _shared(auditing, chosen, rows, stored)
     found: dict[str, np.ndarray] | str
+    reasons: dict[str, str] = {}
     try:
         with computing:
-            batch = _batch(shared[same], cell.name, stored, rows)
+            batch = _batch(shared[same], cell.name, stored, rows, reasons)
             found = FUNCTIONS[cell.test](batch, auditing.tests[cell.test])
     except DamagedError:
         raise
@@ -129,7 +136,7 @@ def _measured(
                 yield from _measured(auditing, cell, [each], shared)
             return
         found = str(error)
-    yield there, found
+    yield there, found, reasons
 
 
 def _written(
@@ -141,14 +148,13 @@ def _written(
     some: slice,
 ) -> Files:
     """Write a shard of a cell, of which `some` of what was found are the audited images."""
-    start, stop = read.shard.bounds
-    blocks = {}
-    for name, measure in auditing.measures[cell.test].items():
-        values = np.full((stop - start, *measure.shape), np.nan)
+    (start, stop), measures, numbers = read.shard.bounds, auditing.measures[cell.test], {}
+    for name, measure in measures.items():
+        numbers[name] = np.full((stop - start, *measure.shape), np.nan)
         if found is not None:
-            values[[read.shard.places[row] for row in rows]] = found[name][some]
-        blocks[name] = ((start, *[0] * len(measure.shape)), values)
-    return write(cell.store, blocks)
+            numbers[name][[read.shard.places[row] for row in rows]] = found[name][some]
+    blocks = results.joined(measures, numbers)
+    return write(cell.store, {array: ((start, *[0] * (values.ndim - 1)), values) for array, values in blocks.items()})
 
 
 def _stored(work: Work, name: str, read: Read) -> dict[str, np.ndarray]:
@@ -214,11 +220,12 @@ def _batch(
     name: Name,
     stored: Sequence[Stored],
     rows: Sequence[Sequence[int]],
+    reasons: dict[str, str],
 ) -> Batch:
     if not name.control:
         arrays = {array: _joined([each[name.name][array] for each in stored], rows) for array in stored[0][name.name]}
-        return Batch(shared, name.name, "", arrays.pop(MAP), arrays)
-    batch = Batch(shared, name.name, name.name)
+        return Batch(shared, name.name, "", arrays.pop(MAP), arrays, reasons)
+    batch = Batch(shared, name.name, name.name, reasons=reasons)
     if name.name not in CONTROLS:
         return batch
     return batch.of(name.name, name.name, CONTROLS[name.name](batch), {})

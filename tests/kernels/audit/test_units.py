@@ -106,6 +106,7 @@ def test_too_few_images():
 def test_means_are_drawn_in_blocks_as_at_once(monkeypatch):
     values = np.random.default_rng(4).random(37)
     whole = mean_interval(values)
+    monkeypatch.setattr(intervals, "KEPT", 0)
     monkeypatch.setattr(intervals, "BLOCK", 100)
     assert mean_interval(values) == whole
     monkeypatch.setattr(intervals, "BLOCK", 1)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
-from experiments import copied, job, lines, run, scenes, shown, tiny
+from experiments import audited_numbers, copied, job, lines, run, scenes, shown, tiny
 from scipy import stats
 
 import pipeline
@@ -142,10 +142,11 @@ def test_laws_of_a_network_are_measured(made, rows):
     assert outcome(rows, "saliency", "completeness")["state"] == "fails"
     assert outcome(rows, "grad_cam", "completeness")["state"] == "not defined"
     assert outcome(rows, "guided", "spelled")["state"] == "refused"
+    assert "'clamp' in module" in outcome(rows, "guided", "spelled")["note"]
     assert outcome(rows, "grad_cam", "folded")["state"] == "not defined"  # there is no BatchNorm
     assert {row["state"] for row in rows if row["measure"] == "determinism"} <= {"holds", "not defined"}
     assert outcome(rows, "deeplift", "implementation", "functions")["state"] == "fails"
-    law = cell(made, "axioms", "ig").residual.values[:, list(AXIOMS).index("own_law")]
+    law = audited_numbers(cell(made, "axioms", "ig"), "residual")[:, list(AXIOMS).index("own_law")]
     stored = xr.open_zarr(made.results / "scenes/cnn/attributions/explained/ig.zarr").residual.values
     assert (~np.isnan(law)).sum() == 4
     np.testing.assert_array_equal(law[~np.isnan(law)], stored[~np.isnan(law)].astype(float))

@@ -4,18 +4,33 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from pipeline.errors import DamagedError, MicrotomeError
-from pipeline.stages.audit import results, tasks
+from pipeline.stages.audit import results, sanity, tasks
+from pipeline.stages.audit.cell import Audited
+from pipeline.stages.audit.declared import Measure
 from pipeline.stages.audit.found import shares_of
 from pipeline.stages.audit.page import most
 from pipeline.stages.audit.results import Cell, Name, Shares
+from pipeline.stages.audit.rows import outcomes
+from pipeline.stages.audit.stage import Pair, check, numbers_of, read
+from pipeline.storage.store import create
 from pipeline.storage.tables import read_rows
+from pipeline.workers.resumable import Parts
 
 CELL = Cell("test", Name("method"), Path())
+MEASURES = {
+    "area": Measure("Area"),
+    "curve": Measure("Curve", ("step",), {"step": ("0", "1", "2")}),
+    "hit": Measure("Hit"),
+    "rank": Measure("Rank", ("of", "truth"), {"of": ("a", "b"), "truth": ("c",)}),
+    "top": Measure("Top", ("of", "truth"), {"of": ("a", "b"), "truth": ("c",)}),
+}
+"""A test's measures: of equal dimensions two, two, and one alone."""
 
 
 @pytest.fixture
@@ -33,7 +48,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return {"value": np.array(batch, float)}
 
     monkeypatch.setattr(tasks, "_shared", lambda auditing, chosen, rows, stored: [each.shard.part for each in chosen])
-    monkeypatch.setattr(tasks, "_batch", lambda shared, name, stored, rows: shared)
+    monkeypatch.setattr(tasks, "_batch", lambda shared, name, stored, rows, reasons: shared)
     monkeypatch.setattr(tasks, "FUNCTIONS", {"test": test})
     return seen
 
@@ -43,7 +58,7 @@ def measured(*groups: str) -> dict[str, list[float] | str]:
     for group in groups:
         there = [(SimpleNamespace(rows={"test": [0]}, shard=SimpleNamespace(part=part)), {}) for part in group]
         auditing = SimpleNamespace(tests={"test": None})
-        for some, numbers in tasks._measured(auditing, CELL, there, {}):  # type: ignore[arg-type]
+        for some, numbers, _ in tasks._measured(auditing, CELL, there, {}):  # type: ignore[arg-type]
             for at, (each, _) in enumerate(some):
                 found[each.shard.part] = numbers if isinstance(numbers, str) else numbers["value"][[at]].tolist()
     return found
@@ -98,3 +113,98 @@ def test_shares_of_concepts_are_read_back_and_named() -> None:
     assert (first.of_class, first.relevance) == ("street", every[0].relevance)
     assert most(first.relevance) == "road 50\u00a0%, car 25\u00a0%, sky 12\u00a0%"
     assert most(first.loss) == "–" and most(second.loss) == "cow 100\u00a0%"
+
+
+def test_measures_of_equal_dimensions_share_an_array() -> None:
+    assert results.together(MEASURES) == {
+        "by_image": ["area", "hit"],
+        "curve": ["curve"],
+        "by_of_truth": ["rank", "top"],
+    }
+    made = results.arrays(MEASURES, 9, 4)
+    assert {name: (each.dims, each.shape) for name, each in made.items()} == {
+        "by_image": (("image", "by_image_measure"), (9, 2)),
+        "curve": (("image", "step"), (9, 3)),
+        "by_of_truth": (("image", "by_of_truth_measure", "of", "truth"), (9, 2, 2, 1)),
+    }
+    drawn = np.random.default_rng(0)
+    numbers = {name: drawn.random((5, *each.shape)) for name, each in MEASURES.items()}
+    stored = results.joined(MEASURES, numbers)
+    assert {name: values.shape[1:] for name, values in stored.items()} == {
+        name: each.shape[1:] for name, each in made.items()
+    }
+    again = results.parted(MEASURES, stored)
+    assert list(again) == list(MEASURES)
+    for name, values in numbers.items():
+        np.testing.assert_array_equal(again[name], values)
+
+
+def audited(values: list[float], images: int, refused: str = "") -> Audited:
+    unknown, ids = np.full(len(values), -1), [str(at) for at in range(len(values))]
+    return Audited(
+        *("data", "net", "test", Name("m"), None, {"value": MEASURES["area"]}, {"value": np.array(values)}),
+        *(unknown, unknown, ids, ["a"], None, refused, images),
+    )
+
+
+def test_the_images_of_a_refused_shard_are_left_out_and_told() -> None:
+    (plain,) = outcomes(audited([1, 2, 6], 3), None)
+    (some,) = outcomes(audited([1, 2, 6], 8, "no map"), None)
+    assert (some.value, some.low, some.high, some.images, some.state) == (3, plain.low, plain.high, 3, "")
+    assert (plain.note, some.note) == ("", "5 of 8 images are refused with their shards: no map")
+    (none,) = outcomes(audited([], 8, "no map"), None)
+    assert np.isnan(none.value) and (none.state, none.note) == ("refused", "no map")
+
+
+def test_label_controls_of_another_architecture_are_refused_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = {"tiny": 1234, "random": 1234, "mlp": 5678}
+    monkeypatch.setattr(sanity.inspected, "found", lambda job: SimpleNamespace(parameters=weights[job.network]))
+
+    def said(options: dict[str, Any], datasets: str = "aaa") -> list[str]:
+        named = zip(weights, datasets, strict=True)
+        parents = [SimpleNamespace(stage=SimpleNamespace(name="attribute"), network=n, dataset=d) for n, d in named]
+        settings = SimpleNamespace(tests={"label_randomisation": options, "deletion": {}})
+        return list(check(SimpleNamespace(settings=settings, parents=parents, experiment="honest")))  # type: ignore[arg-type]
+
+    (why,) = said({"network": "random"})
+    assert why.startswith("audit.honest.tests.label_randomisation.network: 'random' has 1,234 weights and 'mlp' 5,678")
+    assert not said({"network": "random", "networks": ["tiny"]})
+    assert not said({"network": "random"}, "aab")  # the other is of another data set
+    assert len(said({"network": "mlp"})) == 2
+
+
+def test_a_cell_is_read_as_it_was_written_without_the_shards_that_are_refused(tmp_path: Path) -> None:
+    """Nine images in shards of four, four of them audited; the second shard is refused."""
+    cell = Cell("test", Name("noise", True), tmp_path / "cells" / "noise.zarr")
+    rows = {"0": (0, 2), "1": (1,), "2": (0,)}
+    shards = {
+        part: SimpleNamespace(bounds=bounds, places=places)
+        for part, bounds, places in (("0", (0, 4), (0, 1, 3)), ("1", (4, 8), (0, 2)), ("2", (8, 9), (0,)))
+    }
+    create(cell.store, results.arrays(MEASURES, 9, 4), {})
+    parts = Parts(cell.store, {part: f"made of {part}" for part in rows})
+    drawn = np.random.default_rng(1)
+    numbers = {name: drawn.random((3, *each.shape)) for name, each in MEASURES.items()}
+    at = 0
+    for part, own in rows.items():
+        found = None if part == "1" else numbers
+        some = slice(at, at + len(own)) if found else slice(0)
+        at += len(own) if found else 0
+        auditing, asked = SimpleNamespace(measures={"test": MEASURES}), SimpleNamespace(shard=shards[part])
+        written = tasks._written(auditing, cell, asked, own, found, some)  # type: ignore[arg-type]
+        parts.record(part, written, **({} if found else {"refused": "no map"}), reasons={"law": f"why {part}"})
+    labels, ids = np.arange(9), np.array([f"i{slot}" for slot in range(9)], object)
+    images = SimpleNamespace(reader=lambda: {"label": labels}, image_ids=lambda: ids, classes=["a"])
+    of = SimpleNamespace(images=images, dataset="data", network="net")
+    known = {"shards": shards, "chosen": {"test": rows}, "cells": {"key": cell}, "measures": {"test": MEASURES}}
+    pair = Pair(job=of, methods={}, maps={}, undefined={}, explained=labels, units={}, **known)  # type: ignore[arg-type]
+    ((key, one, files),) = read(SimpleNamespace(folder=tmp_path), pair, {"key": parts}, {})  # type: ignore[arg-type]
+    assert key == "key" and all(name.startswith("cells/noise.zarr/") for name in files)
+    assert (one.refused, one.images, one.reasons) == ("no map", 4, {"law": "why 0"})
+    assert (list(one.slots), list(one.ids)) == ([0, 3, 8], ["i0", "i3", "i8"])
+    assert list(one.labels) == list(one.explained) == [0, 3, 8]
+    for name, values in numbers.items():
+        np.testing.assert_array_equal(one.arrays[name], values)
+    slots, areas = numbers_of(pair, one)["net", "control:noise", "test.area"]
+    assert slots.tolist() == [0, 3, 6, 8]
+    np.testing.assert_array_equal(areas, [*numbers["area"][:2], np.nan, numbers["area"][2]])

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
-from experiments import SIZE, run, scenes, tiny, write_image
+from experiments import SIZE, audited_numbers, run, scenes, tiny, write_image
 
 from pipeline.errors import MicrotomeError
 from pipeline.networks.build import build
@@ -135,6 +135,7 @@ def test_boxes_of_a_table_are_those_of_the_images_as_the_network_sees_them(tmp_p
     made = run(raw, "ingest", "network", "attribute", "audit")
     cell = made.results / "audit" / "honest" / "cells" / "photos" / "cnn" / "pointing" / "saliency.zarr"
     found = xr.open_zarr(cell, consolidated=False)
+    energy, hit, area = (audited_numbers(found, measure) for measure in ("energy", "hit", "area"))
     images = xr.open_zarr(made.results / "photos" / "images.zarr", consolidated=True)
     maps = xr.open_zarr(
         made.results / "photos" / "cnn" / "attributions" / "explained" / "saliency.zarr", consolidated=True
@@ -142,14 +143,14 @@ def test_boxes_of_a_table_are_those_of_the_images_as_the_network_sees_them(tmp_p
     for slot, name in enumerate(images.image_id.values.tolist()):
         values = maps.attribution.values[slot]
         if name not in truths:
-            assert np.isnan(found.energy.values[slot])
+            assert np.isnan(energy[slot])
             continue
         x, y = truths[name]
         centres = np.arange(SIZE) + 0.5
         inside = np.outer((centres >= y / 2) & (centres < (y + 14) / 2), (centres >= x / 2) & (centres < (x + 12) / 2))
-        assert found.energy.values[slot] == pytest.approx(values[inside].sum() / values.sum(), rel=1e-5)
-        assert found.hit.values[slot] == inside.ravel()[values.argmax()]
-        assert found.area.values[slot] == pytest.approx(inside.mean())
+        assert energy[slot] == pytest.approx(values[inside].sum() / values.sum(), rel=1e-5)
+        assert hit[slot] == inside.ravel()[values.argmax()]
+        assert area[slot] == pytest.approx(inside.mean())
     rows = table(made)
     assert rows["cnn", "saliency", "pointing", "hit"]["images"] == "7"
     iou = float(rows["cnn", "control:whole", "localisation", "cam.iou"]["value"])
@@ -189,7 +190,7 @@ def test_networks_with_images_and_tests_of_their_own(tmp_path: Path) -> None:
         ("other", "log_odds", "change"),
         ("other-untrained", "log_odds", "change"),
     ):
-        own = xr.open_zarr(cells / network / test / "parts.zarr", consolidated=False)[measure].values
+        own = audited_numbers(xr.open_zarr(cells / network / test / "parts.zarr", consolidated=False), measure)
         known = np.flatnonzero(~np.isnan(own))
         images[network, test] = len(known)
         where = {"image_network": network, "image_method": "parts", "image_measure": f"{test}.{measure}"}

@@ -288,21 +288,34 @@ def hungry() -> Done:
 @given(
     lacked=st.dictionaries(
         st.integers(0, 30).map(str),
-        st.tuples(st.integers(0, 9), st.sets(st.sampled_from("abc"), min_size=1).map(sorted)),
+        st.tuples(
+            st.integers(0, 9), st.sets(st.sampled_from("abc"), min_size=1).map(sorted), st.sets(st.sampled_from("abc"))
+        ),
         max_size=12,
     ),
     full=st.integers(1, 12),
 )
 @settings(max_examples=200, deadline=None)
 def test_groups_hold_every_part_once_and_are_full_but_for_the_last(lacked, full):
-    left = {part: list(names) for part, (_, names) in lacked.items()}
-    sizes = {part: size for part, (size, _) in lacked.items()}
-    groups = list(grouped(left, sizes, full))
+    left = {part: list(names) for part, (_, names, _) in lacked.items()}
+    having = {part: sorted({*names, *others}) for part, (_, names, others) in lacked.items()}
+    sizes = {part: size for part, (size, _, _) in lacked.items()}
+    groups = list(grouped(left, sizes, full, having))
     assert [part for parts, _ in groups for part in parts] == list(left), "in order"
-    assert all(left[part] == names for parts, names in groups for part in parts)
+    for parts, names in groups:
+        assert set(names) == {name for part in parts for name in left[part]}
+        assert all(left[part] == [name for name in having[part] if name in names] for part in parts), (
+            "all lack the same"
+        )
     assert all(sum(sizes[part] for part in parts[:-1]) < full for parts, _ in groups), "no more than it takes"
-    for (parts, names), (_, following) in itertools.pairwise(groups):
-        assert following != names or sum(sizes[part] for part in parts) >= full
+    for (parts, _), (following, _) in itertools.pairwise(groups):
+        own = {part: set(left[part]) for part in (*parts, following[0])}
+        apart = any(
+            (a in own[p]) != (a in own[q])
+            for p, q in itertools.combinations(own, 2)
+            for a in {*having[p]} & {*having[q]}
+        )
+        assert apart or sum(sizes[part] for part in parts) >= full
 
 
 @pytest.mark.parametrize(("workers_there", "tasks"), [(1, 1), (2, 2), (4, 4), (40, 4)])
@@ -324,3 +337,22 @@ def test_every_worker_has_a_task(tmp_path, monkeypatch, workers_there, tasks):
     assert made == set(PARTS) and len(asked) == tasks
     assert all(not of(tmp_path, name).missing() for name in "xy")
     assert not resumed_in_groups(None, several, stores, lambda *_: (), sizes, 32, "together", "remedy")
+
+
+def test_a_store_without_a_part_parts_no_group(tmp_path, monkeypatch):
+    """Tests of few images leave out most shards: the others still go through the network together."""
+    asked = []
+
+    def several(stores, parts, names):
+        asked.append((parts, names))
+        return [make(stores, part, [name for name in names if name == "x" or part == "1"]) for part in parts]
+
+    monkeypatch.setattr(resumable, "run_tasks", one_by_one)
+    monkeypatch.setattr(resumable, "workers_of", lambda client: 1)
+    stores = {"x": of(tmp_path, "x"), "y": of(tmp_path, "y")}
+    stores["y"] = Parts(stores["y"].store, {"1": stores["y"].ids["1"]})
+    folders = {name: each.store for name, each in stores.items()}
+    sizes = dict.fromkeys(PARTS, 1)
+    resumed_in_groups(None, several, stores, lambda parts, names: (folders, parts, names), sizes, 32, "some", "remedy")
+    assert asked == [(list(PARTS), ["x", "y"])]
+    assert not any(each.missing() for each in stores.values())

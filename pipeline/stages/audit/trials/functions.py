@@ -304,10 +304,10 @@ def on_functions(options: Options) -> dict[str, np.ndarray]:
     Returns
     -------
     residual : float64 (function, axiom), NaN where a law is not defined.
-    refused : 1 where the method refuses the function, else 0.
+    refused : 1 where the method refuses the function, else 0. reason : why, text.
     """
     shape = len(FUNCTIONS), len(AXIOMS)
-    found = {"residual": np.full(shape, np.nan), "refused": np.zeros(shape)}
+    found = {"residual": np.full(shape, np.nan), "refused": np.zeros(shape), "reason": np.full(shape, "", object)}
     kind = METHODS[options.kind]
     if kind.maps != "image" or "layer" in kind.needs or options.kind == "occlusion":
         return found  # their values are of positions, which such functions do not have
@@ -318,8 +318,8 @@ def on_functions(options: Options) -> dict[str, np.ndarray]:
                 continue
             try:
                 value = LAWS[name](case)
-            except MicrotomeError:
-                found["refused"][row, column] = 1
+            except MicrotomeError as error:
+                found["refused"][row, column], found["reason"][row, column] = 1, str(error)
                 continue
             if value is not None:
                 found["residual"][row, column] = float(value[0])

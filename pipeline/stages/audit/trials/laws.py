@@ -156,7 +156,7 @@ def axioms(batch: Batch, options: Axioms) -> dict[str, np.ndarray]:
     -------
     residual : float64 (image, axiom), NaN where a law is not defined for the method, or the method refuses the network
         that it takes.
-    refused : 1 where it does, else 0.
+    refused : 1 where it does, else 0; the first reason is noted.
     """
     parts = [_of_some(Case(batch.picked(rows), options.features)) for rows in in_groups(len(batch.ids))]
     return {name: np.concatenate([each[name] for each in parts])[: len(batch.ids)] for name in ("residual", "refused")}
@@ -174,8 +174,9 @@ def _of_some(case: Case) -> dict[str, np.ndarray]:
     for at, name in enumerate(AXIOMS):
         try:
             values = LAWS[name](case) if name in LAWS else None
-        except MicrotomeError:
+        except MicrotomeError as error:
             found["refused"][:, at] = 1
+            case.batch.reasons.setdefault(name, str(error))
             continue
         if values is not None:
             found["residual"][:, at] = values.detach().double().cpu().numpy()
