@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from scipy.special import ndtri, stdtrit
-from scipy.stats import rankdata
 
 
 def mean_interval(values: np.ndarray, level: float) -> tuple[float, float, float, int]:
@@ -14,6 +12,8 @@ def mean_interval(values: np.ndarray, level: float) -> tuple[float, float, float
 
     `values` are (image,), NaN where an image has none. The interval is NaN with fewer than two.
     """
+    from scipy.special import stdtrit  # imported late: whoever plans a run computes no interval
+
     known = np.asarray(values, np.float64)
     known = known[~np.isnan(known)]
     if known.size < 2:
@@ -25,6 +25,8 @@ def mean_interval(values: np.ndarray, level: float) -> tuple[float, float, float
 
 def share_interval(count: int, total: int, level: float) -> tuple[float, float]:
     """Return Wilson's interval of a share: "Probable inference, the law of succession" (JASA 1927). NaN without any."""
+    from scipy.special import ndtri
+
     if not total:
         return math.nan, math.nan
     z = float(ndtri((1 + level) / 2))
@@ -42,5 +44,6 @@ def auroc(scores: np.ndarray, positive: np.ndarray) -> float:
     positives, negatives = int(positive.sum()), int((~positive).sum())
     if not positives or not negatives:
         return math.nan
-    ranks = rankdata(scores)
-    return float((ranks[positive].sum() - positives * (positives + 1) / 2) / (positives * negatives))
+    others = np.sort(scores[~positive])
+    below, through = (np.searchsorted(others, scores[positive], side) for side in ("left", "right"))
+    return float((below + through).sum() / 2 / (positives * negatives))

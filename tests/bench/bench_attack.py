@@ -2,9 +2,9 @@
 
     python -m tests.bench.bench_attack [--images 8] [--steps 8] [--rounds 3]
 
-Networks have random weights. An attack and as many bare forwards and backwards to the input take turns, and the ratio is
-the median over the rounds, so that other work on the machine decides little. Steps alone are compared: what comes once (the
-start, the roundings and what the network says of them) is subtracted. At least 0.9 is allowed.
+Networks have random weights. An attack and as many bare forwards and backwards to the input take turns, and the ratio
+is the median over the rounds, so that other work on the machine decides little. Steps alone are compared: what comes
+once (the start, the roundings and what the network says of them) is subtracted. At least 0.9 is allowed.
 """
 
 import argparse
