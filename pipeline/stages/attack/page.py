@@ -29,6 +29,8 @@ ROWS = 2000
 """Rows of a table on the page, at most: the CSV has all."""
 MOVED = 5
 """Units of a pair on the page."""
+ORDER = ("cw_l2", "apgd_ce", "apgd_dlr", "pgd", "square")
+"""Methods in figures, those of the paper first."""
 MEASURES = {
     "absolute": "mean absolute change",
     "signed": "mean signed change",
@@ -82,6 +84,7 @@ def page(experiment: Experiment, key: tuple[str, str], several: Sequence[Attacks
         figures=[figure for one in sections for figure in one.figures],
         files=files + [file for one in sections for strip in one.strips for file, _ in strip.files],
         methods="methods-attacks.html.j2",
+        scripts=("audit.js",),
     )
 
 
@@ -130,11 +133,11 @@ def labels_of(experiment: Experiment, one: Attacks) -> Mapping[tuple[str, int], 
 
 
 def chosen(one: Attacks) -> list[str]:
-    """Return an attack of each method, that with the largest bound of its norm, the shortest change first."""
+    """Return the attacks of figures: of each method and norm that with the largest bound, those of the paper first."""
     last: dict[tuple[str, str], str] = {}
     for row in one.success:
         last[row["method"], row["norm"]] = row["attack"]
-    return sorted(last.values(), key=lambda name: not name.startswith("cw_l2"))[:PANELS]
+    return [last[key] for key in sorted(last, key=lambda key: (ORDER.index(key[0]), key[1] == "l2"))][:PANELS]
 
 
 # Sentences ------------------------------------------------------------------------------------------------------------
