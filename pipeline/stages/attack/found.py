@@ -98,12 +98,12 @@ def read_attacks(results_folder: Path, dataset: str, network: str, experiment: s
 
 def by_step(one: Attacks, attack: str) -> np.ndarray:
     """Return the share of attacked images for which some point succeeded by each step, before rounding, (step,)."""
-    first, attacked, count = [], 0, 1
+    first, attacked = [], 0
     for reached in one.facts.reached:
         if reached.attack == attack:
-            reader = one.store(attack, reached.group).open()
-            own = np.asarray(reader["state"][:]) >= FAILED
-            first.append(np.asarray(reader["first_step"][:])[own])
+            store = one.store(attack, reached.group)
+            own = results.whole(store, "state") >= FAILED
+            first.append(results.whole(store, "first_step")[own])
             attacked += int(own.sum())
     steps = np.concatenate(first) if first else np.zeros(0, np.int64)
     count = int(steps.max(initial=0)) + 1
@@ -112,7 +112,7 @@ def by_step(one: Attacks, attack: str) -> np.ndarray:
 
 def shown_images(one: Attacks, attack: str, group: str, count: int) -> Sequence[int]:
     """Return slots of images of a pair, those that succeeded first, ascending within."""
-    state = np.asarray(one.store(attack, group).open()["state"][:])
+    state = results.whole(one.store(attack, group), "state")
     return [*np.flatnonzero(state == SUCCEEDED), *np.flatnonzero(state == FAILED)][:count]
 
 

@@ -254,8 +254,8 @@ def shortest(one: Attacks) -> np.ndarray:
     found = [np.zeros(0)]
     for reached in one.facts.reached:
         if reached.attack == "cw_l2":
-            reader = one.store("cw_l2", reached.group).open()
-            state, l2 = np.asarray(reader["state"][:]), np.asarray(reader["l2"][:])
+            store = one.store("cw_l2", reached.group)
+            state, l2 = results.whole(store, "state"), results.whole(store, "l2")
             found.append(np.where(state == SUCCEEDED, l2, np.inf)[state >= FAILED])
     return np.concatenate(found)
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.storage.record import Record
-from pipeline.storage.store import Array
+from pipeline.storage.store import Array, StoreRef
 from pipeline.storage.tables import csv_bytes
 
 NOT_CHOSEN, WRONG, FAILED, SUCCEEDED = -1, 0, 1, 2
@@ -138,6 +138,16 @@ class UnitLayout:
 
     def _array(self, dtype: Any, fill: Any, dims: tuple[str, ...] = (), shape: tuple[int, ...] = ()) -> Array:
         return Array(("image", *dims), (self.images, *shape), dtype, (self.shard_images, *shape), fill=fill)
+
+
+def whole(store: StoreRef, name: str) -> np.ndarray:
+    """Return an array of all slots: shards without a chosen image were never written, and hold the fill value."""
+    array = store.open()[name]
+    found, step = np.full(array.shape, array.fill_value, array.dtype), array.chunks[0]
+    for shard in store.shards(name):
+        some = slice(shard * step, (shard + 1) * step)
+        found[some] = array[some]
+    return found
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> bytes:

@@ -43,6 +43,7 @@ VERSION = 1
 FOLDER = "attacks"
 CODE = (
     "kernels/attacks",
+    "kernels/audit/intervals.py",
     "kernels/images/grey.py",
     "kernels/images/whiten.py",
     "pipeline/networks/build.py",

@@ -155,6 +155,14 @@ def changed(pair: Pair, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
 # Units ----------------------------------------------------------------------------------------------------------------
 
 
+SHOWN = {
+    "attack": ("peak", "peak_attacked"),
+    "noise": ("peak", "peak_noise"),
+    "untrained": ("peak_untrained", "peak_attacked_untrained"),
+}
+"""What images are shown to which network: the peaks before and after."""
+
+
 @dataclass(frozen=True)
 class Moved:
     """The units of a layer on the attacked images of all pairs, a row each.
@@ -173,22 +181,26 @@ class Moved:
 
 def moved(job: Job[Settings], name: str, found: Found, files: Files, order: np.ndarray) -> Moved:
     """Read the units of an attack."""
-    from pipeline.storage.store import Reader
+    from pipeline.storage.store import StoreRef
 
     slots, places, important = [], [], []
     arrays: dict[str, list[np.ndarray]] = {}
     for place, (pair, own) in enumerate(found.items()):
         attacked = own["state"] >= FAILED
         slot = own["slot"][attacked]
-        reader = Reader(job.folder / f"{name}{results.UNITS}.zarr" / pair.name, below(pair.name, files))
+        store = StoreRef(job.folder / f"{name}{results.UNITS}.zarr" / pair.name, below(pair.name, files))
         end = own["predicted"][attacked] if pair.target is None else np.full(len(slot), pair.target)
         tops = order[:, :IMPORTANT]
         important.append(np.concatenate([tops[own["predicted_before"][attacked]], tops[end]], 1))
         slots.append(slot)
         places.append(np.full(len(slot), place))
-        for key in reader.group.array_keys():
-            if key != "change":
-                arrays.setdefault(key, []).append(np.asarray(reader[key][:])[slot])
+        for key in (
+            "margin_before",
+            "margin_without",
+            *dict.fromkeys(peak for each in SHOWN.values() for peak in each),
+        ):
+            if f"{key}/zarr.json" in store.files:
+                arrays.setdefault(key, []).append(results.whole(store, key)[slot])
     joined = {key: np.concatenate(values) for key, values in arrays.items()}
     return Moved(np.concatenate(slots), np.concatenate(places), np.concatenate(important), joined)
 
@@ -214,14 +226,6 @@ def of_units(
         results.MOVED_TABLE: results.table(results.MOVED_COLUMNS, rows[results.MOVED_TABLE]),
         results.PREDICTED_TABLE: results.table(results.PREDICTED_COLUMNS, foretold),
     }
-
-
-SHOWN = {
-    "attack": ("peak", "peak_attacked"),
-    "noise": ("peak", "peak_noise"),
-    "untrained": ("peak_untrained", "peak_attacked_untrained"),
-}
-"""What images are shown to which network: the peaks before and after."""
 
 
 def by_rank(job: Job[Settings], name: str, one: Moved) -> Iterator[list[Any]]:
