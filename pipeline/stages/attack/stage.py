@@ -182,7 +182,8 @@ def run(job: Job[Settings]) -> None:
             files |= finish_store(job, name, own)
     written = tables.of_attacks(job, attacks, found)
     if layer is not None:
-        written |= tables.of_units(job, attacks, found, {name: each.files() for name, each in units.items()}, order)
+        looked = {name: each.files() for name, each in units.items()}
+        written |= tables.of_units(job, attacks, found, looked, order, twin_of(job) is not None)
     output = digest([files, {name: text.decode() for name, text in written.items()}])
     for name, text in written.items():
         files |= write_file(job.folder, name, text)

@@ -179,12 +179,14 @@ class Moved:
     arrays: Mapping[str, np.ndarray]
 
 
-def moved(job: Job[Settings], name: str, found: Found, files: Files, order: np.ndarray) -> Moved:
-    """Read the units of an attack."""
+def moved(job: Job[Settings], name: str, found: Found, files: Files, order: np.ndarray, twin: bool) -> Moved:
+    """Read the units of an attack; with `twin`, in the untrained network too."""
     from pipeline.storage.store import StoreRef
 
     slots, places, important = [], [], []
     arrays: dict[str, list[np.ndarray]] = {}
+    peaks = [peak for shown, both in SHOWN.items() if twin or shown != "untrained" for peak in both]
+    keys = ["margin_before", "margin_without", *dict.fromkeys(peaks)]
     for place, (pair, own) in enumerate(found.items()):
         attacked = own["state"] >= FAILED
         slot = own["slot"][attacked]
@@ -194,13 +196,8 @@ def moved(job: Job[Settings], name: str, found: Found, files: Files, order: np.n
         important.append(np.concatenate([tops[own["predicted_before"][attacked]], tops[end]], 1))
         slots.append(slot)
         places.append(np.full(len(slot), place))
-        for key in (
-            "margin_before",
-            "margin_without",
-            *dict.fromkeys(peak for each in SHOWN.values() for peak in each),
-        ):
-            if f"{key}/zarr.json" in store.files:
-                arrays.setdefault(key, []).append(results.whole(store, key)[slot])
+        for key in keys:
+            arrays.setdefault(key, []).append(results.whole(store, key)[slot])
     joined = {key: np.concatenate(values) for key, values in arrays.items()}
     return Moved(np.concatenate(slots), np.concatenate(places), np.concatenate(important), joined)
 
@@ -211,13 +208,14 @@ def of_units(
     found: Mapping[str, Found],
     files: Mapping[str, Files],
     order: np.ndarray,
+    twin: bool,
 ) -> dict[str, bytes]:
     """Return the tables of units, by file name."""
     pairs, names = pairs_of(job.settings), job.images.classes
     rows: dict[str, list[list[Any]]] = {name: [] for name in (results.UNITS_TABLE, results.MOVED_TABLE)}
     foretold: list[list[Any]] = []
     for name, attack in attacks.items():
-        one = moved(job, name, found[name], files[name], order)
+        one = moved(job, name, found[name], files[name], order, twin)
         rows[results.UNITS_TABLE] += by_rank(job, name, one)
         rows[results.MOVED_TABLE] += most_moved(name, one, pairs, names, order)
         foretold += foretelling(attack, one, found[name])
