@@ -21,15 +21,15 @@ Method = Literal["pgd", "apgd_ce", "apgd_dlr", "cw_l2", "square"]
 Start = Literal["label", "predicted"]
 UNTARGETED = "untargeted"
 """The group of attacks towards any other class."""
-BOUNDED_LINF = Annotated[int, Field(ge=1, le=255)]
-BOUNDED_L2 = Annotated[float, Field(gt=0)]
+Whole = Annotated[int, Field(ge=1, le=255)]
+Length = Annotated[float, Field(gt=0)]
 
 
 class Norms(Strict):
     """Bounds of changes."""
 
-    linf: list[BOUNDED_LINF] = Field([], description="largest change of a pixel's channel, in 255ths, whole numbers")
-    l2: list[BOUNDED_L2] = Field([], description="Euclidean length of the change, for pixels from 0 to 1")
+    linf: list[Whole] = Field([], description="largest change of a pixel's channel, in 255ths, whole numbers")
+    l2: list[Length] = Field([], description="Euclidean length of the change, for pixels from 0 to 1")
 
     @model_validator(mode="after")
     def _once(self) -> Norms:
@@ -55,7 +55,7 @@ class Attacks(Chosen):
         description="images of a source: those of its `label` that the network recognises, or all that it `predicted` "
         "to be of it, for networks that were not trained on these labels",
     )
-    norms: Norms = Field(Norms(), description="bounds of the changes, for all methods but `cw_l2`")  # type: ignore[call-arg]
+    norms: Norms = Field(Norms(), description="bounds of the changes, for all methods but `cw_l2`")
     methods: Annotated[list[Method], Field(min_length=1)] = Field(
         ["pgd", "apgd_ce"],
         description="`pgd`, `apgd_ce` and `apgd_dlr` within bounds, `cw_l2` for the shortest change, `square` (linf) "

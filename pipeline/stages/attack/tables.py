@@ -114,7 +114,7 @@ def checks(attacks: Mapping[str, Attack], found: Mapping[str, Found]) -> Iterato
         return [what, name, other, images, number(left), number(right), int(holds)]
 
     for name, attack in attacks.items():
-        honest = sum(int(each.sum()) for each in map(changed, *zip(*found[name].items(), strict=True)))
+        honest = sum(int(changed(pair, own).sum()) for pair, own in found[name].items())
         count = int(good[name].sum())
         yield check("a success changes the prediction", name, "", count, honest, count, honest == count)
         if attack.epsilon is not None:
