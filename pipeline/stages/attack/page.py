@@ -40,12 +40,11 @@ MEASURES = {
 
 @dataclass(frozen=True)
 class Strip:
-    """Images of a pair before and after an attack: files, their size, and what is said of each."""
+    """Images of a pair before and after an attack: files with what is said of each, and their size."""
 
     title: str
     files: list[tuple[str, str]]
     size: tuple[int, int]
-    units: list[str]
 
 
 @dataclass(frozen=True)
@@ -167,7 +166,7 @@ def findings(one: Attacks, labels: Mapping[tuple[str, int], str]) -> Iterator[st
     elif one.checks:
         yield f"All {len(one.checks)} checks hold: of success and bounds, and against masked gradients."
     if one.facts.layer is not None:
-        yield from of_units(one)
+        yield from of_units(one, labels)
     yield from (note[0].upper() + note[1:] + "." for note in one.facts.notes)
 
 
@@ -178,7 +177,7 @@ def bound_of(row: Mapping[str, str]) -> str:
     return f", at most {row['epsilon']}/255 a pixel" if row["norm"] == "linf" else f", length at most {row['epsilon']}"
 
 
-def of_units(one: Attacks) -> Iterator[str]:
+def of_units(one: Attacks, labels: Mapping[tuple[str, int], str]) -> Iterator[str]:
     """Say how much the important units move, beside the others, and what removing them foretells."""
     attack = chosen(one)[0]
     own = {
@@ -197,6 +196,14 @@ def of_units(one: Attacks) -> Iterator[str]:
             if key in own and own[key]["absolute"]
         ]
         yield f"{attack}, mean absolute change of the peak in {one.facts.layer}: of the unit {', '.join(parts)}."
+    most = next((row for row in one.moved if row["attack"] == attack), None)
+    if most is not None:
+        concept = labels.get((str(one.facts.layer), int(most["unit"])), "")
+        yield (
+            f"{attack}, {most['source']} → {most['target']}: unit {most['unit']}{f' ({concept})' if concept else ''} moves "
+            f"most, by {value(most['signed']):+.3g} on average; its rank for the source is "
+            f"{most['rank_for_source'] or '–'}, for the target {most['rank_for_target'] or '–'}."
+        )
     for row in one.foretold:
         if row["attack"] == attack and row["by"] == "margin_without" and row["auroc"]:
             with_all = next(each for each in one.foretold if each["attack"] == attack and each["by"] == "margin_before")
@@ -280,7 +287,7 @@ def strips(experiment: Experiment, one: Attacks, prefix: str) -> Iterator[Strip]
                 class_name(int(reader[key][slot]), opened.names) for key in ("predicted_before", "predicted")
             )
             files.append((file, f"{before}, then {after}; length of the change {float(reader['l2'][slot]):.3g}"))
-        yield Strip(title_of(reached, opened.names), files, size, [f"rank {rank}" for rank in range(1, IMPORTANT + 1)])
+        yield Strip(title_of(reached, opened.names), files, size)
 
 
 def title_of(reached: Reached, names: Sequence[str]) -> str:
