@@ -200,8 +200,8 @@ def of_units(one: Attacks, labels: Mapping[tuple[str, int], str]) -> Iterator[st
     if most is not None:
         concept = labels.get((str(one.facts.layer), int(most["unit"])), "")
         yield (
-            f"{attack}, {most['source']} → {most['target']}: unit {most['unit']}{f' ({concept})' if concept else ''} moves "
-            f"most, by {value(most['signed']):+.3g} on average; its rank for the source is "
+            f"{attack}, {most['source']} → {most['target']}: unit {most['unit']}{f' ({concept})' if concept else ''} "
+            f"moves most, by {value(most['signed']):+.3g} on average; its rank for the source is "
             f"{most['rank_for_source'] or '–'}, for the target {most['rank_for_target'] or '–'}."
         )
     for row in one.foretold:
