@@ -228,13 +228,7 @@ def of_units(
 
 def by_rank(job: Job[Settings], name: str, one: Moved) -> Iterator[list[Any]]:
     """Yield the change of the peak by the unit's rank of importance, beside four random units and all others."""
-    pairs = pairs_of(job.settings)
-    random = {
-        place: random_units(
-            job.settings.seed, pairs[place], one.important[one.pair == place], one.arrays["peak"].shape[1]
-        )
-        for place in np.unique(one.pair).tolist()
-    }
+    random = random_units(job.settings.seed, one.important, one.arrays["peak"].shape[1])
     for shown, (before, after) in SHOWN.items():
         if before not in one.arrays:
             continue
@@ -242,24 +236,24 @@ def by_rank(job: Job[Settings], name: str, one: Moved) -> Iterator[list[Any]]:
         spread = deviation(one.slot, one.arrays[before])
         relative = np.divide(delta, spread, out=np.full_like(delta, np.nan), where=spread > 0)
         for group, rank, members in groups_of(one, random, delta.shape[1]):
-            measures = [
-                *(of_group(values, members) for values in (np.abs(delta), delta, np.abs(relative))),
-            ]
-            counts, numbers = 0, []
-            for values in measures:
-                *interval, counts = mean_interval(by_image(one.slot, values), WIDE)
-                numbers += interval
-            yield [name, shown, group, rank or "", counts, *map(number, numbers)]
+            found = []
+            for values in (np.abs(delta), delta, np.abs(relative)):
+                found.append(mean_interval(by_image(one.slot, of_group(values, members)), WIDE))
+            numbers = [each for mean, low, high, _ in found for each in (mean, low, high)]
+            yield [name, shown, group, rank or "", found[0][3], *map(number, numbers)]
 
 
-def random_units(seed: int, pair: Pair, important: np.ndarray, units: int) -> np.ndarray:
-    """Draw units of a pair that are important to neither class."""
-    key = [seed, *(0 if each is None else each + 1 for each in (pair.source, pair.target))]
-    left = np.setdiff1d(np.arange(units), important)
-    return np.sort(np.random.default_rng(key).choice(left, min(RANDOM, len(left)), replace=False))
+def random_units(seed: int, important: np.ndarray, units: int) -> np.ndarray:
+    """Draw units of each row that are important to neither class, bool (row, unit): alike for equal important ones."""
+    drawn = np.zeros((len(important), units), bool)
+    for own in np.unique(important, axis=0):
+        left = np.setdiff1d(np.arange(units), own)
+        chosen = np.random.default_rng([seed, *(own + 1).tolist()]).choice(left, min(RANDOM, len(left)), replace=False)
+        drawn[np.ix_(np.flatnonzero((important == own).all(1)), chosen)] = True
+    return drawn
 
 
-def groups_of(one: Moved, random: Mapping[int, np.ndarray], units: int) -> Iterator[tuple[str, int, np.ndarray]]:
+def groups_of(one: Moved, drawn: np.ndarray, units: int) -> Iterator[tuple[str, int, np.ndarray]]:
     """Yield groups of units: what they are important to, their rank, and bool (row, unit)."""
     rows = np.arange(len(one.slot))
     taken = np.zeros((len(rows), units), bool)
@@ -270,10 +264,6 @@ def groups_of(one: Moved, random: Mapping[int, np.ndarray], units: int) -> Itera
         taken |= members
         half = one.important.shape[1] // 2
         yield "source" if at < half else "target", at % half + 1, members
-    drawn = np.zeros((len(rows), units), bool)
-    for place, chosen in random.items():
-        drawn[np.ix_(np.flatnonzero(one.pair == place), chosen)] = True
-    drawn &= ~taken
     yield "random", 0, drawn
     yield "others", 0, ~taken & ~drawn
 
