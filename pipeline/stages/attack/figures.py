@@ -24,6 +24,7 @@ SHOWN = {
     "noise": ("noise of the same norm", RUN_COLOURS["permuted"], "s"),
     "untrained": ("attacked, untrained network", RUN_COLOURS["untrained"], "D"),
 }
+SHORT = {"random": "rand.", "others": "rest"}
 AXES = {"linf": "bound of every pixel, in 255ths", "l2": "bound of the length, pixels from 0 to 1"}
 
 
@@ -57,18 +58,24 @@ def success(width: float, rows: Rows, shortest: np.ndarray, steps: Mapping[str, 
             )
         if norm == "l2" and len(shortest):
             at, known = methods.index("cw_l2"), np.sort(shortest[np.isfinite(shortest)])
-            share = np.arange(1, len(known) + 1) / len(shortest)
+            share = np.arange(len(known) + 1) / len(shortest)
+            known = np.concatenate([[0], known])
+            furthest = max(
+                [known[-1], *(value(row["epsilon"]) for row in rows if row["norm"] == "l2" and row["epsilon"])]
+            )
+            known, share = np.append(known, 1.05 * furthest), np.append(share, share[-1])
             panel.step(known, share, where="post", color=COLOURS[at], linewidth=1.2, label=TITLES["cw_l2"])
         panel.set_xlabel(AXES[norm])
         _shares(panel)
         panel.set_xlim(left=0)
         panel.legend(loc="lower right", fontsize=6.5)
     if steps:
-        panel = panels[-1]
+        panel, longest = panels[-1], max(map(len, steps.values()))
         for name, share in steps.items():
-            method = name.partition("-")[0]
-            at = methods.index(method)
-            panel.step(np.arange(len(share)), share, where="post", color=COLOURS[at], linewidth=1.2, label=name)
+            method, _, bound = name.partition("-")
+            at, style = methods.index(method), "--" if bound.startswith("l2") else "-"
+            whole = np.append(share, np.full(longest - len(share), share[-1]))
+            panel.step(range(longest), whole, style, where="post", color=COLOURS[at], linewidth=1.2, label=name)
         panel.set_xlabel("step (before rounding)")
         _shares(panel)
         panel.legend(loc="lower right", fontsize=6.5)
@@ -106,10 +113,8 @@ def ranks(width: float, rows: Rows, attacks: Sequence[str], measure: str) -> Fig
         panel.axhline(0, color=MUTED, linewidth=0.6)
         for edge in (3.5, 7.5):
             panel.axvline(edge, color=MUTED, linewidth=0.5, linestyle=(0, (3, 2)))
-        panel.set_xticks(range(len(places)), [rank or group for group, rank in places], fontsize=7)
-        if not wide:
-            panel.set_xticks(range(len(places)), [rank or group[:4] for group, rank in places], fontsize=6.5)
-        panel.set_xlabel("rank for the source · rank for the target · four random units · all others", fontsize=6.5)
+        panel.set_xticks(range(len(places)), [rank or SHORT[group] for group, rank in places], fontsize=6.5)
+        panel.set_xlabel("rank for the source · rank for the target · random units · all others", fontsize=6)
         panel.set_title(attack)
         panel.grid(axis="y")
         bare(panel)
