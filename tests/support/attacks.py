@@ -7,7 +7,7 @@ from experiments import scenes, tiny
 
 FOOLED: dict[str, Any] = {
     "networks": ["cnn"],
-    "pairs": [[2, 4], [4, 2]],
+    "pairs": [[3, 7], [7, 3]],
     "untargeted": True,
     "start": "predicted",
     "images": 12,

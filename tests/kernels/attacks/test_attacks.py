@@ -175,9 +175,9 @@ def test_losses_by_hand():
     assert losses.dlr(LOGITS, sources).tolist() == pytest.approx([-1 / 1.5, -0.5 / 2.0])
     scale = [2.0 - (0.5 + -1.0) / 2, 3.0 - (1.0 + 0.0) / 2]
     assert losses.dlr(LOGITS, sources, targets).tolist() == pytest.approx([-3 / scale[0], -0.5 / scale[1]])
-    likely = LOGITS.softmax(1).log()
-    assert losses.cross_entropy(LOGITS, sources).tolist() == pytest.approx([-likely[0, 0], -likely[1, 1]])
-    assert losses.cross_entropy(LOGITS, sources, targets).tolist() == pytest.approx([likely[0, 2], likely[1, 3]])
+    likely = LOGITS.softmax(1).log().tolist()
+    assert losses.cross_entropy(LOGITS, sources).tolist() == pytest.approx([-likely[0][0], -likely[1][1]])
+    assert losses.cross_entropy(LOGITS, sources, targets).tolist() == pytest.approx([likely[0][2], likely[1][3]])
 
 
 @pytest.mark.parametrize("targeted", [False, True])

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("workers")
 BEFORE = ("ingest", "network", "concepts", "extract", "dissect", "ablate")
 ATTACKS = ["pgd-linf-8", "pgd-linf-24", "pgd-l2-1.5", "apgd_ce-linf-8", "apgd_ce-linf-24", "apgd_ce-l2-1.5"]
 ATTACKS += ["apgd_dlr-linf-8", "apgd_dlr-linf-24", "apgd_dlr-l2-1.5", "cw_l2", "square-linf-8", "square-linf-24"]
-PAIRS = ["2-4", "4-2", "untargeted"]
+PAIRS = ["3-7", "7-3", "untargeted"]
 
 
 @pytest.fixture(scope="module")
@@ -87,10 +87,10 @@ def test_what_is_stored_is_what_the_network_says(made):
 
 
 def test_images_that_were_wrong_are_counted_apart(made):
-    store = opened(made, "cw_l2", "2-4")
+    store = opened(made, "cw_l2", "3-7")
     state, before = store.state.values, store.predicted_before.values
-    assert ((before == 2) == (state >= 1))[state >= 0].all() and (state >= 0).sum() == FOOLED["images"]
-    row = next(row for row in table(made) if row["attack"] == "cw_l2" and row["source"] == "forest")
+    assert ((before == 3) == (state >= 1))[state >= 0].all() and (state >= 0).sum() == FOOLED["images"]
+    row = next(row for row in table(made) if row["attack"] == "cw_l2" and row["source"] == "farm")
     assert int(row["images"]) == (state >= 0).sum() and int(row["attacked"]) == (state >= 1).sum()
     assert int(row["succeeded"]) == (state == 2).sum()
 
@@ -160,7 +160,7 @@ def test_tables_are_of_what_is_stored(made):
     assert all(row["holds"] == "1" for row in checks if row["check"].startswith(("a success", "no distance")))
     foretold = table(made, "attack-predicted")
     assert {row["by"] for row in foretold} == {"margin_without", "margin_before", "loss_of_margin"}
-    moved = [row for row in table(made, "attack-moved") if row["attack"] == "cw_l2" and row["source"] == "forest"]
+    moved = [row for row in table(made, "attack-moved") if row["attack"] == "cw_l2" and row["source"] == "farm"]
     changes = [float(row["absolute"]) for row in moved]
     assert changes == sorted(changes, reverse=True)
 
@@ -168,14 +168,14 @@ def test_tables_are_of_what_is_stored(made):
 def test_results_open_by_experiment_store_and_pair(made):
     found = pipeline.open_results(made.results)["scenes"]["cnn"].attacks["fooled"]
     assert set(found) == {*ATTACKS, *(f"{attack}-units" for attack in ATTACKS)}
-    assert set(found["cw_l2"]) == set(PAIRS) and found["cw_l2"]["2-4"].image.dims == ("image", "channel", "y", "x")
+    assert set(found["cw_l2"]) == set(PAIRS) and found["cw_l2"]["3-7"].image.dims == ("image", "channel", "y", "x")
 
 
 def test_docs_list_arrays_and_attributes(made):
     _, _, section = (Path(__file__).parents[3] / "docs/results.md").read_text().partition("### Attacks")
     section = section.partition("\n### ")[0]
     for store in ("pgd-linf-8", "pgd-linf-8-units"):
-        data = opened(made, store, "2-4")
+        data = opened(made, store, "3-7")
         for name in (*data.data_vars, *data.attrs):
             assert f"`{name}`" in section, name
     for name in ("attacks", "attack-checks", "attack-units", "attack-moved", "attack-predicted"):
