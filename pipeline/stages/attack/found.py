@@ -84,14 +84,27 @@ def read_attacks(results_folder: Path, dataset: str, network: str, experiment: s
         if manifest is None:
             raise FileNotFoundError(f"no manifest in {done}")
         facts = Attacked.read(manifest.result)
-        told = []
+        told: dict[str, Rows] = {}
         for name in (results.TABLE, results.CHECKS_TABLE, *results.OF_UNITS):
             if name in results.OF_UNITS and facts.layer is None:
-                told.append([])
+                told[name] = []
                 continue
             with read_text(folder / name) as stream:
-                told.append(list(read_rows(stream)))
-        return Attacks(dataset, network, experiment, facts, manifest.settings, *told, folder, manifest.files)
+                told[name] = list(read_rows(stream))
+        return Attacks(
+            dataset,
+            network,
+            experiment,
+            facts,
+            manifest.settings,
+            success=told[results.TABLE],
+            checks=told[results.CHECKS_TABLE],
+            units=told[results.UNITS_TABLE],
+            moved=told[results.MOVED_TABLE],
+            foretold=told[results.PREDICTED_TABLE],
+            folder=folder,
+            files=manifest.files,
+        )
     except (FileNotFoundError, KeyError, IndexError, ValueError) as error:
         raise MicrotomeError(f"{folder} is not what the stage `attack` writes ({error}): run `make verify`") from error
 

@@ -97,7 +97,7 @@ def section(experiment: Experiment, one: Attacks, prefix: str) -> Section:
     ):
         if rows:
             tables[what] = f"tables/{name}-{what}.csv"
-            write_table(experiment.out / tables[what], list(rows[0]), (row.values() for row in rows))
+            write_table(experiment.out / tables[what], list(rows[0]), (list(row.values()) for row in rows))
     labels = labels_of(experiment, one)
     layer = one.facts.layer or ""
     moved = [
@@ -278,8 +278,8 @@ def strips(experiment: Experiment, one: Attacks, prefix: str) -> Iterator[Strip]
         units = one.units_of(attack, reached.group).open() if one.facts.layer is not None else None
         files, size = [], (0, 0)
         for slot in shown_images(one, attack, reached.group, IMAGES):
-            changes = np.asarray(units["change"][slot]) if units is not None else []
-            drawn = pictures.strip(np.asarray(opened.pixels[slot]), np.asarray(reader["image"][slot]), list(changes))
+            changes = list(np.asarray(units["change"][slot])) if units is not None else []
+            drawn = pictures.strip(np.asarray(opened.pixels[slot]), np.asarray(reader["image"][slot]), changes)
             file = f"{prefix}-{at}-{slot}.jpg"
             drawn.save(experiment.out / file, **JPEG)
             size = drawn.size

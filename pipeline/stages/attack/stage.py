@@ -360,15 +360,16 @@ def create_store(job: Job[Settings], store: Any, arrays: Mapping[str, Any], attr
 
     pairs = pairs_of(job.settings)
     common = {"dataset": job.dataset, "network": job.network, "experiment": job.experiment}
-    whole = common | {"layers": [pair.name for pair in pairs], "groups": {pair.name: pair.name for pair in pairs}}
-    remove_other_arrays(store, whole["groups"])
-    create(store, {}, whole | attrs)
+    groups = {pair.name: pair.name for pair in pairs}
+    whole = {**common, **attrs, "layers": list(groups), "groups": groups}
+    remove_other_arrays(store, groups)
+    create(store, {}, whole)
     for pair in pairs:
         own = {"source": pair.source, "target": pair.target, "split": job.settings.split}
         remove_other_arrays(store / pair.name, arrays)
-        create(store / pair.name, arrays, common | attrs | own)
+        create(store / pair.name, arrays, {**common, **attrs, **own})
         remove_partials(store / pair.name)
-    create(store, {}, whole | attrs)
+    create(store, {}, whole)
 
 
 def sweep(job: Job[Settings], attacks: Mapping[str, Attack]) -> None:
