@@ -99,7 +99,7 @@ def test_the_shortest_changes_are_no_longer_than_the_librarys():
         return margin.detach(), torch.autograd.grad(margin.sum(), given)[0]
 
     found = smallest(255 * x, look, 60, 6)
-    theirs = torchattacks.CW(net, c=1, kappa=0, steps=200, lr=0.01)(x, labels)
+    theirs = torchattacks.CW(net, c=100, kappa=0, steps=200, lr=0.01)(x, labels)
     changed = net(theirs).argmax(1) != labels
     length = (theirs - x).flatten(1).norm(dim=1)
     assert bool(changed.any()) and bool(found.length.isfinite().all())
