@@ -310,6 +310,8 @@ def _projected_again(folder: Path, raw: dict[str, Any]) -> dict[str, Any]:
     run(drawn(raw))
     methods = ["guided_backprop", "guided_backprop_unswitched"]
     return changed(drawn(raw), "visualize", "mine", "projections", "methods", to=methods)
+
+
 def attacked(raw: dict[str, Any], *bounds: int) -> dict[str, Any]:
     """Attacks on the CNN towards any other class, within one bound and these."""
     fooled = {"networks": ["cnn"], "untargeted": True, "start": "predicted", "methods": ["pgd"], "steps": 2}
