@@ -51,7 +51,7 @@ rescan: $(VENV)/installed ## List data sets again, to find files that were writt
 	@$(BIN)/snakemake --configfile $(CONFIG) --config rescan=true
 
 BENCHMARKS := "costs" "dissection --images 64" "ablation --images 8 --plain-units 1" "calibration" "similarity --images 128" "looking" "attribution" "audit" \
-  "visualize" "listing 100000" "scenes speed"
+  "visualize" "attack" "listing 100000" "scenes speed"
 bench: $(VENV)/installed ## Measure what the stages cost, as ratios: ONLY='costs similarity' measures these
 	@export OMP_NUM_THREADS=1; for name in $(ONLY); do case ' $(BENCHMARKS) ' in *"\"$$name"[\"\ ]*) ;; \
 	  *) echo "error: no benchmark '$$name'; there are" $(foreach one,$(BENCHMARKS),$(one)) >&2; exit 1; esac; done; \

@@ -233,8 +233,17 @@ class Network(_Folder["Layer"]):
     @cached_property
     def visualizations(self) -> dict[str, dict[str, dict[str, xr.Dataset]]]:
         """By experiment, store and layer (or score, or module): what units and classes want to see."""
+        return self._grouped("visualizations/*/*.zarr")
+
+    @cached_property
+    def attacks(self) -> dict[str, dict[str, dict[str, xr.Dataset]]]:
+        """By experiment, store and pair of classes: attacked images, and the units that they move."""
+        return self._grouped("attacks/*/*.zarr")
+
+    def _grouped(self, pattern: str) -> dict[str, dict[str, dict[str, xr.Dataset]]]:
+        """Return stores with groups, by experiment and store, each group by name."""
         found: dict[str, dict[str, dict[str, xr.Dataset]]] = {}
-        for store in sorted(self.path.glob("visualizations/*/*.zarr")):
+        for store in sorted(self.path.glob(pattern)):
             groups = _open(store).attrs["groups"]
             found.setdefault(store.parent.name, {})[store.stem] = {
                 layer: _open(store / group) for layer, group in groups.items()

@@ -9,6 +9,7 @@ from pipeline.plan.job import Job
 from pipeline.plan.stage import Stage
 from pipeline.plan.step import Plan
 from pipeline.stages.ablate.stage import STAGE as ABLATE
+from pipeline.stages.attack.stage import STAGE as ATTACK
 from pipeline.stages.attribute.stage import STAGE as ATTRIBUTE
 from pipeline.stages.audit.stage import STAGE as AUDIT
 from pipeline.stages.calibrate.stage import STAGE as CALIBRATE
@@ -53,6 +54,7 @@ STAGES: dict[str, Stage] = {
         ATTRIBUTE,
         AUDIT,
         VISUALIZE,
+        ATTACK,
         *_added(),
         REPORT,
     )

@@ -44,7 +44,7 @@ class Work:
     minibatches put through it, for the similarity of layers or for sight. Shards are `ablated` without units and
     without sets; runs on corrupted data are `trained`; shards are `explained` by one method of attribution each, and
     what it says is `audited` by one test each, on small functions or on shards of a network; parts of a layer's units
-    are `drawn`."""
+    are `drawn`, and shards are `attacked` by one attack each."""
 
     steps: list[str] = field(default_factory=list)
     decoded: int = 0
@@ -59,6 +59,7 @@ class Work:
     explained: dict[str, int] = field(default_factory=dict)
     audited: dict[str, int] = field(default_factory=dict)
     drawn: dict[str, int] = field(default_factory=dict)
+    attacked: dict[str, int] = field(default_factory=dict)
     shard_writes: int = 0
 
     def stages(self, network: str | None = None) -> list[str]:
@@ -190,6 +191,10 @@ def run(raw: dict[str, Any]) -> Work:
             name = f"{path.parents[2].name} {path.stem}"
             work.drawn |= {name: len(new)} if new else {}
             continue
+        if path.parent.parent.name == "attacks":
+            name = f"{path.parents[2].name} {path.stem}"
+            work.attacked |= {name: len(new)} if new else {}
+            continue
         work.shard_writes += len(new)
         if path.name == "images.ledger":
             work.decoded += len(new)
@@ -305,6 +310,17 @@ def _projected_again(folder: Path, raw: dict[str, Any]) -> dict[str, Any]:
     run(drawn(raw))
     methods = ["guided_backprop", "guided_backprop_unswitched"]
     return changed(drawn(raw), "visualize", "mine", "projections", "methods", to=methods)
+
+
+def attacked(raw: dict[str, Any], *bounds: int) -> dict[str, Any]:
+    """Attacks on the CNN towards any other class, within one bound and these."""
+    fooled = {"networks": ["cnn"], "untargeted": True, "start": "predicted", "methods": ["pgd"], "steps": 2}
+    return changed(raw, "attack", to={"mine": fooled | {"norms": {"linf": [4, *bounds]}}})
+
+
+def _attacked_before(folder: Path, raw: dict[str, Any]) -> dict[str, Any]:
+    run(attacked(raw))
+    return attacked(raw, 8)
 
 
 def _explained_before(folder: Path, raw: dict[str, Any], after: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -453,6 +469,8 @@ CHANGES = [
     Change("head of the CNN trained again, where its units are drawn", "its logits, and no unit again", _drawn_before),
     Change("pictures by MACO beside those of pixels", "the parts of MACO", _maco_beside),
     Change("other rules of projection, where units are drawn", "projections, and no picture again", _projected_again),
+    Change("attacks on the CNN switched on", "their shards", lambda folder, raw: attacked(raw)),
+    Change("one more bound of attacks on the CNN", "its shards, within that bound", _attacked_before),
     Change("text or code of the report", "the report", lambda folder, raw: raw, report_changed),
 ]  # fmt: skip
 
@@ -480,9 +498,9 @@ def table(folder: Path) -> Iterator[str]:
     """The rows of the table in the docs."""
     yield (
         "| change | allowed | images decoded | label maps | forwards | layers written | layers counted | ablated | "
-        "minibatches | runs trained | explained | audited | drawn | steps |"
+        "minibatches | runs trained | explained | audited | drawn | attacked | steps |"
     )
-    yield "|" + "---|" * 14
+    yield "|" + "---|" * 15
     base = folder / "base"
     base.mkdir()
     yield _row("(the first run)", "everything", run(experiment(base)))
@@ -515,7 +533,12 @@ def _row(name: str, allowed: str, work: Work) -> str:
     written, counted = (sum(map(len, each.values())) for each in (work.written, work.counted))
     minibatches = sum(work.minibatches.values())
     shards = (work.decoded, work.labelled, forwards, written, counted, work.ablated, minibatches)
-    maps = sum(work.explained.values()), sum(work.audited.values()), sum(work.drawn.values())
+    maps = (
+        sum(work.explained.values()),
+        sum(work.audited.values()),
+        sum(work.drawn.values()),
+        sum(work.attacked.values()),
+    )
     made = (*shards, work.trained, *maps, len(work.steps))
     return "| " + " | ".join((name, allowed, *(str(count or "–") for count in made))) + " |"
 

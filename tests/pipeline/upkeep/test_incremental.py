@@ -91,6 +91,8 @@ def expected(name: str, work: Work) -> dict:
         "head of the CNN trained again, where its units are drawn": {"forwards": {"cnn": SHARDS}},
         "pictures by MACO beside those of pixels": {},
         "other rules of projection, where units are drawn": {},
+        "attacks on the CNN switched on": {},
+        "one more bound of attacks on the CNN": {},
         "text or code of the report": {},
     }[name]  # fmt: skip
 
@@ -145,6 +147,10 @@ def test_what_a_change_costs(tmp_path, base, change: Change):
             assert work.drawn == {"cnn maximised-maco": 2}
         case "other rules of projection, where units are drawn":
             assert work.drawn == {"cnn projections": 1}
+        case "attacks on the CNN switched on":
+            assert work.attacked == {"cnn pgd-linf-4": SHARDS}
+        case "one more bound of attacks on the CNN":
+            assert work.attacked == {"cnn pgd-linf-8": SHARDS}
         case "text or code of the report":
             assert work.steps == ["report"]
         case "one more source of concepts (colours of the pixels)":

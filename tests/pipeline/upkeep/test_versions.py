@@ -82,6 +82,13 @@ ALONE = {
         "pipeline/stages/dissect/found.py",  # readers of the parents' tables
         "pipeline/stages/extract/found.py",
     },
+    "attack": {
+        # Of these, the form of a class, whether outputs are those of a softmax, and its type.
+        "pipeline/stages/attribute/settings.py",
+        "pipeline/networks/explainable.py",
+        "pipeline/networks/fitness.py",
+        "pipeline/networks/layer_id.py",
+    },
     "layer_id": {"pipeline/networks/layers.py"},
 }
 

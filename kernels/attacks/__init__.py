@@ -1,0 +1,1 @@
+"""Adversarial attacks: pure functions on batches of images, each row for itself."""
