@@ -107,10 +107,13 @@ class Images:
         return np.asarray(self.reader()["image_id"][:])
 
 
-def pixels(reader: Reader, rows: Sequence[int] | np.ndarray) -> np.ndarray:
-    """Return the images of these slots, in order, as uint8 (image, channel, y, x); each shard is read once."""
-    array, chosen = reader["image"], np.asarray(rows, np.int64)
-    step, found = array.chunks[0], np.empty((len(chosen), *array.shape[1:]), np.uint8)
+def pixels(reader: Reader, rows: Sequence[int] | np.ndarray, name: str = "image") -> np.ndarray:
+    """Return the images of these slots, in order, as uint8 (image, channel, y, x); each shard is read once.
+
+    `name` is another array of the store, of one entry per image.
+    """
+    array, chosen = reader[name], np.asarray(rows, np.int64)
+    step, found = array.chunks[0], np.empty((len(chosen), *array.shape[1:]), array.dtype)
     order = np.argsort(chosen, kind="stable")
     shards, first = np.unique(chosen[order] // step, return_index=True)
     for shard, own in zip(shards.tolist(), np.split(order, first)[1:], strict=True):

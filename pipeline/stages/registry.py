@@ -17,6 +17,7 @@ from pipeline.stages.dissect.stage import STAGE as DISSECT
 from pipeline.stages.extract.stage import STAGE as EXTRACT
 from pipeline.stages.grams.stage import STAGE as GRAMS
 from pipeline.stages.ingest.stage import STAGE as INGEST
+from pipeline.stages.intervene.stage import STAGE as INTERVENE
 from pipeline.stages.network.stage import STAGE as NETWORK
 from pipeline.stages.probes.stage import STAGE as PROBES
 from pipeline.stages.randomize.stage import STAGE as RANDOMIZE
@@ -53,6 +54,7 @@ STAGES: dict[str, Stage] = {
         ATTRIBUTE,
         AUDIT,
         VISUALIZE,
+        INTERVENE,
         *_added(),
         REPORT,
     )

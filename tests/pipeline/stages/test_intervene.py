@@ -1,0 +1,144 @@
+"""Generated data sets, the dissection of generators, and interventions in their units."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+from experiments import job, lines, run
+from generators import SIZE, closed_form, experiment
+
+from pipeline.data.scenes import KINDS
+from pipeline.networks.build import load
+from pipeline.networks.generators import latent_of
+
+pytestmark = pytest.mark.usefixtures("workers")
+STAGES = ("ingest", "network", "concepts", "extract", "dissect", "intervene")
+TREE = KINDS.index("tree")
+
+
+@pytest.fixture(scope="module")
+def made(workers, tmp_path_factory):
+    """Run once, for the tests that read; those that change something take a copy."""
+    return run(experiment(tmp_path_factory.mktemp("intervene")), *STAGES)
+
+
+def opened(made, name):
+    folder = made.results / "painted" / "painter" / "interventions" / "trees"
+    return xr.open_zarr(folder / f"{name}.zarr")
+
+
+def rows(made, name="interventions"):
+    folder = made.results / "painted" / "painter" / "interventions" / "trees"
+    with (folder / f"{name}.csv").open() as stream:
+        return list(csv.DictReader(stream))
+
+
+def painter(made):
+    generator = made.config.generators["painter"]
+    return generator, load(generator.spec)
+
+
+def test_an_image_follows_from_its_seed_and_number_alone(made):
+    generator, network = painter(made)
+    stored = xr.open_zarr(made.results / "painted" / "images.zarr")
+    for at in (0, 17, 35):
+        name = str(stored.image_id.values[at])
+        latent = latent_of(generator.latent, 0, name, SIZE)
+        assert (stored.latent.values[at] == latent).all()
+        with torch.no_grad():
+            pixels = network(torch.from_numpy(latent)[None])[0].clamp(0, 1).mul(255).round().byte().numpy()
+        assert (stored.image.values[at] == pixels).all()
+    assert set(stored.label.values.tolist()) == {-1}
+
+
+def test_the_planted_unit_is_the_first_by_both_ranks(made):
+    units = {int(row["unit"]): row for row in rows(made, "interventions-units")}
+    assert units[TREE]["place_iou"] == units[TREE]["place_effect"] == "1"
+    labels = {int(row["unit"]): row for row in read_units(made)}
+    assert labels[TREE]["concept"].startswith("tree")
+
+
+def read_units(made):
+    with (made.results / "painted" / "painter" / "units.csv").open() as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_removal_is_the_closed_form(made):
+    _, network = painter(made)
+    images, trials = xr.open_zarr(made.results / "painted" / "images.zarr"), opened(made, "trials")
+    told = trials.attrs["trials"]
+    place = next(at for at, one in enumerate(told) if one["what"] == "removed" and one["k"] == 1)
+    assert told[place]["units"] == [TREE]
+    assert told[place]["replace"] == "zero"
+    slots = trials.slot.values[: trials.sizes["shown"]]
+    inputs = torch.from_numpy(images.latent.values[slots].copy())
+    with torch.no_grad():
+        wanted = closed_form(inputs, network, [TREE]).clamp(0, 1).mul(255).round().numpy()
+    assert np.abs(trials.picture.values[:, place].astype(int) - wanted).max() <= 1
+    # It is also what the generator paints of the composition without trees.
+    without = next(at for at, one in enumerate(told) if one["what"] == "without")
+    assert np.abs(trials.picture.values[:, place].astype(int) - trials.picture.values[:, without]).max() <= 1
+
+
+def test_ways_of_known_units(made):
+    found = {(row["what"], row["rank"], row["replace"], row["k"]): row for row in rows(made)}
+    assert float(found["removed", "iou", "zero", "1"]["way"]) > 0.98
+    assert float(found["patched", "iou", "", "1"]["way"]) > 0.98
+    assert float(found["without", "", "", ""]["way"]) == 1
+    assert float(found["nothing", "", "", ""]["way"]) == 0
+    assert abs(float(found["random", "", "zero", "1"]["way"])) < 0.2
+
+
+def test_sums_against_plain_computation(made):
+    """Every sum of one image once more, pixel by pixel in float64."""
+    images, trials = xr.open_zarr(made.results / "painted" / "images.zarr"), opened(made, "trials")
+    concepts = xr.open_zarr(made.results / "painted" / "concepts.zarr")
+    place = concepts.category.values.tolist().index("truth/object")
+    numbers = {(each["category"], each["name"]): int(number) for number, each in concepts.attrs["concepts"].items()}
+    slot = int(trials.slot.values[0])
+    region = concepts.label_map.values[slot, place] == numbers["truth/object", "tree"]
+    before = trials.picture.values[0, 0].astype(np.float64) / 255
+    for number in (1, 2, len(trials.attrs["trials"]) - 1):
+        after = trials.picture.values[0, number].astype(np.float64) / 255
+        inside = sum(abs(before[:, y, x] - after[:, y, x]).mean() for y, x in np.argwhere(region))
+        near = np.array(
+            [
+                [any(abs(y - v) + abs(x - u) <= 2 for v, u in np.argwhere(region)) for x in range(SIZE)]
+                for y in range(SIZE)
+            ]
+        )
+        outside = np.abs(before - after).mean(0)[~near].sum()
+        found = trials["sum"].values[0, number]
+        assert found[:2] == pytest.approx([inside, outside], rel=1e-12)
+    assert trials["size"].values[0, :2].tolist() == [region.sum(), (~near).sum()]
+    assert (images.image.values[slot] == trials.picture.values[0, 0]).all()
+
+
+def test_areas_are_counted_again_on_every_picture(made):
+    from kernels.images.colour_names import COLOURS, colour_names
+
+    trials = opened(made, "trials")
+    assert [name for _, name in trials.attrs["concepts"]] == list(COLOURS)
+    for number in (0, 3):
+        named = colour_names(np.moveaxis(trials.picture.values[0, number], 0, -1)[None])[0]
+        assert trials.area.values[0, number].tolist() == [int((named == at).sum()) for at in range(len(COLOURS))]
+
+
+def test_the_same_bytes_with_two_workers_and_after_a_cut(made, two_workers, tmp_path):
+    raw = experiment(tmp_path)
+    raw["generators"] = json.loads(json.dumps(made.config.model_dump(mode="json")["generators"]))
+    again = run(raw | {"results": str(tmp_path / "results")}, *STAGES)
+    folder = "painted/painter/interventions/trees"
+    files = job(made, "intervene", "painted", "painter", "trees").read().files
+    assert job(again, "intervene", "painted", "painter", "trees").read().files == files
+    ledger = again.results / folder / "trials.ledger"
+    kept = ledger.read_text().splitlines()
+    ledger.write_text("\n".join(kept[:-1]) + "\n")
+    manifest = job(again, "intervene", "painted", "painter", "trees").manifest
+    manifest.unlink()
+    run(raw | {"results": str(tmp_path / "results")}, *STAGES)
+    assert len(lines(ledger)) == len(kept)
+    assert job(again, "intervene", "painted", "painter", "trees").read().files == files
