@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
 
 Mask = NDArray[np.bool_]
 RING = 3
@@ -24,6 +23,8 @@ class Spot(NamedTuple):
 
 def dilated(mask: Mask, steps: int) -> Mask:
     """Return a mask (y, x) grown by so many pixels, up, down, left and right."""
+    from scipy import ndimage  # slow to import, and not needed to plan
+
     return ndimage.binary_dilation(mask, iterations=steps) if steps else mask.copy()
 
 
@@ -35,6 +36,8 @@ def spots(region: Mask, smallest: int, largest: float = 0.5) -> list[Spot]:
     smallest : pixels of a piece and, half as many, of its ring, below which it is left out.
     largest : share of the picture above which a piece is left out: it has no surroundings.
     """
+    from scipy import ndimage
+
     pieces, count = ndimage.label(region)
     found = []
     for number in range(1, count + 1):

@@ -43,7 +43,7 @@ class Core(Strict):
         description="`s3://bucket/prefix`: keep the chunk files of stores there (extra `s3`); default: in `results`",
     )
     datasets: Annotated[dict[Name, AnyDataset], Field(min_length=1)] = Field(description="by name")
-    networks: Annotated[dict[Name, Network], Field(min_length=1)] = Field(description="by name")
+    networks: dict[Name, Network] = Field(description="by name; may be empty where generators are dissected")
     segmenters: dict[Name, Segmenter] = Field({}, description="by name")
     generators: dict[Name, Generator] = Field({}, description="by name")
     experts: dict[Name, Expert] = Field({}, description="by name")
@@ -116,6 +116,8 @@ class Core(Strict):
 
     @model_validator(mode="after")
     def _generated(self) -> Core:
+        if not self.networks and not any(isinstance(each, Generated) for each in self.datasets.values()):
+            raise ValueError("networks: name at least one, or a data set of `kind: generated`")
         for name, dataset in self.datasets.items():
             if not isinstance(dataset, Generated):
                 continue

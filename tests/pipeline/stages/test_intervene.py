@@ -8,11 +8,20 @@ import pytest
 import torch
 import xarray as xr
 from experiments import job, lines, run
-from generators import SIZE, closed_form, experiment
+from generators import SIZE, closed_form, experiment, written
 
+from kernels.images.colour_names import COLOURS, colour_names
 from pipeline.data.scenes import KINDS
+from pipeline.errors import MicrotomeError
 from pipeline.networks.build import load
 from pipeline.networks.generators import latent_of
+from pipeline.networks.inspection import answer as answer_of
+from pipeline.plan import inspected
+from pipeline.run import experiment as run_experiment
+from pipeline.run import planner
+from pipeline.stages.intervene import stage
+from pipeline.stages.registry import jobs
+from pipeline.workers import client
 
 pytestmark = pytest.mark.usefixtures("workers")
 STAGES = ("ingest", "network", "concepts", "extract", "dissect", "intervene")
@@ -118,8 +127,6 @@ def test_sums_against_plain_computation(made):
 
 
 def test_areas_are_counted_again_on_every_picture(made):
-    from kernels.images.colour_names import COLOURS, colour_names
-
     trials = opened(made, "trials")
     assert [name for _, name in trials.attrs["concepts"]] == list(COLOURS)
     for number in (0, 3):
@@ -127,10 +134,11 @@ def test_areas_are_counted_again_on_every_picture(made):
         assert trials.area.values[0, number].tolist() == [int((named == at).sum()) for at in range(len(COLOURS))]
 
 
-def test_the_same_bytes_with_two_workers_and_after_a_cut(made, two_workers, tmp_path):
+def test_the_same_bytes_with_two_workers_and_after_a_cut(made, two_workers, tmp_path, monkeypatch):
+    monkeypatch.setenv(client.ADDRESS, two_workers)
     raw = experiment(tmp_path)
     raw["generators"] = json.loads(json.dumps(made.config.model_dump(mode="json")["generators"]))
-    again = run(raw | {"results": str(tmp_path / "results")}, *STAGES)
+    again = run(raw, *STAGES)
     folder = "painted/painter/interventions/trees"
     files = job(made, "intervene", "painted", "painter", "trees").read().files
     assert job(again, "intervene", "painted", "painter", "trees").read().files == files
@@ -139,6 +147,84 @@ def test_the_same_bytes_with_two_workers_and_after_a_cut(made, two_workers, tmp_
     ledger.write_text("\n".join(kept[:-1]) + "\n")
     manifest = job(again, "intervene", "painted", "painter", "trees").manifest
     manifest.unlink()
-    run(raw | {"results": str(tmp_path / "results")}, *STAGES)
+    run(raw, *STAGES)
     assert len(lines(ledger)) == len(kept)
     assert job(again, "intervene", "painted", "painter", "trees").read().files == files
+
+
+def test_a_generator_of_latents_without_compositions(workers, tmp_path):
+    """A DCGAN in small: areas of colours are what is known, there is no picture without the concept."""
+    raw = experiment(tmp_path)
+    raw["generators"] = {"plain": written(tmp_path, "plain")}
+    raw["datasets"]["painted"] |= {"generator": "plain", "size": [16, 16], "concepts": ["pixels"]}
+    raw["networks"]["tiny"] |= {"layers": ["b"]}
+    greys = {"generator": "plain", "layer": "first", "concept": "pixels/colour: grey", "units": [2], "pictures": 0}
+    raw["intervene"] = {"greys": greys}
+    found = run(raw, *STAGES)
+    folder = found.results / "painted" / "plain" / "interventions" / "greys"
+    with (folder / "interventions.csv").open() as stream:
+        table = list(csv.DictReader(stream))
+    assert [row["what"] for row in table] == ["nothing", "removed", "removed", "random"]
+    assert all(row["way"] == "" and float(row["inside"]) >= 0 for row in table)
+    assert (found.results / "painted" / "tiny" / "units.csv").exists(), "networks are dissected on such images"
+
+
+def refused(folder, **changes):
+    raw = experiment(folder)
+    raw["intervene"]["trees"] |= changes
+    return raw
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"concept": "truth/object: trea"}, "intervene.trees.concept: no concept 'trea' in 'truth/object'"),
+        ({"concept": "voc/object: tree"}, "intervene.trees.concept: no category 'voc/object'"),
+        ({"concept": "tree"}, "is not of the form"),
+        ({"generator": "paint"}, "intervene.trees.generator: no generator 'paint'"),
+        ({"datasets": ["other"]}, "intervene.trees.datasets: 'other' holds no images of generator 'painter'"),
+    ],
+)
+def test_what_the_plan_refuses(tmp_path, changes, message):
+    with pytest.raises(MicrotomeError) as error:
+        planner.make(run_experiment.parse(refused(tmp_path, **changes)))
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"units": [1, 23]}, "intervene.trees.units: 23 units of layer 'kinds', which has 22"),
+        ({"layer": "kind"}, "intervene.trees.layer: 'kind' is not among the layers of generator 'painter'"),
+    ],
+)
+def test_what_the_inspection_refuses(made, tmp_path, changes, message):
+    plan = planner.make(run_experiment.parse(refused(tmp_path, **changes)))
+    inspected.ask([inspected.question(each) for each in inspected.pairs(jobs(plan)) if each.network == "painter"])
+    assert message in " ".join(stage.check(job(plan, "intervene", "painted", "painter", "trees")))
+
+
+@pytest.mark.parametrize(
+    ("function", "latent", "size", "message"),
+    [
+        ("noisy", None, SIZE, "draws random numbers"),
+        ("painter", None, 60, "the data set's have 60 x 60"),
+        ("plain", {"kind": "normal", "shape": [6, 1, 1]}, 16, "it cannot take latents of shape [6, 1, 1]"),
+    ],
+)
+def test_generators_that_are_refused(tmp_path, function, latent, size, message):
+    section = written(tmp_path, function) | ({"latent": latent} if latent else {})
+    (answer,) = answer_of([{"generator": section, "size": [size, size]}])
+    assert message in answer["error"]
+
+
+def test_compositions_of_another_shape_are_refused(tmp_path):
+    raw = experiment(tmp_path)
+    raw["generators"]["painter"]["latent"]["shape"] = [179, 6, 6]
+    with pytest.raises(MicrotomeError, match=r"generators\.painter\.latent\.shape"):
+        planner.make(run_experiment.parse(raw))
+
+
+def test_sections_that_need_classes_refuse_generated_images(tmp_path):
+    with pytest.raises(MicrotomeError, match="have no classes"):
+        planner.make(run_experiment.parse(experiment(tmp_path) | {"calibrate": {}}))
