@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -79,16 +79,28 @@ def latent_of(latent: Latent, seed: int, image_id: str, size: int, without: Sequ
     return source.uniform(-1, 1, tuple(latent.shape)).astype(np.float32)
 
 
-def check_latent(name: str, latent: Latent) -> None:
-    """Refuse compositions of scenes of another shape."""
+def of_scenes(name: str, latent: Latent, size: tuple[int, int], splits: Iterable[str]) -> dict[str, int]:
+    """Return what ids hold of compositions of scenes, their version; nothing of other latents.
+
+    Raises
+    ------
+    MicrotomeError
+        A shape, a size or a split that compositions do not have, with the key of the generator `name`.
+    """
     if latent.kind != "scenes":
-        return
-    from pipeline.data.scenes.composed import SHAPE
+        return {}
+    from pipeline.data.scenes import SPLITS, VERSION
+    from pipeline.data.scenes.composed import GRID, SHAPE
 
     if tuple(latent.shape) != SHAPE:
         raise MicrotomeError(
             f"generators.{name}.latent.shape: compositions of scenes have shape {list(SHAPE)}, found {latent.shape}"
         )
+    if size[0] % GRID:
+        raise MicrotomeError(f"size: compositions lie on a grid of {GRID} x {GRID}, which does not divide {size[0]}")
+    if others := [split for split in splits if split not in SPLITS]:
+        raise MicrotomeError(f"images: scenes have the splits {' and '.join(SPLITS)}, found {others[0]!r}")
+    return {"scenes": VERSION}
 
 
 def rounded(made: torch.Tensor) -> np.ndarray:

@@ -68,8 +68,10 @@ def steps(draft: Draft) -> Iterator[Wanted]:
         if isinstance(dataset, Generated):
             generator = draft.config.generators[dataset.generator]
             with about(f"data set {name!r}"):
-                generators.check_latent(dataset.generator, generator.latent)
-                settings = settings | {"generator": generators.settings_of(generator, draft.digests)}
+                settings = settings | generators.of_scenes(
+                    dataset.generator, generator.latent, dataset.size, dataset.images
+                )
+                settings["generator"] = generators.settings_of(generator, draft.digests)
         yield Wanted(Key(dataset=name), Settings.read(settings))
 
 

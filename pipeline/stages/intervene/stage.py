@@ -225,7 +225,8 @@ def run(job: Job[Settings]) -> None:
 
     job.begin()
     work = Work(job)
-    job.check_memory(memory_need(job, sum(1 for _ in work.settings.units)), REMEDY)
+    values = int(np.prod(work.stored.shape))
+    job.check_memory(memory_need(job, work.model.weights.stat().st_size, values, trials_most(work.settings)), REMEDY)
     with job.workers() as workers:
         chosen = choose(work, workers)
         ranking = ranking_parts(work, chosen)
@@ -459,27 +460,35 @@ def check(job: Job[Settings]) -> Iterator[str]:
         yield f"{where}.units: {most} units of layer {layer.name!r}, which has {layer.shape[0]}"
 
 
+def trials_most(settings: Settings) -> int:
+    """Return how many trials there are, at most."""
+    return 2 + len(settings.units) * (len(settings.rank) * (len(settings.replace) + 1) + settings.draws + 1)
+
+
 def cost(job: Job[Settings], done: bool) -> Cost:
     """Estimate bytes, time and memory: a forward for each unit and image, and for each trial and image."""
     settings, found, counted = job.settings, inspected.found(job), Counted.of(job)
     units = next((each.shape[0] for each in found.layers if each.name == settings.layer), 0)
-    half = counted.images // 2
+    half, sets = counted.images // 2, trials_most(settings)
     train, test = min(settings.rank_images, half), min(settings.images or half, half)
-    sets = len(settings.units) * (len(settings.rank) * (len(settings.replace) + 1) + settings.draws + 1)
     pixels = 3 * counted.size[0] * counted.size[1]
     raw = float(settings.pictures * sets * pixels + 8 * test * sets * len(MEASURES))
     rate = inspected.speed(job).get("images_per_second")
-    store = Store("trials", raw, raw, raw if done else size_of(job.folder / "trials.zarr"))
-    seconds = (train * units + test * sets) / rate if rate else None
-    return Cost((store,), test, max(1, -(-test // IMAGES) + -(-units // UNITS)), seconds, memory_need(job, sets))
+    return Cost(
+        stores=(Store("trials", raw, raw, raw if done else size_of(job.folder / "trials.zarr")),),
+        images=test,
+        tasks=max(1, -(-test // IMAGES) + -(-units // UNITS)),
+        seconds=(train * units + test * sets) / rate if rate else None,
+        memory=memory_need(job, 4 * found.parameters, found.largest, sets),
+    )
 
 
-def memory_need(job: Job[Settings], sets: int) -> int:
-    """Estimate the bytes of a task: weights, a forward of a micro-batch, and the pictures of a part."""
-    size, spec, found = ingested(job), job.network_spec, inspected.found(job)
+def memory_need(job: Job[Settings], weights: int, values: int, sets: int) -> int:
+    """Estimate the bytes of a task: weights, a forward of a micro-batch with outputs of `values`, and pictures."""
+    size, spec = ingested(job), job.network_spec
     pixels = 3 * size[0] * size[1]
     pictures = job.settings.pictures * sets * pixels + 40 * IMAGES * pixels
-    return 3 * 4 * found.parameters + 16 * spec.numerics.micro_batch * found.largest + pictures
+    return 3 * weights + 16 * spec.numerics.micro_batch * values + pictures
 
 
 def made(job: Job) -> list[Path]:

@@ -228,3 +228,20 @@ def test_compositions_of_another_shape_are_refused(tmp_path):
 def test_sections_that_need_classes_refuse_generated_images(tmp_path):
     with pytest.raises(MicrotomeError, match="have no classes"):
         planner.make(run_experiment.parse(experiment(tmp_path) | {"calibrate": {}}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"size": [50, 50]}, "size: compositions lie on a grid of 12 x 12, which does not divide 50"),
+        ({"images": {"test": 4}, "dissect": {"split": "test"}}, "images: scenes have the splits train and validation"),
+        ({"size": [48, 60]}, "datasets.painted.size: scenes are square"),
+        ({"generator": "other"}, "datasets.painted.generator: no generator 'other'"),
+    ],
+)
+def test_data_sets_that_are_refused(tmp_path, changes, message):
+    raw = experiment(tmp_path)
+    raw["datasets"]["painted"] |= changes
+    with pytest.raises(MicrotomeError) as error:
+        planner.make(run_experiment.parse(raw))
+    assert message in str(error.value)
