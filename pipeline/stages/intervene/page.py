@@ -147,12 +147,14 @@ def findings(one: Interventions) -> Iterator[str]:
         return
     random = one.row("random", k=row.k)
     out = row.outcomes
-    first = f"Without the {described(row).replace(' removed', '')}, on {plural(one.facts.test, 'image')}: "
-    beside = f" (random units {said(random.outcomes['way' if aim else 'inside'])})" if random is not None else ""
+    by = "highest IoU" if row.rank == "iou" else "largest effect"
+    value = "zero" if row.replace == "zero" else "their mean"
+    first = f"{concept[0].upper()}{concept[1:]}: with the {plural(row.k, 'unit')} of {by} at {value}, "
+    beside = f"; random units {said(random.outcomes['way' if aim else 'inside'])}" if random is not None else ""
     if aim is not None:
         yield (
-            f"{first}pictures go {said(out['way'])} of the way to the generator’s own picture without {concept}"
-            f"{beside}."
+            f"{first}pictures of {plural(one.facts.test, 'image')} go {said(out['way'])} of the way to the generator’s "
+            f"own picture without it{beside}."
         )
         yield (
             f"The contrast of {concept} to its ring changes by {said(out['contrast'])}, where the aim is "
@@ -169,8 +171,8 @@ def findings(one: Interventions) -> Iterator[str]:
             yield f"What they paint is {concept} and little else."
     else:
         yield (
-            f"{first}pixels of {concept} change by {said(out['inside'], 1)}, all others by {said(out['outside'], 1)}"
-            f"{beside}."
+            f"{first}its pixels in {plural(one.facts.test, 'image')} change by {said(out['inside'], 1)}, all others by "
+            f"{said(out['outside'], 1)}{beside}."
         )
         if out["outside"][0] > 0.5 * out["inside"][0]:
             yield (
