@@ -35,7 +35,8 @@ def ratio_of_sums(part: NDArray[np.float64], whole: NDArray[np.float64], seed: i
         empty = np.full(value.shape, np.nan)
         return Ratio(value, empty, empty)
     random = np.random.default_rng(seed)
-    times = np.stack([np.bincount(random.integers(0, images, images), minlength=images) for _ in range(draws)])
+    drawn = (np.bincount(random.integers(0, images, images), minlength=images) for _ in range(draws))
+    times = np.stack([each.astype(np.float64) for each in drawn])
     found = _over(times @ above, times @ below)
     low, high = (np.full(value.shape, np.nan) for _ in range(2))
     for at in np.flatnonzero(~np.isnan(value)).tolist():

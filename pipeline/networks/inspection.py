@@ -151,8 +151,10 @@ def inspect(
         recorded = {layer.name for choice in choices for layer in choose(built, surveyed, choice, name)}
         notices += check_independence(spec, sorted(recorded), input_shape, weights_path)
         if image is None:  # where a latent lies in the image is the generator's to say
-            place(built, surveyed, [layers], input_shape, name, lambda: build(spec), every=True)
-            place(built, surveyed, choices[1:], input_shape, name, lambda: build(spec), strict=False)
+            channels, height, width = input_shape
+            shape = channels, height, width
+            place(built, surveyed, [layers], shape, name, lambda: build(spec), every=True)
+            place(built, surveyed, choices[1:], shape, name, lambda: build(spec), strict=False)
     else:
         notices.append(
             f"it was not run before the work, for which it needs {need / 2**30:,.1f} GiB of memory where "

@@ -293,8 +293,8 @@ def open_store(
     }
     if latent:
         dimensions = ("image", *(f"latent_{at}" for at in range(len(latent))))
-        block = (dataset.shard_images, *latent)
-        arrays["latent"] = Array(dimensions, (count, *latent), np.float32, block, fill=np.nan)
+        of_shard = (dataset.shard_images, *latent)
+        arrays["latent"] = Array(dimensions, (count, *latent), np.float32, of_shard, fill=np.nan)
     create(store, arrays, {"classes": classes, "source": source}, coordinates=["image_id"])
     if ledger.entries.get(SOURCE, {}).get("id") != source:
         ledger.record(SOURCE, source, {})
@@ -340,7 +340,8 @@ def ingest_shard(
             usable[i] = True
         except Refused as error:
             refused[image_id] = error.reason
-    made_of, blocks = pixels.tobytes() + usable.tobytes(), {"image": ((start, 0, 0, 0), pixels)}
+    made_of = pixels.tobytes() + usable.tobytes()
+    blocks: dict[str, tuple[tuple[int, ...], np.ndarray]] = {"image": ((start, 0, 0, 0), pixels)}
     facts: dict[str, Any] = {"refused": refused}
     if latents is not None:
         made_of += latents.tobytes()

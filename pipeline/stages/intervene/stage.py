@@ -195,7 +195,8 @@ class Work:
     @cached_property
     def judges(self) -> dict[str, tuple[Sequence[str], segmenters.Model | None]]:
         """By category that can be found in any picture: its concepts, and its segmenter or None for colours."""
-        config, found = self.job.config, {}
+        config = self.job.config
+        found: dict[str, tuple[Sequence[str], segmenters.Model | None]] = {}
         made_of = self.job.parent_job("concepts").settings.segmenters or {}
         for category, names in wanted_categories(self.job.dataset_spec, config).items():
             source = category.partition("/")[0]
