@@ -158,8 +158,11 @@ def test_a_generator_of_latents_without_compositions(workers, tmp_path):
     raw["generators"] = {"plain": written(tmp_path, "plain")}
     raw["datasets"]["painted"] |= {"generator": "plain", "size": [16, 16], "concepts": ["pixels"]}
     raw["networks"]["tiny"] |= {"layers": ["b"]}
-    greys = {"generator": "plain", "layer": "first", "concept": "pixels/colour: grey", "units": [2], "pictures": 0}
-    raw["intervene"] = {"greys": greys}
+    begun = run({**raw, "intervene": {}}, "ingest", "network", "concepts")
+    concepts = xr.open_zarr(begun.results / "painted" / "concepts.zarr")
+    most = concepts.attrs["concepts"][str(np.bincount(concepts.label_map.values.reshape(-1)).argmax())]
+    seen = {"generator": "plain", "layer": "first", "concept": f"pixels/colour: {most['name']}", "units": [2]}
+    raw["intervene"] = {"greys": seen | {"pictures": 0}}
     found = run(raw, *STAGES)
     folder = found.results / "painted" / "plain" / "interventions" / "greys"
     with (folder / "interventions.csv").open() as stream:
