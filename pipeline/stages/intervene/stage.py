@@ -366,10 +366,16 @@ def scores_of(work: Work, chosen: Chosen, parts: Parts) -> tuple[dict[str, np.nd
     column = list(zip(named["category"][:], named["concept"][:], strict=True)).index(wanted)
     found = iou(read_counts(stored), stored.attrs["category_of_concept"], named.attrs["union"], slice(0, HALF))
     reader = Reader(parts.store, parts.files())
-    inside, outside = (np.nanmean(np.asarray(reader[name][:]), 1) for name in ("inside", "outside"))
+    inside, outside = (_known_means(np.asarray(reader[name][:])) for name in ("inside", "outside"))
     means = np.asarray(work.stored.activations(job.results, job.dataset_folder).open()["mean"][:])
     scores = {"iou": found[:, column], "effect": inside - outside, "inside": inside, "outside": outside}
     return scores, means[chosen.half].astype(np.float64).mean(0)
+
+
+def _known_means(values: np.ndarray) -> np.ndarray:
+    """Return the mean of each row over what is known; 0 where nothing is, as outside of a concept that is everywhere."""
+    known = ~np.isnan(values)
+    return np.where(known, values, 0.0).sum(1) / np.maximum(known.sum(1), 1)
 
 
 def orders_of(work: Work, scores: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
