@@ -373,7 +373,7 @@ def scores_of(work: Work, chosen: Chosen, parts: Parts) -> tuple[dict[str, np.nd
 
 
 def _known_means(values: np.ndarray) -> np.ndarray:
-    """Return the mean of each row over what is known; 0 where nothing is, as outside of a concept that is everywhere."""
+    """Return the mean of each row over what is known; 0 where nothing is, as outside of what is everywhere."""
     known = ~np.isnan(values)
     return np.where(known, values, 0.0).sum(1) / np.maximum(known.sum(1), 1)
 
