@@ -8,10 +8,15 @@ BIN := $(VENV)/bin
 unexport PYTHONDONTWRITEBYTECODE
 UV_VERSION := 0.13.9
 
-.PHONY: demo test test-slow lint plan why recompute verify repair gc rescan bench chaos lock help clean
+.PHONY: demo generator test test-slow lint plan why recompute verify repair gc rescan bench chaos lock help clean
 demo: $(VENV)/installed ## Install, run CONFIG (default: config/config.yaml), and print where the report is
 	@test -r '$(CONFIG)' || { echo 'error: no configuration file $(CONFIG)' >&2; exit 1; }
 	@$(BIN)/snakemake --configfile $(CONFIG) --quiet reason host
+
+generator: $(VENV)/installed ## Train the generators of scenes and run config/generator.yaml: about ten minutes
+	@$(BIN)/python workflow/train_decoder.py generators/planted.safetensors --planted
+	@$(BIN)/python workflow/train_decoder.py generators/free.safetensors
+	@$(BIN)/snakemake --configfile config/generator.yaml --quiet reason host
 
 test: $(VENV)/installed ## Run the tests of every module, and the workflow once: minutes
 	@$(BIN)/python -m pytest -m 'not slow' --numprocesses 2 --dist loadfile --no-loadscope-reorder

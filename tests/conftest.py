@@ -51,6 +51,7 @@ SLOW = (
     "tests/pipeline/stages/test_attribute_segments.py",
     "tests/pipeline/stages/test_audit_laws.py",
     "tests/pipeline/stages/test_report_browser.py",
+    "tests/pipeline/stages/test_intervene.py",
     "tests/pipeline/stages/test_visualize.py",
     "tests/pipeline/stages/test_attack.py",
     "tests/pipeline/workers/test_pool.py",

@@ -13,8 +13,8 @@ from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from pipeline.config.base import ENDINGS, PIXELS, RESERVED, TRUTH, UNTRAINED, Name, PathName, Strict
 from pipeline.config.cluster import Cluster
-from pipeline.config.datasets import AnyDataset
-from pipeline.config.networks import Expert, Generator, Network, Segmenter
+from pipeline.config.datasets import AnyDataset, Generated
+from pipeline.config.networks import Expert, Generator, GeneratorNetwork, Network, Segmenter
 from pipeline.config.report import Figures, Report
 from pipeline.config.section import Section
 from pipeline.errors import nearest
@@ -43,7 +43,7 @@ class Core(Strict):
         description="`s3://bucket/prefix`: keep the chunk files of stores there (extra `s3`); default: in `results`",
     )
     datasets: Annotated[dict[Name, AnyDataset], Field(min_length=1)] = Field(description="by name")
-    networks: Annotated[dict[Name, Network], Field(min_length=1)] = Field(description="by name")
+    networks: dict[Name, Network] = Field(description="by name; may be empty where generators are dissected")
     segmenters: dict[Name, Segmenter] = Field({}, description="by name")
     generators: dict[Name, Generator] = Field({}, description="by name")
     experts: dict[Name, Expert] = Field({}, description="by name")
@@ -66,6 +66,14 @@ class Core(Strict):
     def datasets_of(self, network: Network) -> list[str]:
         """List the data sets that a network is dissected on."""
         return network.datasets if network.datasets is not None else list(self.datasets)
+
+    def generating(self) -> dict[str, GeneratorNetwork]:
+        """Return the generators that make a data set's images, by name, as networks dissected on those data sets."""
+        named: dict[str, list[str]] = {}
+        for name, dataset in self.datasets.items():
+            if isinstance(dataset, Generated):
+                named.setdefault(dataset.generator, []).append(name)
+        return {name: GeneratorNetwork.on(self.generators[name], datasets) for name, datasets in named.items()}
 
     def dissects(self, network: Network, dataset: str) -> bool:
         """Return whether a network is dissected on a data set: it has layers with maps, the data set has concepts."""
@@ -107,6 +115,25 @@ class Core(Strict):
         return self
 
     @model_validator(mode="after")
+    def _generated(self) -> Core:
+        if not self.networks and not any(isinstance(each, Generated) for each in self.datasets.values()):
+            raise ValueError("networks: name at least one, or a data set of `kind: generated`")
+        for name, dataset in self.datasets.items():
+            if not isinstance(dataset, Generated):
+                continue
+            where, generator = f"datasets.{name}", dataset.generator
+            if generator not in self.generators:
+                raise ValueError(f"{where}.generator: no generator {generator!r}{nearest(generator, self.generators)}")
+            if generator in self.networks or generator in self.reserved or generator.endswith((UNTRAINED, *ENDINGS)):
+                raise ValueError(
+                    f"{where}.generator: its results go to a folder of its own name, and {generator!r} is taken by a "
+                    f"network or is a reserved name: call the generator otherwise"
+                )
+            if self.generators[generator].latent.kind == "scenes" and dataset.size[0] != dataset.size[1]:
+                raise ValueError(f"{where}.size: scenes are square, found {dataset.size[0]} x {dataset.size[1]}")
+        return self
+
+    @model_validator(mode="after")
     def _sections(self) -> Core:
         for section in self.sections:
             section.check(self, self.section(section.key))
@@ -118,7 +145,8 @@ class Core(Strict):
             if name in (TRUTH, PIXELS):
                 raise ValueError(f"segmenter {name!r}: {TRUTH} and {PIXELS} are sources of another kind")
         for name, dataset in self.datasets.items():
-            known = [*([TRUTH] if dataset.has_truth else []), PIXELS, *self.segmenters]
+            composed = isinstance(dataset, Generated) and self.generators[dataset.generator].latent.kind == "scenes"
+            known = [*([TRUTH] if dataset.has_truth or composed else []), PIXELS, *self.segmenters]
             for at, source in enumerate(dataset.concepts):
                 if source not in known:
                     raise ValueError(

@@ -278,6 +278,19 @@ class Segmentation(Files):
         return self
 
 
+class Generated(Dataset):
+    """Images that a generator makes: image i of a split follows from the seed, the split and i alone."""
+
+    kind: Literal["generated"] = Field(description="this kind")
+    generator: Name = Field(description="of the section `generators`")
+    seed: NonNegativeInt = Field(0, description="another seed draws other latents")
+    size: tuple[PositiveInt, PositiveInt] = Field(description="height, width of the generator's images")
+    images: Annotated[dict[Name, PositiveInt], Field(min_length=1)] = Field(
+        {"validation": 2000}, description="number of images, by split"
+    )
+
+
 AnyDataset = Annotated[
-    Scenes | ImageFolder | Segmentation | Csv | ImageNet | Places365 | Cifar10 | Npz, Field(discriminator="kind")
+    Scenes | ImageFolder | Segmentation | Csv | ImageNet | Places365 | Cifar10 | Npz | Generated,
+    Field(discriminator="kind"),
 ]

@@ -423,8 +423,10 @@ class Segmenter(NetworkSpec):
 class Latent(Strict):
     """What a generator makes images of."""
 
-    kind: Literal["normal", "uniform"] = Field(
-        "normal", description="how it is drawn: standard `normal`, or `uniform` from -1 to 1"
+    kind: Literal["normal", "uniform", "scenes"] = Field(
+        "normal",
+        description="how it is drawn: standard `normal`, `uniform` from -1 to 1, or compositions of the embedded "
+        "`scenes`",
     )
     shape: Annotated[list[PositiveInt], Field(min_length=1, max_length=4)] = Field(
         description="of one image's latent, without the batch"
@@ -454,8 +456,7 @@ class Beside(Strict):
     @property
     def spec(self) -> NetworkSpec:
         """Return what builds the network."""
-        named = ("module", "weights", "arguments", "files", "prefix", "within")
-        return NetworkSpec(**{name: getattr(self, name) for name in named})
+        return NetworkSpec(**{name: getattr(self, name) for name in _BUILDS})
 
 
 class Generator(Beside):
@@ -465,6 +466,15 @@ class Generator(Beside):
 
     latent: Latent = Field(description="what it makes images of")
     output: tuple[float, float] = Field((0.0, 1.0), description="what it gives for black and for white, often [-1, 1]")
+    layers: Literal["auto"] | list[str] = Field(
+        "auto", description="layers to dissect on data sets of its images, as for a network"
+    )
+    store: Kept | Annotated[dict[str, Kept], Field(min_length=1)] = Field(
+        "full", description="what is stored of a layer, as for a network"
+    )
+    numerics: Numerics = Field(
+        Numerics(channels_last=False), description="batch size and memory format when its layers are recorded"
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> Generator:
@@ -499,3 +509,24 @@ class Expert(Beside):
         if self.kind == "density" and self.noise is not None:
             raise ValueError("noise: is of a denoiser; a density has none: leave it out")
         return self
+
+
+_BUILDS = ("module", "weights", "arguments", "files", "prefix", "within")
+
+
+class GeneratorNetwork(Network):
+    """A generator as a network of the plan: it reads the latents of a data set's images in place of their pixels."""
+
+    latent: Latent
+
+    @classmethod
+    def on(cls, generator: Generator, datasets: list[str]) -> GeneratorNetwork:
+        """Return a generator as the network that is dissected on the data sets of its images."""
+        keys = (*_BUILDS, "latent", "layers", "store", "numerics")
+        return cls(**{name: getattr(generator, name) for name in keys}, datasets=datasets)
+
+
+def planned(described: Any) -> Network:
+    """Return a network of a plan from its JSON: a generator has a latent."""
+    kind = GeneratorNetwork if "latent" in described else Network
+    return kind.model_validate(described)

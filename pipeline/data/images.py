@@ -24,6 +24,7 @@ class Ingested(Record):
     contents : digest of the pixels of each shard; None if no image of it is used.
     records : id of the inputs of each shard; None likewise.
     refused : number of refused inputs. ignored : number of files that are not images, by kind.
+    cut : of generated images, the share of values beyond black and white.
     """
 
     images: int
@@ -35,6 +36,7 @@ class Ingested(Record):
     records: list[str | None]
     refused: int
     ignored: dict[str, int]
+    cut: float | None = None
 
 
 @dataclass(frozen=True)
@@ -77,8 +79,11 @@ class Images:
         return start, min(start + self.shard_images, self.count)
 
     def files_of(self, shard: int) -> Files:
-        """Return the chunk file that holds the pixels of a shard, and the metadata files."""
-        return {name: self.files[name] for name in ("zarr.json", "image/zarr.json", f"image/c/{shard}/0/0/0")}
+        """Return the chunk file that holds the pixels of a shard, that of latents if it has any, and the metadata."""
+        names = ["zarr.json", "image/zarr.json", f"image/c/{shard}/0/0/0"]
+        if "latent/zarr.json" in self.files:
+            names += ["latent/zarr.json", *(name for name in self.files if name.startswith(f"latent/c/{shard}/"))]
+        return {name: self.files[name] for name in names}
 
     def shards(self, split: str, limit: int | None = None) -> list[int]:
         """List the shards with a valid image of the split; with `limit`, the first that together hold that many."""
@@ -102,10 +107,13 @@ class Images:
         return np.asarray(self.reader()["image_id"][:])
 
 
-def pixels(reader: Reader, rows: Sequence[int] | np.ndarray) -> np.ndarray:
-    """Return the images of these slots, in order, as uint8 (image, channel, y, x); each shard is read once."""
-    array, chosen = reader["image"], np.asarray(rows, np.int64)
-    step, found = array.chunks[0], np.empty((len(chosen), *array.shape[1:]), np.uint8)
+def pixels(reader: Reader, rows: Sequence[int] | np.ndarray, name: str = "image") -> np.ndarray:
+    """Return the images of these slots, in order, as uint8 (image, channel, y, x); each shard is read once.
+
+    `name` is another array of the store, of one entry per image.
+    """
+    array, chosen = reader[name], np.asarray(rows, np.int64)
+    step, found = array.chunks[0], np.empty((len(chosen), *array.shape[1:]), array.dtype)
     order = np.argsort(chosen, kind="stable")
     shards, first = np.unique(chosen[order] // step, return_index=True)
     for shard, own in zip(shards.tolist(), np.split(order, first)[1:], strict=True):

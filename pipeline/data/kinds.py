@@ -22,6 +22,7 @@ from pipeline.config.datasets import (
     Cifar10,
     Csv,
     Files,
+    Generated,
     ImageFolder,
     ImageNet,
     Images,
@@ -192,7 +193,7 @@ def settings(dataset: AnyDataset, listed: Listing) -> dict[str, Any]:
         from pipeline.data.scenes import VERSION
 
         made_of["scenes"] = VERSION
-    else:
+    elif not isinstance(dataset, Generated):
         made_of |= {"geometry": repr(geometry(dataset)), "max_pixels": dataset.max_pixels}
     if other := {key: value for key, value in asdict(reading(dataset)).items() if value != asdict(AS_STATED)[key]}:
         made_of["reading"] = other
@@ -204,7 +205,7 @@ def settings(dataset: AnyDataset, listed: Listing) -> dict[str, Any]:
 def origin(dataset: AnyDataset) -> str:
     """Return where the images come from; while it stays the same, known images keep their slots."""
     match dataset:
-        case Scenes():
+        case Scenes() | Generated():
             where: Any = dataset.seed
         case Npz():
             parts = {"": dataset.file} if isinstance(dataset.file, str) else dataset.file
@@ -232,6 +233,8 @@ def _all_images(dataset: AnyDataset, scratch: Path, rescan: bool) -> Listing:
     match dataset:
         case Scenes():
             return _list_scenes(dataset)
+        case Generated():
+            return _list_generated(dataset)
         case ImageFolder():
             return files.list_imagefolder(
                 dataset.root,
@@ -313,6 +316,23 @@ def _list_scenes(dataset: Scenes) -> Listing:
     )
 
 
+def _list_generated(dataset: Generated) -> Listing:
+    from pipeline.data.listing import STRINGS, Listing
+
+    split = np.array([name for name, count in dataset.images.items() for _ in range(count)], STRINGS)
+    index = np.concatenate([np.arange(count) for count in dataset.images.values()])
+    absent = np.full(len(index), -1, np.int64)
+    return Listing(
+        root=Path(),
+        image_id=np.array([f"{name}/{i:07d}" for name, i in zip(split, index, strict=True)], STRINGS),
+        size=absent,
+        mtime_ns=absent,
+        label=absent,
+        split=split,
+        classes=[],
+    )
+
+
 def split_rule(split: Split) -> SplitRule:
     from pipeline.data.listing import Fixed, Folders, Share, SplitTable
 
@@ -347,6 +367,8 @@ def image_size(dataset: AnyDataset, listed: Listing) -> tuple[int, int]:
     """Return (height, width) of every image; without a crop or a squash, that of the first readable image."""
     if isinstance(dataset, Scenes):
         return dataset.size, dataset.size
+    if isinstance(dataset, Generated):
+        return dataset.size
     if dataset.crop is not None:
         return dataset.crop, dataset.crop
     if isinstance(dataset.resize, Squash):
@@ -383,7 +405,7 @@ def source(dataset: AnyDataset, image_id: str, size: tuple[int, int]) -> tuple[t
     from pipeline.data.decode import Geometry, size_of
 
     match dataset:
-        case Scenes():
+        case Scenes() | Generated():
             return size, Geometry()
         case Npz():
             from pipeline.data.arrays import image_size as size_in
@@ -410,6 +432,8 @@ def read_image(dataset: AnyDataset, image_id: str, size: tuple[int, int], listed
     match dataset:
         case Scenes():
             return _scene(dataset, image_id, image=True)[0]
+        case Generated():
+            raise MicrotomeError("images of kind generated are made by a network, not read")
         case Npz():
             from pipeline.data.arrays import npz_image
 
@@ -435,7 +459,7 @@ def read_image(dataset: AnyDataset, image_id: str, size: tuple[int, int], listed
 def memory_need(dataset: AnyDataset) -> int:
     """Return the bytes that reading takes besides the images read: the largest file, or the arrays held."""
     match dataset:
-        case Scenes():
+        case Scenes() | Generated():
             return 0
         case Npz():
             from pipeline.data.arrays import held
@@ -460,7 +484,7 @@ def _npz_place(dataset: Npz, image_id: str) -> tuple[Path, str, int]:
 def truth_categories(dataset: AnyDataset) -> dict[str, list[str]]:
     """Return concept names by category; `read_label_maps` numbers them from 1, and 0 means nothing."""
     match dataset:
-        case Scenes():
+        case Scenes() | Generated():
             from pipeline.data.scenes import CONCEPTS
 
             return {category: list(names) for category, names in CONCEPTS.items()}
@@ -488,7 +512,7 @@ def read_label_maps(
     from pipeline.data.label_maps import check_orientation, decode_label_map
 
     match dataset:
-        case Scenes():
+        case Scenes() | Generated():
             from pipeline.data.scenes import CATEGORIES
 
             return dict(zip(CATEGORIES, _scene(dataset, image_id, image=False)[0], strict=True))
@@ -530,11 +554,12 @@ def class_list(maps: LabelMaps) -> ClassList:
     return read_class_list(maps.classes, maps.void)
 
 
-def _scene(dataset: Scenes, image_id: str, image: bool) -> np.ndarray:
+def _scene(dataset: Scenes | Generated, image_id: str, image: bool) -> np.ndarray:
     from pipeline.data.scenes import generate
 
     split, _, index = image_id.partition("/")
-    drawn = generate(dataset.seed, int(index), 1, dataset.size, split, image=image, label_map=not image)
+    size = dataset.size if isinstance(dataset, Scenes) else dataset.size[0]
+    drawn = generate(dataset.seed, int(index), 1, size, split, image=image, label_map=not image)
     return drawn.image if image else drawn.label_map
 
 

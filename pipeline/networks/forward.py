@@ -7,13 +7,14 @@ agree bit for bit.
 from __future__ import annotations
 
 import functools
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.config.networks import Network, Segmenter
+from pipeline.config.networks import GeneratorNetwork, Network, Segmenter, planned
 from pipeline.errors import DamagedError, MicrotomeError
 from pipeline.networks.layer import LayerInfo
 from pipeline.workers.devices import device
@@ -38,7 +39,12 @@ class Model:
 
     @property
     def spec(self) -> Network:
-        return Network.model_validate_json(self.spec_json)
+        return planned(json.loads(self.spec_json))
+
+    @property
+    def reads(self) -> str:
+        """The array of a data set's images that it reads."""
+        return "latent" if isinstance(self.spec, GeneratorNetwork) else "image"
 
 
 class NonFiniteError(Exception):
@@ -90,6 +96,7 @@ def normalise(pixels: torch.Tensor, spec: Network | Segmenter) -> torch.Tensor:
     """Convert uint8 (image, 3, y, x) to float32 on the device: (x / 255 - mean) / std, in the network's memory format.
 
     A network with a single mean gets grey images (image, 1, y, x); with `per_image`, each image is whitened by itself.
+    A generator gets latents, as they are.
     """
     import torch
 
@@ -97,6 +104,8 @@ def normalise(pixels: torch.Tensor, spec: Network | Segmenter) -> torch.Tensor:
     from kernels.images.whiten import whiten
 
     pixels = pixels.to(device(), non_blocking=True)
+    if isinstance(spec, GeneratorNetwork):
+        return pixels
     if spec.preprocessing.channels == 1:
         pixels = grey(pixels)
     if spec.preprocessing.per_image:

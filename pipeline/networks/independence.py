@@ -39,7 +39,7 @@ _ALONE = "activations must depend on the image and the weights alone"
 def check_independence(
     spec: NetworkSpec,
     layers: Sequence[str],
-    input_shape: tuple[int, int, int],
+    input_shape: tuple[int, ...],
     weights_path: str | Path | None = None,
 ) -> list[str]:
     """Refuse a network whose layers or logits depend on more than the image and the weights; return what is to be told.
@@ -47,7 +47,7 @@ def check_independence(
     Parameters
     ----------
     layers : names of those to be recorded.
-    input_shape : (channels, height, width).
+    input_shape : (channels, height, width), or a generator's latents'.
     weights_path : as in `build.load_weights`.
 
     Raises
@@ -57,7 +57,7 @@ def check_independence(
         give one row an image. With the layer, or `logits`.
     """
     noise = torch.randn((len(_LEVELS), *input_shape), generator=torch.Generator().manual_seed(0))
-    level, contrast = torch.tensor(_LEVELS).view(len(_LEVELS), 2, 1, 1, 1).unbind(1)
+    level, contrast = torch.tensor(_LEVELS).view(len(_LEVELS), 2, *(1 for _ in input_shape)).unbind(1)
     images = level + contrast * noise
     name = spec.architecture
 

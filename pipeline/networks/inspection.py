@@ -20,12 +20,13 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
-from pipeline.config.networks import Described, NetworkSpec, Reading, Segmenter
+from pipeline.config.networks import Described, Generator, NetworkSpec, Reading, Segmenter
 from pipeline.errors import MicrotomeError, nearest
 from pipeline.networks import checkpoint, segmenters
 from pipeline.networks.build import build, load_weights
 from pipeline.networks.explainable import examine
 from pipeline.networks.fitness import Explainable
+from pipeline.networks.generators import refused_images
 from pipeline.networks.graph.tail import Tail
 from pipeline.networks.graph.trace import UntraceableError, trace
 from pipeline.networks.independence import check_independence
@@ -62,9 +63,10 @@ class Request(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     network: NetworkSpec
-    input_shape: tuple[int, int, int]
+    input_shape: tuple[int, ...]
     layers: str | list[str] = "auto"
     images: int = 0
+    image: tuple[int, int] | None = None
     reading: Reading = Reading()
     weights_path: str | None = None
     ablate: Ablation | None = None
@@ -72,6 +74,15 @@ class Request(BaseModel):
     look: str | list[str] | None = None
     classes: int | None = None
     explain: Explanation | None = None
+
+
+class GeneratorRequest(BaseModel):
+    """One generator that is to make images of a size (height, width)."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    generator: Generator
+    size: tuple[int, int]
 
 
 class ClassifierRequest(BaseModel):
@@ -94,9 +105,10 @@ class SegmenterRequest(BaseModel):
 
 def inspect(
     network: Described,
-    input_shape: tuple[int, int, int],
+    input_shape: tuple[int, ...],
     layers: str | Sequence[str] = "auto",
     images: int = 0,
+    image: tuple[int, int] | None = None,
     reading: Reading | None = None,
     weights_path: str | Path | None = None,
     ablate: Ablation | None = None,
@@ -114,6 +126,7 @@ def inspect(
     input_shape : (channels, height, width) of the images.
     layers, reading : as in `layers.resolve`.
     images : number of images to compute activations for.
+    image : (height, width) of the images that a generator makes of inputs of `input_shape`; None: they are the inputs.
     weights_path : checkpoint made by the workflow, which replaces the network's own.
     ablate : what is to be removed.
     compare : layers that are compared with those of other networks, as in `layers.choose`; None: `layers`.
@@ -127,7 +140,7 @@ def inspect(
         For everything that a stage would refuse later: architecture, checkpoint, image size, layers.
     """
     spec = NetworkSpec.of(network)
-    built, surveyed = _surveyed(spec, input_shape, reading)
+    built, surveyed = _surveyed(spec, input_shape, reading, image)
     load_weights(built, spec, weights_path, shapes_only=True)
     check_returned(surveyed.returned, classes, spec.architecture)
     name = spec.architecture
@@ -137,8 +150,11 @@ def inspect(
     if need < free:
         recorded = {layer.name for choice in choices for layer in choose(built, surveyed, choice, name)}
         notices += check_independence(spec, sorted(recorded), input_shape, weights_path)
-        place(built, surveyed, [layers], input_shape, name, lambda: build(spec), every=True)
-        place(built, surveyed, choices[1:], input_shape, name, lambda: build(spec), strict=False)
+        if image is None:  # where a latent lies in the image is the generator's to say
+            channels, height, width = input_shape
+            shape = channels, height, width
+            place(built, surveyed, [layers], shape, name, lambda: build(spec), every=True)
+            place(built, surveyed, choices[1:], shape, name, lambda: build(spec), strict=False)
     else:
         notices.append(
             f"it was not run before the work, for which it needs {need / 2**30:,.1f} GiB of memory where "
@@ -164,9 +180,7 @@ def inspect(
     )
 
 
-def _explainable(
-    spec: NetworkSpec, surveyed: Survey, input_shape: tuple[int, int, int], wanted: Explanation
-) -> Explainable:
+def _explainable(spec: NetworkSpec, surveyed: Survey, input_shape: tuple[int, ...], wanted: Explanation) -> Explainable:
     """Return what a network has of what explanations need, with random weights."""
     network = build(spec).eval()
     images = torch.randn((2, *input_shape), generator=torch.Generator().manual_seed(0))
@@ -207,7 +221,7 @@ def _left(spec: NetworkSpec, weights_path: str | Path | None) -> Iterator[str]:
         yield from checkpoint.notices(spec.weights_file, spec.prefix, spec.within)
 
 
-def _alone(network: nn.Module, output: tuple[int, ...], input_shape: tuple[int, int, int]) -> str:
+def _alone(network: nn.Module, output: tuple[int, ...], input_shape: tuple[int, ...]) -> str:
     """Return what goes wrong with a batch of one image: `squeeze()` without a dimension drops the batch, too."""
     device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
     try:
@@ -223,7 +237,7 @@ def _ablation(
     network: nn.Module,
     layers: Sequence[LayerInfo],
     output: tuple[int, ...],
-    input_shape: tuple[int, int, int],
+    input_shape: tuple[int, ...],
     wanted: Ablation,
 ) -> dict[str, float | None]:
     """Return the cost of a pair for each layer; refuse layers that cannot be ablated."""
@@ -267,6 +281,9 @@ def _result(each: Any) -> dict[str, Any]:
             "concepts": {name: channels.concepts for name, channels in found.items()},
             "memory": segmenters.memory_need(wanted.segmenter, wanted.size),
         }
+    if isinstance(each, dict) and "generator" in each:
+        made = GeneratorRequest.model_validate(each)
+        return _generating(made.generator, made.size)
     if isinstance(each, dict) and "classifier" in each:
         asked = ClassifierRequest.model_validate(each)
         built, surveyed = _surveyed(asked.classifier, asked.input_shape, None)
@@ -277,6 +294,17 @@ def _result(each: Any) -> dict[str, Any]:
     return inspect(**{name: getattr(request, name) for name in Request.model_fields}).json()
 
 
+def _generating(generator: Generator, size: tuple[int, int]) -> dict[str, Any]:
+    """Check that a generator makes images of a size, of latents alone; return its number of parameters."""
+    spec, shape = generator.spec, tuple(generator.latent.shape)
+    network = build(spec)
+    load_weights(network, spec)
+    if why := refused_images(network, generator, size, 3):
+        raise MicrotomeError(why)
+    check_independence(spec, [], shape)
+    return {"parameters": sum(each.numel() for each in network.parameters())}
+
+
 def main(request_path: str, response_path: str) -> None:
     """Read a JSON list of requests; write the JSON list of answers, in the same order."""
     requests = json.loads(Path(request_path).read_text())
@@ -284,7 +312,7 @@ def main(request_path: str, response_path: str) -> None:
 
 
 def _surveyed(
-    spec: NetworkSpec, input_shape: tuple[int, int, int], reading: Reading | None
+    spec: NetworkSpec, input_shape: tuple[int, ...], reading: Reading | None, image: tuple[int, int] | None = None
 ) -> tuple[nn.Module, Survey]:
     """Return the network on the meta device and the survey of its forward pass, run on the CPU if it needs values."""
     try:
@@ -294,14 +322,14 @@ def _surveyed(
             raise NotImplementedError("the builder places tensors itself")
         if _other_precision(network):
             raise NotImplementedError("on the meta device, some operations take what they refuse elsewhere")
-        surveyed = survey(network, input_shape, reading)
+        surveyed = survey(network, input_shape, reading, image)
         surveyed.alone = _alone(network, surveyed.output, input_shape)
         return network, surveyed
     # Reading a value (`.item()`), a device named in a forward, numpy: each fails on the meta device in its own way.
     except Exception:
         network = build(spec)
     try:
-        surveyed = survey(network, input_shape, reading)
+        surveyed = survey(network, input_shape, reading, image)
     except MicrotomeError:
         raise
     except Exception as error:

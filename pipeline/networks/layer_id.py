@@ -44,7 +44,7 @@ def layer_ids(
     layers: Sequence[LayerInfo],
     preprocessing: Mapping[str, Any],
     numerics: Mapping[str, Any],
-    input_shape: tuple[int, int, int],
+    input_shape: tuple[int, ...],
 ) -> dict[str, str]:
     """Return the id of each layer, by name: 20 hex digits, the same in every process.
 
@@ -115,7 +115,7 @@ class _Trace:
     silent: dict[nn.Module, list[nn.Module]] = field(default_factory=dict)
 
 
-def _settled_trace(network: nn.Module, names: Sequence[str], shape: tuple[int, int, int], digests: _Digests) -> _Trace:
+def _settled_trace(network: nn.Module, names: Sequence[str], shape: tuple[int, ...], digests: _Digests) -> _Trace:
     """Return the trace of the network once it is the same for two unlike images.
 
     The first forward pass may fill caches, so two pairs are tried. If two images still give different traces, but the

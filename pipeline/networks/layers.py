@@ -98,10 +98,16 @@ def candidates(network: nn.Module, input_shape: tuple[int, int, int]) -> list[La
     return survey(network, input_shape).layers
 
 
-def survey(network: nn.Module, input_shape: tuple[int, int, int], reading: Reading | None = None) -> Survey:
+def survey(
+    network: nn.Module,
+    input_shape: tuple[int, ...],
+    reading: Reading | None = None,
+    image: tuple[int, int] | None = None,
+) -> Survey:
     """Run the network once on two blank images, on the device of its parameters; the meta device costs no memory.
 
-    With two images, an output that does not begin with a 2 does not have the batch first.
+    With two images, an output that does not begin with a 2 does not have the batch first. `image` is the (height,
+    width) of the images that a generator makes of such inputs; None: they are the inputs.
     """
     device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
     images = torch.zeros((2, *input_shape), device=device)
@@ -134,7 +140,7 @@ def survey(network: nn.Module, input_shape: tuple[int, int, int], reading: Readi
             hook.remove()
 
     shape = tuple(logits.shape[1:]) if logits is not None else ()
-    found = Survey(image=(input_shape[1], input_shape[2]), output=shape, classes=classes_of(network, logits))
+    found = Survey(image=image or (input_shape[1], input_shape[2]), output=shape, classes=classes_of(network, logits))
     found.largest = max(largest, math.prod(shape))
     tensors = ((key, each) for key, each in entries_of(returned).items() if isinstance(each, torch.Tensor))
     found.returned = {key: tuple(each.shape[1:]) for key, each in tensors}

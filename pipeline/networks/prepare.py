@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config.networks import Network
+from pipeline.config.networks import GeneratorNetwork, Network
 from pipeline.networks.forward import Model
 from pipeline.networks.layer import LayerInfo, Misplaced
 
@@ -39,7 +39,13 @@ def survey_of(network: nn.Module, model: Model, size: tuple[int, int]) -> Survey
     """Return what one forward pass of an image of this size shows."""
     from pipeline.networks.layers import survey
 
-    return survey(network, (model.spec.preprocessing.channels, *size), model.spec.reading)
+    of_generator = size if isinstance(model.spec, GeneratorNetwork) else None
+    return survey(network, input_shape(model.spec, size), model.spec.reading, of_generator)
+
+
+def input_shape(spec: Network, size: tuple[int, int]) -> tuple[int, ...]:
+    """Return the shape of a network's input for images of a size: (channels, height, width), or a latent's."""
+    return tuple(spec.latent.shape) if isinstance(spec, GeneratorNetwork) else (spec.preprocessing.channels, *size)
 
 
 def prepare(
@@ -63,10 +69,12 @@ def prepare(
 
     shape = model.spec.preprocessing.channels, *survey.image
     made = functools.cache(lambda: build(model.spec))
-    place(network, survey, [layers], shape, model.name, made, strict=strict)
+    placed = not isinstance(model.spec, GeneratorNetwork)
+    if placed:
+        place(network, survey, [layers], shape, model.name, made, strict=strict)
     infos = choose(network, survey, layers, model.name)
     rest = [layer.name for layer in survey.layers if layer.name in others and layer not in infos]
-    if rest:
+    if rest and placed:
         place(network, survey, [rest], shape, model.name, made, strict=False)
     misplaced = [survey.misplaced[info.name] for info in infos if info.name in survey.misplaced]
     parameters = sum(each.numel() for each in network.parameters())
@@ -84,7 +92,7 @@ def ids_of(
     from pipeline.networks.layer_id import layer_ids
 
     preprocessing = model.spec.preprocessing.model_dump() | {"size": list(size)}
-    return layer_ids(network, layers, preprocessing, dict(numerics), (model.spec.preprocessing.channels, *size))
+    return layer_ids(network, layers, preprocessing, dict(numerics), input_shape(model.spec, size))
 
 
 def forward_need(prepared: Prepared, spec: Network, size: tuple[int, int]) -> int:

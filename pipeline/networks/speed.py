@@ -32,7 +32,7 @@ class Probe(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     network: NetworkSpec
-    input_shape: tuple[int, int, int]
+    input_shape: tuple[int, ...]
     micro_batch: int
     channels_last: bool
     device: str
@@ -78,7 +78,7 @@ def measure(wanted: Probe) -> dict[str, Any]:
         torch.set_num_threads(threads)
 
 
-def _flops(network: nn.Module, input_shape: tuple[int, int, int]) -> int:
+def _flops(network: nn.Module, input_shape: tuple[int, ...]) -> int:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         network(torch.zeros((1, *input_shape), device="meta"))
     return counter.get_total_flops()

@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.base import UNTRAINED
-from pipeline.config.networks import Network, NetworkSpec, Segmenter
+from pipeline.config.networks import GeneratorNetwork, Network, NetworkSpec, Segmenter
 from pipeline.errors import MicrotomeError
 from pipeline.networks.layer import Inspection
+from pipeline.networks.prepare import input_shape
 from pipeline.plan.job import Job
 from pipeline.plan.question import Question
 from pipeline.storage.atomic import write_atomically
@@ -126,12 +127,14 @@ def _request(job: Job) -> dict[str, Any]:
     ingested, network = job.parent_job("ingest").settings, job.network_spec
     request = {
         "network": NetworkSpec.of(network).model_dump(),
-        "input_shape": [network.preprocessing.channels, *ingested.size],
+        "input_shape": list(input_shape(network, ingested.size)),
         "layers": network.layers,
         "reading": network.reading.model_dump(mode="json"),
         "images": ingested.images,
         "classes": job.classes or None,
     }
+    if isinstance(network, GeneratorNetwork):
+        request["image"] = list(ingested.size)
     for stage in job.stages.values():
         if stage.requests is None:
             continue

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.config.core import Core
-from pipeline.config.networks import Network
+from pipeline.config.networks import GeneratorNetwork, Network
 from pipeline.config.section import Section
 from pipeline.data import kinds
 from pipeline.data.kinds import Summary
@@ -94,9 +94,14 @@ class Draft:
     def of_stage(self, stage: str) -> list[Step]:
         return [step for step in self.steps.values() if step.stage == stage]
 
-    def pairs(self) -> Iterator[tuple[str, str]]:
-        """Yield (data set, network) for every network on every data set that it is dissected on."""
+    def pairs(self, generators: bool = False) -> Iterator[tuple[str, str]]:
+        """Yield (data set, network) for every network on every data set that it is dissected on.
+
+        With `generators`, those are among the networks that make the images of a data set.
+        """
         for name, network in self.networks.items():
+            if isinstance(network, GeneratorNetwork) and not generators:
+                continue
             for dataset in self.config.datasets_of(network):
                 yield dataset, name
 

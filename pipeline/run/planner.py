@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pipeline.config.base import UNTRAINED
 from pipeline.config.core import Core
-from pipeline.config.networks import Network
+from pipeline.config.networks import Network, planned
 from pipeline.data import kinds
 from pipeline.data.kinds import Summary
 from pipeline.errors import about
@@ -82,7 +82,7 @@ def step_of(stage: Stage, wanted: Wanted, config: str) -> Step:
 
 def add_networks(draft: Draft, stages: Iterable[Stage]) -> None:
     """Add every network, followed by its untrained control, then the copies that stages ask for."""
-    for name, spec in draft.config.networks.items():
+    for name, spec in {**draft.config.networks, **draft.config.generating()}.items():
         draft.networks[name] = spec
         if (control := control_of(spec)) is not None:
             draft.networks[name + UNTRAINED] = control
@@ -130,7 +130,7 @@ def read(path: Path) -> Plan:
     return Plan(
         experiment.parse(value["config"]),
         {step.manifest: step for step in steps},
-        {name: Network.model_validate(spec) for name, spec in value["networks"].items()},
+        {name: planned(spec) for name, spec in value["networks"].items()},
         value["originals"],
         value["splits"],
         tuple(value["arguments"]),

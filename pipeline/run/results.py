@@ -250,6 +250,14 @@ class Network(_Folder["Layer"]):
             }
         return found
 
+    @cached_property
+    def interventions(self) -> dict[str, dict[str, xr.Dataset]]:
+        """By experiment, of a generator: `trials`, what its images lose without some units, and `ranking` of units."""
+        found: dict[str, dict[str, xr.Dataset]] = {}
+        for store in sorted(self.path.glob("interventions/*/*.zarr")):
+            found.setdefault(store.parent.name, {})[store.stem] = _open(store)
+        return found
+
     def _maps(self, pattern: str, relevance: bool) -> list[Path]:
         """Return the stores of attributions, those of the maps of methods or those of the relevance of units."""
         return [each for each in sorted(self.path.glob(pattern)) if ("groups" in _open(each).attrs) == relevance]

@@ -18,6 +18,7 @@ from pipeline.stages.dissect.stage import STAGE as DISSECT
 from pipeline.stages.extract.stage import STAGE as EXTRACT
 from pipeline.stages.grams.stage import STAGE as GRAMS
 from pipeline.stages.ingest.stage import STAGE as INGEST
+from pipeline.stages.intervene.stage import STAGE as INTERVENE
 from pipeline.stages.network.stage import STAGE as NETWORK
 from pipeline.stages.probes.stage import STAGE as PROBES
 from pipeline.stages.randomize.stage import STAGE as RANDOMIZE
@@ -55,6 +56,7 @@ STAGES: dict[str, Stage] = {
         AUDIT,
         VISUALIZE,
         ATTACK,
+        INTERVENE,
         *_added(),
         REPORT,
     )

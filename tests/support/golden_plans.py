@@ -61,9 +61,13 @@ def data(folder: Path) -> None:
     models = "cifar_resnet20 cifar_resnet56 cifar_vit_d4h4_torchvision mnist_lenet5 mnist_vit_d6"
     models += " imagenet_squeezenet1_0 imagenet_mobilenet_v2_plain imagenet_efficientnet_lite0"
     models += " seg_voc_deeplabv3_mobilenetv2_fp16 vgg16_hed_bsds500_fp16"
+    models += " mnist_dcgan_generator faces_dcgan64_generator_fp16"
     for name in models.split():
         (root / "models").mkdir(exist_ok=True)
         (root / "models" / f"{name}.pt").write_bytes(name.encode())
+    for name in ("planted", "free"):
+        (folder / "generators").mkdir(exist_ok=True)
+        (folder / "generators" / f"{name}.safetensors").write_bytes(name.encode())
     segmenter = root / "models/upernet-convnext-small"
     segmenter.mkdir()
     (segmenter / "config.json").write_text("{}")

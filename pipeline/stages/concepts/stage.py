@@ -76,7 +76,8 @@ TABLE = "table"  # the ledger entry with the numbered concepts and the categorie
 
 def steps(draft: Draft) -> Iterator[Wanted]:
     config = draft.config
-    pairs = ((network, data) for network in config.networks.values() for data in config.datasets_of(network))
+    networks = [*config.networks.values(), *config.generating().values()]
+    pairs = ((network, data) for network in networks for data in config.datasets_of(network))
     for name in sorted({data for network, data in pairs if config.dissects(network, data)}):
         dataset = config.datasets[name]
         draft.summaries[name].require(name, dataset.examined_split)

@@ -103,7 +103,7 @@ COUNTED = 3.8e-6, 0.6e-9  # CPU seconds to dissect a unit on an image: constant,
 
 
 def steps(draft: Draft) -> Iterator[plan.Wanted]:
-    for data, name in draft.pairs():
+    for data, name in draft.pairs(generators=True):
         if not draft.config.dissects(draft.networks[name], data):
             continue
         settings = Settings(

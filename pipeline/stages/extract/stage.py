@@ -84,7 +84,7 @@ STORED = 19e-9  # CPU seconds to keep, compress and write one value of a layer
 
 
 def steps(draft: Draft) -> Iterator[Wanted]:
-    for data, name in draft.pairs():
+    for data, name in draft.pairs(generators=True):
         draft.summaries[data].require(data, draft.config.datasets[data].examined_split)
         limit = draft.config.controls.images if name.endswith(UNTRAINED) else None
         settings = settings_of(draft.networks[name], draft.config.datasets[data], limit)

@@ -206,7 +206,7 @@ def sample(
     for part in shards:
         start, stop = part.bounds
         some = part.rows[:: -(-len(part.rows) // SAMPLE_IMAGES)]
-        pixels = torch.from_numpy(Reader(images, part.files)["image"][start:stop][some])
+        pixels = torch.from_numpy(Reader(images, part.files)[model.reads][start:stop][some])
         forward_in_batches(model, pixels, list(by_name), take, stop_early=True)
     brackets = {}
     for name, layer in by_name.items():
@@ -325,7 +325,7 @@ def forward(
     def taken(name: str, at: int, output: torch.Tensor) -> None:
         take(by_name[name], at, to_maps(output.float(), by_name[name].info)[0])
 
-    pixels = torch.from_numpy(Reader(images, part.files)["image"][start:stop])
+    pixels = torch.from_numpy(Reader(images, part.files)[model.reads][start:stop])
     forward_in_batches(model, pixels, list(by_name), taken, stop_early=True)
 
 

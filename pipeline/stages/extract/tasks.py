@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.config.networks import Network
+from pipeline.config.networks import GeneratorNetwork, Network
 from pipeline.errors import MicrotomeError
 from pipeline.networks.forward import (
     HALF_MAX,
@@ -26,6 +26,7 @@ from pipeline.networks.forward import (
     scale_for,
     to_host,
 )
+from pipeline.networks.generators import latent_of
 from pipeline.networks.prepare import Prepared, forward_need, ids_of, prepare, survey_of
 from pipeline.stages.extract.layers import LayerStore
 from pipeline.stages.extract.streaming import Counter, Part, Streamed
@@ -87,9 +88,13 @@ def prepare_extraction(model: Model, size: tuple[int, int], layers: str | Sequen
     prepared = prepare(network, model, survey_of(network, model, size), layers)
     numerics = model.spec.numerics.model_dump() | platform_numerics(version)
     ids = ids_of(network, model, size, prepared.layers, numerics)
-    noise = torch.randint(0, 256, (4, 3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    if isinstance(model.spec, GeneratorNetwork):
+        latents = [latent_of(model.spec.latent, 0, f"train/{at}", size[0]) for at in range(4)]
+        inputs = torch.from_numpy(np.stack(latents))
+    else:
+        inputs = torch.randint(0, 256, (4, 3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     with Recorder(network_of(model), ids) as record:
-        logits, outputs = record(normalise(noise, model.spec))
+        logits, outputs = record(normalise(inputs, model.spec))
     scales = {name: scale_for(float(outputs[name].abs().amax()), headroom=True) for name in ids}
     return Extraction(**vars(prepared), ids=ids, scales=scales, classes=classes_of(network, logits), numerics=numerics)
 
@@ -152,7 +157,7 @@ def extract_shard(
     from pipeline.storage.store import Reader, remove, write
 
     start, stop = bounds
-    pixels = torch.from_numpy(Reader(images, files)["image"][start:stop])
+    pixels = torch.from_numpy(Reader(images, files)[model.reads][start:stop])
     counting = dict(counters or {})
     kept = {layer.name: Kept.empty(layer, len(pixels), counting.pop(layer.name, None)) for layer in layers}
     for name, counter in counting.items():  # streamed layers that are otherwise complete

@@ -14,6 +14,7 @@ class Settings(Record):
     ----------
     listing : digest of the whole listing. images : their number. size : (height, width). source : where they come from.
     scenes : version of the drawn scenes. geometry, max_pixels : how a file is decoded. array : of an npz file.
+    generator : what makes the images: digests of its code and weights, latent, output.
     reading : how files are read, where it differs from `pipeline.data.decode.AS_STATED`.
     """
 
@@ -28,3 +29,4 @@ class Settings(Record):
     max_pixels: int | None = None
     array: str | None = None
     reading: dict[str, Any] | None = None
+    generator: dict[str, Any] | None = None

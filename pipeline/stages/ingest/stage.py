@@ -9,18 +9,22 @@ Writes
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.config.datasets import AnyDataset
+from pipeline.config.datasets import AnyDataset, Generated
 from pipeline.data import kinds
 from pipeline.data.images import Ingested
-from pipeline.errors import MicrotomeError
+from pipeline.errors import MicrotomeError, about
+from pipeline.networks import generators
+from pipeline.networks.generators import Maker
 from pipeline.plan.cost import SHRINKS, Cost, Store
+from pipeline.plan.inspected import inspected
 from pipeline.plan.job import Job
+from pipeline.plan.question import Question
 from pipeline.plan.stage import Draft, Stage, Wanted
 from pipeline.plan.step import Key
 from pipeline.stages.ingest.settings import Settings
@@ -50,6 +54,11 @@ CODE = (
     "pipeline/data/snapshot.py",
     "pipeline/data/csv_tables.py",
     "pipeline/data/torchvision_data.py",
+    "pipeline/networks/beside.py",
+    "pipeline/networks/build.py",
+    "pipeline/networks/checkpoint.py",
+    "pipeline/networks/generators.py",
+    "pipeline/networks/returned.py",
 )
 SOURCE = "source"  # the ledger entry with the source of the images
 REMEDY = "lower `shard_images` or `max_pixels` of the data set"
@@ -58,8 +67,16 @@ COLUMN = (65536,)  # chunk of arrays with one value per image: fixed, so that a 
 
 
 def steps(draft: Draft) -> Iterator[Wanted]:
-    for name in draft.config.datasets:
-        yield Wanted(Key(dataset=name), Settings.read(draft.summaries[name].settings))
+    for name, dataset in draft.config.datasets.items():
+        settings = draft.summaries[name].settings
+        if isinstance(dataset, Generated):
+            generator = draft.config.generators[dataset.generator]
+            with about(f"data set {name!r}"):
+                settings = settings | generators.of_scenes(
+                    dataset.generator, generator.latent, dataset.size, dataset.images
+                )
+                settings["generator"] = generators.settings_of(generator, draft.digests)
+        yield Wanted(Key(dataset=name), Settings.read(settings))
 
 
 def run(job: Job[Settings]) -> None:
@@ -75,7 +92,9 @@ def run(job: Job[Settings]) -> None:
     ledger = Ledger(store.with_suffix(".ledger"))
     image_id, at = slots_of(listed, store, ledger, settings.source)
     per_shard = dataset.shard_images
-    open_store(store, dataset, len(image_id), settings.size, listed.classes, settings.source, ledger)
+    maker = maker_of(job)
+    latent = maker.generator.latent.shape if maker is not None else []
+    open_store(store, dataset, len(image_id), settings.size, listed.classes, settings.source, ledger, latent)
     used = is_used(listed, at)
     parts = Parts(store, shard_ids(job.identity, listed, at, per_shard))
 
@@ -87,7 +106,7 @@ def run(job: Job[Settings]) -> None:
             for name, i in zip(image_id[part], at[part], strict=True)
         ]
         known = {item[0]: listed.refused[item[0]] for item in items if item and item[0] in listed.refused}
-        return dataset, store, shard, part.start, items, known, settings.size
+        return dataset, store, shard, part.start, items, known, settings.size, maker
 
     if parts.missing():
         job.check_memory(memory_need(dataset, settings.size), REMEDY)
@@ -116,6 +135,8 @@ def run(job: Job[Settings]) -> None:
 
     shard_of = np.arange(len(image_id)) // per_shard
     shards = range(shard_of[-1] + 1)
+    cut = [entry["cut"] * entry["images"] for entry in entries.values() if "cut" in entry]
+    told = {"cut": sum(cut) / len(listed.images)} if maker is not None else {}
     result = Ingested(
         images=len(image_id),
         size=settings.size,
@@ -126,11 +147,20 @@ def run(job: Job[Settings]) -> None:
         records=[parts.ids.get(str(shard)) for shard in shards],
         refused=len(refused),
         ignored=listed.ignored,
+        **told,
     )
     output = digest({"files": files, "classes": listed.classes})
     files = manifest.within("images.zarr", files | metadata_files(store))
     files["quarantine.csv"] = (len(quarantine), crc32c(quarantine))
     job.finish(output, files, result, made=(len(made), len(parts.ids)))
+
+
+def maker_of(job: Job[Settings]) -> Maker | None:
+    """Return the generator of the images, as tasks name it; None for images that are read."""
+    made_of, dataset = job.settings.generator, job.dataset_spec
+    if made_of is None or not isinstance(dataset, Generated):
+        return None
+    return Maker.of(dataset.generator, job.config.generators[dataset.generator], made_of["weights"])
 
 
 def memory_need(dataset: AnyDataset, size: tuple[int, int]) -> int:
@@ -147,6 +177,16 @@ def pending(job: Job[Settings]) -> tuple[int, int]:
     _, at = slots_of(listed, store, Ledger(store.with_suffix(".ledger")), job.settings.source)
     parts = Parts(store, shard_ids(job.identity, listed, at, dataset.shard_images))
     return len(parts.missing()), len(parts.ids)
+
+
+def questions(job: Job[Settings]) -> Iterator[Question]:
+    """Yield the inspection's question about the generator of the images, if they are generated."""
+    maker = maker_of(job)
+    if maker is None:
+        return
+    request = {"generator": maker.generator.model_dump(mode="json"), "size": list(job.settings.size)}
+    kept = inspected(job.scratch, [job.settings.generator, request["size"]])
+    yield Question(f"generator {maker.name!r} of data set {job.dataset!r}", kept, request)
 
 
 def made(job: Job) -> list[Path]:
@@ -229,9 +269,19 @@ def known_ids(store: Path) -> np.ndarray | None:
 
 
 def open_store(
-    store: Path, dataset: AnyDataset, count: int, size: tuple[int, int], classes: list[str], source: str, ledger: Ledger
+    store: Path,
+    dataset: AnyDataset,
+    count: int,
+    size: tuple[int, int],
+    classes: list[str],
+    source: str,
+    ledger: Ledger,
+    latent: Sequence[int] = (),
 ) -> None:
-    """Create the store, or resize it if it holds this data set; a store of another data set is replaced."""
+    """Create the store, or resize it if it holds this data set; a store of another data set is replaced.
+
+    `latent` is the shape of the latents that the images are generated from, if they are.
+    """
     from pipeline.storage.store import Array, create, remove, remove_partials
 
     if source_of(store, ledger) != source:
@@ -245,6 +295,10 @@ def open_store(
         "valid": Array(("image",), (count,), bool, COLUMN, fill=False),
         "image_id": Array(("image",), (count,), str, COLUMN, fill=""),
     }
+    if latent:
+        dimensions = ("image", *(f"latent_{at}" for at in range(len(latent))))
+        of_shard = (dataset.shard_images, *latent)
+        arrays["latent"] = Array(dimensions, (count, *latent), np.float32, of_shard, fill=np.nan)
     create(store, arrays, {"classes": classes, "source": source}, coordinates=["image_id"])
     if ledger.entries.get(SOURCE, {}).get("id") != source:
         ledger.record(SOURCE, source, {})
@@ -259,8 +313,11 @@ def ingest_shard(
     items: list[tuple[str, Stamp] | None],
     known_refused: dict[str, str],
     size: tuple[int, int],
+    maker: Maker | None = None,
 ) -> Done:
     """Decode the images of one shard and write them, on a worker. A refused or vanished image leaves black pixels.
+
+    With `maker`, they are generated from their ids, and their latents are written beside them.
 
     `items` are id, size and time of the listed images; a file that is another one by now raises `ChangedError`. The
     facts are the digest of the shard's pixels, and what was refused and why.
@@ -269,6 +326,8 @@ def ingest_shard(
     from pipeline.storage.store import write
 
     pixels = np.zeros((len(items), 3, *size), np.uint8)
+    latents = np.zeros((len(items), *maker.generator.latent.shape), np.float32) if maker is not None else None
+    cut = 0.0
     refused = dict(known_refused)
     usable = np.zeros(len(items), bool)
     for i, item in enumerate(items):
@@ -276,13 +335,24 @@ def ingest_shard(
             continue
         image_id, stamp = item
         try:
-            pixels[i] = kinds.read_image(dataset, image_id, size, stamp)
+            if maker is not None and latents is not None and isinstance(dataset, Generated):
+                latents[i] = generators.latent_of(maker.generator.latent, dataset.seed, image_id, size[0])
+                pixels[i], beyond = generators.image_of(maker, latents[i], size)
+                cut += beyond
+            else:
+                pixels[i] = kinds.read_image(dataset, image_id, size, stamp)
             usable[i] = True
         except Refused as error:
             refused[image_id] = error.reason
-    content = hashlib.blake2b(pixels.tobytes() + usable.tobytes(), digest_size=16).hexdigest()
-    files = write(store, {"image": ((start, 0, 0, 0), pixels)})
-    return Done(shard, {"": files}, {"content": content, "refused": refused})
+    made_of = pixels.tobytes() + usable.tobytes()
+    blocks: dict[str, tuple[tuple[int, ...], np.ndarray]] = {"image": ((start, 0, 0, 0), pixels)}
+    facts: dict[str, Any] = {"refused": refused}
+    if latents is not None:
+        made_of += latents.tobytes()
+        blocks["latent"] = ((start, *(0 for _ in latents.shape[1:])), latents)
+        facts |= {"cut": cut / max(1, int(usable.sum())), "images": int(usable.sum())}
+    facts["content"] = hashlib.blake2b(made_of, digest_size=16).hexdigest()
+    return Done(shard, {"": write(store, blocks)}, facts)
 
 
 def _check_refused(name: str, refused: dict[str, str], count: int, allowed: float) -> None:
@@ -307,6 +377,7 @@ STAGE = Stage(
     run=run,
     settings=Settings,
     code=CODE,
+    questions=questions,
     cost=cost,
     pending=pending,
     counts="shards of images to decode",

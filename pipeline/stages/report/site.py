@@ -25,7 +25,7 @@ from pipeline.stages.report.overview import overview
 
 PACKAGE = Path(__file__).parents[2]
 FOLDERS_OF_TEMPLATES = (PACKAGE / "report/templates", *sorted(PACKAGE.glob("stages/*/templates")))
-FOLDERS = ("figures", "tables", "units", "attributions", "visualizations")
+FOLDERS = ("figures", "tables", "units", "attributions", "visualizations", "interventions")
 """What a report owns besides its pages: a file in here that this report did not write is an earlier one's."""
 REORDERING = dict.fromkeys((*range(0x202A, 0x202F), *range(0x2066, 0x206A)), "\ufffd")
 """Characters that turn the text after them around, to the end of the paragraph: no name may do that to a sentence."""
