@@ -49,7 +49,11 @@ LISTS = {
 }
 # Imported, and of a version of their own, or not used for results of the stage.
 ALONE = {
-    "ingest": {"kernels/images/colour_names.py", "pipeline/data/label_maps.py"},  # by the scenes, and by `concepts`
+    "ingest": {
+        "kernels/images/colour_names.py",  # by the scenes
+        "pipeline/data/label_maps.py",  # by `concepts`
+        "pipeline/networks/layers.py",  # of it, which output counts: `returned` is named
+    },
     "concepts": LISTS,
     "randomize": LISTS | {"pipeline/networks/layers.py"},  # of it, which output counts: `returned` is named
     "network": LISTS | {"pipeline/networks/layers.py"},
