@@ -131,7 +131,7 @@ def said(interval: Interval, digits: int = 0) -> str:
 
 
 def _percent(value: float, digits: int) -> str:
-    return f"{100 * value + 0.0:.{digits}f}".replace("-", "−")
+    return f"{round(100 * value, digits) + 0.0:.{digits}f}".replace("-", "−")  # no −0
 
 
 def strongest(one: Interventions) -> Row | None:
