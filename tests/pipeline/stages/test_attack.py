@@ -216,7 +216,6 @@ CHANGED = [
         {"norms": {"linf": [8, 24, 40], "l2": [1.5]}},
         ["apgd_ce-linf-40", "apgd_dlr-linf-40", "pgd-linf-40", "square-linf-40"],
     ),
-    ({"queries": 13}, ["square-linf-24", "square-linf-8"]),
     ({"searches": 4}, ["cw_l2"]),
     ({"methods": ["pgd"]}, []),
 ]

@@ -2,6 +2,7 @@
 
 import hashlib
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from changes import (
@@ -22,13 +23,27 @@ from changes import (
     with_training,
 )
 
-pytestmark = pytest.mark.usefixtures("workers")
+from pipeline.report.page import Page
+
+pytestmark = pytest.mark.usefixtures("workers", "one_page")
 NETWORKS = ("cnn", "cnn-untrained", "vit", "vit-untrained")
 ALL = {"cnn": CNN_LAYERS, "cnn-untrained": CNN_LAYERS, "vit": VIT_LAYERS, "vit-untrained": VIT_LAYERS}
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory, workers):
+def one_page():
+    """Reports hold one empty page: whether one is made is counted here, not what is drawn."""
+
+    def build(experiment, wanted):
+        (experiment.out / "index.html").write_text("")
+        return [Page("index.html", "", "", {}, "")]
+
+    with mock.patch("pipeline.stages.report.site.build", build):
+        yield
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, workers, one_page):
     """A finished run."""
     folder = tmp_path_factory.mktemp("base")
     work = run(experiment(folder))
