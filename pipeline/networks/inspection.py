@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 from torch import nn
 
 from pipeline.config.networks import Described, Generator, NetworkSpec, Reading, Segmenter
@@ -63,10 +63,10 @@ class Request(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     network: NetworkSpec
+    image: tuple[int, int] | None = None
     input_shape: tuple[int, ...]
     layers: str | list[str] = "auto"
     images: int = 0
-    image: tuple[int, int] | None = None
     reading: Reading = Reading()
     weights_path: str | None = None
     ablate: Ablation | None = None
@@ -74,6 +74,13 @@ class Request(BaseModel):
     look: str | list[str] | None = None
     classes: int | None = None
     explain: Explanation | None = None
+
+    @field_validator("input_shape")
+    @classmethod
+    def _of_images(cls, shape: tuple[int, ...], info: ValidationInfo) -> tuple[int, ...]:
+        if info.data.get("image") is None and len(shape) != 3:
+            raise ValueError(f"expected (channels, height, width), found {shape}")
+        return shape
 
 
 class GeneratorRequest(BaseModel):

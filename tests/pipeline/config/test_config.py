@@ -187,7 +187,7 @@ def test_references_to_data_sets(tmp_path):
         (("datasets", "photos", "kind"), "segments", "kind: 'segments' is not one of .*nearest: segmentation"),
         (("datasets", "scenes", "dissect", "quantile"), 1.0, "less than 1"),
         (("datasets",), {}, "at least 1"),
-        (("networks",), {}, "at least 1"),
+        (("networks",), {}, "networks: name at least one"),
         (("datasets",), "many", "section of keys"),
     ],
 )

@@ -11,7 +11,8 @@ class Counted:
 
     def __init__(self) -> None:
         self.values = np.random.default_rng(0).integers(0, 256, (50, 3, 2, 2), np.uint8)
-        self.shape, self.chunks, self.reads = self.values.shape, (7, 3, 2, 2), 0
+        self.shape, self.dtype = self.values.shape, self.values.dtype
+        self.chunks, self.reads = (7, 3, 2, 2), 0
 
     def __getitem__(self, part: slice) -> np.ndarray:
         self.reads += 1
