@@ -35,6 +35,7 @@ def one_page():
     """Reports hold one empty page: whether one is made is counted here, not what is drawn."""
 
     def build(experiment, wanted):
+        experiment.out.mkdir(parents=True, exist_ok=True)
         (experiment.out / "index.html").write_text("")
         return [Page("index.html", "", "", {}, "")]
 
