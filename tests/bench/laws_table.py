@@ -32,7 +32,8 @@ def found(row: dict[str, str]) -> str:
 def main(dataset: str) -> None:
     print("| network | method | median · worst residual | beyond the tolerance | forwards |\n|---|---|---|---|---|")
     for network, row in rows(Path(dataset)):
-        beyond = f"{row['beyond_tolerance']} of {row['images']}" if row["residual_median"] else ""
+        images = int(row["images"])
+        beyond = f"{round(float(row['beyond_tolerance']) * images)} of {images}" if row["residual_median"] else ""
         print(f"| {network} | {row['name']} | {found(row)} | {beyond} | {float(row['forwards']):.0f} |")
 
 
