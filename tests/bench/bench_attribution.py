@@ -98,9 +98,8 @@ def measure(name: str, network: nn.Module, images: int, rounds: int) -> None:
     (info,) = [each for each in survey(network, (3, SIZE, SIZE)).layers if each.name == layer]
     target = Logit(torch.arange(images))
     ratios: dict[str, list[float]] = {}
-    of_name = [
-        each for each in ALLOWED if name == "resnet18" or METHODS[each].needs[0] not in ("deconvnet", "guided_backprop")
-    ]
+    rectified = {"deconvnet", "guided_backprop"}
+    of_name = [each for each in ALLOWED if name == "resnet18" or not rectified & set(METHODS[each].needs)]
     for round in range(rounds):
         plain = seconds(lambda: forward_and_backward(network, inputs, target))
         for method in of_name:
@@ -131,9 +130,9 @@ def explained(network: nn.Module, inputs: torch.Tensor, target: Logit, method: s
         inputs,
         target,
         torch.zeros_like(inputs),
-        len(inputs),
-        [info.name] if needs_layer else [],  # type: ignore[attr-defined]
-        kind.shares and not needs_layer,
+        batch=len(inputs),
+        layers=[info.name] if needs_layer else [],  # type: ignore[attr-defined]
+        of_inputs=kind.shares == "inputs",
     )
     FUNCTIONS[method](subject, options, Known(info) if needs_layer else Known())  # type: ignore[arg-type]
 
